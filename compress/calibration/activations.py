@@ -1,0 +1,104 @@
+"""The activations of all calibration windows between two decoder layers: in memory or on disk.
+
+One fp32 tensor [B, T, d] for each batch of windows. On disk each is a raw file that is read when
+its batch comes up; the values are the same to the bit, so where they live never changes a result.
+
+    store = ActivationStore(folder=None)          # None: in memory
+    store.append(x); x = store[0]; store[0] = y
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# With `offload: auto`, activations may take this share of the memory that is free at the start.
+MEMORY_SHARE = 0.25
+
+
+class ActivationStore:
+    """A list of fp32 tensors, kept in memory or as files in `folder`."""
+
+    def __init__(self, folder: Path | None = None, name: str = "x"):
+        self.folder, self.name = folder, name
+        self._tensors: list[Tensor | None] = []
+        self._shapes: list[torch.Size] = []
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def _file(self, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{self.name}-{index:05d}.f32"
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Batch `index`; the caller may change it only through `store[index] = ...`."""
+        if self.folder is None:
+            tensor = self._tensors[index]
+            assert tensor is not None
+            return tensor
+        values = np.fromfile(self._file(index), dtype=np.float32)
+        return torch.from_numpy(values).view(self._shapes[index])
+
+    def __setitem__(self, index: int, x: Tensor) -> None:
+        self._shapes[index] = x.shape
+        if self.folder is None:
+            self._tensors[index] = x
+        else:
+            x.detach().cpu().contiguous().numpy().tofile(self._file(index))
+
+    def append(self, x: Tensor) -> None:
+        self._shapes.append(x.shape)
+        self._tensors.append(None)
+        self[len(self) - 1] = x
+
+    def put(self, index: int, x: Tensor) -> None:
+        """Sets batch `index`, which may be the next new one."""
+        if index == len(self):
+            self.append(x)
+        else:
+            self[index] = x
+
+    def dump(self, folder: Path, name: str) -> "ActivationStore":
+        """The same batches as files; the store itself if it holds those files already."""
+        if (self.folder, self.name) == (folder, name):
+            return self
+        copy = ActivationStore(folder, name)
+        for x in self:
+            copy.append(x)
+        return copy
+
+    @classmethod
+    def found(cls, folder: Path, name: str, shapes: list[torch.Size]) -> "ActivationStore":
+        """A store over files that an earlier process has written; their shapes are known."""
+        store = cls(folder, name)
+        store._shapes, store._tensors = list(shapes), [None] * len(shapes)
+        return store
+
+    def in_memory(self) -> "ActivationStore":
+        """The same batches in memory."""
+        store = ActivationStore()
+        for x in self:
+            store.append(x)
+        return store
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def clear(self) -> None:
+        """Forgets all batches and removes their files."""
+        if self.folder is not None:
+            for index in range(len(self)):
+                self._file(index).unlink(missing_ok=True)
+        self._tensors, self._shapes = [], []
+
+
+def activations_on_disk(offload: str, nbytes: int) -> bool:
+    """Whether `calibration.offload` sends activations of `nbytes` to disk."""
+    if offload != "auto":
+        return offload == "disk"
+    import psutil
+
+    return nbytes > MEMORY_SHARE * psutil.virtual_memory().available

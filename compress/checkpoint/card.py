@@ -1,0 +1,245 @@
+"""The model card: README.md of a checkpoint, as the hub shows it.
+
+What was done, what it cost against 16 bits and under which conditions, which engine loads it, and
+what is not known. Facts come from one dict, of which every key but `name` may be missing:
+
+    name         of the model; how the loading examples call it
+    base_model   hub id or path of the 16-bit model
+    recipe       the resolved recipe, nested
+    bits         `bits_summary(inspect(folder)["modules"])`
+    bytes        {"original", "quantized", "other", "total"}
+    evaluation   as `evaluate_model` returns it
+    baseline     {"results", "perplexity"}; absent, `evaluation["baseline"]` is taken
+    provenance   versions, seeds, hashes, times, nested
+
+    (folder / "README.md").write_text(model_card(result))
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.eval.report import (
+    columns_of,
+    flatten,
+    format_bytes,
+    format_cell,
+    format_number,
+    quality_row,
+)
+
+Facts = Mapping[str, Any]
+
+VLLM_OWN_WIDTHS = {4, 8}  # vLLM 0.33: others need its optional `humming` kernels; SGLang has none
+NLL = "mean NLL (nats per token)"
+ROTATIONS = {"hadamard": "a randomised Hadamard matrix", "random": "a random orthogonal matrix"}
+METHODS = {
+    "gptq": "GPTQ (arXiv 2210.17323)",
+    "rtn": "round to nearest",
+    "ldlq": "LDLQ (arXiv 2307.13304)",
+}
+
+
+def bits_summary(modules: Iterable[Facts]) -> dict[str, Any]:
+    """What the card says about widths, from the `modules` that `inspect` lists.
+
+    Returns {"average", "symmetric", "schemes", "widths": [{"bits", "group_size", "modules",
+    "parameters"}]} over the quantised modules; average is in bits per weight, scales not counted.
+    """
+    quantised = [module for module in modules if module["symmetric"] is not None]
+    widths: dict[tuple, dict[str, Any]] = {}
+    for module in quantised:
+        row = {"bits": module["bits"], "group_size": module["group_size"] or "channel"}
+        row = widths.setdefault((*row.values(),), row | {"modules": 0, "parameters": 0})
+        row["modules"] += 1
+        row["parameters"] += module["shape"][0] * module["shape"][1]
+    rows = sorted(widths.values(), key=lambda row: (row["bits"], str(row["group_size"])))
+    parameters = sum(row["parameters"] for row in rows)
+    total = sum(row["bits"] * row["parameters"] for row in rows)
+    return {
+        "average": total / parameters if parameters else None,
+        "symmetric": all(module["symmetric"] for module in quantised),
+        "schemes": len({(m["bits"], m["group_size"], m["symmetric"]) for m in quantised}),
+        "widths": rows,
+    }
+
+
+def model_card(result: Facts) -> str:
+    """README.md as one string: YAML front matter, then Markdown. Keys are at the file's head."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    page = Environment(  # noqa: S701  Markdown, not HTML: the hub sanitises what it renders
+        loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    recipe, bits = result.get("recipe") or {}, result.get("bits") or {}
+    evaluation = result.get("evaluation") or {}
+    baseline = result.get("baseline") or evaluation.get("baseline") or {}
+    text = page.get_template("card.md.jinja").render(
+        front_matter=_front_matter(result, bits),
+        name=" ".join(str(result["name"]).split()),
+        base_model=result.get("base_model"),
+        steps=_steps(recipe),
+        widths=_width_table(bits),
+        average=format_number(bits.get("average")) if bits.get("average") else None,
+        sizes=_sizes(result.get("bytes") or {}),
+        quality=_quality_table(evaluation, baseline),
+        conditions=_conditions(evaluation),
+        engines=_engine_table(bits),
+        dequantize=not bits.get("symmetric", True),
+        limitations=_limitations(bits, evaluation),
+        recipe=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip(),
+        provenance=list(flatten(result.get("provenance") or {})),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _front_matter(result: Facts, bits: Facts) -> str:
+    """The YAML that the hub reads. base_model only if it can be a hub id: the hub refuses paths."""
+    base = str(result.get("base_model") or "")
+    widths = sorted({row["bits"] for row in bits.get("widths", [])})
+    tags = ["modelpress", *(["compressed-tensors"] if widths else [])]
+    tags += [f"{width}-bit" for width in widths]
+    versions = (result.get("provenance") or {}).get("versions") or {}
+    fields = {
+        "base_model": base if _is_hub_id(base) else None,
+        "base_model_relation": "quantized" if _is_hub_id(base) else None,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+        "quantized_by": " ".join(filter(None, ["modelpress", versions.get("modelpress")])),
+    }
+    # a line break in a value could end the front matter
+    fields = {
+        key: " ".join(value.split()) if isinstance(value, str) else value
+        for key, value in fields.items()
+        if value is not None
+    }
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).exists()
+
+
+def _steps(recipe: Facts) -> list[str]:
+    """What was done, in order, as the recipe says it."""
+    quantize = recipe.get("quantize") or {}
+    rotate = (recipe.get("rotate") or {}).get("kind", "none")
+    method = quantize.get("method", "none")
+    steps = []
+    if rotate != "none":
+        steps.append(
+            f"The weights were rotated by {ROTATIONS.get(rotate, rotate)}, folded into them "
+            f"offline: nothing is rotated at inference."
+        )
+    if method in ("gptq", "ldlq"):
+        calibration = recipe.get("calibration") or {}
+        steps.append(
+            f"Calibration on {calibration.get('samples', '?')} windows of "
+            f"{calibration.get('length', '?')} tokens of {calibration.get('dataset', '?')}, "
+            f"seed {calibration.get('seed', 0)}."
+        )
+        importance = quantize.get("token_importance") or {}
+        if importance.get("name", "uniform") != "uniform":
+            steps.append(
+                f"Tokens were weighted by {importance['name'].replace('_', ' ')} "
+                f"(RSQ, arXiv 2503.01820)."
+            )
+    if method != "none":
+        grid = "symmetric" if quantize.get("symmetric", True) else "asymmetric"
+        steps.append(
+            f"The linear layers were quantised with {METHODS.get(method, method)} on a {grid} "
+            f"grid; {', '.join(quantize.get('ignore') or []) or 'nothing'} was left out."
+        )
+    return steps
+
+
+def _table(*rows: tuple) -> str:
+    """A Markdown table whose first row is the head; empty without any other row."""
+    lines = ["| " + " | ".join(format_number(cell) for cell in row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return "\n".join(lines) if len(rows) > 1 else ""
+
+
+def _width_table(bits: Facts) -> str:
+    columns = ("bits", "group_size", "modules", "parameters")
+    rows = (tuple(row[column] for column in columns) for row in bits.get("widths", []))
+    return _table(("bits", "group size", "linear layers", "weights"), *rows)
+
+
+def _sizes(sizes: Facts) -> str:
+    total, original = sizes.get("total"), sizes.get("original")
+    if not total:
+        return ""
+    text = f"{format_bytes(total)} of weights"
+    if sizes.get("quantized"):
+        text += f", {format_bytes(sizes['quantized'])} of them quantised"
+    return f"{text}; {format_bytes(original)} before" if original else text
+
+
+def _quality_table(evaluation: Facts, baseline: Facts) -> str:
+    """A row a metric: this model, 16 bits, and the paired difference where there is one."""
+    if not evaluation:
+        return ""
+    ours, theirs = quality_row("", evaluation), quality_row("", baseline)
+    difference = evaluation.get("difference") or {}
+    paired = {
+        f"{task} {metric}": estimate
+        for task, metrics in (difference.get("results") or {}).items()
+        for metric, estimate in metrics.items()
+    }
+    for part, row in ((evaluation, ours), (baseline, theirs)):
+        if (text := part.get("perplexity") or {}).get("mean_nll") is not None:
+            row |= {NLL: text["mean_nll"], NLL + "_stderr": text.get("stderr")}
+    paired[NLL] = difference.get("mean_nll") or {}
+    rows = []
+    for column in columns_of([ours, theirs])[1:]:
+        estimate = paired.get(column) or {}
+        gap = format_number(estimate.get("value"), estimate.get("stderr"))
+        rows.append((column, format_cell(ours, column), format_cell(theirs, column), gap))
+    return _table(("metric", "this model", "16 bits", "difference"), *rows)
+
+
+def _conditions(evaluation: Facts) -> list[str]:
+    lines = [(evaluation.get(part) or {}).get("line") for part in ("perplexity", "kl")]
+    lines += [f"{key}: {value}" for key, value in flatten(evaluation.get("conditions") or {})]
+    return [line for line in lines if line]
+
+
+def _engine_table(bits: Facts) -> str:
+    """Which engine loads it, by width and symmetry; nothing if nothing is quantised."""
+    widths = {row["bits"] for row in bits.get("widths", [])}
+    if not widths:
+        return ""
+    plain = widths <= VLLM_OWN_WIDTHS
+    if bits.get("symmetric", True):
+        transformers = "yes, on CPU too; weights become dense at the first forward"
+    elif bits.get("schemes", 1) == 1:
+        transformers = "with `CompressedTensorsConfig(dequantize=True)`"
+    else:
+        transformers = "no: asymmetric and of several widths or group sizes"
+    return _table(
+        ("engine", "loads it"),
+        ("transformers, compressed-tensors >= 0.20", transformers),
+        ("vLLM", "yes" if plain else "with the optional `humming` kernels (NVIDIA)"),
+        ("SGLang", "yes" if plain else "no: 4 and 8 bits only"),
+    )
+
+
+def _limitations(bits: Facts, evaluation: Facts) -> list[str]:
+    lines = ["What the base model gets wrong, this model gets wrong as well; its licence applies."]
+    low = [row["bits"] for row in bits.get("widths", []) if row["bits"] <= 3]
+    if low:
+        lines.append(
+            f"{min(low)}-bit weights lose accuracy that one benchmark need not show: measure your "
+            f"own task before you rely on it."
+        )
+    if evaluation:
+        lines.append("Only what the table above lists was measured.")
+    else:
+        lines.append("Nothing was measured after quantising.")
+    return lines

@@ -1,0 +1,165 @@
+"""The journal of an unfinished run: which layers are done, and what the next one needs.
+
+Kept in OUT/.modelpress/ while the layer walk is under way:
+
+    journal.jsonl                    a header with the run's fingerprint, then a line per layer
+    layer-00012.safetensors          what layer 12 puts into the checkpoint
+    activations-00012.safetensors    what layer 12 hands to layer 13; only the newest is kept
+
+A layer counts as done once its line is in the journal, and the line is written last, after both
+files are on disk. So a run that is killed at any moment continues behind the last whole layer, from
+the very activations it would have had, and ends with the same bytes.
+
+Policy: a last line that was cut short is a layer that is not done, and is dropped. A journal of
+another run (another fingerprint) is a UsageError; a file the journal names and the folder lacks is
+a CheckpointError. With `keep_activations=False` no activations are written, which saves their
+space on disk, and a killed run starts again at the first layer.
+
+    journal = Journal(out / ".modelpress", fingerprint)
+    for layer in range(journal.open(resume=True), layers):
+        journal.record(layer, tensors, {"hidden": hidden}, {"error": 0.1})
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress.checkpoint.files import atomic_write
+from compress.checkpoint.safetensors_io import read_header, read_tensors, save_tensors
+from compress.errors import CheckpointError, UsageError
+
+FORMAT = 1  # of the journal; a later layout gets another number
+OWN_FILES = ("journal.jsonl*", "layer-*.safetensors*", "activations-*.safetensors*")
+
+
+class Journal:
+    """The state of one run in one folder. Layers are recorded in order, from 0.
+
+    fingerprint: any string that is equal exactly for runs that would give the same bytes (a hash
+    of the recipe, the model and the calibration data).
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str, keep_activations: bool = True):
+        self.folder = Path(folder)
+        self.path = self.folder / "journal.jsonl"
+        self.fingerprint = fingerprint
+        self.keep_activations = keep_activations
+        self._facts: list[dict[str, Any]] = []
+
+    def open(self, resume: bool) -> int:
+        """Starts afresh or continues; returns the number of layers that are done.
+
+        Raises UsageError if there is a journal of another run and `resume` is asked for, and
+        CheckpointError if the journal names a file that is not there.
+        """
+        header, entries, whole = self._read()
+        if not resume or header is None:
+            return self._start()
+        if header != self._header():
+            raise UsageError(
+                f"{self.folder} holds an unfinished run with another recipe, model or data: "
+                f"continue it with what it was started with, or start again with --no-resume "
+                f"(in the same folder) or --overwrite"
+            )
+        if entries and not self.keep_activations:
+            return self._start()
+        self._facts = entries
+        for layer in range(len(entries)):
+            self._require(self._layer_file(layer))
+        if entries:
+            self._require(self._activation_file(len(entries) - 1))
+        with self.path.open("r+b") as file:
+            file.truncate(whole)
+        return len(entries)
+
+    def record(
+        self,
+        layer: int,
+        tensors: dict[str, Tensor],
+        activations: dict[str, Tensor],
+        facts: dict[str, Any],
+    ) -> None:
+        """Puts a finished layer on disk: its tensors, the next layer's inputs, then the entry.
+
+        `facts` is anything JSON holds (errors, widths, seconds), given back by `facts()`.
+        """
+        assert layer == len(self._facts), f"layer {layer} recorded after {len(self._facts)} layers"
+        save_tensors(self._layer_file(layer), tensors)
+        if self.keep_activations:
+            save_tensors(self._activation_file(layer), activations)
+        line = json.dumps(facts, sort_keys=True) + "\n"
+        try:
+            with self.path.open("ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from error
+        self._facts.append(json.loads(line))
+        if layer > 0:  # the entry is on disk, so nobody will ask for these again
+            self._activation_file(layer - 1).unlink(missing_ok=True)
+
+    def activations(self) -> dict[str, Tensor]:
+        """What the last finished layer handed on; empty if no layer is finished."""
+        if not self._facts or not self.keep_activations:
+            return {}
+        return read_tensors(self._activation_file(len(self._facts) - 1))
+
+    def facts(self) -> list[dict[str, Any]]:
+        """The facts of every finished layer, in order."""
+        return list(self._facts)
+
+    def part_files(self) -> list[Path]:
+        """The tensors of every finished layer, in order; `merge_shards` takes them."""
+        return [self._layer_file(layer) for layer in range(len(self._facts))]
+
+    def clear(self) -> None:
+        """Removes the journal's files, and its folder if nothing else is in it."""
+        self._facts = []
+        for pattern in OWN_FILES:
+            for path in sorted(self.folder.glob(pattern)):  # the journal goes first
+                path.unlink()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    # ---- files ----------------------------------------------------------------------------------
+
+    def _header(self) -> dict[str, Any]:
+        return {"format": FORMAT, "fingerprint": self.fingerprint}
+
+    def _start(self) -> int:
+        self.clear()
+        with atomic_write(self.path) as file:
+            file.write((json.dumps(self._header()) + "\n").encode())
+        return 0
+
+    def _read(self) -> tuple[dict | None, list[dict], int]:
+        """Header (None without a journal), entries, and the length of what is whole in bytes."""
+        if not self.path.is_file():
+            return None, [], 0
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1  # a line without its end was cut short
+        try:
+            header, *entries = [json.loads(line) for line in data[:whole].splitlines()]
+        except ValueError:
+            raise CheckpointError(
+                f"{self.path} is damaged: start again with --no-resume or --overwrite"
+            ) from None
+        return header, entries, whole
+
+    def _layer_file(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:05d}.safetensors"
+
+    def _activation_file(self, layer: int) -> Path:
+        return self.folder / f"activations-{layer:05d}.safetensors"
+
+    def _require(self, path: Path) -> None:
+        if not path.is_file():
+            raise CheckpointError(
+                f"{self.path} counts on {path.name}, which is missing: start again with "
+                f"--no-resume or --overwrite"
+            )
+        read_header(path)

@@ -1,0 +1,213 @@
+"""Opening a checkpoint: as a model that runs, or as a list of what is inside.
+
+`load` is plain transformers, with two differences. What transformers only warns about (a tensor
+that is missing, a quantisation method it does not know) would leave randomly initialised weights
+in the model, so here it is an error; and every error is one line. Code from a checkpoint is never
+run, and pickles are never read. Quantised weights become dense at the first forward.
+
+`inspect` reads headers and JSON only, ours or anybody's: compressed-tensors, GPTQ, or 16 bits.
+
+    model, tokenizer = load("out")
+    inspect("out")["modules"][0]      # {"name", "shape", "bits", "group_size", "symmetric"}
+"""
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.checkpoint.compressed_tensors import module_schemes, must_dequantize_on_load
+from compress.checkpoint.safetensors_io import CheckpointReader
+from compress.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+# ---- a model that runs --------------------------------------------------------------------------
+
+
+def load(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A causal language model in evaluation mode on `device`, and its tokenizer.
+
+    path: a folder, or a model id on the hub. dtype: None keeps the checkpoint's. Raises UsageError
+    if there is no such folder and no such id can be reached, and CheckpointError if what is there
+    is not a whole model that transformers can load.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    _check_path(path)
+    config = _guarded(path, AutoConfig.from_pretrained)
+    options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True}
+    if must_dequantize_on_load(getattr(config, "quantization_config", None) or {}):
+        from transformers import CompressedTensorsConfig
+
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    with warnings.catch_warnings():
+        # said whenever a loading attribute is passed beside a quantised config; here on purpose
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        model, report = _guarded(
+            path, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **options
+        )
+    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} tensors that the model needs, or has them in a format "
+            f"that transformers does not know; the first is {missing[0]}"
+        )
+    return model.eval().to(device), _guarded(path, AutoTokenizer.from_pretrained)
+
+
+def _check_path(path: str | Path) -> None:
+    """Says early and plainly what transformers would say late and in general."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            validate_repo_id(str(path))
+        except HFValidationError:
+            raise UsageError(f"no such model folder: {path}") from None
+        return
+    _read_json(folder, "config.json")
+    CheckpointReader(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the files of the "
+            f"model it was made from"
+        )
+
+
+def _guarded(path: str | Path, from_pretrained: Any, **options: Any) -> Any:
+    """Calls a `from_pretrained`, and turns what it raises into one line."""
+    try:
+        return from_pretrained(path, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, OSError) and not Path(path).is_dir():
+            raise UsageError(
+                f"{str(path)!r} is neither a folder here nor a model id that can be reached "
+                f"({reason}): check the spelling and the network, or log in with `hf auth login` "
+                f"if the model is gated"
+            ) from error
+        raise CheckpointError(f"{path} does not load in transformers: {reason}") from error
+
+
+# ---- what is inside -----------------------------------------------------------------------------
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint folder holds, from its headers and JSON files alone.
+
+    Returns {"format", "modules": [{"name", "shape", "bits", "group_size", "symmetric"}],
+    "bytes": {"quantized", "other", "total"}, "recipe", "provenance"}. Every matrix is a module;
+    one that is not quantised has the bits of its dtype and None for group_size and symmetric.
+    group_size None on a quantised module is one scale per output channel. Raises UsageError if
+    there is no such folder, CheckpointError if it is damaged.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"no such model folder: {path} (download a hub model first: hf download)")
+    config = _read_json(folder, "config.json").get("quantization_config") or {}
+    reader = CheckpointReader(folder)
+    quantised = _quantised_modules(reader, config)
+    modules = quantised | {
+        name.removesuffix(".weight"): _plain_module(reader, name)
+        for name in reader.names
+        if name.endswith(".weight")
+        and len(reader.shape(name)) == 2
+        and name.removesuffix(".weight") not in quantised
+    }
+    quantised_bytes = sum(
+        reader.nbytes(name) for name in reader.names if name.rpartition(".")[0] in quantised
+    )
+    return {
+        "format": config.get("quant_method", "unquantised"),
+        "modules": [{"name": name, **modules[name]} for name in sorted(modules, key=_natural)],
+        "bytes": {
+            "quantized": quantised_bytes,
+            "other": reader.nbytes() - quantised_bytes,
+            "total": reader.nbytes(),
+        },
+        "recipe": _read_recipe(folder),
+        "provenance": _read_json(folder, "modelpress.json", required=False),
+    }
+
+
+def _quantised_modules(reader: CheckpointReader, config: dict) -> dict[str, dict]:
+    names = {name.rpartition(".")[0] for name in reader.names}
+    if config.get("quant_method") == "gptq":
+        return {n: _gptq_module(reader, n, config) for n in names if f"{n}.qweight" in reader}
+    scaled = sorted(name for name in names if f"{name}.weight_scale" in reader)
+    return {
+        name: {
+            "shape": _shape(reader, name),
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "symmetric": scheme.symmetric,
+        }
+        for name, scheme in module_schemes(config, scaled).items()
+    }
+
+
+def _shape(reader: CheckpointReader, name: str) -> list[int]:
+    if f"{name}.weight_shape" in reader:  # two integers; the packed width alone is ambiguous
+        return reader.tensor(f"{name}.weight_shape").tolist()
+    return list(reader.shape(f"{name}.weight"))
+
+
+def _gptq_module(reader: CheckpointReader, name: str, config: dict) -> dict:
+    """Width and group size from the shapes: they hold for mixed widths too."""
+    words, N = reader.shape(f"{name}.qweight")
+    groups = reader.shape(f"{name}.scales")[0]
+    if f"{name}.g_idx" in reader:
+        K = reader.shape(f"{name}.g_idx")[0]
+    else:
+        K = words * 32 // config["bits"]
+    return {
+        "shape": [N, K],
+        "bits": words * 32 // K,
+        "group_size": math.ceil(K / groups) if groups > 1 else None,
+        "symmetric": config.get("sym", True),
+    }
+
+
+def _plain_module(reader: CheckpointReader, name: str) -> dict:
+    bits = 8 * reader.dtype(name).itemsize
+    shape = list(reader.shape(name))
+    return {"shape": shape, "bits": bits, "group_size": None, "symmetric": None}
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key under which layer 2 comes before layer 10."""
+    parts = name.split(".")
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+def _read_json(folder: Path, name: str, required: bool = True) -> Any:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if required:
+            raise CheckpointError(f"{folder} has no {name}: it is not a model folder") from None
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{folder / name} is not valid JSON: {error}") from None
+
+
+def _read_recipe(folder: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder / 'recipe.yaml'} is not valid YAML: {reason}") from None

@@ -1,0 +1,35 @@
+"""The one family of errors that a person is meant to read.
+
+Each is raised where the fact is known, as one line: what was expected, what was found, where, and
+what to do. The command line prints the line and leaves with `exit_code`; anything else that
+escapes is a bug and shows a stack trace.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class CompressError(Exception):
+    """A run that cannot go on: a damaged file, a failed check, a matrix that no damping saves."""
+
+    exit_code = 1
+
+
+class UsageError(CompressError):
+    """The command or the recipe asks for something that does not exist or cannot be done."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe that does not say what the schema allows; the message names file, line and field."""
+
+
+class CheckpointError(CompressError):
+    """A checkpoint that is missing a file or a tensor, is truncated, or holds a NaN."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,182 @@
+"""A model without its weights, whose decoder layers are opened one at a time.
+
+The skeleton is built on the meta device from the config; a layer gets its tensors from the
+safetensors files when its turn comes, and gives them back when it is done. Memory is that of one
+layer, whatever the depth.
+
+    skeleton = Skeleton.open("path/or/hub-id")
+    tensors = skeleton.read_layer(0)               # {"self_attn.q_proj.weight": ..., ...}
+    with skeleton.layer(0, tensors) as layer:
+        y = layer(x, **skeleton.layer_inputs(0, x))
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.checkpoint.safetensors_io import CheckpointReader
+from compress.errors import CheckpointError, UsageError
+from compress.models.architecture import architecture_of, head_dim_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NOT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
+
+
+def local_folder(location: str, revision: str | None = None) -> Path:
+    """The folder of a model: itself, or where a hub repository has been downloaded to.
+
+    Raises UsageError if the folder has no config.json or the hub has no such repository.
+    """
+    if Path(location).is_dir():
+        return Path(location)
+    if Path(location).exists():
+        raise UsageError(f"model {location!r} is a file; expected a folder or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(location, revision=revision, allow_patterns=NOT_WEIGHTS))
+    except HFValidationError as error:
+        raise UsageError(f"model {location!r} is neither a folder nor a valid hub id") from error
+    except Exception as error:  # the hub client's errors share no base class
+        raise UsageError(
+            f"model {location!r} is not a folder here and could not be fetched from the hub "
+            f"({type(error).__name__}): check the name, the network and your access"
+        ) from error
+
+
+def load_config(folder: Path) -> Any:
+    """The transformers config of a folder; UsageError in one line if there is none to read."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} has no config.json: expected a transformers model folder")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"{folder / 'config.json'} cannot be read: {reason}") from error
+
+
+class Skeleton:
+    """Config, tokenizer, tensor reader and an empty model of one checkpoint.
+
+    Raises UsageError for a family that is not supported or a checkpoint that is quantised already,
+    CheckpointError for files that are missing or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = load_config(folder)
+        self.spec = architecture_of(self.config)
+        if getattr(self.config, "quantization_config", None):
+            raise UsageError(f"{folder} is quantised already: start from the 16-bit model")
+        self.reader = CheckpointReader(folder)
+        self.num_layers: int = self.config.num_hidden_layers
+        self.head_dim = head_dim_of(self.config)
+        self.tied = bool(self.config.tie_word_embeddings)
+        self.model = self._empty_model()
+        self._check_names()
+
+    @classmethod
+    def open(cls, location: str, revision: str | None = None) -> "Skeleton":
+        return cls(local_folder(location, revision))
+
+    def _empty_model(self) -> nn.Module:
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        # Buffers (rotary frequencies) stay real: they come from the config, not from the file.
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                self.config, dtype=torch.float32, attn_implementation="sdpa"
+            )
+        return model.eval().requires_grad_(False)
+
+    def _check_names(self) -> None:
+        """Every parameter of the model must be in the file, with its shape, before work starts."""
+        for name, parameter in self.model.named_parameters():
+            if name == f"{self.spec.head}.weight" and self.tied:
+                continue
+            if name not in self.reader:
+                raise CheckpointError(f"{self.folder} has no tensor {name!r}, which the model needs")
+            if self.reader.shape(name) != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"tensor {name!r} in {self.folder} has shape {self.reader.shape(name)}, "
+                    f"expected {tuple(parameter.shape)} from config.json"
+                )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The checkpoint's own floating-point type: that of its embedding."""
+        return self.reader.dtype(f"{self.spec.embedding}.weight")
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The checkpoint's tokenizer; UsageError if the folder has none."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except (ValueError, OSError, KeyError) as error:
+            raise UsageError(f"{self.folder} has no tokenizer that transformers reads") from error
+
+    def linear_names(self) -> list[str]:
+        """Full names of all linears that can be quantised, in the order in which data meets them."""
+        spec = self.spec
+        inside = [f"{spec.layers}.{i}.{n}" for i in range(self.num_layers) for n in spec.linears]
+        return [*inside, spec.head]
+
+    def read_layer(self, index: int) -> dict[str, Tensor]:
+        """The tensors of one decoder layer, by their names inside it, in the checkpoint's dtype."""
+        prefix = f"{self.spec.layers}.{index}."
+        return {n.removeprefix(prefix): t for n, t in self.reader.tensors(prefix).items()}
+
+    def read(self, module: str) -> Tensor:
+        """The weight of one module outside the layers."""
+        return self.reader.tensor(f"{module}.weight")
+
+    @contextmanager
+    def layer(
+        self, index: int, tensors: dict[str, Tensor], device: str = "cpu"
+    ) -> Iterator[nn.Module]:
+        """The decoder layer `index` with these tensors in fp32; empty again on leaving."""
+        layer = self.model.get_submodule(self.spec.layers)[index]
+        on_device = {n: t.to(device, torch.float32) for n, t in tensors.items()}
+        layer.load_state_dict(on_device, strict=True, assign=True)
+        del on_device
+        try:
+            yield layer.requires_grad_(False)
+        finally:
+            layer.to("meta")
+
+    def layer_inputs(self, index: int, x: Tensor) -> dict[str, Any]:
+        """What a decoder layer's forward needs beside x [B, T, d]: rotary tables and the mask.
+
+        The mask is None (plain causal attention) unless the layer slides over a shorter window.
+        """
+        T = x.shape[1]
+        positions = torch.arange(T, device=x.device)[None]
+        rotary = self.model.get_submodule(self.spec.rotary).to(x.device)
+        inputs: dict[str, Any] = {
+            "position_embeddings": rotary(x, positions),
+            "attention_mask": None,
+        }
+        window = self.sliding_window(index)
+        if window is not None and window < T:
+            distance = positions.T - positions  # query minus key
+            inputs["attention_mask"] = ((distance >= 0) & (distance < window))[None, None]
+        return inputs
+
+    def sliding_window(self, index: int) -> int | None:
+        """Keys that a query of this layer sees, itself included; None for all before it."""
+        window = getattr(self.config, "sliding_window", None)
+        kinds = getattr(self.config, "layer_types", None)
+        if window is None or getattr(self.config, "use_sliding_window", True) is False:
+            return None
+        return window if not kinds or kinds[index] == "sliding_attention" else None

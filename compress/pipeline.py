@@ -1,0 +1,629 @@
+"""The run: a recipe and a model folder go in, a checkpoint that other engines load comes out.
+
+    plan -> calibration windows -> embedding -> for each decoder layer, one at a time:
+        read, fuse norms, rotate -> token weights -> Hessians -> solve -> pack -> part file, journal
+    -> head -> shards, config, tokenizer, recipe, provenance -> reload in a fresh process and
+    compare logits -> publish -> evaluate -> report and model card
+
+Everything is written below OUT/.modelpress and moved to OUT at the end, config.json last, so OUT
+holds a whole checkpoint or none. A run that was killed continues after its last finished layer and
+ends with the same bytes.
+
+    result = run(Recipe.load("recipes/demo-lm.yaml"), output="out")
+"""
+
+import hashlib
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibration.activations import ActivationStore, activations_on_disk
+from compress.calibration.text import load_documents
+from compress.calibration.windows import CalibrationWindows, draw_windows, expand
+from compress.checkpoint.compressed_tensors import (
+    ModuleScheme,
+    compress_module,
+    quantization_config,
+)
+from compress.checkpoint.journal import Journal
+from compress.checkpoint.safetensors_io import merge_shards, save_tensors
+from compress.checkpoint.verify import reload_and_compare, write_probe
+from compress.errors import CompressError, UsageError
+from compress.importance.tokens import count_tokens, effective_sample_size
+from compress.models.skeleton import Skeleton
+from compress.plan import TOKENS_PER_BATCH, Plan, make_plan, needs_calibration, storage_dtype
+from compress.quantization.grid import UniformGrid
+from compress.quantization.hessian import Hessian
+from compress.quantization.layer import TokenWeigher, run_layer
+from compress.quantization.solvers import SOLVERS, QuantizedLinear, SolverSettings
+from compress.recipe import Recipe
+from compress.rotation.rotate import (
+    fuse_and_rotate_head,
+    fuse_and_rotate_layer,
+    head_rotation,
+    make_rotation,
+    rotate_embedding,
+)
+
+WORK_FOLDER = ".modelpress"
+# What a model folder holds beside weights and config: copied as it is.
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+              "merges.txt", "*.model", "chat_template*", "generation_config.json")  # fmt: skip
+PROBE_TOKENS = 64  # where no calibration gives tokens for the self-check
+
+
+class Observer:
+    """What a run tells while it goes on; the command line draws it. Every method may be ignored."""
+
+    def stage(self, name: str) -> None: ...
+
+    def layers(self, done: int, total: int) -> None: ...
+
+    def module(self, name: str, facts: dict[str, Any]) -> None: ...
+
+    def warning(self, text: str) -> None: ...
+
+
+@dataclass
+class RunResult:
+    """What a run has made. `metrics` is the evaluation, empty if the recipe asks for none."""
+
+    path: Path
+    plan: Plan
+    metrics: dict[str, Any]
+    layers: list[dict[str, Any]]
+    seconds: dict[str, float]
+    peak_memory: dict[str, int]
+    self_check: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    report: Path | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "path": str(self.path),
+            "plan": self.plan.as_dict(),
+            "metrics": self.metrics,
+            "seconds": self.seconds,
+            "peak_memory": self.peak_memory,
+            "self_check": self.self_check,
+            "layers": self.layers,
+            "warnings": self.warnings,
+        }
+
+
+def run(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    resume: bool = True,
+    overwrite: bool = False,
+    windows: CalibrationWindows | None = None,
+    self_check: bool = True,
+    observer: Observer | None = None,
+) -> RunResult:
+    """Compresses a model as the recipe says and writes it to the folder `output`.
+
+    Args:
+        device: where layers are computed, `cpu` or `cuda`.
+        resume: continue a run of the same recipe, model and versions that was killed.
+        overwrite: replace a checkpoint in `output`; it stays whole until the new one is.
+        windows: calibration windows of your own, with a mask of the tokens that count, instead of
+            the recipe's dataset.
+        self_check: reload the result in a fresh process and compare logits before publishing it.
+
+    Raises:
+        UsageError: the recipe does not fit the model, or `output` holds something else.
+        CompressError: a damaged checkpoint, a Hessian that cannot be factored, a failed self-check.
+    """
+    observer = observer or Observer()
+    check_output(Path(output), overwrite)
+    check_device(device)
+    observer.stage("plan")
+    skeleton = Skeleton.open(recipe.model_location(), recipe.model.revision)
+    plan = make_plan(recipe, skeleton)
+    if plan.problems:
+        more = f" (and {len(plan.problems) - 1} more: see `plan`)" if len(plan.problems) > 1 else ""
+        raise UsageError(plan.problems[0] + more)
+    with torch.no_grad():
+        job = Job(recipe, skeleton, plan, Path(output), device, observer)
+        job.open(resume, windows)
+        for note in plan.notes:
+            job.warn(note)
+        job.walk()
+        job.finish_tensors()
+        checked = job.assemble(self_check)
+    job.publish()
+    result = RunResult(
+        path=job.output,
+        plan=plan,
+        metrics={},
+        layers=job.facts,
+        seconds=job.seconds,
+        peak_memory=peak_memory(device),
+        self_check=checked,
+        warnings=job.warnings,
+    )
+    return result
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """UsageError if `output` holds anything but an unfinished run, unless it may be replaced."""
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"output {output} is a file; expected a folder")
+    if not output.is_dir() or overwrite:
+        return
+    found = sorted(p.name for p in output.iterdir() if p.name != WORK_FOLDER)
+    if found:
+        raise UsageError(
+            f"output folder {output} exists and holds {found[0]}: "
+            "choose another --output, or give --overwrite"
+        )
+
+
+def check_device(device: str) -> None:
+    """UsageError for a device that torch does not know or does not see."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {device!r} cannot be used here: {reason}") from error
+
+
+def peak_memory(device: str) -> dict[str, int]:
+    """The most memory this process has held so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    on_device = torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0
+    return {"host": host, "device": on_device}
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change the bytes of a result."""
+    from importlib.metadata import version
+
+    names = ("modelpress", "torch", "transformers", "safetensors", "compressed-tensors")
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {name: version(name) for name in names} | {"python": python}
+
+
+class Job:
+    """One run's state: what is open, where it writes, and what it has seen."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        skeleton: Skeleton,
+        plan: Plan,
+        output: Path,
+        device: str,
+        observer: Observer,
+    ):
+        self.recipe, self.skeleton, self.plan = recipe, skeleton, plan
+        self.output, self.device, self.observer = output, device, observer
+        self.spec = skeleton.spec
+        self.work = output / WORK_FOLDER
+        self.dtype = storage_dtype(recipe, skeleton)
+        self.solver = self._solver()
+        self.residual = make_rotation(
+            recipe.rotate.kind, skeleton.config.hidden_size, recipe.rotate.seed
+        )
+        self.heads = head_rotation(recipe.rotate.kind, skeleton.head_dim, recipe.rotate.seed)
+        self.warnings: list[str] = []
+        self.facts: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = {}
+        self.started = time.perf_counter()
+
+    def _solver(self) -> Any:
+        q = self.recipe.quantize
+        if q.method == "none":
+            return None
+        settings = SolverSettings(q.clip_search, q.refine_sweeps, q.damping, q.act_order)
+        return SOLVERS[q.method](settings)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self.observer.warning(text)
+
+    def _lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.started
+        self.started = now
+
+    # ---- set up ---------------------------------------------------------------------------------
+
+    def open(self, resume: bool, windows: CalibrationWindows | None) -> None:
+        """Draws the windows, opens the journal and puts the first layer's inputs in place."""
+        self.observer.stage("calibration data")
+        self.windows = windows or self._draw_windows()
+        self.journal = Journal(self.work, self._fingerprint())
+        self.done = self.journal.open(resume)
+        self.facts = self.journal.facts()
+        T = self.windows.input_ids.shape[1]
+        size = max(1, TOKENS_PER_BATCH // T)
+        self.batches = list(
+            zip(self.windows.input_ids.split(size), self.windows.mask.split(size), strict=True)
+        )
+        hidden = self.skeleton.config.hidden_size
+        widest = max(module.shape[1] for module in self.plan.modules) if self.plan.modules else 0
+        tokens = self.windows.input_ids.numel()
+        offload = self.recipe.calibration.offload
+        on_disk = activations_on_disk(offload, tokens * (hidden + widest) * 4)
+        self.folder = self.work / "activations"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.on_disk = on_disk
+        if self.done == 0:
+            self._embed(hidden)
+        else:
+            shapes = [torch.Size([*ids.shape, hidden]) for ids, _ in self.batches]
+            found = ActivationStore.found(self.folder, f"layer-{self.done:05d}", shapes)
+            self.x = found if on_disk else found.in_memory()
+            self._remove_activations(keep=found.name)
+        self._lap("calibration")
+
+    def _draw_windows(self) -> CalibrationWindows:
+        c, skeleton = self.recipe.calibration, self.skeleton
+        if not needs_calibration(self.recipe):
+            # Nothing is calibrated; the self-check needs some tokens all the same.
+            vocabulary = skeleton.config.vocab_size
+            generator = torch.Generator().manual_seed(0)
+            ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
+            return CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool))
+        corpus = load_documents(self.recipe.resolve_path(c.dataset), "train", c.text_field)
+        context = getattr(skeleton.config, "max_position_embeddings", None)
+        windows = draw_windows(
+            corpus, skeleton.tokenizer(), c.samples, c.length, c.bos, c.seed, context
+        )
+        self._check_token_ids(windows)
+        return expand(windows, c.expansion)
+
+    def _check_token_ids(self, windows: CalibrationWindows) -> None:
+        highest, size = int(windows.input_ids.max()), self.skeleton.config.vocab_size
+        if highest >= size:
+            raise UsageError(
+                f"the tokenizer gives token {highest}, but the model knows {size}: "
+                "tokenizer and model do not belong together"
+            )
+
+    def _fingerprint(self) -> str:
+        """What a run that continues must share with the one that was killed."""
+        recipe = self.recipe.model_dump(exclude={"evaluate", "name"})
+        recipe["calibration"].pop("offload")
+        digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+        digest.update(self.skeleton.reader.fingerprint().encode())
+        digest.update(json.dumps(versions(), sort_keys=True).encode())
+        digest.update(self.device.encode())
+        digest.update(self.windows.input_ids.numpy().tobytes())
+        digest.update(self.windows.mask.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _embed(self, hidden: int) -> None:
+        """Writes the embedding and looks up the calibration tokens in it."""
+        embedding = self.skeleton.read(self.spec.embedding)
+        if self.residual is not None:
+            embedding = rotate_embedding(embedding, self.residual, dtype=self.dtype)
+        embedding = embedding.to(self.dtype)
+        save_tensors(self.work / "embedding.safetensors", {f"{self.spec.embedding}.weight": embedding})
+        self.x = ActivationStore(*(self._place(0) if self.on_disk else ()))
+        for ids, _ in self.batches:
+            self.x.append(embedding[ids].float())
+
+    def _place(self, layer: int) -> tuple[Path, str]:
+        return self.folder, f"layer-{layer:05d}"
+
+    def _remove_activations(self, keep: str) -> None:
+        for file in self.folder.iterdir():
+            if not file.name.startswith(keep):
+                file.unlink()
+
+    # ---- the walk -------------------------------------------------------------------------------
+
+    def walk(self) -> None:
+        """All decoder layers, from the first that the journal does not have."""
+        q = self.recipe.quantize
+        t = q.token_importance
+        vocabulary = self.skeleton.config.vocab_size
+        self.weigher = TokenWeigher(
+            t.name, t.minimum, t.maximum, t.power, self.batches,
+            count_tokens(self.windows.input_ids, self.windows.mask, vocabulary),
+        )  # fmt: skip
+        total = self.skeleton.num_layers
+        self.observer.stage("layers")
+        for index in range(self.done, total):
+            self.observer.layers(index, total)
+            started = time.perf_counter()
+            tensors, facts = self._layer(index)
+            facts["seconds"] = round(time.perf_counter() - started, 3)
+            written = self.x.dump(*self._place(index + 1))
+            self.journal.record(index, tensors, {}, facts)
+            self._remove_activations(keep=written.name)
+            self.facts.append(facts)
+        self.observer.layers(total, total)
+        self._lap("layers")
+
+    def _layer(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Quantises layer `index` and moves the activations through it."""
+        skeleton, spec = self.skeleton, self.spec
+        prefix = f"{spec.layers}.{index}."
+        schemes = {n: self.recipe.quantize.scheme_for(prefix + n) for n in spec.linears}
+        weights = self._weights(index, schemes)
+        written = {
+            prefix + name: tensor.to(self.dtype)
+            for name, tensor in weights.items()
+            if schemes.get(name.removesuffix(".weight")) is None
+        }
+        modules: list[dict[str, Any]] = []
+        sizes: list[float] = []
+        with skeleton.layer(index, weights, self.device) as layer:
+            del weights
+
+            def weigh(i: int, x: Tensor, normed: Tensor) -> Tensor | None:
+                if not needs_calibration(self.recipe):
+                    return None
+                inputs = skeleton.layer_inputs(index, x)
+                window = skeleton.sliding_window(index)
+                w = self.weigher.weights(i, x, normed, layer, spec, inputs, window)
+                tokens = self.batches[i][1].sum(-1).double().mean().item()
+                sizes.append(tokens if w is None else effective_sample_size(w))
+                return w
+
+            def quantise(group: tuple[str, ...], H: Hessian | None) -> None:
+                for name, linear in self._solve(prefix, layer, group, schemes, H, modules):
+                    packed = compress_module(
+                        linear.codes, linear.scale, linear.zero, schemes[name].bits
+                    )
+                    written.update({f"{prefix}{name}.{k}": t for k, t in packed.items()})
+
+            y = ActivationStore(*self._place(index + 1)) if self.on_disk else self.x
+            work = ActivationStore(*((self.folder, "work") if self.on_disk else ()))
+            run_layer(
+                layer, spec, lambda x: skeleton.layer_inputs(index, x), self.x, y, work,
+                quantise=quantise,
+                needs_hessian=lambda group: self._needs_hessian(group, schemes),
+                weigh=weigh,
+                device=self.device,
+            )  # fmt: skip
+            self.x = y
+        facts = {"layer": index, "modules": modules}
+        if sizes and needs_calibration(self.recipe):
+            facts["effective_sample_size"] = round(sum(sizes) / len(sizes), 1)
+            facts["tokens_per_window"] = self.windows.input_ids.shape[1]
+        return written, facts
+
+    def _weights(self, index: int, schemes: dict[str, Any]) -> dict[str, Tensor]:
+        """The layer's tensors in fp32, rotated; those left unquantised as they will be stored."""
+        tensors = self.skeleton.read_layer(index)
+        if self.residual is not None:
+            tensors = fuse_and_rotate_layer(
+                tensors, self.spec, self.residual, self.heads, self.skeleton.head_dim
+            )
+        for name in list(tensors):
+            tensor = tensors.pop(name)
+            stored = schemes.get(name.removesuffix(".weight")) is None
+            tensors[name] = (tensor.to(self.dtype) if stored else tensor).float()
+        return tensors
+
+    def _needs_hessian(self, group: tuple[str, ...], schemes: dict[str, Any]) -> bool:
+        return bool(
+            self.solver
+            and self.solver.needs_hessian
+            and any(schemes[name] is not None for name in group)
+        )
+
+    def _solve(
+        self,
+        prefix: str,
+        layer: nn.Module,
+        group: tuple[str, ...],
+        schemes: dict[str, Any],
+        H: Hessian | None,
+        modules: list[dict[str, Any]],
+    ) -> list[tuple[str, QuantizedLinear]]:
+        """Quantises the linears of one group in place; linears of one scheme go in one stack."""
+        started = time.perf_counter()
+        chosen = [name for name in group if schemes[name] is not None]
+        if not chosen:
+            return []
+        statistics = None
+        if H is not None:
+            try:
+                statistics = self.solver.prepare(H.matrix())
+            except CompressError as error:
+                raise CompressError(f"{prefix}{chosen[0]}: {error}") from error
+        stacks: dict[Any, list[str]] = {}
+        for name in chosen:
+            stacks.setdefault(schemes[name], []).append(name)
+        solved = []
+        for scheme, names in stacks.items():
+            linears = [layer.get_submodule(name) for name in names]
+            grid = UniformGrid(scheme.bits, scheme.symmetric, self.dtype)
+            W = torch.cat([linear.weight for linear in linears])
+            whole = self.solver.solve(W, statistics, grid, scheme.group_size)
+            del W
+            start = 0
+            for name, linear in zip(names, linears, strict=True):
+                rows = slice(start, start + linear.weight.shape[0])
+                start = rows.stop
+                part = whole.rows(rows)
+                linear.weight = nn.Parameter(part.weight(), requires_grad=False)
+                solved.append((name, part))
+        seconds = time.perf_counter() - started
+        for name, part in solved:
+            scheme = schemes[name]
+            facts = {
+                "name": prefix + name,
+                "bits": scheme.bits,
+                "group_size": scheme.group_size,
+                "error": part.error,
+                "damping": part.damping,
+                "dead_columns": part.dead_columns,
+                "changed": [round(share, 6) for share in part.changed],
+                "seconds": round(seconds / len(solved), 3),
+            }
+            modules.append(facts)
+            self.observer.module(prefix + name, facts)
+            self._report_oddities(facts)
+        return solved
+
+    def _report_oddities(self, facts: dict[str, Any]) -> None:
+        damping = self.recipe.quantize.damping
+        if facts["damping"] is not None and facts["damping"] > damping:
+            self.warn(f"{facts['name']}: damping was raised from {damping} to {facts['damping']}")
+        if facts["dead_columns"]:
+            self.warn(f"{facts['name']}: {facts['dead_columns']} inputs were always zero")
+
+    # ---- what stands outside the layers ---------------------------------------------------------
+
+    def finish_tensors(self) -> None:
+        """Final norm and head, and the probe for the self-check: the logits of the first window."""
+        self.observer.stage("head")
+        spec, skeleton = self.spec, self.skeleton
+        gamma = skeleton.read(spec.final_norm)
+        head = skeleton.read(spec.embedding if skeleton.tied else spec.head)
+        scheme = self.recipe.quantize.scheme_for(spec.head)
+        if self.residual is not None:
+            wide = torch.float32 if scheme else self.dtype
+            head = fuse_and_rotate_head(head, gamma, self.residual, dtype=wide)
+            gamma = torch.ones_like(gamma)
+        gamma = gamma.to(self.dtype)
+        norm = skeleton.model.get_submodule(spec.final_norm)
+        norm.load_state_dict({"weight": gamma.to(self.device, torch.float32)}, assign=True)
+        tensors = {f"{spec.final_norm}.weight": gamma}
+        if scheme is not None:
+            head, packed = self._solve_head(head.float(), norm, scheme)
+            tensors.update(packed)
+        elif not skeleton.tied or self.plan.untied:
+            head = tensors[f"{spec.head}.weight"] = head.to(self.dtype)
+        else:
+            head = head.to(self.dtype)
+        save_tensors(self.work / "head.safetensors", tensors)
+        ids = self.windows.input_ids[:1]
+        logits = norm(self.x[0][:1].to(self.device)) @ head.float().to(self.device).T
+        write_probe(self.work / "probe.safetensors", ids, logits.cpu())
+        norm.to("meta")
+        self._lap("head")
+
+    def _solve_head(
+        self, weight: Tensor, norm: nn.Module, scheme: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Quantises the head like any other linear; its input is the final norm's output."""
+        name = self.spec.head
+        holder = nn.Module()
+        setattr(holder, name, nn.Linear(*weight.shape[::-1], bias=False, device="meta"))
+        getattr(holder, name).weight = nn.Parameter(weight.to(self.device), requires_grad=False)
+        H = None
+        if self.solver.needs_hessian:
+            H = Hessian(weight.shape[1], self.device)
+            for i, (_, mask) in enumerate(self.batches):
+                H.add_batch(norm(self.x[i].to(self.device)), mask.to(self.device).float())
+        modules: list[dict[str, Any]] = []
+        ((_, linear),) = self._solve("", holder, (name,), {name: scheme}, H, modules)
+        self.facts.append({"layer": None, "modules": modules, "seconds": modules[0]["seconds"]})
+        packed = compress_module(linear.codes, linear.scale, linear.zero, scheme.bits)
+        return linear.weight(), {f"{name}.{k}": t for k, t in packed.items()}
+
+    # ---- writing --------------------------------------------------------------------------------
+
+    def assemble(self, self_check: bool) -> dict[str, Any]:
+        """Shards, config, tokenizer and recipe in OUT/.modelpress/final; then the self-check."""
+        self.observer.stage("writing")
+        final = self.final = self.work / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        final.mkdir()
+        parts = [
+            self.work / "embedding.safetensors",
+            *self.journal.part_files(),
+            self.work / "head.safetensors",
+        ]
+        merge_shards(parts, final, self.recipe.save.shard_bytes)
+        (final / "config.json").write_text(json.dumps(self._config(), indent=2) + "\n")
+        for pattern in COMPANIONS:
+            for file in sorted(self.skeleton.folder.glob(pattern)):
+                if file.is_file():
+                    shutil.copyfile(file, final / file.name)
+        (final / "recipe.yaml").write_text(self.recipe.dump())
+        self._check_counts(final)
+        self._lap("writing")
+        if not self_check:
+            return {}
+        self.observer.stage("self-check")
+        checked = reload_and_compare(final, self.work / "probe.safetensors")
+        self._lap("self_check")
+        return checked
+
+    def _config(self) -> dict[str, Any]:
+        config = json.loads((self.skeleton.folder / "config.json").read_text())
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = (
+            str(self.dtype).removeprefix("torch.")
+        )
+        if self.plan.untied:
+            config["tie_word_embeddings"] = False
+        if self.plan.modules:
+            modules = {
+                m.name: ModuleScheme(m.bits, m.group_size, m.symmetric) for m in self.plan.modules
+            }
+            ignored = [n for n in self.skeleton.linear_names() if n not in modules]
+            config["quantization_config"] = quantization_config(modules, ignored)
+        return config
+
+    def _check_counts(self, folder: Path) -> None:
+        """Every planned module must be in the file, packed, and the bytes must be the plan's."""
+        from compress.checkpoint.safetensors_io import CheckpointReader
+
+        reader = CheckpointReader(folder)
+        lost = [m.name for m in self.plan.modules if f"{m.name}.weight_packed" not in reader]
+        if lost:
+            raise CompressError(f"{len(lost)} modules were planned but not written: {lost[0]}, ...")
+        if reader.nbytes() != self.plan.bytes["total"]:
+            raise CompressError(
+                f"the tensors take {reader.nbytes():,} bytes, {self.plan.bytes['total']:,} planned"
+            )
+
+    def provenance(self, result: RunResult) -> dict[str, Any]:
+        """modelpress.json: what was done, from what, and what it took."""
+        return {
+            "versions": versions(),
+            "device": self.device,
+            "model": {
+                "path": self.recipe.model.path,
+                "revision": self.recipe.model.revision,
+                "fingerprint": self.skeleton.reader.fingerprint(),
+            },
+            "calibration": {
+                "windows": list(self.windows.input_ids.shape),
+                "sha256": hashlib.sha256(self.windows.input_ids.numpy().tobytes()).hexdigest(),
+            },
+            "seeds": {
+                "calibration": self.recipe.calibration.seed,
+                "rotate": self.recipe.rotate.seed,
+            },
+            "average_bits": self.plan.average_bits,
+            "bytes": self.plan.bytes,
+            "layers": self.facts,
+            "self_check": result.self_check,
+            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
+            "peak_memory": result.peak_memory,
+            "warnings": self.warnings,
+        }
+
+    def publish(self) -> None:
+        """Moves the finished files to OUT, config.json last, and removes the work folder."""
+        files = sorted(self.final.iterdir(), key=lambda f: f.name == "config.json")
+        new = {file.name for file in files}
+        (self.output / "config.json").unlink(missing_ok=True)
+        for file in files:
+            file.replace(self.output / file.name)
+        stale = [f for f in self.output.glob("*.safetensors*") if f.name not in new]
+        for file in stale:
+            file.unlink()
+        shutil.rmtree(self.work)

@@ -1,0 +1,161 @@
+"""Uniform grids: which real numbers a b-bit code can stand for, and how to choose their scale.
+
+    w  ~  s * (c - z),   c in {-2^(b-1), ..., 2^(b-1) - 1}
+
+Symmetric grids have z = 0 and one more level on the negative side. Where the largest weight of a
+row or group is positive, the scale is made negative, so that the longer side covers it: readers
+only ever multiply by the scale, and at 2 bits the extra level is a quarter of the grid.
+
+Everything here works on columns-first tensors, [K, N] for a linear of N outputs and K inputs, so
+that the weights of one input column are contiguous. One scale covers all K rows it is given, for
+each of the N outputs.
+
+    grid = UniformGrid(bits=3)
+    scale, zero = search_scale(grid, Wt, clip="hessian", importance=H.diagonal())
+    codes = grid.quantise(Wt, scale, zero)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Clip search, as shares of the scale that clips nothing. `magnitude`: 80 steps of 1/100 from 1.00
+# and the error |e|^2.4 (the released RSQ code, after GPTQ-style code bases). `hessian`: coarse
+# steps, then finer ones around the best of them.
+MAGNITUDE_SHARES = tuple(1 - i / 100 for i in range(80))
+MAGNITUDE_POWER = 2.4
+COARSE_SHARES = tuple(1.05 - 0.05 * i for i in range(17))
+FINE_OFFSETS = (-0.03, -0.015, 0.015, 0.03)
+# Elements worked on at a time in the search, so that the temporaries stay in the cache.
+CHUNK = 1 << 17
+
+
+@dataclass(frozen=True)
+class UniformGrid:
+    """Evenly spaced levels of `bits` bits; `scale_dtype` is what the checkpoint stores scales in."""
+
+    bits: int
+    symmetric: bool = True
+    scale_dtype: torch.dtype = torch.float32
+
+    @property
+    def low(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    def stored(self, scale: Tensor) -> Tensor:
+        """A scale as a reader of the checkpoint will see it; never zero.
+
+        Rounding here and not at saving means that the codes are chosen for the scale that is used.
+        """
+        rounded = scale.to(self.scale_dtype).to(scale.dtype)
+        tiny = torch.finfo(self.scale_dtype).tiny
+        return torch.where(rounded.abs() < tiny, torch.full_like(rounded, tiny), rounded)
+
+    def extent(self, Wt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scale and zero point that clip nothing: [K, N] -> [N], [N] or None."""
+        low, high = Wt.amin(0), Wt.amax(0)
+        if self.symmetric:
+            # Code -2^(b-1) stands for the weight of largest magnitude, whichever its sign.
+            return torch.where(high > -low, high, low) / self.low, None
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (high - low) / (self.high - self.low)
+        return scale, self.zero_for(low, scale)
+
+    def zero_for(self, low: Tensor, scale: Tensor) -> Tensor:
+        """The integer zero point that puts the lowest code at `low`: [N]."""
+        safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+        return (self.low - low / safe).round().clamp(self.low, self.high)
+
+    def quantise(self, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        """The nearest codes, as floats: x [..., N], scale [N] -> [..., N]."""
+        codes = x / scale if zero is None else x / scale + zero
+        return codes.round_().clamp_(self.low, self.high)
+
+    def dequantise(self, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        """The weights that codes stand for; inverse of `quantise` on grid points."""
+        return codes * scale if zero is None else (codes - zero) * scale
+
+
+def search_scale(
+    grid: UniformGrid, Wt: Tensor, clip: str, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of each output for the weights it is given.
+
+    Args:
+        grid: the levels.
+        Wt: [K, N] weights that share one scale for each output.
+        clip: `none` (nothing is clipped), `magnitude` (least sum |e|^2.4) or `hessian` (least
+            sum importance * e^2).
+        importance: [K] diag(H), the second moment of each input; used by `hessian`.
+
+    Returns:
+        scale [N], already rounded to what the checkpoint stores, and zero [N] or None.
+    """
+    scale, zero = grid.extent(Wt)
+    if clip == "none":
+        return grid.stored(scale), zero
+    step = max(1, CHUNK // Wt.shape[0])
+    for start in range(0, Wt.shape[1], step):
+        part = slice(start, start + step)
+        search = _ClipSearch(grid, Wt[:, part].contiguous(), scale[part], clip, importance)
+        scale[part], best_zero = search.best()
+        if zero is not None:
+            zero[part] = best_zero
+    return scale, zero
+
+
+class _ClipSearch:
+    """Tries shares of the full scale on one cache-sized set of outputs."""
+
+    def __init__(
+        self,
+        grid: UniformGrid,
+        W: Tensor,
+        full: Tensor,
+        clip: str,
+        importance: Tensor | None,
+    ):
+        self.grid, self.W, self.full, self.clip = grid, W, full, clip
+        self.importance = importance
+        self.low = None if grid.symmetric else W.amin(0).clamp(max=0)
+        self.buffer = torch.empty_like(W)
+
+    def candidate(self, share: Tensor | float) -> tuple[Tensor, Tensor | None]:
+        scale = self.grid.stored(self.full * share)
+        zero = None if self.low is None else self.grid.zero_for(self.low * share, scale)
+        return scale, zero
+
+    def error(self, share: Tensor | float) -> Tensor:
+        scale, zero = self.candidate(share)
+        e = torch.div(self.W, scale, out=self.buffer)
+        if zero is not None:
+            e += zero
+        e.round_().clamp_(self.grid.low, self.grid.high)
+        if zero is not None:
+            e -= zero
+        e.mul_(scale).sub_(self.W)
+        if self.clip == "magnitude":
+            return e.abs_().pow_(MAGNITUDE_POWER).sum(0)
+        return self.importance @ e.square_()
+
+    def scan(self, shares: list[Tensor | float], best: Tensor, least: Tensor) -> Tensor:
+        for share in shares:
+            error = self.error(share)
+            better = error < least
+            least.copy_(torch.where(better, error, least))
+            best = torch.where(better, torch.as_tensor(share, dtype=best.dtype), best)
+        return best
+
+    def best(self) -> tuple[Tensor, Tensor | None]:
+        share, least = torch.ones_like(self.full), self.error(1.0)
+        if self.clip == "magnitude":
+            share = self.scan(list(MAGNITUDE_SHARES), share, least)
+        else:
+            share = self.scan(list(COARSE_SHARES), share, least)
+            share = self.scan([share + offset for offset in FINE_OFFSETS], share, least)
+        return self.candidate(share)

@@ -1,0 +1,95 @@
+"""The second-order statistics of a linear's input, and the triangular factor that GPTQ needs.
+
+    H = (2/N) sum_j sum_t  w_jt  x_jt x_jt^T            RSQ (arXiv 2503.01820), Sec. 4.2
+
+over N calibration windows j and their tokens t, with token weights of mean one in each window
+(w = 1 gives GPTQ's Hessian, exactly). `factor` gives the upper triangular R with H + damping =
+R R^T: the layer's error tr(E H E^T) is then ||E R||^2, whose column j holds E_j R_jj plus what the
+columns before it have left, which is all that the column loop has to know.
+
+    statistics = Hessian(columns=1024)
+    statistics.add_batch(x, weights)          # x [B, T, K], weights [B, T] or None
+    R, damping = factor(statistics.matrix(), damping=0.01)
+"""
+
+import torch
+from torch import Tensor
+
+from compress.errors import CompressError
+
+# Rows of H computed at a time: only the lower triangle's blocks are, so the work is
+# (1 + block/K) / 2 of the full product.
+BLOCK = 512
+# Damping grows by this factor when the Cholesky factorisation fails, up to the limit.
+DAMPING_GROWTH = 2.0
+DAMPING_LIMIT = 1.0
+
+
+class Hessian:
+    """Accumulates H over batches of calibration windows. Holds one [K, K] matrix."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu"):
+        self.lower = torch.zeros(columns, columns, device=device)
+        self.windows = 0
+
+    def add_batch(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Adds the tokens of x [B, T, K]; weights [B, T] have mean one in each window, or None."""
+        self.windows += x.shape[0]
+        rows = x.reshape(-1, x.shape[-1]).to(self.lower.dtype)  # [tokens, K]
+        if weights is not None:
+            rows = rows * weights.reshape(-1, 1).sqrt()
+        for start in range(0, rows.shape[1], BLOCK):
+            block = slice(start, min(start + BLOCK, rows.shape[1]))
+            below = self.lower[block, : block.stop]
+            below.addmm_(rows[:, block].T, rows[:, : block.stop])
+
+    def matrix(self) -> Tensor:
+        """H, symmetric: [K, K]. Ends the accumulation: its memory becomes the result's."""
+        H = self.lower
+        for start in range(0, H.shape[0], BLOCK):
+            block = slice(start, start + BLOCK)
+            H[block, :start].mul_(2 / max(1, self.windows))
+            H[:start, block] = H[block, :start].T
+            # The diagonal block was computed whole; one triangle of it decides, so that H is
+            # symmetric to the bit.
+            square = H[block, block].tril().mul_(2 / max(1, self.windows))
+            H[block, block] = square + square.tril(-1).T
+        del self.lower
+        return H
+
+
+def factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Upper triangular R with R R^T = H + damping * mean(diag H) * I, and the damping that worked.
+
+    Args:
+        H: [K, K] symmetric, its diagonal positive.
+        damping: share of the diagonal's mean; doubled as long as H is not positive definite.
+
+    Raises:
+        CompressError: H is not positive definite with the largest damping, or is singular and
+            damping is zero.
+    """
+    mean = H.diagonal().mean()
+    while True:
+        # Reversing rows and columns turns the lower factor that LAPACK gives into an upper one.
+        damped = H.flip(0, 1)
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
+        if not failed and _well_conditioned(lower, damping):
+            return lower.flip(0, 1), damping
+        if damping == 0 or damping >= DAMPING_LIMIT:
+            raise CompressError(
+                f"the Hessian of {H.shape[0]} columns is not positive definite with damping "
+                f"{damping:g}: use more calibration tokens or a larger quantize.damping"
+            )
+        damping = min(damping * DAMPING_GROWTH, DAMPING_LIMIT)
+
+
+def _well_conditioned(lower: Tensor, damping: float) -> bool:
+    """Without damping, rounding can make a singular H look positive definite; its pivots tell."""
+    if damping > 0:
+        return bool(lower.isfinite().all())
+    pivots = lower.diagonal().square()
+    limit = pivots.numel() * torch.finfo(pivots.dtype).eps
+    return bool(pivots.isfinite().all() and pivots.min() > limit * pivots.max())

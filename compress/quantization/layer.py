@@ -1,0 +1,195 @@
+"""One decoder layer: every calibration token through it once, each linear quantised on the way.
+
+The layer `x += o(attention(norm(x))); x += down(mlp(norm(x)))` is run in stages. A stage gives the
+input of one group of linears, from which the group's Hessian is built; the group is quantised; the
+next stage runs through the quantised weights ("true sequential"):
+
+    norm(x)            -> H -> q, k, v
+    attention(norm(x)) -> H -> o          x += o(.)
+    norm(x)            -> H -> gate, up
+    act(gate) * up     -> H -> down       x += down(.)
+
+So no linear sees a token twice (q and k do where token importance looks at their attention map),
+where running the whole layer once a group costs five passes. What a stage leaves for after its
+group, the input of o or of down, waits in a second store.
+
+A stage's input is what the family's own module computes with its output projection taken out, so
+attention and activation functions are never written again here.
+
+    run_layer(layer, spec, inputs, x, y, work, quantise=..., weigh=...)
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from compress.calibration.activations import ActivationStore
+from compress.importance.tokens import LayerContext, token_weights
+from compress.models.architecture import ArchitectureSpec
+from compress.quantization.hessian import Hessian
+
+# Quantises the linears of a group, in place in the layer, given the Hessian of their input; the
+# Hessian is None where no linear of the group needs one.
+QuantiseGroup = Callable[[tuple[str, ...], Hessian | None], None]
+# Token weights [B, T] of batch i from the layer's input and its normed input, or None for uniform.
+Weigh = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+@contextmanager
+def without(layer: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The layer with one linear replaced by the identity; yields the linear's parent module."""
+    parent_name, _, child = name.rpartition(".")
+    parent = layer.get_submodule(parent_name)
+    linear = getattr(parent, child)
+    setattr(parent, child, nn.Identity())
+    try:
+        yield parent
+    finally:
+        setattr(parent, child, linear)
+
+
+def run_layer(
+    layer: nn.Module,
+    spec: ArchitectureSpec,
+    inputs: Callable[[Tensor], dict[str, Any]],
+    x: ActivationStore,
+    y: ActivationStore,
+    work: ActivationStore,
+    *,
+    quantise: QuantiseGroup,
+    needs_hessian: Callable[[tuple[str, ...]], bool],
+    weigh: Weigh,
+    device: str = "cpu",
+) -> None:
+    """Moves all batches in `x` [B, T, d] through the layer, quantising it on the way.
+
+    Args:
+        inputs: batch -> the further arguments of the attention module (rotary tables, mask).
+        x: the layer's inputs.
+        y: where its outputs go: an empty store, or `x` itself.
+        work: an empty store for what waits between two stages; empty again afterwards.
+    """
+    input_norm, post_norm = (layer.get_submodule(n) for n in (spec.input_norm, spec.post_norm))
+    weights: list[Tensor | None] = []
+
+    def statistics(group: tuple[str, ...]) -> Hessian | None:
+        columns = layer.get_submodule(group[0]).weight.shape[1]
+        return Hessian(columns, device) if needs_hessian(group) else None
+
+    def batches(store: ActivationStore) -> Iterator[tuple[int, Tensor]]:
+        return ((i, store[i].to(device)) for i in range(len(x)))
+
+    group = (spec.query, spec.key, spec.value)
+    H = statistics(group)
+    for i, z in batches(x):
+        normed = input_norm(z)
+        weights.append(weigh(i, z, normed))
+        if H:
+            H.add_batch(normed, weights[i])
+    quantise(group, H)
+
+    H = statistics((spec.output,))
+    with without(layer, spec.output) as attention:
+        for i, z in batches(x):
+            mixed = attention(hidden_states=input_norm(z), **inputs(z))[0]
+            work.append(mixed)
+            if H:
+                H.add_batch(mixed, weights[i])
+    quantise((spec.output,), H)
+
+    H = statistics(spec.mlp_in)
+    output = layer.get_submodule(spec.output)
+    for i, z in batches(x):
+        z = z + output(work[i].to(device))
+        y.put(i, z)
+        if H:
+            H.add_batch(post_norm(z), weights[i])
+    work.clear()
+    quantise(spec.mlp_in, H)
+
+    H = statistics((spec.mlp_out,))
+    with without(layer, spec.mlp_out) as mlp:
+        for i, z in batches(y):
+            wide = mlp(post_norm(z))
+            work.append(wide)
+            if H:
+                H.add_batch(wide, weights[i])
+    quantise((spec.mlp_out,), H)
+
+    down = layer.get_submodule(spec.mlp_out)
+    for i, z in batches(y):
+        y[i] = z + down(work[i].to(device))
+    work.clear()
+
+
+class TokenWeigher:
+    """Token weights of a layer's batches by one strategy, and how concentrated they are."""
+
+    def __init__(
+        self,
+        name: str,
+        minimum: float,
+        maximum: float,
+        power: int,
+        batches: list[tuple[Tensor, Tensor]],  # input ids and masks [B, T] of each batch
+        token_counts: Tensor,
+    ):
+        self.settings = (name, minimum, maximum, power)
+        self.batches, self.token_counts = batches, token_counts
+        self.masked = not all(bool(mask.all()) for _, mask in batches)
+
+    def weights(
+        self,
+        i: int,
+        x: Tensor,
+        normed: Tensor,
+        layer: nn.Module,
+        spec: ArchitectureSpec,
+        inputs: dict[str, Any],
+        sliding_window: int | None,
+    ) -> Tensor | None:
+        """w_hat [B, T] of batch i, or None where every token weighs the same."""
+        if self.settings[0] == "uniform" and not self.masked:
+            return None
+        input_ids, mask = (t.to(x.device) for t in self.batches[i])
+        context = LayerContext(
+            hidden_states=x,
+            input_ids=input_ids,
+            mask=mask,
+            queries_keys=lambda: queries_keys(layer, spec, normed, inputs),
+            output=lambda: _output(layer, x, inputs),
+            sliding_window=sliding_window,
+            token_counts=self.token_counts,
+        )
+        name, minimum, maximum, power = self.settings
+        return token_weights(name, context, minimum, maximum, power)
+
+
+def queries_keys(
+    layer: nn.Module, spec: ArchitectureSpec, normed: Tensor, inputs: dict[str, Any]
+) -> tuple[Tensor, Tensor, float]:
+    """Queries [B, h, T, d_h] and keys [B, h_kv, T, d_h] as attention sees them, and its scaling."""
+    import sys
+
+    attention = layer.get_submodule(spec.attention)
+    # The family's own rotary function stands in the module that defines its attention.
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+
+    def heads(name: str, norm: str) -> Tensor:
+        y = layer.get_submodule(name)(normed)  # [B, T, heads * d_h]
+        y = y.view(*y.shape[:2], -1, attention.head_dim)
+        if hasattr(attention, norm):  # Qwen3
+            y = getattr(attention, norm)(y)
+        return y.transpose(1, 2)
+
+    q, k = rotate(heads(spec.query, "q_norm"), heads(spec.key, "k_norm"),
+                  *inputs["position_embeddings"])  # fmt: skip
+    return q, k, attention.scaling
+
+
+def _output(layer: nn.Module, x: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """The whole layer at full precision: [B, T, d]."""
+    y = layer(x, **inputs)
+    return y[0] if isinstance(y, tuple) else y

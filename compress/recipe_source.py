@@ -1,0 +1,201 @@
+"""Where each value of a recipe came from, so that an error can name file, line and field.
+
+YAML is read twice from one text: `safe_load` for the values, `compose` for the line of every key.
+A command-line override replaces a value and its place together. The rest is a translation: what
+pydantic says about a value becomes one line that a person can act on.
+
+    source = Source.read(Path("recipe.yaml"))
+    source.assign("quantize.bits=4", Recipe)
+    source.place(("quantize", "bits"))        # '--set quantize.bits=4'
+"""
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from compress.errors import RecipeError, did_you_mean
+
+Location = tuple[str | int, ...]
+
+
+class FieldError(ValueError):
+    """A check across fields: raised in a model's validator, it names the field it is about."""
+
+    def __init__(self, field: Location, message: str):
+        super().__init__(message)
+        self.field = field
+
+
+class Source:
+    """The raw values of a recipe (`data`) and the place of each (`places`: location -> text)."""
+
+    def __init__(self, data: dict[str, Any], places: dict[Location, str]):
+        self.data = data
+        self.places = places
+
+    @classmethod
+    def read(cls, path: Path) -> "Source":
+        """Parses a file. Raises RecipeError: unreadable, not YAML, a key twice, not a mapping."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+            data = yaml.safe_load(text)
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark else ""
+            raise RecipeError(f"{path}{line}: not valid YAML: {_problem(error)}") from error
+        if not isinstance(data, dict):
+            raise RecipeError(f"{path}: expected sections such as `model:`, found {_found(data)}")
+        places: dict[Location, str] = {(): str(path)}
+        _note_places(root, (), str(path), places, set())
+        return cls(data, places)
+
+    def place(self, location: Location) -> str:
+        """`FILE:LINE` or the override that gave the value, or its nearest enclosing section."""
+        for end in range(len(location), 0, -1):
+            if location[:end] in self.places:
+                return self.places[location[:end]]
+        return self.places[()]
+
+    def assign(self, assignment: str, schema: type[BaseModel]) -> None:
+        """Applies one `section.key=value`; the value is YAML."""
+        key, equals, text = assignment.partition("=")
+        if not equals or not all(key.split(".")):
+            raise RecipeError(f"--set {assignment!r}: expected section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(
+                f"--set {assignment}: the value is not valid YAML: {_problem(error)}"
+            ) from error
+        self.put(tuple(key.split(".")), value, f"--set {assignment}", schema)
+
+    def put(self, steps: tuple[str, ...], value: Any, place: str, schema: type[BaseModel]) -> None:
+        """Sets one value; short forms on the way (`model: PATH`) become the mapping they stand for.
+
+        A step into a list is its index: `quantize.overrides.0.bits`.
+        """
+        node: Any = self.data
+        location: Location = ()
+        for i, step in enumerate(steps):
+            if isinstance(node, list) and not (step.isdigit() and int(step) < len(node)):
+                raise RecipeError(
+                    f"{place}: {dotted(location)} is a list of {len(node)}: "
+                    f"expected an index from 0, found {step!r}"
+                )
+            key = int(step) if isinstance(node, list) else step
+            location = (*location, key)
+            if i == len(steps) - 1:
+                break
+            inner = node[key] if isinstance(node, list) else node.get(key)
+            short_form = getattr(section_at(schema, location), "short_form", None)
+            if inner is None:
+                inner = {}
+                self.places[location] = place
+            elif isinstance(inner, str) and short_form:
+                inner = {short_form: inner}
+            elif not isinstance(inner, dict | list):
+                raise RecipeError(
+                    f"{place}: {dotted(location)} is {_found(inner)}, which has no keys"
+                )
+            node[key] = inner
+            node = inner
+        node[key] = value
+        # What the file said below this key is gone, and so are its lines.
+        size = len(location)
+        self.places = {k: v for k, v in self.places.items() if k[:size] != location}
+        self.places[location] = place
+
+    def one_line(self, error: ValidationError, schema: type[BaseModel]) -> str:
+        """The first of pydantic's complaints as `place: field: what was expected and found`."""
+        problems = error.errors(include_url=False)
+        first = problems[0]
+        location: Location = tuple(first["loc"])
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, FieldError):
+            location += cause.field
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        field = f"{dotted(location)}: " if location else ""
+        return f"{self.place(location)}: {field}{_explain(first, location, schema)}{more}"
+
+
+def section_at(schema: type[BaseModel], location: Location) -> type[BaseModel] | None:
+    """The class of the section at a location, through `X | None` and `list[X]`; None if none is."""
+    section: type[BaseModel] | None = schema
+    for step in location:
+        if isinstance(step, str):
+            field = section.model_fields.get(step) if section else None
+            section = _section_in(field.annotation) if field else None
+    return section
+
+
+def dotted(location: Location) -> str:
+    """`quantize.overrides[0].bits`."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
+    return text.removeprefix(".")
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
+
+
+def _explain(problem: Any, location: Location, schema: type[BaseModel]) -> str:
+    kind, value = problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        section = section_at(schema, location[:-1])
+        known = list(section.model_fields) if section else []
+        near = did_you_mean(str(location[-1]), known)
+        return f"unknown key{near}: expected one of {', '.join(known)}"
+    if kind == "missing":
+        return "this key is required and missing"
+    if kind == "value_error":
+        return str(problem["ctx"]["error"])
+    if kind in ("model_type", "model_attributes_type"):
+        return f"expected a section of `key: value` lines, found {_found(value)}"
+    if kind == "bool_type":
+        return f"expected true or false, found {_found(value)}"
+    expected = problem["msg"].replace("Input should be", "expected", 1)
+    return f"{expected}, found {_found(value)}"
+
+
+def _found(value: Any) -> str:
+    """A value as YAML would spell it on one line, shortened."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except ValueError:  # an anchor that contains itself
+        text = f"a {type(value).__name__} that contains itself"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """What the YAML parser disliked, without its many-line excerpt."""
+    parts = [getattr(error, "context", None), getattr(error, "problem", None)]
+    return ", ".join(part for part in parts if part) or " ".join(str(error).split())
+
+
+def _note_places(
+    node: yaml.Node, location: Location, file: str, places: dict[Location, str], seen: set[int]
+) -> None:
+    """Records `FILE:LINE` of every key and list item; refuses a key that is given twice."""
+    if id(node) in seen:  # an alias: its lines are the anchor's, and it may contain itself
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            places[(*location, i)] = f"{file}:{item.start_mark.line + 1}"
+            _note_places(item, (*location, i), file, places, seen)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*location, key.value if isinstance(key.value, str) else str(key.value))
+            line = key.start_mark.line + 1
+            if inner in places:
+                raise RecipeError(f"{file}:{line}: {dotted(inner)}: this key is given twice")
+            places[inner] = f"{file}:{line}"
+            _note_places(value, inner, file, places, seen)

@@ -1,0 +1,1 @@
+"""Rotations: Hadamard matrices of every even size, norm fusion, rotating a decoder layer."""

@@ -1,0 +1,170 @@
+"""How far a model's predictions are from its baseline's, token by token.
+
+    KL(t) = sum_v p(v) (log p(v) - log q(v)),   p: the baseline's next-token distribution, q: the
+                                                model's, after the same context; in nats
+
+Perplexity asks only about the token that came; KL asks about the whole distribution, so it sees
+damage that luck hides from perplexity and needs fewer tokens to be sure. Both models read the same
+windows, one batch at a time; log-softmax in fp32, sums in fp64. Each mean comes with a standard
+error over tokens, as if they were independent, and over windows, which are nearly so.
+
+    result = kl_divergence(model, baseline, token_ids, length=512)
+    print(result.line())
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from compress.eval.statistics import clustered_mean
+from compress.eval.windows import (
+    Batch,
+    check_no_nan,
+    check_window,
+    document_batches,
+    logits_of,
+    measuring,
+    scored_chunks,
+    window_batches,
+)
+from torch import Tensor
+
+from compress.errors import UsageError
+
+
+@dataclass(frozen=True)
+class DivergenceResult:
+    """KL(baseline || model) per token and top-1 agreement, over the scored positions."""
+
+    mean: float  # nats per token
+    stderr: float | None  # over windows; None where there is only one
+    token_stderr: float | None  # over tokens, as if independent
+    maximum: float  # nats, at the worst token
+    top1_agreement: float  # share of tokens where both put the same token first
+    top1_stderr: float | None  # over windows
+    tokens: int
+    windows: int
+    length: int
+    stride: int | None
+    bos: bool
+    unit: str = "window"
+
+    def line(self) -> str:
+        """One line: the figures, their errors and conditions."""
+        error = "n/a" if self.stderr is None else f"{self.stderr:.2g}"
+        cut = (
+            f"{self.windows} documents of at most {self.length} tokens"
+            if self.unit == "document"
+            else f"{self.windows} windows of {self.length} tokens, stride {self.stride}"
+        )
+        return (
+            f"KL(baseline || model) {self.mean:.5f} ± {error} nats per token, "
+            f"max {self.maximum:.3f}, top-1 agreement {100 * self.top1_agreement:.2f} % "
+            f"({self.tokens} tokens, {cut}, {'BOS' if self.bos else 'no BOS'} added)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def kl_divergence(
+    model: torch.nn.Module,
+    baseline: torch.nn.Module,
+    token_ids: Tensor | Sequence[int],
+    length: int,
+    stride: int | None = None,
+    bos: int | None = None,
+    batch: int = 8,
+) -> DivergenceResult:
+    """Mean KL(baseline || model) on the windows that `perplexity` scores with these arguments.
+
+    Args:
+        model, baseline: causal language models of one vocabulary; their devices may differ.
+        token_ids: [tokens].
+        length, stride, bos: as in `perplexity`.
+        batch: windows a forward pass; the logits of one batch of both models are held.
+
+    Raises:
+        UsageError: the vocabularies differ, or the text is shorter than a window.
+        CompressError: the logits of either hold a NaN.
+    """
+    step = check_window(length, stride, bos)
+    batches = window_batches(token_ids, length, stride, bos, batch)
+    conditions = {"length": length, "stride": step, "bos": bos is not None}
+    return _divergence(model, baseline, batches, conditions)
+
+
+def kl_divergence_per_document(
+    model: torch.nn.Module,
+    baseline: torch.nn.Module,
+    documents: Sequence[Sequence[int]],
+    max_length: int,
+    bos: int | None = None,
+    batch: int = 8,
+) -> DivergenceResult:
+    """The same on documents, cut and scored as `perplexity_per_document` does."""
+    batches = document_batches(documents, max_length, bos, batch)
+    conditions = {"length": max_length, "stride": None, "bos": bos is not None, "unit": "document"}
+    return _divergence(model, baseline, batches, conditions)
+
+
+def token_divergence(baseline_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(baseline_logits) || softmax(logits)) in nats, fp32: [..., V] -> [...]."""
+    log_p = baseline_logits.float().log_softmax(-1)
+    log_q = logits.float().log_softmax(-1)
+    p = log_p.exp()
+    # A token masked to -inf in the baseline adds nothing; 0 * (-inf) would be NaN.
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+def _divergence(
+    model: torch.nn.Module,
+    baseline: torch.nn.Module,
+    batches: Iterable[Batch],
+    conditions: dict[str, Any],
+) -> DivergenceResult:
+    totals: list[float] = []
+    agreements: list[float] = []
+    counts: list[int] = []
+    squares, maximum = 0.0, 0.0
+    with measuring(model, baseline):
+        for batch in batches:
+            theirs, ours = logits_of(baseline, batch), logits_of(model, batch)  # [B, L, V]
+            if theirs.shape != ours.shape:
+                raise UsageError(
+                    f"the two models have vocabularies of {ours.shape[-1]} and "
+                    f"{theirs.shape[-1]}: KL needs a baseline of the same vocabulary"
+                )
+            kl_of, same_of = [0.0] * ours.shape[0], [0.0] * ours.shape[0]
+            for row, at in scored_chunks(batch.scored, ours.shape[-1]):
+                q = ours[row, at.to(ours.device)]
+                p = theirs[row, at.to(theirs.device)].to(ours.device)
+                for logits, whose in ((q, "the model"), (p, "the baseline")):
+                    check_no_nan(logits, whose)
+                kl = token_divergence(p, q).double()
+                kl_of[row] += kl.sum().item()
+                same_of[row] += (p.argmax(-1) == q.argmax(-1)).sum().item()
+                squares += kl.square().sum().item()
+                maximum = max(maximum, kl.max().item())
+            totals += kl_of
+            agreements += same_of
+            counts += batch.scored.sum(dim=1).tolist()
+            del theirs, ours  # before the next forward passes make their own
+    mean, agreement, tokens = (
+        clustered_mean(totals, counts),
+        clustered_mean(agreements, counts),
+        sum(counts),
+    )
+    variance = max(0.0, squares - tokens * mean.mean**2) / max(1, tokens - 1)
+    return DivergenceResult(
+        mean=mean.mean,
+        stderr=mean.stderr,
+        token_stderr=(variance / tokens) ** 0.5 if tokens > 1 else None,
+        maximum=maximum,
+        top1_agreement=agreement.mean,
+        top1_stderr=agreement.stderr,
+        tokens=tokens,
+        windows=len(counts),
+        **conditions,
+    )

@@ -1,0 +1,229 @@
+"""Perplexity: exp of the mean negative log-likelihood of a text, with all its conditions.
+
+    NLL(t) = -log p(x_t | what the model sees before it),   perplexity = exp(sum NLL / tokens)
+
+The mean is over all scored tokens, never over windows or documents: a document counts as much as
+it is long. Cross entropy is in fp32, sums in fp64. The standard error is over windows or documents
+(see statistics.py) and, for the perplexity itself, value * error of the mean (delta method).
+
+The same model has a perplexity per token, per word and per byte, and each changes with context
+length, stride and BOS; a figure without them cannot be compared. `line()` states them all.
+
+    result = perplexity(model, token_ids, length=512)
+    print(result.line())   # perplexity 12.345 ± 0.210 per token (mean NLL 2.5133 ± ..., 512 ...)
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from compress.eval.statistics import Estimate, clustered_mean, paired_clustered_difference
+from compress.eval.windows import (
+    Batch,
+    check_no_nan,
+    check_window,
+    document_batches,
+    logits_of,
+    measuring,
+    scored_chunks,
+    window_batches,
+)
+from torch import Tensor
+
+from compress.errors import UsageError
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """A perplexity and what it takes to measure it again.
+
+    `window_nll` [nats] and `window_tokens` hold the totals of each window (or document), for
+    paired differences between models measured on the same windows.
+    """
+
+    value: float
+    mean_nll: float  # nats per scored token
+    stderr: float | None  # of mean_nll, over windows; None where there is only one
+    tokens: int  # scored
+    windows: int
+    length: int  # tokens the model sees in a window, BOS included; the longest for documents
+    stride: int | None  # text tokens from window to window; None for documents
+    bos: bool
+    unit: str = "window"  # or "document"
+    basis: str = "token"
+    per_word: float | None = None
+    per_byte: float | None = None
+    bits_per_byte: float | None = None
+    window_nll: tuple[float, ...] = ()
+    window_tokens: tuple[int, ...] = ()
+
+    @property
+    def value_stderr(self) -> float | None:
+        """Standard error of the perplexity itself: value * stderr (delta method)."""
+        return None if self.stderr is None else self.value * self.stderr
+
+    def line(self) -> str:
+        """One line: the figure, its error, and every condition it depends on."""
+        ratio, nll = ("n/a" if e is None else f"{e:.3g}" for e in (self.value_stderr, self.stderr))
+        cut = (
+            f"{self.windows} documents of at most {self.length} tokens"
+            if self.unit == "document"
+            else f"{self.windows} windows of {self.length} tokens, stride {self.stride}"
+        )
+        line = (
+            f"perplexity {self.value:.4f} ± {ratio} per {self.basis} "
+            f"(mean NLL {self.mean_nll:.4f} ± {nll} nats, {self.tokens} tokens scored, "
+            f"{cut}, {'BOS' if self.bos else 'no BOS'} added)"
+        )
+        if self.per_word is not None:
+            line += f"; {self.per_word:.4f} per word"
+        if self.bits_per_byte is not None:
+            line += f"; {self.bits_per_byte:.4f} bits per byte"
+        return line
+
+    def to_dict(self) -> dict[str, Any]:
+        """Figures and conditions for JSON: all but the totals of single windows."""
+        figures = asdict(self)
+        del figures["window_nll"], figures["window_tokens"]
+        return figures | {"value_stderr": self.value_stderr}
+
+
+def perplexity(
+    model: torch.nn.Module,
+    token_ids: Tensor | Sequence[int],
+    length: int,
+    stride: int | None = None,
+    bos: int | None = None,
+    batch: int = 8,
+    *,
+    bytes: int | None = None,
+    words: int | None = None,
+) -> PerplexityResult:
+    """Perplexity of one stream of tokens, cut into windows (see windows.py).
+
+    Args:
+        model: a causal language model: `model(input_ids=...).logits` is [B, L, V].
+        token_ids: [tokens].
+        length: tokens the model sees in a window, BOS included.
+        stride: text tokens from window to window; None for windows that do not overlap.
+        bos: id in front of each window, not scored; None for none.
+        batch: windows a forward pass; the logits of one batch are held, never more.
+        bytes, words: size of the text that `token_ids` encodes. Given, the perplexity per word
+            and per byte are reported too: exp(mean NLL * tokens in the text / words).
+
+    Raises:
+        UsageError: the text is shorter than a window, or length and stride make no sense.
+        CompressError: the logits hold a NaN.
+    """
+    step = check_window(length, stride, bos)
+    totals, counts = negative_log_likelihoods(
+        model, window_batches(token_ids, length, stride, bos, batch)
+    )
+    result = _result(totals, counts, length=length, stride=step, bos=bos is not None)
+    return _per_word_and_byte(result, len(token_ids), bytes, words)
+
+
+def perplexity_per_document(
+    model: torch.nn.Module,
+    documents: Sequence[Sequence[int]],
+    max_length: int,
+    bos: int | None = None,
+    batch: int = 8,
+) -> PerplexityResult:
+    """Each document on its own: exp(NLL of all documents / tokens of all documents).
+
+    The first id of a document is context only, so ids as a tokenizer gives them, with its BOS
+    where it adds one, need no `bos`. (On the stories that models/stories260k samples, BOS in
+    front, this is 3.697 in 16 bits; without BOS it is 3.718, and the mean of each story's own
+    perplexity is 3.718 too.)
+
+    Args:
+        model: a causal language model.
+        documents: token ids of each; cut to `max_length`. Shorter than two tokens: left out.
+        max_length: tokens the model sees of a document, BOS included: at most its context.
+        bos: id put in front of each document.
+        batch: documents a forward pass (padded on the right, padding masked and not scored).
+
+    Raises:
+        UsageError: no document has two tokens.
+        CompressError: the logits hold a NaN.
+    """
+    totals, counts = negative_log_likelihoods(
+        model, document_batches(documents, max_length, bos, batch)
+    )
+    return _result(
+        totals, counts, length=max_length, stride=None, bos=bos is not None, unit="document"
+    )
+
+
+def negative_log_likelihoods(
+    model: torch.nn.Module, batches: Iterable[Batch]
+) -> tuple[list[float], list[int]]:
+    """Total NLL [nats] and number of scored tokens of each row of each batch."""
+    totals: list[float] = []
+    counts: list[int] = []
+    with measuring(model):
+        for batch in batches:
+            logits = logits_of(model, batch)  # [B, L, V]
+            targets = batch.input_ids[:, 1:]
+            rows = [0.0] * targets.shape[0]
+            for row, at in scored_chunks(batch.scored, logits.shape[-1]):
+                losses = torch.nn.functional.cross_entropy(
+                    logits[row, at.to(logits.device)].float(),
+                    targets[row, at].to(logits.device),
+                    reduction="none",
+                )
+                rows[row] += check_no_nan(losses, "the model").double().sum().item()
+            totals += rows
+            counts += batch.scored.sum(dim=1).tolist()
+            del logits  # before the next forward pass makes its own
+    return totals, counts
+
+
+def perplexity_difference(model: PerplexityResult, baseline: PerplexityResult) -> Estimate:
+    """Mean NLL of the model minus the baseline's, per token in nats, paired by window.
+
+    exp of it is the ratio of the perplexities.
+
+    Raises:
+        UsageError: the two were not measured on the same windows.
+    """
+    if model.window_tokens != baseline.window_tokens or model.bos != baseline.bos:
+        raise UsageError(
+            "the two perplexities were not measured on the same windows: evaluate both models "
+            "on the same text with the same length, stride and BOS"
+        )
+    return paired_clustered_difference(model.window_nll, baseline.window_nll, model.window_tokens)
+
+
+def _result(totals: list[float], counts: list[int], **conditions: Any) -> PerplexityResult:
+    mean = clustered_mean(totals, counts)
+    return PerplexityResult(
+        value=_exp(mean.mean),
+        mean_nll=mean.mean,
+        stderr=mean.stderr,
+        tokens=sum(counts),
+        windows=len(counts),
+        window_nll=tuple(totals),
+        window_tokens=tuple(counts),
+        **conditions,
+    )
+
+
+def _per_word_and_byte(
+    result: PerplexityResult, tokens: int, size: int | None, words: int | None
+) -> PerplexityResult:
+    """The same NLL spread over words or bytes, by the text's own tokens per word and per byte."""
+    if words is not None:
+        result = replace(result, per_word=_exp(result.mean_nll * tokens / words))
+    if size is not None:
+        nats = result.mean_nll * tokens / size
+        result = replace(result, per_byte=_exp(nats), bits_per_byte=nats / math.log(2))
+    return result
+
+
+def _exp(nats: float) -> float:
+    """exp that says infinity, where math.exp overflows: a broken model has such a perplexity."""
+    return math.exp(nats) if nats < 709 else math.inf

@@ -1,0 +1,372 @@
+"""What a run did and what it cost, for people: tables, one HTML page, one picture.
+
+A row of the tables and of the picture is flat: a name, sizes, and figures with their errors
+
+    {"name": "RSQ 3 bit", "bytes": 1_900_000, "bits": 3.25, "seconds": 41.0,
+     "perplexity": 9.31, "perplexity_stderr": 0.21, "demo_code acc": 0.52, ...}
+
+`quality_row` makes one from what `evaluate_model` returns; `x_stderr` is shown behind x, never as a
+column. The page takes one dict, of which every key but `name` may be missing:
+
+    name         of the model
+    recipe       the resolved recipe, nested
+    provenance   versions, seeds, hashes, times, peak memory, nested
+    layers       [{"name", "bits", "group_size", "error", "effective_sample_size", "seconds"}, ...]
+                 one entry a quantised linear, in the order of the model; further keys are shown too
+    evaluation   of the model, as `evaluate_model` returns it
+    baseline     {"results", "perplexity"}; absent, `evaluation["baseline"]` is taken
+    bytes        {"original", "total", ...}: numbers of bytes
+
+    write_report("out/report.html", {"name": "demo", "layers": layers, "evaluation": scores})
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ERROR = "_stderr"
+MISSING = "–"
+LAYER_COLUMNS = ("name", "bits", "group_size", "error", "effective_sample_size", "seconds")
+# Okabe and Ito's colours, told apart with every kind of colour vision.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+
+Row = Mapping[str, Any]
+
+
+# ---------------------------------------------------------------------------- numbers as text
+
+
+def format_bytes(count: float) -> str:
+    """Decimal units, as file systems and model hubs print them: `1.90 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def format_number(value: Any, error: float | None = None) -> str:
+    """A value, to the second digit of its error if there is one: `0.525 ± 0.025`."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if error is not None and math.isfinite(error) and error > 0 and math.isfinite(value):
+        digits = max(0, 1 - math.floor(math.log10(error)))
+        return f"{value:.{digits}f} ± {error:.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def format_cell(row: Row, column: str) -> str:
+    value = row.get(column)
+    if column == "bytes" and value is not None:
+        return format_bytes(value)
+    return format_number(value, row.get(column + ERROR))
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+def quality_row(name: str, evaluation: Row, **facts: Any) -> dict[str, Any]:
+    """A row from the result of `evaluate_model`, or from its `baseline` part.
+
+    `facts` are put first: bytes, bits, seconds.
+    """
+    row: dict[str, Any] = {"name": name, **facts}
+    if text := evaluation.get("perplexity"):
+        row |= {"perplexity": text["value"], "perplexity" + ERROR: text.get("value_stderr")}
+    if kl := evaluation.get("kl"):
+        row |= {"kl": kl["mean"], "kl" + ERROR: kl.get("stderr")}
+    for task, metrics in (evaluation.get("results") or {}).items():
+        row |= {f"{task} {metric}": value for metric, value in metrics.items()}
+    return row
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Columns in order of first appearance; errors belong to their value's column."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [key for key in keys if not (key.endswith(ERROR) and key.removesuffix(ERROR) in keys)]
+
+
+def quality_table(rows: Sequence[Row], conditions: str | None = None) -> "Table":
+    """The rows for a terminal; `conditions` (context, stride, BOS, items) stand below."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(caption=conditions, caption_justify="left", box=box.SIMPLE_HEAD)
+    columns = columns_of(rows)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "name" else "right")
+    for row in rows:
+        table.add_row(*(format_cell(row, column) for column in columns))
+    return table
+
+
+def markdown_table(rows: Sequence[Row], conditions: str | None = None) -> str:
+    """The same rows as a Markdown table, with the conditions in a line below it."""
+    columns = columns_of(rows)
+    lines = [columns, ["---" if column == "name" else "---:" for column in columns]]
+    lines += [[format_cell(row, column) for column in columns] for row in rows]
+    text = "\n".join(
+        "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
+    )
+    return f"{text}\n\n{conditions}\n" if conditions else f"{text}\n"
+
+
+# ---------------------------------------------------------------------------- the page
+
+
+def write_report(path: str | Path, result: Mapping[str, Any]) -> Path:
+    """One HTML file that needs no other: tables, conditions, and each layer's error as SVG.
+
+    Args:
+        path: of the file; its folder is made if need be.
+        result: see the file's head. What is missing is left out of the page.
+    """
+    from jinja2 import Environment, FileSystemLoader
+
+    # autoescape: names and recipes are other people's text
+    loader = FileSystemLoader(Path(__file__).parent)
+    page = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    layers = list(result.get("layers") or [])
+    evaluation = result.get("evaluation") or {}
+    html = page.get_template("report.html.jinja").render(
+        name=result.get("name") or "model",
+        sizes=_sizes(result.get("bytes") or {}),
+        quality=_quality(evaluation, result.get("baseline") or evaluation.get("baseline") or {}),
+        conditions=_conditions(evaluation),
+        plot=error_plot(layers),
+        layer_columns=_layer_columns(layers),
+        layers=layers,
+        recipe=list(flatten(result.get("recipe") or {})),
+        provenance=list(flatten(result.get("provenance") or {})),
+        number=format_number,
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def flatten(nested: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """`{"a": {"b": 1}}` -> `("a.b", "1")`: the spelling that --set takes."""
+    if isinstance(nested, Mapping) and nested:
+        for key, value in nested.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(nested, list | tuple) and any(isinstance(v, Mapping) for v in nested):
+        for i, value in enumerate(nested):
+            yield from flatten(value, f"{prefix}[{i}]")
+    elif prefix:
+        yield prefix, MISSING if nested is None else str(nested)
+
+
+def _sizes(sizes: Row) -> list[tuple[str, str]]:
+    shown = [(key, format_bytes(value)) for key, value in sizes.items() if value is not None]
+    if sizes.get("original") and sizes.get("total"):
+        shown.append(("smaller by", f"{sizes['original'] / sizes['total']:.2f} x"))
+    return shown
+
+
+def _quality(evaluation: Row, baseline: Row) -> list[dict[str, str]]:
+    """One line a metric: the model, the baseline, and the paired difference of the two."""
+    ours, theirs = (quality_row("", part) for part in (evaluation, baseline))
+    differences = evaluation.get("difference") or {}
+    paired = {
+        f"{task} {metric}": difference
+        for task, metrics in (differences.get("results") or {}).items()
+        for metric, difference in metrics.items()
+    }
+    lines = []
+    for column in columns_of([ours, theirs])[1:]:
+        difference = paired.get(column, {})
+        lines.append(
+            {
+                "metric": column,
+                "model": format_cell(ours, column),
+                "baseline": format_cell(theirs, column),
+                "difference": format_number(difference.get("value"), difference.get("stderr")),
+            }
+        )
+    if nll := differences.get("mean_nll"):
+        model, reference = (
+            format_number(text.get("mean_nll"), text.get("stderr"))
+            for text in (part.get("perplexity") or {} for part in (evaluation, baseline))
+        )
+        lines.append(
+            {
+                "metric": "mean NLL (nats per token)",
+                "model": model,
+                "baseline": reference,
+                "difference": format_number(nll["value"], nll["stderr"]),
+            }
+        )
+    return lines
+
+
+def _conditions(evaluation: Row) -> list[tuple[str, str]]:
+    lines = [
+        (part, evaluation[part]["line"])
+        for part in ("perplexity", "kl")
+        if (evaluation.get(part) or {}).get("line")
+    ]
+    return lines + list(flatten(evaluation.get("conditions") or {}))
+
+
+def _layer_columns(layers: Sequence[Row]) -> list[str]:
+    """The usual columns that any layer has, then whatever else is there."""
+    keys = dict.fromkeys(key for layer in layers for key in layer)
+    return [c for c in LAYER_COLUMNS if c in keys] + [k for k in keys if k not in LAYER_COLUMNS]
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+def error_plot(
+    layers: Sequence[Row], width: int = 900, height: int = 260, margin: int = 48
+) -> dict[str, Any] | None:
+    """Coordinates for the page's SVG: error (logarithmic) by place in the model, coloured by bits.
+
+    Errors that are missing, not finite or not positive cannot be drawn and are counted in
+    `omitted`. None where nothing can be drawn.
+    """
+    drawn = [(i, layer) for i, layer in enumerate(layers) if _drawable(layer.get("error"))]
+    if not drawn:
+        return None
+    logs = [math.log10(layer["error"]) for _, layer in drawn]
+    low, high = math.floor(min(logs)), max(math.ceil(max(logs)), math.floor(min(logs)) + 1)
+    widths = sorted({str(layer.get("bits", MISSING)) for _, layer in drawn})
+    colours = {bits: COLOURS[i % len(COLOURS)] for i, bits in enumerate(widths)}
+
+    def x_of(i: int) -> float:
+        return round(margin + (width - 2 * margin) * (i + 0.5) / len(layers), 1)
+
+    def y_of(log: float) -> float:
+        return round(height - margin + (2 * margin - height) * (log - low) / (high - low), 1)
+
+    starts: dict[str, int] = {}  # where each decoder layer begins
+    for i, layer in enumerate(layers):
+        if index := re.search(r"\.(\d+)\.", str(layer.get("name", ""))):
+            starts.setdefault(index.group(1), i)
+    every = math.ceil(len(starts) / 16) or 1  # no more labels than fit
+    return {
+        "width": width,
+        "height": height,
+        "margin": margin,
+        "points": [
+            {
+                "x": x_of(i),
+                "y": y_of(log),
+                "colour": colours[str(layer.get("bits", MISSING))],
+                "title": f"{layer.get('name', i)}: {layer['error']:.4g}",
+            }
+            for (i, layer), log in zip(drawn, logs, strict=True)
+        ],
+        "rows": [{"y": y_of(k), "label": f"1e{k}"} for k in range(low, high + 1)],
+        "columns": [{"x": x_of(i), "label": k} for k, i in list(starts.items())[::every]],
+        "legend": [{"label": f"{bits} bits", "colour": colours[bits]} for bits in widths],
+        "omitted": len(layers) - len(drawn),
+    }
+
+
+def _drawable(error: Any) -> bool:
+    return isinstance(error, int | float) and math.isfinite(error) and error > 0
+
+
+def plot_quality(
+    rows: Sequence[Row],
+    path: str | Path,
+    metrics: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Quality against bytes: one panel a metric, one labelled point with its error bar a row.
+
+    Args:
+        rows: see the file's head; rows without `bytes` or without the metric are not in its panel.
+        path: of the picture; its suffix says the format (png, svg, pdf).
+        metrics: columns to draw; None for the perplexity and the accuracy (acc) of each task.
+        title: above all panels: the conditions.
+
+    Raises:
+        UsageError: matplotlib is not installed, or no row has bytes and one of the metrics.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("plots need matplotlib: pip install 'modelpress[eval]'") from None
+
+    columns = columns_of(rows)
+    if metrics is None:
+        metrics = [c for c in columns if c == "perplexity" or c.split(" ")[-1] == "acc"]
+    panels = {m: [r for r in rows if None not in (r.get("bytes"), r.get(m))] for m in metrics}
+    panels = {metric: points for metric, points in panels.items() if points}
+    if not panels:
+        raise UsageError(
+            f"nothing to plot: no row has bytes and one of "
+            f"{', '.join(metrics) or 'perplexity, acc'}; columns are {', '.join(columns)}"
+        )
+    figure = Figure(figsize=(5.6 * len(panels), 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    colours = {row["name"]: COLOURS[i % len(COLOURS)] for i, row in enumerate(rows)}
+    drawn = []
+    for i, (metric, points) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        _draw_panel(axes, metric, points, colours)
+        drawn.append((axes, metric, points))
+    if title:
+        figure.suptitle(title, fontsize=10)
+    figure.draw_without_rendering()  # settles the axes, which the labels' places depend on
+    for axes, metric, points in drawn:
+        _label_points(axes, metric, points, colours)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _draw_panel(axes: Any, metric: str, points: Sequence[Row], colours: Mapping[str, str]) -> None:
+    for row in points:
+        axes.errorbar(
+            row["bytes"] / 1e6,
+            row[metric],
+            yerr=row.get(metric + ERROR),
+            fmt="o",
+            capsize=3,
+            color=colours[row["name"]],
+        )
+    values = [row[metric] for row in points]
+    if min(values) > 0 and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+    better = "lower" if metric in ("perplexity", "kl") else "higher"
+    axes.set_xlabel("size on disk (MB)")
+    axes.set_ylabel(f"{metric} ({better} is better)")
+    axes.margins(x=0.3, y=0.15)
+    axes.grid(alpha=0.25)
+
+
+def _label_points(
+    axes: Any, metric: str, points: Sequence[Row], colours: Mapping[str, str]
+) -> None:
+    """Names beside the points, lifted where they would cover the name of a point below."""
+    points_per_pixel = 72 / axes.figure.dpi
+    placed: list[tuple[float, float]] = []  # of the names so far, in points from the corner
+    for row in sorted(points, key=lambda row: (row[metric], row["name"])):
+        x, y = axes.transData.transform((row["bytes"] / 1e6, row[metric])) * points_per_pixel
+        near = [top for left, top in placed if abs(left - x) < 60]
+        lifted = max([y - 3.0, *(top + 10.0 for top in near)])
+        placed.append((x, lifted))
+        axes.annotate(
+            row["name"],
+            (row["bytes"] / 1e6, row[metric]),
+            xytext=(8, lifted - y),
+            textcoords="offset points",
+            fontsize=8,
+            color=colours[row["name"]],
+        )

@@ -1,0 +1,1 @@
+"""Local lm-eval tasks: one folder each."""

@@ -1,0 +1,174 @@
+"""How a text is cut into what a model is asked: windows of one stream, or documents on their own.
+
+A window is what the model sees in one forward pass: `length` tokens, a BOS included where one is
+asked for. With T = length (or length - 1 behind a BOS) text tokens a window, window k begins at
+text token k * stride and predicts the tokens that no earlier window predicted:
+
+    stride = T (default)   windows do not overlap; each predicts all its tokens but the first,
+                           which has no context (behind a BOS: all of them)
+    stride < T             windows slide; each but the first predicts its last `stride` tokens
+
+Only whole windows are used: what is left at the end of the stream is dropped. A smaller stride
+gives every token more context, so a perplexity means nothing without length, stride and BOS
+(https://huggingface.co/docs/transformers/perplexity draws both).
+
+    for batch in window_batches(token_ids, length=512, batch_size=8): ...
+    for batch in document_batches(lists_of_ids, max_length=512, batch_size=8): ...
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import CompressError, UsageError
+
+# Logits are turned to fp32 this many numbers at a time (64 MiB), whatever the vocabulary.
+CHUNK_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one forward pass. The logits at position i predict `input_ids[:, i + 1]`."""
+
+    input_ids: Tensor  # [B, L]
+    attention_mask: Tensor | None  # [B, L], None where no row is padded
+    scored: Tensor  # [B, L - 1] bool: which predictions count
+
+
+def check_window(length: int, stride: int | None, bos: int | None) -> int:
+    """Text tokens from the start of one window to the next; a UsageError if that makes no sense."""
+    text = length - (bos is not None)
+    if length < 2:
+        raise UsageError(f"a window of {length} tokens predicts nothing: expected length >= 2")
+    if stride is not None and not 1 <= stride <= text:
+        behind = " behind a BOS" if bos is not None else ""
+        raise UsageError(
+            f"stride {stride} does not fit windows of {text} text tokens{behind}: "
+            f"expected 1 to {text}"
+        )
+    return stride or text
+
+
+def window_batches(
+    token_ids: Tensor | Sequence[int],
+    length: int,
+    stride: int | None = None,
+    bos: int | None = None,
+    batch_size: int = 8,
+) -> Iterator[Batch]:
+    """The windows of one stream of tokens, in order.
+
+    Args:
+        token_ids: [tokens], one text or many joined by the caller.
+        length: tokens the model sees in a window, BOS included.
+        stride: text tokens from one window to the next; None for windows that do not overlap.
+        bos: id put in front of each window and never scored; None for no BOS.
+        batch_size: windows a batch.
+
+    Raises:
+        UsageError: length or stride make no sense, or the stream is shorter than one window.
+    """
+    stream = torch.as_tensor(token_ids, dtype=torch.long).cpu()
+    step, text = check_window(length, stride, bos), length - (bos is not None)
+    if stream.dim() != 1:
+        raise UsageError(f"expected one stream of tokens [tokens], found shape {[*stream.shape]}")
+    if stream.numel() < text:
+        raise UsageError(
+            f"the text has {stream.numel()} tokens, fewer than one window of {text}: "
+            f"give more text or a smaller length"
+        )
+    windows = stream.unfold(0, text, step)  # [windows, T], a view
+    for first in range(0, windows.shape[0], batch_size):
+        rows = windows[first : first + batch_size]
+        scored = torch.zeros(rows.shape[0], length - 1, dtype=torch.bool)
+        # The last `step` tokens are new; all of the very first window is.
+        scored[:, max(0, length - 1 - step) :] = True
+        if first == 0:
+            scored[0] = True
+        if bos is not None:
+            rows = torch.cat([rows.new_full((rows.shape[0], 1), bos), rows], dim=1)
+        yield Batch(rows.contiguous(), None, scored)
+
+
+def document_batches(
+    documents: Sequence[Sequence[int]],
+    max_length: int,
+    bos: int | None = None,
+    batch_size: int = 8,
+) -> Iterator[Batch]:
+    """Each document on its own row, cut to `max_length` tokens and padded on the right.
+
+    The first token of a row (the BOS, if there is one) is context only. Padding is masked and
+    comes after the text, so it changes nothing that a causal model predicts. Documents of fewer
+    than two tokens predict nothing and are left out.
+
+    Args:
+        documents: token ids of each document.
+        max_length: tokens the model sees of a document, BOS included.
+        bos: id put in front of each document; None where the ids already say how they begin.
+        batch_size: documents a batch.
+
+    Raises:
+        UsageError: `max_length` below 2, or no document with two tokens.
+    """
+    check_window(max_length, None, bos)
+    head = [] if bos is None else [bos]
+    rows = [[*head, *ids[: max_length - len(head)]] for ids in documents]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise UsageError("no document has two tokens or more: there is nothing to predict")
+    for first in range(0, len(rows), batch_size):
+        some = rows[first : first + batch_size]
+        lengths = torch.tensor([len(row) for row in some])
+        input_ids = torch.zeros(len(some), int(lengths.max()), dtype=torch.long)
+        for i, row in enumerate(some):
+            input_ids[i, : len(row)] = torch.tensor(row)
+        mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+        padded = not bool(mask.all())
+        yield Batch(input_ids, mask.long() if padded else None, mask[:, 1:])
+
+
+@contextmanager
+def measuring(*models: Any) -> Iterator[None]:
+    """Models in evaluation mode and without gradients, as they were before on leaving."""
+    training = [part for model in models for part in model.modules() if part.training]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def logits_of(model: Any, batch: Batch) -> Tensor:
+    """The logits of one forward pass, [B, L, V], on the model's device and in its dtype."""
+    parameter = next(model.parameters(), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    inputs = {"input_ids": batch.input_ids.to(device)}
+    if batch.attention_mask is not None:
+        inputs["attention_mask"] = batch.attention_mask.to(device)
+    return model(**inputs, use_cache=False).logits
+
+
+def scored_chunks(scored: Tensor, vocabulary: int) -> Iterator[tuple[int, Tensor]]:
+    """(row, positions) that cover every scored prediction, few enough to be held in fp32."""
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    for row in range(scored.shape[0]):
+        for positions in scored[row].nonzero().flatten().split(size):
+            yield row, positions
+
+
+def check_no_nan(values: Tensor, what: str) -> Tensor:
+    """The values, or a CompressError: a NaN would turn the whole mean into NaN, unexplained."""
+    if bool(values.isnan().any()):
+        raise CompressError(
+            f"{what} gave NaN logits: the weights hold NaN or overflow in this dtype; "
+            f"check the checkpoint or load it in float32"
+        )
+    return values

@@ -1,0 +1,1 @@
+"""Packed weight layouts and kernels. Depends on torch and triton only."""

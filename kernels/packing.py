@@ -1,0 +1,82 @@
+"""Codes of 2 to 8 bits in 32-bit words: one dense little-endian bit stream per row.
+
+Code k of a row takes bits [k*b, (k+1)*b) of that row's stream; bit i of the stream is bit i % 32 of
+word i // 32. A code may straddle two words; only the end of a row is padded, with zeros.
+
+    codes  [N, K] in [0, 2^b - 1]   ->   words  [N, ceil(K*b / 32)] int32
+
+Eight codes of b bits are exactly b bytes. So eight codes are put together in one 64-bit integer,
+whose b low bytes are their part of the stream: no width needs a case of its own.
+This is the layout of compressed-tensors `weight_packed`; GPTQ `qweight` is its transpose.
+
+    words = pack_rows(codes, bits=3)
+    codes = unpack_rows(words, bits=3, columns=K)
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+WIDTHS = range(2, 9)
+
+
+def packed_columns(columns: int, bits: int) -> int:
+    """Words that a row of `columns` codes takes: ceil(columns * bits / 32)."""
+    return -(-columns * bits // 32)
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Packs unsigned codes [N, K] (any integer dtype) into int32 words [N, ceil(K*bits / 32)].
+
+    Raises ValueError for a width outside 2..8 or a code outside [0, 2^bits - 1], which would
+    otherwise spill into its neighbours.
+    """
+    _check(bits)
+    rows, columns = codes.shape
+    low, high = (int(edge) for edge in codes.aminmax()) if codes.numel() else (0, 0)
+    if low < 0 or high >= 2**bits:
+        raise ValueError(
+            f"codes of {bits} bits must lie in [0, {2**bits - 1}], found [{low}, {high}]"
+        )
+    blocks = -(-columns // 32)  # 32 codes fill `bits` whole words
+    if blocks * 32 > columns:
+        codes = torch.nn.functional.pad(codes, (0, blocks * 32 - columns))
+    eights = codes.contiguous().view(rows, blocks * 4, 8)
+
+    stream = eights[..., 0].to(torch.int64, copy=True)
+    for i in range(1, 8):  # bits = 8 reaches the sign bit; the bytes are right all the same
+        stream |= eights[..., i].to(torch.int64) << (i * bits)
+    octets = stream.view(torch.uint8).view(rows, blocks * 4, 8)[..., :bits]
+    words = octets.reshape(rows, blocks * 4 * bits).view(torch.int32)
+    return words[:, : packed_columns(columns, bits)].contiguous()
+
+
+def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The first `columns` codes of each row, uint8 [N, columns]; the inverse of `pack_rows`.
+
+    Raises ValueError if the rows of `packed` (int32) are not as long as `columns` codes take.
+    """
+    _check(bits)
+    rows, words = packed.shape
+    if packed.dtype != torch.int32 or words != packed_columns(columns, bits):
+        raise ValueError(
+            f"{columns} codes of {bits} bits take {packed_columns(columns, bits)} int32 words "
+            f"a row, found {words} of {packed.dtype}"
+        )
+    blocks = -(-columns // 32)
+    if blocks * bits > words:
+        packed = torch.nn.functional.pad(packed, (0, blocks * bits - words))
+    octets = packed.contiguous().view(torch.uint8).view(rows, blocks * 4, bits)
+    stream = torch.nn.functional.pad(octets, (0, 8 - bits)).view(torch.int64).squeeze(-1)
+
+    codes = torch.empty(rows, blocks * 4, 8, dtype=torch.uint8, device=packed.device)
+    for i in range(8):  # the mask drops what an arithmetic shift of a negative number brings in
+        codes[..., i] = (stream >> (i * bits)) & (2**bits - 1)
+    return codes.view(rows, blocks * 32)[:, :columns].contiguous()
+
+
+def _check(bits: int) -> None:
+    if bits not in WIDTHS:
+        raise ValueError(f"packing takes 2 to 8 bits, got {bits}")
+    assert sys.byteorder == "little", "the byte views above assume a little-endian host"

@@ -1,0 +1,1 @@
+"""Shipped recipes (YAML) and the demo models with the scripts that trained them."""

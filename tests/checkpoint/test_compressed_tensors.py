@@ -1,0 +1,159 @@
+"""The written layout against its own inverse, compressed-tensors, and plain transformers."""
+
+import pytest
+import torch
+from tiny_quantised import MIXED, round_weight, write_quantised
+
+from compress.checkpoint.compressed_tensors import (
+    ModuleScheme,
+    compress_module,
+    decompress_module,
+    module_schemes,
+    must_dequantize_on_load,
+    quantization_config,
+)
+from compress.errors import CheckpointError
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def random_module(bits, groups, asymmetric, rows=33, columns=96, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(bits)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    codes = torch.randint(low, high, (rows, columns), generator=generator, dtype=torch.int8)
+    scale = torch.rand(rows, groups, generator=generator).to(dtype) + 0.1
+    zeros = torch.randint(low, high, (rows, groups), generator=generator, dtype=torch.int8)
+    return codes, scale, zeros if asymmetric else None
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_decompressing_gives_codes_times_scales(bits, groups, asymmetric):
+    codes, scale, zeros = random_module(bits, groups, asymmetric)
+    tensors = compress_module(codes, scale, zeros, bits)
+    shift = 0 if zeros is None else zeros[..., None].float()
+    expected = ((codes.view(33, groups, -1).float() - shift) * scale[..., None]).view(33, 96)
+    found = decompress_module(tensors, bits, None if groups == 1 else 32)
+    assert torch.equal(found, expected)
+    assert ("weight_zero_point" in tensors) == asymmetric
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_compressed_tensors_reads_the_same_weight(bits, dtype, asymmetric):
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    codes, scale, zeros = random_module(bits, 3, asymmetric, dtype=dtype)
+    tensors = compress_module(codes, scale, zeros, bits)
+    config = quantization_config({"m": ModuleScheme(bits, 32, not asymmetric)}, [])
+    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    theirs = compressor.decompress(dict(tensors), scheme)["weight"]
+    assert torch.equal(decompress_module(tensors, bits, 32), theirs)
+    again = compressor.compress(
+        {"weight": theirs.float(), "weight_scale": scale.float(), "weight_zero_point": zeros},
+        scheme,
+    )
+    if dtype == torch.float32:  # from the exact weight, their writer gives our bytes
+        for key in ("weight_packed", *(["weight_zero_point"] if asymmetric else [])):
+            assert torch.equal(again[key], tensors[key])
+
+
+def test_scales_that_do_not_fit_are_refused():
+    codes, scale, _ = random_module(4, 3, False)
+    with pytest.raises(ValueError, match=r"\[33, 96\].*scale \(33, 5\)"):
+        compress_module(codes, torch.ones(33, 5), None, 4)
+    tensors = compress_module(codes, scale, None, 4)
+    with pytest.raises(CheckpointError, match="groups of 48 takes 2 scales a row"):
+        decompress_module(tensors, 4, 48)
+
+
+def test_modules_of_one_scheme_share_a_group():
+    schemes = {f"m.{i}": MIXED[i % 3] for i in range(7)}
+    config = quantization_config(schemes, ["lm_head"])
+    targets = [group["targets"] for group in config["config_groups"].values()]
+    assert targets == [["m.0", "m.3", "m.6"], ["m.1", "m.4"], ["m.2", "m.5"]]
+    assert module_schemes(config, [*schemes, "lm_head", "other"]) == schemes
+    uniform = quantization_config(dict.fromkeys(schemes, MIXED[0]), ["lm_head"])
+    assert [group["targets"] for group in uniform["config_groups"].values()] == [["Linear"]]
+    assert module_schemes(uniform, [*schemes, "lm_head"]) == dict.fromkeys(schemes, MIXED[0])
+
+
+def test_a_name_wins_over_a_pattern_and_a_pattern_over_a_class():
+    config = {
+        "ignore": ["re:.*router"],
+        "config_groups": {
+            str(bits): {"targets": [target], "weights": {"num_bits": bits, "group_size": -1}}
+            for bits, target in [(8, "Linear"), (4, "re:.*down"), (2, "a.down")]
+        },
+    }
+    found = module_schemes(config, ["a.down", "b.down", "b.up", "b.router"])
+    assert {name: scheme.bits for name, scheme in found.items()} == {
+        "a.down": 2,
+        "b.down": 4,
+        "b.up": 8,
+    }
+    assert found["b.up"] == ModuleScheme(8, None)
+
+
+# ---- plain transformers -------------------------------------------------------------------------
+
+
+def load_plain(folder, **options):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **options
+    )
+
+
+def test_mixed_widths_load_in_plain_transformers(mixed):
+    model, report = load_plain(mixed.folder)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        logits = model(mixed.input_ids).logits
+    assert relative_error(logits, mixed.logits) <= 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_width_for_the_class_linear_loads(tmp_path, tied):
+    made = write_quantised(tmp_path, [ModuleScheme(3, 32)], tie_word_embeddings=tied)
+    model, report = load_plain(made.folder)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        assert relative_error(model(made.input_ids).logits, made.logits) <= 1e-5
+
+
+@pytest.mark.parametrize("scheme", [ModuleScheme(3, 32, False), ModuleScheme(4, None, False)])
+def test_one_asymmetric_scheme_loads_dequantised(tmp_path, scheme):
+    from transformers import CompressedTensorsConfig
+
+    made = write_quantised(tmp_path, [scheme])
+    assert must_dequantize_on_load(quantization_config(made.modules, []))
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    with pytest.warns(UserWarning, match="loading attributes"):
+        model, _ = load_plain(made.folder, **options)
+    with torch.no_grad():
+        assert relative_error(model(made.input_ids).logits, made.logits) <= 1e-5
+
+
+def test_what_transformers_cannot_load_is_said():
+    symmetric = quantization_config(dict(zip("abcde", MIXED, strict=True)), [])
+    assert not must_dequantize_on_load(symmetric)
+    mixture = {"a": ModuleScheme(3, 32, False), "b": ModuleScheme(4, 32, False)}
+    with pytest.raises(CheckpointError, match="vLLM"):
+        must_dequantize_on_load(quantization_config(mixture, []))
+
+
+def test_rounding_in_these_tests_is_rounding():
+    """The oracle above rests on it: no weight moves by more than half a step where none clips."""
+    weight = torch.randn(8, 64)
+    scheme = ModuleScheme(4, 32, symmetric=False)
+    _, scale, _, rounded = round_weight(weight, scheme)
+    step = scale.repeat_interleave(32, dim=1)
+    assert ((rounded - weight).abs() <= step * 1.01).all()

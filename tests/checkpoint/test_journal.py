@@ -1,0 +1,162 @@
+"""A run that is stopped anywhere continues and ends with the bytes of a run that never was."""
+
+import json
+
+import pytest
+import torch
+
+from compress.checkpoint.journal import Journal
+from compress.checkpoint.safetensors_io import merge_shards
+from compress.errors import CheckpointError, UsageError
+
+LAYERS = 3
+
+
+def walk(folder, fingerprint="run", layers=LAYERS, **options) -> tuple[Journal, int]:
+    """A walk whose every layer depends on the activations of the one before."""
+    journal = Journal(folder, fingerprint, **options)
+    first = journal.open(resume=True)
+    hidden = journal.activations().get("hidden", torch.arange(4.0))
+    for layer in range(first, layers):
+        weight = torch.sin(hidden * (layer + 1))
+        hidden = hidden + weight.cumsum(0)
+        journal.record(layer, {f"layers.{layer}.w": weight}, {"hidden": hidden}, {"sum": layer})
+    return journal, first
+
+
+def result(journal, folder) -> bytes:
+    (path,) = merge_shards(journal.part_files(), folder, 10**9)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def expected(tmp_path):
+    journal, _ = walk(tmp_path / "whole")
+    return result(journal, tmp_path / "whole-out")
+
+
+def test_stopped_at_any_write(tmp_path, expected, monkeypatch):
+    """Stops the walk at its 1st, 2nd, 3rd... flush to disk, whatever was being written."""
+    import os
+
+    fsync, resumed = os.fsync, set()
+    for stop in range(1, 100):
+        left = stop
+
+        def interrupted(descriptor):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+            fsync(descriptor)
+
+        folder = tmp_path / str(stop) / ".modelpress"
+        monkeypatch.setattr("os.fsync", interrupted)
+        try:
+            walk(folder)
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        finally:
+            monkeypatch.setattr("os.fsync", fsync)
+        journal, first = walk(folder)
+        resumed.add(first)
+        assert result(journal, tmp_path / str(stop)) == expected
+        assert [facts["sum"] for facts in journal.facts()] == list(range(LAYERS))
+    assert resumed == set(range(LAYERS + 1))  # every layer was a place to continue at
+
+
+def test_a_line_cut_short_is_a_layer_not_done(tmp_path, expected):
+    journal, _ = walk(tmp_path / "run", layers=2)
+    data = journal.path.read_bytes()
+    journal.path.write_bytes(data + b'{"sum": 2')
+    journal, first = walk(tmp_path / "run")
+    assert first == 2
+    assert result(journal, tmp_path / "out") == expected
+    assert len(journal.path.read_text().splitlines()) == 1 + LAYERS
+
+
+def test_only_the_newest_activations_are_kept(tmp_path):
+    walk(tmp_path)
+    kept = sorted(path.name for path in tmp_path.glob("activations-*"))
+    assert kept == ["activations-00002.safetensors"]
+    assert len(list(tmp_path.glob("layer-*"))) == LAYERS
+
+
+def test_another_fingerprint_is_refused_with_the_remedy(tmp_path):
+    walk(tmp_path, "one")
+    with pytest.raises(UsageError, match=r"--no-resume.*--overwrite") as error:
+        walk(tmp_path, "another")
+    assert "\n" not in str(error.value)
+    assert walk(tmp_path, "one")[1] == LAYERS  # refusing changed nothing
+
+
+def test_no_resume_starts_afresh(tmp_path):
+    walk(tmp_path, "one")
+    journal = Journal(tmp_path, "another")
+    assert journal.open(resume=False) == 0
+    assert journal.part_files() == []
+    assert journal.activations() == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
+
+
+def test_without_activations_a_run_starts_again(tmp_path, expected):
+    journal, _ = walk(tmp_path / "run", layers=2, keep_activations=False)
+    assert not list((tmp_path / "run").glob("activations-*"))
+    assert len(journal.part_files()) == 2
+    journal, first = walk(tmp_path / "run", keep_activations=False)
+    assert first == 0
+    assert result(journal, tmp_path / "out") == expected
+
+
+def test_a_run_without_activations_cannot_be_continued_with_them(tmp_path):
+    walk(tmp_path, layers=2, keep_activations=False)
+    with pytest.raises(CheckpointError, match="activations-00001"):
+        walk(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["layer-00000.safetensors", "activations-00002.safetensors"])
+def test_a_lost_file_is_named(tmp_path, name):
+    walk(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match=name) as error:
+        walk(tmp_path)
+    assert "--no-resume" in str(error.value)
+
+
+def test_a_damaged_journal_is_named(tmp_path):
+    journal, _ = walk(tmp_path)
+    journal.path.write_text("{]\n")
+    with pytest.raises(CheckpointError, match=r"journal\.jsonl is damaged"):
+        walk(tmp_path)
+
+
+def test_layers_are_recorded_in_order(tmp_path):
+    journal, _ = walk(tmp_path)
+    with pytest.raises(AssertionError, match="layer 1 recorded after 3"):
+        journal.record(1, {}, {}, {})
+
+
+def test_facts_come_back_as_they_were_recorded(tmp_path):
+    journal = Journal(tmp_path, "run")
+    journal.open(resume=True)
+    facts = {"error": 0.1, "bits": {"q": 3}, "notes": ["damped"]}
+    journal.record(0, {}, {"hidden": torch.ones(2, dtype=torch.bfloat16)}, facts)
+    again = Journal(tmp_path, "run")
+    assert again.open(resume=True) == 1
+    assert again.facts() == journal.facts() == [facts]
+    assert again.activations()["hidden"].dtype == torch.bfloat16
+    assert json.loads(again.path.read_text().splitlines()[1]) == facts
+
+
+def test_clear_leaves_nothing_of_its_own_and_nothing_else_is_touched(tmp_path):
+    journal, _ = walk(tmp_path / "run")
+    (tmp_path / "run/layer-00009.safetensors.tmp").write_bytes(b"")
+    (tmp_path / "run/mine.txt").write_text("kept")
+    journal.clear()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+    (tmp_path / "run/mine.txt").unlink()
+    journal.clear()
+    assert not (tmp_path / "run").exists()
+    journal.clear()  # nothing there is fine

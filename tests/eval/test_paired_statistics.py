@@ -1,0 +1,74 @@
+import math
+
+import pytest
+import torch
+
+from compress.errors import UsageError
+from compress.eval.statistics import (
+    clustered_mean,
+    mean_and_stderr,
+    paired_clustered_difference,
+    paired_difference,
+)
+
+
+def test_mean_of_accuracies_has_the_binomial_error():
+    correct = [1.0] * 30 + [0.0] * 70
+    estimate = mean_and_stderr(correct)
+    assert estimate.mean == pytest.approx(0.3)
+    assert estimate.stderr == pytest.approx(math.sqrt(0.3 * 0.7 / 99))
+    low, high = estimate.interval()
+    assert high - low == pytest.approx(2 * 1.96 * estimate.stderr)
+
+
+def test_clusters_of_one_are_independent_values():
+    values = torch.randn(50, generator=torch.manual_seed(0), dtype=torch.float64)
+    plain, clustered = mean_and_stderr(values), clustered_mean(values, torch.ones(50))
+    assert clustered.mean == pytest.approx(plain.mean)
+    assert clustered.stderr == pytest.approx(plain.stderr)
+
+
+def test_repeating_each_value_inside_a_cluster_adds_no_certainty():
+    values = torch.randn(20, generator=torch.manual_seed(1), dtype=torch.float64)
+    plain = mean_and_stderr(values)
+    repeated = clustered_mean(values * 8, torch.full((20,), 8))
+    assert repeated.stderr == pytest.approx(plain.stderr)
+    assert mean_and_stderr(values.repeat(8)).stderr < plain.stderr / 2  # what it is not
+
+
+def test_cluster_error_is_near_the_bootstrap_of_unequal_clusters():
+    draw = torch.Generator().manual_seed(2)
+    counts = torch.randint(5, 40, (200,), generator=draw).double()
+    totals = counts * (2 + torch.randn(200, generator=draw, dtype=torch.float64))
+    chosen = torch.randint(200, (2000, 200), generator=draw)
+    means = totals[chosen].sum(1) / counts[chosen].sum(1)
+    assert clustered_mean(totals, counts).stderr == pytest.approx(means.std().item(), rel=0.1)
+
+
+def test_a_paired_difference_sees_what_two_means_hide():
+    draw = torch.Generator().manual_seed(3)
+    difficulty = 10 * torch.randn(100, generator=draw, dtype=torch.float64)
+    worse = difficulty + 0.5 + 0.1 * torch.randn(100, generator=draw, dtype=torch.float64)
+    difference = paired_difference(worse, difficulty)
+    assert difference.mean == pytest.approx(0.5, abs=0.05)
+    assert difference.stderr < 0.02 < mean_and_stderr(difficulty).stderr
+    assert paired_difference(difficulty + 1, difficulty).stderr == pytest.approx(0, abs=1e-12)
+
+
+def test_paired_clusters():
+    counts = [3.0, 5.0, 2.0]
+    a, b = [6.0, 9.0, 5.0], [3.0, 4.0, 3.0]
+    difference = paired_clustered_difference(a, b, counts)
+    assert difference.mean == pytest.approx(1.0)  # each cluster differs by its count
+    assert difference.stderr == pytest.approx(0, abs=1e-12)
+    assert difference.count == 3
+
+
+def test_too_little_to_tell():
+    assert mean_and_stderr([2.0]).stderr is None
+    assert clustered_mean([4.0], [2]).mean == 2
+    assert mean_and_stderr([2.0]).interval() == (-math.inf, math.inf)
+    with pytest.raises(UsageError, match="at least one"):
+        mean_and_stderr([])
+    with pytest.raises(UsageError, match="found 2 and 3"):
+        paired_difference([1, 2], [1, 2, 3])
