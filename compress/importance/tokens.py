@@ -205,7 +205,7 @@ def mean_one(weights: Tensor, mask: Tensor) -> Tensor:
     Equal weights give exactly 1, so that uniform importance is plain GPTQ to the bit. Raises
     CompressError if the weights of a sample are all zero, or if one is negative or not finite.
     """
-    weights = weights.masked_fill(~mask, 0.0)
+    weights = weights.float().masked_fill(~mask, 0.0)
     if not (weights.isfinite().all() and (weights >= 0).all()):
         raise CompressError("token weights: expected finite numbers from 0, found others")
     total = weights.double().sum(dim=-1, keepdim=True)
@@ -216,12 +216,8 @@ def mean_one(weights: Tensor, mask: Tensor) -> Tensor:
             f"token weights: sample {empty[0]}: {cause} ({len(empty)} of {len(total)} samples): "
             "raise token_importance.minimum, or leave the sample out"
         )
-    n = mask.sum(dim=-1, keepdim=True)
-    w_hat = (weights.double() * n / total).float()
-    equal = weights.amax(dim=-1, keepdim=True) == weights.masked_fill(~mask, torch.inf).amin(
-        dim=-1, keepdim=True
-    )
-    return torch.where(equal & mask, 1.0, w_hat)
+    # fp64 adds up to 2^29 equal fp32 numbers without rounding, so that w * n / sum is exactly 1.
+    return (weights.double() * mask.sum(dim=-1, keepdim=True) / total).float()
 
 
 def effective_sample_size(weights: Tensor) -> float:

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from compress.calibration.text import Corpus
@@ -27,6 +27,9 @@ def tokenizer():
     bpe = Tokenizer(models.BPE(vocab={**vocabulary, BOS_TEXT: BOS}, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS_TEXT} $A", special_tokens=[(BOS_TEXT, BOS)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS_TEXT, model_max_length=16)
 
 

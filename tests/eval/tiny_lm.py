@@ -57,4 +57,5 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<end>", eos_token="<end>")
+    special = dict.fromkeys(("bos_token", "eos_token"), "<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)

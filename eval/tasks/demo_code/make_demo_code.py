@@ -9,9 +9,10 @@ tables of data or specific to one machine. An item is
     choices     the next line that is not blank, and three other lines of the same file
     answer      where the true line stands among the choices
 
-The three others are code lines of like length at the same depth of indentation (or, where a file
-has too few, one level away), so that neither form nor length gives the answer away. No choice
-occurs in the context, all four differ after stripping, and none is too short to mean anything.
+The three others are code lines of like length at the same depth of indentation, so that neither
+form nor length gives the answer away. All four are indented: a tokenizer that joins a line end to
+what is before it then shifts at most the indentation, which they share, out of what is scored. No
+choice occurs in the context, all four differ after stripping, and none is too short to mean much.
 Comments and lines inside strings are context only. Items are in random order, so that the first N
 are a fair sample. The same Python version and seed give the same file.
 """
@@ -77,16 +78,13 @@ def choose_distractors(
     fitting = []
     for line in candidates:
         bare = line.strip()
+        if indentation(line) != indentation(gold):
+            continue
         if bare in unlike or bare in context or not low <= len(bare) <= high:
             continue
         unlike.add(bare)
         fitting.append(line)
-    same = [line for line in fitting if indentation(line) == indentation(gold)]
-    near = [line for line in fitting if abs(indentation(line) - indentation(gold)) == 4]
-    chosen = draw.sample(same, min(3, len(same)))
-    if len(chosen) + len(near) < 3:
-        return None
-    return chosen + draw.sample(near, 3 - len(chosen))
+    return draw.sample(fitting, 3) if len(fitting) >= 3 else None
 
 
 def items_of(module: str, text: str, draw: random.Random) -> list[dict[str, Any]]:
@@ -95,8 +93,12 @@ def items_of(module: str, text: str, draw: random.Random) -> list[dict[str, Any]
         return []  # indentation by tabs is not comparable with the others
     lines = text.split("\n")
     code = code_lines(text)
-    choices = [line for line in code.values() if SHORTEST <= len(line.strip()) <= LONGEST]
-    order = [n for n, line in code.items() if SHORTEST <= len(line.strip()) <= LONGEST]
+    fitting = {
+        n: line
+        for n, line in code.items()
+        if SHORTEST <= len(line.strip()) <= LONGEST and indentation(line) > 0
+    }
+    order = list(fitting)
     draw.shuffle(order)
     items: list[dict[str, Any]] = []
     for n in order:
@@ -106,7 +108,7 @@ def items_of(module: str, text: str, draw: random.Random) -> list[dict[str, Any]
         if before is None:
             continue
         context = "".join(line + "\n" for line in before)
-        others = choose_distractors(gold, choices, context, draw)
+        others = choose_distractors(gold, list(fitting.values()), context, draw)
         if others is None or gold.strip() in context:
             continue
         four = [gold, *others]

@@ -1,0 +1,127 @@
+"""What is pushed, what is refused, and that no token ever shows. Nothing here uses a network."""
+
+import traceback
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import HfHubHTTPError
+
+from compress.checkpoint.hub import push
+from compress.checkpoint.safetensors_io import save_tensors
+from compress.errors import CheckpointError, CompressError, UsageError
+
+TOKEN = "hf_secretsecretsecret"  # noqa: S105
+
+
+class FakeApi:
+    def __init__(self, error: Exception | None = None):
+        self.calls, self.error = [], error
+
+    def create_repo(self, repo_id, **options):
+        self.calls.append(("create_repo", repo_id, options))
+        if self.error:
+            raise self.error
+        return f"https://huggingface.co/{repo_id}"
+
+    def upload_folder(self, **options):
+        self.calls.append(("upload_folder", options["repo_id"], options))
+
+
+class NoApi:
+    """Any use is a failure."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the network was used: {name}")
+
+
+@pytest.fixture
+def finished(tmp_path):
+    import torch
+
+    folder = tmp_path / "out"
+    (folder / "eval").mkdir(parents=True)
+    save_tensors(folder / "model.safetensors", {"w": torch.zeros(4)})
+    (folder / "config.json").write_text("{}")
+    (folder / "README.md").write_text("---\ntags: [modelpress]\n---\n# Model\n" + "text\n" * 50)
+    (folder / "eval/demo.json").write_text("{}")
+    return folder
+
+
+def test_a_push_creates_the_repository_and_sends_the_folder(finished):
+    api = FakeApi()
+    report = push(finished, "me/model", private=True, token=TOKEN, api=api)
+    (create, name, options), (upload, _, sent) = api.calls
+    assert (create, name, upload) == ("create_repo", "me/model", "upload_folder")
+    assert options["private"] is True
+    assert sent["folder_path"] == str(finished)
+    assert report["url"] == "https://huggingface.co/me/model"
+    assert TOKEN not in repr(report)
+
+
+def test_a_dry_run_lists_and_touches_no_network(finished):
+    report = push(finished, "me/model", dry_run=True, api=NoApi())
+    paths = [file["path"] for file in report["files"]]
+    assert paths == ["README.md", "config.json", "eval/demo.json", "model.safetensors"]
+    assert report["bytes"] == sum((finished / path).stat().st_size for path in paths)
+    assert report["card"][:2] == ["---", "tags: [modelpress]"]
+    assert 3 < len(report["card"]) < 50
+    assert report["dry_run"] is True
+
+
+def test_hidden_and_temporary_files_stay_at_home(finished):
+    before = push(finished, "me/model", dry_run=True)["files"]
+    for name in (".env", "eval/.cache", "model.safetensors.tmp", ".git/config"):
+        (finished / name).parent.mkdir(exist_ok=True)
+        (finished / name).write_text("secret")
+    assert push(finished, "me/model", dry_run=True)["files"] == before
+
+
+@pytest.mark.parametrize("repo_id", ["a/b/c", "me/..", "", "me/na me", "-x/y", "me/model.git"])
+def test_ids_that_are_none_are_refused(finished, repo_id):
+    with pytest.raises(UsageError, match="is not a repository id") as error:
+        push(finished, repo_id, api=NoApi())
+    assert "\n" not in str(error.value)
+
+
+def test_unfinished_folders_are_refused(finished, tmp_path):
+    with pytest.raises(UsageError, match="no such folder"):
+        push(tmp_path / "absent", "me/model", api=NoApi())
+    (finished / ".modelpress").mkdir()
+    with pytest.raises(UsageError, match="unfinished"):
+        push(finished, "me/model", api=NoApi())
+    (finished / ".modelpress").rmdir()
+    weights = (finished / "model.safetensors").read_bytes()
+    (finished / "model.safetensors").write_bytes(weights[:-1])
+    with pytest.raises(CheckpointError, match="truncated"):
+        push(finished, "me/model", dry_run=True)
+    (finished / "model.safetensors").write_bytes(weights)
+    (finished / "config.json").unlink()
+    with pytest.raises(UsageError, match=r"no config\.json"):
+        push(finished, "me/model", dry_run=True)
+
+
+def http_error(status: int) -> HfHubHTTPError:
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    request = SimpleNamespace(method="POST", url="https://x", headers=headers)
+    response = SimpleNamespace(status_code=status, headers={}, request=request)
+    return HfHubHTTPError(f"{status} Client Error\nfor {TOKEN}\n(Request ID: 1)", response=response)
+
+
+@pytest.mark.parametrize("token", [TOKEN, None])  # None: the stored one
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (http_error(401), "hf auth login"),
+        (http_error(403), "permissions"),
+        (http_error(404), "no such owner"),
+        (http_error(500), "try again later"),
+        (ConnectionError(f"Name or service not known for {TOKEN}"), "check the network"),
+    ],
+)
+def test_answers_of_the_hub_are_one_line_without_the_token(finished, error, expected, token):
+    with pytest.raises(CompressError, match=expected) as raised:
+        push(finished, "me/model", token=token, api=FakeApi(error))
+    assert "\n" not in str(raised.value)
+    assert "me/model" in str(raised.value)
+    shown = traceback.format_exception(raised.value, chain=True)
+    assert not any(TOKEN in line for line in shown)

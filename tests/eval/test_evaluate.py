@@ -1,0 +1,67 @@
+import json
+
+import pytest
+from compress.eval.evaluate import evaluate_model
+from compress.eval.perplexity import perplexity
+from tiny_lm import byte_tokenizer, random_ids, tiny_llama
+
+from compress.errors import UsageError
+
+
+def test_model_and_baseline_on_the_same_data():
+    model, baseline, tokenizer = tiny_llama(1), tiny_llama(2), byte_tokenizer()
+    ids = random_ids(200, 257)
+    report = evaluate_model(
+        model,
+        tokenizer,
+        tasks=["demo_code"],
+        text_ids=ids,
+        length=32,
+        limit=4,
+        baseline=baseline,
+    )
+    assert set(report) == {
+        "results",
+        "perplexity",
+        "kl",
+        "baseline",
+        "difference",
+        "conditions",
+    }
+    assert set(report["baseline"]) == {"results", "perplexity"}
+    ours, theirs = (perplexity(m, ids, length=32) for m in (model, baseline))
+    assert report["perplexity"]["value"] == pytest.approx(ours.value)
+    assert report["baseline"]["perplexity"]["value"] == pytest.approx(theirs.value)
+    difference = report["difference"]["mean_nll"]
+    assert difference["value"] == pytest.approx(ours.mean_nll - theirs.mean_nll)
+    acc = report["difference"]["results"]["demo_code"]["acc"]
+    a, b = (part["results"]["demo_code"]["acc"] for part in (report, report["baseline"]))
+    assert acc["value"] == pytest.approx(a - b)
+    assert acc["count"] == 4
+    assert report["conditions"]["samples"] == {"demo_code": 4}
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_a_model_is_no_worse_than_itself():
+    model = tiny_llama()
+    documents = [random_ids(n, 257, seed=n).tolist() for n in (8, 20)]
+    report = evaluate_model(model, None, documents=documents, length=16, baseline=model)
+    assert report["kl"]["mean"] == 0
+    assert (report["difference"]["mean_nll"]["value"], report["kl"]["top1_agreement"]) == (0, 1)
+    assert report["perplexity"] == report["baseline"]["perplexity"]
+    assert "results" not in report
+
+
+def test_without_a_baseline_there_is_nothing_to_compare():
+    report = evaluate_model(tiny_llama(), None, text_ids=random_ids(64, 257), length=16)
+    assert set(report) == {"perplexity"}
+
+
+def test_contradictory_requests():
+    model, ids = tiny_llama(), random_ids(64, 257)
+    with pytest.raises(UsageError, match="nothing to evaluate"):
+        evaluate_model(model, None)
+    with pytest.raises(UsageError, match="both given"):
+        evaluate_model(model, None, text_ids=ids, documents=[[1, 2]])
+    with pytest.raises(UsageError, match="stride 4"):
+        evaluate_model(model, None, documents=[[1, 2]], stride=4)
