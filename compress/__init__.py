@@ -1,0 +1,94 @@
+"""Makes language models smaller and faster, and measures what that cost.
+
+    recipe = compress.Recipe.load("recipes/demo-lm.yaml")
+    result = compress.run(recipe, output="out")
+    model, tokenizer = compress.load("out")
+
+Names are imported when they are first used (PEP 562), so `import compress` is quick and needs
+neither torch nor transformers; `from compress import run` works all the same.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.checkpoint.hub import push
+    from compress.checkpoint.loading import inspect, load
+    from compress.comparison import compare
+    from compress.errors import CompressError, UsageError
+    from compress.evaluation import evaluate
+    from compress.pipeline import RunResult, run
+    from compress.plan import Plan
+    from compress.recipe import Recipe
+
+    __version__: str
+
+_HOMES = {
+    "Recipe": "compress.recipe",
+    "run": "compress.pipeline",
+    "RunResult": "compress.pipeline",
+    "load": "compress.checkpoint.loading",
+    "inspect": "compress.checkpoint.loading",
+    "evaluate": "compress.evaluation",
+    "compare": "compress.comparison",
+    "push": "compress.checkpoint.hub",
+    "CompressError": "compress.errors",
+    "UsageError": "compress.errors",
+}
+
+__all__ = [
+    "CompressError",
+    "Recipe",
+    "RunResult",
+    "UsageError",
+    "__version__",
+    "compare",
+    "evaluate",
+    "inspect",
+    "load",
+    "plan",
+    "push",
+    "run",
+]
+
+
+def plan(recipe: "Recipe") -> "Plan":
+    """What `run` would do: bits of each module, bytes, peak memory and problems.
+
+    Reads the model's config and headers alone. Raises UsageError for a model that cannot be
+    opened; what would stop the run itself is in `problems`.
+    """
+    from compress.models.skeleton import Skeleton
+    from compress.plan import make_plan
+
+    return make_plan(recipe, Skeleton.open(recipe.model_location(), recipe.model.revision))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("modelpress")
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # asked once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `compress.plan` the function, where importing the module of that name would hide it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name == "plan" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

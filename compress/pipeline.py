@@ -14,7 +14,6 @@ ends with the same bytes.
 
 import hashlib
 import json
-import resource
 import shutil
 import sys
 import time
@@ -38,6 +37,7 @@ from compress.checkpoint.journal import Journal
 from compress.checkpoint.safetensors_io import merge_shards, save_tensors
 from compress.checkpoint.verify import reload_and_compare, write_probe
 from compress.errors import CompressError, UsageError
+from compress.memory import peak_memory, release_memory
 from compress.importance.tokens import count_tokens, effective_sample_size
 from compress.models.skeleton import Skeleton
 from compress.plan import TOKENS_PER_BATCH, Plan, make_plan, needs_calibration, storage_dtype
@@ -131,6 +131,8 @@ def run(
     check_device(device)
     observer.stage("plan")
     skeleton = Skeleton.open(recipe.model_location(), recipe.model.revision)
+    if skeleton.folder.resolve() == Path(output).resolve():
+        raise UsageError(f"output {output} is the model itself, which would be lost: choose another")
     plan = make_plan(recipe, skeleton)
     if plan.problems:
         more = f" (and {len(plan.problems) - 1} more: see `plan`)" if len(plan.problems) > 1 else ""
@@ -178,14 +180,6 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {device!r} cannot be used here: {reason}") from error
-
-
-def peak_memory(device: str) -> dict[str, int]:
-    """The most memory this process has held so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    on_device = torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0
-    return {"host": host, "device": on_device}
 
 
 def versions() -> dict[str, str]:
@@ -245,7 +239,8 @@ class Job:
     def open(self, resume: bool, windows: CalibrationWindows | None) -> None:
         """Draws the windows, opens the journal and puts the first layer's inputs in place."""
         self.observer.stage("calibration data")
-        self.windows = windows or self._draw_windows()
+        self.windows = self._draw_windows() if windows is None else windows
+        self._check_token_ids(self.windows)
         self.journal = Journal(self.work, self._fingerprint())
         self.done = self.journal.open(resume)
         self.facts = self.journal.facts()
@@ -284,10 +279,12 @@ class Job:
         windows = draw_windows(
             corpus, skeleton.tokenizer(), c.samples, c.length, c.bos, c.seed, context
         )
-        self._check_token_ids(windows)
         return expand(windows, c.expansion)
 
     def _check_token_ids(self, windows: CalibrationWindows) -> None:
+        if windows.input_ids.numel() == 0 or windows.input_ids.shape != windows.mask.shape:
+            shapes = list(windows.input_ids.shape), list(windows.mask.shape)
+            raise UsageError(f"calibration windows: expected ids and a mask [N, T], found {shapes}")
         highest, size = int(windows.input_ids.max()), self.skeleton.config.vocab_size
         if highest >= size:
             raise UsageError(
@@ -323,7 +320,7 @@ class Job:
 
     def _remove_activations(self, keep: str) -> None:
         for file in self.folder.iterdir():
-            if not file.name.startswith(keep):
+            if not file.name.startswith((keep, "work")):
                 file.unlink()
 
     # ---- the walk -------------------------------------------------------------------------------
@@ -378,11 +375,13 @@ class Job:
                 return w
 
             def quantise(group: tuple[str, ...], H: Hessian | None) -> None:
+                release_memory()
                 for name, linear in self._solve(prefix, layer, group, schemes, H, modules):
                     packed = compress_module(
                         linear.codes, linear.scale, linear.zero, schemes[name].bits
                     )
                     written.update({f"{prefix}{name}.{k}": t for k, t in packed.items()})
+                release_memory()
 
             y = ActivationStore(*self._place(index + 1)) if self.on_disk else self.x
             work = ActivationStore(*((self.folder, "work") if self.on_disk else ()))
@@ -464,7 +463,7 @@ class Job:
                 "name": prefix + name,
                 "bits": scheme.bits,
                 "group_size": scheme.group_size,
-                "error": part.error,
+                "error": part.relative_error(),
                 "damping": part.damping,
                 "dead_columns": part.dead_columns,
                 "changed": [round(share, 6) for share in part.changed],

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from compress.recipe import Recipe, Scheme
 
 FIXED_MEMORY = 500 * 10**6  # Python, torch and transformers, measured on Linux with CPU torch
-TOKENS_PER_BATCH = 2048  # calibration tokens that go through a layer at once
+TOKENS_PER_BATCH = 1024  # calibration tokens that go through a layer at once
 SOLVER_COPIES = 3  # of a Hessian while it is factored; as many of a group's weights
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.errors import CheckpointError
+
 # With `offload: auto`, activations may take this share of the memory that is free at the start.
 MEMORY_SHARE = 0.25
 
@@ -39,15 +41,24 @@ class ActivationStore:
             tensor = self._tensors[index]
             assert tensor is not None
             return tensor
-        values = np.fromfile(self._file(index), dtype=np.float32)
-        return torch.from_numpy(values).view(self._shapes[index])
+        shape = self._shapes[index]
+        values = np.fromfile(self._file(index), dtype=np.float32, count=shape.numel())
+        return torch.from_numpy(values).view(shape)
 
     def __setitem__(self, index: int, x: Tensor) -> None:
         self._shapes[index] = x.shape
         if self.folder is None:
             self._tensors[index] = x
-        else:
-            x.detach().cpu().contiguous().numpy().tofile(self._file(index))
+            return
+        # A file that is there is written over and not cut: its pages need not be found again,
+        # which is most of the cost of writing to a file that never leaves the page cache.
+        file = self._file(index)
+        try:
+            with file.open("r+b" if file.exists() else "wb") as stream:
+                x.detach().cpu().contiguous().numpy().tofile(stream)
+        except OSError as error:  # numpy's own has no strerror
+            reason = error.strerror or f"{error}; the disk may be full"
+            raise CheckpointError(f"cannot write {file}: {reason}") from error
 
     def append(self, x: Tensor) -> None:
         self._shapes.append(x.shape)
@@ -88,10 +99,7 @@ class ActivationStore:
         return (self[i] for i in range(len(self)))
 
     def clear(self) -> None:
-        """Forgets all batches and removes their files."""
-        if self.folder is not None:
-            for index in range(len(self)):
-                self._file(index).unlink(missing_ok=True)
+        """Forgets all batches; their files stay, to be written over."""
         self._tensors, self._shapes = [], []
 
 

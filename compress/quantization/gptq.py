@@ -10,11 +10,12 @@ so, going from the first column to the last, the best value for column j is the 
 
 This is the same recursion as GPTQ's (arXiv 2210.17323, Algorithm 1) through the inverse of H, in
 exact arithmetic; it needs one Cholesky factorisation and no inverse. The sum is taken in two
-parts: the columns before the current block by one matrix product, those inside it one by one.
+parts: the columns before the current block by one matrix product, those inside it one by one
+(`rounding.py`).
 
 Tensors are columns-first, [K, N]: column j of W is row j here, and contiguous.
 
-    result = column_loop(Wt, M, pivots, grid, group_size, clip, importance)
+    result = column_loop(Wt, M, grid, group_size, clip, importance)
 """
 
 from dataclasses import dataclass
@@ -23,79 +24,87 @@ import torch
 from torch import Tensor
 
 from compress.quantization.grid import UniformGrid, search_scale
+from compress.quantization.rounding import round_in_order
 
 BLOCK = 128  # columns a block; GPTQ's B
 
 
 @dataclass
-class Codes:
-    """A quantised linear, columns-first. Group g of column k is `group_of[k]`.
+class Levels:
+    """A quantised linear, columns-first. Column k uses row `group_of[k]` of scale and zero.
 
     Attributes:
-        codes: [K, N] integers, as floats.
+        x: [K, N] codes minus zero point, integers as floats.
         scale: [G, N].
         zero: [G, N] integers as floats, or None.
-        group_of: [K] the row of `scale` that each column uses.
-        error: tr(E H E^T) with the damped H, kept up to date by whoever changes the codes.
+        group_of: [K].
     """
 
-    codes: Tensor
+    x: Tensor
     scale: Tensor
     zero: Tensor | None
     group_of: Tensor
-    error: float = 0.0
 
-    def dequantised(self, grid: UniformGrid) -> Tensor:
+    @classmethod
+    def empty(cls, Wt: Tensor, grid: UniformGrid, group_size: int | None) -> "Levels":
+        K, N = Wt.shape
+        groups = K // (group_size or K)
+        return cls(
+            x=torch.empty_like(Wt),
+            scale=Wt.new_empty(groups, N),
+            zero=None if grid.symmetric else Wt.new_empty(groups, N),
+            group_of=torch.arange(K, device=Wt.device) // (group_size or K),
+        )
+
+    def zero_of(self, g: int) -> Tensor | None:
+        return None if self.zero is None else self.zero[g]
+
+    def dequantised(self) -> Tensor:
         """Q, [K, N]."""
-        zero = None if self.zero is None else self.zero[self.group_of]
-        return grid.dequantise(self.codes, self.scale[self.group_of], zero)
+        return self.x * self.scale[self.group_of]
 
-
-def group_index(columns: int, group_size: int | None, device: torch.device) -> Tensor:
-    """[K] the group of each column; one group where group_size is None."""
-    return torch.arange(columns, device=device) // (group_size or columns)
+    def codes(self) -> Tensor:
+        """What is stored: [K, N]."""
+        return self.x if self.zero is None else self.x + self.zero[self.group_of]
 
 
 def nearest(
-    Wt: Tensor, grid: UniformGrid, group_size: int | None, clip: str, importance: Tensor | None
-) -> Codes:
+    Wt: Tensor, grid: UniformGrid, group_size: int | None, clip: str, importance: Tensor
+) -> Levels:
     """Rounding to nearest: every group's scale, then every weight on its own."""
-    K, N = Wt.shape
-    size = group_size or K
-    result = Codes(
-        codes=torch.empty_like(Wt),
-        scale=Wt.new_empty(K // size, N),
-        zero=None if grid.symmetric else Wt.new_empty(K // size, N),
-        group_of=group_index(K, group_size, Wt.device),
-    )
-    for g in range(K // size):
+    size = group_size or Wt.shape[0]
+    result = Levels.empty(Wt, grid, group_size)
+    for g in range(result.scale.shape[0]):
         part = slice(g * size, (g + 1) * size)
-        weight = None if importance is None else importance[part]
-        scale, zero = search_scale(grid, Wt[part], clip, weight)
-        result.scale[g] = scale
-        if zero is not None:
-            result.zero[g] = zero
-        result.codes[part] = grid.quantise(Wt[part], scale, zero)
+        _set_scale(result, g, grid, Wt[part], clip, importance[part])
+        low, high = grid.range(result.zero_of(g))
+        result.x[part] = (Wt[part] / result.scale[g]).round_().clamp_(low, high)
     return result
+
+
+def _set_scale(
+    result: Levels, g: int, grid: UniformGrid, Wt: Tensor, clip: str, importance: Tensor
+) -> None:
+    result.scale[g], zero = search_scale(grid, Wt, clip, importance)
+    if zero is not None:
+        result.zero[g] = zero
 
 
 def column_loop(
     Wt: Tensor,
     M: Tensor,
-    pivots: Tensor,
     grid: UniformGrid,
     group_size: int | None,
     clip: str,
     importance: Tensor,
     order: Tensor | None = None,
     block: int = BLOCK,
-) -> Codes:
+) -> Levels:
     """Quantises the columns in turn, each making up for what those before it have left.
 
     Args:
         Wt: [K, N] weights.
         M: [K, K] unit upper triangular, R diag(R)^-1; of the permuted H if `order` is given.
-        pivots: [K] diag(R)^2.
         group_size: columns that share a scale; None for one scale a row of W.
         clip: the clip search (see `search_scale`).
         importance: [K] diag(H), in the weights' own order.
@@ -103,76 +112,59 @@ def column_loop(
             original order and their scales are fixed before the loop ("static" act-order), so the
             file needs no index of groups.
         block: columns a block where groups do not set it.
-
-    Returns:
-        the codes in the original order of columns.
     """
-    K, N = Wt.shape
-    static = order is not None or group_size is None
-    # Static: all scales come from the weights as they are. Otherwise a group's scale is chosen
-    # when the loop reaches it, for the weights it then has to represent.
-    result = (
-        nearest(Wt, grid, group_size, clip, importance)
-        if static
-        else Codes(
-            codes=torch.empty_like(Wt),
-            scale=Wt.new_empty(K // group_size, N),
-            zero=None if grid.symmetric else Wt.new_empty(K // group_size, N),
-            group_of=group_index(K, group_size, Wt.device),
-        )
-    )
-    W = Wt if order is None else Wt[order]
-    group_of = result.group_of if order is None else result.group_of[order]
-    codes = torch.empty_like(Wt)
-    E = torch.empty_like(Wt)  # W - Q, [K, N]
-    error = torch.zeros((), dtype=torch.float64, device=Wt.device)
-    step = block if static else group_size
+    if order is not None:
+        return _in_another_order(Wt, M, grid, group_size, clip, importance, order, block)
+    K = Wt.shape[0]
+    result = Levels.empty(Wt, grid, group_size)
+    if group_size is None:
+        _set_scale(result, 0, grid, Wt, clip, importance)
+    E = torch.empty_like(Wt)  # W - Q
+    step = group_size or block
     for start in range(0, K, step):
         inside = slice(start, min(start + step, K))
-        targets = W[inside].clone()
+        W, coupling = Wt[inside], M[inside, inside].T.contiguous()
+        targets = W.clone()
         if start:
             targets.addmm_(M[:start, inside].T, E[:start])
-        if not static:
+        g = 0
+        if group_size is not None:
+            # The scale is chosen for the weights that the group now has to represent.
             g = start // group_size
-            scale, zero = search_scale(grid, targets, clip, importance[inside])
-            result.scale[g] = scale
-            if zero is not None:
-                result.zero[g] = zero
-        _inside_block(
-            targets, W[inside], M[inside, inside], codes[inside], E[inside],
-            grid, result, group_of[inside].tolist(),
-        )  # fmt: skip
-        # `targets` now holds what each column had to be; Q is W - E.
-        missed = targets.sub_(W[inside]).add_(E[inside])
-        error += (pivots[inside] @ missed.square_()).sum(dtype=torch.float64)
-    result.error = float(error)
-    if order is not None:
-        result.codes[order] = codes
-    else:
-        result.codes = codes
+            _set_scale(result, g, grid, targets, clip, importance[inside])
+        scale = result.scale[g]
+        # The feedback inside the block, E_i M_ij = W_i M_ij - Q_i M_ij: its first part is known.
+        base = targets.addmm_(coupling.tril(-1), W).div_(scale)
+        x = round_in_order(base, coupling, *grid.range(result.zero_of(g)))
+        result.x[inside] = x
+        torch.addcmul(W, x, scale, value=-1, out=E[inside])
     return result
 
 
-def _inside_block(
-    targets: Tensor,  # [B, N] with the earlier blocks' part already added; changed in place
-    W: Tensor,  # [B, N]
-    M: Tensor,  # [B, B] unit upper triangular
-    codes: Tensor,  # [B, N] out
-    E: Tensor,  # [B, N] out
+def _in_another_order(
+    Wt: Tensor,
+    M: Tensor,
     grid: UniformGrid,
-    result: Codes,
-    groups: list[int],
-) -> None:
-    inverse = {g: 1 / result.scale[g] for g in set(groups)}
-    for j, g in enumerate(groups):
-        t = targets[j]
-        if j:
-            t.addmv_(E[:j].T, M[:j, j])
-        c = torch.mul(t, inverse[g], out=codes[j])
-        if result.zero is not None:
-            c += result.zero[g]
-        c.round_().clamp_(grid.low, grid.high)
-        if result.zero is None:
-            torch.addcmul(W[j], c, result.scale[g], value=-1, out=E[j])
-        else:
-            torch.addcmul(W[j], c - result.zero[g], result.scale[g], value=-1, out=E[j])
+    group_size: int | None,
+    clip: str,
+    importance: Tensor,
+    order: Tensor,
+    block: int,
+) -> Levels:
+    """The loop with act-order: neighbours differ in scale, so it runs on weights, not levels."""
+    result = nearest(Wt, grid, group_size, clip, importance)  # for its scales
+    W, group_of = Wt[order], result.group_of[order]
+    E = torch.empty_like(W)
+    for start in range(0, W.shape[0], block):
+        inside = slice(start, start + block)
+        coupling = M[inside, inside].T.contiguous()
+        groups = group_of[inside]
+        base = torch.addmm(W[inside], coupling.tril(-1), W[inside])
+        if start:
+            base.addmm_(M[:start, inside].T, E[:start])
+        scale = result.scale[groups]
+        low, high = grid.range(None if result.zero is None else result.zero[groups])
+        Q = round_in_order(base, coupling, low, high, scale)
+        E[inside] = W[inside] - Q
+        result.x[order[inside]] = (Q / scale).round_()
+    return result

@@ -12,7 +12,7 @@ each of the N outputs.
 
     grid = UniformGrid(bits=3)
     scale, zero = search_scale(grid, Wt, clip="hessian", importance=H.diagonal())
-    codes = grid.quantise(Wt, scale, zero)
+    levels = (Wt / scale).round().clamp(*grid.range(zero))      # weights are levels * scale
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from torch import Tensor
 # steps, then finer ones around the best of them.
 MAGNITUDE_SHARES = tuple(1 - i / 100 for i in range(80))
 MAGNITUDE_POWER = 2.4
-COARSE_SHARES = tuple(1.05 - 0.05 * i for i in range(17))
-FINE_OFFSETS = (-0.03, -0.015, 0.015, 0.03)
+COARSE_SHARES = tuple(1.05 - 0.075 * i for i in range(11))
+FINE_OFFSETS = (-0.025, 0.025)
 # Elements worked on at a time in the search, so that the temporaries stay in the cache.
-CHUNK = 1 << 17
+CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,11 @@ class UniformGrid:
         safe = torch.where(scale == 0, torch.ones_like(scale), scale)
         return (self.low - low / safe).round().clamp(self.low, self.high)
 
-    def quantise(self, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-        """The nearest codes, as floats: x [..., N], scale [N] -> [..., N]."""
-        codes = x / scale if zero is None else x / scale + zero
-        return codes.round_().clamp_(self.low, self.high)
-
-    def dequantise(self, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-        """The weights that codes stand for; inverse of `quantise` on grid points."""
-        return codes * scale if zero is None else (codes - zero) * scale
+    def range(self, zero: Tensor | None) -> tuple[float | Tensor, float | Tensor]:
+        """The least and greatest level, a code minus the zero point: numbers, or zero's shape."""
+        if zero is None:
+            return self.low, self.high
+        return self.low - zero, self.high - zero
 
 
 def search_scale(
@@ -123,7 +120,7 @@ class _ClipSearch:
         self.grid, self.W, self.full, self.clip = grid, W, full, clip
         self.importance = importance
         self.low = None if grid.symmetric else W.amin(0).clamp(max=0)
-        self.buffer = torch.empty_like(W)
+        self.wanted, self.levels = torch.empty_like(W), torch.empty_like(W)
 
     def candidate(self, share: Tensor | float) -> tuple[Tensor, Tensor | None]:
         scale = self.grid.stored(self.full * share)
@@ -131,17 +128,14 @@ class _ClipSearch:
         return scale, zero
 
     def error(self, share: Tensor | float) -> Tensor:
+        """The weighted error of each output: [N]."""
         scale, zero = self.candidate(share)
-        e = torch.div(self.W, scale, out=self.buffer)
-        if zero is not None:
-            e += zero
-        e.round_().clamp_(self.grid.low, self.grid.high)
-        if zero is not None:
-            e -= zero
-        e.mul_(scale).sub_(self.W)
+        low, high = self.grid.range(zero)
+        wanted = torch.mul(self.W, 1 / scale, out=self.wanted)
+        e = torch.round(wanted, out=self.levels).clamp_(low, high).sub_(wanted)
         if self.clip == "magnitude":
-            return e.abs_().pow_(MAGNITUDE_POWER).sum(0)
-        return self.importance @ e.square_()
+            return e.abs_().pow_(MAGNITUDE_POWER).sum(0) * scale.abs() ** MAGNITUDE_POWER
+        return (self.importance @ e.mul_(e)) * scale.square()
 
     def scan(self, shares: list[Tensor | float], best: Tensor, least: Tensor) -> Tensor:
         for share in shares:

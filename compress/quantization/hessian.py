@@ -18,8 +18,8 @@ from torch import Tensor
 from compress.errors import CompressError
 
 # Rows of H computed at a time: only the lower triangle's blocks are, so the work is
-# (1 + block/K) / 2 of the full product.
-BLOCK = 512
+# (1 + block/K) / 2 of the full product; a GPU needs larger ones to be busy.
+BLOCK = {"cpu": 128, "cuda": 1024}
 # Damping grows by this factor when the Cholesky factorisation fails, up to the limit.
 DAMPING_GROWTH = 2.0
 DAMPING_LIMIT = 1.0
@@ -31,6 +31,7 @@ class Hessian:
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         self.lower = torch.zeros(columns, columns, device=device)
         self.windows = 0
+        self.block = BLOCK[self.lower.device.type]
 
     def add_batch(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Adds the tokens of x [B, T, K]; weights [B, T] have mean one in each window, or None."""
@@ -38,16 +39,16 @@ class Hessian:
         rows = x.reshape(-1, x.shape[-1]).to(self.lower.dtype)  # [tokens, K]
         if weights is not None:
             rows = rows * weights.reshape(-1, 1).sqrt()
-        for start in range(0, rows.shape[1], BLOCK):
-            block = slice(start, min(start + BLOCK, rows.shape[1]))
+        for start in range(0, rows.shape[1], self.block):
+            block = slice(start, min(start + self.block, rows.shape[1]))
             below = self.lower[block, : block.stop]
             below.addmm_(rows[:, block].T, rows[:, : block.stop])
 
     def matrix(self) -> Tensor:
         """H, symmetric: [K, K]. Ends the accumulation: its memory becomes the result's."""
         H = self.lower
-        for start in range(0, H.shape[0], BLOCK):
-            block = slice(start, start + BLOCK)
+        for start in range(0, H.shape[0], self.block):
+            block = slice(start, start + self.block)
             H[block, :start].mul_(2 / max(1, self.windows))
             H[:start, block] = H[block, :start].T
             # The diagonal block was computed whole; one triangle of it decides, so that H is
@@ -72,12 +73,14 @@ def factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
     mean = H.diagonal().mean()
     while True:
         # Reversing rows and columns turns the lower factor that LAPACK gives into an upper one.
-        damped = H.flip(0, 1)
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
+        # Its columns are what LAPACK wants contiguous, and H is symmetric: factored in place.
+        lower = H.flip(0, 1).mT
+        lower.diagonal().add_(damping * mean)
+        failed = torch.empty((), dtype=torch.int32, device=H.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed and _well_conditioned(lower, damping):
             return lower.flip(0, 1), damping
+        del lower
         if damping == 0 or damping >= DAMPING_LIMIT:
             raise CompressError(
                 f"the Hessian of {H.shape[0]} columns is not positive definite with damping "
@@ -88,8 +91,8 @@ def factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
 
 def _well_conditioned(lower: Tensor, damping: float) -> bool:
     """Without damping, rounding can make a singular H look positive definite; its pivots tell."""
-    if damping > 0:
-        return bool(lower.isfinite().all())
     pivots = lower.diagonal().square()
+    if damping > 0:
+        return bool(pivots.isfinite().all())
     limit = pivots.numel() * torch.finfo(pivots.dtype).eps
     return bool(pivots.isfinite().all() and pivots.min() > limit * pivots.max())

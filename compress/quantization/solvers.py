@@ -9,18 +9,27 @@ RTN rounds every weight to nearest and needs no data. GPTQ (arXiv 2210.17323) ru
 of `gptq.py`; `refine_sweeps` adds the coordinate descent of `refine.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from operator import mul
 
 import torch
 from torch import Tensor
 
-from compress.quantization.gptq import Codes, column_loop, nearest
+from compress.quantization.gptq import Levels, column_loop, nearest
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import factor
 from compress.quantization.refine import refine
+from compress.quantization.rounding import quadratic
 from compress.registry import Registry
 
 SOLVERS = Registry("solver")
+# Output rows do not depend on one another, so they are solved some at a time: on a CPU few enough
+# that the working set of a block stays in its cache, and the temporaries small.
+WEIGHTS_AT_A_TIME = {"cpu": 1 << 21, "cuda": 1 << 27}
+LEAST_ROWS = 256
+# What a QuantizedLinear holds one of for each output row.
+ROWWISE = ("codes", "scale", "zero", "error", "power")
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,8 @@ class QuantizedLinear:
         codes: [N, K] int8, signed.
         scale: [N, G], in the checkpoint's dtype; G = 1 for one scale a row.
         zero: [N, G] int8, or None for a symmetric grid.
-        error: tr((W-Q) H (W-Q)^T) over tr(W H W^T); None without a Hessian.
+        error, power: [N] fp64, the diagonals of (W-Q) H (W-Q)^T and of W H W^T; None without a
+            Hessian.
         damping: the damping that the factorisation needed; None where there was none.
         dead_columns: inputs that were zero on every calibration token; their weights became 0.
         changed: share of codes that each refinement sweep changed.
@@ -50,7 +60,8 @@ class QuantizedLinear:
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
-    error: float | None = None
+    error: Tensor | None = None
+    power: Tensor | None = None
     damping: float | None = None
     dead_columns: int = 0
     changed: tuple[float, ...] = ()
@@ -63,18 +74,33 @@ class QuantizedLinear:
             codes = codes - self.zero.to(dtype).unsqueeze(-1)
         return (codes * self.scale.to(dtype).unsqueeze(-1)).view(N, K)
 
+    def relative_error(self) -> float | None:
+        """tr((W-Q) H (W-Q)^T) / tr(W H W^T); 0 where the linear gives nothing but zeros."""
+        if self.error is None or self.power is None:
+            return None
+        power = float(self.power.sum())
+        # Rounding can leave a tiny negative error where the codes are exact.
+        return max(0.0, float(self.error.sum()) / power) if power > 0 else 0.0
+
     def rows(self, part: slice) -> "QuantizedLinear":
         """The linear of some output rows: how stacked linears are taken apart again."""
-        zero = None if self.zero is None else self.zero[part]
-        return QuantizedLinear(
-            self.codes[part], self.scale[part], zero,
-            self.error, self.damping, self.dead_columns, self.changed,
-        )  # fmt: skip
+        cut = {name: getattr(self, name) for name in ROWWISE}
+        return replace(self, **{n: None if t is None else t[part] for n, t in cut.items()})
+
+    @classmethod
+    def join(cls, parts: "list[QuantizedLinear]") -> "QuantizedLinear":
+        """The linear of all the parts' rows; they share one Hessian and grid."""
+        columns = {name: [getattr(part, name) for part in parts] for name in ROWWISE}
+        joined = {n: None if c[0] is None else torch.cat(c) for n, c in columns.items()}
+        rows = [part.codes.shape[0] for part in parts]
+        sweeps = zip_longest(*(part.changed for part in parts), fillvalue=0.0)
+        changed = tuple(sum(map(mul, rows, shares)) / sum(rows) for shares in sweeps)
+        return replace(parts[0], **joined, changed=changed)
 
 
-def _finish(result: Codes, grid: UniformGrid) -> QuantizedLinear:
+def _finish(result: Levels, grid: UniformGrid) -> QuantizedLinear:
     return QuantizedLinear(
-        codes=result.codes.T.to(torch.int8).contiguous(),
+        codes=result.codes().to(torch.int8).T.contiguous(),
         scale=result.scale.T.to(grid.scale_dtype).contiguous(),
         zero=None if result.zero is None else result.zero.T.to(torch.int8).contiguous(),
     )
@@ -87,15 +113,15 @@ class Statistics:
     Attributes:
         H: [K, K], with ones on the diagonal of dead columns.
         dead: [K] inputs that were always zero.
-        M, pivots: the factor of the damped (and, with act-order, permuted) H; see `gptq.py`.
-        order: [K] the act-order, or None.
-        damping: the damping that worked.
+        M: [K, K] unit upper triangular, from the factor of the damped (and, with act-order,
+            permuted) H; see `gptq.py`.
+        order: [K] the order of columns, or None for their own.
+        damping: the damping that the factorisation needed.
     """
 
     H: Tensor
     dead: Tensor
     M: Tensor
-    pivots: Tensor
     order: Tensor | None
     damping: float
 
@@ -137,30 +163,31 @@ class Gptq:
         H.diagonal()[dead] = 1
         order = torch.argsort(H.diagonal(), descending=True) if self.settings.act_order else None
         R, damping = factor(H if order is None else H[order][:, order], self.settings.damping)
-        diagonal = R.diagonal().clone()
-        return Statistics(H, dead, R.div_(diagonal), diagonal.square(), order, damping)
+        return Statistics(H, dead, R.div_(R.diagonal().clone()), order, damping)
 
     def solve(
         self, W: Tensor, statistics: Statistics, grid: UniformGrid, group_size: int | None
     ) -> QuantizedLinear:
         """W [N, K] and the statistics of its input -> codes."""
+        rows = max(LEAST_ROWS, WEIGHTS_AT_A_TIME[W.device.type] // W.shape[1])
+        parts = W.chunk(-(-W.shape[0] // rows))
+        return QuantizedLinear.join(
+            [self._solve_rows(part, statistics, grid, group_size) for part in parts]
+        )
+
+    def _solve_rows(
+        self, W: Tensor, statistics: Statistics, grid: UniformGrid, group_size: int | None
+    ) -> QuantizedLinear:
         H, settings = statistics.H, self.settings
         Wt = W.T.contiguous().to(H.dtype)
         Wt[statistics.dead] = 0
         result = column_loop(
-            Wt, statistics.M, statistics.pivots, grid, group_size,
-            settings.clip_search, H.diagonal(), statistics.order,
-        )  # fmt: skip
-        # From the damped objective of the loop to the error itself.
-        E = Wt - result.dequantised(grid)
-        added = statistics.damping * H.diagonal().mean()
-        result.error -= float(added * E.square_().sum(dtype=torch.float64))
-        del E
+            Wt, statistics.M, grid, group_size, settings.clip_search, H.diagonal(), statistics.order
+        )
         changed = refine(result, Wt, H, grid, group_size, settings.refine_sweeps)
-        power = float((Wt * (H @ Wt)).sum(dtype=torch.float64))
         linear = _finish(result, grid)
-        # Rounding can leave a tiny negative error where the codes are exact.
-        linear.error = max(0.0, result.error / power) if power > 0 else 0.0
+        linear.power = quadratic(H, Wt)
+        linear.error = quadratic(H, Wt.sub_(result.dequantised()))
         linear.damping, linear.dead_columns = statistics.damping, int(statistics.dead.sum())
-        linear.changed = tuple(changed)
+        linear.changed = tuple(count / W.numel() for count in changed)
         return linear

@@ -1,0 +1,8 @@
+"""`python -m compress` is `modelpress`."""
+
+import sys
+
+from compress.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,424 @@
+"""What `modelpress` can do: each command parses, calls the library, prints. It decides nothing.
+
+Every import that needs torch is inside a command, so that `--help` answers at once. With --json,
+stdout holds one JSON object and all else is on stderr; progress and warnings are there always.
+"""
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress.errors import CompressError, UsageError, did_you_mean
+from compress.options import (
+    DebugOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    ModelOption,
+    OutputFileOption,
+    RecipeArgument,
+    RecipesArgument,
+    SeedOption,
+    SetOption,
+    VersionOption,
+)
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+
+app = typer.Typer(
+    name="modelpress",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Makes language models smaller and faster, and measures what that cost.",
+)
+bench = typer.Typer(no_args_is_help=True, help="Time and memory, beside what the method needs.")
+
+
+Emit = Callable[[Any], None]  # prints a result as JSON
+
+
+class InterruptError(CompressError):
+    """Ctrl-C in a command that can be continued; the message says how."""
+
+    exit_code = 130
+
+
+@app.callback()
+def _top(version: VersionOption = False, debug: DebugOption = False) -> None:
+    pass  # the options' callbacks do it; the help is that of `app`
+
+
+# ---- commands -----------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the result; outputs/NAME of the recipe if absent."),
+    ] = None,
+    set_: SetOption = None,
+    device: DeviceOption = "cpu",
+    resume: Annotated[bool, typer.Option(help="Continue a run that was interrupted.")] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished result.")
+    ] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compress a model as a recipe says."""
+    try:
+        with _stdout_for(json) as emit:
+            loaded = _load_recipe(recipe, set_, model)
+            _run(emit, loaded, output, device=device, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        how = "run the same command again" + ("" if resume else " without --no-resume")
+        raise InterruptError(f"to continue after the last whole layer, {how}") from None
+
+
+def _run(emit: Emit | None, recipe: "Recipe", output: Path | None, **options: Any) -> None:
+    from compress.console import console, print_lines, print_scores, run_table
+    from compress.pipeline import run
+    from compress.progress import RunProgress
+
+    output = output or _default_output(recipe.name)
+    err = console(stderr=True)
+    print_lines(err, f"{recipe.name}: the result goes to {output}")
+    with RunProgress(err) as progress:
+        result = run(recipe, output, observer=progress, **options)
+    if emit:
+        emit(result.as_dict())
+        return
+    out = console()
+    out.print(run_table(result, _checkpoint_bytes(Path(recipe.model_location()))))
+    if result.metrics:
+        print_scores(out, recipe.name, result.metrics)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    set_: SetOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what a run would do: bits, bytes and memory, without reading a weight."""
+    from compress import plan as plan_of
+    from compress.console import console, memory_row, module_table, pairs_table, size_rows
+
+    with _stdout_for(json) as emit:
+        planned = plan_of(_load_recipe(recipe, set_, model))
+        if emit:
+            emit(planned.as_dict())
+        else:
+            out = console()
+            out.print(module_table([asdict(module) for module in planned.modules]))
+            average = ("average bits", f"{planned.average_bits:.2f} over the quantised weights")
+            memory = memory_row("peak memory", planned.peak_memory)
+            notes = [("note", note) for note in planned.notes]
+            out.print(pairs_table([average, *size_rows(planned.bytes), memory, *notes]))
+    for problem in planned.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if planned.problems:
+        raise typer.Exit(2)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    baseline: Annotated[
+        str | None, typer.Option(help="The 16-bit model, measured on the same data.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval or shipped, with commas.")] = "",
+    include_path: Annotated[Path | None, typer.Option(help="A folder of more tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples per task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Instead of the task's.")] = None,
+    perplexity: Annotated[
+        str | None, typer.Option(metavar="DATASET", help="wikitext2, FILE.txt, FILE.jsonl, hub id.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Key of a FILE.jsonl's text.")] = "text",
+    length: Annotated[int, typer.Option(min=2, help="Tokens of context.")] = 512,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Between windows; length if absent.")
+    ] = None,
+    bos: Annotated[bool, typer.Option(help="Put BOS at each window's start.")] = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    output: OutputFileOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure a model: tasks, perplexity, and the distance to its baseline."""
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names and not perplexity:
+        raise UsageError("nothing to measure: give --tasks, --perplexity, or both")
+    from compress.console import console, print_scores
+    from compress.evaluation import evaluate as evaluate_model
+
+    with _stdout_for(json) as emit:
+        scores = evaluate_model(
+            model, tasks=names, include_path=include_path, perplexity=perplexity, length=length,
+            stride=stride, bos=bos, text_field=text_field, baseline=baseline, limit=limit,
+            batch_size=batch_size, num_fewshot=num_fewshot, seed=seed, device=device,
+        )  # fmt: skip
+        if emit:
+            emit(scores)
+        else:
+            print_scores(console(), model, scores, baseline or "")
+        _write_json(output, scores)
+
+
+@app.command()
+def compare(
+    recipes: RecipesArgument,
+    seeds: Annotated[str, typer.Option(help="Calibration seeds, with commas.")] = "0",
+    model: ModelOption = None,
+    set_: SetOption = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs/compare"),
+    device: DeviceOption = "cpu",
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run recipes on the same model, data and seeds: one table, one plot."""
+    if len(recipes) < 2:
+        raise UsageError("compare needs two recipes or more; for one there is `run`")
+    numbers = _integers("--seeds", seeds)
+    from compress.comparison import compare as compare_recipes
+    from compress.console import console, print_lines
+    from compress.eval.report import quality_table
+    from compress.progress import RunProgress
+
+    with _stdout_for(json) as emit:
+        loaded = [_load_recipe(recipe, set_, model) for recipe in recipes]
+        with RunProgress(console(stderr=True)) as progress:
+            compared = compare_recipes(
+                loaded, output, seeds=numbers, device=device, observer=progress
+            )
+        if emit:
+            emit(compared.as_dict())
+        else:
+            out = console()
+            out.print(quality_table(compared.rows))
+            plot = [f"plot: {compared.plot}"] if compared.plot else []
+            print_lines(out, compared.conditions, *plot)
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what a checkpoint holds: bits, format, bytes, recipe."""
+    from compress.checkpoint.loading import inspect as inspect_folder
+    from compress.console import console, module_table, pairs_table, size_rows
+
+    with _stdout_for(json) as emit:
+        found = inspect_folder(model)
+        if emit:
+            emit(found)
+            return
+        out = console()
+        out.print(module_table(found["modules"]))
+        rows = [("format", found["format"]), *size_rows(found["bytes"])]
+        if found["recipe"]:
+            rows.append(("recipe", f"{found['recipe'].get('name')} ({model / 'recipe.yaml'})"))
+        if found["provenance"]:
+            made = found["provenance"].get("versions", {}).items()
+            rows.append(("made with", ", ".join(f"{name} {version}" for name, version in made)))
+        out.print(pairs_table(rows))
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.0,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    debug: DebugOption = False,
+) -> None:
+    """Continue a text; what is new is printed as it comes."""
+    import torch
+    from transformers import TextStreamer
+
+    from compress.checkpoint.loading import load
+    from compress.pipeline import check_device
+
+    check_device(device)
+    loaded, tokenizer = load(model, device=device)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise UsageError("--prompt has no tokens: give some text to continue")
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampled = {"do_sample": True, "temperature": temperature}
+    torch.manual_seed(seed)
+    loaded.generate(
+        **inputs,
+        **(sampled if temperature > 0 else greedy),
+        max_new_tokens=max_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one's YAML.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """List the recipes that come with modelpress, or print one."""
+    from compress.console import console, pairs_table
+    from compress.recipe import shipped_recipes
+
+    shipped = shipped_recipes()
+    if name is None:
+        console().print(pairs_table([(found, line) for found, line, _ in shipped]))
+        return
+    files = {found: file for found, _, file in shipped}
+    if name not in files:
+        near = did_you_mean(name, files)
+        raise UsageError(f"no shipped recipe {name!r}{near}: expected one of {', '.join(files)}")
+    print(files[name].read_text(encoding="utf-8"), end="")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished result.")],
+    repo_id: Annotated[str, typer.Argument(help="owner/name on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private one.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be sent; no network.")
+    ] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Publish a result on the Hugging Face hub, as whoever `hf auth login` has logged in."""
+    from compress.checkpoint.hub import push as push_folder
+    from compress.console import console, pairs_table, print_lines
+    from compress.eval.report import format_bytes
+
+    with _stdout_for(json) as emit:
+        report = push_folder(folder, repo_id, private=private, dry_run=dry_run)
+        if emit:
+            emit(report)
+            return
+        out = console()
+        files = [(file["path"], format_bytes(file["bytes"])) for file in report["files"]]
+        out.print(pairs_table([*files, ("total", format_bytes(report["bytes"]))]))
+        if dry_run:
+            print_lines(out, "", *report["card"], "", f"dry run: nothing was sent to {repo_id}")
+        else:
+            print_lines(out, report["url"])
+
+
+@bench.command("quantize")
+def bench_quantize(
+    hidden: Annotated[int, typer.Option(min=1)] = 1024,
+    mlp: Annotated[int, typer.Option(min=1, help="Width between up and down.")] = 2816,
+    layers: Annotated[int, typer.Option(min=1)] = 8,
+    heads: Annotated[int, typer.Option(min=1)] = 16,
+    kv_heads: Annotated[int, typer.Option(min=1)] = 8,
+    vocabulary: Annotated[int, typer.Option(min=2)] = 512,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    bits: int = 4,
+    group_size: Annotated[str, typer.Option(help="A number, or channel.")] = "128",
+    refine_sweeps: Annotated[int, typer.Option(min=0)] = 5,
+    rotate: Annotated[str, typer.Option(help="none, hadamard or random.")] = "none",
+    token_importance: Annotated[str, typer.Option(help="As in a recipe.")] = "uniform",  # noqa: S107
+    offload: Annotated[str, typer.Option(help="Activations: disk, ram or auto.")] = "disk",
+    device: DeviceOption = "cpu",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs, one after the other.")] = 1,
+    output: OutputFileOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Quantise a synthetic model: seconds and memory, beside the least that the method needs."""
+    shape = {
+        "hidden": hidden, "mlp": mlp, "layers": layers, "heads": heads, "kv_heads": kv_heads,
+        "vocabulary": vocabulary, "samples": samples, "length": length, "bits": bits,
+        "group_size": int(group_size) if group_size.isdecimal() else group_size,
+        "refine_sweeps": refine_sweeps, "rotate": rotate, "token_importance": token_importance,
+        "offload": offload, "device": device,
+    }  # fmt: skip
+    from compress.bench import QuantizeBench
+    from compress.bench import bench_quantize as measure
+    from compress.console import bench_table, console
+
+    with _stdout_for(json) as emit:
+        result = {"runs": [measure(QuantizeBench(**shape)) for _ in range(repeats)]}
+        if emit:
+            emit(result)
+        else:
+            console().print(bench_table(result["runs"]))
+        _write_json(output, result)
+
+
+# ---- what commands share ------------------------------------------------------------------------
+
+
+def _load_recipe(path: str, assignments: list[str] | None, model: str | None) -> "Recipe":
+    from compress.recipe import Recipe
+
+    return Recipe.load(path, overrides=assignments or (), model=model)
+
+
+def _default_output(name: str) -> Path:
+    """outputs/NAME, where a recipe's name may be any text."""
+    return Path("outputs") / (re.sub(r"[^\w.-]+", "-", name).strip(".-") or "recipe")
+
+
+def _checkpoint_bytes(folder: Path) -> int | None:
+    """Bytes of a checkpoint's tensors; None if it is not a folder here but on the hub."""
+    from compress.checkpoint.safetensors_io import CheckpointReader
+
+    return CheckpointReader(folder).nbytes() if folder.is_dir() else None
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"{option}: expected whole numbers such as 0,1,2, found {text!r}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _stdout_for(json: bool) -> Iterator[Emit | None]:
+    """With --json, yields what prints the one object; all other printing then goes to stderr."""
+    from compress.console import to_json
+
+    if not json:
+        yield None
+        return
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield lambda value: print(to_json(value), file=stdout)
+
+
+def _write_json(path: Path | None, value: Any) -> None:
+    """Writes a result to a file, if one was asked for; after it was printed, lest it be lost."""
+    if path is not None:
+        from compress.checkpoint.files import atomic_write
+        from compress.console import to_json
+
+        with atomic_write(path) as file:
+            file.write(to_json(value).encode() + b"\n")
+
+
+app.add_typer(bench, name="bench")  # last in the help

@@ -1,0 +1,187 @@
+"""Tables and lines that the command line prints. Imports no torch, so that `--help` stays quick.
+
+out = console()
+out.print(module_table(inspect("out")["modules"]))
+"""
+
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from compress.eval.report import (
+    MISSING,
+    flatten,
+    format_bytes,
+    format_number,
+    quality_row,
+    quality_table,
+)
+
+if TYPE_CHECKING:
+    from compress.pipeline import RunResult
+
+WIDE = 200  # columns where the output is no terminal, whose own 80 would cut tables short
+
+
+def console(stderr: bool = False) -> Console:
+    """A console on stdout or stderr that prints text as it is: no markup, no highlighting."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDE
+    return Console(stderr=stderr, width=width, markup=False, highlight=False)
+
+
+def print_lines(console: Console, *lines: str) -> None:
+    """Each on its own line, however long: the terminal wraps it, so that it can be copied."""
+    for line in lines:
+        console.print(line, soft_wrap=True)
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON of plain values: what is not finite has no number there and becomes null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def pairs_table(rows: Iterable[tuple[str, str]]) -> Table:
+    """Names left, values right of them; no heading."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def module_table(modules: Sequence[Mapping[str, Any]]) -> Table:
+    """Modules as `inspect` and plans list them, layers collapsed: one row a kind and scheme.
+
+    The layer's number is a * in the name; `count` is how many modules the row stands for.
+    """
+
+    def row_of(module: Mapping[str, Any]) -> tuple[str, ...]:
+        quantised = module.get("symmetric") is not None
+        group = (module["group_size"] or "channel") if quantised else MISSING
+        kind = ".".join("*" if part.isdigit() else part for part in module["name"].split("."))
+        offset = {True: "", False: "asymmetric", None: "unquantised"}[module.get("symmetric")]
+        shape = " × ".join(map(str, module["shape"]))
+        return kind, shape, format_number(module["bits"]), str(group), offset
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("module")
+    for column in ("count", "shape", "bits", "group"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for (kind, *rest), count in Counter(map(row_of, modules)).items():
+        table.add_row(kind, str(count), *rest)
+    return table
+
+
+def size_rows(sizes: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The bytes of a plan or of an inspected folder."""
+    return [
+        ("quantised weights", format_bytes(sizes["quantized"])),
+        ("other tensors", format_bytes(sizes["other"])),
+        ("total", format_bytes(sizes["total"])),
+    ]
+
+
+def memory_row(label: str, peak: Mapping[str, int]) -> tuple[str, str]:
+    """Peak memory of the host, and of the device if it was used."""
+    host, device = peak.get("host", 0), peak.get("device", 0)
+    text = f"{format_bytes(host)} host"
+    return label, f"{text}, {format_bytes(device)} device" if device else text
+
+
+def run_table(result: "RunResult", bytes_before: int | None) -> Table:
+    """What a run has made and what it took."""
+    after = result.plan.bytes["total"]
+    size = format_bytes(after)
+    if bytes_before:
+        size = f"{format_bytes(bytes_before)} before, {size} after ({bytes_before / after:.2f} x)"
+    seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in result.seconds.items())
+    rows = [
+        ("tensors", size),
+        ("average bits", f"{result.plan.average_bits:.2f} over the quantised weights"),
+        ("seconds", f"{sum(result.seconds.values()):.1f} ({seconds})"),
+        memory_row("peak memory", result.peak_memory),
+    ]
+    if check := result.self_check:
+        text = f"relative error {check['relative_error']:.2g}, {check['tolerance']:.0e} allowed"
+        rows.append(("self-check", text))
+    if result.warnings:
+        rows.append(("warnings", str(len(result.warnings))))
+    if result.report:
+        rows.append(("report", str(result.report)))
+    return pairs_table([*rows, ("output", str(result.path))])
+
+
+def print_scores(
+    console: Console, name: str, scores: Mapping[str, Any], baseline: str = "baseline"
+) -> None:
+    """A table of what `evaluate` returns, and below it everything the figures depend on."""
+    rows = [quality_row(name, scores)]
+    if reference := scores.get("baseline"):
+        rows.insert(0, quality_row(baseline, reference))
+    console.print(quality_table(rows))
+    print_lines(console, *_difference_lines(scores.get("difference") or {}))
+    lines = [scores[part]["line"] for part in ("perplexity", "kl") if scores.get(part)]
+    conditions = ", ".join(f"{k} {v}" for k, v in flatten(scores.get("conditions") or {}))
+    print_lines(console, *lines, *([f"tasks: {conditions}"] if conditions else []))
+
+
+def _difference_lines(difference: Mapping[str, Any]) -> list[str]:
+    """Model minus baseline, item by item: the errors that say whether the model is worse."""
+    parts = {
+        f"{task} {metric}": estimate
+        for task, metrics in (difference.get("results") or {}).items()
+        for metric, estimate in metrics.items()
+    }
+    if text := difference.get("mean_nll"):
+        parts["mean NLL (nats per token)"] = text
+    return [
+        f"difference from the baseline, paired: {name} "
+        f"{format_number(estimate['value'], estimate['stderr'])}"
+        for name, estimate in parts.items()
+    ]
+
+
+def bench_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """Repeated runs of `bench quantize`, a column each."""
+    first, last = runs[0], runs[-1]
+    rows: dict[str, list[str]] = {"seconds": [f"{run['seconds']:.2f}" for run in runs]}
+    rows["of which layers"] = [f"{run['layers_seconds']:.2f}" for run in runs]
+    rows["floor seconds"] = [f"{run['floor']['seconds']:.2f}" for run in runs]
+    for part in first["floor"]["parts"]:
+        rows[f"floor, {part}"] = [f"{run['floor']['parts'][part]:.2f}" for run in runs]
+    rows["ratio to the floor"] = [f"{run['ratio']:.2f}" for run in runs]
+    rows["peak memory"] = [memory_row("", run["peak_memory"])[1] for run in runs]
+    rows["one layer in fp32"] = [format_bytes(run["floor"]["layer_bytes"]) for run in runs]
+    rows["mean relative error"] = [format_number(run["mean_error"]) for run in runs]
+    rates = [run["conditions"]["matmul_rate"] for run in runs]
+    rows["fp32 matmul rate"] = [f"{rate / 1e9:.1f} GFLOP/s" for rate in rates]
+    conditions = last["conditions"]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        caption=f"{conditions['threads']} threads, torch {conditions['torch']}, "
+        f"{conditions['device']}",
+        caption_justify="left",
+    )
+    table.add_column("")
+    for i in range(len(runs)):
+        table.add_column(f"run {i + 1}", justify="right")
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    return table

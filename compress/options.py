@@ -1,0 +1,55 @@
+"""Arguments and options that several commands share: `device: DeviceOption = "cpu"`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+@dataclass
+class Settings:
+    """What `cli.main` must know of the command that it has started."""
+
+    debug: bool = False
+
+
+def _set_debug(context: typer.Context, value: bool) -> bool:
+    if value:
+        context.ensure_object(Settings).debug = True
+    return value
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        import compress
+
+        print(f"modelpress {compress.__version__}")
+        raise typer.Exit()
+
+
+DebugOption = Annotated[
+    bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")
+]
+VersionOption = Annotated[
+    bool,
+    typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A YAML file, or a name that `modelpress recipes` lists.")
+]
+RecipesArgument = Annotated[list[str], typer.Argument(help="Two or more recipes: files or names.")]
+ModelArgument = Annotated[str, typer.Argument(help="A model folder or a hub id.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="A model folder or hub id, instead of the recipe's.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set section.key=value; may be repeated."),
+]
+DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+OutputFileOption = Annotated[Path | None, typer.Option(help="A JSON file for the result.")]
