@@ -19,16 +19,17 @@ if TYPE_CHECKING:
     from compress.comparison import compare
     from compress.errors import CompressError, UsageError
     from compress.evaluation import evaluate
-    from compress.pipeline import RunResult, run
+    from compress.pipeline import run
     from compress.plan import Plan
     from compress.recipe import Recipe
+    from compress.result import RunResult
 
     __version__: str
 
 _HOMES = {
     "Recipe": "compress.recipe",
     "run": "compress.pipeline",
-    "RunResult": "compress.pipeline",
+    "RunResult": "compress.result",
     "load": "compress.checkpoint.loading",
     "inspect": "compress.checkpoint.loading",
     "evaluate": "compress.evaluation",

@@ -1,4 +1,4 @@
-"""`modelpress bench quantize`: time and memory of a run on a synthetic checkpoint, beside its floor.
+"""`modelpress bench quantize`: time and memory of a run on a synthetic checkpoint, and its floor.
 
 The floor is what no implementation of the method can avoid, at the fp32 matmul rate that this
 machine shows in the same call:
@@ -145,7 +145,8 @@ def _run_child(folder: Path, bench: QuantizeBench) -> dict[str, Any]:
     command = [sys.executable, "-m", "compress.bench", job]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode:
-        raise CompressError(f"the benchmark's run failed: {child.stderr.strip()[-400:]}")
+        last = (child.stderr.strip().splitlines() or [f"code {child.returncode}"])[-1]
+        raise CompressError(f"the benchmark's run failed: {last}")
     return json.loads(child.stdout.splitlines()[-1])
 
 
@@ -175,9 +176,7 @@ def _child(folder: Path, bench: QuantizeBench) -> dict[str, Any]:
     ids = torch.randint(bench.vocabulary, (bench.samples, bench.length), generator=generator)
     windows = CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool))
     started = time.perf_counter()
-    result = run(
-        recipe, folder / "out", windows=windows, self_check=False, device=bench.device
-    )
+    result = run(recipe, folder / "out", windows=windows, self_check=False, device=bench.device)
     errors = [module["error"] for layer in result.layers for module in layer["modules"]]
     return {
         "seconds": time.perf_counter() - started,

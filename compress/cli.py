@@ -27,6 +27,7 @@ QUIET = {
     "HF_HUB_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",  # every other bar: compressed-tensors', lm-eval's
 }
 ParserError = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
 

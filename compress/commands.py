@@ -10,11 +10,25 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compress.console import (
+    bench_table,
+    console,
+    memory_row,
+    module_table,
+    pairs_table,
+    print_lines,
+    print_scores,
+    run_table,
+    size_rows,
+    stdout_for,
+    write_json,
+)
 from compress.errors import CompressError, UsageError, did_you_mean
+from compress.eval.report import format_bytes, quality_table
 from compress.options import (
     DebugOption,
     DeviceOption,
@@ -28,6 +42,7 @@ from compress.options import (
     SetOption,
     VersionOption,
 )
+from compress.progress import RunProgress
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -40,9 +55,6 @@ app = typer.Typer(
     help="Makes language models smaller and faster, and measures what that cost.",
 )
 bench = typer.Typer(no_args_is_help=True, help="Time and memory, beside what the method needs.")
-
-
-Emit = Callable[[Any], None]  # prints a result as JSON
 
 
 class InterruptError(CompressError):
@@ -77,32 +89,27 @@ def run(
     debug: DebugOption = False,
 ) -> None:
     """Compress a model as a recipe says."""
-    try:
-        with _stdout_for(json) as emit:
-            loaded = _load_recipe(recipe, set_, model)
-            _run(emit, loaded, output, device=device, resume=resume, overwrite=overwrite)
-    except KeyboardInterrupt:
-        how = "run the same command again" + ("" if resume else " without --no-resume")
-        raise InterruptError(f"to continue after the last whole layer, {how}") from None
+    loaded = _load_recipe(recipe, set_, model)
+    from compress.pipeline import run as run_recipe  # slow: a typo in the recipe is told before
 
-
-def _run(emit: Emit | None, recipe: "Recipe", output: Path | None, **options: Any) -> None:
-    from compress.console import console, print_lines, print_scores, run_table
-    from compress.pipeline import run
-    from compress.progress import RunProgress
-
-    output = output or _default_output(recipe.name)
-    err = console(stderr=True)
-    print_lines(err, f"{recipe.name}: the result goes to {output}")
-    with RunProgress(err) as progress:
-        result = run(recipe, output, observer=progress, **options)
-    if emit:
-        emit(result.as_dict())
-        return
-    out = console()
-    out.print(run_table(result, _checkpoint_bytes(Path(recipe.model_location()))))
-    if result.metrics:
-        print_scores(out, recipe.name, result.metrics)
+    with stdout_for(json) as emit:
+        output = output or _default_output(loaded.name)
+        err = console(stderr=True)
+        print_lines(err, f"{loaded.name}: the result goes to {output}")
+        with (
+            RunProgress(err) as progress,
+            _interruptible(lambda: _what_is_left(progress, output, resume)),
+        ):
+            result = run_recipe(
+                loaded, output, device=device, resume=resume, overwrite=overwrite, observer=progress
+            )
+        if emit:
+            emit(result.as_dict())
+            return
+        out = console()
+        out.print(run_table(result))
+        if result.metrics:
+            print_scores(out, loaded.name, result.metrics)
 
 
 @app.command()
@@ -115,9 +122,8 @@ def plan(
 ) -> None:
     """Show what a run would do: bits, bytes and memory, without reading a weight."""
     from compress import plan as plan_of
-    from compress.console import console, memory_row, module_table, pairs_table, size_rows
 
-    with _stdout_for(json) as emit:
+    with stdout_for(json) as emit:
         planned = plan_of(_load_recipe(recipe, set_, model))
         if emit:
             emit(planned.as_dict())
@@ -154,6 +160,12 @@ def evaluate(
         int | None, typer.Option(min=1, help="Between windows; length if absent.")
     ] = None,
     bos: Annotated[bool, typer.Option(help="Put BOS at each window's start.")] = False,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Only the text's first so many.")
+    ] = None,
+    per_document: Annotated[
+        bool, typer.Option("--per-document", help="Each document on its own, not one stream.")
+    ] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     output: OutputFileOption = None,
@@ -164,20 +176,20 @@ def evaluate(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names and not perplexity:
         raise UsageError("nothing to measure: give --tasks, --perplexity, or both")
-    from compress.console import console, print_scores
     from compress.evaluation import evaluate as evaluate_model
 
-    with _stdout_for(json) as emit:
+    with stdout_for(json) as emit:
         scores = evaluate_model(
             model, tasks=names, include_path=include_path, perplexity=perplexity, length=length,
-            stride=stride, bos=bos, text_field=text_field, baseline=baseline, limit=limit,
-            batch_size=batch_size, num_fewshot=num_fewshot, seed=seed, device=device,
+            stride=stride, bos=bos, tokens=tokens, per_document=per_document,
+            text_field=text_field, baseline=baseline, limit=limit, batch_size=batch_size,
+            num_fewshot=num_fewshot, seed=seed, device=device,
         )  # fmt: skip
         if emit:
             emit(scores)
         else:
             print_scores(console(), model, scores, baseline or "")
-        _write_json(output, scores)
+        write_json(output, scores)
 
 
 @app.command()
@@ -188,6 +200,9 @@ def compare(
     set_: SetOption = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs/compare"),
     device: DeviceOption = "cpu",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Run what is finished again.")
+    ] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -195,16 +210,14 @@ def compare(
     if len(recipes) < 2:
         raise UsageError("compare needs two recipes or more; for one there is `run`")
     numbers = _integers("--seeds", seeds)
+    loaded = [_load_recipe(recipe, set_, model) for recipe in recipes]
     from compress.comparison import compare as compare_recipes
-    from compress.console import console, print_lines
-    from compress.eval.report import quality_table
-    from compress.progress import RunProgress
 
-    with _stdout_for(json) as emit:
-        loaded = [_load_recipe(recipe, set_, model) for recipe in recipes]
-        with RunProgress(console(stderr=True)) as progress:
+    with stdout_for(json) as emit:
+        kept = "run the same command again; what is finished is kept"
+        with RunProgress(console(stderr=True)) as progress, _interruptible(lambda: kept):
             compared = compare_recipes(
-                loaded, output, seeds=numbers, device=device, observer=progress
+                loaded, output, numbers, device=device, overwrite=overwrite, observer=progress
             )
         if emit:
             emit(compared.as_dict())
@@ -223,9 +236,8 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds: bits, format, bytes, recipe."""
     from compress.checkpoint.loading import inspect as inspect_folder
-    from compress.console import console, module_table, pairs_table, size_rows
 
-    with _stdout_for(json) as emit:
+    with stdout_for(json) as emit:
         found = inspect_folder(model)
         if emit:
             emit(found)
@@ -281,7 +293,6 @@ def recipes(
     debug: DebugOption = False,
 ) -> None:
     """List the recipes that come with modelpress, or print one."""
-    from compress.console import console, pairs_table
     from compress.recipe import shipped_recipes
 
     shipped = shipped_recipes()
@@ -308,10 +319,8 @@ def push(
 ) -> None:
     """Publish a result on the Hugging Face hub, as whoever `hf auth login` has logged in."""
     from compress.checkpoint.hub import push as push_folder
-    from compress.console import console, pairs_table, print_lines
-    from compress.eval.report import format_bytes
 
-    with _stdout_for(json) as emit:
+    with stdout_for(json) as emit:
         report = push_folder(folder, repo_id, private=private, dry_run=dry_run)
         if emit:
             emit(report)
@@ -357,15 +366,14 @@ def bench_quantize(
     }  # fmt: skip
     from compress.bench import QuantizeBench
     from compress.bench import bench_quantize as measure
-    from compress.console import bench_table, console
 
-    with _stdout_for(json) as emit:
+    with stdout_for(json) as emit:
         result = {"runs": [measure(QuantizeBench(**shape)) for _ in range(repeats)]}
         if emit:
             emit(result)
         else:
             console().print(bench_table(result["runs"]))
-        _write_json(output, result)
+        write_json(output, result)
 
 
 # ---- what commands share ------------------------------------------------------------------------
@@ -382,11 +390,21 @@ def _default_output(name: str) -> Path:
     return Path("outputs") / (re.sub(r"[^\w.-]+", "-", name).strip(".-") or "recipe")
 
 
-def _checkpoint_bytes(folder: Path) -> int | None:
-    """Bytes of a checkpoint's tensors; None if it is not a folder here but on the hub."""
-    from compress.checkpoint.safetensors_io import CheckpointReader
+def _what_is_left(progress: RunProgress, output: Path, resume: bool) -> str:
+    """What to do about a run that was interrupted."""
+    if progress.current == "evaluation":  # the last stage: all else is in its place
+        return f"the checkpoint in {output} is whole; `modelpress eval` measures it"
+    again = "run the same command again" + ("" if resume else " without --no-resume")
+    return f"to continue after the last whole layer, {again}"
 
-    return CheckpointReader(folder).nbytes() if folder.is_dir() else None
+
+@contextlib.contextmanager
+def _interruptible(advice: Callable[[], str]) -> Iterator[None]:
+    """Lets Ctrl-C say what to do next."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptError(advice()) from None
 
 
 def _integers(option: str, text: str) -> list[int]:
@@ -396,29 +414,6 @@ def _integers(option: str, text: str) -> list[int]:
         raise UsageError(
             f"{option}: expected whole numbers such as 0,1,2, found {text!r}"
         ) from None
-
-
-@contextlib.contextmanager
-def _stdout_for(json: bool) -> Iterator[Emit | None]:
-    """With --json, yields what prints the one object; all other printing then goes to stderr."""
-    from compress.console import to_json
-
-    if not json:
-        yield None
-        return
-    stdout = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
-        yield lambda value: print(to_json(value), file=stdout)
-
-
-def _write_json(path: Path | None, value: Any) -> None:
-    """Writes a result to a file, if one was asked for; after it was printed, lest it be lost."""
-    if path is not None:
-        from compress.checkpoint.files import atomic_write
-        from compress.console import to_json
-
-        with atomic_write(path) as file:
-            file.write(to_json(value).encode() + b"\n")
 
 
 app.add_typer(bench, name="bench")  # last in the help

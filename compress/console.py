@@ -4,18 +4,21 @@ out = console()
 out.print(module_table(inspect("out")["modules"]))
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from compress.checkpoint.files import atomic_write
 from compress.eval.report import (
     MISSING,
     flatten,
@@ -26,7 +29,7 @@ from compress.eval.report import (
 )
 
 if TYPE_CHECKING:
-    from compress.pipeline import RunResult
+    from compress.result import RunResult
 
 WIDE = 200  # columns where the output is no terminal, whose own 80 would cut tables short
 
@@ -47,6 +50,24 @@ def print_lines(console: Console, *lines: str) -> None:
 def to_json(value: Any) -> str:
     """Strict JSON of plain values: what is not finite has no number there and becomes null."""
     return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """Writes a result to a file, if one was asked for; call it after printing, lest it be lost."""
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write(to_json(value).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def stdout_for(json: bool) -> Iterator[Callable[[Any], None] | None]:
+    """With --json, yields what prints the one object; all other printing then goes to stderr."""
+    if not json:
+        yield None
+        return
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield lambda value: print(to_json(value), file=stdout)
 
 
 def _finite(value: Any) -> Any:
@@ -105,12 +126,11 @@ def memory_row(label: str, peak: Mapping[str, int]) -> tuple[str, str]:
     return label, f"{text}, {format_bytes(device)} device" if device else text
 
 
-def run_table(result: "RunResult", bytes_before: int | None) -> Table:
+def run_table(result: "RunResult") -> Table:
     """What a run has made and what it took."""
-    after = result.plan.bytes["total"]
-    size = format_bytes(after)
-    if bytes_before:
-        size = f"{format_bytes(bytes_before)} before, {size} after ({bytes_before / after:.2f} x)"
+    provenance = json.loads((result.path / "modelpress.json").read_text(encoding="utf-8"))
+    before, after = provenance["bytes"]["original"], result.plan.bytes["total"]
+    size = f"{format_bytes(before)} before, {format_bytes(after)} after ({before / after:.2f} x)"
     seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in result.seconds.items())
     rows = [
         ("tensors", size),
@@ -139,7 +159,7 @@ def print_scores(
     print_lines(console, *_difference_lines(scores.get("difference") or {}))
     lines = [scores[part]["line"] for part in ("perplexity", "kl") if scores.get(part)]
     conditions = ", ".join(f"{k} {v}" for k, v in flatten(scores.get("conditions") or {}))
-    print_lines(console, *lines, *([f"tasks: {conditions}"] if conditions else []))
+    print_lines(console, *lines, *([f"conditions: {conditions}"] if conditions else []))
 
 
 def _difference_lines(difference: Mapping[str, Any]) -> list[str]:

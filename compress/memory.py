@@ -1,25 +1,34 @@
 """Memory of this process: the peak so far, and giving back what is free.
 
-    release_memory(); peak_memory("cpu")["host"]
+release_memory(); peak_memory("cpu")["host"]
 """
 
 import ctypes
 import resource
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 
 def peak_memory(device: str) -> dict[str, int]:
     """The most memory this process has held so far, in bytes: {"host", "device"}."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     on_device = 0
     if device.startswith("cuda"):
         import torch
 
         on_device = torch.cuda.max_memory_allocated()
-    return {"host": host, "device": on_device}
+    return {"host": _peak_resident(), "device": on_device}
+
+
+def _peak_resident() -> int:
+    if sys.platform == "linux":
+        # Not ru_maxrss: a child process starts with its parent's there.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @cache

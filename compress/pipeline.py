@@ -14,11 +14,8 @@ ends with the same bytes.
 
 import hashlib
 import json
-import shutil
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +25,15 @@ from torch import Tensor, nn
 from compress.calibration.activations import ActivationStore, activations_on_disk
 from compress.calibration.text import load_documents
 from compress.calibration.windows import CalibrationWindows, draw_windows, expand
-from compress.checkpoint.compressed_tensors import (
-    ModuleScheme,
-    compress_module,
-    quantization_config,
-)
+from compress.checkpoint.compressed_tensors import compress_module
 from compress.checkpoint.journal import Journal
-from compress.checkpoint.safetensors_io import merge_shards, save_tensors
+from compress.checkpoint.output import WORK_FOLDER, assemble, check_output, document, publish
+from compress.checkpoint.safetensors_io import save_tensors
 from compress.checkpoint.verify import reload_and_compare, write_probe
 from compress.errors import CompressError, UsageError
-from compress.memory import peak_memory, release_memory
+from compress.evaluation import check_evaluation, evaluate_recipe
 from compress.importance.tokens import count_tokens, effective_sample_size
+from compress.memory import peak_memory, release_memory
 from compress.models.skeleton import Skeleton
 from compress.plan import TOKENS_PER_BATCH, Plan, make_plan, needs_calibration, storage_dtype
 from compress.quantization.grid import UniformGrid
@@ -46,6 +41,7 @@ from compress.quantization.hessian import Hessian
 from compress.quantization.layer import TokenWeigher, run_layer
 from compress.quantization.solvers import SOLVERS, QuantizedLinear, SolverSettings
 from compress.recipe import Recipe
+from compress.result import Observer, RunResult
 from compress.rotation.rotate import (
     fuse_and_rotate_head,
     fuse_and_rotate_layer,
@@ -54,51 +50,7 @@ from compress.rotation.rotate import (
     rotate_embedding,
 )
 
-WORK_FOLDER = ".modelpress"
-# What a model folder holds beside weights and config: copied as it is.
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-              "merges.txt", "*.model", "chat_template*", "generation_config.json")  # fmt: skip
 PROBE_TOKENS = 64  # where no calibration gives tokens for the self-check
-
-
-class Observer:
-    """What a run tells while it goes on; the command line draws it. Every method may be ignored."""
-
-    def stage(self, name: str) -> None: ...
-
-    def layers(self, done: int, total: int) -> None: ...
-
-    def module(self, name: str, facts: dict[str, Any]) -> None: ...
-
-    def warning(self, text: str) -> None: ...
-
-
-@dataclass
-class RunResult:
-    """What a run has made. `metrics` is the evaluation, empty if the recipe asks for none."""
-
-    path: Path
-    plan: Plan
-    metrics: dict[str, Any]
-    layers: list[dict[str, Any]]
-    seconds: dict[str, float]
-    peak_memory: dict[str, int]
-    self_check: dict[str, Any]
-    warnings: list[str] = field(default_factory=list)
-    report: Path | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {
-            "path": str(self.path),
-            "plan": self.plan.as_dict(),
-            "metrics": self.metrics,
-            "seconds": self.seconds,
-            "peak_memory": self.peak_memory,
-            "self_check": self.self_check,
-            "layers": self.layers,
-            "warnings": self.warnings,
-        }
 
 
 def run(
@@ -129,10 +81,11 @@ def run(
     observer = observer or Observer()
     check_output(Path(output), overwrite)
     check_device(device)
+    check_evaluation(recipe)
     observer.stage("plan")
     skeleton = Skeleton.open(recipe.model_location(), recipe.model.revision)
     if skeleton.folder.resolve() == Path(output).resolve():
-        raise UsageError(f"output {output} is the model itself, which would be lost: choose another")
+        raise UsageError(f"output {output} is the model itself: choose another --output")
     plan = make_plan(recipe, skeleton)
     if plan.problems:
         more = f" (and {len(plan.problems) - 1} more: see `plan`)" if len(plan.problems) > 1 else ""
@@ -145,7 +98,6 @@ def run(
         job.walk()
         job.finish_tensors()
         checked = job.assemble(self_check)
-    job.publish()
     result = RunResult(
         path=job.output,
         plan=plan,
@@ -156,21 +108,9 @@ def run(
         self_check=checked,
         warnings=job.warnings,
     )
+    job.evaluate(result)
+    document(result, recipe, job.provenance(result))
     return result
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """UsageError if `output` holds anything but an unfinished run, unless it may be replaced."""
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"output {output} is a file; expected a folder")
-    if not output.is_dir() or overwrite:
-        return
-    found = sorted(p.name for p in output.iterdir() if p.name != WORK_FOLDER)
-    if found:
-        raise UsageError(
-            f"output folder {output} exists and holds {found[0]}: "
-            "choose another --output, or give --overwrite"
-        )
 
 
 def check_device(device: str) -> None:
@@ -310,7 +250,9 @@ class Job:
         if self.residual is not None:
             embedding = rotate_embedding(embedding, self.residual, dtype=self.dtype)
         embedding = embedding.to(self.dtype)
-        save_tensors(self.work / "embedding.safetensors", {f"{self.spec.embedding}.weight": embedding})
+        save_tensors(
+            self.work / "embedding.safetensors", {f"{self.spec.embedding}.weight": embedding}
+        )
         self.x = ActivationStore(*(self._place(0) if self.on_disk else ()))
         for ids, _ in self.batches:
             self.x.append(embedding[ids].float())
@@ -342,7 +284,7 @@ class Job:
             tensors, facts = self._layer(index)
             facts["seconds"] = round(time.perf_counter() - started, 3)
             written = self.x.dump(*self._place(index + 1))
-            self.journal.record(index, tensors, {}, facts)
+            self.journal.record(index, tensors, facts)
             self._remove_activations(keep=written.name)
             self.facts.append(facts)
         self.observer.layers(total, total)
@@ -531,65 +473,50 @@ class Job:
         packed = compress_module(linear.codes, linear.scale, linear.zero, scheme.bits)
         return linear.weight(), {f"{name}.{k}": t for k, t in packed.items()}
 
-    # ---- writing --------------------------------------------------------------------------------
+    # ---- writing and measuring ------------------------------------------------------------------
 
     def assemble(self, self_check: bool) -> dict[str, Any]:
         """Shards, config, tokenizer and recipe in OUT/.modelpress/final; then the self-check."""
         self.observer.stage("writing")
-        final = self.final = self.work / "final"
-        shutil.rmtree(final, ignore_errors=True)
-        final.mkdir()
         parts = [
             self.work / "embedding.safetensors",
             *self.journal.part_files(),
             self.work / "head.safetensors",
         ]
-        merge_shards(parts, final, self.recipe.save.shard_bytes)
-        (final / "config.json").write_text(json.dumps(self._config(), indent=2) + "\n")
-        for pattern in COMPANIONS:
-            for file in sorted(self.skeleton.folder.glob(pattern)):
-                if file.is_file():
-                    shutil.copyfile(file, final / file.name)
-        (final / "recipe.yaml").write_text(self.recipe.dump())
-        self._check_counts(final)
+        final = self.work / "final"
+        assemble(final, parts, self.recipe, self.skeleton, self.plan, self.dtype)
         self._lap("writing")
-        if not self_check:
-            return {}
-        self.observer.stage("self-check")
-        checked = reload_and_compare(final, self.work / "probe.safetensors")
-        self._lap("self_check")
+        checked: dict[str, Any] = {}
+        if self_check:
+            self.observer.stage("self-check")
+            checked = reload_and_compare(final, self.work / "probe.safetensors")
+            self._lap("self_check")
+        publish(final, self.output)
         return checked
 
-    def _config(self) -> dict[str, Any]:
-        config = json.loads((self.skeleton.folder / "config.json").read_text())
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = (
-            str(self.dtype).removeprefix("torch.")
-        )
-        if self.plan.untied:
-            config["tie_word_embeddings"] = False
-        if self.plan.modules:
-            modules = {
-                m.name: ModuleScheme(m.bits, m.group_size, m.symmetric) for m in self.plan.modules
-            }
-            ignored = [n for n in self.skeleton.linear_names() if n not in modules]
-            config["quantization_config"] = quantization_config(modules, ignored)
-        return config
-
-    def _check_counts(self, folder: Path) -> None:
-        """Every planned module must be in the file, packed, and the bytes must be the plan's."""
-        from compress.checkpoint.safetensors_io import CheckpointReader
-
-        reader = CheckpointReader(folder)
-        lost = [m.name for m in self.plan.modules if f"{m.name}.weight_packed" not in reader]
-        if lost:
-            raise CompressError(f"{len(lost)} modules were planned but not written: {lost[0]}, ...")
-        if reader.nbytes() != self.plan.bytes["total"]:
-            raise CompressError(
-                f"the tensors take {reader.nbytes():,} bytes, {self.plan.bytes['total']:,} planned"
+    def evaluate(self, result: RunResult) -> None:
+        """Measures the published checkpoint. It stays whatever becomes of its evaluation."""
+        if self.recipe.evaluate is None:
+            return
+        self.observer.stage("evaluation")
+        try:
+            result.metrics = evaluate_recipe(
+                self.recipe, self.output, self.skeleton.folder, self.device
             )
+        except Exception:
+            document(result, self.recipe, self.provenance(result))
+            self.warn(f"the checkpoint in {self.output} is complete; its evaluation failed")
+            raise
+        finally:
+            self._lap("evaluation")
 
     def provenance(self, result: RunResult) -> dict[str, Any]:
         """modelpress.json: what was done, from what, and what it took."""
+        ids = self.windows.input_ids
+        calibrated = {
+            "windows": list(ids.shape),
+            "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        }
         return {
             "versions": versions(),
             "device": self.device,
@@ -598,31 +525,16 @@ class Job:
                 "revision": self.recipe.model.revision,
                 "fingerprint": self.skeleton.reader.fingerprint(),
             },
-            "calibration": {
-                "windows": list(self.windows.input_ids.shape),
-                "sha256": hashlib.sha256(self.windows.input_ids.numpy().tobytes()).hexdigest(),
-            },
+            "calibration": calibrated if needs_calibration(self.recipe) else None,
             "seeds": {
                 "calibration": self.recipe.calibration.seed,
                 "rotate": self.recipe.rotate.seed,
             },
             "average_bits": self.plan.average_bits,
-            "bytes": self.plan.bytes,
+            "bytes": {"original": self.skeleton.reader.nbytes()} | self.plan.bytes,
             "layers": self.facts,
             "self_check": result.self_check,
             "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
             "peak_memory": result.peak_memory,
             "warnings": self.warnings,
         }
-
-    def publish(self) -> None:
-        """Moves the finished files to OUT, config.json last, and removes the work folder."""
-        files = sorted(self.final.iterdir(), key=lambda f: f.name == "config.json")
-        new = {file.name for file in files}
-        (self.output / "config.json").unlink(missing_ok=True)
-        for file in files:
-            file.replace(self.output / file.name)
-        stale = [f for f in self.output.glob("*.safetensors*") if f.name not in new]
-        for file in stale:
-            file.unlink()
-        shutil.rmtree(self.work)

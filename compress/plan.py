@@ -194,9 +194,7 @@ def _split_fusions(skeleton: "Skeleton", modules: list[PlannedModule]) -> list[s
     return []
 
 
-def _peak_memory(
-    recipe: "Recipe", skeleton: "Skeleton", shapes: dict[str, tuple[int, int]]
-) -> int:
+def _peak_memory(recipe: "Recipe", skeleton: "Skeleton", shapes: dict[str, tuple[int, int]]) -> int:
     spec, hidden = skeleton.spec, skeleton.config.hidden_size
     inside = [shapes[f"{spec.layers}.0.{name}"] for name in spec.linears]
     layer = sum(N * K for N, K in inside)

@@ -13,11 +13,11 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from compress.eval.report import format_number
-from compress.pipeline import Observer
+from compress.result import Observer
 
 
 class RunProgress(Observer):
@@ -28,13 +28,14 @@ class RunProgress(Observer):
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
             console=console,
         )
-        self.task = self.bar.add_task("", total=None)
+        self.task = self.bar.add_task("", total=None, count="")
         self.last_module = Text("")
         self.live = Live(Group(self.bar, self.last_module), console=console, transient=True)
+        self.current = ""  # stage
         self.errors: list[float] = []  # of this layer's modules
         self.started: float | None = None  # this layer
 
@@ -52,15 +53,15 @@ class RunProgress(Observer):
         self.live.stop()
 
     def stage(self, name: str) -> None:
-        self.started = None
+        self.current, self.started = name, None
         self.last_module.plain = ""
         self.bar.remove_task(self.task)
-        self.task = self.bar.add_task(name, total=None)
+        self.task = self.bar.add_task(name, total=None, count="")
         if not self.console.is_terminal:
             self._line(name)
 
     def layers(self, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=total)
+        self.bar.update(self.task, completed=done, total=total, count=f"{done}/{total}")
         now = time.perf_counter()
         if self.started is None and done:
             self._line(f"continuing after layer {done}/{total}")
@@ -73,6 +74,10 @@ class RunProgress(Observer):
         self.errors, self.started = [], now
 
     def module(self, name: str, facts: dict[str, Any]) -> None:
+        if "bits" not in facts:  # no module but a measured model, with its figures
+            figures = (f"{figure} {format_number(value)}" for figure, value in facts.items())
+            self._line(f"{name}: {', '.join(figures)}")
+            return
         error = facts.get("error")
         if error is not None:
             self.errors.append(error)

@@ -246,6 +246,7 @@ class Perplexity(Section):
     stride: int | None = Field(None, ge=1)
     bos: bool = False
     tokens: int | None = Field(None, ge=2)  # only the first so many tokens of the text
+    per_document: bool = False  # each document on its own, cut to length, not one stream
 
     @model_validator(mode="after")
     def _check_stride(self) -> "Perplexity":
@@ -358,6 +359,15 @@ class Recipe(Section):
             return cls.model_validate(source.data)
         except ValidationError as error:
             raise RecipeError(source.one_line(error, cls)) from error
+
+    def with_changes(self, **sections: Any) -> "Recipe":
+        """This recipe with other values: a section's mapping changes the keys it names."""
+        data = self.model_dump()
+        for name, value in sections.items():
+            data[name] = data[name] | value if isinstance(value, Mapping) else value
+        changed = self.from_dict(data)
+        changed._folder = self._folder
+        return changed
 
     def dump(self) -> str:
         """The resolved recipe as YAML, every default written; loads back to an equal recipe."""

@@ -1,11 +1,11 @@
 """A named table of classes or functions: the one extension mechanism of the toolkit.
 
-    SOLVERS = Registry("solver")
+SOLVERS = Registry("solver")
 
-    @SOLVERS.register("gptq")
-    class Gptq: ...
+@SOLVERS.register("gptq")
+class Gptq: ...
 
-    SOLVERS["gptq"]       # an unknown name is a UsageError that lists the known ones
+SOLVERS["gptq"]       # an unknown name is a UsageError that lists the known ones
 """
 
 from collections.abc import Callable

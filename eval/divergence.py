@@ -17,6 +17,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from compress.errors import UsageError
 from compress.eval.statistics import clustered_mean
 from compress.eval.windows import (
     Batch,
@@ -28,9 +31,6 @@ from compress.eval.windows import (
     scored_chunks,
     window_batches,
 )
-from torch import Tensor
-
-from compress.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,14 @@ gives (parts that were not asked for are absent)
 one that says whether the model is worse, and it is far smaller than either figure's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from compress.errors import UsageError
 from compress.eval.divergence import DivergenceResult, kl_divergence, kl_divergence_per_document
 from compress.eval.harness import TaskScores, score_tasks
 from compress.eval.perplexity import (
@@ -32,9 +35,40 @@ from compress.eval.perplexity import (
     perplexity_per_document,
 )
 from compress.eval.statistics import paired_difference
-from torch import Tensor
 
-from compress.errors import UsageError
+# What is compared by value in the key of a kept measurement; texts are compared by identity.
+KEYS = (str, int, float, tuple, Path, type(None))
+
+
+class Baseline:
+    """The 16-bit model that others are compared with; what was measured of it is kept."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self._kept: list[tuple[tuple, Any]] = []
+
+    def scores(self, tokenizer: Any, arguments: tuple) -> TaskScores:
+        """Its `score_tasks`, item by item."""
+
+        def measure() -> TaskScores:
+            return score_tasks(self.model, tokenizer, *arguments, per_item=True)
+
+        return self._once(("tasks", tokenizer.__class__, *arguments), measure)
+
+    def perplexity(self, text: tuple) -> PerplexityResult:
+        """Its perplexity on a text and with conditions as `_perplexity` takes them."""
+        return self._once(("text", *text), lambda: _perplexity(self.model, *text))
+
+    def _once(self, key: tuple, measure: Callable[[], Any]) -> Any:
+        """The kept result of an equal key: texts are the same object, the rest is equal."""
+        for known, result in self._kept:
+            if len(known) == len(key) and all(
+                a is b or (isinstance(a, KEYS) and a == b) for a, b in zip(known, key, strict=True)
+            ):
+                return result
+        result = measure()
+        self._kept.append((key, result))
+        return result
 
 
 def evaluate_model(
@@ -52,7 +86,7 @@ def evaluate_model(
     batch_size: int = 8,
     seed: int = 0,
     num_fewshot: int | None = None,
-    baseline: torch.nn.Module | None = None,
+    baseline: "torch.nn.Module | Baseline | None" = None,
 ) -> dict[str, Any]:
     """Tasks, perplexity and divergence of a model, as one JSON object (keys at the file's head).
 
@@ -64,7 +98,8 @@ def evaluate_model(
         length, stride, bos: see `perplexity`. Documents take no stride.
         batch_size: windows, documents or requests in a forward pass.
         baseline: the 16-bit model, loaded: measured on the same data in this same call, and the
-            reference of KL and of the paired differences.
+            reference of KL and of the paired differences. Wrapped in `Baseline`, its own figures
+            are kept for the next model that is compared with it.
 
     Raises:
         UsageError: nothing to evaluate, both texts at once, or what the parts raise.
@@ -76,6 +111,8 @@ def evaluate_model(
     if documents is not None and stride is not None:
         raise UsageError(f"stride {stride} was given with documents, which are not cut in windows")
     report: dict[str, Any] = {}
+    if isinstance(baseline, torch.nn.Module):
+        baseline = Baseline(baseline)
     if baseline is not None:
         report["baseline"], report["difference"] = {}, {}
     if tasks:
@@ -84,7 +121,7 @@ def evaluate_model(
         report["results"] = scores.results
         report["conditions"] = _conditions(scores, limit, seed, num_fewshot)
         if baseline is not None:
-            reference = score_tasks(baseline, tokenizer, *arguments, per_item=True)
+            reference = baseline.scores(tokenizer, arguments)
             report["baseline"]["results"] = reference.results
             report["difference"]["results"] = task_differences(scores, reference)
     if text_ids is not None or documents is not None:
@@ -92,11 +129,11 @@ def evaluate_model(
         measured = _perplexity(model, *text)
         report["perplexity"] = measured.to_dict() | {"line": measured.line()}
         if baseline is not None:
-            reference = _perplexity(baseline, *text)
+            reference = baseline.perplexity(text)
             report["baseline"]["perplexity"] = reference.to_dict() | {"line": reference.line()}
             difference = perplexity_difference(measured, reference)
             report["difference"]["mean_nll"] = difference.to_dict()
-            divergence = _divergence(model, baseline, *text)
+            divergence = _divergence(model, baseline.model, *text)
             report["kl"] = divergence.to_dict() | {"line": divergence.line()}
     return report
 

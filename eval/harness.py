@@ -23,9 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
-from compress.eval.windows import measuring
-
 from compress.errors import UsageError, did_you_mean
+from compress.eval.windows import measuring
 
 LOCAL_TASKS = Path(__file__).with_name("tasks")
 # Resamples behind the standard error of metrics that are not means (those have a closed form).

@@ -19,6 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from compress.errors import UsageError
 from compress.eval.statistics import Estimate, clustered_mean, paired_clustered_difference
 from compress.eval.windows import (
     Batch,
@@ -30,9 +33,6 @@ from compress.eval.windows import (
     scored_chunks,
     window_batches,
 )
-from torch import Tensor
-
-from compress.errors import UsageError
 
 
 @dataclass(frozen=True)

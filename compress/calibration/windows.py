@@ -116,14 +116,14 @@ def token_stream(
             corpus.texts[i] + (BLANK_LINE if i < last else "")
             for i in range(first, min(first + BATCH, last + 1))
         ]
-        parts += (encoded := _encode(tokenizer, batch))
+        parts += (encoded := encode(tokenizer, batch))
         total += sum(map(len, encoded))
         if limit is not None and total >= limit:
             break
     return torch.tensor([i for ids in parts for i in ids], dtype=torch.int64)[:limit]
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
     # verbose=False: a stream is longer than the model's context on purpose, no warning about it.
     return tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, verbose=False
@@ -143,7 +143,7 @@ def _long_documents(
         # A token is at least one byte, so a short text needs no tokenizing.
         if len(text.encode()) < length:
             continue
-        ids = _encode(tokenizer, [text])[0]
+        ids = encode(tokenizer, [text])[0]
         if len(ids) >= length:
             found.append(torch.tensor(ids, dtype=torch.int64))
         if len(found) == samples:

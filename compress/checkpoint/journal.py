@@ -2,22 +2,20 @@
 
 Kept in OUT/.modelpress/ while the layer walk is under way:
 
-    journal.jsonl                    a header with the run's fingerprint, then a line per layer
-    layer-00012.safetensors          what layer 12 puts into the checkpoint
-    activations-00012.safetensors    what layer 12 hands to layer 13; only the newest is kept
+    journal.jsonl              a header with the run's fingerprint, then a line per layer
+    layer-00012.safetensors    what layer 12 puts into the checkpoint
 
-A layer counts as done once its line is in the journal, and the line is written last, after both
-files are on disk. So a run that is killed at any moment continues behind the last whole layer, from
-the very activations it would have had, and ends with the same bytes.
+A layer counts as done once its line is in the journal, and the line is written last, when the
+layer's tensors, and the activations that the next one needs, are on disk. So a run that is killed
+at any moment continues behind the last whole layer and ends with the same bytes.
 
 Policy: a last line that was cut short is a layer that is not done, and is dropped. A journal of
 another run (another fingerprint) is a UsageError; a file the journal names and the folder lacks is
-a CheckpointError. With `keep_activations=False` no activations are written, which saves their
-space on disk, and a killed run starts again at the first layer.
+a CheckpointError.
 
     journal = Journal(out / ".modelpress", fingerprint)
     for layer in range(journal.open(resume=True), layers):
-        journal.record(layer, tensors, {"hidden": hidden}, {"error": 0.1})
+        journal.record(layer, tensors, {"error": 0.1})
 """
 
 import json
@@ -28,11 +26,11 @@ from typing import Any
 from torch import Tensor
 
 from compress.checkpoint.files import atomic_write
-from compress.checkpoint.safetensors_io import read_header, read_tensors, save_tensors
+from compress.checkpoint.safetensors_io import read_header, save_tensors
 from compress.errors import CheckpointError, UsageError
 
 FORMAT = 1  # of the journal; a later layout gets another number
-OWN_FILES = ("journal.jsonl*", "layer-*.safetensors*", "activations-*.safetensors*")
+OWN_FILES = ("journal.jsonl*", "layer-*.safetensors*")
 
 
 class Journal:
@@ -42,11 +40,10 @@ class Journal:
     of the recipe, the model and the calibration data).
     """
 
-    def __init__(self, folder: str | Path, fingerprint: str, keep_activations: bool = True):
+    def __init__(self, folder: str | Path, fingerprint: str):
         self.folder = Path(folder)
         self.path = self.folder / "journal.jsonl"
         self.fingerprint = fingerprint
-        self.keep_activations = keep_activations
         self._facts: list[dict[str, Any]] = []
 
     def open(self, resume: bool) -> int:
@@ -64,32 +61,20 @@ class Journal:
                 f"continue it with what it was started with, or start again with --no-resume "
                 f"(in the same folder) or --overwrite"
             )
-        if entries and not self.keep_activations:
-            return self._start()
         self._facts = entries
         for layer in range(len(entries)):
             self._require(self._layer_file(layer))
-        if entries:
-            self._require(self._activation_file(len(entries) - 1))
         with self.path.open("r+b") as file:
             file.truncate(whole)
         return len(entries)
 
-    def record(
-        self,
-        layer: int,
-        tensors: dict[str, Tensor],
-        activations: dict[str, Tensor],
-        facts: dict[str, Any],
-    ) -> None:
-        """Puts a finished layer on disk: its tensors, the next layer's inputs, then the entry.
+    def record(self, layer: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Puts a finished layer on disk: its tensors, then the entry.
 
         `facts` is anything JSON holds (errors, widths, seconds), given back by `facts()`.
         """
         assert layer == len(self._facts), f"layer {layer} recorded after {len(self._facts)} layers"
         save_tensors(self._layer_file(layer), tensors)
-        if self.keep_activations:
-            save_tensors(self._activation_file(layer), activations)
         line = json.dumps(facts, sort_keys=True) + "\n"
         try:
             with self.path.open("ab") as file:
@@ -99,14 +84,6 @@ class Journal:
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from error
         self._facts.append(json.loads(line))
-        if layer > 0:  # the entry is on disk, so nobody will ask for these again
-            self._activation_file(layer - 1).unlink(missing_ok=True)
-
-    def activations(self) -> dict[str, Tensor]:
-        """What the last finished layer handed on; empty if no layer is finished."""
-        if not self._facts or not self.keep_activations:
-            return {}
-        return read_tensors(self._activation_file(len(self._facts) - 1))
 
     def facts(self) -> list[dict[str, Any]]:
         """The facts of every finished layer, in order."""
@@ -152,9 +129,6 @@ class Journal:
 
     def _layer_file(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05d}.safetensors"
-
-    def _activation_file(self, layer: int) -> Path:
-        return self.folder / f"activations-{layer:05d}.safetensors"
 
     def _require(self, path: Path) -> None:
         if not path.is_file():

@@ -125,7 +125,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
         and name.removesuffix(".weight") not in quantised
     }
     quantised_bytes = sum(
-        reader.nbytes(name) for name in reader.names if name.rpartition(".")[0] in quantised
+        reader.nbytes(name)
+        for name in reader.names
+        if name.rpartition(".")[0] in quantised and not name.endswith(".bias")  # as in the plan
     )
     return {
         "format": config.get("quant_method", "unquantised"),

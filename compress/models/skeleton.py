@@ -105,7 +105,7 @@ class Skeleton:
             if name == f"{self.spec.head}.weight" and self.tied:
                 continue
             if name not in self.reader:
-                raise CheckpointError(f"{self.folder} has no tensor {name!r}, which the model needs")
+                raise CheckpointError(f"{self.folder} lacks the tensor {name!r}")
             if self.reader.shape(name) != tuple(parameter.shape):
                 raise CheckpointError(
                     f"tensor {name!r} in {self.folder} has shape {self.reader.shape(name)}, "
@@ -127,7 +127,7 @@ class Skeleton:
             raise UsageError(f"{self.folder} has no tokenizer that transformers reads") from error
 
     def linear_names(self) -> list[str]:
-        """Full names of all linears that can be quantised, in the order in which data meets them."""
+        """Full names of the linears that can be quantised, in the order of the data flow."""
         spec = self.spec
         inside = [f"{spec.layers}.{i}.{n}" for i in range(self.num_layers) for n in spec.linears]
         return [*inside, spec.head]

@@ -33,7 +33,7 @@ CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class UniformGrid:
-    """Evenly spaced levels of `bits` bits; `scale_dtype` is what the checkpoint stores scales in."""
+    """Evenly spaced levels of `bits` bits; `scale_dtype` is that of scales in the checkpoint."""
 
     bits: int
     symmetric: bool = True

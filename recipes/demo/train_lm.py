@@ -143,7 +143,7 @@ def main() -> None:
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = args.rate * rate_factor(step, steps, warmup=100, fall=fall)
-        # Windows of each step depend on the seed and the step alone, so a resumed run sees the same.
+        # A step's windows depend on the seed and the step alone: a resumed run sees the same.
         draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         starts = torch.randint(train.numel() - args.context, (args.batch,), generator=draw)
         batch = torch.stack([train[s : s + args.context] for s in starts.tolist()])

@@ -10,7 +10,7 @@ from compress.checkpoint.hub import push
 from compress.checkpoint.safetensors_io import save_tensors
 from compress.errors import CheckpointError, CompressError, UsageError
 
-TOKEN = "hf_secretsecretsecret"  # noqa: S105
+TOKEN = "hf_secretsecretsecret"
 
 
 class FakeApi:

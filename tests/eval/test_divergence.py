@@ -2,6 +2,9 @@ import math
 
 import pytest
 import torch
+from tiny_lm import Bigram, random_bigram, random_ids, tiny_llama
+
+from compress.errors import CompressError, UsageError
 from compress.eval import windows
 from compress.eval.divergence import (
     kl_divergence,
@@ -9,9 +12,6 @@ from compress.eval.divergence import (
     token_divergence,
 )
 from compress.eval.perplexity import perplexity
-from tiny_lm import Bigram, random_bigram, random_ids, tiny_llama
-
-from compress.errors import CompressError, UsageError
 
 
 def test_a_model_does_not_diverge_from_itself():

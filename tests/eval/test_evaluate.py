@@ -1,11 +1,11 @@
 import json
 
 import pytest
-from compress.eval.evaluate import evaluate_model
-from compress.eval.perplexity import perplexity
 from tiny_lm import byte_tokenizer, random_ids, tiny_llama
 
 from compress.errors import UsageError
+from compress.eval.evaluate import evaluate_model
+from compress.eval.perplexity import perplexity
 
 
 def test_model_and_baseline_on_the_same_data():

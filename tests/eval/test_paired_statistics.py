@@ -2,14 +2,14 @@ import math
 
 import pytest
 import torch
+
+from compress.errors import UsageError
 from compress.eval.statistics import (
     clustered_mean,
     mean_and_stderr,
     paired_clustered_difference,
     paired_difference,
 )
-
-from compress.errors import UsageError
 
 
 def test_mean_of_accuracies_has_the_binomial_error():

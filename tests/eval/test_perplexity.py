@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_lm import Bigram, random_bigram, random_ids, tiny_llama
+
+from compress.errors import CompressError, UsageError
 from compress.eval import windows
 from compress.eval.perplexity import (
     perplexity,
     perplexity_difference,
     perplexity_per_document,
 )
-from tiny_lm import Bigram, random_bigram, random_ids, tiny_llama
-
-from compress.errors import CompressError, UsageError
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 

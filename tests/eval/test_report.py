@@ -2,6 +2,8 @@ import math
 from xml.etree import ElementTree
 
 import pytest
+
+from compress.errors import UsageError
 from compress.eval.report import (
     error_plot,
     flatten,
@@ -13,8 +15,6 @@ from compress.eval.report import (
     quality_table,
     write_report,
 )
-
-from compress.errors import UsageError
 
 EVALUATION = {
     "results": {"demo_code": {"acc": 0.525, "acc_stderr": 0.0251}},

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from compress.kernels.packing import pack_rows, packed_columns, unpack_rows
 
 WIDTHS = [2, 3, 4, 5, 6, 7, 8]

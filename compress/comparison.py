@@ -1,0 +1,237 @@
+"""Several recipes on one model, measured alike: one table, one plot of accuracy against size.
+
+Each recipe is run with each seed, which draws both the calibration windows and the rotation. All
+results, and the 16-bit model, are then evaluated on the same text and tasks in one process. With
+several seeds a figure is their mean, and the error behind it their sample standard deviation; with
+one seed it is the standard error over windows or items, which says nothing about the seed.
+
+    comparison = compare([Recipe.load(n) for n in ("demo-gptq", "demo-lm")], "out", seeds=(0, 1, 2))
+    print(comparison.markdown())
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.errors import UsageError
+from compress.recipe import Evaluate, Recipe
+from compress.result import Observer
+
+BASELINE = "16-bit"
+ERROR = "_stderr"
+
+
+@dataclass
+class Comparison:
+    """What `compare` gives.
+
+    Attributes:
+        rows: one for the 16-bit model and one a recipe, for `compress.eval.report.quality_table`.
+        runs: every run's recipe, seed, bytes, seconds and evaluation.
+        conditions: one line on how it was measured.
+        plot: the picture, or None where matplotlib is missing or nothing can be drawn.
+    """
+
+    rows: list[dict[str, Any]]
+    runs: list[dict[str, Any]]
+    conditions: str
+    plot: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """The table as Markdown, with its conditions."""
+        from compress.eval.report import markdown_table
+
+        return markdown_table(self.rows, self.conditions)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "rows": self.rows,
+            "runs": self.runs,
+            "conditions": self.conditions,
+            "plot": None if self.plot is None else str(self.plot),
+            "warnings": self.warnings,
+        }
+
+
+def compare(
+    recipes: Sequence[Recipe],
+    output: str | Path,
+    seeds: Sequence[int] = (0,),
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    observer: Observer | None = None,
+) -> Comparison:
+    """Runs and measures the recipes; results go to OUTPUT/NAME-SEED, the table to OUTPUT.
+
+    A result that an earlier, interrupted comparison has finished with the same recipe is kept.
+
+    Raises:
+        UsageError: the recipes differ in model or `evaluate`, or share a name.
+        CompressError: a run failed.
+    """
+    from compress.evaluation import check_evaluation
+
+    observer = observer or Observer()
+    output = Path(output)
+    section = _check_recipes(recipes, seeds)
+    check_evaluation(recipes[0])
+    finished = []
+    for recipe in recipes:
+        for seed in seeds:
+            observer.stage(f"{recipe.name}, seed {seed}")
+            folder = output / f"{recipe.name}-{seed}"
+            finished.append((recipe, seed, _run(recipe, seed, folder, device, overwrite, observer)))
+    observer.stage("evaluation")
+    comparison = _measure(finished, section, device, observer)
+    comparison.plot = _plot(comparison.rows, output / "comparison.png", observer)
+    (output / "comparison.md").write_text(comparison.markdown())
+    (output / "comparison.json").write_text(json.dumps(comparison.as_dict(), indent=2) + "\n")
+    return comparison
+
+
+def _check_recipes(recipes: Sequence[Recipe], seeds: Sequence[int]) -> Evaluate:
+    if not recipes or not seeds:
+        raise UsageError("nothing to compare: give at least one recipe and one seed")
+    if len(set(seeds)) != len(seeds):
+        raise UsageError(f"seeds: expected each once, found {', '.join(map(str, seeds))}")
+    first = recipes[0]
+    names = [recipe.name for recipe in recipes]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two recipes are named {name!r}: give each its own `name`")
+    for recipe in recipes[1:]:
+        if recipe.model_location() != first.model_location():
+            raise UsageError(
+                f"{recipe.name} compresses {recipe.model.path}, {first.name} {first.model.path}: "
+                "a comparison is on one model (--model)"
+            )
+        if recipe.evaluate != first.evaluate:
+            raise UsageError(
+                f"{recipe.name} and {first.name} differ in their `evaluate` section: "
+                "a comparison measures all alike"
+            )
+    if first.evaluate is None or not (first.evaluate.tasks or first.evaluate.perplexity):
+        raise UsageError(f"{first.name} evaluates nothing: set evaluate.tasks or .perplexity")
+    return first.evaluate
+
+
+def _run(
+    recipe: Recipe, seed: int, folder: Path, device: str, overwrite: bool, observer: Observer
+) -> dict[str, Any]:
+    """One result: {"folder", "bits", "bytes", "seconds"}, run now or found finished."""
+    from compress.pipeline import run
+
+    seeded = recipe.with_changes(
+        name=f"{recipe.name}-{seed}",
+        calibration={"seed": seed}, rotate={"seed": seed}, evaluate=None,
+    )  # fmt: skip
+    provenance = folder / "modelpress.json"
+    same = provenance.is_file() and (folder / "recipe.yaml").read_text() == seeded.dump()
+    if not same or overwrite:
+        run(seeded, folder, device=device, overwrite=overwrite, observer=observer)
+    facts = json.loads(provenance.read_text())
+    return {
+        "folder": folder,
+        "bits": facts["average_bits"],
+        "bytes": facts["bytes"]["total"],
+        "original": facts["bytes"]["original"],
+        "seconds": sum(v for k, v in facts["seconds"].items() if k != "self_check"),
+    }
+
+
+def _measure(
+    finished: list[tuple[Recipe, int, dict[str, Any]]],
+    section: Evaluate,
+    device: str,
+    observer: Observer,
+) -> Comparison:
+    from compress.eval.report import quality_row
+    from compress.evaluation import Evaluator
+
+    recipe = finished[0][0]
+    evaluator = Evaluator.of_recipe(recipe, recipe.model_location(), device)
+    runs, rows = [], []
+    for recipe, seed, facts in finished:
+        scores = evaluator.measure(facts["folder"])
+        observer.module(f"{recipe.name}, seed {seed}", _figures(scores))
+        runs.append(
+            {"name": recipe.name, "seed": seed, **facts, "folder": str(facts["folder"])}
+            | {"evaluation": scores}
+        )
+    first = runs[0]
+    rows.append(quality_row(BASELINE, first["evaluation"]["baseline"], bytes=first["original"]))
+    for name in dict.fromkeys(run["name"] for run in runs):
+        mine = [run for run in runs if run["name"] == name]
+        rows.append(
+            _mean_row([
+                quality_row(
+                    name, run["evaluation"],
+                    bits=run["bits"], bytes=run["bytes"], seconds=run["seconds"],
+                )
+                for run in mine
+            ])
+        )  # fmt: skip
+    return Comparison(rows, runs, _conditions(section, runs, device))
+
+
+def _mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over seeds; behind each measured figure their sample standard deviation."""
+    if len(rows) == 1:
+        return rows[0]
+    merged: dict[str, Any] = {"name": rows[0]["name"]}
+    for key in rows[0]:
+        if key == "name" or key.endswith(ERROR):
+            continue
+        values = [row[key] for row in rows]
+        mean = statistics.fmean(values)
+        merged[key] = int(mean) if key == "bytes" else mean
+        if key + ERROR in rows[0]:
+            merged[key + ERROR] = statistics.stdev(values)
+    return merged
+
+
+def _figures(scores: dict[str, Any]) -> dict[str, Any]:
+    from compress.eval.report import quality_row
+
+    row = quality_row("", scores)
+    return {key: value for key, value in row.items() if key != "name" and not key.endswith(ERROR)}
+
+
+def _conditions(section: Evaluate, runs: list[dict[str, Any]], device: str) -> str:
+    """How it was measured, in one line."""
+    scores = runs[0]["evaluation"]
+    parts = []
+    if section.perplexity is not None:
+        p, text = section.perplexity, scores["perplexity"]
+        parts.append(
+            f"perplexity per token on {p.dataset} (held out): {text['tokens']} tokens, windows of "
+            f"{text['length']}, stride {text['stride']}, {'BOS' if p.bos else 'no BOS'}; "
+            "kl: nats per token from the 16-bit model"
+        )
+    if section.tasks:
+        samples = scores["conditions"]["samples"]
+        parts.append(", ".join(f"{task}: {count} items" for task, count in samples.items()))
+    seeds = list(dict.fromkeys(run["seed"] for run in runs))
+    if len(seeds) > 1:
+        parts.append(f"± sample standard deviation over seeds {', '.join(map(str, seeds))} "
+                     "(of the 16-bit model: standard error)")  # fmt: skip
+    else:
+        parts.append(f"± standard error over windows or items; seed {seeds[0]}")
+    parts.append(f"{device}, {scores['conditions']['dtype']}")
+    return "; ".join(parts)
+
+
+def _plot(rows: list[dict[str, Any]], path: Path, observer: Observer) -> Path | None:
+    from compress.eval.report import plot_quality
+
+    try:
+        return plot_quality(rows, path)
+    except UsageError as error:  # matplotlib is an extra: the table does without its picture
+        observer.warning(f"no plot: {error}")
+        return None

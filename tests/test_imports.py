@@ -1,0 +1,82 @@
+"""What `import compress` gives, and what it costs: names on demand, no torch, no side effects."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+import compress
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints for `code`."""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return child.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import compress",
+        "import compress; compress.Recipe, compress.UsageError, compress.__version__",
+        "import compress.cli",
+        "from compress.cli import main; main(['--help'])",
+        "from compress.cli import main; main(['run', '--help'])",
+        "from compress.cli import main; main(['bench', 'quantize', '--help'])",
+        "from compress.cli import main; main(['recipes'])",
+    ],
+)
+def test_heavy_libraries_wait_until_they_are_needed(statement):
+    heavy = "{'torch', 'transformers', 'lm_eval', 'datasets', 'matplotlib'}"
+    assert python(f"{statement}; import sys; print('loaded', {heavy} & {{*sys.modules}})").endswith(
+        "loaded set()"
+    )
+
+
+def test_importing_leaves_the_environment_alone():
+    code = "import os; before = dict(os.environ); import compress.cli; print(os.environ == before)"
+    assert python(code) == "True"
+
+
+@pytest.mark.parametrize("name", compress.__all__)
+def test_every_name_can_be_had_and_is_listed(name):
+    assert getattr(compress, name) is not None
+    assert name in dir(compress)
+
+
+def test_names_are_those_of_their_modules():
+    from compress.checkpoint.loading import load
+    from compress.pipeline import run
+
+    assert compress.run is run
+    assert compress.load is load
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="qantize"):
+        _ = compress.qantize
+
+
+def test_version_is_that_of_the_distribution():
+    assert compress.__version__ == version("modelpress")
+
+
+@pytest.mark.parametrize(
+    "first", ["import compress.plan", "import compress.pipeline", "compress.plan"]
+)
+def test_plan_is_the_function_whatever_is_imported_first(first):
+    code = (
+        f"import compress; {first}; from compress.plan import make_plan; "
+        "from compress import plan; print(plan.__name__, plan is compress.plan)"
+    )
+    assert python(code) == "plan True"
+
+
+def test_plan_of_a_recipe(checkpoint):
+    recipe = compress.Recipe.from_dict(
+        {"model": str(checkpoint()), "quantize": {"method": "rtn", "bits": 3, "group_size": 32}}
+    )
+    planned = compress.plan(recipe)
+    assert planned.average_bits == 3
+    assert planned.problems == []
