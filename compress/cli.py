@@ -11,7 +11,7 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
@@ -27,7 +27,6 @@ QUIET = {
     "HF_HUB_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TQDM_DISABLE": "1",  # every other bar: compressed-tensors', lm-eval's
 }
 ParserError = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
 
@@ -39,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings()
     try:
         arguments = None if argv is None else list(argv)
-        code = app(arguments, prog_name="modelpress", standalone_mode=False, obj=settings)
+        with _no_bars():
+            code = app(arguments, prog_name="modelpress", standalone_mode=False, obj=settings)
         sys.stdout.flush()  # here, where a closed pipe can still be handled
     except ParserError as error:
         return _explain_usage(error)
@@ -54,6 +54,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == InterruptError.exit_code:  # typer turns the exception into its code
         return _fail("interrupted", InterruptError.exit_code)
     return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Switches off the bars that heed no variable: compressed-tensors', lm-eval's."""
+    from tqdm import tqdm
+
+    original = tqdm.__init__
+
+    def disabled(self: tqdm, *args: Any, **options: Any) -> None:
+        original(self, *args, **options | {"disable": True})
+
+    tqdm.__init__ = disabled
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
 
 
 def _explain(error: Exception, debug: bool) -> int:

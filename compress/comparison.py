@@ -126,16 +126,15 @@ def _run(
 ) -> dict[str, Any]:
     """One result: {"folder", "bits", "bytes", "seconds"}, run now or found finished."""
     from compress.pipeline import run
+    from compress.provenance import made_by
 
     seeded = recipe.with_changes(
         name=f"{recipe.name}-{seed}",
         calibration={"seed": seed}, rotate={"seed": seed}, evaluate=None,
     )  # fmt: skip
-    provenance = folder / "modelpress.json"
-    same = provenance.is_file() and (folder / "recipe.yaml").read_text() == seeded.dump()
-    if not same or overwrite:
+    if overwrite or not made_by(folder, seeded, Path(recipe.model_location()), device):
         run(seeded, folder, device=device, overwrite=overwrite, observer=observer)
-    facts = json.loads(provenance.read_text())
+    facts = json.loads((folder / "modelpress.json").read_text())
     return {
         "folder": folder,
         "bits": facts["average_bits"],

@@ -12,9 +12,6 @@ ends with the same bytes.
     result = run(Recipe.load("recipes/demo-lm.yaml"), output="out")
 """
 
-import hashlib
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibration.activations import ActivationStore, activations_on_disk
-from compress.calibration.text import load_documents
-from compress.calibration.windows import CalibrationWindows, draw_windows, expand
+from compress.calibration.windows import CalibrationWindows, check_token_ids, recipe_windows
 from compress.checkpoint.compressed_tensors import compress_module
 from compress.checkpoint.journal import Journal
 from compress.checkpoint.output import WORK_FOLDER, assemble, check_output, document, publish
@@ -36,10 +32,10 @@ from compress.importance.tokens import count_tokens, effective_sample_size
 from compress.memory import peak_memory, release_memory
 from compress.models.skeleton import Skeleton
 from compress.plan import TOKENS_PER_BATCH, Plan, make_plan, needs_calibration, storage_dtype
-from compress.quantization.grid import UniformGrid
+from compress.provenance import fingerprint, provenance
 from compress.quantization.hessian import Hessian
-from compress.quantization.layer import TokenWeigher, run_layer
-from compress.quantization.solvers import SOLVERS, QuantizedLinear, SolverSettings
+from compress.quantization.layer import TokenWeigher, run_layer, solve_group
+from compress.quantization.solvers import SOLVERS, SolverSettings
 from compress.recipe import Recipe
 from compress.result import Observer, RunResult
 from compress.rotation.rotate import (
@@ -49,8 +45,6 @@ from compress.rotation.rotate import (
     make_rotation,
     rotate_embedding,
 )
-
-PROBE_TOKENS = 64  # where no calibration gives tokens for the self-check
 
 
 def run(
@@ -90,14 +84,17 @@ def run(
     if plan.problems:
         more = f" (and {len(plan.problems) - 1} more: see `plan`)" if len(plan.problems) > 1 else ""
         raise UsageError(plan.problems[0] + more)
-    with torch.no_grad():
-        job = Job(recipe, skeleton, plan, Path(output), device, observer)
-        job.open(resume, windows)
-        for note in plan.notes:
-            job.warn(note)
-        job.walk()
-        job.finish_tensors()
-        checked = job.assemble(self_check)
+    job = Job(recipe, skeleton, plan, Path(output), device, observer)
+    try:
+        with torch.no_grad():
+            job.open(resume, overwrite, windows)
+            for note in plan.notes:
+                job.warn(note)
+            job.walk()
+            job.finish_tensors()
+            checked = job.assemble(self_check)
+    except OSError as error:
+        raise CompressError(f"{error.filename or output}: {error.strerror or error}") from error
     result = RunResult(
         path=job.output,
         plan=plan,
@@ -109,7 +106,7 @@ def run(
         warnings=job.warnings,
     )
     job.evaluate(result)
-    document(result, recipe, job.provenance(result))
+    job.document(result)
     return result
 
 
@@ -120,15 +117,6 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {device!r} cannot be used here: {reason}") from error
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change the bytes of a result."""
-    from importlib.metadata import version
-
-    names = ("modelpress", "torch", "transformers", "safetensors", "compressed-tensors")
-    python = ".".join(map(str, sys.version_info[:3]))
-    return {name: version(name) for name in names} | {"python": python}
 
 
 class Job:
@@ -176,14 +164,20 @@ class Job:
 
     # ---- set up ---------------------------------------------------------------------------------
 
-    def open(self, resume: bool, windows: CalibrationWindows | None) -> None:
+    def open(self, resume: bool, overwrite: bool, windows: CalibrationWindows | None) -> None:
         """Draws the windows, opens the journal and puts the first layer's inputs in place."""
         self.observer.stage("calibration data")
-        self.windows = self._draw_windows() if windows is None else windows
-        self._check_token_ids(self.windows)
-        self.journal = Journal(self.work, self._fingerprint())
-        self.done = self.journal.open(resume)
+        if windows is None:
+            calibrated = needs_calibration(self.recipe)
+            windows = recipe_windows(self.recipe, self.skeleton, calibrated)
+        check_token_ids(windows, self.skeleton.config.vocab_size)
+        self.windows = windows
+        mark = fingerprint(self.recipe, self.skeleton, windows, self.device)
+        self.journal = Journal(self.work, mark)
+        self.done = self.journal.open(resume, replace=overwrite)
         self.facts = self.journal.facts()
+        for module in (module for layer in self.facts for module in layer["modules"]):
+            self._report_oddities(module)
         T = self.windows.input_ids.shape[1]
         size = max(1, TOKENS_PER_BATCH // T)
         self.batches = list(
@@ -206,56 +200,27 @@ class Job:
             self._remove_activations(keep=found.name)
         self._lap("calibration")
 
-    def _draw_windows(self) -> CalibrationWindows:
-        c, skeleton = self.recipe.calibration, self.skeleton
-        if not needs_calibration(self.recipe):
-            # Nothing is calibrated; the self-check needs some tokens all the same.
-            vocabulary = skeleton.config.vocab_size
-            generator = torch.Generator().manual_seed(0)
-            ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
-            return CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool))
-        corpus = load_documents(self.recipe.resolve_path(c.dataset), "train", c.text_field)
-        context = getattr(skeleton.config, "max_position_embeddings", None)
-        windows = draw_windows(
-            corpus, skeleton.tokenizer(), c.samples, c.length, c.bos, c.seed, context
-        )
-        return expand(windows, c.expansion)
-
-    def _check_token_ids(self, windows: CalibrationWindows) -> None:
-        if windows.input_ids.numel() == 0 or windows.input_ids.shape != windows.mask.shape:
-            shapes = list(windows.input_ids.shape), list(windows.mask.shape)
-            raise UsageError(f"calibration windows: expected ids and a mask [N, T], found {shapes}")
-        highest, size = int(windows.input_ids.max()), self.skeleton.config.vocab_size
-        if highest >= size:
-            raise UsageError(
-                f"the tokenizer gives token {highest}, but the model knows {size}: "
-                "tokenizer and model do not belong together"
-            )
-
-    def _fingerprint(self) -> str:
-        """What a run that continues must share with the one that was killed."""
-        recipe = self.recipe.model_dump(exclude={"evaluate", "name"})
-        recipe["calibration"].pop("offload")
-        digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
-        digest.update(self.skeleton.reader.fingerprint().encode())
-        digest.update(json.dumps(versions(), sort_keys=True).encode())
-        digest.update(self.device.encode())
-        digest.update(self.windows.input_ids.numpy().tobytes())
-        digest.update(self.windows.mask.numpy().tobytes())
-        return digest.hexdigest()
-
     def _embed(self, hidden: int) -> None:
         """Writes the embedding and looks up the calibration tokens in it."""
         embedding = self.skeleton.read(self.spec.embedding)
         if self.residual is not None:
             embedding = rotate_embedding(embedding, self.residual, dtype=self.dtype)
-        embedding = embedding.to(self.dtype)
-        save_tensors(
-            self.work / "embedding.safetensors", {f"{self.spec.embedding}.weight": embedding}
-        )
+        name = f"{self.spec.embedding}.weight"
+        embedding = self._stored(name, embedding)
+        save_tensors(self.work / "embedding.safetensors", {name: embedding})
         self.x = ActivationStore(*(self._place(0) if self.on_disk else ()))
         for ids, _ in self.batches:
             self.x.append(embedding[ids].float())
+
+    def _stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor in the dtype of the checkpoint, where its values must fit."""
+        stored = tensor.to(self.dtype)
+        if not stored.isfinite().all():
+            raise CompressError(
+                f"{name}: its values (up to {tensor.abs().max():.3g}) do not fit in "
+                f"{str(self.dtype).removeprefix('torch.')}: choose another model.dtype"
+            )
+        return stored
 
     def _place(self, layer: int) -> tuple[Path, str]:
         return self.folder, f"layer-{layer:05d}"
@@ -297,7 +262,7 @@ class Job:
         schemes = {n: self.recipe.quantize.scheme_for(prefix + n) for n in spec.linears}
         weights = self._weights(index, schemes)
         written = {
-            prefix + name: tensor.to(self.dtype)
+            prefix + name: self._stored(prefix + name, tensor)
             for name, tensor in weights.items()
             if schemes.get(name.removesuffix(".weight")) is None
         }
@@ -318,11 +283,7 @@ class Job:
 
             def quantise(group: tuple[str, ...], H: Hessian | None) -> None:
                 release_memory()
-                for name, linear in self._solve(prefix, layer, group, schemes, H, modules):
-                    packed = compress_module(
-                        linear.codes, linear.scale, linear.zero, schemes[name].bits
-                    )
-                    written.update({f"{prefix}{name}.{k}": t for k, t in packed.items()})
+                written.update(self._solve(prefix, layer, group, schemes, H, modules))
                 release_memory()
 
             y = ActivationStore(*self._place(index + 1)) if self.on_disk else self.x
@@ -369,52 +330,34 @@ class Job:
         schemes: dict[str, Any],
         H: Hessian | None,
         modules: list[dict[str, Any]],
-    ) -> list[tuple[str, QuantizedLinear]]:
-        """Quantises the linears of one group in place; linears of one scheme go in one stack."""
+    ) -> dict[str, Tensor]:
+        """Quantises the linears of one group in place; their packed tensors, and facts."""
         started = time.perf_counter()
-        chosen = [name for name in group if schemes[name] is not None]
-        if not chosen:
-            return []
-        statistics = None
-        if H is not None:
-            try:
-                statistics = self.solver.prepare(H.matrix())
-            except CompressError as error:
-                raise CompressError(f"{prefix}{chosen[0]}: {error}") from error
-        stacks: dict[Any, list[str]] = {}
-        for name in chosen:
-            stacks.setdefault(schemes[name], []).append(name)
-        solved = []
-        for scheme, names in stacks.items():
-            linears = [layer.get_submodule(name) for name in names]
-            grid = UniformGrid(scheme.bits, scheme.symmetric, self.dtype)
-            W = torch.cat([linear.weight for linear in linears])
-            whole = self.solver.solve(W, statistics, grid, scheme.group_size)
-            del W
-            start = 0
-            for name, linear in zip(names, linears, strict=True):
-                rows = slice(start, start + linear.weight.shape[0])
-                start = rows.stop
-                part = whole.rows(rows)
-                linear.weight = nn.Parameter(part.weight(), requires_grad=False)
-                solved.append((name, part))
+        try:
+            solved = solve_group(layer, group, schemes, self.solver, H, self.dtype)
+        except CompressError as error:
+            raise CompressError(f"{prefix}{group[0]}: {error}") from error
+        tensors: dict[str, Tensor] = {}
+        for name, linear in solved.items():
+            bits = schemes[name].bits
+            packed = compress_module(linear.codes, linear.scale, linear.zero, bits)
+            tensors |= {f"{prefix}{name}.{key}": tensor for key, tensor in packed.items()}
         seconds = time.perf_counter() - started
-        for name, part in solved:
-            scheme = schemes[name]
+        for name, linear in solved.items():
             facts = {
                 "name": prefix + name,
-                "bits": scheme.bits,
-                "group_size": scheme.group_size,
-                "error": part.relative_error(),
-                "damping": part.damping,
-                "dead_columns": part.dead_columns,
-                "changed": [round(share, 6) for share in part.changed],
+                "bits": schemes[name].bits,
+                "group_size": schemes[name].group_size,
+                "error": linear.relative_error(),
+                "damping": linear.damping,
+                "dead_columns": linear.dead_columns,
+                "changed": [round(share, 6) for share in linear.changed],
                 "seconds": round(seconds / len(solved), 3),
             }
             modules.append(facts)
-            self.observer.module(prefix + name, facts)
+            self.observer.module(facts["name"], facts)
             self._report_oddities(facts)
-        return solved
+        return tensors
 
     def _report_oddities(self, facts: dict[str, Any]) -> None:
         damping = self.recipe.quantize.damping
@@ -436,7 +379,7 @@ class Job:
             wide = torch.float32 if scheme else self.dtype
             head = fuse_and_rotate_head(head, gamma, self.residual, dtype=wide)
             gamma = torch.ones_like(gamma)
-        gamma = gamma.to(self.dtype)
+        gamma = self._stored(f"{spec.final_norm}.weight", gamma)
         norm = skeleton.model.get_submodule(spec.final_norm)
         norm.load_state_dict({"weight": gamma.to(self.device, torch.float32)}, assign=True)
         tensors = {f"{spec.final_norm}.weight": gamma}
@@ -444,7 +387,8 @@ class Job:
             head, packed = self._solve_head(head.float(), norm, scheme)
             tensors.update(packed)
         elif not skeleton.tied or self.plan.untied:
-            head = tensors[f"{spec.head}.weight"] = head.to(self.dtype)
+            name = f"{spec.head}.weight"
+            head = tensors[name] = self._stored(name, head)
         else:
             head = head.to(self.dtype)
         save_tensors(self.work / "head.safetensors", tensors)
@@ -468,10 +412,9 @@ class Job:
             for i, (_, mask) in enumerate(self.batches):
                 H.add_batch(norm(self.x[i].to(self.device)), mask.to(self.device).float())
         modules: list[dict[str, Any]] = []
-        ((_, linear),) = self._solve("", holder, (name,), {name: scheme}, H, modules)
+        packed = self._solve("", holder, (name,), {name: scheme}, H, modules)
         self.facts.append({"layer": None, "modules": modules, "seconds": modules[0]["seconds"]})
-        packed = compress_module(linear.codes, linear.scale, linear.zero, scheme.bits)
-        return linear.weight(), {f"{name}.{k}": t for k, t in packed.items()}
+        return getattr(holder, name).weight, packed
 
     # ---- writing and measuring ------------------------------------------------------------------
 
@@ -504,37 +447,14 @@ class Job:
                 self.recipe, self.output, self.skeleton.folder, self.device
             )
         except Exception:
-            document(result, self.recipe, self.provenance(result))
+            self.document(result)
             self.warn(f"the checkpoint in {self.output} is complete; its evaluation failed")
             raise
         finally:
             self._lap("evaluation")
 
-    def provenance(self, result: RunResult) -> dict[str, Any]:
-        """modelpress.json: what was done, from what, and what it took."""
-        ids = self.windows.input_ids
-        calibrated = {
-            "windows": list(ids.shape),
-            "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-        }
-        return {
-            "versions": versions(),
-            "device": self.device,
-            "model": {
-                "path": self.recipe.model.path,
-                "revision": self.recipe.model.revision,
-                "fingerprint": self.skeleton.reader.fingerprint(),
-            },
-            "calibration": calibrated if needs_calibration(self.recipe) else None,
-            "seeds": {
-                "calibration": self.recipe.calibration.seed,
-                "rotate": self.recipe.rotate.seed,
-            },
-            "average_bits": self.plan.average_bits,
-            "bytes": {"original": self.skeleton.reader.nbytes()} | self.plan.bytes,
-            "layers": self.facts,
-            "self_check": result.self_check,
-            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
-            "peak_memory": result.peak_memory,
-            "warnings": self.warnings,
-        }
+    def document(self, result: RunResult) -> None:
+        """modelpress.json, the report and the model card."""
+        windows = self.windows if needs_calibration(self.recipe) else None
+        facts = provenance(result, self.recipe, self.skeleton, windows, self.device)
+        document(result, self.recipe, facts)

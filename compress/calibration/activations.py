@@ -83,9 +83,18 @@ class ActivationStore:
 
     @classmethod
     def found(cls, folder: Path, name: str, shapes: list[torch.Size]) -> "ActivationStore":
-        """A store over files that an earlier process has written; their shapes are known."""
+        """A store over files that an earlier process has written; their shapes are known.
+
+        Raises CheckpointError if one is missing or was cut short.
+        """
         store = cls(folder, name)
         store._shapes, store._tensors = list(shapes), [None] * len(shapes)
+        for index, shape in enumerate(shapes):
+            file = store._file(index)
+            if not file.is_file() or file.stat().st_size < shape.numel() * 4:
+                raise CheckpointError(
+                    f"{file} is missing or was cut short: start again with --no-resume"
+                )
         return store
 
     def in_memory(self) -> "ActivationStore":

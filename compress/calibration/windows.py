@@ -19,12 +19,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compress.calibration.text import BLANK_LINE, Corpus
+from compress.calibration.text import BLANK_LINE, Corpus, load_documents
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from compress.models.skeleton import Skeleton
+    from compress.recipe import Recipe
+
+PROBE_TOKENS = 64  # where no calibration gives tokens for the self-check
 BATCH = 64  # documents handed to the tokenizer at once
 
 
@@ -159,3 +163,34 @@ def _long_documents(
 def _shuffled(corpus: Corpus, generator: torch.Generator) -> Iterator[str]:
     for i in torch.randperm(len(corpus.texts), generator=generator).tolist():
         yield corpus.texts[i]
+
+
+def recipe_windows(recipe: "Recipe", skeleton: "Skeleton", calibrated: bool) -> CalibrationWindows:
+    """The windows that a recipe's `calibration` section asks for.
+
+    Where nothing is calibrated: a few random tokens, which the self-check needs all the same.
+    """
+    c = recipe.calibration
+    if not calibrated:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(skeleton.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+        return CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool))
+    corpus = load_documents(recipe.resolve_path(c.dataset), "train", c.text_field)
+    context = getattr(skeleton.config, "max_position_embeddings", None)
+    windows = draw_windows(
+        corpus, skeleton.tokenizer(), c.samples, c.length, c.bos, c.seed, context
+    )
+    return expand(windows, c.expansion)
+
+
+def check_token_ids(windows: CalibrationWindows, vocabulary: int) -> None:
+    """UsageError for windows without tokens, or with tokens that the model does not know."""
+    if windows.input_ids.numel() == 0 or windows.input_ids.shape != windows.mask.shape:
+        shapes = list(windows.input_ids.shape), list(windows.mask.shape)
+        raise UsageError(f"calibration windows: expected ids and a mask [N, T], found {shapes}")
+    highest = int(windows.input_ids.max())
+    if highest >= vocabulary:
+        raise UsageError(
+            f"the tokenizer gives token {highest}, but the model knows {vocabulary}: "
+            "tokenizer and model do not belong together"
+        )

@@ -46,20 +46,24 @@ class Journal:
         self.fingerprint = fingerprint
         self._facts: list[dict[str, Any]] = []
 
-    def open(self, resume: bool) -> int:
+    def open(self, resume: bool, replace: bool = False) -> int:
         """Starts afresh or continues; returns the number of layers that are done.
+
+        `replace`: an unfinished run of something else is thrown away, not an error.
 
         Raises UsageError if there is a journal of another run and `resume` is asked for, and
         CheckpointError if the journal names a file that is not there.
         """
         header, entries, whole = self._read()
-        if not resume or header is None:
+        if not resume or not entries:
             return self._start()
         if header != self._header():
+            if replace:
+                return self._start()
             raise UsageError(
                 f"{self.folder} holds an unfinished run with another recipe, model or data: "
                 f"continue it with what it was started with, or start again with --no-resume "
-                f"(in the same folder) or --overwrite"
+                f"or --overwrite"
             )
         self._facts = entries
         for layer in range(len(entries)):

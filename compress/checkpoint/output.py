@@ -47,7 +47,9 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not output.is_dir() or overwrite:
         return
     found = sorted(p.name for p in output.iterdir() if p.name != WORK_FOLDER)
-    if found:
+    # A run that was killed while its files were being moved has left some, but no config.json.
+    publishing = (output / WORK_FOLDER / "final").is_dir() and "config.json" not in found
+    if found and not publishing:
         raise UsageError(
             f"output folder {output} exists and holds {found[0]}: "
             "choose another --output, or give --overwrite"

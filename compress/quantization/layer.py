@@ -21,14 +21,18 @@ attention and activation functions are never written again here.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compress.calibration.activations import ActivationStore
 from compress.importance.tokens import LayerContext, token_weights
 from compress.models.architecture import ArchitectureSpec
+from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
+from compress.quantization.solvers import QuantizedLinear
 
 # Quantises the linears of a group, in place in the layer, given the Hessian of their input; the
 # Hessian is None where no linear of the group needs one.
@@ -122,6 +126,46 @@ def run_layer(
     for i, z in batches(y):
         y[i] = z + down(work[i].to(device))
     work.clear()
+
+
+def solve_group(
+    layer: nn.Module,
+    group: tuple[str, ...],
+    schemes: dict[str, Any],
+    solver: Any,
+    H: Hessian | None,
+    scale_dtype: torch.dtype,
+) -> dict[str, QuantizedLinear]:
+    """Quantises the linears of one group in place, and gives them back by name.
+
+    Linears of one scheme are solved as one stack of rows: they share the Hessian.
+
+    Args:
+        schemes: name -> `Scheme`, or None for a linear that stays as it is.
+        solver: of SOLVERS; H is the Hessian of the group's input if it needs one.
+
+    Raises:
+        CompressError: the Hessian cannot be factored.
+    """
+    stacks: dict[Any, list[str]] = {}
+    for name in group:
+        if schemes[name] is not None:
+            stacks.setdefault(schemes[name], []).append(name)
+    if not stacks:
+        return {}
+    statistics = None if H is None else solver.prepare(H.matrix())
+    solved: dict[str, QuantizedLinear] = {}
+    for scheme, names in stacks.items():
+        linears = [layer.get_submodule(name) for name in names]
+        grid = UniformGrid(scheme.bits, scheme.symmetric, scale_dtype)
+        W = torch.cat([linear.weight for linear in linears])
+        whole = solver.solve(W, statistics, grid, scheme.group_size)
+        del W
+        ends = accumulate(linear.weight.shape[0] for linear in linears)
+        for name, linear, end in zip(names, linears, ends, strict=True):
+            part = solved[name] = whole.rows(slice(end - linear.weight.shape[0], end))
+            linear.weight = nn.Parameter(part.weight(), requires_grad=False)
+    return solved
 
 
 class TokenWeigher:

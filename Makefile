@@ -1,0 +1,41 @@
+# make demo   quantises the small model that comes with the project and shows what that cost
+# make test   all tests on this machine
+# make lint   ruff, check and format
+# make gpu    GPU tests and benchmarks; needs CUDA, and takes PYTHON as it is (torch, transformers,
+#             triton installed), because no CUDA build is pinned here
+# Each sets up what it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OUTPUT ?= demo-output
+DEMO := demo-rtn demo-gptq demo-quarot demo-lm
+
+.PHONY: demo test lint gpu clean
+
+demo: $(READY)
+	$(BIN)/modelpress compare $(DEMO) --output $(OUTPUT)
+	$(BIN)/modelpress generate $(OUTPUT)/RSQ-0 --prompt "import os" --max-tokens 32
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+gpu:
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m pytest -m gpu
+	mkdir -p benchmarks
+	$(PYTHON) -m compress bench quantize --device cuda --output benchmarks/quantize-cuda.json
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OUTPUT) build *.egg-info

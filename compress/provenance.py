@@ -1,0 +1,87 @@
+"""Where a checkpoint comes from: versions, hashes of what went in, and what the run has seen.
+
+fingerprint(recipe, skeleton, windows, "cpu")    # equal for runs that give the same bytes
+made_by(out / "modelpress.json", recipe, model)   # whether that run has made this folder
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.checkpoint.safetensors_io import CheckpointReader
+
+if TYPE_CHECKING:
+    from compress.calibration.windows import CalibrationWindows
+    from compress.models.skeleton import Skeleton
+    from compress.plan import Plan
+    from compress.recipe import Recipe
+    from compress.result import RunResult
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change the bytes of a result."""
+    from importlib.metadata import version
+
+    names = ("modelpress", "torch", "transformers", "safetensors", "compressed-tensors")
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {name: version(name) for name in names} | {"python": python}
+
+
+def fingerprint(
+    recipe: "Recipe", skeleton: "Skeleton", windows: "CalibrationWindows", device: str
+) -> str:
+    """SHA-256 of what a run that continues must share with the one that was killed."""
+    settings = recipe.model_dump(exclude={"evaluate", "name"})
+    settings["calibration"].pop("offload")
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest.update(skeleton.reader.fingerprint().encode())
+    digest.update(json.dumps(versions(), sort_keys=True).encode())
+    digest.update(device.encode())
+    digest.update(windows.input_ids.numpy().tobytes())
+    digest.update(windows.mask.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def provenance(
+    result: "RunResult",
+    recipe: "Recipe",
+    skeleton: "Skeleton",
+    windows: "CalibrationWindows | None",
+    device: str,
+) -> dict[str, Any]:
+    """modelpress.json: what was done, from what, and what it took. `windows`: None if unused."""
+    plan: Plan = result.plan
+    calibration = None
+    if windows is not None:
+        digest = hashlib.sha256(windows.input_ids.numpy().tobytes())
+        calibration = {"windows": list(windows.input_ids.shape), "sha256": digest.hexdigest()}
+    return {
+        "versions": versions(),
+        "device": device,
+        "model": {
+            "path": recipe.model.path,
+            "revision": recipe.model.revision,
+            "fingerprint": skeleton.reader.fingerprint(),
+        },
+        "calibration": calibration,
+        "seeds": {"calibration": recipe.calibration.seed, "rotate": recipe.rotate.seed},
+        "average_bits": plan.average_bits,
+        "bytes": {"original": skeleton.reader.nbytes()} | plan.bytes,
+        "layers": result.layers,
+        "self_check": result.self_check,
+        "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
+        "peak_memory": result.peak_memory,
+        "warnings": result.warnings,
+    }
+
+
+def made_by(folder: Path, recipe: "Recipe", model: Path, device: str) -> bool:
+    """Whether `folder` holds what the recipe would make of this model with these versions."""
+    file = folder / "modelpress.json"
+    if not file.is_file() or (folder / "recipe.yaml").read_text() != recipe.dump():
+        return False
+    facts = json.loads(file.read_text())
+    same_model = facts["model"]["fingerprint"] == CheckpointReader(model).fingerprint()
+    return same_model and facts["versions"] == versions() and facts["device"] == device
