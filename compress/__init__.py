@@ -8,9 +8,7 @@ Names are imported when they are first used (PEP 562), so `import compress` is q
 neither torch nor transformers; `from compress import run` works all the same.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from compress.errors import CompressError, UsageError
     from compress.evaluation import evaluate
     from compress.pipeline import run
-    from compress.plan import Plan
+    from compress.planning import Plan
     from compress.recipe import Recipe
     from compress.result import RunResult
 
@@ -62,7 +60,7 @@ def plan(recipe: "Recipe") -> "Plan":
     opened; what would stop the run itself is in `problems`.
     """
     from compress.models.skeleton import Skeleton
-    from compress.plan import make_plan
+    from compress.planning import make_plan
 
     return make_plan(recipe, Skeleton.open(recipe.model_location(), recipe.model.revision))
 
@@ -82,14 +80,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps `compress.plan` the function, where importing the module of that name would hide it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name == "plan" and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

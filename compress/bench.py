@@ -21,11 +21,14 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
 
 MATMUL_SIZE = 2048
 MATMUL_SECONDS = 1.5
@@ -73,6 +76,27 @@ class QuantizeBench:
         }
         return {name: float(self.layers * value) for name, value in parts.items()}
 
+    def recipe(self, model: Path) -> "Recipe":
+        """The recipe of the run; RecipeError where a value is not one that recipes know."""
+        from compress.recipe import Recipe
+
+        calibration = {"samples": self.samples, "length": self.length, "offload": self.offload}
+        quantize = {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "refine_sweeps": self.refine_sweeps,
+            "token_importance": self.token_importance,
+        }
+        return Recipe.from_dict(
+            {
+                "name": "bench",
+                "model": str(model),
+                "calibration": calibration,
+                "rotate": self.rotate,
+                "quantize": quantize,
+            }
+        )
+
     def layer_bytes(self) -> int:
         """One layer in fp32."""
         return sum(N * K for N, K in self.linears()) * 4
@@ -113,6 +137,7 @@ def bench_quantize(bench: QuantizeBench) -> dict[str, Any]:
     """Runs the benchmark; returns its figures and conditions (times in seconds, sizes in bytes)."""
     with tempfile.TemporaryDirectory(prefix="modelpress-bench-") as temporary:
         folder = Path(temporary)
+        bench.recipe(folder / "model")  # a wrong value shows here, not in another process
         write_synthetic_model(folder / "model", bench)
         rate_before = matmul_rate(bench.device)
         measured = _run_child(folder, bench)
@@ -154,24 +179,8 @@ def _child(folder: Path, bench: QuantizeBench) -> dict[str, Any]:
     """One run in this process: random tokens, nothing evaluated, no self-check."""
     from compress.calibration.windows import CalibrationWindows
     from compress.pipeline import run
-    from compress.recipe import Recipe
 
-    recipe = Recipe.from_dict(
-        {
-            "name": "bench",
-            "model": str(folder / "model"),
-            "calibration": {
-                "samples": bench.samples, "length": bench.length, "offload": bench.offload,
-            },
-            "rotate": bench.rotate,
-            "quantize": {
-                "bits": bench.bits,
-                "group_size": bench.group_size,
-                "refine_sweeps": bench.refine_sweeps,
-                "token_importance": bench.token_importance,
-            },
-        }
-    )  # fmt: skip
+    recipe = bench.recipe(folder / "model")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(bench.vocabulary, (bench.samples, bench.length), generator=generator)
     windows = CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool))

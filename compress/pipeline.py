@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ from compress.evaluation import check_evaluation, evaluate_recipe
 from compress.importance.tokens import count_tokens, effective_sample_size
 from compress.memory import peak_memory, release_memory
 from compress.models.skeleton import Skeleton
-from compress.plan import TOKENS_PER_BATCH, Plan, make_plan, needs_calibration, storage_dtype
+from compress.planning import TOKENS_PER_BATCH, Plan, make_plan, needs_calibration, storage_dtype
 from compress.provenance import fingerprint, provenance
 from compress.quantization.hessian import Hessian
 from compress.quantization.layer import TokenWeigher, run_layer, solve_group
@@ -430,12 +431,23 @@ class Job:
         assemble(final, parts, self.recipe, self.skeleton, self.plan, self.dtype)
         self._lap("writing")
         checked: dict[str, Any] = {}
-        if self_check:
+        if self_check and self._fits_self_check():
             self.observer.stage("self-check")
             checked = reload_and_compare(final, self.work / "probe.safetensors")
             self._lap("self_check")
         publish(final, self.output)
         return checked
+
+    def _fits_self_check(self) -> bool:
+        """The check holds the whole model in fp32, which the run itself never does."""
+        needed = 4 * sum(p.numel() for p in self.skeleton.model.parameters())
+        free = psutil.virtual_memory().available
+        if needed > free:
+            self.warn(
+                f"no self-check: reloading takes {needed / 1e9:.1f} GB of memory, "
+                f"{free / 1e9:.1f} GB are free"
+            )
+        return needed <= free
 
     def evaluate(self, result: RunResult) -> None:
         """Measures the published checkpoint. It stays whatever becomes of its evaluation."""
@@ -446,7 +458,7 @@ class Job:
             result.metrics = evaluate_recipe(
                 self.recipe, self.output, self.skeleton.folder, self.device
             )
-        except Exception:
+        except BaseException:  # an interrupt as well
             self.document(result)
             self.warn(f"the checkpoint in {self.output} is complete; its evaluation failed")
             raise

@@ -15,7 +15,7 @@ from compress.checkpoint.safetensors_io import CheckpointReader
 if TYPE_CHECKING:
     from compress.calibration.windows import CalibrationWindows
     from compress.models.skeleton import Skeleton
-    from compress.plan import Plan
+    from compress.planning import Plan
     from compress.recipe import Recipe
     from compress.result import RunResult
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.plan import Plan
+    from compress.planning import Plan
 
 
 class Observer:

@@ -13,6 +13,7 @@ from compress import commands
 from compress.bench import QuantizeBench
 from compress.cli import QUIET
 from compress.errors import CompressError
+from compress.recipe import Recipe
 
 SCORES = {
     "results": {"demo_code": {"acc": 0.525, "acc_stderr": 0.025}},
@@ -80,7 +81,7 @@ def test_run_in_a_log_shows_one_line_a_layer(finished):
 
 
 def test_run_ends_with_a_table(monkeypatch, recipe, tmp_path, capsys):
-    from compress.plan import Plan
+    from compress.planning import Plan
     from compress.result import RunResult
 
     (tmp_path / "there").mkdir()
@@ -273,7 +274,7 @@ def test_compare_hands_over_recipes_and_seeds(monkeypatch, recipe, checkpoint, c
     out = capsys.readouterr().out
     for text in ("16 bits", "11.25", "two runs, 16 tokens", "here/plot.png"):
         assert text in out
-    assert [r.name for r in calls[0]["recipes"]] == ["tiny", "demo-rtn"]
+    assert [r.name for r in calls[0]["recipes"]] == ["tiny", Recipe.load("demo-rtn").name]
     assert {r.quantize.bits for r in calls[0]["recipes"]} == {2}
     assert {r.model.path for r in calls[0]["recipes"]} == {str(checkpoint())}
     assert list(calls[0]["seeds"]) == [0, 3]

@@ -63,11 +63,11 @@ def test_version_is_that_of_the_distribution():
 
 
 @pytest.mark.parametrize(
-    "first", ["import compress.plan", "import compress.pipeline", "compress.plan"]
+    "first", ["import compress.planning", "import compress.pipeline", "compress.plan"]
 )
 def test_plan_is_the_function_whatever_is_imported_first(first):
     code = (
-        f"import compress; {first}; from compress.plan import make_plan; "
+        f"import compress; {first}; from compress.planning import make_plan; "
         "from compress import plan; print(plan.__name__, plan is compress.plan)"
     )
     assert python(code) == "plan True"

@@ -30,7 +30,7 @@ from compress.eval.report import write_report
 
 if TYPE_CHECKING:
     from compress.models.skeleton import Skeleton
-    from compress.plan import Plan
+    from compress.planning import Plan
     from compress.recipe import Recipe
     from compress.result import RunResult
 

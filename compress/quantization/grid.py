@@ -124,7 +124,7 @@ class _ClipSearch:
 
     def candidate(self, share: Tensor | float) -> tuple[Tensor, Tensor | None]:
         scale = self.grid.stored(self.full * share)
-        zero = None if self.low is None else self.grid.zero_for(self.low * share, scale)
+        zero = None if self.low is None else self.grid.zero_for(self.low * share, self.full * share)
         return scale, zero
 
     def error(self, share: Tensor | float) -> Tensor:

@@ -11,7 +11,7 @@ from compress.checkpoint.loading import inspect
 from compress.errors import CheckpointError, UsageError
 from compress.models.skeleton import Skeleton
 from compress.pipeline import run
-from compress.plan import FIXED_MEMORY, make_plan
+from compress.planning import FIXED_MEMORY, make_plan
 
 
 def plan_of(folder, **sections):
