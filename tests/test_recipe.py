@@ -375,7 +375,7 @@ def test_shipped_recipes_load_by_bare_name_and_say_what_they_do():
     for name, description, path in shipped:
         recipe = Recipe.load(name)
         assert recipe == Recipe.load(path)
-        assert recipe.name == name
+        assert recipe.name == yaml.safe_load(path.read_text()).get("name", name)
         assert path.read_text().startswith(f"# {description}\n")
         assert Recipe.from_dict(yaml.safe_load(recipe.dump())) == recipe
 

@@ -129,9 +129,13 @@ def column_loop(
             targets.addmm_(M[:start, inside].T, E[:start])
         g = 0
         if group_size is not None:
-            # The scale is chosen for the weights that the group now has to represent.
+            # The scale is chosen for the weights that the group now has to represent: those that
+            # make up together for the errors so far. Each of `targets` makes up for them alone.
             g = start // group_size
-            _set_scale(result, g, grid, targets, clip, importance[inside])
+            shift = torch.linalg.solve_triangular(
+                coupling, targets - W, upper=False, unitriangular=True
+            )
+            _set_scale(result, g, grid, W + shift, clip, importance[inside])
         scale = result.scale[g]
         # The feedback inside the block, E_i M_ij = W_i M_ij - Q_i M_ij: its first part is known.
         base = targets.addmm_(coupling.tril(-1), W).div_(scale)

@@ -142,3 +142,11 @@ def test_the_summary_counts_every_quantised_weight(mixed):
     assert summary["schemes"] == len(set(mixed.modules.values()))
     assert summary["symmetric"]
     assert bits_summary([])["average"] is None
+
+
+def test_a_blank_line_ends_every_table():
+    """Markdown takes the line below a table's last row for another row."""
+    lines = model_card(RESULT).splitlines()
+    for row, below in zip(lines, lines[1:], strict=False):
+        if row.startswith("|"):
+            assert below.startswith("|") or not below.strip()
