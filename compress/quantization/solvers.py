@@ -179,7 +179,8 @@ class Gptq:
         self, W: Tensor, statistics: Statistics, grid: UniformGrid, group_size: int | None
     ) -> QuantizedLinear:
         H, settings = statistics.H, self.settings
-        Wt = W.T.contiguous().to(H.dtype)
+        # A copy even where W.T is contiguous already, as for one row: it is changed below.
+        Wt = W.T.clone(memory_format=torch.contiguous_format).to(H.dtype)
         Wt[statistics.dead] = 0
         result = column_loop(
             Wt, statistics.M, grid, group_size, settings.clip_search, H.diagonal(), statistics.order

@@ -12,15 +12,16 @@ from compress.errors import CheckpointError, UsageError
 LAYERS = 3
 
 
-def walk(folder, fingerprint="run", layers=LAYERS, **options) -> tuple[Journal, int]:
-    """A walk whose every layer depends on the activations of the one before."""
-    journal = Journal(folder, fingerprint, **options)
+def walk(folder, fingerprint="run", layers=LAYERS) -> tuple[Journal, int]:
+    """A walk whose every layer depends on what the one before has left in its facts."""
+    journal = Journal(folder, fingerprint)
     first = journal.open(resume=True)
-    hidden = journal.activations().get("hidden", torch.arange(4.0))
     for layer in range(first, layers):
-        weight = torch.sin(hidden * (layer + 1))
-        hidden = hidden + weight.cumsum(0)
-        journal.record(layer, {f"layers.{layer}.w": weight}, {"hidden": hidden}, {"sum": layer})
+        before = journal.facts()[-1]["hidden"] if layer else [0.0, 1.0, 2.0, 3.0]
+        weight = torch.sin(torch.tensor(before) * (layer + 1))
+        hidden = torch.tensor(before) + weight.cumsum(0)
+        facts = {"sum": layer, "hidden": hidden.tolist()}
+        journal.record(layer, {f"layers.{layer}.w": weight}, facts)
     return journal, first
 
 
@@ -77,13 +78,6 @@ def test_a_line_cut_short_is_a_layer_not_done(tmp_path, expected):
     assert len(journal.path.read_text().splitlines()) == 1 + LAYERS
 
 
-def test_only_the_newest_activations_are_kept(tmp_path):
-    walk(tmp_path)
-    kept = sorted(path.name for path in tmp_path.glob("activations-*"))
-    assert kept == ["activations-00002.safetensors"]
-    assert len(list(tmp_path.glob("layer-*"))) == LAYERS
-
-
 def test_another_fingerprint_is_refused_with_the_remedy(tmp_path):
     walk(tmp_path, "one")
     with pytest.raises(UsageError, match=r"--no-resume.*--overwrite") as error:
@@ -97,26 +91,10 @@ def test_no_resume_starts_afresh(tmp_path):
     journal = Journal(tmp_path, "another")
     assert journal.open(resume=False) == 0
     assert journal.part_files() == []
-    assert journal.activations() == {}
     assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
 
 
-def test_without_activations_a_run_starts_again(tmp_path, expected):
-    journal, _ = walk(tmp_path / "run", layers=2, keep_activations=False)
-    assert not list((tmp_path / "run").glob("activations-*"))
-    assert len(journal.part_files()) == 2
-    journal, first = walk(tmp_path / "run", keep_activations=False)
-    assert first == 0
-    assert result(journal, tmp_path / "out") == expected
-
-
-def test_a_run_without_activations_cannot_be_continued_with_them(tmp_path):
-    walk(tmp_path, layers=2, keep_activations=False)
-    with pytest.raises(CheckpointError, match="activations-00001"):
-        walk(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["layer-00000.safetensors", "activations-00002.safetensors"])
+@pytest.mark.parametrize("name", ["layer-00000.safetensors", "layer-00002.safetensors"])
 def test_a_lost_file_is_named(tmp_path, name):
     walk(tmp_path)
     (tmp_path / name).unlink()
@@ -135,18 +113,17 @@ def test_a_damaged_journal_is_named(tmp_path):
 def test_layers_are_recorded_in_order(tmp_path):
     journal, _ = walk(tmp_path)
     with pytest.raises(AssertionError, match="layer 1 recorded after 3"):
-        journal.record(1, {}, {}, {})
+        journal.record(1, {}, {})
 
 
 def test_facts_come_back_as_they_were_recorded(tmp_path):
     journal = Journal(tmp_path, "run")
     journal.open(resume=True)
     facts = {"error": 0.1, "bits": {"q": 3}, "notes": ["damped"]}
-    journal.record(0, {}, {"hidden": torch.ones(2, dtype=torch.bfloat16)}, facts)
+    journal.record(0, {"w": torch.ones(2, dtype=torch.bfloat16)}, facts)
     again = Journal(tmp_path, "run")
     assert again.open(resume=True) == 1
     assert again.facts() == journal.facts() == [facts]
-    assert again.activations()["hidden"].dtype == torch.bfloat16
     assert json.loads(again.path.read_text().splitlines()[1]) == facts
 
 

@@ -31,6 +31,8 @@ def weights(K=48, N=40, dtype=torch.float32):
     W[7, 5] = 1.5  # a spike
     W[:, 6] *= 1e-7  # the scale is below fp16's smallest normal number
     W[:, 7] *= 1e4
+    W[:, 8] = 0.16
+    W[7, 8] = 1.0  # at 2 bits best cut to a third
     return W.to(dtype)
 
 
@@ -75,9 +77,12 @@ def shared_by(grid, W, share):
 @either_symmetry
 @every_clip
 @every_dtype
-def test_codes_fit_and_every_level_is_the_nearest(bits, symmetric, clip, dtype):
+def test_codes_fit_levels_are_the_nearest_and_scales_are_as_stored(bits, symmetric, clip, dtype):
     grid, W = UniformGrid(bits, symmetric, dtype), weights()
     scale, zero = search_scale(grid, W, clip, importances())
+    assert torch.equal(scale.to(dtype).float(), scale)
+    assert scale.isfinite().all()
+    assert (scale.abs() >= torch.finfo(dtype).tiny).all()
     x = (W / scale).round().clamp(*grid.range(zero))
     assert in_range(x if zero is None else x + zero, bits)
     e = (W.double() - x.double() * scale.double()).abs()
@@ -87,17 +92,6 @@ def test_codes_fit_and_every_level_is_the_nearest(bits, symmetric, clip, dtype):
     assert (zero is None) == symmetric
     if zero is not None:
         assert in_range(zero, bits)
-
-
-@every_width
-@either_symmetry
-@every_clip
-@every_dtype
-def test_scales_are_what_the_checkpoint_stores(bits, symmetric, clip, dtype):
-    scale, _ = search_scale(UniformGrid(bits, symmetric, dtype), weights(), clip, importances())
-    assert torch.equal(scale.to(dtype).float(), scale)
-    assert scale.isfinite().all()
-    assert (scale.abs() >= torch.finfo(dtype).tiny).all()
 
 
 @every_width
@@ -183,18 +177,17 @@ def test_clipping_is_never_worse_than_not_clipping(bits, symmetric, clip, dtype)
     found, unclipped = error(clip), error("none")
     assert (found <= unclipped * (1 + 1e-5)).all()
     if bits <= 3:
-        assert (found / unclipped)[8:].mean() < 0.95  # and it is worth the time
+        assert (found / unclipped)[9:].mean() < 0.95  # and it is worth the time
 
 
 @every_width
 @either_symmetry
 def test_magnitude_is_the_best_of_its_eighty_shares(bits, symmetric):
-    grid, W = UniformGrid(bits, symmetric, torch.float64), weights(dtype=torch.float64)[:, 1:]
-    importance = importances(dtype=torch.float64)
+    grid, W = UniformGrid(bits, symmetric, torch.float64), weights(192, dtype=torch.float64)[:, 1:]
     scale, zero = search_scale(grid, W, "magnitude")
-    found = objective("magnitude", least_distances(grid, W, scale, zero), importance)
+    found = objective("magnitude", least_distances(grid, W, scale, zero), None)
     tried = [shared_by(grid, W, 1 - i / 100) for i in range(80)]
-    errors = [objective("magnitude", least_distances(grid, W, *s), importance) for s in tried]
+    errors = [objective("magnitude", least_distances(grid, W, *s), None) for s in tried]
     torch.testing.assert_close(found, torch.stack(errors).amin(0), rtol=1e-9, atol=0)
 
 
@@ -218,7 +211,7 @@ def test_hessian_is_the_best_share_to_the_resolution_of_its_steps(bits, symmetri
 @either_symmetry
 def test_only_columns_that_matter_decide_the_scale(symmetric):
     """Two rows that differ where the importance is zero, but not in their extent."""
-    grid, W = UniformGrid(3, symmetric), weights()[:, 8:]
+    grid, W = UniformGrid(3, symmetric), weights()[:, 9:]
     importance = importances()
     W[:6] = W[:6].clamp(-0.01, 0.01)
     importance[:6] = 0
@@ -234,7 +227,7 @@ def test_only_columns_that_matter_decide_the_scale(symmetric):
 
 @either_symmetry
 @pytest.mark.parametrize("clip", CLIPS[1:])
-@pytest.mark.parametrize("chunk", [1, 48 * 7])
+@pytest.mark.parametrize("chunk", [48 * 3, 48 * 7])
 def test_chunks_do_not_change_the_result(symmetric, clip, chunk, monkeypatch):
     """In fp64, so that another order of sums cannot turn one share into another."""
     grid = UniformGrid(3, symmetric)

@@ -21,13 +21,13 @@ either_group = pytest.mark.parametrize("group_size", [None, 32])
 every_start = pytest.mark.parametrize("start", ["rtn", "gptq"])
 
 
-@pytest.fixture(scope="module")
-def H() -> Tensor:
+@pytest.fixture(name="H", scope="module")
+def hessian_of_inputs() -> Tensor:
     return second_moment(correlated_inputs(4, 60, K))
 
 
-@pytest.fixture(scope="module")
-def W() -> Tensor:
+@pytest.fixture(name="W", scope="module")
+def drawn_weight() -> Tensor:
     return random_weight(N, K)
 
 

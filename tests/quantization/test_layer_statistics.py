@@ -1,0 +1,308 @@
+"""One decoder layer run in stages, against the family's own layer run whole with hooks on it."""
+
+import copy
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+from small_linears import second_moment
+from tiny_checkpoints import FAMILIES, load_whole, random_ids
+from torch import Tensor, nn
+
+from compress.calibration.activations import ActivationStore
+from compress.importance.tokens import mean_one, normalise
+from compress.models.skeleton import Skeleton
+from compress.quantization.layer import TokenWeigher, run_layer, without
+
+LAST = 1  # the layer that is run; in one family the only one with a sliding window
+SIZES = ((2, 12), (1, 12), (3, 12))  # batches [B, T]
+
+every_family = pytest.mark.parametrize("family", [*FAMILIES])
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@contextmanager
+def opened(checkpoint, family="llama"):
+    """A skeleton and its last layer with weights in it."""
+    skeleton = Skeleton(checkpoint(family))
+    with skeleton.layer(LAST, skeleton.read_layer(LAST)) as layer:
+        yield skeleton, layer
+
+
+def batches(hidden=64, seed=0) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, T, hidden, generator=draw) + 0.3 for B, T in SIZES]
+
+
+def token_weights(seed=1) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(B, T, generator=draw).exp() for B, T in SIZES]
+    return [mean_one(r, torch.ones_like(r, dtype=torch.bool)) for r in drawn]
+
+
+def stored(tensors, folder=None, name="x") -> ActivationStore:
+    store = ActivationStore(folder, name)
+    for tensor in tensors:
+        store.append(tensor.clone())
+    return store
+
+
+def coarse(layer: nn.Module, group) -> None:
+    """A quantisation that nobody could overlook: every weight to a multiple of 1/8."""
+    for name in group:
+        linear = layer.get_submodule(name)
+        linear.weight = nn.Parameter((linear.weight * 8).round() / 8, requires_grad=False)
+
+
+class Walk:
+    """`run_layer` with everything it calls recorded: Hessians, the order of groups, tokens seen."""
+
+    def __init__(self, skeleton, layer, quantise=coarse, weights=None, needs=lambda group: True):
+        self.skeleton, self.layer, self.change, self.weights = skeleton, layer, quantise, weights
+        self.needs = needs
+        self.groups: list[tuple[str, ...]] = []
+        self.H: dict[str, Tensor] = {}
+        self.weighed: list[tuple[int, Tensor, Tensor]] = []
+
+    def quantise(self, group, H) -> None:
+        self.groups.append(group)
+        if H is not None:
+            matrix = H.matrix()
+            self.H |= dict.fromkeys(group, matrix)
+        self.change(self.layer, group)
+
+    def weigh(self, i, x, normed):
+        self.weighed.append((i, x.clone(), normed.clone()))
+        return None if self.weights is None else self.weights[i]
+
+    def run(self, x: ActivationStore, y=None, work=None) -> list[Tensor]:
+        y = x if y is None else y
+        run_layer(
+            self.layer,
+            self.skeleton.spec,
+            lambda z: self.skeleton.layer_inputs(LAST, z),
+            x,
+            y,
+            ActivationStore() if work is None else work,
+            quantise=self.quantise,
+            needs_hessian=self.needs,
+            weigh=self.weigh,
+        )
+        return list(y)
+
+
+def whole(skeleton, layer, xs) -> list[Tensor]:
+    """The layer's own forward."""
+    outputs = [layer(x, **skeleton.layer_inputs(LAST, x)) for x in xs]
+    return [y[0] if isinstance(y, tuple) else y for y in outputs]
+
+
+def seen_by(skeleton, layer, name, xs) -> Tensor:
+    """What reaches one linear when the whole layer runs: [N, T, K]."""
+    seen: list[Tensor] = []
+    hook = layer.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    whole(skeleton, layer, xs)
+    hook.remove()
+    return torch.cat(seen)
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance=1e-5) -> None:
+    assert found.shape == expected.shape
+    assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+# ---- outputs ------------------------------------------------------------------------------------
+
+
+@every_family
+def test_with_nothing_quantised_it_is_the_layer(checkpoint, family):
+    with opened(checkpoint, family) as (skeleton, layer):
+        expected = whole(skeleton, layer, batches())
+        walk = Walk(skeleton, layer, quantise=lambda *_: None)
+        for found, y in zip(walk.run(stored(batches())), expected, strict=True):
+            assert_close(found, y)
+
+
+@every_family
+def test_the_output_is_that_of_the_quantised_layer(checkpoint, family):
+    with opened(checkpoint, family) as (skeleton, layer):
+        before = whole(skeleton, layer, batches())
+        found = Walk(skeleton, layer).run(stored(batches()))
+        for y, expected, unquantised in zip(
+            found, whole(skeleton, layer, batches()), before, strict=True
+        ):
+            assert_close(y, expected)
+            assert (y - unquantised).abs().max() > 0.01 * unquantised.abs().max()
+
+
+def test_where_activations_live_changes_no_bit(checkpoint, tmp_path):
+    with opened(checkpoint) as (skeleton, layer):
+        weights = copy.deepcopy(layer.state_dict())
+        expected = None
+        for folder in (None, tmp_path):
+            for apart in (False, True):
+                layer.load_state_dict(weights)
+                x = stored(batches(), folder)
+                y = ActivationStore(folder, "y") if apart else x
+                work = ActivationStore(folder, "work")
+                walk = Walk(skeleton, layer)
+                outputs = walk.run(x, y, work)
+                assert len(work) == 0
+                assert len(y) == len(SIZES)
+                if apart:
+                    assert all(map(torch.equal, x, batches()))
+                expected = expected or (outputs, walk.H)
+                assert all(map(torch.equal, outputs, expected[0]))
+                assert all(torch.equal(H, expected[1][name]) for name, H in walk.H.items())
+
+
+# ---- Hessians -----------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("weighted", [False, True])
+def test_hessians_are_those_of_a_layer_whose_earlier_groups_are_quantised(
+    checkpoint, family, weighted
+):
+    weights = token_weights() if weighted else None
+    with opened(checkpoint, family) as (skeleton, layer):
+        oracle = copy.deepcopy(layer)
+        walk = Walk(skeleton, layer, weights=weights)
+        walk.run(stored(batches()))
+        assert walk.groups == list(skeleton.spec.groups)
+        for group in skeleton.spec.groups:
+            for name in group:
+                x = seen_by(skeleton, oracle, name, batches())
+                expected = second_moment(x, torch.cat(weights) if weighted else None)
+                assert_close(walk.H[name], expected)
+            coarse(oracle, group)
+
+
+def test_quantising_one_group_shows_in_the_hessians_of_the_next(checkpoint):
+    with opened(checkpoint) as (skeleton, layer):
+        weights = copy.deepcopy(layer.state_dict())
+        groups, found = skeleton.spec.groups, {}
+        for first in [*groups, ()]:
+            layer.load_state_dict(weights)
+            walk = Walk(skeleton, layer, quantise=lambda _, g, f=first: g == f and coarse(layer, f))
+            walk.run(stored(batches()))
+            found[first] = [walk.H[group[0]] for group in groups]
+        for i, first in enumerate(groups):
+            same = [torch.equal(a, b) for a, b in zip(found[first], found[()], strict=True)]
+            assert same == [True] * (i + 1) + [False] * (len(groups) - i - 1)
+
+
+def test_each_linear_sees_each_token_once(checkpoint):
+    with opened(checkpoint) as (skeleton, layer):
+        tokens: Counter[str] = Counter()
+        for name in skeleton.spec.linears:
+            layer.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: tokens.update({name: args[0].shape[:-1].numel()})
+            )
+        Walk(skeleton, layer).run(stored(batches()))
+        assert tokens == dict.fromkeys(skeleton.spec.linears, sum(B * T for B, T in SIZES))
+
+
+def test_groups_that_need_no_hessian_get_none(checkpoint):
+    with opened(checkpoint) as (skeleton, layer):
+        spec = skeleton.spec
+        walk = Walk(skeleton, layer, needs=lambda group: group == spec.mlp_in)
+        expected = Walk(skeleton, copy.deepcopy(layer))
+        outputs = expected.run(stored(batches()))
+        assert all(map(torch.equal, walk.run(stored(batches())), outputs))
+        assert walk.groups == list(spec.groups)
+        assert set(walk.H) == set(spec.mlp_in)
+        assert torch.equal(walk.H[spec.mlp_in[0]], expected.H[spec.mlp_in[0]])
+
+
+# ---- the layer's own parts ----------------------------------------------------------------------
+
+
+def test_without_a_linear_its_place_is_taken_by_the_identity_and_given_back(checkpoint):
+    with opened(checkpoint) as (_, layer):
+        linear = layer.self_attn.o_proj
+        with pytest.raises(KeyboardInterrupt), without(layer, "self_attn.o_proj") as parent:
+            assert parent is layer.self_attn
+            z = torch.randn(2, 64)
+            assert parent.o_proj(z) is z
+            raise KeyboardInterrupt
+        assert layer.self_attn.o_proj is linear
+
+
+def test_after_the_walk_every_linear_is_in_its_place(checkpoint):
+    with opened(checkpoint) as (skeleton, layer):
+        before = {name: layer.get_submodule(name) for name in skeleton.spec.linears}
+        Walk(skeleton, layer).run(stored(batches()))
+        for name, linear in before.items():
+            assert layer.get_submodule(name) is linear
+
+
+# ---- token weights ------------------------------------------------------------------------------
+
+
+def test_tokens_are_weighed_once_before_anything_is_quantised(checkpoint):
+    with opened(checkpoint) as (skeleton, layer):
+        walk = Walk(skeleton, layer)
+        order = []
+        walk.change = lambda layer, group: order.append(len(walk.weighed))
+        walk.run(stored(batches()))
+        assert order == [len(SIZES)] * 4
+        assert [i for i, _, _ in walk.weighed] == list(range(len(SIZES)))
+        for (_, x, normed), expected in zip(walk.weighed, batches(), strict=True):
+            assert torch.equal(x, expected)
+            assert torch.equal(normed, layer.input_layernorm(expected))
+
+
+IDS = random_ids(2, 24, seed=3)  # three sliding windows long
+ALL = torch.ones_like(IDS, dtype=torch.bool)
+SOME = ALL.clone()
+SOME[0, 15:] = False
+
+
+def weighed(skeleton, layer, x, name, mask, minimum=0.01, power=1):
+    """Token weights of the last layer for its input x [2, 24, d]."""
+    counts = torch.bincount(IDS[mask], minlength=skeleton.config.vocab_size)
+    weigher = TokenWeigher(name, minimum, 1.0, power, [(IDS, mask)], counts)
+    inputs, window = skeleton.layer_inputs(LAST, x), skeleton.sliding_window(LAST)
+    normed = layer.input_layernorm(x)
+    return weigher.weights(0, x, normed, layer, skeleton.spec, inputs, window)
+
+
+def test_uniform_tokens_have_no_weights_unless_some_are_masked(checkpoint):
+    x = torch.randn(*IDS.shape, 64)
+    with opened(checkpoint) as (skeleton, layer):
+        assert weighed(skeleton, layer, x, "uniform", ALL) is None
+        assert torch.equal(weighed(skeleton, layer, x, "uniform", SOME), SOME.float())
+
+
+@every_family
+@pytest.mark.parametrize("mask", [ALL, SOME], ids=["all", "some"])
+def test_attention_weights_are_the_column_sums_of_the_models_own_maps(checkpoint, family, mask):
+    """transformers' eager attention on the whole model, against q, k and the streamed sums."""
+    model = load_whole(checkpoint(family), attn_implementation="eager")
+    result = model(IDS, output_attentions=True, output_hidden_states=True)
+    maps = result.attentions[LAST].double()  # [B, h, T, T]
+    sums = (maps * mask[:, None, :, None]).sum(dim=(1, 2))
+    with opened(checkpoint, family) as (skeleton, layer):
+        x = result.hidden_states[LAST]
+        for power in (1, 2):
+            found = weighed(skeleton, layer, x, "attention_concentration", mask, power=power)
+            expected = mean_one(normalise(sums, 0.01, 1.0, mask) ** power, mask)
+            assert_close(found, expected.double(), 1e-4)
+            assert (found[~mask] == 0).all()
+
+
+@every_family
+def test_difference_weights_are_those_of_the_layers_output_at_full_precision(checkpoint, family):
+    x = torch.randn(*IDS.shape, 64, generator=torch.Generator().manual_seed(0))
+    with opened(checkpoint, family) as (skeleton, layer):
+        (y,) = whole(skeleton, layer, [x])
+        found = weighed(skeleton, layer, x, "activation_difference", ALL)
+        scores = -(x - y).double().norm(dim=-1)
+        assert_close(found, mean_one(normalise(scores, 0.01, 1.0, ALL), ALL).double(), 1e-4)
