@@ -158,9 +158,10 @@ def solve_group(
     for scheme, names in stacks.items():
         linears = [layer.get_submodule(name) for name in names]
         grid = UniformGrid(scheme.bits, scheme.symmetric, scale_dtype)
-        W = torch.cat([linear.weight for linear in linears])
+        weights = [linear.weight for linear in linears]
+        W = weights[0] if len(weights) == 1 else torch.cat(weights)
         whole = solver.solve(W, statistics, grid, scheme.group_size)
-        del W
+        del W, weights
         ends = accumulate(linear.weight.shape[0] for linear in linears)
         for name, linear, end in zip(names, linears, ends, strict=True):
             part = solved[name] = whole.rows(slice(end - linear.weight.shape[0], end))
