@@ -1,1 +1,1 @@
-"""Importance scores: which tokens of a sequence decide how a layer is rounded (`tokens`)."""
+"""Importance: which tokens decide the rounding (`tokens`), which layers need bits (`layers`)."""

@@ -164,8 +164,10 @@ def solve_group(
         del W, weights
         ends = accumulate(linear.weight.shape[0] for linear in linears)
         for name, linear, end in zip(names, linears, ends, strict=True):
-            part = solved[name] = whole.rows(slice(end - linear.weight.shape[0], end))
-            linear.weight = nn.Parameter(part.weight(), requires_grad=False)
+            solved[name] = whole.rows(slice(end - linear.weight.shape[0], end))
+    del statistics  # two K x K matrices, before weights are made
+    for name, part in solved.items():
+        layer.get_submodule(name).weight = nn.Parameter(part.weight(), requires_grad=False)
     return solved
 
 

@@ -71,8 +71,8 @@ class QuantizedLinear:
         N, K = self.codes.shape
         codes = self.codes.to(dtype).view(N, self.scale.shape[1], -1)
         if self.zero is not None:
-            codes = codes - self.zero.to(dtype).unsqueeze(-1)
-        return (codes * self.scale.to(dtype).unsqueeze(-1)).view(N, K)
+            codes -= self.zero.to(dtype).unsqueeze(-1)
+        return codes.mul_(self.scale.to(dtype).unsqueeze(-1)).view(N, K)
 
     def relative_error(self) -> float | None:
         """tr((W-Q) H (W-Q)^T) / tr(W H W^T); 0 where the linear gives nothing but zeros."""

@@ -1,5 +1,7 @@
 """The card says what the run found, leaves out what is missing, and its front matter is YAML."""
 
+from itertools import pairwise
+
 import pytest
 import yaml
 
@@ -147,6 +149,6 @@ def test_the_summary_counts_every_quantised_weight(mixed):
 def test_a_blank_line_ends_every_table():
     """Markdown takes the line below a table's last row for another row."""
     lines = model_card(RESULT).splitlines()
-    for row, below in zip(lines, lines[1:], strict=False):
+    for row, below in pairwise(lines):
         if row.startswith("|"):
             assert below.startswith("|") or not below.strip()
