@@ -9,7 +9,7 @@ machine shows in the same call:
 
 and the bytes of one layer for memory. Refinement sweeps, rotation and token importance are extra
 work that the floor does not count. The run is a process of its own, so that its peak memory is its
-own; the reload in the self-check is left out, as it measures transformers.
+own; importing libraries and the reload in the self-check are not timed.
 
     bench_quantize(QuantizeBench(bits=4, group_size=128))
 """
@@ -177,6 +177,8 @@ def _run_child(folder: Path, bench: QuantizeBench) -> dict[str, Any]:
 
 def _child(folder: Path, bench: QuantizeBench) -> dict[str, Any]:
     """One run in this process: random tokens, nothing evaluated, no self-check."""
+    import transformers.models.llama.modeling_llama  # noqa: F401  (imports are not timed)
+
     from compress.calibration.windows import CalibrationWindows
     from compress.pipeline import run
 

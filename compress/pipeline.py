@@ -196,9 +196,8 @@ class Job:
             self._embed(hidden)
         else:
             shapes = [torch.Size([*ids.shape, hidden]) for ids, _ in self.batches]
-            found = ActivationStore.found(self.folder, f"layer-{self.done:05d}", shapes)
+            found = ActivationStore.found(*self._place(self.done), shapes)
             self.x = found if on_disk else found.in_memory()
-            self._remove_activations(keep=found.name)
         self._lap("calibration")
 
     def _embed(self, hidden: int) -> None:
@@ -224,12 +223,9 @@ class Job:
         return stored
 
     def _place(self, layer: int) -> tuple[Path, str]:
-        return self.folder, f"layer-{layer:05d}"
-
-    def _remove_activations(self, keep: str) -> None:
-        for file in self.folder.iterdir():
-            if not file.name.startswith((keep, "work")):
-                file.unlink()
+        """Where the inputs of a layer lie. Two sets of files take turns, so that those of a layer
+        stay until the next one's are whole, and files are written over rather than made anew."""
+        return self.folder, f"inputs-{layer % 2}"
 
     # ---- the walk -------------------------------------------------------------------------------
 
@@ -249,9 +245,8 @@ class Job:
             started = time.perf_counter()
             tensors, facts = self._layer(index)
             facts["seconds"] = round(time.perf_counter() - started, 3)
-            written = self.x.dump(*self._place(index + 1))
+            self.x.dump(*self._place(index + 1))
             self.journal.record(index, tensors, facts)
-            self._remove_activations(keep=written.name)
             self.facts.append(facts)
         self.observer.layers(total, total)
         self._lap("layers")
@@ -283,9 +278,11 @@ class Job:
                 return w
 
             def quantise(group: tuple[str, ...], H: Hessian | None) -> None:
-                release_memory()
                 written.update(self._solve(prefix, layer, group, schemes, H, modules))
-                release_memory()
+                # Memory peaks in the MLP: before it and in its middle, what is free goes back.
+                # Doing so more often costs more in page faults than it saves.
+                if group in ((spec.output,), spec.mlp_in):
+                    release_memory()
 
             y = ActivationStore(*self._place(index + 1)) if self.on_disk else self.x
             work = ActivationStore(*((self.folder, "work") if self.on_disk else ()))

@@ -149,7 +149,7 @@ class Skeleton:
         layer = self.model.get_submodule(self.spec.layers)[index]
         on_device = {n: t.to(device, torch.float32) for n, t in tensors.items()}
         layer.load_state_dict(on_device, strict=True, assign=True)
-        del on_device
+        del tensors, on_device  # or what is replaced in the layer would live as long as it does
         try:
             yield layer.requires_grad_(False)
         finally:

@@ -11,7 +11,7 @@ so, going from the first column to the last, the best value for column j is the 
 This is the same recursion as GPTQ's (arXiv 2210.17323, Algorithm 1) through the inverse of H, in
 exact arithmetic; it needs one Cholesky factorisation and no inverse. The sum is taken in two
 parts: the columns before the current block by one matrix product, those inside it one by one
-(`rounding.py`).
+(`rounding.py`). The error itself is the sum of the squares above, and so comes at no cost.
 
 Tensors are columns-first, [K, N]: column j of W is row j here, and contiguous.
 
@@ -38,12 +38,14 @@ class Levels:
         scale: [G, N].
         zero: [G, N] integers as floats, or None.
         group_of: [K].
+        error: [N] fp64, each output's share of ||E R||^2, where `column_loop` was asked for it.
     """
 
     x: Tensor
     scale: Tensor
     zero: Tensor | None
     group_of: Tensor
+    error: Tensor | None = None
 
     @classmethod
     def empty(cls, Wt: Tensor, grid: UniformGrid, group_size: int | None) -> "Levels":
@@ -99,6 +101,7 @@ def column_loop(
     importance: Tensor,
     order: Tensor | None = None,
     block: int = BLOCK,
+    pivots: Tensor | None = None,
 ) -> Levels:
     """Quantises the columns in turn, each making up for what those before it have left.
 
@@ -112,6 +115,8 @@ def column_loop(
             original order and their scales are fixed before the loop ("static" act-order), so the
             file needs no index of groups.
         block: columns a block where groups do not set it.
+        pivots: [K] R_jj^2; with it (and no `order`) the result has its error, each output's share
+            of ||E R||^2.
     """
     if order is not None:
         return _in_another_order(Wt, M, grid, group_size, clip, importance, order, block)
@@ -120,28 +125,30 @@ def column_loop(
     if group_size is None:
         _set_scale(result, 0, grid, Wt, clip, importance)
     E = torch.empty_like(Wt)  # W - Q
+    if pivots is not None:
+        result.error = Wt.new_zeros(Wt.shape[1], dtype=torch.float64)
     step = group_size or block
     for start in range(0, K, step):
         inside = slice(start, min(start + step, K))
         W, coupling = Wt[inside], M[inside, inside].T.contiguous()
-        targets = W.clone()
-        if start:
-            targets.addmm_(M[:start, inside].T, E[:start])
+        feedback = M[:start, inside].T @ E[:start]  # zeros for the first block
         g = 0
         if group_size is not None:
             # The scale is chosen for the weights that the group now has to represent: those that
-            # make up together for the errors so far. Each of `targets` makes up for them alone.
+            # make up together for the errors so far. Each of W + feedback does for them alone.
             g = start // group_size
             shift = torch.linalg.solve_triangular(
-                coupling, targets - W, upper=False, unitriangular=True
+                coupling, feedback, upper=False, unitriangular=True
             )
-            _set_scale(result, g, grid, W + shift, clip, importance[inside])
+            _set_scale(result, g, grid, shift.add_(W), clip, importance[inside])
         scale = result.scale[g]
         # The feedback inside the block, E_i M_ij = W_i M_ij - Q_i M_ij: its first part is known.
-        base = targets.addmm_(coupling.tril(-1), W).div_(scale)
+        base = torch.addmm(feedback, coupling, W).div_(scale)
         x = round_in_order(base, coupling, *grid.range(result.zero_of(g)))
         result.x[inside] = x
         torch.addcmul(W, x, scale, value=-1, out=E[inside])
+        if pivots is not None:
+            result.error += pivots[inside] @ feedback.addmm_(coupling, E[inside]).square_()
     return result
 
 

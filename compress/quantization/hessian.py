@@ -17,8 +17,8 @@ from torch import Tensor
 
 from compress.errors import CompressError
 
-# Rows of H computed at a time: only the lower triangle's blocks are, so the work is
-# (1 + block/K) / 2 of the full product; a GPU needs larger ones to be busy.
+# Diagonal blocks of H up to this size are computed whole, the rest in its lower triangle alone, so
+# the work is (1 + block/K) / 2 of the full product; a GPU needs larger ones to be busy.
 BLOCK = {"cpu": 128, "cuda": 1024}
 # Damping grows by this factor when the Cholesky factorisation fails, up to the limit.
 DAMPING_GROWTH = 2.0
@@ -39,10 +39,19 @@ class Hessian:
         rows = x.reshape(-1, x.shape[-1]).to(self.lower.dtype)  # [tokens, K]
         if weights is not None:
             rows = rows * weights.reshape(-1, 1).sqrt()
-        for start in range(0, rows.shape[1], self.block):
-            block = slice(start, min(start + self.block, rows.shape[1]))
-            below = self.lower[block, : block.stop]
-            below.addmm_(rows[:, block].T, rows[:, : block.stop])
+        self._add_square(rows, 0, rows.shape[1])
+
+    def _add_square(self, rows: Tensor, start: int, stop: int) -> None:
+        """Columns start..stop against themselves: two smaller squares and what is below them, so
+        that most of the work is in large products."""
+        if stop - start <= self.block:
+            square = rows[:, start:stop]
+            self.lower[start:stop, start:stop].addmm_(square.T, square)
+            return
+        middle = start + self.block * -(-(stop - start) // (2 * self.block))
+        self._add_square(rows, start, middle)
+        self._add_square(rows, middle, stop)
+        self.lower[middle:stop, start:middle].addmm_(rows[:, middle:stop].T, rows[:, start:middle])
 
     def matrix(self) -> Tensor:
         """H, symmetric: [K, K]. Ends the accumulation: its memory becomes the result's."""

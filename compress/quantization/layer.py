@@ -92,6 +92,7 @@ def run_layer(
         weights.append(weigh(i, z, normed))
         if H:
             H.add_batch(normed, weights[i])
+    del z, normed  # here and below: not to be held while the group is solved
     quantise(group, H)
 
     H = statistics((spec.output,))
@@ -101,6 +102,7 @@ def run_layer(
             work.append(mixed)
             if H:
                 H.add_batch(mixed, weights[i])
+    del z, mixed
     quantise((spec.output,), H)
 
     H = statistics(spec.mlp_in)
@@ -111,6 +113,7 @@ def run_layer(
         if H:
             H.add_batch(post_norm(z), weights[i])
     work.clear()
+    del z
     quantise(spec.mlp_in, H)
 
     H = statistics((spec.mlp_out,))
@@ -120,6 +123,7 @@ def run_layer(
             work.append(wide)
             if H:
                 H.add_batch(wide, weights[i])
+    del z, wide
     quantise((spec.mlp_out,), H)
 
     down = layer.get_submodule(spec.mlp_out)

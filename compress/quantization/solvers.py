@@ -115,15 +115,18 @@ class Statistics:
         dead: [K] inputs that were always zero.
         M: [K, K] unit upper triangular, from the factor of the damped (and, with act-order,
             permuted) H; see `gptq.py`.
+        pivots: [K] the squared diagonal of that factor.
         order: [K] the order of columns, or None for their own.
-        damping: the damping that the factorisation needed.
+        damping: the damping that the factorisation needed, and what it added to H's diagonal.
     """
 
     H: Tensor
     dead: Tensor
     M: Tensor
+    pivots: Tensor
     order: Tensor | None
     damping: float
+    added: float
 
 
 @SOLVERS.register("rtn")
@@ -163,7 +166,9 @@ class Gptq:
         H.diagonal()[dead] = 1
         order = torch.argsort(H.diagonal(), descending=True) if self.settings.act_order else None
         R, damping = factor(H if order is None else H[order][:, order], self.settings.damping)
-        return Statistics(H, dead, R.div_(R.diagonal().clone()), order, damping)
+        diagonal = R.diagonal().clone()
+        added = damping * float(H.diagonal().mean())
+        return Statistics(H, dead, R.div_(diagonal), diagonal.square_(), order, damping, added)
 
     def solve(
         self, W: Tensor, statistics: Statistics, grid: UniformGrid, group_size: int | None
@@ -183,12 +188,17 @@ class Gptq:
         Wt = W.T.clone(memory_format=torch.contiguous_format).to(H.dtype)
         Wt[statistics.dead] = 0
         result = column_loop(
-            Wt, statistics.M, grid, group_size, settings.clip_search, H.diagonal(), statistics.order
-        )
+            Wt, statistics.M, grid, group_size, settings.clip_search, H.diagonal(),
+            statistics.order, pivots=statistics.pivots,
+        )  # fmt: skip
         changed = refine(result, Wt, H, grid, group_size, settings.refine_sweeps)
         linear = _finish(result, grid)
         linear.power = quadratic(H, Wt)
-        linear.error = quadratic(H, Wt.sub_(result.dequantised()))
+        E = Wt.sub_(result.dequantised())
+        if changed or result.error is None:
+            linear.error = quadratic(H, E)
+        else:  # known for the damped H
+            linear.error = result.error - statistics.added * E.square_().sum(0)
         linear.damping, linear.dead_columns = statistics.damping, int(statistics.dead.sum())
         linear.changed = tuple(count / W.numel() for count in changed)
         return linear
