@@ -191,10 +191,19 @@ def test_it_stops_when_nothing_changes_and_counts_what_did(W, H, group_size):
         before = result.x.clone()
         (count,) = refine(result, Wt, H, grid, group_size, 1)
         assert count == (result.x != before).sum()
-    changed = refine(result, Wt, H, grid, group_size, 200)
+    changed = refine(result, Wt, H, grid, group_size, 200, settled=0)
     assert len(changed) < 200
     assert changed[-1] == 0
     assert all(changed[:-1])
+
+
+@pytest.mark.parametrize("settled", [0.01, 0.1, 1.0])
+def test_the_sweep_that_changes_hardly_anything_is_the_last(W, H, settled):
+    grid = UniformGrid(2, True, EXACT)
+    result = started("rtn", W, H, grid, 16)
+    *more, last = refine(result, W.T.contiguous(), H, grid, 16, 200, settled=settled)
+    assert last <= settled * W.numel()
+    assert all(count > settled * W.numel() for count in more)
 
 
 @either_group
