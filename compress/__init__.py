@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compress.checkpoint.export import export
     from compress.checkpoint.hub import push
     from compress.checkpoint.loading import inspect, load
     from compress.comparison import compare
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from compress.evaluation import evaluate
     from compress.pipeline import run
     from compress.planning import Plan
+    from compress.pruning.engine import prune_visual_tokens
+    from compress.pruning.strategy import PruneStrategy
     from compress.recipe import Recipe
-    from compress.result import RunResult
+    from compress.result import Observer, RunResult
 
     __version__: str
 
@@ -32,37 +35,45 @@ _HOMES = {
     "inspect": "compress.checkpoint.loading",
     "evaluate": "compress.evaluation",
     "compare": "compress.comparison",
+    "export": "compress.checkpoint.export",
     "push": "compress.checkpoint.hub",
+    "prune_visual_tokens": "compress.pruning.engine",
+    "PruneStrategy": "compress.pruning.strategy",
     "CompressError": "compress.errors",
     "UsageError": "compress.errors",
 }
 
 __all__ = [
     "CompressError",
+    "PruneStrategy",
     "Recipe",
     "RunResult",
     "UsageError",
     "__version__",
     "compare",
     "evaluate",
+    "export",
     "inspect",
     "load",
     "plan",
+    "prune_visual_tokens",
     "push",
     "run",
 ]
 
 
-def plan(recipe: "Recipe") -> "Plan":
+def plan(recipe: "Recipe", *, device: str = "cpu", observer: "Observer | None" = None) -> "Plan":
     """What `run` would do: bits of each module, bytes, peak memory and problems.
 
-    Reads the model's config and headers alone. Raises UsageError for a model that cannot be
-    opened; what would stop the run itself is in `problems`.
+    Reads the model's config and headers alone, and what the scores of an `allocate` section need.
+    Raises UsageError for a model that cannot be opened; what would stop the run itself is in
+    `problems`.
     """
     from compress.models.skeleton import Skeleton
-    from compress.planning import make_plan
+    from compress.planning import allocated_plan
 
-    return make_plan(recipe, Skeleton.open(recipe.model_location(), recipe.model.revision))
+    skeleton = Skeleton.open(recipe.model_location(), recipe.model.revision)
+    return allocated_plan(recipe, skeleton, device=device, observer=observer)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,17 +5,20 @@ stdout holds one JSON object and all else is on stderr; progress and warnings ar
 """
 
 import contextlib
+import itertools
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compress.bench_commands import bench
 from compress.console import (
-    bench_table,
+    allocation_rows,
+    allocation_table,
     console,
     memory_row,
     module_table,
@@ -30,6 +33,8 @@ from compress.console import (
 from compress.errors import CompressError, UsageError, did_you_mean
 from compress.eval.report import format_bytes, quality_table
 from compress.options import (
+    AverageBitsOption,
+    BudgetOption,
     DebugOption,
     DeviceOption,
     JsonOption,
@@ -41,6 +46,7 @@ from compress.options import (
     SeedOption,
     SetOption,
     VersionOption,
+    WidthsOption,
 )
 from compress.progress import RunProgress
 
@@ -54,7 +60,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Makes language models smaller and faster, and measures what that cost.",
 )
-bench = typer.Typer(no_args_is_help=True, help="Time and memory, beside what the method needs.")
 
 
 class InterruptError(CompressError):
@@ -80,6 +85,9 @@ def run(
         typer.Option(help="Folder of the result; outputs/NAME of the recipe if absent."),
     ] = None,
     set_: SetOption = None,
+    budget: BudgetOption = None,
+    average_bits: AverageBitsOption = None,
+    widths: WidthsOption = None,
     device: DeviceOption = "cpu",
     resume: Annotated[bool, typer.Option(help="Continue a run that was interrupted.")] = True,
     overwrite: Annotated[
@@ -89,7 +97,7 @@ def run(
     debug: DebugOption = False,
 ) -> None:
     """Compress a model as a recipe says."""
-    loaded = _load_recipe(recipe, set_, model)
+    loaded = _load_recipe(recipe, set_, model, _allocation(budget, average_bits, widths))
     from compress.pipeline import run as run_recipe  # slow: a typo in the recipe is told before
 
     with stdout_for(json) as emit:
@@ -107,6 +115,8 @@ def run(
             emit(result.as_dict())
             return
         out = console()
+        if result.plan.allocation:
+            out.print(allocation_table(result.plan.allocation))
         out.print(run_table(result))
         if result.metrics:
             print_scores(out, loaded.name, result.metrics)
@@ -117,14 +127,26 @@ def plan(
     recipe: RecipeArgument,
     model: ModelOption = None,
     set_: SetOption = None,
+    budget: BudgetOption = None,
+    average_bits: AverageBitsOption = None,
+    widths: WidthsOption = None,
+    device: DeviceOption = "cpu",
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show what a run would do: bits, bytes and memory, without reading a weight."""
+    """Show what a run would do: bits, bytes and memory.
+
+    Reads no weights, but for the scores of a recipe that gives layers different widths.
+    """
+    loaded = _load_recipe(recipe, set_, model, _allocation(budget, average_bits, widths))
     from compress import plan as plan_of
 
     with stdout_for(json) as emit:
-        planned = plan_of(_load_recipe(recipe, set_, model))
+        if loaded.allocate is None:
+            planned = plan_of(loaded)
+        else:
+            with RunProgress(console(stderr=True)) as progress:
+                planned = plan_of(loaded, device=device, observer=progress)
         if emit:
             emit(planned.as_dict())
         else:
@@ -133,7 +155,12 @@ def plan(
             average = ("average bits", f"{planned.average_bits:.2f} over the quantised weights")
             memory = memory_row("peak memory", planned.peak_memory)
             notes = [("note", note) for note in planned.notes]
-            out.print(pairs_table([average, *size_rows(planned.bytes), memory, *notes]))
+            chosen = []
+            if planned.allocation:
+                out.print(allocation_table(planned.allocation))
+                chosen = allocation_rows(planned.allocation)
+            sizes = [*size_rows(planned.bytes), ("file", format_bytes(planned.file_bytes))]
+            out.print(pairs_table([average, *chosen, *sizes, memory, *notes]))
     for problem in planned.problems:
         print(f"error: {problem}", file=sys.stderr)
     if planned.problems:
@@ -196,6 +223,10 @@ def evaluate(
 def compare(
     recipes: RecipesArgument,
     seeds: Annotated[str, typer.Option(help="Calibration seeds, with commas.")] = "0",
+    vary: Annotated[
+        list[str] | None,
+        typer.Option("--vary", metavar="KEY=A,B,C", help="Each recipe with each of these values."),
+    ] = None,
     model: ModelOption = None,
     set_: SetOption = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs/compare"),
@@ -207,10 +238,15 @@ def compare(
     debug: DebugOption = False,
 ) -> None:
     """Run recipes on the same model, data and seeds: one table, one plot."""
-    if len(recipes) < 2:
+    varied = _variations(vary or [])
+    if len(recipes) * len(varied) < 2:
         raise UsageError("compare needs two recipes or more; for one there is `run`")
     numbers = _integers("--seeds", seeds)
-    loaded = [_load_recipe(recipe, set_, model) for recipe in recipes]
+    loaded = []
+    for recipe in recipes:
+        for assignments in varied:
+            changed = _load_recipe(recipe, set_, model, assignments)
+            loaded.append(changed.with_changes(name=_label(changed.name, assignments)))
     from compress.comparison import compare as compare_recipes
 
     with stdout_for(json) as emit:
@@ -226,6 +262,40 @@ def compare(
             out.print(quality_table(compared.rows))
             plot = [f"plot: {compared.plot}"] if compared.plot else []
             print_lines(out, compared.conditions, *plot)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A finished result, packed.")],
+    format_: Annotated[str, typer.Option("--format", help="gptq or gguf.")],
+    output: Annotated[Path, typer.Option(help="Folder of the export.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    round_scales: Annotated[
+        bool, typer.Option("--round-scales", help="Round scales that are no fp16 numbers.")
+    ] = False,
+    requantise: Annotated[
+        bool, typer.Option("--requantise", help="Store what has no place there in the nearest.")
+    ] = False,
+    shard_size: Annotated[str, typer.Option(help="Most that one file of weights holds.")] = "5GB",
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a result in another format: the same codes and scales, packed otherwise."""
+    from compress.checkpoint.export import export as export_folder
+
+    with stdout_for(json) as emit:
+        made = export_folder(
+            model, format_, output, overwrite=overwrite, round_scales=round_scales,
+            requantise=requantise, shard_size=shard_size,
+        )  # fmt: skip
+        if emit:
+            emit(made.as_dict())
+            return
+        notes = [("note", note) for note in made.notes]
+        console().print(
+            pairs_table([("format", made.format), *size_rows(made.bytes), *notes,
+                         ("output", str(made.path))])
+        )  # fmt: skip
 
 
 @app.command()
@@ -334,60 +404,59 @@ def push(
             print_lines(out, report["url"])
 
 
-@bench.command("quantize")
-def bench_quantize(
-    hidden: Annotated[int, typer.Option(min=1)] = 1024,
-    mlp: Annotated[int, typer.Option(min=1, help="Width between up and down.")] = 2816,
-    layers: Annotated[int, typer.Option(min=1)] = 8,
-    heads: Annotated[int, typer.Option(min=1)] = 16,
-    kv_heads: Annotated[int, typer.Option(min=1)] = 8,
-    vocabulary: Annotated[int, typer.Option(min=2)] = 512,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
-    bits: int = 4,
-    group_size: Annotated[str, typer.Option(help="A number, or channel.")] = "128",
-    refine_sweeps: Annotated[int, typer.Option(min=0)] = 5,
-    rotate: Annotated[str, typer.Option(help="none, hadamard or random.")] = "none",
-    token_importance: Annotated[str, typer.Option(help="As in a recipe.")] = "uniform",  # noqa: S107
-    offload: Annotated[str, typer.Option(help="Activations: disk, ram or auto.")] = "disk",
-    device: DeviceOption = "cpu",
-    repeats: Annotated[int, typer.Option(min=1, help="Runs, one after the other.")] = 1,
-    output: OutputFileOption = None,
-    json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Quantise a synthetic model: seconds and memory, beside the least that the method needs."""
-    shape = {
-        "hidden": hidden, "mlp": mlp, "layers": layers, "heads": heads, "kv_heads": kv_heads,
-        "vocabulary": vocabulary, "samples": samples, "length": length, "bits": bits,
-        "group_size": int(group_size) if group_size.isdecimal() else group_size,
-        "refine_sweeps": refine_sweeps, "rotate": rotate, "token_importance": token_importance,
-        "offload": offload, "device": device,
-    }  # fmt: skip
-    from compress.bench import QuantizeBench
-    from compress.bench import bench_quantize as measure
-
-    with stdout_for(json) as emit:
-        result = {"runs": [measure(QuantizeBench(**shape)) for _ in range(repeats)]}
-        if emit:
-            emit(result)
-        else:
-            console().print(bench_table(result["runs"]))
-        write_json(output, result)
-
-
 # ---- what commands share ------------------------------------------------------------------------
 
 
-def _load_recipe(path: str, assignments: list[str] | None, model: str | None) -> "Recipe":
+def _load_recipe(
+    path: str, assignments: list[str] | None, model: str | None, more: Sequence[str] = ()
+) -> "Recipe":
     from compress.recipe import Recipe
 
-    return Recipe.load(path, overrides=assignments or (), model=model)
+    return Recipe.load(path, overrides=[*(assignments or ()), *more], model=model)
+
+
+def _allocation(budget: str | None, average_bits: float | None, widths: str | None) -> list[str]:
+    """--budget, --average-bits and --widths as assignments; a budget replaces the recipe's."""
+    assignments = []
+    if budget is not None or average_bits is not None:
+        others = ("budget", "average_bits", "maximum_kl", "narrow")
+        assignments = [f"allocate.{name}=null" for name in others]
+    if budget is not None:
+        assignments.append(f"allocate.budget={budget}")
+    if average_bits is not None:
+        assignments.append(f"allocate.average_bits={average_bits}")
+    if widths is not None:
+        chosen = _integers("--widths", widths)
+        assignments.append(f"allocate.widths=[{', '.join(map(str, chosen))}]")
+    return assignments
+
+
+def _variations(vary: list[str]) -> list[list[str]]:
+    """Every combination of the values of --vary, as assignments; commas inside brackets stay."""
+    choices = []
+    for text in vary:
+        key, equals, values = text.partition("=")
+        parts = re.findall(r"(?:[^,\[{]|\[[^\]]*\]|\{[^}]*\})+", values)
+        if not equals or not values or ",".join(parts) != values:
+            raise UsageError(f"--vary: expected KEY=A,B,C, found {text!r}")
+        choices.append([f"{key}={value.strip()}" for value in parts])
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def _label(name: str, assignments: list[str]) -> str:
+    """A recipe's name with its varied keys, as something that can name a folder."""
+    parts = [name]
+    for assignment in assignments:
+        key, _, value = assignment.partition("=")
+        parts.append(f"{key.rpartition('.')[2]}={value}".replace("/", "_"))
+    return " ".join(parts)
 
 
 def _default_output(name: str) -> Path:
     """outputs/NAME, where a recipe's name may be any text."""
-    return Path("outputs") / (re.sub(r"[^\w.-]+", "-", name).strip(".-") or "recipe")
+    from compress.comparison import folder_name
+
+    return Path("outputs") / folder_name(name)
 
 
 def _what_is_left(progress: RunProgress, output: Path, resume: bool) -> str:

@@ -9,7 +9,10 @@ one seed it is the standard error over windows or items, which says nothing abou
     print(comparison.markdown())
 """
 
+import csv
+import io
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UsageError
-from compress.recipe import Evaluate, Recipe
+from compress.recipe import Recipe
 from compress.result import Observer
+from compress.sections import Evaluate
 
 BASELINE = "16-bit"
 ERROR = "_stderr"
@@ -85,14 +89,55 @@ def compare(
     for recipe in recipes:
         for seed in seeds:
             observer.stage(f"{recipe.name}, seed {seed}")
-            folder = output / f"{recipe.name}-{seed}"
+            folder = output / folder_name(f"{recipe.name}-{seed}")
             finished.append((recipe, seed, _run(recipe, seed, folder, device, overwrite, observer)))
     observer.stage("evaluation")
     comparison = _measure(finished, section, device, observer)
-    comparison.plot = _plot(comparison.rows, output / "comparison.png", observer)
+    _plot(comparison, output / "comparison.png", observer)
     (output / "comparison.md").write_text(comparison.markdown())
     (output / "comparison.json").write_text(json.dumps(comparison.as_dict(), indent=2) + "\n")
+    lines = [json.dumps(run) + "\n" for run in comparison.runs]
+    (output / "comparison.jsonl").write_text("".join(lines))
+    (output / "comparison.csv").write_text(_csv(comparison.runs))
     return comparison
+
+
+def folder_name(name: str) -> str:
+    """A recipe's name, which may be any text, as the name of a folder."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "recipe"
+
+
+def _csv(runs: list[dict[str, Any]]) -> str:
+    """A line a run: what was set, its size, every figure, and each one's paired difference."""
+    table = []
+    for run in runs:
+        scores = run["evaluation"]
+        row = {k: run[k] for k in ("name", "seed", "bits", "bytes", "seconds")}
+        row |= {k: v for k, v in quality(scores).items() if k != "name"}
+        difference = scores.get("difference", {})
+        pairs = {"nll": difference.get("mean_nll")} | {
+            f"{task} {metric}": found
+            for task, metrics in difference.get("results", {}).items()
+            for metric, found in metrics.items()
+        }
+        for key, found in pairs.items():
+            if found is not None:
+                row[f"{key} difference"] = found["value"]
+                row[f"{key} difference_stderr"] = found["stderr"]
+        table.append(row)
+    columns = list(dict.fromkeys(key for row in table for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue()
+
+
+def quality(scores: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one evaluation by name, with their errors."""
+    from compress.eval.report import quality_row
+
+    return quality_row("", scores)
 
 
 def _check_recipes(recipes: Sequence[Recipe], seeds: Sequence[int]) -> Evaluate:
@@ -105,8 +150,11 @@ def _check_recipes(recipes: Sequence[Recipe], seeds: Sequence[int]) -> Evaluate:
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"two recipes are named {name!r}: give each its own `name`")
+        if Path(name).name != name:
+            raise UsageError(f"recipe name {name!r}: expected one that can name a folder")
+    model = first.model_location(), first.model.revision
     for recipe in recipes[1:]:
-        if recipe.model_location() != first.model_location():
+        if (recipe.model_location(), recipe.model.revision) != model:
             raise UsageError(
                 f"{recipe.name} compresses {recipe.model.path}, {first.name} {first.model.path}: "
                 "a comparison is on one model (--model)"
@@ -125,14 +173,16 @@ def _run(
     recipe: Recipe, seed: int, folder: Path, device: str, overwrite: bool, observer: Observer
 ) -> dict[str, Any]:
     """One result: {"folder", "bits", "bytes", "seconds"}, run now or found finished."""
+    from compress.models.skeleton import local_folder
     from compress.pipeline import run
     from compress.provenance import made_by
 
+    model = local_folder(recipe.model_location(), recipe.model.revision)
     seeded = recipe.with_changes(
         name=f"{recipe.name}-{seed}",
         calibration={"seed": seed}, rotate={"seed": seed}, evaluate=None,
     )  # fmt: skip
-    if overwrite or not made_by(folder, seeded, Path(recipe.model_location()), device):
+    if overwrite or not made_by(folder, seeded, model, device):
         run(seeded, folder, device=device, overwrite=overwrite, observer=observer)
     facts = json.loads((folder / "modelpress.json").read_text())
     return {
@@ -152,9 +202,11 @@ def _measure(
 ) -> Comparison:
     from compress.eval.report import quality_row
     from compress.evaluation import Evaluator
+    from compress.models.skeleton import local_folder
 
     recipe = finished[0][0]
-    evaluator = Evaluator.of_recipe(recipe, recipe.model_location(), device)
+    baseline = local_folder(recipe.model_location(), recipe.model.revision)
+    evaluator = Evaluator.of_recipe(recipe, baseline, device)
     runs, rows = [], []
     for recipe, seed, facts in finished:
         scores = evaluator.measure(facts["folder"])
@@ -164,7 +216,9 @@ def _measure(
             | {"evaluation": scores}
         )
     first = runs[0]
-    rows.append(quality_row(BASELINE, first["evaluation"]["baseline"], bytes=first["original"]))
+    rows.append(
+        quality_row(BASELINE, first["evaluation"].get("baseline", {}), bytes=first["original"])
+    )
     for name in dict.fromkeys(run["name"] for run in runs):
         mine = [run for run in runs if run["name"] == name]
         rows.append(
@@ -210,9 +264,10 @@ def _conditions(section: Evaluate, runs: list[dict[str, Any]], device: str) -> s
         p, text = section.perplexity, scores["perplexity"]
         parts.append(
             f"perplexity per token on {p.dataset} (held out): {text['tokens']} tokens, windows of "
-            f"{text['length']}, stride {text['stride']}, {'BOS' if p.bos else 'no BOS'}; "
-            "kl: nats per token from the 16-bit model"
+            f"{text['length']}, stride {text['stride']}, {'BOS' if p.bos else 'no BOS'}"
         )
+        if "kl" in scores:
+            parts.append("kl: nats per token from the 16-bit model")
     if section.tasks:
         samples = scores["conditions"]["samples"]
         parts.append(", ".join(f"{task}: {count} items" for task, count in samples.items()))
@@ -226,11 +281,11 @@ def _conditions(section: Evaluate, runs: list[dict[str, Any]], device: str) -> s
     return "; ".join(parts)
 
 
-def _plot(rows: list[dict[str, Any]], path: Path, observer: Observer) -> Path | None:
+def _plot(comparison: Comparison, path: Path, observer: Observer) -> None:
     from compress.eval.report import plot_quality
 
     try:
-        return plot_quality(rows, path)
+        comparison.plot = plot_quality(comparison.rows, path)
     except UsageError as error:  # matplotlib is an extra: the table does without its picture
-        observer.warning(f"no plot: {error}")
-        return None
+        comparison.warnings.append(f"no plot: {error}")
+        observer.warning(comparison.warnings[-1])

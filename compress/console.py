@@ -29,6 +29,7 @@ from compress.eval.report import (
 )
 
 if TYPE_CHECKING:
+    from compress.allocation import Allocation
     from compress.result import RunResult
 
 WIDE = 200  # columns where the output is no terminal, whose own 80 would cut tables short
@@ -108,6 +109,32 @@ def module_table(modules: Sequence[Mapping[str, Any]]) -> Table:
     for (kind, *rest), count in Counter(map(row_of, modules)).items():
         table.add_row(kind, str(count), *rest)
     return table
+
+
+BAR = "█"  # one a bit
+
+
+def allocation_table(allocation: "Allocation") -> Table:
+    """Each unit's score, and its width as a number and a bar."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("unit")
+    table.add_column("score", justify="right")
+    table.add_column("bits", justify="right")
+    table.add_column("")
+    for unit, bits in allocation.widths.items():
+        score = f"{allocation.scores[unit]:.4g}"
+        table.add_row(unit, score, str(bits) if bits else "removed", BAR * bits)
+    return table
+
+
+def allocation_rows(allocation: "Allocation") -> list[tuple[str, str]]:
+    """What the widths are predicted, and were measured, to cost."""
+    rows = []
+    if allocation.error is not None:
+        rows.append(("predicted error", f"{allocation.error:.4g}, summed over units"))
+    if allocation.fitness is not None:
+        rows.append(("KL to 16 bits", f"{allocation.fitness:.4g} nats per token, as searched"))
+    return rows
 
 
 def size_rows(sizes: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -47,6 +47,15 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set section.key=value; may be repeated."),
 ]
+BudgetOption = Annotated[
+    str | None, typer.Option("--budget", metavar="SIZE", help="Most the file may take, as 5GB.")
+]
+AverageBitsOption = Annotated[
+    float | None, typer.Option("--average-bits", min=0, help="Bits a weight, over all layers.")
+]
+WidthsOption = Annotated[
+    str | None, typer.Option("--widths", metavar="2,3,4", help="Bits that a layer may have.")
+]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")

@@ -32,7 +32,14 @@ from compress.evaluation import check_evaluation, evaluate_recipe
 from compress.importance.tokens import count_tokens, effective_sample_size
 from compress.memory import peak_memory, release_memory
 from compress.models.skeleton import Skeleton
-from compress.planning import TOKENS_PER_BATCH, Plan, make_plan, needs_calibration, storage_dtype
+from compress.planning import (
+    TOKENS_PER_BATCH,
+    Plan,
+    allocated_plan,
+    make_plan,
+    needs_calibration,
+    storage_dtype,
+)
 from compress.provenance import fingerprint, provenance
 from compress.quantization.hessian import Hessian
 from compress.quantization.layer import TokenWeigher, run_layer, solve_group
@@ -85,10 +92,23 @@ def run(
     if plan.problems:
         more = f" (and {len(plan.problems) - 1} more: see `plan`)" if len(plan.problems) > 1 else ""
         raise UsageError(plan.problems[0] + more)
+    started = time.perf_counter()
+    if windows is None:
+        observer.stage("calibration data")
+        windows = recipe_windows(recipe, skeleton, needs_calibration(recipe))
+    check_token_ids(windows, skeleton.config.vocab_size)
+    mark = fingerprint(recipe, skeleton, windows, device)
+    if recipe.allocate is not None:
+        Journal(Path(output) / WORK_FOLDER, mark).open(resume, replace=overwrite)  # or refuse now
+        plan = allocated_plan(
+            recipe, skeleton, windows, Path(output) / WORK_FOLDER,
+            identity=mark, resume=resume, device=device, observer=observer,
+        )  # fmt: skip
     job = Job(recipe, skeleton, plan, Path(output), device, observer)
+    job.started = started  # so that drawing the windows, and the scores, count
     try:
         with torch.no_grad():
-            job.open(resume, overwrite, windows)
+            job.open(resume, overwrite, windows, mark)
             for note in plan.notes:
                 job.warn(note)
             job.walk()
@@ -165,15 +185,9 @@ class Job:
 
     # ---- set up ---------------------------------------------------------------------------------
 
-    def open(self, resume: bool, overwrite: bool, windows: CalibrationWindows | None) -> None:
-        """Draws the windows, opens the journal and puts the first layer's inputs in place."""
-        self.observer.stage("calibration data")
-        if windows is None:
-            calibrated = needs_calibration(self.recipe)
-            windows = recipe_windows(self.recipe, self.skeleton, calibrated)
-        check_token_ids(windows, self.skeleton.config.vocab_size)
+    def open(self, resume: bool, overwrite: bool, windows: CalibrationWindows, mark: str) -> None:
+        """Opens the journal and puts the first layer's inputs in place."""
         self.windows = windows
-        mark = fingerprint(self.recipe, self.skeleton, windows, self.device)
         self.journal = Journal(self.work, mark)
         self.done = self.journal.open(resume, replace=overwrite)
         self.facts = self.journal.facts()
@@ -238,7 +252,7 @@ class Job:
             t.name, t.minimum, t.maximum, t.power, self.batches,
             count_tokens(self.windows.input_ids, self.windows.mask, vocabulary),
         )  # fmt: skip
-        total = self.skeleton.num_layers
+        total = len(self.plan.layers)
         self.observer.stage("layers")
         for index in range(self.done, total):
             self.observer.layers(index, total)
@@ -252,26 +266,28 @@ class Job:
         self._lap("layers")
 
     def _layer(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Quantises layer `index` and moves the activations through it."""
+        """Quantises layer `index` of the result and moves the activations through it."""
         skeleton, spec = self.skeleton, self.spec
         prefix = f"{spec.layers}.{index}."
-        schemes = {n: self.recipe.quantize.scheme_for(prefix + n) for n in spec.linears}
-        weights = self._weights(index, schemes)
+        schemes = {n: self.plan.schemes[prefix + n] for n in spec.linears}
+        source = self.plan.layers[index]
+        weights = self._weights(source, schemes)
         written = {
-            prefix + name: self._stored(prefix + name, tensor)
+            prefix + name: tensor.to(self.dtype)
             for name, tensor in weights.items()
             if schemes.get(name.removesuffix(".weight")) is None
         }
         modules: list[dict[str, Any]] = []
         sizes: list[float] = []
-        with skeleton.layer(index, weights, self.device) as layer:
+        calibrated = self.solver is not None and self.solver.needs_hessian
+        with skeleton.layer(source, weights, self.device) as layer:
             del weights
 
             def weigh(i: int, x: Tensor, normed: Tensor) -> Tensor | None:
-                if not needs_calibration(self.recipe):
+                if not calibrated:
                     return None
-                inputs = skeleton.layer_inputs(index, x)
-                window = skeleton.sliding_window(index)
+                inputs = skeleton.layer_inputs(source, x)
+                window = skeleton.sliding_window(source)
                 w = self.weigher.weights(i, x, normed, layer, spec, inputs, window)
                 tokens = self.batches[i][1].sum(-1).double().mean().item()
                 sizes.append(tokens if w is None else effective_sample_size(w))
@@ -287,7 +303,7 @@ class Job:
             y = ActivationStore(*self._place(index + 1)) if self.on_disk else self.x
             work = ActivationStore(*((self.folder, "work") if self.on_disk else ()))
             run_layer(
-                layer, spec, lambda x: skeleton.layer_inputs(index, x), self.x, y, work,
+                layer, spec, lambda x: skeleton.layer_inputs(source, x), self.x, y, work,
                 quantise=quantise,
                 needs_hessian=lambda group: self._needs_hessian(group, schemes),
                 weigh=weigh,
@@ -295,7 +311,9 @@ class Job:
             )  # fmt: skip
             self.x = y
         facts = {"layer": index, "modules": modules}
-        if sizes and needs_calibration(self.recipe):
+        if source != index:
+            facts["source_layer"] = source
+        if sizes:
             facts["effective_sample_size"] = round(sum(sizes) / len(sizes), 1)
             facts["tokens_per_window"] = self.windows.input_ids.shape[1]
         return written, facts
@@ -309,8 +327,9 @@ class Job:
             )
         for name in list(tensors):
             tensor = tensors.pop(name)
-            stored = schemes.get(name.removesuffix(".weight")) is None
-            tensors[name] = (tensor.to(self.dtype) if stored else tensor).float()
+            if schemes.get(name.removesuffix(".weight")) is None:
+                tensor = self._stored(f"{self.spec.layers}.{index}.{name}", tensor)
+            tensors[name] = tensor.float()
         return tensors
 
     def _needs_hessian(self, group: tuple[str, ...], schemes: dict[str, Any]) -> bool:
@@ -338,7 +357,8 @@ class Job:
         tensors: dict[str, Tensor] = {}
         for name, linear in solved.items():
             bits = schemes[name].bits
-            packed = compress_module(linear.codes, linear.scale, linear.zero, bits)
+            scale = self._stored(f"{prefix}{name}.weight_scale", linear.scale)
+            packed = compress_module(linear.codes, scale, linear.zero, bits)
             tensors |= {f"{prefix}{name}.{key}": tensor for key, tensor in packed.items()}
         seconds = time.perf_counter() - started
         for name, linear in solved.items():
@@ -372,7 +392,7 @@ class Job:
         spec, skeleton = self.spec, self.skeleton
         gamma = skeleton.read(spec.final_norm)
         head = skeleton.read(spec.embedding if skeleton.tied else spec.head)
-        scheme = self.recipe.quantize.scheme_for(spec.head)
+        scheme = self.plan.schemes[spec.head]
         if self.residual is not None:
             wide = torch.float32 if scheme else self.dtype
             head = fuse_and_rotate_head(head, gamma, self.residual, dtype=wide)

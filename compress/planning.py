@@ -9,17 +9,24 @@ batch in flight, the activations of all calibration windows unless they go to di
 cost of Python, torch and transformers.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+import json
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compress.allocation import Allocation, allocate, check_allocation, find_units, needs_windows
 from compress.calibration.activations import activations_on_disk
 from compress.errors import did_you_mean
 
 if TYPE_CHECKING:
+    from compress.calibration.windows import CalibrationWindows
     from compress.models.skeleton import Skeleton
-    from compress.recipe import Recipe, Scheme
+    from compress.recipe import Recipe
+    from compress.result import Observer
+    from compress.sections import Scheme
 
 FIXED_MEMORY = 500 * 10**6  # Python, torch and transformers, measured on Linux with CPU torch
 TOKENS_PER_BATCH = 1024  # calibration tokens that go through a layer at once
@@ -51,7 +58,16 @@ class PlannedModule:
 
 @dataclass
 class Plan:
-    """The modules to be quantised and what the result will take. `problems` stop a run."""
+    """The modules to be quantised and what the result will take. `problems` stop a run.
+
+    Attributes:
+        modules: the linears to be quantised, by their names in the result.
+        schemes: every linear of the result; None: stays unquantised.
+        layers: the source's decoder layers that the result has, in order.
+        bytes: of the tensors: {"quantized", "other", "total"}.
+        file_bytes: the same with the header of a safetensors file, to 0.5 %; what a budget bounds.
+        allocation: how widths were chosen, where the recipe asks for it and the scores were read.
+    """
 
     modules: list[PlannedModule]
     average_bits: float
@@ -60,6 +76,10 @@ class Plan:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     untied: bool = False
+    schemes: "dict[str, Scheme | None]" = field(default_factory=dict)
+    layers: list[int] = field(default_factory=list)
+    file_bytes: int = 0
+    allocation: Allocation | None = None
 
     def as_dict(self) -> dict:
         """For `--json`: the keys of the architecture, modules without their `symmetric`."""
@@ -70,9 +90,11 @@ class Plan:
             "modules": modules,
             "average_bits": self.average_bits,
             "bytes": self.bytes,
+            "file_bytes": self.file_bytes,
             "peak_memory": self.peak_memory,
             "problems": self.problems,
             "notes": self.notes,
+            "allocation": None if self.allocation is None else asdict(self.allocation),
         }
 
 
@@ -82,36 +104,132 @@ def storage_dtype(recipe: "Recipe", skeleton: "Skeleton") -> torch.dtype:
     return skeleton.dtype if name == "auto" else getattr(torch, name)
 
 
-def make_plan(recipe: "Recipe", skeleton: "Skeleton") -> Plan:
-    """The plan of a recipe for an opened model. Never raises for what `problems` can say."""
+def make_plan(recipe: "Recipe", skeleton: "Skeleton", allocation: Allocation | None = None) -> Plan:
+    """The plan of a recipe for an opened model. Never raises for what `problems` can say.
+
+    Without the `allocation` that its `allocate` section asks for, every linear is planned at
+    `quantize.bits`, and `problems` say whether the budget can be met at all.
+    """
     names = skeleton.linear_names()
     shapes = {name: _shape(skeleton, name) for name in names}
-    schemes = {name: recipe.quantize.scheme_for(name) for name in names}
+    found = {name: recipe.quantize.scheme_for(name) for name in names}
+    widths = allocation.bits() if allocation and recipe.allocate.method != "remove" else {}
+    removed = allocation.removed() if allocation else []
+    layers = [index for index in range(skeleton.num_layers) if index not in removed]
+    named = {name: _name_in_result(name, skeleton, layers) for name in names}
+    schemes = {
+        named[name]: replace(scheme, bits=widths[name]) if scheme and widths.get(name) else scheme
+        for name, scheme in found.items()
+        if named[name]
+    }
+    scores = allocation.score_of() if allocation else {}
     modules = [
-        PlannedModule(name, shapes[name], scheme.bits, scheme.group_size, scheme.symmetric)
-        for name, scheme in schemes.items()
-        if scheme is not None
-    ]
+        PlannedModule(
+            named[name], shapes[name], scheme.bits, scheme.group_size, scheme.symmetric,
+            scores.get(name),
+        )
+        for name in names
+        if (scheme := schemes.get(named[name])) is not None
+    ]  # fmt: skip
     rotated = recipe.rotate.kind != "none"
     untied = skeleton.tied and (rotated or schemes[skeleton.spec.head] is not None)
-    itemsize = storage_dtype(recipe, skeleton).itemsize
-    quantized = sum(module.packed_bytes(itemsize) for module in modules)
-    chosen = {f"{module.name}.weight" for module in modules}
-    parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
-    head = f"{skeleton.spec.head}.weight"
-    if skeleton.tied and not untied:
-        parameters.pop(head, None)
-    other = sum(p.numel() * itemsize for name, p in parameters.items() if name not in chosen)
+    dtype = storage_dtype(recipe, skeleton)
+    kept = _unquantised(skeleton, modules, layers, untied)
+    quantized = sum(module.packed_bytes(dtype.itemsize) for module in modules)
+    other = sum(n for n in kept.values()) * dtype.itemsize
     weights = sum(module.weights for module in modules)
-    return Plan(
+    plan = Plan(
         modules=modules,
         average_bits=sum(m.bits * m.weights for m in modules) / weights if weights else 0.0,
         bytes={"quantized": quantized, "other": other, "total": quantized + other},
+        file_bytes=quantized + other + _header_bytes(modules, kept),
         peak_memory={"host": _peak_memory(recipe, skeleton, shapes), "device": 0},
-        problems=_problems(recipe, skeleton, names, shapes, schemes),
-        notes=_notes(recipe, skeleton, modules, untied),
+        problems=_problems(recipe, skeleton, names, shapes, found),
+        notes=_notes(recipe, skeleton, modules, untied, len(layers)),
         untied=untied,
+        schemes=schemes,
+        layers=layers,
+        allocation=allocation,
     )
+    if recipe.allocate is not None and allocation is None and not plan.problems:
+        units, fixed = _units(recipe, skeleton, plan)
+        problem = check_allocation(recipe, units, fixed)
+        plan.problems += [problem] if problem else []
+    return plan
+
+
+def allocated_plan(
+    recipe: "Recipe",
+    skeleton: "Skeleton",
+    windows: "CalibrationWindows | None" = None,
+    work: Path | None = None,
+    *,
+    identity: str = "",
+    resume: bool = True,
+    device: str = "cpu",
+    observer: "Observer | None" = None,
+) -> Plan:
+    """The plan with widths chosen as the `allocate` section says: reads weights, and text if asked.
+
+    The same as `make_plan` where there is no such section, or where problems are in the way.
+    `work` keeps what a killed run would otherwise measure again; see `allocate`.
+    """
+    plan = make_plan(recipe, skeleton)
+    if recipe.allocate is None or plan.problems:
+        return plan
+    units, fixed = _units(recipe, skeleton, plan)
+    if windows is None and needs_windows(recipe):
+        from compress.calibration.windows import recipe_windows
+
+        windows = recipe_windows(recipe, skeleton, calibrated=True)
+    with tempfile.TemporaryDirectory(prefix="modelpress-") as temporary:
+        allocation = allocate(
+            recipe, skeleton, units, fixed, windows, work or Path(temporary),
+            storage=storage_dtype(recipe, skeleton), identity=identity, resume=resume,
+            device=device, observer=observer,
+        )  # fmt: skip
+    return make_plan(recipe, skeleton, allocation)
+
+
+def _units(recipe: "Recipe", skeleton: "Skeleton", plan: Plan) -> tuple[list[Any], int]:
+    """The units of `allocate`, and the bytes of the file that no width changes."""
+    itemsize = storage_dtype(recipe, skeleton).itemsize
+    units = find_units(recipe, skeleton, plan.modules, itemsize)
+    free = {name for unit in units for name in unit.modules}
+    changing = sum(m.packed_bytes(itemsize) for m in plan.modules if m.name in free)
+    return units, plan.file_bytes - changing
+
+
+def _name_in_result(name: str, skeleton: "Skeleton", layers: list[int]) -> str:
+    """A linear's name once some layers are left out; empty for one that is left out with them."""
+    prefix = f"{skeleton.spec.layers}."
+    if not name.startswith(prefix):
+        return name
+    index, _, inner = name.removeprefix(prefix).partition(".")
+    return f"{prefix}{layers.index(int(index))}.{inner}" if int(index) in layers else ""
+
+
+def _unquantised(
+    skeleton: "Skeleton", modules: list[PlannedModule], layers: list[int], untied: bool
+) -> dict[str, int]:
+    """The tensors that are written as they are: name in the result -> numbers in it."""
+    chosen = {f"{module.name}.weight" for module in modules}
+    parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
+    if skeleton.tied and not untied:
+        parameters.pop(f"{skeleton.spec.head}.weight", None)
+    named = ((_name_in_result(name, skeleton, layers), p) for name, p in parameters.items())
+    return {name: p.numel() for name, p in named if name and name not in chosen}
+
+
+def _header_bytes(modules: list[PlannedModule], kept: dict[str, int]) -> int:
+    """What naming the tensors takes in a safetensors file: a JSON object with an entry for each."""
+    entry = {"dtype": "BF16", "shape": [1024, 1024], "data_offsets": [10**7, 10**7]}
+    names = list(kept)
+    for module in modules:
+        keys = ["weight_packed", "weight_scale", "weight_shape"]
+        names += [f"{module.name}.{key}" for key in keys]
+        names += [] if module.symmetric else [f"{module.name}.weight_zero_point"]
+    return len(json.dumps(dict.fromkeys(names, entry), separators=(",", ":"))) + 8
 
 
 def _shape(skeleton: "Skeleton", name: str) -> tuple[int, int]:
@@ -155,11 +273,15 @@ def _problems(
 
 def needs_calibration(recipe: "Recipe") -> bool:
     """Whether the run reads calibration text."""
-    return recipe.quantize.method == "gptq"
+    return recipe.quantize.method == "gptq" or needs_windows(recipe)
 
 
 def _notes(
-    recipe: "Recipe", skeleton: "Skeleton", modules: list[PlannedModule], untied: bool
+    recipe: "Recipe",
+    skeleton: "Skeleton",
+    modules: list[PlannedModule],
+    untied: bool,
+    num_layers: int,
 ) -> list[str]:
     from compress.rotation.rotate import head_rotation_skipped
 
@@ -180,13 +302,15 @@ def _notes(
     if odd:
         widths = ", ".join(map(str, odd))
         notes.append(f"{widths}-bit weights: vLLM needs the `humming` package, SGLang has none")
-    return notes + _split_fusions(skeleton, modules)
+    return notes + _split_fusions(skeleton, modules, num_layers)
 
 
-def _split_fusions(skeleton: "Skeleton", modules: list[PlannedModule]) -> list[str]:
+def _split_fusions(
+    skeleton: "Skeleton", modules: list[PlannedModule], num_layers: int
+) -> list[str]:
     """vLLM runs q/k/v and gate/up as one matrix each, which then must share one scheme."""
     schemes = {m.name: (m.bits, m.group_size, m.symmetric) for m in modules}
-    for i in range(skeleton.num_layers):
+    for i in range(num_layers):
         for group in skeleton.spec.groups:
             members = [f"{skeleton.spec.layers}.{i}.{name}" for name in group]
             if len({schemes.get(name) for name in members}) > 1:

@@ -39,6 +39,19 @@ def text(tmp_path_factory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
+@pytest.fixture(scope="session")
+def finished(checkpoint, tmp_path_factory) -> Path:
+    """A finished result in several shards; tests work on copies."""
+    from tiny_checkpoints import recipe_for
+
+    from compress.pipeline import run
+
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    recipe = recipe_for(checkpoint(), quantize={"method": "rtn"}, save={"shard_size": "50KB"})
+    run(recipe, folder, self_check=False)
+    return folder
+
+
 @pytest.fixture
 def press(tmp_path) -> Callable[..., Path]:
     """`press(recipe, windows)` runs it, on WINDOWS per default, and returns the result's folder."""
@@ -54,3 +67,13 @@ def press(tmp_path) -> Callable[..., Path]:
         return folder
 
     return press
+
+
+@pytest.fixture
+def empty_folder(monkeypatch, tmp_path) -> None:
+    """An empty working folder for a command; what it sets in the environment is undone."""
+    from compress.cli import QUIET
+
+    monkeypatch.chdir(tmp_path)
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 from calling import call, modelpress, pretend, write_recipe
 
-from compress import commands
+from compress import bench_commands, commands
 from compress.bench import QuantizeBench
-from compress.cli import QUIET
 from compress.errors import CompressError
 from compress.recipe import Recipe
 
@@ -27,12 +26,7 @@ SCORES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
-    """An empty working folder; what `main` sets in the environment is undone."""
-    monkeypatch.chdir(tmp_path)
-    for name, value in QUIET.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 @pytest.fixture(scope="session")
@@ -203,7 +197,7 @@ def test_no_command_takes_a_token():
 
 
 def test_bench_takes_every_field_with_its_default():
-    options = inspect.signature(commands.bench_quantize).parameters
+    options = inspect.signature(bench_commands.bench_quantize).parameters
     for field in fields(QuantizeBench):
         assert str(options[field.name].default) == str(field.default), field.name
 

@@ -13,16 +13,9 @@ import torch
 from calling import call, last_line, modelpress, only_line, pretend, write_recipe
 from safetensors.torch import load_file, save_file
 
-from compress.cli import QUIET
 from compress.errors import CompressError
 
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
-    """An empty working folder; what `main` sets in the environment is undone."""
-    monkeypatch.chdir(tmp_path)
-    for name, value in QUIET.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 @pytest.fixture(scope="session")

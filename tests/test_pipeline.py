@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_checkpoints import (
     FAMILIES,
     LAYERS,
@@ -21,14 +22,17 @@ from tiny_checkpoints import (
     recipe_for,
     relative_error,
     tiny_model,
+    unpack,
     weight_files,
     widths_of,
 )
 from transformers import AutoTokenizer, CompressedTensorsConfig
 
-from compress.calibration.windows import CalibrationWindows
+from compress.calibration.windows import CalibrationWindows, recipe_windows
+from compress.models.skeleton import Skeleton
 from compress.pipeline import run
-from compress.recipe import TOKEN_STRATEGIES, Recipe
+from compress.recipe import Recipe
+from compress.sections import TOKEN_STRATEGIES
 
 tied_or_not = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 DOWN = "re:.*down_proj$"
@@ -80,6 +84,21 @@ def test_doing_nothing_copies_the_tensors(checkpoint, press, tied):
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert config_of(folder)["tie_word_embeddings"] is tied
+
+
+def test_linears_left_in_16_bits_keep_every_bit(checkpoint, press):
+    """Whichever way they are left out, and whatever becomes of the linears beside them."""
+    ways = [{"match": "re:.*o_proj", "bits": 16}, {"match": "re:.*up_proj", "ignore": True}]
+    quantize = {"bits": 2, "ignore": ["lm_head", DOWN], "overrides": ways}
+    source = checkpoint("llama-biased", dtype=torch.bfloat16)
+    before, after = read_tensors(source), read_tensors(press(recipe_for(source, quantize=quantize)))
+    left = [
+        n for n in before if n.endswith(("o_proj.weight", "up_proj.weight", "down_proj.weight"))
+    ]
+    assert len(left) == 3 * LAYERS
+    quantised = {n for n in before if n.endswith("_proj.weight")} - set(left)
+    assert quantised.isdisjoint(after)
+    assert all(torch.equal(after[name], before[name]) for name in before.keys() - quantised)
 
 
 def test_model_dtype_decides_what_is_written(checkpoint, press):
@@ -186,6 +205,30 @@ def test_the_result_passes_its_self_check_and_brings_its_companions(checkpoint, 
     assert Recipe.load(result.path / "recipe.yaml") == recipe
 
 
+@tied_or_not
+@pytest.mark.parametrize("head", ["in 16 bits", "quantised"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_at_the_end_of_the_walk_are_those_of_the_checkpoint(
+    checkpoint, tmp_path, monkeypatch, family, head, tied
+):
+    """Every layer was fitted to what the quantised ones before it give: the logits that the run
+    has in the end are those of plain transformers with what it wrote."""
+    errors = []
+
+    def compare(folder, probe):
+        seen = load_file(probe)
+        assert torch.equal(seen["input_ids"], WINDOWS.input_ids[:1])
+        errors.append(relative_error(seen["logits"], logits_of(folder, seen["input_ids"])))
+        return {}
+
+    monkeypatch.setattr("compress.pipeline.reload_and_compare", compare)
+    quantize = {"bits": 3, "ignore": ["lm_head"] if head == "in 16 bits" else []}
+    recipe = recipe_for(checkpoint(family, tied=tied), rotate="hadamard", quantize=quantize)
+    run(recipe, tmp_path / "out", windows=WINDOWS)
+    (error,) = errors
+    assert error < 1e-5
+
+
 # ---- the same bytes -----------------------------------------------------------------------------
 
 RSQ = {"rotate": "hadamard", "quantize": {"bits": 3, "token_importance": "attention_concentration"}}
@@ -275,6 +318,41 @@ def test_drawn_windows_count_all_their_tokens(checkpoint, text, press):
     drawn = draw_windows(load_documents(str(text), "train"), tokenizer, c.samples, c.length)
     explicit = press(recipe, all_count(drawn.input_ids))
     assert weight_files(press(recipe, None)) == weight_files(explicit)
+
+
+def test_an_expanded_recipe_is_calibrated_on_its_windows_and_their_shifts(checkpoint, text, press):
+    recipes = [
+        recipe_for(checkpoint(), text, calibration={"expansion": expansion}) for expansion in (1, 3)
+    ]
+    plain, expanded = (weight_files(press(recipe, None)) for recipe in recipes)
+    drawn = recipe_windows(recipes[0], Skeleton(checkpoint()), calibrated=True)
+    shifts = [drawn.input_ids.roll(8 * k, dims=1) for k in range(3)]  # 24 tokens, a third each
+    by_hand = torch.stack(shifts, dim=1).flatten(0, 1)
+    assert expanded == weight_files(press(recipes[0], all_count(by_hand)))
+    assert plain == weight_files(press(recipes[0], drawn)) != expanded
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-sliding"])
+def test_only_the_first_tokens_is_gptq_on_windows_that_end_there(checkpoint, press, family):
+    """Attention is causal: what follows the tokens that count does not exist for them.
+
+    Another length of a product may round a code the other way, and the codes after it.
+    """
+    windows = random_ids(40, 64)
+    first = {"quantize": {"token_importance": {"name": "first_n", "minimum": 0}}}
+    results = {
+        "first eighth of 64": press(recipe_for(checkpoint(family), **first), all_count(windows)),
+        "8 tokens": press(recipe_for(checkpoint(family)), all_count(windows[:, :8])),
+        "64 tokens": press(recipe_for(checkpoint(family)), all_count(windows)),
+    }
+
+    def codes(folder):
+        packed = [t for n, t in read_tensors(folder).items() if n.endswith("weight_packed")]
+        return torch.cat([unpack(words, 4, 8 * words.shape[1]).flatten() for words in packed])
+
+    found, expected, other = map(codes, results.values())
+    assert (found == expected).double().mean() > 0.99
+    assert (other == expected).double().mean() < 0.9
 
 
 @pytest.mark.parametrize("importance", TOKEN_STRATEGIES)

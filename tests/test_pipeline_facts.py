@@ -1,12 +1,17 @@
 """What a run says about its modules: their errors, dead inputs and effective sample sizes."""
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
+from calling import pretend
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import (
     LAYERS,
     WINDOWS,
     dequantised,
+    load_whole,
     read_tensors,
     recipe_for,
     widths_of,
@@ -98,3 +103,27 @@ def test_inputs_that_are_always_zero_are_reported_and_get_zero_weights(tmp_path)
         assert seen.modules[name]["dead_columns"] == int(dead), name
         assert any(name in warning for warning in warnings) == dead, name
         assert bool((plain[f"{name}.weight"][:, 3] == 0).all()) == dead, name
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_self_check_that_does_not_fit_in_memory_is_left_out_and_said(
+    checkpoint, tmp_path, monkeypatch, short
+):
+    """It holds the whole model in fp32: with one byte less than that it is not tried."""
+    needed = 4 * sum(p.numel() for p in load_whole(checkpoint()).parameters())
+    memory = SimpleNamespace(available=needed - short)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    verdict = {"relative_error": 0.0}
+    checks = pretend(monkeypatch, "compress.pipeline", "reload_and_compare", verdict)
+    seen, heard = Recorder(), []
+    seen.warning = heard.append
+    result = run(recipe_for(checkpoint()), tmp_path / "out", windows=WINDOWS, observer=seen)
+    load_whole(tmp_path / "out")
+    assert result.warnings == heard
+    if short:
+        (warning,) = heard
+        assert warning.startswith("no self-check: ") and "\n" not in warning
+        assert (len(checks), result.self_check) == (0, {})
+    else:
+        assert heard == []
+        assert (len(checks), result.self_check) == (1, verdict)

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from compress.errors import RecipeError
 from compress.importance.tokens import TOKEN_IMPORTANCE
-from compress.recipe import TOKEN_STRATEGIES, Quantize, Recipe, Scheme, matches, shipped_recipes
+from compress.recipe import Recipe, shipped_recipes
+from compress.sections import TOKEN_STRATEGIES, Quantize, Scheme, matches
 
 EVERY_SECTION = """\
 # a comment

@@ -3,6 +3,7 @@
 Most tests stop it with an exception, which leaves on disk what a kill would; one really kills it.
 """
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -138,42 +139,54 @@ def test_a_killed_process_continues_at_its_layer(model, uninterrupted, tmp_path)
     assert weight_files(output) == uninterrupted
 
 
+@pytest.mark.parametrize("moved_before", [0, 2, 5])
+@pytest.mark.parametrize("replaced", [False, True], ids=["fresh", "replaced"])
 def test_a_run_that_stops_while_it_publishes_leaves_no_checkpoint(
-    model, uninterrupted, tmp_path, monkeypatch
+    model, tmp_path, monkeypatch, moved_before, replaced
 ):
-    """config.json comes last: without it the folder is no model, and the journal is still there."""
+    """config.json comes last: without it the folder is no model, and the journal is still there.
+
+    So the run goes on without --overwrite, whatever half of which checkpoint lies there.
+    """
     recipe = recipe_for(model, **RSQ, save={"shard_size": "50KB"})
-    output = tmp_path / "out"
-    rename, moved = Path.replace, []
+    output, rename, moved = tmp_path / "out", Path.replace, []
+    if replaced:
+        other = recipe_for(model, quantize={"method": "rtn"}, save={"shard_size": "20KB"})
+        run(other, output, self_check=False)
 
     def replace(file, target):
         if Path(target).parent == output:
-            moved.append(file)
-            if len(moved) == 3:
+            if len(moved) == moved_before:
                 raise KeyboardInterrupt
+            moved.append(file)
         return rename(file, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
-            run(recipe, output, windows=WINDOWS, self_check=False)
+            run(recipe, output, windows=WINDOWS, self_check=False, overwrite=replaced)
     assert not (output / "config.json").exists()
-    assert start(recipe, output, overwrite=True) == []
-    run(recipe, tmp_path / "fresh", windows=WINDOWS, self_check=False)
-    assert weight_files(output) == weight_files(tmp_path / "fresh")
+    assert start(recipe, output) == []
+    fresh = tmp_path / "fresh"
+    run(recipe, fresh, windows=WINDOWS, self_check=False)
+    assert weight_files(output) == weight_files(fresh)
+    assert every_file(output).keys() == every_file(fresh).keys()
 
 
 @pytest.mark.parametrize("offload", ["ram", "disk"])
 def test_the_activations_of_one_layer_are_kept(model, tmp_path, offload):
-    """What lies on the disk beside finished layers does not grow from layer to layer."""
+    """What lies on the disk beside finished layers does not grow from layer to layer.
+
+    Two sets of files take turns, so the second layer's are the last that are new.
+    """
     recipe = recipe_for(model, **RSQ, calibration={"offload": offload})
     sizes = []
-    for stop in (1, 3):
+    for stop in (2, 3, DEPTH):
         start(recipe, tmp_path / "out", stop)
         files = every_file(tmp_path / "out").items()
         others = [n for n, _ in files if not n.endswith((".safetensors", ".jsonl"))]
         sizes.append(sum(len(data) for name, data in files if name in others))
-    assert sizes[0] == sizes[1] > 0
+    assert sizes[0] == sizes[1] == sizes[2] > 0
 
 
 # ---- what it continues --------------------------------------------------------------------------
@@ -242,6 +255,26 @@ def test_a_journal_that_lost_a_file_is_refused(model, uninterrupted, tmp_path):
     (output / ".modelpress" / "layer-00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"layer-00000.* is missing"):
         start(recipe, output)
+    assert start(recipe, output, resume=False) == list(range(DEPTH))
+    assert weight_files(output) == uninterrupted
+
+
+@pytest.mark.parametrize("offload", ["ram", "disk"])
+@pytest.mark.parametrize("damage", ["cut short", "lost"])
+def test_activations_that_are_not_whole_are_refused(
+    model, uninterrupted, tmp_path, offload, damage
+):
+    """What the next layer would read, wherever it then keeps it."""
+    recipe, output = recipe_for(model, **RSQ, calibration={"offload": offload}), tmp_path / "out"
+    start(recipe, output, 2)
+    (file,) = (output / ".modelpress" / "activations").glob("inputs-0-*.f32")
+    if damage == "lost":
+        file.unlink()
+    else:
+        os.truncate(file, file.stat().st_size - 4)
+    with pytest.raises(CheckpointError, match=r"inputs-0-00000\.f32 .*--no-resume") as caught:
+        start(recipe, output)
+    assert "\n" not in str(caught.value)
     assert start(recipe, output, resume=False) == list(range(DEPTH))
     assert weight_files(output) == uninterrupted
 

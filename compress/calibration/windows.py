@@ -46,6 +46,10 @@ class CalibrationWindows:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    def first(self, count: int) -> "CalibrationWindows":
+        """The first so many windows, or all."""
+        return CalibrationWindows(self.input_ids[:count], self.mask[:count], self.prefix)
+
 
 def draw_windows(
     corpus: Corpus,

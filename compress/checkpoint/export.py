@@ -1,9 +1,10 @@
 """Exporting a finished checkpoint to another format: the same codes and scales, packed otherwise.
 
-Nothing is quantised again, so what was measured stays true. A format that cannot hold a checkpoint
-as it is refuses it in one line, before anything is written. One thing is lost where a person asks
-for it: other formats store scales in fp16, and those of a bf16 or fp32 checkpoint may not be fp16
-numbers. `round_scales` rounds them, and how far is said in the result and in modelpress.json.
+Nothing is quantised again unless a person asks for it (`requantise`), so what was measured stays
+true. A format that cannot hold a checkpoint as it is refuses it in one line, before anything is
+written. Another thing is lost only where a person asks for it: other formats store scales in fp16,
+and those of a bf16 or fp32 checkpoint may not be fp16 numbers. `round_scales` rounds them, and how
+far is said in the result and in modelpress.json.
 
 Weights are read and written one module at a time. As in a run, everything is put together in
 OUT/.modelpress and moved at the end, so that OUT holds a whole checkpoint or none.
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from compress.checkpoint.compressed_tensors import PACKED_SUFFIXES, module_schemes
 from compress.checkpoint.files import atomic_write
+from compress.checkpoint.gguf import GgufFormat
 from compress.checkpoint.gptq import GptqFormat
 from compress.checkpoint.output import COMPANIONS, WORK_FOLDER, check_output, publish
 from compress.checkpoint.safetensors_io import CheckpointReader, parse_size
@@ -36,10 +38,15 @@ PROVENANCE = "modelpress.json"
 
 
 class CheckpointFormat(Protocol):
-    """How a packed checkpoint is written in one format; `companions`: with the tokenizer files."""
+    """How a packed checkpoint is written in one format.
+
+    `companions`: with the tokenizer files. `can_requantise`: it is constructed with a second
+    argument, whether what it cannot hold as it is may be stored otherwise.
+    """
 
     name: str
     companions: bool
+    can_requantise: bool
 
     def __init__(self, source: "PackedCheckpoint"): ...
 
@@ -52,6 +59,7 @@ class CheckpointFormat(Protocol):
 
 CHECKPOINT_FORMATS = Registry("export format")
 CHECKPOINT_FORMATS["gptq"] = GptqFormat
+CHECKPOINT_FORMATS["gguf"] = GgufFormat
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ def export(
     *,
     overwrite: bool = False,
     round_scales: bool = False,
+    requantise: bool = False,
     shard_size: str = "5GB",
 ) -> ExportResult:
     """Writes the compressed-tensors checkpoint in `folder` to `output` in another format.
@@ -93,6 +102,8 @@ def export(
         format: a name of CHECKPOINT_FORMATS.
         overwrite: replace a checkpoint in `output`; it stays whole until the new one is.
         round_scales: round scales that are not fp16 numbers, instead of refusing them.
+        requantise: store modules that the format has no place for in the nearest one it has; the
+            notes of the result say which, and how far their weights moved.
         shard_size: the most that one file of weights holds, where the format has shards.
 
     Raises:
@@ -108,7 +119,9 @@ def export(
         raise UsageError(f"output {output} holds an unfinished run: choose another --output")
     shard_bytes = parse_size(shard_size)
     source = PackedCheckpoint(folder)
-    exporter: CheckpointFormat = kind(source)
+    if requantise and not kind.can_requantise:
+        raise UsageError(f"{kind.name} holds every module as it is, or not: leave out --requantise")
+    exporter: CheckpointFormat = kind(source, True) if requantise else kind(source)
     notes = exporter.check()
     rounding = _check_scales(source, round_scales)
     if rounding.changed:

@@ -284,6 +284,7 @@ class GptqFormat:
 
     name = "gptq"
     companions = True  # tokenizer and generation settings lie beside the weights
+    can_requantise = False
 
     def __init__(self, source: "PackedCheckpoint"):
         self.source = source

@@ -43,7 +43,7 @@ def load(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     _check_path(path)
-    config = _guarded(path, AutoConfig.from_pretrained)
+    config = guarded(path, AutoConfig.from_pretrained)
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True}
     if must_dequantize_on_load(getattr(config, "quantization_config", None) or {}):
         from transformers import CompressedTensorsConfig
@@ -52,7 +52,7 @@ def load(
     with warnings.catch_warnings():
         # said whenever a loading attribute is passed beside a quantised config; here on purpose
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        model, report = _guarded(
+        model, report = guarded(
             path, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **options
         )
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
@@ -61,7 +61,7 @@ def load(
             f"{path} lacks {len(missing)} tensors that the model needs, or has them in a format "
             f"that transformers does not know; the first is {missing[0]}"
         )
-    return model.eval().to(device), _guarded(path, AutoTokenizer.from_pretrained)
+    return model.eval().to(device), guarded(path, AutoTokenizer.from_pretrained)
 
 
 def _check_path(path: str | Path) -> None:
@@ -84,7 +84,7 @@ def _check_path(path: str | Path) -> None:
         )
 
 
-def _guarded(path: str | Path, from_pretrained: Any, **options: Any) -> Any:
+def guarded(path: str | Path, from_pretrained: Any, **options: Any) -> Any:
     """Calls a `from_pretrained`, and turns what it raises into one line."""
     try:
         return from_pretrained(path, trust_remote_code=False, **options)

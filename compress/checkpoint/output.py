@@ -89,9 +89,14 @@ def checkpoint_config(skeleton: "Skeleton", plan: "Plan", dtype: torch.dtype) ->
     config[dtype_key] = str(dtype).removeprefix("torch.")
     if plan.untied:
         config["tie_word_embeddings"] = False
+    if len(plan.layers) < skeleton.num_layers:
+        config["num_hidden_layers"] = len(plan.layers)
+        # From the config as transformers reads it: an older file derives them from the depth.
+        if types := getattr(skeleton.config, "layer_types", None):
+            config["layer_types"] = [types[index] for index in plan.layers]
     if plan.modules:
         modules = {m.name: ModuleScheme(m.bits, m.group_size, m.symmetric) for m in plan.modules}
-        ignored = [name for name in skeleton.linear_names() if name not in modules]
+        ignored = [name for name in plan.schemes if name not in modules]
         config["quantization_config"] = quantization_config(modules, ignored)
     return config
 
@@ -115,7 +120,7 @@ def publish(final: Path, output: Path) -> None:
     (output / "config.json").unlink(missing_ok=True)
     for file in files:
         file.replace(output / file.name)
-    for file in output.glob("*.safetensors*"):
+    for file in [*output.glob("*.safetensors*"), *output.glob("*.gguf")]:
         if file.name not in new:
             file.unlink()
     # Reports of a checkpoint that was replaced would be about another one.

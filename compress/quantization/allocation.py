@@ -228,6 +228,15 @@ def assignment(
     )
 
 
+def check_budget(units: Sequence[Unit], budget: Budget) -> str | None:
+    """Why no assignment meets the budget, one line, or None. Reads neither scores nor errors."""
+    try:
+        _Problem(units, budget)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
 def predict_errors(units: Sequence[Unit], minimum: float = 0.01) -> list[Unit]:
     """The units with errors predicted from their scores, for scores that have none of their own.
 

@@ -94,6 +94,27 @@ def test_no_resume_starts_afresh(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
 
 
+def test_replacing_throws_another_run_away_and_continues_its_own(tmp_path):
+    walk(tmp_path, "one")
+    assert Journal(tmp_path, "one").open(resume=True, replace=True) == LAYERS
+    journal = Journal(tmp_path, "another")
+    assert journal.open(resume=True, replace=True) == 0
+    assert journal.facts() == journal.part_files() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
+    journal.record(0, {"w": torch.ones(2)}, {})
+    assert Journal(tmp_path, "another").open(resume=True) == 1
+
+
+@pytest.mark.parametrize("cut_short", [False, True])
+def test_another_run_without_a_finished_layer_is_nothing_to_lose(tmp_path, cut_short):
+    journal, _ = walk(tmp_path, "one", layers=0)
+    if cut_short:
+        with journal.path.open("ab") as file:
+            file.write(b'{"sum": 0')
+    assert walk(tmp_path, "another")[1] == 0
+    assert walk(tmp_path, "another")[1] == LAYERS
+
+
 @pytest.mark.parametrize("name", ["layer-00000.safetensors", "layer-00002.safetensors"])
 def test_a_lost_file_is_named(tmp_path, name):
     walk(tmp_path)

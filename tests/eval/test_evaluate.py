@@ -1,10 +1,13 @@
+"""A model and its baseline in one call: the same data, paired differences, nothing twice."""
+
 import json
 
 import pytest
 from tiny_lm import byte_tokenizer, random_ids, tiny_llama
 
 from compress.errors import UsageError
-from compress.eval.evaluate import evaluate_model
+from compress.eval import evaluate as evaluating
+from compress.eval.evaluate import Baseline, evaluate_model
 from compress.eval.perplexity import perplexity
 
 
@@ -55,6 +58,47 @@ def test_a_model_is_no_worse_than_itself():
 def test_without_a_baseline_there_is_nothing_to_compare():
     report = evaluate_model(tiny_llama(), None, text_ids=random_ids(64, 257), length=16)
     assert set(report) == {"perplexity"}
+
+
+def test_a_baseline_is_measured_once_for_every_model_that_is_compared_with_it(monkeypatch):
+    """And the figures are those of measuring it anew."""
+    models, fp, tokenizer = [tiny_llama(1), tiny_llama(3)], tiny_llama(2), byte_tokenizer()
+    settings = {
+        "tasks": ["demo_code"], "text_ids": random_ids(200, 257), "length": 32, "limit": 2,
+    }  # fmt: skip
+    anew = evaluate_model(models[1], tokenizer, **settings, baseline=fp)
+    measured = []
+    for name in ("score_tasks", "_perplexity"):
+        real = getattr(evaluating, name)
+        monkeypatch.setattr(
+            evaluating,
+            name,
+            lambda model, *rest, name=name, real=real, **options: (
+                measured.append((name, model)) or real(model, *rest, **options)
+            ),
+        )
+    baseline = Baseline(fp)
+    kept = [evaluate_model(model, tokenizer, **settings, baseline=baseline) for model in models]
+    assert kept[1] == anew
+    for name in ("score_tasks", "_perplexity"):
+        assert measured.count((name, fp)) == 1
+        assert [measured.count((name, model)) for model in models] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"length": 16}, {"stride": 8}, {"bos": 3}, {"text_ids": random_ids(150, 257, seed=1)}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_was_kept_of_a_baseline_is_not_used_for_other_conditions(change):
+    model, fp = tiny_llama(1), tiny_llama(2)
+    settings = {"text_ids": random_ids(150, 257), "length": 32}
+    baseline = Baseline(fp)
+    first = evaluate_model(model, None, **settings, baseline=baseline)
+    other = evaluate_model(model, None, **settings | change, baseline=baseline)
+    again = evaluate_model(model, None, **settings, baseline=baseline)
+    assert other == evaluate_model(model, None, **settings | change, baseline=fp)
+    assert first == again != other
 
 
 def test_contradictory_requests():

@@ -102,6 +102,16 @@ def test_its_trace_is_the_weighted_sum_of_squared_norms():
     torch.testing.assert_close(trace, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("tokens", [2, 24])
+def test_it_has_no_negative_eigenvalue(weighted, tokens):
+    """But for rounding, even where most of them are zero."""
+    x, weights = drawn_inputs(tokens=tokens), [drawn_weights(tokens=tokens)]
+    eigenvalues = torch.linalg.eigvalsh(accumulated(x, weights=weights if weighted else None))
+    assert eigenvalues.min() > -1e-6 * eigenvalues.max()
+    assert (eigenvalues > 1e-5 * eigenvalues.max()).sum() == min(4 * tokens, K)
+
+
 def test_tokens_that_lie_strided_or_in_half_precision_are_read_right():
     x = drawn_inputs()
     strided = torch.stack([x, -x], dim=-1)[..., 0]

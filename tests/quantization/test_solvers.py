@@ -261,6 +261,51 @@ def test_uniform_tokens_of_any_constant_give_the_codes_of_none(W, x, act_order):
         assert_same(linear(mean_one(constant * mask.float(), mask)), linear(None))
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+@either_group
+def test_codes_do_not_depend_on_the_unit_of_the_weights(W, H, act_order, group_size):
+    """Damping is relative, so c * H is the same problem: here by powers of two, to the bit."""
+    expected = solved(W, H, group_size=group_size, act_order=act_order)
+    for c in (2.0**-20, 4.0, 2.0**13):
+        found = solved(W, c * H, group_size=group_size, act_order=act_order)
+        for name in ("codes", "scale", "damping", "changed"):
+            a, b = getattr(found, name), getattr(expected, name)
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
+        assert found.relative_error() == expected.relative_error()
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@either_group
+def test_tokens_of_weight_zero_might_as_well_not_be_there(W, x, act_order, group_size):
+    """The same number kept in each window, in fp64: the codes of GPTQ on what is kept."""
+    kept = torch.zeros(x.shape[:2], dtype=torch.bool)
+    for j in range(len(x)):
+        kept[j, 3 * j : 3 * j + 40] = True
+    alone = second_moment(x[kept].view(len(x), 40, K))
+    masked = second_moment(x, mean_one(kept.float(), torch.ones_like(kept)))
+    a, b, c = (
+        solved(W.double(), each, group_size=group_size, act_order=act_order)
+        for each in (masked, alone, second_moment(x))
+    )
+    assert torch.equal(a.codes, b.codes)
+    assert torch.equal(a.scale, b.scale)
+    assert not torch.equal(a.codes, c.codes)
+
+
+@either_group
+def test_whole_weights_are_tokens_that_occur_so_often(W, x, group_size):
+    repeats = 1 + torch.arange(x.shape[1]) % 3
+    repeated = second_moment(x.repeat_interleave(repeats, dim=1))
+    weighted = second_moment(x, repeats.repeat(len(x), 1))
+    a, b, c = (
+        solved(W.double(), each, group_size=group_size)
+        for each in (weighted, repeated, second_moment(x))
+    )
+    assert torch.equal(a.codes, b.codes)
+    assert torch.equal(a.scale, b.scale)
+    assert not torch.equal(a.codes, c.codes)
+
+
 def test_rounding_to_nearest_needs_no_hessian(W):
     solver = SOLVERS["rtn"](SolverSettings())
     assert not solver.needs_hessian

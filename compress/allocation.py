@@ -1,0 +1,440 @@
+"""Bit widths for a recipe with an `allocate` section: score the units, then spend the budget.
+
+    units -> scores of `allocate.importance` -> predicted errors -> allocator -> width per linear
+
+A budget that cannot be met is an error before any weight is read. Linears that an override gives a
+width, or that are ignored, keep it; their bytes count. Scores that are not errors by width are
+turned into predicted errors (`predict_errors`) for the allocators that need them.
+
+    found = allocate(recipe, skeleton, units, fixed_bytes, windows, work)
+    found.schemes["model.layers.0.mlp.up_proj"]
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compress.calibration.activations import activations_on_disk
+from compress.calibration.windows import CalibrationWindows
+from compress.checkpoint.files import atomic_write
+from compress.errors import CompressError
+from compress.importance.layers import LAYER_IMPORTANCE, UnitContext
+from compress.models.skeleton import Skeleton
+from compress.quantization.allocation import (
+    ALLOCATORS,
+    Assignment,
+    Budget,
+    Unit,
+    check_budget,
+    keep_top,
+    predict_errors,
+)
+from compress.quantization.scoring import (
+    Model16,
+    Scores,
+    ScoreWalk,
+    UnitModules,
+    divergence,
+    replaced,
+)
+from compress.result import Observer
+from compress.sections import MEASURED_SCORES
+
+if TYPE_CHECKING:
+    from compress.planning import PlannedModule
+    from compress.quantization.solvers import QuantizedLinear
+    from compress.recipe import Recipe
+    from compress.sections import Scheme
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What was chosen, and why.
+
+    Attributes:
+        scores: unit -> importance, higher = keep more bits.
+        widths: unit -> bits; 0 for a layer that is left out.
+        modules: unit -> the full names of its linears.
+        error: as measured by the score for each unit alone, summed; None if it measures none.
+        fitness: the KL that `evolve` measured for the widths, in nats per token.
+        average_bits: over the weights of the units.
+    """
+
+    scores: dict[str, float]
+    widths: dict[str, int]
+    modules: dict[str, tuple[str, ...]]
+    error: float | None
+    fitness: float | None
+    average_bits: float
+
+    def bits(self) -> dict[str, int]:
+        """Width by full name of a linear."""
+        return {m: self.widths[unit] for unit, names in self.modules.items() for m in names}
+
+    def score_of(self) -> dict[str, float]:
+        """Score by full name of a linear."""
+        return {m: self.scores[unit] for unit, names in self.modules.items() for m in names}
+
+    def removed(self) -> list[int]:
+        """The decoder layers that are left out."""
+        return [int(unit.rpartition(".")[2]) for unit, bits in self.widths.items() if bits == 0]
+
+
+# ---- units and budget ---------------------------------------------------------------------------
+
+
+def find_units(
+    recipe: "Recipe", skeleton: Skeleton, modules: "list[PlannedModule]", scale_bytes: int
+) -> list[Unit]:
+    """The units of a plan at the recipe's own width, with their bytes at each candidate width."""
+    section, spec = recipe.allocate, skeleton.spec
+    if section.method == "remove":
+        return _whole_layers(recipe, skeleton)
+    planned = {module.name: module for module in modules}
+    free = {name for name in planned if not recipe.quantize.has_own_width(name)}
+    widths = sorted(section.widths)
+    units = []
+    for index in range(skeleton.num_layers):
+        prefix = f"{spec.layers}.{index}"
+        groups = [spec.linears] if section.unit == "layer" else spec.groups
+        for group in groups:
+            members = [f"{prefix}.{n}" for n in group if f"{prefix}.{n}" in free]
+            name = prefix if section.unit == "layer" else f"{prefix}.{'+'.join(group)}"
+            if not members:
+                continue
+            sizes = {
+                bits: sum(replace(planned[m], bits=bits).packed_bytes(scale_bytes) for m in members)
+                for bits in widths
+            }
+            weights = sum(planned[m].weights for m in members)
+            units.append(Unit(name, weights, sizes, modules=tuple(members)))
+    return units
+
+
+def _whole_layers(recipe: "Recipe", skeleton: Skeleton) -> list[Unit]:
+    """The decoder layers as what is left out or kept, whatever widths their linears have."""
+    spec, q = skeleton.spec, recipe.quantize
+    sizes = {0: 0, 16 if q.method == "none" else q.bits: 1}  # counted, not weighed
+    units = []
+    for index in range(skeleton.num_layers):
+        prefix = f"{spec.layers}.{index}"
+        names = tuple(f"{prefix}.{name}" for name in spec.linears)
+        weights = sum(skeleton.model.get_submodule(name).weight.numel() for name in names)
+        units.append(Unit(prefix, weights, sizes, modules=names))
+    return units
+
+
+def budget_of(recipe: "Recipe", fixed_bytes: int) -> Budget | None:
+    """The recipe's budget; None where it counts units instead."""
+    section = recipe.allocate
+    if section.narrow is not None:
+        return None
+    return Budget(
+        average_bits=section.average_bits,
+        bytes=section.budget_bytes,
+        error=section.maximum_kl,
+        fixed_bytes=fixed_bytes,
+    )
+
+
+def check_allocation(recipe: "Recipe", units: list[Unit], fixed_bytes: int) -> str | None:
+    """What stands in the way, one line, or None; knows neither scores nor weights."""
+    section = recipe.allocate
+    if recipe.quantize.method == "none" and section.importance.base in MEASURED_SCORES:
+        return (
+            f"allocate.importance: {section.importance.base} measures what quantising costs, but "
+            "quantize.method is none"
+        )
+    if section.narrow is not None and section.narrow > len(units):
+        return f"allocate.narrow: {section.narrow} of {len(units)} units"
+    if section.method == "remove" and section.narrow == len(units):
+        return f"allocate.narrow: removing all {len(units)} layers leaves no model"
+    budget = budget_of(recipe, fixed_bytes)
+    return None if budget is None else check_budget(units, budget)
+
+
+# ---- the whole ----------------------------------------------------------------------------------
+
+
+def needs_windows(recipe: "Recipe") -> bool:
+    """Whether the scores read calibration text."""
+    section = recipe.allocate
+    if section is None:
+        return False
+    walked = ("layer_embedding_change", *MEASURED_SCORES)
+    return section.method == "evolve" or section.importance.base in walked
+
+
+def allocate(
+    recipe: "Recipe",
+    skeleton: Skeleton,
+    units: list[Unit],
+    fixed_bytes: int,
+    windows: CalibrationWindows | None,
+    work: Path,
+    *,
+    storage: torch.dtype = torch.bfloat16,
+    identity: str = "",
+    resume: bool = True,
+    device: str = "cpu",
+    observer: Observer | None = None,
+) -> Allocation:
+    """Scores the units and chooses their widths.
+
+    Args:
+        units: of `find_units`; `fixed_bytes`: what is written whatever the widths.
+        windows: needed where `needs_windows`; the first `allocate.samples` are used.
+        work: a folder, in which scores, the candidates and the state of `evolve`, and the finished
+            allocation are kept, and found again under the same `identity`.
+        storage: dtype of scales in the checkpoint.
+        resume: use what is kept; otherwise it is measured again.
+
+    Raises:
+        UsageError: the budget cannot be met.
+        CompressError: a score that is not finite, a Hessian that cannot be factored, a full disk.
+    """
+    mark = hashlib.sha256(f"{identity} {recipe.allocate!r}".encode()).hexdigest()
+    folder = work / f"allocation-{mark[:16]}"
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scorer = _Scorer(recipe, skeleton, units, windows, folder, storage, device, observer)
+        return _allocated(recipe, units, fixed_bytes, scorer, mark)
+    except OSError as error:
+        where = error.filename or folder
+        raise CompressError(f"cannot write {where}: {error.strerror or error}") from error
+
+
+def _allocated(
+    recipe: "Recipe", units: list[Unit], fixed_bytes: int, scorer: "_Scorer", mark: str
+) -> Allocation:
+    kept = scorer.work / "allocation.json"
+    if kept.is_file():
+        found = json.loads(kept.read_text())
+        found["modules"] = {name: tuple(names) for name, names in found["modules"].items()}
+        return Allocation(**found)
+    scored = _kept_scores(scorer, units)
+    chosen = _choose(recipe, scored, budget_of(recipe, fixed_bytes), scorer, mark)
+    allocation = Allocation(
+        scores={unit.name: unit.score for unit in scored},
+        widths=chosen.widths,
+        modules={unit.name: unit.modules for unit in units},
+        error=chosen.error if scored[0].errors is not None else None,
+        fitness=chosen.fitness,
+        average_bits=chosen.average_bits,
+    )
+    _write(kept, asdict(allocation))
+    return allocation
+
+
+def _kept_scores(scorer: "_Scorer", units: list[Unit]) -> list[Unit]:
+    """The units with their scores: those of an earlier process, if it got so far."""
+    file = scorer.work / "scores.json"
+    if not file.is_file():
+        scored = scorer.scored()
+        _write(file, {u.name: [u.score, u.errors and list(u.errors.items())] for u in scored})
+        return scored
+    known = json.loads(file.read_text())
+    pairs = [(unit, *known[unit.name]) for unit in units]
+    return [replace(u, score=score, errors=errors and dict(errors)) for u, score, errors in pairs]
+
+
+def _write(file: Path, values: dict[str, Any]) -> None:
+    with atomic_write(file) as stream:
+        stream.write(json.dumps(values).encode())
+
+
+def _choose(
+    recipe: "Recipe", units: list[Unit], budget: Budget | None, scorer: "_Scorer", mark: str
+) -> Assignment:
+    section = recipe.allocate
+    if budget is None:
+        if section.method == "remove":  # no width, so no error that was measured for it
+            units = [replace(unit, errors=None) for unit in units]
+        return keep_top(units, len(units) - section.narrow)
+    if section.method != "top_n" and units[0].errors is None:
+        units = predict_errors(units)
+    if section.method != "evolve":
+        return ALLOCATORS[section.method](units, budget)
+    state = scorer.work / "evolve.json"
+    with torch.no_grad():
+        return ALLOCATORS["evolve"](
+            units, budget, fitness=scorer.fitness(), generations=section.generations,
+            offspring=section.offspring, seed=section.seed, identity=mark,
+            state=json.loads(state.read_text()) if state.is_file() else None,
+            save=partial(_write, state),
+        )  # fmt: skip
+
+
+class _Scorer:
+    """What the strategies of `importance/layers.py` and `evolve` ask about a model."""
+
+    def __init__(
+        self,
+        recipe: "Recipe",
+        skeleton: Skeleton,
+        units: list[Unit],
+        windows: CalibrationWindows | None,
+        work: Path,
+        storage: torch.dtype,
+        device: str,
+        observer: Observer | None,
+    ):
+        self.recipe, self.skeleton, self.units = recipe, skeleton, units
+        self.work, self.storage, self.device = work, storage, device
+        self.observer = observer or Observer()
+        self.windows = windows and windows.first(recipe.allocate.samples)
+
+    def scored(self) -> list[Unit]:
+        """The units with their scores, and their errors where the strategy measures them."""
+        score = self.recipe.allocate.importance
+        evolving = self.recipe.allocate.method == "evolve"
+        self.observer.stage("layer scores")
+        found = Scores()
+        if needs_windows(self.recipe):
+            errors = evolving or score.base in MEASURED_SCORES
+            found = self._walk(errors, score.base == "logit_divergence", evolving)
+        contexts = [self._context(unit) for unit in self.units]
+        strategy = self._strategy(found)
+        scores = strategy.scores(contexts)
+        errors_of = found.errors.get(score.base, {}) if score.measured else {}
+        return [
+            replace(unit, score=scores[unit.name], errors=errors_of.get(unit.name))
+            for unit in self.units
+        ]
+
+    def _strategy(self, found: Scores) -> Any:
+        score = self.recipe.allocate.importance
+        options = {
+            "layer_embedding_change": {},
+            "outlier_weight_count": {"two_sided": score.two_sided},
+            "random": {"seed": score.seed},
+        }
+        if score.base == "layer_embedding_change":
+            base: Any = _Known({u.name: found.changes[_layer_of(u)] for u in self.units})
+        elif score.base in found.errors:
+            base = _Known(
+                {name: errors[min(errors)] - (errors[max(errors)] if len(errors) > 1 else 0.0)
+                 for name, errors in found.errors[score.base].items()}
+            )  # fmt: skip
+        else:
+            base = LAYER_IMPORTANCE[score.base](**options.get(score.base, {}))
+        return LAYER_IMPORTANCE["reverse"](base) if score.name == "reverse" else base
+
+    def _context(self, unit: Unit) -> UnitContext:
+        def weights() -> list[tuple[str, Tensor]]:
+            return [(n, self.skeleton.reader.tensor(f"{n}.weight")) for n in unit.modules]
+
+        return UnitContext(unit.name, _layer_of(unit), weights=weights)
+
+    def _walk(self, errors: bool, divergence: bool, keep: bool) -> Scores:
+        assert self.windows is not None
+        d = self.skeleton.config.hidden_size
+        widths = sorted(self.recipe.allocate.widths)
+        variants = len(self.units) * len(widths) if divergence else 0
+        nbytes = self.windows.input_ids.numel() * d * 4 * (1 + variants)
+        on_disk = activations_on_disk(self.recipe.calibration.offload, nbytes)
+        folder = self.work / "scores" if on_disk else None
+        if folder:
+            folder.mkdir(exist_ok=True)
+        modules = [UnitModules(u.name, _layer_of(u), self._schemes(u)) for u in self.units]
+        walk = ScoreWalk(
+            self.recipe, self.skeleton, self.windows, modules, widths, folder,
+            self.device, self.observer, self.storage,
+        )  # fmt: skip
+        return walk.run(errors, divergence, self._keep if keep else None)
+
+    def _schemes(self, unit: Unit) -> "dict[str, Scheme]":
+        found = {name: self.recipe.quantize.scheme_for(name) for name in unit.modules}
+        return {name: scheme for name, scheme in found.items() if scheme}
+
+    # ---- evolve ---------------------------------------------------------------------------------
+
+    def _candidate(self, layer: int, bits: int) -> Path:
+        return self.work / "candidates" / f"{layer:05d}-{bits}.safetensors"
+
+    def _keep(self, layer: int, bits: int, linears: "dict[str, QuantizedLinear]") -> None:
+        from compress.checkpoint.safetensors_io import save_tensors
+
+        path = self._candidate(layer, bits)
+        path.parent.mkdir(exist_ok=True)
+        tensors = {}
+        for name, linear in linears.items():
+            tensors |= {f"{name}.codes": linear.codes, f"{name}.scale": linear.scale}
+            if linear.zero is not None:
+                tensors[f"{name}.zero"] = linear.zero
+        save_tensors(path, tensors)
+
+    def fitness(self) -> Callable[[dict[str, int]], float]:
+        """KL(16-bit || model at these widths) on the windows, nats per token; a layer at a time."""
+        assert self.windows is not None
+        model = Model16(self.recipe, self.skeleton, self.device)
+        embedded = model.embed(self.windows.input_ids).to(self.device)
+        mask = self.windows.mask.to(self.device)
+        by_layer: dict[int, list[Unit]] = {}
+        for unit in self.units:
+            by_layer.setdefault(_layer_of(unit), []).append(unit)
+
+        def forward(widths: dict[str, int] | None) -> Tensor:
+            x = embedded
+            for index in range(self.skeleton.num_layers):
+                with model.layer(index) as layer:
+                    weights = {} if widths is None else self._weights(by_layer, index, widths)
+                    with replaced(layer, weights):
+                        x = torch.cat([model.forward(layer, index, part) for part in x.split(4)])
+            return x
+
+        reference = forward(None)
+
+        def measure(widths: dict[str, int]) -> float:
+            with model.head() as head:
+                total = divergence(head, reference, forward(widths), mask)
+            return total / max(1, int(mask.sum()))
+
+        return measure
+
+    def _weights(
+        self, by_layer: dict[int, list[Unit]], index: int, widths: dict[str, int]
+    ) -> dict[str, Tensor]:
+        """The dequantised weights of a layer at these widths, by relative name."""
+        from safetensors import safe_open
+
+        from compress.quantization.solvers import QuantizedLinear
+
+        prefix = f"{self.skeleton.spec.layers}.{index}."
+        weights = {}
+        for unit in by_layer.get(index, []):
+            with safe_open(self._candidate(index, widths[unit.name]), "pt") as file:
+                names = set(file.keys())
+                for name in (m.removeprefix(prefix) for m in unit.modules):
+                    zero = file.get_tensor(f"{name}.zero") if f"{name}.zero" in names else None
+                    linear = QuantizedLinear(
+                        file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scale"), zero
+                    )
+                    weights[name] = linear.weight().to(self.device)
+        return weights
+
+
+class _Known:
+    """A layer importance whose scores are there already."""
+
+    needs = None
+
+    def __init__(self, found: dict[str, float]):
+        self.found = found
+
+    def scores(self, units: list[UnitContext]) -> dict[str, float]:
+        return {unit.name: self.found[unit.name] for unit in units}
+
+
+def _layer_of(unit: Unit) -> int:
+    return next(int(part) for part in unit.name.split(".") if part.isdecimal())

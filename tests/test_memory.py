@@ -1,0 +1,92 @@
+"""Memory of a process: each test looks at a fresh one, which holds nothing else."""
+
+import json
+import platform
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from compress import memory
+
+MB = 10**6
+on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+
+
+def child(code: str) -> dict[str, float]:
+    """What a fresh process prints, in MB; it has `peak()` and `resident()`, and no torch."""
+    head = """
+        import json, sys
+        import psutil
+        from compress.memory import peak_memory, release_memory
+
+        def peak():
+            return peak_memory("cpu")["host"] / 1e6
+
+        def resident():
+            return psutil.Process().memory_info().rss / 1e6
+
+    """
+    tail = '\nassert "torch" not in sys.modules'
+    program = textwrap.dedent(head) + textwrap.dedent(code) + tail
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_the_peak_counts_what_was_held_and_stays_when_it_is_gone():
+    found = child("""
+        before = peak()
+        block = bytearray(80_000_000)
+        held = peak()
+        del block
+        after, now = peak(), resident()
+        print(json.dumps({"before": before, "held": held, "after": after, "now": now}))
+    """)
+    assert found["held"] - found["before"] == pytest.approx(80, abs=5)
+    assert found["after"] == pytest.approx(found["held"], abs=1)  # the kernel counts in batches
+    assert found["now"] < found["held"] - 70
+    assert 5 < found["before"] < 80
+
+
+def test_a_process_does_not_start_with_its_parents_peak():
+    block = bytearray(150 * MB)
+    mine = memory.peak_memory("cpu")["host"] / MB
+    assert mine > len(block) / MB
+    assert child("print(json.dumps({'peak': peak()}))")["peak"] < 100
+
+
+def test_a_cpu_holds_nothing_on_a_device():
+    assert memory.peak_memory("cpu")["device"] == 0
+
+
+@on_glibc
+def test_what_is_free_on_the_heap_goes_back_to_the_system():
+    """Blocks too small for pages of their own, below one that stays."""
+    found = child("""
+        blocks = [bytearray(60_000) for _ in range(2000)]
+        last = bytearray(60_000)
+        full = resident()
+        del blocks
+        freed = resident()
+        release_memory()
+        print(json.dumps({"full": full, "freed": freed, "released": resident()}))
+    """)
+    assert found["freed"] > found["full"] - 20  # or there would be nothing to test
+    assert found["released"] < found["full"] - 100
+
+
+@pytest.mark.parametrize("symbols", [(), ("free",)], ids=["another system", "another C library"])
+def test_where_nothing_can_be_given_back_it_does_nothing(monkeypatch, symbols):
+    if symbols:
+        library = type("Library", (), dict.fromkeys(symbols))
+        monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
+    else:
+        monkeypatch.setattr(memory.sys, "platform", "darwin")
+    memory._trim.cache_clear()
+    try:
+        assert memory._trim() is None
+        assert memory.release_memory() is None
+    finally:
+        memory._trim.cache_clear()
