@@ -1,0 +1,108 @@
+"""A linear layer whose weight stays packed: Triton kernels on a GPU, torch's operators on a CPU.
+
+The module holds one layout at a time, that of its device, as buffers. Moving it to another kind of
+device repacks, which is exact: codes, scales and zero points are the same before and after.
+
+    layer = QuantLinear(read_compressed_tensors(tensors, 4, 128, name), bias, dtype=torch.bfloat16)
+    y = layer.to("cuda")(x)
+    layer.dequantize()                # the weight [N, K], dense
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.kernels.cpu import CpuWeight, cpu_matmul, pack_cpu, unpack_cpu
+from compress.kernels.layout import Codes, KernelWeight, pack_kernel, unpack_kernel
+from compress.kernels.reference import dequantize
+
+BUFFERS = {
+    KernelWeight: ("words", "high", "scale", "zero", "order"),
+    CpuWeight: ("packed", "scale", "zero", "order"),
+}
+
+
+class QuantLinear(nn.Module):
+    """y = x W^T + bias with W [out_features, in_features] packed.
+
+    weight: codes on any device; they decide where the module lives. dtype: of the activations to
+    come (on a CPU it decides the layout) and of the bias.
+    """
+
+    def __init__(
+        self, weight: Codes, bias: Tensor | None = None, dtype: torch.dtype = torch.float16
+    ):
+        super().__init__()
+        self.out_features, self.in_features = weight.codes.shape
+        self.bits, self.group_size = weight.bits, weight.group_size
+        self.symmetric = weight.zero is None
+        self.dtype = dtype
+        self.register_buffer("bias", None if bias is None else bias.to(weight.codes.device, dtype))
+        self._hold(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features], in x's dtype."""
+        weight = self.packed_weight()
+        if isinstance(weight, KernelWeight):
+            from compress.kernels.matmul import quantized_matmul
+
+            return quantized_matmul(x, weight, self.bias)
+        y = cpu_matmul(x.reshape(-1, x.shape[-1]), weight, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def packed_weight(self) -> KernelWeight | CpuWeight:
+        """The weight in the layout of its device; it shares the module's memory."""
+        tensors = {name: getattr(self, name) for name in BUFFERS[self._layout]}
+        return self._layout(**tensors, **self._facts)
+
+    def codes(self) -> Codes:
+        """The codes, scales and zero points, as they came."""
+        weight = self.packed_weight()
+        return unpack_kernel(weight) if isinstance(weight, KernelWeight) else unpack_cpu(weight)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight [out_features, in_features], each entry rounded once."""
+        return dequantize(self.codes()).to(dtype or self.dtype)
+
+    def packed_bytes(self) -> int:
+        """Bytes that the weight takes, scales and zero points included."""
+        return self.packed_weight().nbytes
+
+    def extra_repr(self) -> str:
+        """What print(model) says of this layer."""
+        group = "channel" if self.group_size is None else self.group_size
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={group}, symmetric={self.symmetric}, bias={self.bias is not None}"
+        )
+
+    def _hold(self, weight: Codes) -> None:
+        """Packs for the device of the codes, and forgets any other layout."""
+        for name in {name for names in BUFFERS.values() for name in names}:
+            self._buffers.pop(name, None)
+        if weight.codes.is_cuda:
+            packed: KernelWeight | CpuWeight = pack_kernel(weight)
+            facts: dict[str, Any] = {"columns": self.in_features}
+        else:
+            packed = pack_cpu(weight, self.dtype)
+            facts = {"kind": packed.kind, "shape": packed.shape}
+        self._layout = type(packed)
+        self._facts = facts | {"bits": self.bits, "group_size": self.group_size}
+        for name in BUFFERS[self._layout]:
+            self.register_buffer(name, getattr(packed, name))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
+        """Moves or casts; scales keep their dtype, since another would be another weight."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device))
+        if probe.device.type == self.scale.device.type and probe.dtype == self.dtype:
+            scale = self.scale
+            super()._apply(fn, recurse)
+            self.scale = scale.to(self.scale.device)
+            return self
+        codes = self.codes()
+        self.dtype = probe.dtype
+        if self.bias is not None:
+            self.bias = fn(self.bias)
+        self._hold(codes.to(probe.device))
+        return self

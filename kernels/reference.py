@@ -1,0 +1,39 @@
+"""What the kernels must compute, in plain torch and 64-bit floats.
+
+y[m, n] = sum_k x[m, k] * (c[n, k] - z[n, k // g]) * s[n, k // g] + bias[n]
+
+expected = reference_matmul(x, codes, bias)      # x [..., K] -> fp64 [..., N]
+"""
+
+import torch
+from torch import Tensor
+
+from compress.kernels.layout import Codes
+
+
+def dequantize(weight: Codes) -> Tensor:
+    """The weight [N, K] in fp64, exact: a code of 8 bits times a scale of at most 24."""
+    K = weight.codes.shape[1]
+    size = K if weight.group_size is None else weight.group_size
+    group = torch.arange(K, device=weight.codes.device) // size
+    zero = 2.0 ** (weight.bits - 1) if weight.zero is None else weight.zero.double()[:, group]
+    columns = (weight.codes.double() - zero) * weight.scale.double()[:, group]
+    if weight.order is None:
+        return columns
+    return torch.empty_like(columns).index_copy_(1, weight.order, columns)
+
+
+def reference_matmul(x: Tensor, weight: Codes, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times the weight's transpose, plus bias [N]: fp64 [..., N]."""
+    y = x.double() @ dequantize(weight).T
+    return y if bias is None else y + bias.double()
+
+
+def reference_hadamard(x: Tensor, factors: tuple[Tensor, ...] = ()) -> Tensor:
+    """x [..., n] times the transpose of F_1 (x) F_2 (x) ... (x) Sylvester / sqrt(n), in fp64."""
+    H = torch.ones(1, 1, dtype=torch.float64, device=x.device)
+    for factor in factors:
+        H = torch.kron(H, factor.to(H))
+    while len(H) < x.shape[-1]:
+        H = torch.kron(H, torch.tensor([[1.0, 1.0], [1.0, -1.0]]).to(H))
+    return x.double() @ H.T / x.shape[-1] ** 0.5

@@ -1,0 +1,250 @@
+"""The Triton kernels against the fp64 reference: on the GPU, or in the interpreter on the CPU.
+
+No test file by name: `test_triton.py` runs it in a process of its own, since TRITON_INTERPRET is
+read when triton is imported.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from weights import random_weight
+
+from compress.kernels.hadamard import hadamard_
+from compress.kernels.layout import pack_kernel
+from compress.kernels.matmul import (
+    TABLE,
+    Tiles,
+    decode_matmul,
+    dense_matmul,
+    dequantize_transposed,
+    interpreted,
+    quantized_matmul,
+    splits,
+    tiled_matmul,
+)
+from compress.kernels.reference import dequantize, reference_hadamard, reference_matmul
+
+DEVICE = "cpu" if interpreted() else "cuda"
+DTYPES = [torch.float16, torch.float32] + ([] if interpreted() else [torch.bfloat16])
+WIDTHS = [2, 3, 4, 8]
+GROUPS = [32, 64, 128, None]
+SPLITS = [1, 2]
+# All of it on a GPU. The interpreter takes a tenth of a second for each: every value, not every
+# combination.
+SCHEMES = [
+    (group, split, dtype)
+    for g, group in enumerate(GROUPS)
+    for s, split in enumerate(SPLITS)
+    for d, dtype in enumerate(DTYPES)
+    if not interpreted() or ((g + s) % 2 == 0 and (g // 2 + d) % 2 == 0)
+]
+SMALL = Tiles(rows=16, block_m=16, block_n=32, warps=4, stages=2, split=True)
+
+
+def problem(M=1, N=40, K=200, bits=4, group_size=64, symmetric=True, dtype=torch.float16, **more):
+    weight = random_weight(N, K, bits, group_size, symmetric, dtype, **more)
+    generator = torch.Generator().manual_seed(M)
+    x = torch.randn(M, K, generator=generator).to(dtype)
+    bias = torch.randn(N, generator=generator).to(dtype)
+    expected = reference_matmul(x, weight, bias)
+    return x.to(DEVICE), pack_kernel(weight).to(DEVICE), bias.to(DEVICE), expected
+
+
+def check(y, expected, x):
+    """Off by no more than rounding of the result and of fp32 sums: both follow from dtypes."""
+    assert y.dtype == x.dtype
+    assert y.shape == expected.shape
+    error = (y.double().cpu() - expected).abs()
+    unit = torch.finfo(x.dtype).eps / 2
+    spread = expected.abs().mean() * 2 ** -(23 - 5)  # fp32 sums of up to 256 terms
+    assert bool((error <= expected.abs() * unit * 1.01 + spread).all()), float(error.max())
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("group_size", "split", "dtype"), SCHEMES)
+def test_decode(bits, group_size, symmetric, dtype, split):
+    x, weight, bias, expected = problem(1, 24, 200, bits, group_size, symmetric, dtype)
+    check(decode_matmul(x, weight, bias, split), expected, x)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("group_size", "split", "dtype"), SCHEMES)
+def test_tiled_and_split(bits, group_size, symmetric, dtype, split):
+    x, weight, bias, expected = problem(5, 24, 200, bits, group_size, symmetric, dtype)
+    check(tiled_matmul(x, weight, bias, SMALL, split), expected, x)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("group_size", [16, 96, 256])
+def test_groups_that_are_no_divisor_of_a_block(bits, group_size):
+    x, weight, bias, expected = problem(3, 16, 256, bits, group_size, dtype=torch.float32)
+    check(tiled_matmul(x, weight, bias, SMALL), expected, x)
+    check(decode_matmul(x[:1], weight, bias), expected[:1], x)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("split", [1, 2])
+def test_second_block_of_the_widest_layouts(bits, split):
+    """256 inputs to a block; 3 bits keep the high bits of two blocks in one word."""
+    x, weight, bias, expected = problem(2, 16, 300, bits, 128, dtype=torch.float32)
+    check(tiled_matmul(x, weight, bias, SMALL, split), expected, x)
+    check(decode_matmul(x[:1], weight, bias, split), expected[:1], x)
+
+
+@pytest.mark.parametrize("M", [17, 33])
+def test_several_tiles_of_rows_and_outputs(M):
+    x, weight, bias, expected = problem(M, 70, 64, 4, 32)
+    check(tiled_matmul(x, weight, bias, SMALL), expected, x)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantising_rounds_once(bits, symmetric, dtype):
+    weight = random_weight(40, 200, bits, 32, symmetric, dtype)
+    dense = dequantize_transposed(pack_kernel(weight).to(DEVICE), dtype).cpu()
+    # (c - z) s is exact in fp32 for 16-bit scales, and rounded once for 32-bit ones
+    assert torch.equal(dense, dequantize(weight).T.float().to(dtype))
+
+
+def test_dense_product():
+    x, weight, bias, expected = problem(4, dtype=torch.float32)
+    check(dense_matmul(x, weight, bias), expected, x)
+    check(dense_matmul(x, weight), expected - bias.double().cpu(), x)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 20])
+def test_operator_without_bias_and_with_more_axes(rows):
+    x, weight, bias, expected = problem(rows)
+    y = quantized_matmul(x.view(1, rows, -1), weight)
+    check(y.view(rows, -1), expected - bias.double().cpu(), x)
+
+
+def test_operator_takes_rows_that_do_not_touch():
+    x, weight, bias, expected = problem(3)
+    wide = torch.full((3, 300), torch.nan, dtype=x.dtype, device=DEVICE)
+    wide[:, :200] = x
+    check(quantized_matmul(wide[:, :200], weight, bias), expected, x)
+
+
+def test_operator_permutes_for_act_order():
+    weight = random_weight(24, 96, 4, 32, dtype=torch.float32)
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
+    weight = replace(weight, order=order)
+    x = torch.randn(2, 96, device=DEVICE)
+    y = quantized_matmul(x, pack_kernel(weight).to(DEVICE))
+    check(y, reference_matmul(x.cpu(), weight), x)
+
+
+def test_no_rows():
+    x, weight, _, _ = problem(1)
+    assert quantized_matmul(x[:0], weight).shape == (0, 40)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_same_input_same_bits(rows):
+    x, weight, bias, _ = problem(rows, 40, 256, 4, 32)
+    launch = decode_matmul if rows == 1 else lambda *a: tiled_matmul(*a[:3], SMALL, a[3])
+    first, second = (launch(x, weight, bias, 2) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_operator_is_registered_as_torch_wants_it():
+    x, weight, bias, _ = problem(2)
+    arguments = (x, weight.words, weight.high, weight.scale, weight.zero, bias, 4, 64)
+    torch.library.opcheck(
+        torch.ops.modelpress.quantized_matmul.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_table_is_sorted_and_splits_fit():
+    rows = [tiles.rows for tiles in TABLE]
+    assert rows == sorted(rows)
+    for tiles in (1, 3, 1000):
+        for columns in (64, 200, 4096):
+            count = splits(tiles, columns, 4, torch.device(DEVICE))
+            assert 1 <= count <= math.ceil(columns / 128)
+
+
+@pytest.mark.skipif(not interpreted(), reason="the interpreter's own limit")
+@pytest.mark.parametrize("which", ["x", "scale", "bias"])
+def test_no_bf16_reaches_the_interpreter(which):
+    x, weight, bias, _ = problem(2, dtype=torch.float32)
+    if which == "x":
+        x = x.bfloat16()
+    elif which == "bias":
+        bias = bias.bfloat16()
+    else:
+        weight = replace(weight, scale=weight.scale.bfloat16())
+    with pytest.raises(ValueError, match="interpreter gets bf16 wrong"):
+        quantized_matmul(x, weight, bias)
+
+
+def test_wrong_activations_are_refused():
+    x, weight, _, _ = problem(1)
+    with pytest.raises(ValueError, match="expected activations of 200 features, found"):
+        quantized_matmul(x[:, :100], weight)
+    with pytest.raises(ValueError, match=r"found torch\.float64"):
+        quantized_matmul(x.double(), weight)
+
+
+# ---- Hadamard -----------------------------------------------------------------------------------
+
+
+def orthogonal(order):
+    """A +-1 matrix [order, order], not symmetric; any will do to test a product."""
+    generator = torch.Generator().manual_seed(order)
+    return torch.randint(0, 2, (order, order), generator=generator).float() * 2 - 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("power", "orders"), [(2, ()), (64, ()), (256, ()), (16, (12,)), (1, (20,)), (4, (3, 12))]
+)
+def test_hadamard(power, orders, dtype):
+    n = power * math.prod(orders)
+    factors = tuple(orthogonal(order).to(DEVICE) for order in orders)
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    expected = reference_hadamard(x, tuple(f.cpu() for f in factors))
+    y = x.to(DEVICE)
+    assert hadamard_(y, factors).data_ptr() == y.data_ptr()
+    passes = len(orders) + 1
+    tolerance = passes * 4 * torch.finfo(dtype).eps * float(expected.abs().max())
+    assert float((y.double().cpu() - expected).abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize("size", [64, 192, 336])
+def test_hadamard_is_the_rotation_that_was_fused(size):
+    rotation = pytest.importorskip("compress.rotation.hadamard")
+    transform = rotation.HadamardTransform(size)
+    orders = [order for order in transform.factors if order & (order - 1)]
+    factors = tuple(rotation.hadamard_matrix(order).to(DEVICE) for order in orders)
+    x = torch.randn(2, size, generator=torch.Generator().manual_seed(size))
+    expected = transform.apply(x)  # before x is overwritten
+    assert torch.allclose(hadamard_(x.to(DEVICE), factors).cpu(), expected, atol=1e-5)
+
+
+def test_hadamard_twice_is_the_identity():
+    x = torch.randn(2, 128, device=DEVICE)
+    assert torch.allclose(hadamard_(hadamard_(x.clone())), x, atol=1e-6)
+
+
+def test_hadamard_is_registered_as_torch_wants_it():
+    torch.library.opcheck(
+        torch.ops.modelpress.hadamard.default,
+        (torch.randn(2, 48, device=DEVICE), [orthogonal(12).to(DEVICE)]),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_hadamard_refuses_other_sizes():
+    with pytest.raises(ValueError, match=r"size 24 expected factors .* found orders \[\]"):
+        hadamard_(torch.zeros(2, 24, device=DEVICE))
+    with pytest.raises(ValueError, match="contiguous"):
+        hadamard_(torch.zeros(8, 2, device=DEVICE).T)
