@@ -1,0 +1,86 @@
+"""From encoded images to a prompt's placeholders: which visual tokens belong to which features.
+
+`generate` encodes the images before the forward and hands on features alone, so the images' sizes
+are only known where features are made: a wrapper round one model's `get_image_features` reads the
+tap there, and the features themselves lead from the forward back to what the tap saw.
+
+    images = EncodedImages(tap); base.get_image_features = images.noting(base.get_image_features)
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+from torch import Tensor
+
+from compress.errors import CompressError, UsageError
+from compress.pruning.prompt import PromptImage
+from compress.pruning.vision import Inputs, VisionTap, VisualTokens
+
+
+class EncodedImages:
+    """The images of the latest call of `get_image_features`."""
+
+    def __init__(self, tap: VisionTap):
+        self.tap = tap
+        self.latest: list[tuple[Tensor, VisualTokens]] = []
+
+    def noting(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """`encode`, which also notes what became of each image."""
+
+        @wraps(encode)
+        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+            inputs = signature(encode).bind_partial(*args, **kwargs).arguments
+            output = encode(*args, **kwargs)
+            features = output.pooler_output if hasattr(output, "pooler_output") else output[1]
+            self.latest = list(zip(features, self.tap.images(inputs), strict=True))
+            return output
+
+        return get_image_features
+
+    def begin(self, inputs: Inputs) -> None:
+        """Before a forward over a prompt: one without ready features will encode its own images."""
+        if ready_features(inputs) is None:
+            self.latest = []
+
+    def placed(self, inputs: Inputs, image_token: int) -> list[PromptImage]:
+        """The images of a forward at their placeholders in `input_ids` [B, L], nothing pruned.
+
+        Raises:
+            UsageError: features that this context did not see being made.
+            CompressError: placeholders and visual tokens differ in number.
+        """
+        ids: Tensor = inputs["input_ids"]
+        places = (ids == image_token).nonzero()  # [tokens of all images, 2]
+        if len(places) == 0:
+            return []
+        found = self._tokens(ready_features(inputs))
+        sizes = list(map(len, found))
+        if sum(sizes) != len(places):
+            raise CompressError(
+                f"the images give {sum(sizes)} visual tokens, the prompt has {len(places)} "
+                "placeholders: give the images with the prompt"
+            )
+        images = []
+        for tokens, place in zip(found, places.split(sizes), strict=True):
+            place = place.to(tokens.segment.device)
+            images.append(PromptImage(int(place[0, 0]), place[:, 1], tokens))
+        return images
+
+    def _tokens(self, ready: Any) -> list[VisualTokens]:
+        if ready is None:
+            return [tokens for _, tokens in self.latest]
+        # `generate` may have repeated the features, for several answers to one prompt.
+        known = {id(features): tokens for features, tokens in self.latest}
+        if not all(id(features) in known for features in ready.pooler_output):
+            raise UsageError(
+                "image features from elsewhere: give pixel_values, or encode the images last and "
+                "inside the pruning context"
+            )
+        return [known[id(features)] for features in ready.pooler_output]
+
+
+def ready_features(inputs: Inputs) -> Any:
+    """The image encoder's output that a forward is given, if any."""
+    return (inputs.get("mm_encoder_outputs") or {}).get("image")

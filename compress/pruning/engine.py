@@ -1,0 +1,349 @@
+"""Prunes visual tokens of a transformers model while a context is open, with hooks on its modules.
+
+    with compress.prune_visual_tokens(model, strategy) as pruning:
+        model.generate(**inputs)
+    pruning.stats.as_dict(), pruning.last
+
+Hooks sit on this one model's modules, wrappers round its `generate` and `get_image_features`; they
+go when the context closes, and all state is on the context: two models in two threads do not see
+each other. A pruned run equals the full run in which the pruned keys are masked out from their
+stage on; what is left keeps its positions.
+
+Stage 0 shortens what enters the language model, a stage before layer k the hidden states, rotary
+embeddings and masks of the layers from k on, whose caches are then shorter. While decoding, each
+stage's mask is rebuilt from its own cache length. Text-only prompts run unpruned and are counted.
+
+Not for: beam search, assisted decoding, static and sliding-window caches, prompts that are
+prefilled in pieces. Each is refused.
+"""
+
+from functools import partial
+from inspect import signature
+from types import TracebackType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from compress.errors import UsageError
+from compress.pruning import baselines  # noqa: F401  fills the registry
+from compress.pruning.costs import DecoderShape, PruningStats, prompt_stats
+from compress.pruning.encoding import EncodedImages, ready_features
+from compress.pruning.families import family_of
+from compress.pruning.guards import check_inputs, checked_generate
+from compress.pruning.language import LastTokenAttention, check_decoder
+from compress.pruning.methods import PRUNING_METHODS, Candidates, Selection
+from compress.pruning.prompt import PromptImage, PrunedPrompt, take, take_positions
+from compress.pruning.strategy import LANGUAGE_ATTENTION, PruneStrategy
+from compress.pruning.vision import Inputs, TapSettings
+
+
+def prune_visual_tokens(
+    model: Any, strategy: PruneStrategy, processor: Any = None
+) -> "VisualTokenPruning":
+    """A context in which `model` prunes the visual tokens of its prompts.
+
+    Args:
+        model: one of the classes of `compress.pruning.families`.
+        strategy: which tokens stay, and where.
+        processor: the model's processor or image processor. Only the entropy term asks it, for the
+            pixels' mean and deviation; without it the vision tower's usual ones are assumed.
+
+    Raises:
+        UsageError: another model, a tower whose attention cannot be read, a stage too deep.
+    """
+    return VisualTokenPruning(model, strategy, processor)
+
+
+class _Step:
+    """One forward: the prompt it belongs to, and what the later layers get instead."""
+
+    def __init__(self, prompt: PrunedPrompt | None, inputs: Inputs, prefill: bool):
+        self.prompt, self.inputs, self.prefill = prompt, inputs, prefill
+        self.override: Inputs = {}
+        self.cache: Any = None
+        self.appended: Tensor | None = None  # [B, new] mask of the tokens after the prompt
+        self.final_positions: Tensor | None = None  # [..., B, 1] of the prompt, once shortened
+
+
+class VisualTokenPruning:
+    """The context of `prune_visual_tokens`: `stats` over all prompts, `last` the latest one."""
+
+    def __init__(self, model: Any, strategy: PruneStrategy, processor: Any = None):
+        family = family_of(model)
+        self.model, self.strategy = model, strategy
+        self.base, self.text = model.model, model.model.language_model
+        self.layers = self.text.layers
+        check_decoder(self.text)
+        strategy.average_kept(len(self.layers))  # refuses a stage beyond the last layer
+        self.method = PRUNING_METHODS[strategy.method](strategy)
+        self.tap = family.tap(
+            self.base,
+            TapSettings(
+                signals=self.method.signals,
+                threshold=strategy.threshold,
+                vote=strategy.vote,
+                alpha=strategy.alpha,
+                layer=strategy.vit_layer,
+                **_pixel_statistics(processor),
+            ),
+        )
+        self.stages = {layer: stage for stage, layer in enumerate(strategy.stages)}
+        self.attention = {
+            layer: LastTokenAttention(self.layers[layer - 1].self_attn)
+            for layer in strategy.stages
+            if strategy.method in LANGUAGE_ATTENTION
+        }
+        self.shape = DecoderShape.of(self.text.config, self.text.dtype.itemsize)
+        self.image_token = model.config.image_token_id
+        self.stats = PruningStats()
+        self.last: PrunedPrompt | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "VisualTokenPruning":
+        if "generate" in vars(self.model):
+            raise UsageError("this model's visual tokens are already pruned: leave that context")
+        self._step: _Step | None = None
+        self.encoded = EncodedImages(self.tap)
+        # By cache, so that generations on one model may take turns.
+        self._prompts: WeakKeyDictionary[Any, PrunedPrompt] = WeakKeyDictionary()
+        self._final: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()  # last position ids
+        self._generator = torch.Generator().manual_seed(self.strategy.seed)
+        self._handles = self.tap.install()
+        before = partial(self._hook, with_kwargs=True)
+        before(self.model, self._before_head)
+        before(self.base, self._before_model)
+        before(self.text, self._before_text)
+        for number, layer in enumerate(self.layers):
+            before(layer, partial(self._before_layer, number))
+        for tap in self.attention.values():
+            self._handles += tap.install()
+        self._handles.append(self.base.register_forward_hook(self._after_model))
+        self.base.get_image_features = self.encoded.noting(self.base.get_image_features)
+        self.model.generate = checked_generate(self.model)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        del self.model.generate, self.base.get_image_features  # the classes' own are there again
+        self._step, self.encoded.latest = None, []
+
+    def _hook(self, module: nn.Module, hook: Any, **options: Any) -> None:
+        self._handles.append(module.register_forward_pre_hook(hook, **options))
+
+    def _before_head(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
+        if kwargs.get("labels") is not None:
+            raise UsageError(
+                "a pruned prompt has fewer logits than labels: compute the loss outside, with "
+                "pruning.last.kept(layer) of the last layer"
+            )
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: Inputs) -> Any:
+        """Finds out what this forward is: a new prompt, or the next tokens of one."""
+        names = list(signature(type(module).forward).parameters)[1:]
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        self._step = None
+        check_inputs(inputs)
+        cache = inputs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past == 0:
+            self.encoded.begin(inputs)
+            self._step = _Step(None, inputs, prefill=True)
+            return None
+        if cache not in self._prompts:
+            raise UsageError(
+                "the cache was not filled in this context: begin with the whole prompt and an "
+                "empty cache"
+            )
+        if ready_features(inputs) is not None or inputs.get("pixel_values") is not None:
+            raise UsageError(
+                "images after the first forward: give the prompt with all its images at once"
+            )
+        prompt = self._prompts[cache]
+        self._step = step = _Step(prompt, inputs, prefill=False)
+        view = prompt.view(0)
+        new = past + inputs["input_ids"].shape[1] - view.index.shape[1]
+        step.appended = _appended_mask(inputs.get("attention_mask"), prompt, new)
+        final = self._final.get(cache)
+        if final is None or (
+            inputs.get("position_ids") is not None and self.strategy.positions == "original"
+        ):
+            return None
+        count = inputs["input_ids"].shape[1]
+        inputs["position_ids"] = final + torch.arange(new - count + 1, new + 1, device=final.device)
+        return (), inputs
+
+    def _before_text(self, module: nn.Module, args: tuple, kwargs: Inputs) -> Any:
+        """Opens a new prompt and applies stage 0; while decoding, replaces the mask."""
+        step = self._step
+        if step is None:
+            return None
+        if step.prefill:
+            step.prompt = self._open(step.inputs, kwargs["inputs_embeds"])
+            changes = self._stage_0(step, kwargs)
+            return (args, kwargs | changes) if changes else None
+        if self._pruned_at_0(step.prompt):
+            mask = torch.cat([step.prompt.view(0).valid, step.appended], dim=1).long()
+            return args, kwargs | {"attention_mask": mask}
+        return None
+
+    def _stage_0(self, step: _Step, kwargs: Inputs) -> Inputs:
+        """What the language model gets instead, if a stage before it prunes anything."""
+        if 0 not in self.stages:
+            return {}
+        prompt = step.prompt
+        hidden, order = self._narrow(step, 0, kwargs["inputs_embeds"])
+        if order is None:
+            return {}
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(prompt.length, device=hidden.device)[None]
+        step.final_positions = positions[..., -1:]
+        positions = take_positions(positions, order)
+        if self.strategy.positions == "renumbered":
+            positions = (prompt.view(0).valid.cumsum(1) - 1).clamp(min=0).expand_as(positions)
+            step.final_positions = positions[..., -1:]
+        # Always a mask: without one, gaps in the positions would read as packed sequences.
+        mask = prompt.view(0).valid.long()
+        return {"inputs_embeds": hidden, "position_ids": positions, "attention_mask": mask}
+
+    def _before_layer(self, number: int, module: nn.Module, args: tuple, kwargs: Inputs) -> Any:
+        """Applies the stage before this layer; the layers after it get its masks and positions."""
+        step = self._step
+        if step is None or step.prompt is None:
+            return None
+        step.cache = kwargs.get("past_key_values")
+        prompt = step.prompt
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if number > 0 and number in self.stages:
+            if step.prefill:
+                arguments = kwargs | step.override
+                hidden, order = self._narrow(step, number, hidden)
+                if order is not None:
+                    step.override = self._shortened(prompt, number, hidden, order, arguments)
+            elif prompt.view(number).layer == number:
+                valid = torch.cat([prompt.view(number).valid, step.appended], dim=1)
+                mask = self._mask(hidden, valid, step.cache, number)
+                step.override = {"attention_mask": mask}
+        kwargs = kwargs | step.override
+        if step.prefill and number + 1 in self.attention:
+            self.attention[number + 1].rotary = kwargs["position_embeddings"]
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": hidden}
+
+    def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Remembers the prompt by its cache, and what it cost."""
+        step, self._step = self._step, None
+        if step is None or not step.prefill or step.prompt is None:
+            return
+        self.last = step.prompt
+        if step.cache is not None:
+            self._prompts[step.cache] = step.prompt
+            self._final.pop(step.cache, None)  # of an earlier prompt, if the cache was reset
+            if step.final_positions is not None:
+                self._final[step.cache] = step.final_positions
+        self.stats.prompts.append(prompt_stats(self.shape, step.prompt))
+
+    def _open(self, inputs: Inputs, embeds: Tensor) -> PrunedPrompt:
+        """The prompt with its images, nothing pruned yet."""
+        mask = inputs.get("attention_mask")
+        mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+        mask = mask.to(embeds.device).bool()
+        return PrunedPrompt(mask, self.encoded.placed(inputs, self.image_token))
+
+    def _narrow(self, step: _Step, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Selects in every image; the hidden states [B, S', D] that stay, and their slots."""
+        prompt, stage = step.prompt, self.stages[layer]
+        slots = prompt.slots()
+        scores = None
+        if layer in self.attention and prompt.images:
+            scores = self.attention[layer].scores(prompt.views[-1].valid)  # [B, S]
+        for image in prompt.images:
+            here = slots[image.row, image.positions[image.alive]]
+            count = self.strategy.count(len(image.tokens), stage)
+            if count < len(here):
+                tokens = image.tokens.take(image.alive)
+                protect = self.strategy.protect_newlines
+                candidates = Candidates(
+                    features=hidden[image.row, here],
+                    tokens=tokens,
+                    protected=tokens.newline if protect else torch.zeros_like(tokens.newline),
+                    stage=stage,
+                    generator=self._generator,
+                    language_attention=None if scores is None else scores[image.row, here],
+                )
+                selection = self.method.select(candidates, count)
+                hidden = _with_merged(hidden, image, here, selection)
+                image.alive = image.alive[selection.kept]
+            image.kept.append((layer, len(image.alive)))
+        order = prompt.narrow(layer)
+        return (hidden if order is None else take(hidden, order)), order
+
+    def _shortened(
+        self, prompt: PrunedPrompt, layer: int, hidden: Tensor, order: Tensor, arguments: Inputs
+    ) -> Inputs:
+        """What the layers from `layer` on get of the prefill's keyword arguments."""
+        positions = arguments.get("position_ids")
+        return {
+            "attention_mask": self._mask(
+                hidden, prompt.view(layer).valid, arguments.get("past_key_values"), layer
+            ),
+            "position_embeddings": tuple(take(x, order) for x in arguments["position_embeddings"]),
+            "position_ids": None if positions is None else take_positions(positions, order),
+        }
+
+    def _mask(self, hidden: Tensor, valid: Tensor, cache: Any, layer: int) -> Any:
+        """The attention mask of `layer`, in the form that the model's attention kernel wants."""
+        from transformers.masking_utils import create_causal_mask
+
+        return create_causal_mask(
+            config=self.text.config,
+            inputs_embeds=hidden,
+            attention_mask=valid.long(),
+            past_key_values=cache,
+            layer_idx=layer,
+        )
+
+    @staticmethod
+    def _pruned_at_0(prompt: PrunedPrompt) -> bool:
+        return prompt.view(0).index.shape[1] != prompt.length or any(
+            image.kept_at(0) < len(image.tokens) for image in prompt.images
+        )
+
+
+def _with_merged(hidden: Tensor, image: PromptImage, here: Tensor, selection: Selection) -> Tensor:
+    """The hidden states with the selection's mixed tokens in place; the given ones are not changed.
+
+    `here` [m] are the slots of the image's tokens before the stage.
+    """
+    if selection.values is None or len(selection.merged) == 0:
+        return hidden
+    image.merged = image.alive[selection.merged]
+    hidden = hidden.clone()
+    hidden[image.row, here[selection.merged]] = selection.values.to(hidden.dtype)
+    return hidden
+
+
+def _appended_mask(mask: Tensor | None, prompt: PrunedPrompt, new: int) -> Tensor:
+    """Bool [B, new] of the tokens after the prompt, from a mask of the unpruned length if given."""
+    if mask is not None and mask.shape[1] == prompt.length + new:
+        return mask[:, prompt.length :].to(prompt.mask.device).bool()
+    return prompt.mask.new_ones(prompt.mask.shape[0], new)
+
+
+def _pixel_statistics(processor: Any) -> dict[str, Tensor]:
+    if processor is None:
+        return {}
+    images = getattr(processor, "image_processor", processor)
+    names = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
+    return {name: torch.tensor(getattr(images, key)) for name, key in names.items()}

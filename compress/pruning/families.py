@@ -1,0 +1,100 @@
+"""Which multimodal models can be pruned: one row each, how their images become visual tokens.
+
+tap = family_of(model).tap(model.model, settings)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import UsageError
+from compress.pruning.vision import Inputs, MergingTower, PatchTower, TapSettings, VisionTap
+
+
+@dataclass(frozen=True)
+class Family:
+    """A transformers model class by its `model_type`, and the tap for its vision tower."""
+
+    name: str
+    tap: Callable[[nn.Module, TapSettings], VisionTap]
+
+
+def _one_crop_each(base: nn.Module, inputs: Inputs) -> list[int]:
+    return [1] * len(inputs["pixel_values"])
+
+
+def _as_they_are(base: nn.Module, maps: list[Tensor], inputs: Inputs) -> list[Tensor]:
+    return [crops[0] for crops in maps]
+
+
+def _tiles(base: nn.Module, inputs: Inputs) -> list[int]:
+    """Crops per image: the whole image and its tiles; of several images in a prompt, see below."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    sizes, config = inputs["image_sizes"], base.config
+    side = config.vision_config.image_size
+    # LLaVA-OneVision tiles an image only if it is alone in its prompt.
+    several = inputs.get("batch_num_images")
+    alone = [True] * len(sizes) if several is None else [n == 1 for n in several for _ in range(n)]
+    return [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, side) if tiled else 1
+        for size, tiled in zip(sizes, alone, strict=True)
+    ]
+
+
+def _next_packing(base: nn.Module, maps: list[Tensor], inputs: Inputs) -> list[Tensor]:
+    packed, _ = base.pack_image_features(
+        maps, inputs["image_sizes"], "default", image_newline=_nan_newline(maps)
+    )
+    return packed
+
+
+def _onevision_packing(base: nn.Module, maps: list[Tensor], inputs: Inputs) -> list[Tensor]:
+    aspect = inputs.get("vision_aspect_ratio") or base.config.vision_aspect_ratio
+    packed, _ = base.pack_image_features(
+        maps,
+        inputs["image_sizes"],
+        image_newline=_nan_newline(maps),
+        vision_aspect_ratio=aspect,
+    )
+    return packed
+
+
+def _nan_newline(maps: list[Tensor]) -> Tensor:
+    return torch.full(maps[0].shape[-1:], torch.nan, device=maps[0].device)
+
+
+def _patches(crops: Callable, pack: Callable) -> Callable[[nn.Module, TapSettings], VisionTap]:
+    return partial(PatchTower, crops=crops, pack=pack)
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("llava", _patches(_one_crop_each, _as_they_are)),
+        Family("llava_next", _patches(_tiles, _next_packing)),
+        Family("llava_onevision", _patches(_tiles, _onevision_packing)),
+        Family("qwen2_vl", MergingTower),
+        Family("qwen2_5_vl", MergingTower),
+    )
+}
+
+
+def family_of(model: Any) -> Family:
+    """The row of a model. Raises UsageError, naming the supported ones, if it has none."""
+    found = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if found not in FAMILIES:
+        raise UsageError(
+            f"visual tokens of {found!r} models cannot be pruned: expected one of "
+            f"{', '.join(FAMILIES)}"
+        )
+    if not hasattr(getattr(model, "model", None), "language_model"):
+        raise UsageError(
+            f"expected a model with a language modelling head, found {type(model).__name__}: "
+            "load it with AutoModelForImageTextToText"
+        )
+    return FAMILIES[found]

@@ -1,0 +1,95 @@
+"""Which of an image's tokens stay: the interface of a pruning method, and VFlowOpt.
+
+A method sees one image at one stage, its m tokens that are still there, and names the `count` that
+stay; some of those may hold a mix of others. The baselines are in `compress.pruning.baselines`.
+
+    selection = PRUNING_METHODS["vflowopt"](strategy).select(candidates, count)
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from compress.errors import UsageError
+from compress.pruning.recycle import grid_cells, keep_with_cells, merge_cells
+from compress.pruning.strategy import PruneStrategy
+from compress.pruning.vision import VisualTokens
+from compress.registry import Registry
+
+PRUNING_METHODS = Registry("pruning method")
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The tokens of one image before a stage, in the order of the prompt."""
+
+    features: Tensor  # [m, D], the hidden states that enter the stage's layer
+    tokens: VisualTokens  # of the same m
+    protected: Tensor  # [m] bool: these stay
+    stage: int  # 0 for the first
+    generator: torch.Generator  # on the CPU; the only source of chance
+    language_attention: Tensor | None = None  # [m], from the prompt's last token, a layer before
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What stays: `kept` [count], rising; those at `merged` [r] get `values` [r, D]."""
+
+    kept: Tensor
+    merged: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    values: Tensor | None = None
+
+
+class PruningMethod(Protocol):
+    """A way to choose. `signals` are what it reads of the vision tower (`VisualTokens`)."""
+
+    signals: ClassVar[frozenset[str]]
+
+    def __init__(self, strategy: PruneStrategy): ...
+    def select(self, candidates: Candidates, count: int) -> Selection: ...
+
+
+def keep_highest(scores: Tensor, count: int, protected: Tensor) -> Tensor:
+    """Indices [count] of the highest scores, rising; of equal scores the first; protected first.
+
+    Raises UsageError if more tokens are protected than may stay.
+    """
+    check_protected(protected, count)
+    order = scores.float().masked_fill(protected, torch.inf).argsort(descending=True, stable=True)
+    return order[:count].sort().values
+
+
+def check_protected(protected: Tensor, count: int) -> None:
+    if int(protected.sum()) > count:
+        raise UsageError(
+            f"{int(protected.sum())} newline tokens of an image are protected, and only {count} "
+            "tokens may stay: raise the ratios, or set protect_newlines to false"
+        )
+
+
+@PRUNING_METHODS.register("vflowopt")
+class VisualFlow:
+    """The most important by ViT attention and entropy; at stage 0 the rest is recycled.
+
+    The map is the same at every stage; a recycled token keeps the importance of its place.
+    arXiv 2508.05211, section 3.2.
+    """
+
+    signals = frozenset({"importance"})
+
+    def __init__(self, strategy: PruneStrategy):
+        self.cell = strategy.cell
+
+    def select(self, candidates: Candidates, count: int) -> Selection:
+        tokens, protected = candidates.tokens, candidates.protected
+        assert tokens.importance is not None
+        if self.cell is None or candidates.stage > 0:
+            return Selection(keep_highest(tokens.importance, count, protected))
+        check_protected(protected, count)
+        cells = grid_cells(tokens.segment, tokens.row, tokens.column, self.cell)
+        kept, places = keep_with_cells(tokens.importance, cells, count, protected)
+        values = merge_cells(candidates.features, tokens.importance, cells, kept, places)
+        kept[places] = True
+        return Selection(kept.nonzero()[:, 0], places, values)

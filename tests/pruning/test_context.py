@@ -1,0 +1,395 @@
+"""The context: what it leaves alone, refuses and counts, and whom it does not disturb."""
+
+import threading
+
+import pytest
+import torch
+from tiny_models import (
+    BATCH,
+    LAYERS,
+    PATCHES,
+    SINGLE,
+    generate,
+    masked_run,
+    tiny_inputs,
+    tiny_model,
+)
+
+import compress
+from compress.errors import CompressError, UsageError
+from compress.pruning.costs import DecoderShape, kv_bytes, prefill_flops
+from compress.pruning.engine import prune_visual_tokens
+from compress.pruning.strategy import PruneStrategy
+
+FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
+THREE = PruneStrategy(stages=(0, 1, 3), ratios=(0.6, 0.7, 0.5), threshold=1.1)
+HALF = PruneStrategy(ratios=(0.5,), threshold=1.1)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def same(model, inputs, before):
+    """Whether a plain run gives the very bits of an earlier one."""
+    return all(map(torch.equal, generate(model, inputs, steps=2)[1], before))
+
+
+@torch.no_grad()
+def by_hand(model, inputs, tokens, masked=True):
+    """Logits of a prefill and of `tokens` [B, steps] one by one, without position ids."""
+    output = model(**inputs, use_cache=True)
+    found, mask = [output.logits[:, -1]], inputs["attention_mask"]
+    for step in range(tokens.shape[1]):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        given = {"attention_mask": mask} if masked else {}
+        output = model(
+            input_ids=tokens[:, step : step + 1], past_key_values=output.past_key_values, **given
+        )
+        found.append(output.logits[:, -1])
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_by_hand_without_positions_equal_the_masked_full_run(family):
+    model = tiny_model(family)
+    qwen = family.startswith("qwen")  # takes positions from a mask only if that is not too long
+    inputs, tokens = tiny_inputs(model, SINGLE if qwen else BATCH), torch.tensor([[5, 6, 7]])
+    tokens = tokens.expand(len(inputs["input_ids"]), -1)
+    with prune_visual_tokens(model, THREE) as pruning:
+        logits = by_hand(model, inputs, tokens, masked=not qwen)
+    kept = [pruning.last.kept(layer) for layer in range(LAYERS)]
+    with masked_run(model, kept):
+        full = by_hand(model, inputs, tokens, masked=not qwen)
+    for a, b in zip(logits, full, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("strategy", [HALF, THREE], ids=["half", "three"])
+@torch.no_grad()
+def test_several_tokens_at_once_after_the_prompt(strategy):
+    model = tiny_model("llava")
+    inputs, tokens = tiny_inputs(model, BATCH), torch.tensor([[5, 6, 7]]).expand(3, -1)
+
+    def chunk():
+        cache = model(**inputs, use_cache=True).past_key_values
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], dim=1)
+        return model(input_ids=tokens, past_key_values=cache, attention_mask=mask).logits
+
+    with prune_visual_tokens(model, strategy) as pruning:
+        logits = chunk()
+    with masked_run(model, [pruning.last.kept(layer) for layer in range(LAYERS)]):
+        close(logits, chunk())
+
+
+@pytest.mark.parametrize("strategy", [HALF, THREE], ids=["half", "three"])
+def test_generation_without_a_cache_gives_the_same_logits(strategy):
+    model = tiny_model("llava")
+    inputs = tiny_inputs(model, BATCH)
+    with prune_visual_tokens(model, strategy):
+        cached = generate(model, inputs, steps=3)[1]
+        for a, b in zip(generate(model, inputs | {"use_cache": False}, 3)[1], cached, strict=True):
+            close(a, b)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_renumbered_run_equals_a_plain_run_of_the_shorter_prompt(family):
+    """Without the pruned placeholders and features, transformers itself numbers what is left."""
+    model = tiny_model(family)
+    inputs = tiny_inputs(model)
+    strategy = HALF.model_copy(update={"positions": "renumbered"})
+    with prune_visual_tokens(model, strategy) as pruning:
+        logits = generate(model, inputs, steps=4)[1]
+    encoding = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    encoding.pop("mm_token_type_ids", None)
+    with torch.no_grad():
+        features = model.model.get_image_features(**encoding, return_dict=True)
+    features.pooler_output = [features.pooler_output[0][pruning.last.images[0].alive]]
+    ids = inputs["input_ids"][pruning.last.kept(0)][None]
+    shorter = {"input_ids": ids, "mm_encoder_outputs": {"image": features}}
+    if family.startswith("qwen"):
+        shorter["position_ids"] = torch.arange(ids.shape[1]).expand(4, 1, -1)
+    expected = generate(model, shorter | {"attention_mask": torch.ones_like(ids)}, steps=4)[1]
+    for a, b in zip(logits, expected, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_padded_right_gives_the_logits_of_its_rows(family):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, BATCH, side="right")
+    with torch.no_grad(), prune_visual_tokens(model, THREE) as pruning:
+        logits = model(**inputs).logits
+    kept = [pruning.last.kept(layer) for layer in range(LAYERS)]
+    with torch.no_grad(), masked_run(model, kept):
+        full = model(**inputs).logits
+    last = kept[-1].sum(1) - 1  # slots are filled from the left
+    last_full = inputs["attention_mask"].sum(1) - 1
+    rows = torch.arange(len(last))
+    close(logits[rows, last], full[rows, last_full])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_a_batch_keep_what_they_keep_alone(family):
+    model = tiny_model(family)
+    with torch.no_grad(), prune_visual_tokens(model, THREE) as pruning:
+        model(**tiny_inputs(model, BATCH))
+        together = pruning.last.images
+        model(**tiny_inputs(model, BATCH[:1]))
+        alone = pruning.last.images
+    assert len(together) == 3 and len(alone) == 1
+    if family == "llava":  # elsewhere the random pixels depend on the batch
+        assert torch.equal(together[0].alive, alone[0].alive)
+    for image in together:
+        assert [count for _, count in image.kept] == [
+            THREE.count(len(image.tokens), stage) for stage in range(3)
+        ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["vflowopt", "fastv", "pooling"])
+def test_keeping_everything_is_bit_identical(family, method):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, BATCH)
+    before = generate(model, inputs, steps=2)[1]
+    with prune_visual_tokens(model, PruneStrategy.for_budget(method, 1.0, LAYERS)) as pruning:
+        assert same(model, inputs, before)
+    assert pruning.stats.average_kept == 1.0
+    assert pruning.stats.kv_bytes == pruning.stats.prompts[0].kv_bytes_unpruned()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_only_prompts_run_unpruned_and_are_counted(family):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, [[7], [4]])
+    before = generate(model, inputs, steps=2)[1]
+    with prune_visual_tokens(model, THREE) as pruning:
+        generate(model, tiny_inputs(model), steps=1)
+        assert same(model, inputs, before)
+    assert pruning.stats.text_only == 1 and len(pruning.stats.images) == 1
+
+
+def attached(model):
+    return [(*m._forward_pre_hooks.values(), *m._forward_hooks.values()) for m in model.modules()]
+
+
+def test_leaving_the_context_leaves_nothing_behind():
+    model = tiny_model("llava")
+    inputs = tiny_inputs(model)
+    before = generate(model, inputs, steps=2)[1]
+    hooks = attached(model)  # transformers has some of its own
+    for broken in (False, True):
+        try:
+            with prune_visual_tokens(model, THREE):
+                assert not same(model, inputs, before)
+                if broken:
+                    raise KeyError
+        except KeyError:
+            pass
+        assert same(model, inputs, before)
+        assert attached(model) == hooks
+        assert "generate" not in vars(model) and "get_image_features" not in vars(model.model)
+
+
+def test_two_models_in_two_threads_do_not_disturb_each_other():
+    jobs = [("llava", THREE), ("qwen2_5_vl", HALF), ("llava", HALF)]
+    models = [tiny_model(family) for family, _ in jobs]
+    inputs = [tiny_inputs(model, BATCH) for model in models]
+
+    def run(i):
+        with prune_visual_tokens(models[i], jobs[i][1]):
+            return [generate(models[i], inputs[i], steps=3)[1] for _ in range(3)]
+
+    alone = [run(i) for i in range(len(jobs))]
+    together = [None] * len(jobs)
+
+    def store(i):
+        together[i] = run(i)
+
+    threads = [threading.Thread(target=store, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_generations_on_one_model_may_take_turns():
+    model = tiny_model("llava")
+    prompts = [tiny_inputs(model, SINGLE), tiny_inputs(model, [[9, (24, 24), 2]])]
+    token = torch.tensor([[5]])
+    with prune_visual_tokens(model, THREE):
+        alone = [by_hand(model, p, token, masked=False)[1] for p in prompts]
+        caches = [model(**p, use_cache=True).past_key_values for p in prompts]
+        turns = [model(input_ids=token, past_key_values=c).logits[:, -1] for c in caches]
+    for a, b in zip(alone, turns, strict=True):
+        close(a, b)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_reset_starts_afresh():
+    model = tiny_model("llava")
+    text, token = tiny_inputs(model, [[7]]), torch.tensor([[5]])
+    plain = model(**text, use_cache=True).past_key_values
+    expected = model(input_ids=token, past_key_values=plain).logits
+    with prune_visual_tokens(model, HALF):
+        cache = model(**tiny_inputs(model), use_cache=True).past_key_values
+        cache.reset()
+        model(**text, past_key_values=cache)
+        assert torch.equal(model(input_ids=token, past_key_values=cache).logits, expected)
+
+
+def test_several_answers_to_one_prompt_are_those_of_one():
+    model = tiny_model("llava")
+    inputs = tiny_inputs(model, BATCH[:2])
+    inputs["pixel_values"] = inputs["pixel_values"][:3]
+    with prune_visual_tokens(model, THREE):
+        single = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        torch.manual_seed(0)
+        double = model.generate(
+            **inputs, max_new_tokens=4, do_sample=True, top_k=1, num_return_sequences=2
+        )
+    assert torch.equal(double, single.repeat_interleave(2, dim=0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [SINGLE, BATCH], ids=["single", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_kv_bytes_are_those_of_the_cache(family, rows, dtype):
+    model = tiny_model(family).to(dtype)
+    inputs = tiny_inputs(model, rows)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with prune_visual_tokens(model, THREE) as pruning:
+        cache = model(**inputs, use_cache=True).past_key_values
+    measured = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    assert pruning.stats.kv_bytes == measured
+    full = model(**inputs, use_cache=True).past_key_values
+    measured = sum(x.nbytes for layer in full.layers for x in (layer.keys, layer.values))
+    assert pruning.stats.prompts[0].kv_bytes_unpruned() == measured
+
+
+@torch.no_grad()
+def test_stats_add_up():
+    model = tiny_model("llava")
+    k = torch.zeros(32, 32)
+    model.model.vision_tower.encoder.layers[1].self_attn.k_proj.weight.copy_(k)  # nobody stands out
+    with prune_visual_tokens(model, THREE) as pruning:
+        model(**tiny_inputs(model, BATCH))
+        model(**tiny_inputs(model))
+    totals = pruning.stats.as_dict()
+    assert totals["prompts"] == 4 and totals["images"] == 4
+    assert totals["visual_tokens"] == 4 * PATCHES
+    assert totals["crops_without_voters"] == 4
+    counts = [22, 15, 15, 8]  # 36 x 0.6, x 0.7, and x 0.5 in the last layer
+    assert pruning.stats.images[0].kept == tuple(counts)
+    assert totals["average_kept"] == pytest.approx(sum(counts) / 4 / PATCHES)
+    assert totals["average_kept"] == pytest.approx(THREE.average_kept(LAYERS), abs=0.5 / PATCHES)
+    assert totals["prefill_flops"] < totals["prefill_flops_unpruned"]
+
+
+def test_the_papers_accounting_gives_the_papers_figures():
+    """Table 5: 71.4 TFLOPs and 1786.4 MB, which is a prompt of 4,450 tokens."""
+    shape = DecoderShape(28, 3584, 3584, 512, 18944, 2)
+    assert prefill_flops(shape, [4450] * 28, "paper") / 1e12 == pytest.approx(71.4, abs=0.2)
+    assert kv_bytes(shape, [4450] * 28, "paper") / 1e6 == pytest.approx(1786.4, abs=0.2)
+    # Qwen2-7B has 4 key-value heads of 28.
+    assert kv_bytes(shape, [1] * 28) == 57_344
+
+
+REFUSED = {
+    "beam search": ({"num_beams": 2}, "num_beams=2"),
+    "static cache": ({"cache_implementation": "static"}, "cache_implementation=static"),
+    "prompt lookup": ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2"),
+    "chunks": ({"prefill_chunk_size": 8}, "prefill_chunk_size=8"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_generation_that_pruned_caches_cannot_follow_is_refused(case):
+    settings, message = REFUSED[case]
+    model = tiny_model("llava")
+    with (
+        prune_visual_tokens(model, HALF),
+        pytest.raises(UsageError, match=message),
+    ):
+        model.generate(**tiny_inputs(model), max_new_tokens=2, **settings)
+
+
+@torch.no_grad()
+def test_forwards_that_cannot_be_pruned_are_refused():
+    from transformers import StaticCache
+
+    model = tiny_model("llava")
+    inputs = tiny_inputs(model)
+    static = StaticCache(config=model.config.text_config, max_cache_len=64)
+    full = model(**inputs, use_cache=True).past_key_values
+    token = torch.tensor([[5]])
+    features = model.get_image_features(inputs["pixel_values"], return_dict=True)
+    with prune_visual_tokens(model, HALF):
+        with pytest.raises(UsageError, match="StaticCache of fixed length"):
+            model(**inputs, past_key_values=static)
+        with pytest.raises(UsageError, match="cache was not filled in this context"):
+            model(input_ids=token, past_key_values=full)
+        with pytest.raises(UsageError, match="expected input_ids"):
+            model(inputs_embeds=torch.zeros(1, 3, 32))
+        with pytest.raises(UsageError, match="2-D attention_mask"):
+            model(**inputs | {"attention_mask": torch.ones(1, 1, 44, 44)})
+        with pytest.raises(UsageError, match="fewer logits than labels"):
+            model(**inputs, labels=inputs["input_ids"])
+        cache = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(UsageError, match="images after the first forward"):
+            model(**inputs, past_key_values=cache)
+        with pytest.raises(UsageError, match="already pruned"), prune_visual_tokens(model, HALF):
+            pass
+        model(**inputs)
+        with pytest.raises(CompressError, match="give 0 visual tokens, the prompt has 36"):
+            model(input_ids=inputs["input_ids"])  # not the images of the prompt before
+        with pytest.raises(UsageError, match="image features from elsewhere"):
+            model(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": features})
+        model(**inputs)  # and goes on
+
+
+@torch.no_grad()
+def test_budgets_that_leave_nothing_are_refused():
+    model = tiny_model("llava")
+    cases = [
+        (PruneStrategy(ratios=(0.01,)), "36 visual tokens, which is none: raise the ratios"),
+        (PruneStrategy(ratios=(0.1,), cell=2), "at least 9 of 36 visual tokens, the budget is 4"),
+    ]
+    for strategy, message in cases:
+        with prune_visual_tokens(model, strategy), pytest.raises(UsageError, match=message):
+            model(**tiny_inputs(model))
+    model = tiny_model("llava_next")
+    tight = PruneStrategy(ratios=(0.02,))
+    with prune_visual_tokens(model, tight), pytest.raises(UsageError, match="are protected, and"):
+        model(**tiny_inputs(model))
+
+
+def test_models_that_cannot_be_pruned_are_refused():
+    import transformers as hf
+
+    with pytest.raises(UsageError, match="'gpt2' models cannot be pruned: expected one of llava, "):
+        prune_visual_tokens(hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=8, n_head=1)), HALF)
+    model = tiny_model("llava")
+    with pytest.raises(UsageError, match="needs a deeper model: it has 4 layers"):
+        prune_visual_tokens(model, PruneStrategy(stages=(4,), ratios=(0.5,)))
+    with pytest.raises(UsageError, match="vit_layer 3: the vision tower has 3 layers"):
+        prune_visual_tokens(model, PruneStrategy(vit_layer=3))
+    with pytest.raises(UsageError, match="AutoModelForImageTextToText"):
+        prune_visual_tokens(model.model, HALF)
+    model.config.vision_feature_select_strategy = "full"
+    with pytest.raises(UsageError, match="'full' does not fit a clip_vision_model"):
+        prune_visual_tokens(model, HALF)
+    windows = tiny_model(
+        "llava_onevision", use_sliding_window=True, sliding_window=8, max_window_layers=1
+    )
+    with pytest.raises(UsageError, match="sliding-window layers"):
+        prune_visual_tokens(windows, HALF)
+
+
+def test_the_package_offers_it():
+    assert compress.prune_visual_tokens is prune_visual_tokens
+    assert compress.PruneStrategy is PruneStrategy

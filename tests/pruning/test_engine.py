@@ -1,0 +1,74 @@
+"""The oracle: a pruned run equals the full run whose pruned keys are masked, step by step."""
+
+import pytest
+import torch
+from tiny_models import BATCH, LAYERS, SINGLE, generate, masked_run, tiny_inputs, tiny_model
+
+from compress.pruning.engine import prune_visual_tokens
+from compress.pruning.strategy import PruneStrategy
+
+FAMILIES = ("llava", "llava_siglip", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
+STAGES = {
+    "before": PruneStrategy(ratios=(0.4,), threshold=1.1),
+    "inside": PruneStrategy(stages=(2,), ratios=(0.3,), threshold=1.1),
+    "three": PruneStrategy(stages=(0, 1, 3), ratios=(0.6, 0.7, 0.4), threshold=1.1, alpha=0.1),
+    "recycled": PruneStrategy(stages=(0, 2), ratios=(0.5, 0.5), threshold=1.1, cell=2.5),
+}
+MERGING = ("pooling", "visionzip")
+BASELINES = {
+    "fastv": PruneStrategy(method="fastv", stages=(2,), ratios=(0.3,)),
+    "pyramiddrop": PruneStrategy(method="pyramiddrop", stages=(1, 3), ratios=(0.5, 0.5)),
+} | {
+    name: PruneStrategy(method=name, ratios=(0.3,))
+    for name in ("random", "uniform", "pooling", "visionzip", "divprune")
+}
+
+
+def merged_values(prompt, embeds):
+    """Embeddings that the pruned run put in place of others: {(row, position): [D]}."""
+    found = {}
+    index = prompt.view(0).index
+    for image in prompt.images:
+        for token in [] if image.merged is None else image.merged.tolist():
+            position = int(image.positions[token])
+            slot = int((index[image.row] == position).nonzero()[-1])
+            found[image.row, position] = embeds[image.row, slot]
+    return found
+
+
+def check(family, strategy, rows, attention):
+    model = tiny_model(family, attention)
+    inputs = tiny_inputs(model, rows)
+    embeds = []
+    with prune_visual_tokens(model, strategy) as pruning:
+        layer = model.model.language_model.layers[0]
+        handle = layer.register_forward_pre_hook(lambda module, args: embeds.append(args[0]))
+        tokens, logits = generate(model, inputs)
+        handle.remove()
+    prompt = pruning.last
+    for image in prompt.images:
+        assert image.kept_at(LAYERS - 1) < len(image.tokens)
+    values = merged_values(prompt, embeds[0])
+    assert bool(values) == (strategy.cell is not None or strategy.method in MERGING)
+    with masked_run(model, [prompt.kept(layer) for layer in range(LAYERS)], values):
+        full_tokens, full_logits = generate(model, inputs)
+    assert len(logits) == 9
+    for a, b in zip(logits, full_logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert torch.equal(tokens, full_tokens)
+    unpruned = generate(model, inputs, steps=0)[1]
+    assert (unpruned[0] - logits[0])[0].abs().max() > 1e-3  # the pruned tokens did matter
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [SINGLE, BATCH], ids=["single", "batch"])
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_run_equals_the_full_run_with_masked_keys(family, name, rows, attention):
+    check(family, STAGES[name], rows, attention)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+def test_baselines_do_so_too(family, name):
+    check(family, BASELINES[name], BATCH, "sdpa")

@@ -1,0 +1,94 @@
+"""The strategy: the budget's arithmetic, the published settings, JSON, and what is refused."""
+
+import json
+
+import pytest
+
+from compress.errors import RecipeError, UsageError
+from compress.pruning.strategy import METHODS, PruneStrategy, average_kept
+
+# LLaVA-OneVision-7B, 28 layers: (kept, R1, R2, R3) as published with arXiv 2508.05211.
+PUBLISHED = [
+    (0.5008, 0.72332, 0.74875, 0.487),
+    (0.2507, 0.26510, 0.98334, 0.87733),
+    (0.1000, 0.11662, 1.0, 0.6011),
+]
+
+
+@pytest.mark.parametrize(("kept", "r1", "r2", "r3"), PUBLISHED)
+def test_published_settings_have_the_published_average(kept, r1, r2, r3):
+    strategy = PruneStrategy(stages=(0, 9, 18), ratios=(r1, r2, r3))
+    assert strategy.average_kept(28) == pytest.approx(kept, abs=5e-5)
+    assert strategy.with_average(kept, 28).ratios[2] == pytest.approx(r3, abs=2e-3)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.95, 0.7, 0.5])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layers", [8, 28, 32])
+def test_budgets_are_met_on_average(method, keep, layers):
+    strategy = PruneStrategy.for_budget(method, keep, layers)
+    kept_per_layer, share = [], 1.0
+    for layer in range(layers):
+        if layer in strategy.stages:
+            share *= strategy.ratios[strategy.stages.index(layer)]
+        kept_per_layer.append(share)
+    assert sum(kept_per_layer) / layers == pytest.approx(keep)
+
+
+@pytest.mark.parametrize(("layers", "stages"), [(28, (0, 9, 18)), (32, (0, 10, 20)), (2, (0,))])
+def test_vflowopt_stages_are_the_papers(layers, stages):
+    assert PruneStrategy.for_budget("vflowopt", 0.25, layers).stages == stages
+
+
+def test_budgets_out_of_reach_say_what_is_possible():
+    with pytest.raises(UsageError, match=r"between 0\.25 and 1 .*not 0\.1"):
+        PruneStrategy.for_budget("fastv", 0.1, 8)
+    strategy = PruneStrategy(stages=(0, 4), ratios=(0.4, 0.5))
+    with pytest.raises(UsageError, match=r"between 0\.2 and 0\.4 .*not 0\.5"):
+        strategy.with_average(0.5, 8)
+    with pytest.raises(UsageError, match="needs a deeper model: it has 4 layers"):
+        average_kept((0, 4), (0.5, 0.5), 4)
+
+
+def test_counts_are_shares_of_the_image_rounded_to_nearest():
+    strategy = PruneStrategy(stages=(0, 1), ratios=(0.25, 0.5))
+    assert [strategy.count(100, s) for s in (0, 1)] == [25, 13]
+    with pytest.raises(UsageError, match="3 visual tokens, which is none"):
+        strategy.count(3, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_json_round_trip(tmp_path, method):
+    strategy = PruneStrategy.for_budget(method, 0.6, 12)
+    strategy.save(tmp_path / "s.json")
+    assert PruneStrategy.load(tmp_path / "s.json") == strategy
+    assert set(json.loads((tmp_path / "s.json").read_text())) == set(PruneStrategy.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ratio": [0.5]}, "ratio: unknown key .did you mean 'ratios'"),
+        ({"ratios": [0.5, 0.5]}, r"ratios: expected one ratio per stage \(1\), found 2"),
+        ({"ratios": [0.0]}, r"ratios\[0\]: expected greater than 0, found 0.0"),
+        ({"stages": [3, 3], "ratios": [0.5, 0.5]}, "stages: expected rising layers"),
+        ({"method": "fastv"}, "stages: fastv ranks by a decoder layer's attention"),
+        ({"method": "divprune", "stages": [2]}, "stages: divprune works before the language model"),
+        ({"method": "random", "cell": 3}, "cell: random does not read it"),
+        ({"stages": [2], "cell": 3}, "cell: recycling happens before the language model"),
+        ({"alpha": -1}, "alpha: expected greater than or equal to 0"),
+        ({"method": "vflow"}, "method: expected 'vflowopt'"),
+    ],
+)
+def test_wrong_settings_name_file_and_field(tmp_path, settings, message):
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(RecipeError, match=f"^{path}: {message}"):
+        PruneStrategy.load(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_files_that_are_no_json_object(tmp_path, text):
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(RecipeError, match="JSON"):
+        PruneStrategy.load(tmp_path / "s.json")
