@@ -1,0 +1,157 @@
+"""What GGUF or llama.cpp cannot hold is refused in one line, or stored otherwise on request."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gguf_files import FILE, Read, as_checkpoint, assert_same, change_config, refusal
+from tiny_checkpoints import (
+    byte_tokenizer,
+    dequantised,
+    read_tensors,
+)
+from transformers import AutoConfig
+
+from compress.checkpoint.compressed_tensors import ModuleScheme
+from compress.checkpoint.export import export
+from compress.checkpoint.safetensors_io import save_tensors
+from compress.errors import UsageError
+
+
+@pytest.fixture
+def copy(packed, tmp_path) -> Path:
+    """A folder that a test may change."""
+    return shutil.copytree(packed().folder, tmp_path / "copy")
+
+
+def test_groups_that_no_type_has_are_stored_wider_only_if_allowed(packed, tmp_path):
+    source = packed(bits=3)
+    message = refusal(source.folder, tmp_path / "out")
+    assert "model.layers.0.mlp.down_proj (3 bits in groups of 32)" in message
+    assert "Q4_0 (exact, 4.5 bits a weight; --requantise)" in message
+    result = export(source.folder, "gguf", tmp_path / "out", requantise=True)
+    read = Read(tmp_path / "out" / FILE)
+    assert_same(as_checkpoint(read, AutoConfig.from_pretrained(source.folder)), source.weights)
+    assert "14 of 14 modules are stored in a wider type" in result.notes[0]
+    assert "modelpress.requantised" not in read.fields
+
+
+@pytest.mark.parametrize(
+    ("quantize", "kind", "most"),
+    [
+        ({"bits": 8, "symmetric": False}, "Q8_0", 1e-2),
+        # 112 columns are no blocks of 32
+        ({"overrides": [{"match": "re:.*down_proj", "bits": 8, "group_size": "channel"}]},
+         "F16", 1e-3),
+    ],
+)  # fmt: skip
+def test_what_no_type_holds_is_rounded_anew_only_if_allowed(packed, tmp_path, quantize, kind, most):
+    source = packed("llama", {"intermediate_size": 112} if kind == "F16" else None, **quantize)
+    assert f"{kind} (rounded anew; --requantise)" in refusal(source.folder, tmp_path / "out")
+    result = export(source.folder, "gguf", tmp_path / "out", requantise=True)
+    read = Read(tmp_path / "out" / FILE)
+    found = as_checkpoint(read, AutoConfig.from_pretrained(source.folder))
+    changed = read.fields["modelpress.requantised"]
+    assert f"{len(changed)} of 14 modules were re-quantised" in result.notes[0]
+    errors = []
+    for name, weight in source.weights.items():
+        error = float((found[name] - weight).norm() / weight.norm())
+        if name.removesuffix(".weight") in changed:
+            errors.append(error)
+            assert 0 < error < most
+        else:
+            assert error == 0, name
+    assert result.notes[0].endswith(f"moved by up to {max(errors):.1e}")
+    history = json.loads((tmp_path / "out" / "modelpress.json").read_text())
+    assert history["export"]["notes"] == result.notes
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric", "K", "remedy"),
+    [
+        (3, 64, True, 512, "in groups of a multiple of 256"),
+        (3, None, True, 192, "with 4 or 8 bits, symmetrically"),
+        (4, 32, False, 512, "in groups of a multiple of 256"),
+        (4, 32, False, 192, "symmetrically, in groups of a multiple of 32"),
+        (8, 32, False, 192, "symmetrically, in groups of a multiple of 32"),
+        (7, 32, True, 512, "with 4 or 8 bits, symmetrically"),
+        (4, None, True, 112, "not at all"),
+    ],
+)
+def test_the_remedy_is_one(bits, group_size, symmetric, K, remedy):
+    """What is advised is possible with as many columns, and gives a type of its own."""
+    from compress.checkpoint.gguf import _remedy
+
+    assert _remedy(ModuleScheme(bits, group_size, symmetric), K) == remedy
+
+
+def test_a_dtype_that_gguf_does_not_have(copy, tmp_path):
+    tensors = read_tensors(copy)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
+    save_tensors(copy / "model.safetensors", tensors)
+    assert "model.norm.weight is torch.float64" in refusal(copy, tmp_path / "out")
+
+
+def test_scales_are_rounded_only_if_allowed(copy, tmp_path):
+    tensors = read_tensors(copy)
+    step = 2.0**-12
+    for name in tensors:
+        if name.endswith("weight_scale"):
+            tensors[name] = tensors[name].float() * (1 + step)
+    save_tensors(copy / "model.safetensors", tensors)
+    assert "--round-scales" in refusal(copy, tmp_path / "out")
+    result = export(copy, "gguf", tmp_path / "out", round_scales=True)
+    assert result.rounding.largest == pytest.approx(step, rel=1e-2)
+    module = "model.layers.0.mlp.up_proj"
+    exact = dequantised({n: t for n, t in tensors.items() if n.startswith(module)}, {module: 4})
+    found = Read(tmp_path / "out" / FILE).values["blk.0.ffn_up.weight"]
+    difference = (found - exact[f"{module}.weight"]).abs()
+    assert difference.any()
+    assert (difference <= 1.01 * step * exact[f"{module}.weight"].abs()).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "gemma2"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}}, "dynamic"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0,
+                                 "attention_factor": 1.5}},
+            "attention_factor",
+        ),
+    ],
+)  # fmt: skip
+def test_models_that_llamacpp_would_compute_differently(copy, tmp_path, changes, said):
+    change_config(copy, **changes)
+    assert said in refusal(copy, tmp_path / "out")
+
+
+def test_tensors_that_llamacpp_has_no_place_for(packed, tmp_path):
+    copy = shutil.copytree(packed("qwen2").folder, tmp_path / "copy")
+    bias = {"model.layers.1.mlp.up_proj.bias": torch.zeros(128)}
+    save_tensors(copy / "model.safetensors", read_tensors(copy) | bias)
+    assert "model.layers.1.mlp.up_proj.bias" in refusal(copy, tmp_path / "out")
+
+
+def test_tokenizers_that_are_missing_or_too_large(copy, tmp_path):
+    byte_tokenizer(first=10).save_pretrained(copy)
+    assert "ids up to 267, the embedding 260 rows" in refusal(copy, tmp_path / "out")
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer" in refusal(copy, tmp_path / "out")
+
+
+def test_a_missing_library_names_the_extra(packed, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "pip install 'modelpress[gguf]'" in refusal(packed().folder, tmp_path / "out")
+
+
+def test_formats_without_other_types_refuse_to_requantise(packed, tmp_path):
+    with pytest.raises(UsageError, match="--requantise"):
+        export(packed().folder, "gptq", tmp_path / "out", requantise=True)
+    assert not (tmp_path / "out").exists()
