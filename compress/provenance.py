@@ -7,6 +7,7 @@ made_by(out / "modelpress.json", recipe, model)   # whether that run has made th
 import hashlib
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ def provenance(
         "calibration": calibration,
         "seeds": {"calibration": recipe.calibration.seed, "rotate": recipe.rotate.seed},
         "average_bits": plan.average_bits,
+        "allocation": None if plan.allocation is None else asdict(plan.allocation),
         "bytes": {"original": skeleton.reader.nbytes()} | plan.bytes,
         "layers": result.layers,
         "self_check": result.self_check,
@@ -80,7 +82,8 @@ def provenance(
 def made_by(folder: Path, recipe: "Recipe", model: Path, device: str) -> bool:
     """Whether `folder` holds what the recipe would make of this model with these versions."""
     file = folder / "modelpress.json"
-    if not file.is_file() or (folder / "recipe.yaml").read_text() != recipe.dump():
+    written = folder / "recipe.yaml"
+    if not (file.is_file() and written.is_file()) or written.read_text() != recipe.dump():
         return False
     facts = json.loads(file.read_text())
     same_model = facts["model"]["fingerprint"] == CheckpointReader(model).fingerprint()
