@@ -49,6 +49,7 @@ from compress.options import (
     WidthsOption,
 )
 from compress.progress import RunProgress
+from compress.pruning_commands import search_pruning
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -485,4 +486,5 @@ def _integers(option: str, text: str) -> list[int]:
         ) from None
 
 
+app.command()(search_pruning)
 app.add_typer(bench, name="bench")  # last in the help

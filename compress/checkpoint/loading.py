@@ -3,7 +3,8 @@
 `load` is plain transformers, with two differences. What transformers only warns about (a tensor
 that is missing, a quantisation method it does not know) would leave randomly initialised weights
 in the model, so here it is an error; and every error is one line. Code from a checkpoint is never
-run, and pickles are never read. Quantised weights become dense at the first forward.
+run, and pickles are never read. Quantised weights become dense at the first forward. A multimodal
+model comes with its processor, and prunes visual tokens if a strategy was saved with it.
 
 `inspect` reads headers and JSON only, ours or anybody's: compressed-tensors, GPTQ, or 16 bits.
 
@@ -24,7 +25,7 @@ from compress.checkpoint.safetensors_io import CheckpointReader
 from compress.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -32,18 +33,35 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 
 def load(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """A causal language model in evaluation mode on `device`, and its tokenizer.
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    prune: bool = True,
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase | ProcessorMixin"]:
+    """A model in evaluation mode on `device`, and its tokenizer, if it is multimodal its processor.
 
-    path: a folder, or a model id on the hub. dtype: None keeps the checkpoint's. Raises UsageError
-    if there is no such folder and no such id can be reached, and CheckpointError if what is there
-    is not a whole model that transformers can load.
+    path: a folder, or a model id on the hub. dtype: None keeps the checkpoint's. prune: whether a
+    strategy saved with the checkpoint is applied; `model.visual_token_pruning` is then its context.
+    Raises UsageError if there is no such folder and no such id can be reached, and CheckpointError
+    if what is there is not a whole model that transformers can load.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+    )
+
+    from compress.pruning.families import FAMILIES
+    from compress.pruning.processors import processor_reader
+    from compress.pruning.saved import apply_strategy, saved_strategy
 
     _check_path(path)
     config = guarded(path, AutoConfig.from_pretrained)
+    strategy = saved_strategy(config, path) if prune else None
+    multimodal = config.model_type in FAMILIES
+    kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True}
     if must_dequantize_on_load(getattr(config, "quantization_config", None) or {}):
         from transformers import CompressedTensorsConfig
@@ -52,16 +70,19 @@ def load(
     with warnings.catch_warnings():
         # said whenever a loading attribute is passed beside a quantised config; here on purpose
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        model, report = guarded(
-            path, AutoModelForCausalLM.from_pretrained, output_loading_info=True, **options
-        )
+        model, report = guarded(path, kind.from_pretrained, output_loading_info=True, **options)
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
         raise CheckpointError(
             f"{path} lacks {len(missing)} tensors that the model needs, or has them in a format "
             f"that transformers does not know; the first is {missing[0]}"
         )
-    return model.eval().to(device), guarded(path, AutoTokenizer.from_pretrained)
+    read = processor_reader(config) if multimodal else AutoTokenizer.from_pretrained
+    processor = guarded(path, read)
+    model = model.eval().to(device)
+    if strategy is not None:
+        apply_strategy(model, strategy, processor)
+    return model, processor
 
 
 def _check_path(path: str | Path) -> None:

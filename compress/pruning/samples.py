@@ -1,0 +1,85 @@
+"""Prompts with images from a file of JSON lines, as a model's forward takes them.
+
+    {"image": "photos/1.png", "prompt": "What is in the picture?"}
+
+`image` may be a list; paths are relative to the file. A processor with a chat template puts the
+prompt into a user's turn, images first. Without one the prompt is taken as it is, with the image
+token in front of it for each image if it holds none.
+
+    samples = read_samples("samples.jsonl", processor, count=30, seed=0)
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from compress.errors import UsageError
+from compress.pruning.vision import Inputs
+
+
+def read_samples(path: str | Path, processor: Any, count: int, seed: int = 0) -> list[Inputs]:
+    """At most `count` prompts, a random choice if the file has more, in the order of the file.
+
+    Raises:
+        UsageError: a file that cannot be read, or a line without image or prompt; it is named.
+    """
+    path = Path(path)
+    rows = _rows(path)
+    if len(rows) > count:
+        chosen = random.Random(seed).sample(range(len(rows)), count)  # noqa: S311
+        rows = [rows[i] for i in sorted(chosen)]
+    return [_inputs(f"{path}:{number}", path.parent, row, processor) for number, row in rows]
+
+
+def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The file's objects with the numbers of their lines; empty lines are left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as JSON lines: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path}:{number}: not a line of JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise UsageError(f'{path}:{number}: expected {{"image": path, "prompt": text}}')
+        rows.append((number, row))
+    if not rows:
+        raise UsageError(f"{path}: expected prompts, found an empty file")
+    return rows
+
+
+def _inputs(place: str, folder: Path, row: dict[str, Any], processor: Any) -> Inputs:
+    from PIL import Image, UnidentifiedImageError
+
+    image = row.get("image")
+    names = [image] if isinstance(image, str) else image
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise UsageError(f"{place}: expected an image's path, or a list of them, found {image!r}")
+    images = []
+    for name in names:
+        try:
+            with Image.open(folder / name) as file:
+                images.append(file.convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise UsageError(f"{place}: image {name} cannot be opened: {error}") from error
+    text = _prompt(processor, row["prompt"], len(images))
+    try:
+        return dict(processor(text=[text], images=images, return_tensors="pt"))
+    except ValueError as error:  # image tokens and images that differ in number
+        raise UsageError(f"{place}: {' '.join(str(error).split())}") from error
+
+
+def _prompt(processor: Any, prompt: str, images: int) -> str:
+    """The text that the model reads, with a placeholder for each image."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+        turns = [{"role": "user", "content": content}]
+        return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    token = processor.image_token
+    return prompt if token in prompt else f"{token} " * images + prompt

@@ -1,0 +1,367 @@
+"""Finds a pruning strategy for one model: the numbers that change its last state least.
+
+For prompts x, h(x) the last token's state after the last layer (and final norm), and a strategy s,
+
+    maximise  mean_x cos( h(x), h_s(x) )
+
+over the shares of the stages, the voters' threshold t, the entropy's weight alpha and the recycling
+cell a, at one budget, which every trial keeps exactly (`compress.pruning.feasible`). h(x) is
+computed once. No labels are needed. arXiv 2508.05211, section 3.3, algorithm 1: 30 prompts, 50
+trials.
+
+Each trial is proposed by a sampler of its own, seeded by the trial's number, from the trials before
+it: a search that was interrupted goes on as if it had not been.
+
+    found = search_strategy(model, samples, keep=0.25, path="trials.jsonl")
+    found.strategy.save("strategy.json")
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import CompressError, UsageError, did_you_mean
+from compress.pruning.engine import prune_visual_tokens
+from compress.pruning.feasible import FeasibleSet, ratios_of
+from compress.pruning.strategy import PruneStrategy
+from compress.pruning.trials import SearchObserver, Trial, TrialFile
+from compress.pruning.vision import Inputs, VisualTokens
+
+SAMPLERS = ("tpe", "gp")
+VARIABLES = ("ratios", "threshold", "alpha", "cell")
+# Multiples of the mean attention: at 0.25 nearly every patch votes, at 50 a few of 729; the
+# published strategies have 29 to 39 there, and smaller towers need less, hence a log scale.
+THRESHOLDS = (0.25, 50.0)
+# Votes and softmax of the entropies both sum to 1 over a crop, so 1 weighs them the same.
+ALPHAS = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search has found.
+
+    Attributes:
+        strategy: the best one.
+        score: its mean cosine.
+        keep: the budget that all trials keep.
+        trials: all of them, in order.
+        conditions: what the score depends on: prompts, visual tokens, sampler, seed, layers.
+    """
+
+    strategy: PruneStrategy
+    score: float
+    keep: float
+    trials: list[Trial] = field(repr=False)
+    conditions: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"strategy": self.strategy.model_dump(mode="json")}
+
+
+def search_strategy(
+    model: Any,
+    samples: Sequence[Mapping[str, Any]],
+    keep: float,
+    *,
+    start: PruneStrategy | None = None,
+    variables: Sequence[str] | None = None,
+    trials: int = 50,
+    sampler: str = "tpe",
+    seed: int = 0,
+    path: str | Path | None = None,
+    processor: Any = None,
+    observer: SearchObserver | None = None,
+) -> SearchResult:
+    """Searches the strategy that keeps the share `keep` and changes the last state least.
+
+    Args:
+        model: as for `prune_visual_tokens`.
+        samples: keyword arguments of a forward each, a prompt with images; a batch counts as its
+            rows and must be padded on the left.
+        keep: share of the visual tokens that stay, averaged over layers.
+        start: what is not searched, stages above all; None: `PruneStrategy.for_budget`'s.
+        variables: which of VARIABLES are searched; None: all that the method reads.
+        trials: how many in all, those of an earlier search in `path` included.
+        sampler: `tpe` or `gp` of optuna.
+        seed: of the sampler.
+        path: a file of JSON lines for the trials, which the search goes on from; None: none.
+        processor: as for `prune_visual_tokens`.
+        observer: is told of each sample and trial.
+
+    Raises:
+        UsageError: nothing to search, a budget that cannot be met, a file of another search.
+        CompressError: a state is not finite.
+    """
+    check_search(keep, trials, sampler)
+    observer = observer or SearchObserver()
+    objective = Objective(model, samples, processor, observer)
+    space = SearchSpace(objective, keep, start, variables)
+    settings = {
+        "keep": keep,
+        "start": space.start.model_dump(mode="json"),
+        "variables": list(space.variables),
+        "sampler": sampler,
+        "seed": seed,
+    }
+    file = TrialFile.open(path, settings, objective.fingerprint())
+    done = file.trials[:trials]
+    if done:
+        observer.resumed(len(done))
+    while len(done) < trials:
+        parameters = _propose(space, done, sampler, seed)
+        strategy = space.strategy(parameters)
+        score = objective(strategy)
+        trial = Trial(len(done), parameters, strategy.model_dump(mode="json"), score)
+        file.append(trial)
+        done.append(trial)
+        observer.trial(trial, _best(done), trials)
+    best = _best(done)
+    return SearchResult(
+        strategy=PruneStrategy.from_dict(best.strategy, f"trial {best.trial}"),
+        score=best.score,
+        keep=keep,
+        trials=done,
+        conditions={
+            "model": type(model).__name__,
+            "layers": objective.layers,
+            "prompts": len(objective.states),
+            "images": len(objective.images),
+            "visual_tokens": sum(map(len, objective.images)),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "variables": list(space.variables),
+            "sampler": sampler,
+            "seed": seed,
+        },
+    )
+
+
+def check_search(keep: float, trials: int, sampler: str) -> None:
+    """UsageError for what `search_strategy` refuses, before a model is loaded for it."""
+    if not 0 < keep < 1:
+        raise UsageError(f"expected a budget between 0 and 1 to search at, found keep {keep}")
+    if trials < 1:
+        raise UsageError(f"expected at least one trial, found {trials}")
+    if sampler not in SAMPLERS:
+        raise UsageError(
+            f"unknown sampler {sampler!r}{did_you_mean(sampler, SAMPLERS)}: expected one of "
+            f"{', '.join(SAMPLERS)}"
+        )
+    _optuna()
+
+
+class Objective:
+    """Mean cosine between pruned and unpruned last states; the unpruned run happens here, once.
+
+    Attributes:
+        states: [prompts, D] fp64, unpruned.
+        images: where the visual tokens of all images lie.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        samples: Sequence[Mapping[str, Any]],
+        processor: Any = None,
+        observer: SearchObserver | None = None,
+    ):
+        if not samples:
+            raise UsageError("expected samples to search with, found none")
+        self.model, self.processor = model, processor
+        self.samples = [_on(model.device, sample) for sample in samples]
+        self.images: list[VisualTokens] = []
+        states = []
+        # A strategy that keeps all and reads nothing: the run is the plain one, to the bit.
+        everything = PruneStrategy(method="uniform", ratios=(1.0,))
+        with prune_visual_tokens(model, everything) as context:
+            self.layers = len(context.layers)
+            for number, sample in enumerate(self.samples):
+                states.append(self._last_state(sample, number))
+                rows = {image.row for image in context.last.images}
+                if len(rows) < len(states[-1]):
+                    raise UsageError(f"sample {number} has a prompt without an image: leave it out")
+                self.images += [image.tokens for image in context.last.images]
+                if observer:
+                    observer.sample(number + 1, len(self.samples))
+        self.states = torch.cat(states)
+
+    def __call__(self, strategy: PruneStrategy) -> float:
+        with prune_visual_tokens(self.model, strategy, self.processor):
+            states = [self._last_state(s, number) for number, s in enumerate(self.samples)]
+        return float(torch.cosine_similarity(torch.cat(states), self.states, dim=-1).mean())
+
+    def fingerprint(self) -> list[float]:
+        """One number a prompt, about 1 in size, that another model or prompt does not share."""
+        width = self.states.shape[1]
+        direction = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(self.states)
+        cosine = torch.cosine_similarity(self.states, direction[None], dim=-1)
+        return (cosine * math.sqrt(width)).tolist()
+
+    @torch.no_grad()
+    def _last_state(self, sample: Inputs, number: int) -> Tensor:
+        """[B, D] fp64 of one sample, after the final norm; no logits are computed."""
+        mask = sample.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise UsageError(f"sample {number} is padded on the right: pad it on the left")
+        state = self.model.model(**sample, use_cache=False).last_hidden_state[:, -1].double()
+        if not bool(state.isfinite().all()):
+            raise CompressError(
+                f"sample {number}: the last state is not finite in {self.model.dtype}: load the "
+                "model in a wider type"
+            )
+        return state
+
+
+class SearchSpace:
+    """What is searched: parameters of the sampler become a strategy that keeps the budget.
+
+    Parameters are `share_s`, where the share after stage s lies between the least and the most that
+    the budget allows, `cell` likewise, both in [0, 1], and `threshold` and `alpha` as they are.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        keep: float,
+        start: PruneStrategy | None,
+        variables: Sequence[str] | None,
+    ):
+        layers = objective.layers
+        self.start = start or PruneStrategy.for_budget("vflowopt", keep, layers)
+        self.start.average_kept(layers)  # refuses a stage beyond the last layer
+        self.variables = _variables(self.start, variables)
+        self.feasible = FeasibleSet(
+            keep=keep,
+            stages=self.start.stages,
+            layers=layers,
+            images=objective.images,
+            protect_newlines=self.start.protect_newlines,
+            cell=self.start.cell,
+            recycle="cell" in self.variables,
+        )
+        self.shares: list[float] | None = None  # if they are not searched
+        if "ratios" not in self.variables:
+            kept = self.start.average_kept(layers)
+            if not math.isclose(kept, keep, rel_tol=1e-6):
+                raise UsageError(
+                    f"the given ratios keep {kept:.4g} on average, not {keep:.4g}: search "
+                    "`ratios` too, or give others"
+                )
+            ratios = self.start.ratios
+            self.shares = [math.prod(ratios[: i + 1]) for i in range(len(ratios))]
+            self.feasible.check(self.shares)
+
+    def distributions(self) -> dict[str, Any]:
+        """optuna's, by parameter; the order is fixed."""
+        from optuna.distributions import FloatDistribution
+
+        found: dict[str, Any] = {}
+        if "ratios" in self.variables:
+            for stage in range(self.feasible.dimensions):
+                found[f"share_{stage}"] = FloatDistribution(0, 1)
+        if "threshold" in self.variables:
+            found["threshold"] = FloatDistribution(*THRESHOLDS, log=True)
+        if "alpha" in self.variables:
+            found["alpha"] = FloatDistribution(*ALPHAS)
+        if "cell" in self.variables:
+            found["cell"] = FloatDistribution(0, 1)
+        return found
+
+    def strategy(self, parameters: Mapping[str, float]) -> PruneStrategy:
+        """The strategy at a point of the space; it keeps the budget, and fits every sample."""
+        settings: dict[str, Any] = {}
+        shares = self.shares
+        if shares is None:
+            positions = [parameters[f"share_{s}"] for s in range(self.feasible.dimensions)]
+            shares = self.feasible.shares(positions)
+            settings["ratios"] = ratios_of(shares)
+        if "cell" in self.variables:
+            settings["cell"] = self.feasible.cell(parameters["cell"], shares[0])
+        settings |= {
+            name: parameters[name] for name in ("threshold", "alpha") if name in parameters
+        }
+        return PruneStrategy(**self.start.model_dump() | settings)
+
+
+def _variables(start: PruneStrategy, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Those of VARIABLES that are searched, in their order."""
+    possible = [
+        name
+        for name, there in {
+            "ratios": len(start.stages) > 1,
+            "threshold": start.method == "vflowopt",
+            "alpha": start.method == "vflowopt",
+            "cell": start.method == "vflowopt" and start.stages[0] == 0,
+        }.items()
+        if there
+    ]
+    stages = f"{start.method} with stages {list(start.stages)}"
+    for name in wanted or ():
+        if name not in possible:
+            near = did_you_mean(name, VARIABLES)
+            raise UsageError(
+                f"{name!r} cannot be searched for {stages}{near}: expected one of "
+                f"{', '.join(possible) or 'none'}"
+            )
+    chosen = tuple(name for name in possible if wanted is None or name in wanted)
+    if not chosen:
+        raise UsageError(f"nothing to search for {stages}: give more stages, or another method")
+    return chosen
+
+
+def _propose(
+    space: SearchSpace, done: Sequence[Trial], sampler: str, seed: int
+) -> dict[str, float]:
+    """The next parameters: they depend on the trials so far, the seed and the trial's number."""
+    import numpy as np
+
+    optuna = _optuna()
+    # A seed each: a sampler that has drawn before cannot be had again when a search is resumed.
+    number = int(np.random.SeedSequence([seed, len(done)]).generate_state(1)[0])
+    kind = {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}[sampler]
+    distributions = space.distributions()
+    with _quiet(optuna):
+        study = optuna.create_study(direction="maximize", sampler=kind(seed=number))
+    for trial in done:
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=trial.parameters, distributions=distributions, value=trial.score
+            )
+        )
+    return study.ask(distributions).params
+
+
+def _best(trials: Sequence[Trial]) -> Trial:
+    return max(trials, key=lambda trial: (trial.score, -trial.trial))
+
+
+def _on(device: torch.device, sample: Mapping[str, Any]) -> Inputs:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in sample.items()}
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise UsageError(
+            "the search needs optuna, which is not installed: pip install 'modelpress[vision]'"
+        ) from None
+    return optuna
+
+
+@contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Without the line that optuna logs for each new study."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)

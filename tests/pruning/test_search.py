@@ -1,0 +1,400 @@
+"""The search: its objective against a plain run, what it promises of every trial, going on."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_folders import tiny_folder, write_samples
+from tiny_models import BATCH, LAYERS, SINGLE, masked_run, tiny_inputs, tiny_model
+
+from compress.cli import main
+from compress.errors import CheckpointError, CompressError, UsageError
+from compress.pruning.engine import prune_visual_tokens
+from compress.pruning.samples import read_samples
+from compress.pruning.search import Objective, SearchSpace, search_strategy
+from compress.pruning.strategy import PruneStrategy
+from compress.pruning.trials import SearchObserver
+
+pytest.importorskip("optuna")
+STAGES = (0, 1, 3)
+START = PruneStrategy(stages=STAGES, ratios=(0.5, 0.5, 0.5))
+TWO = [[4, (20, 40), 3], [(20, 40), 5]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llava")
+
+
+@pytest.fixture(scope="module")
+def samples(model):
+    return [tiny_inputs(model, SINGLE), tiny_inputs(model, TWO)]
+
+
+def search(model, samples, **options):
+    return search_strategy(model, samples, 0.4, **{"start": START, "trials": 6} | options)
+
+
+@torch.no_grad()
+def last_state(model, inputs):
+    """By the output that transformers itself calls hidden states."""
+    return model(**inputs, output_hidden_states=True).hidden_states[-1][:, -1].double()
+
+
+class Counter(SearchObserver):
+    """Counts what it is told."""
+
+    def __init__(self, stop: int = -1):
+        self.samples, self.done, self.found, self.stop = [], [], [], stop
+
+    def sample(self, done, total):
+        self.samples.append((done, total))
+
+    def resumed(self, trials):
+        self.found.append(trials)
+
+    def trial(self, trial, best, total):
+        self.done.append((trial.trial, best.score, total))
+        if trial.trial == self.stop:
+            raise KeyboardInterrupt
+
+
+# ---- the objective ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_score_is_the_cosine_with_a_run_in_which_the_pruned_keys_are_masked(family):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, TWO)
+    strategy = START.model_copy(update={"threshold": 1.1})
+    score = Objective(model, [inputs])(strategy)
+    with torch.no_grad(), prune_visual_tokens(model, strategy) as pruning:
+        model(**inputs)
+    full = last_state(model, inputs)
+    with masked_run(model, [pruning.last.kept(layer) for layer in range(LAYERS)]):
+        pruned = last_state(model, inputs)
+    expected = torch.cosine_similarity(full, pruned, dim=-1).mean()
+    assert score == pytest.approx(float(expected), abs=1e-6)
+    assert score < 0.999  # else this would hold for any score near 1
+
+
+def test_keeping_all_scores_one(model, samples):
+    everything = PruneStrategy(stages=STAGES, ratios=(1.0, 1.0, 1.0))
+    assert Objective(model, samples)(everything) == pytest.approx(1, abs=1e-12)
+
+
+def test_unpruned_states_are_those_of_the_plain_model_and_computed_once(model, samples):
+    objective = Objective(model, samples)
+    plain = torch.cat([last_state(model, sample) for sample in samples])
+    assert torch.equal(objective.states, plain)
+    assert [len(image) for image in objective.images] == [36] * 3
+    runs = []
+    handle = model.model.register_forward_hook(lambda *_: runs.append(1))
+    search(model, samples, trials=3)
+    handle.remove()
+    assert len(runs) == len(samples) * (3 + 1)
+
+
+def test_prompts_that_cannot_be_scored_are_named(model):
+    with pytest.raises(UsageError, match="sample 1 has a prompt without an image"):
+        Objective(model, [tiny_inputs(model), tiny_inputs(model, [[(20, 40), 2], [4]])])
+    with pytest.raises(UsageError, match="sample 0 is padded on the right"):
+        Objective(model, [tiny_inputs(model, TWO, side="right")])
+    with pytest.raises(UsageError, match="found none"):
+        Objective(model, [])
+    broken = tiny_model("llava")
+    torch.nn.init.constant_(broken.model.language_model.norm.weight, math.inf)
+    with pytest.raises(CompressError, match="sample 0: the last state is not finite"):
+        Objective(broken, [tiny_inputs(broken)])
+
+
+# ---- the search ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_every_trial_keeps_the_budget_and_the_best_is_returned(model, samples, sampler):
+    found = search(model, samples, sampler=sampler, trials=13)  # past the ten random ones
+    assert [trial.trial for trial in found.trials] == list(range(13))
+    for trial in found.trials:
+        strategy = PruneStrategy.from_dict(trial.strategy)
+        assert strategy.average_kept(LAYERS) == pytest.approx(0.4, abs=1e-12)
+    assert found.score == max(trial.score for trial in found.trials)
+    assert len({trial.score for trial in found.trials}) > 5
+    assert Objective(model, samples)(found.strategy) == found.score
+    assert json.loads(json.dumps(found.as_dict()))["score"] == found.score
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "qwen2_vl"])
+def test_corners_of_the_space_run_on_every_kind_of_image(family):
+    """Newlines that must stay, several grids, images of different sizes; cells at their least."""
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, BATCH[:2])
+    found = space(model, [inputs])
+    for corner in itertools.product((0.0, 1.0), repeat=3):
+        shares = dict(zip(("share_0", "share_1", "cell"), corner, strict=True))
+        strategy = found.strategy({"threshold": 1.1, "alpha": 0.5} | shares)
+        with torch.no_grad(), prune_visual_tokens(model, strategy) as pruning:
+            model(**inputs)
+        for image in pruning.stats.images:
+            assert sum(image.kept) / LAYERS == pytest.approx(0.4 * image.tokens, abs=0.5)
+        assert sum(image.merged for image in pruning.stats.images) > 0 or shares["share_0"] == 1
+
+
+def test_same_seed_same_search_another_seed_another(model, samples):
+    one, two, three = (search(model, samples, seed=seed) for seed in (0, 0, 1))
+    assert one == two
+    assert one.trials[0].parameters != three.trials[0].parameters
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_an_interrupted_search_ends_as_one_that_was_not(model, samples, sampler, tmp_path):
+    options = {"sampler": sampler, "trials": 12}
+    whole = search(model, samples, path=tmp_path / "whole.jsonl", **options)
+    path = tmp_path / "t.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        search(model, samples, path=path, observer=Counter(stop=10), **options)
+    path.write_text(path.read_text() + '{"trial": 11, "para')  # killed while writing
+    counter = Counter()
+    assert search(model, samples, path=path, observer=counter, **options) == whole
+    assert counter.found == [11] and [number for number, *_ in counter.done] == [11]
+    assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
+    # Fewer than there are: those of the shorter search, and no new one.
+    assert search(model, samples, path=path, sampler=sampler, trials=4).trials == whole.trials[:4]
+
+
+def test_observer_sees_samples_trials_and_the_best_so_far(model, samples):
+    counter = Counter()
+    found = search(model, samples, observer=counter)
+    assert counter.samples == [(1, 2), (2, 2)]
+    best = [max(trial.score for trial in found.trials[: i + 1]) for i in range(6)]
+    assert counter.done == [(i, best[i], 6) for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 1}, "of a search with seed 0, not 1"),
+        ({"sampler": "gp"}, "of a search with sampler tpe, not gp"),
+        ({"variables": ["ratios"]}, "of a search with variables"),
+        ({"start": PruneStrategy(stages=(0, 2), ratios=(0.5, 0.5))}, "of a search with start"),
+    ],
+)
+def test_trials_of_another_search_are_refused(model, samples, tmp_path, changed, message):
+    path = tmp_path / "t.jsonl"
+    search(model, samples, path=path, trials=1)
+    before = path.read_text()
+    with pytest.raises(UsageError, match=message):
+        search(model, samples, path=path, **changed)
+    assert path.read_text() == before
+
+
+def test_trials_of_other_data_or_another_model_are_refused(model, samples, tmp_path):
+    path = tmp_path / "t.jsonl"
+    search(model, samples, path=path, trials=1)
+    other = tiny_model("llava")
+    other.model.language_model.layers[0].mlp.down_proj.weight.data.neg_()
+    for case in ((model, samples[:1]), (model, samples[::-1]), (other, samples)):
+        with pytest.raises(UsageError, match="of another model or other samples"):
+            search(*case, path=path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{}\n", "is not a file of trials"), ("[1]\n", ":1: expected a JSON object"),
+     ("nonsense\n", ":1: not a line of JSON")],
+)  # fmt: skip
+def test_files_that_hold_no_trials_are_left_alone(model, samples, tmp_path, text, message):
+    path = tmp_path / "t.jsonl"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        search(model, samples, path=path)
+    assert path.read_text() == text
+
+
+# ---- what is searched ---------------------------------------------------------------------------
+
+
+def space(model, samples, keep=0.4, start=START, variables=None):
+    return SearchSpace(Objective(model, samples), keep, start, variables)
+
+
+def test_only_what_is_named_is_searched(model, samples):
+    found = space(model, samples, variables=["threshold", "ratios"])
+    assert list(found.distributions()) == ["share_0", "share_1", "threshold"]
+    strategy = found.strategy({"share_0": 0.3, "share_1": 0.7, "threshold": 3.0})
+    rest = {"method", "stages", "alpha", "cell", "vote", "positions", "protect_newlines"}
+    assert strategy.model_dump(include=rest) == START.model_dump(include=rest)
+    assert strategy.threshold == 3 and strategy.ratios != START.ratios
+
+
+def test_every_variable_decides_something(model, samples):
+    found = space(model, samples)
+    middle = dict.fromkeys(found.distributions(), 0.5)
+    for name in middle:
+        assert found.strategy(middle | {name: 0.6}) != found.strategy(middle)
+
+
+def test_given_ratios_must_keep_the_budget(model, samples):
+    kept = PruneStrategy(stages=STAGES, ratios=(0.75, 0.8, 0.75))  # (0.75 + 2 * 0.6 + 0.45) / 4
+    found = space(model, samples, 0.6, kept, ["threshold"])
+    assert found.strategy({"threshold": 2.0}).ratios == kept.ratios
+    with pytest.raises(UsageError, match=r"given ratios keep 0\.6 on average, not 0\.4"):
+        space(model, samples, 0.4, kept, ["threshold"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variables": ["treshold"]}, r"'treshold' cannot be .*\(did you mean 'threshold'\?\)"),
+        ({"start": PruneStrategy(method="random"), "keep": 0.5}, "nothing to search for random"),
+        ({"start": PruneStrategy(stages=(9,)), "keep": 0.5}, "needs a deeper model"),
+        ({"keep": 0.001}, "allow budgets from"),
+        ({"start": PruneStrategy(method="pyramiddrop", stages=(1, 2), ratios=(0.5, 0.5)),
+          "variables": ["cell"]}, "'cell' cannot be searched for pyramiddrop"),
+    ],
+)  # fmt: skip
+def test_searches_that_cannot_be_are_one_line(model, samples, options, message):
+    with pytest.raises(UsageError, match=message):
+        space(model, samples, **options)
+
+
+@pytest.mark.parametrize("changed", [{"keep": 1.0}, {"keep": 0.0}, {"trials": 0}, {"sampler": "x"}])
+def test_settings_out_of_range_are_refused_before_the_model_runs(changed):
+    with pytest.raises(UsageError, match="expected"):
+        search_strategy(None, [], **{"keep": 0.4} | changed)
+
+
+def test_baselines_search_their_ratios(model, samples):
+    start = PruneStrategy(method="pyramiddrop", stages=(1, 2), ratios=(0.5, 0.5))
+    found = search(model, samples, start=start, trials=2)
+    assert list(found.trials[0].parameters) == ["share_0"]
+    assert found.strategy.average_kept(LAYERS) == pytest.approx(0.4)
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("vlm") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_samples(tmp_path_factory.mktemp("data"))
+
+
+def command(folder, data, *options):
+    given = ["--data", str(data), "--keep", "0.5", "--samples", "3", "--trials", "3"]
+    return main(["search-pruning", str(folder), *given, *options])
+
+
+def test_command_writes_a_strategy_and_goes_on(folder, data, empty_folder, capsys):
+    assert command(folder, data, "--stages", "0,2", "--output", "found.json", "--json") == 0
+    output = capsys.readouterr()
+    found = json.loads(output.out)
+    strategy = PruneStrategy.load("found.json")
+    assert PruneStrategy.from_dict(found["strategy"]) == strategy
+    assert strategy.stages == (0, 2)
+    assert strategy.average_kept(LAYERS) == pytest.approx(0.5)
+    assert len(found["trials"]) == 3 and found["conditions"]["prompts"] == 3
+    assert "trial 3/3" in output.err
+    assert command(folder, data, "--stages", "0,2", "--output", "found.json") == 0
+    output = capsys.readouterr()
+    assert "continuing after trial 3" in output.err and "trial 3/3" not in output.err
+    assert f"{found['score']:.6f} over 3 prompts" in output.out
+    assert command(folder, data, "--start", "found.json", "--output", "found.json") == 2
+    assert "of a search with start" in capsys.readouterr().err
+    again = ("--start", "found.json", "--output", "found.json", "--no-resume")
+    assert command(folder, data, *again, "--variables", "threshold,alpha") == 0
+    assert PruneStrategy.load("found.json").ratios == strategy.ratios
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sampler", "tpee"], "unknown sampler 'tpee' (did you mean 'tpe'?)"),
+        (["--stages", "0,x"], "--stages: expected layers such as 0,9,18, found '0,x'"),
+        (["--keep", "2"], "found keep 2.0"),
+        (["--data", "none.jsonl"], "--data: no such file: none.jsonl"),
+    ],
+)
+def test_wrong_commands_are_one_line(folder, data, empty_folder, capsys, options, message):
+    assert command(folder, data, *options) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
+    assert len(lines) == 1 and message in lines[0]
+    assert not list(Path().glob("*.json*"))
+
+
+def test_a_text_model_is_refused(checkpoint, data, empty_folder, capsys):
+    assert command(checkpoint(), data) == 2
+    assert "visual tokens of 'llama' models cannot be pruned" in capsys.readouterr().err
+
+
+# ---- samples ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder)
+
+
+def ids(samples):
+    return [sample["input_ids"][0].tolist() for sample in samples]
+
+
+def test_samples_are_a_seeded_choice_in_the_order_of_the_file(processor, data):
+    everything = ids(read_samples(data, processor, 10))
+    assert [row[-3:] for row in everything] == [[n + 10, 11, 12] for n in range(4)]
+    chosen = [ids(read_samples(data, processor, 2, seed=seed)) for seed in range(8)]
+    assert chosen[0] == ids(read_samples(data, processor, 2, seed=0))
+    assert len({str(rows) for rows in chosen}) > 1
+    assert all(rows == [row for row in everything if row in rows] for rows in chosen)
+
+
+def test_every_image_has_a_placeholder_in_the_prompt(processor, data):
+    path = data.with_name("two.jsonl")
+    pair = {"image": ["pictures/0.png", "pictures/1.png"], "prompt": "w5"}
+    placed = {"image": "pictures/0.png", "prompt": "w7 <image> w8"}
+    path.write_text(json.dumps(pair) + "\n\n" + json.dumps(placed) + "\n")
+    two, one = read_samples(path, processor, 5)
+    assert ids([two, one]) == [[90] * 72 + [5], [7] + [90] * 36 + [8]]
+    assert two["pixel_values"].shape[0] == 2
+
+
+def test_a_chat_template_makes_a_turn(tmp_path, data):
+    from transformers import AutoProcessor
+
+    template = (
+        "w20 {% for part in messages[0]['content'] %}{{ '<image> ' if part['type'] == 'image' "
+        "else part['text'] }}{% endfor %}{% if add_generation_prompt %} w21{% endif %}"
+    )
+    processor = AutoProcessor.from_pretrained(tiny_folder(tmp_path / "m", chat_template=template))
+    rows = ids(read_samples(data, processor, 1, seed=0))
+    assert rows[0][0] == 20 and rows[0][1:37] == [90] * 36 and rows[0][-3:] == [11, 12, 21]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", ":2: not a line of JSON"),
+        ('{"image": "pictures/0.png"}', ":2: expected {"),
+        ('{"image": 3, "prompt": "w5"}', ":2: expected an image's path"),
+        ('{"image": [], "prompt": "w5"}', ":2: expected an image's path"),
+        ('{"image": "pictures/0.png", "prompt": "<image> <image>"}', ":2: "),
+        ('{"image": ["pictures/0.png", "pictures/1.png"], "prompt": "<image>"}', ":2: "),
+        ('{"image": "gone.png", "prompt": "w5"}', ":2: image gone.png cannot be opened"),
+        ('{"image": "samples.jsonl", "prompt": "w5"}', ":2: image samples.jsonl cannot be opened"),
+    ],
+)
+def test_wrong_lines_are_named(processor, data, line, message):
+    path = data.with_name("wrong.jsonl")
+    path.write_text('{"image": "pictures/0.png", "prompt": "w5"}\n' + line + "\n")
+    with pytest.raises(UsageError) as error:
+        read_samples(path, processor, 5)
+    assert str(error.value).startswith(f"{path}{message}")
