@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from compress.bench_commands import bench
+from compress.checkpoint_commands import export, generate, inspect, push, recipes
 from compress.console import (
     allocation_rows,
     allocation_table,
@@ -30,7 +31,7 @@ from compress.console import (
     stdout_for,
     write_json,
 )
-from compress.errors import CompressError, UsageError, did_you_mean
+from compress.errors import CompressError, UsageError
 from compress.eval.report import format_bytes, quality_table
 from compress.options import (
     AverageBitsOption,
@@ -265,146 +266,6 @@ def compare(
             print_lines(out, compared.conditions, *plot)
 
 
-@app.command()
-def export(
-    model: Annotated[Path, typer.Argument(help="A finished result, packed.")],
-    format_: Annotated[str, typer.Option("--format", help="gptq or gguf.")],
-    output: Annotated[Path, typer.Option(help="Folder of the export.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
-    round_scales: Annotated[
-        bool, typer.Option("--round-scales", help="Round scales that are no fp16 numbers.")
-    ] = False,
-    requantise: Annotated[
-        bool, typer.Option("--requantise", help="Store what has no place there in the nearest.")
-    ] = False,
-    shard_size: Annotated[str, typer.Option(help="Most that one file of weights holds.")] = "5GB",
-    json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Write a result in another format: the same codes and scales, packed otherwise."""
-    from compress.checkpoint.export import export as export_folder
-
-    with stdout_for(json) as emit:
-        made = export_folder(
-            model, format_, output, overwrite=overwrite, round_scales=round_scales,
-            requantise=requantise, shard_size=shard_size,
-        )  # fmt: skip
-        if emit:
-            emit(made.as_dict())
-            return
-        notes = [("note", note) for note in made.notes]
-        console().print(
-            pairs_table([("format", made.format), *size_rows(made.bytes), *notes,
-                         ("output", str(made.path))])
-        )  # fmt: skip
-
-
-@app.command()
-def inspect(
-    model: Annotated[Path, typer.Argument(help="A model folder.")],
-    json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Show what a checkpoint holds: bits, format, bytes, recipe."""
-    from compress.checkpoint.loading import inspect as inspect_folder
-
-    with stdout_for(json) as emit:
-        found = inspect_folder(model)
-        if emit:
-            emit(found)
-            return
-        out = console()
-        out.print(module_table(found["modules"]))
-        rows = [("format", found["format"]), *size_rows(found["bytes"])]
-        if found["recipe"]:
-            rows.append(("recipe", f"{found['recipe'].get('name')} ({model / 'recipe.yaml'})"))
-        if found["provenance"]:
-            made = found["provenance"].get("versions", {}).items()
-            rows.append(("made with", ", ".join(f"{name} {version}" for name, version in made)))
-        out.print(pairs_table(rows))
-
-
-@app.command()
-def generate(
-    model: ModelArgument,
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.0,
-    seed: SeedOption = 0,
-    device: DeviceOption = "cpu",
-    debug: DebugOption = False,
-) -> None:
-    """Continue a text; what is new is printed as it comes."""
-    import torch
-    from transformers import TextStreamer
-
-    from compress.checkpoint.loading import load
-    from compress.pipeline import check_device
-
-    check_device(device)
-    loaded, tokenizer = load(model, device=device)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise UsageError("--prompt has no tokens: give some text to continue")
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    sampled = {"do_sample": True, "temperature": temperature}
-    torch.manual_seed(seed)
-    loaded.generate(
-        **inputs,
-        **(sampled if temperature > 0 else greedy),
-        max_new_tokens=max_tokens,
-        pad_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-
-
-@app.command()
-def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this one's YAML.")] = None,
-    debug: DebugOption = False,
-) -> None:
-    """List the recipes that come with modelpress, or print one."""
-    from compress.recipe import shipped_recipes
-
-    shipped = shipped_recipes()
-    if name is None:
-        console().print(pairs_table([(found, line) for found, line, _ in shipped]))
-        return
-    files = {found: file for found, _, file in shipped}
-    if name not in files:
-        near = did_you_mean(name, files)
-        raise UsageError(f"no shipped recipe {name!r}{near}: expected one of {', '.join(files)}")
-    print(files[name].read_text(encoding="utf-8"), end="")
-
-
-@app.command()
-def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished result.")],
-    repo_id: Annotated[str, typer.Argument(help="owner/name on the hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Create it as a private one.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would be sent; no network.")
-    ] = False,
-    json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Publish a result on the Hugging Face hub, as whoever `hf auth login` has logged in."""
-    from compress.checkpoint.hub import push as push_folder
-
-    with stdout_for(json) as emit:
-        report = push_folder(folder, repo_id, private=private, dry_run=dry_run)
-        if emit:
-            emit(report)
-            return
-        out = console()
-        files = [(file["path"], format_bytes(file["bytes"])) for file in report["files"]]
-        out.print(pairs_table([*files, ("total", format_bytes(report["bytes"]))]))
-        if dry_run:
-            print_lines(out, "", *report["card"], "", f"dry run: nothing was sent to {repo_id}")
-        else:
-            print_lines(out, report["url"])
-
-
 # ---- what commands share ------------------------------------------------------------------------
 
 
@@ -486,5 +347,6 @@ def _integers(option: str, text: str) -> list[int]:
         ) from None
 
 
-app.command()(search_pruning)
+for command in (export, inspect, generate, recipes, push, search_pruning):
+    app.command()(command)
 app.add_typer(bench, name="bench")  # last in the help

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.allocation import Allocation, allocate, check_allocation, find_units, needs_windows
+from compress.allocation import Allocation, allocate, check_allocation, find_units
 from compress.calibration.activations import activations_on_disk
 from compress.errors import did_you_mean
+from compress.layer_scores import needs_windows
 
 if TYPE_CHECKING:
     from compress.calibration.windows import CalibrationWindows

@@ -5,7 +5,7 @@ from mixed_widths import DEPTH
 from test_resume import Watch
 from tiny_checkpoints import WINDOWS, every_file, recipe_for, weight_files
 
-from compress import allocation
+from compress import layer_scores
 from compress.errors import UsageError
 from compress.pipeline import run
 from compress.quantization.scoring import ScoreWalk
@@ -28,7 +28,7 @@ class Counts:
     def __init__(self, monkeypatch):
         self.walks = self.measured = 0
         self.stop: int | None = None
-        walk, divergence = ScoreWalk.run, allocation.divergence
+        walk, divergence = ScoreWalk.run, layer_scores.divergence
 
         def counted_walk(*args, **kwargs):
             self.walks += 1
@@ -41,7 +41,7 @@ class Counts:
             return divergence(*args)
 
         monkeypatch.setattr(ScoreWalk, "run", counted_walk)
-        monkeypatch.setattr("compress.allocation.divergence", counted_divergence)
+        monkeypatch.setattr("compress.layer_scores.divergence", counted_divergence)
 
     def start(self, recipe, output, stop: int | None = None, **options) -> tuple[int, int]:
         """Walks and measured assignments of one run; `stop`: before which it is interrupted."""

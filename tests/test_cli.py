@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from calling import call, modelpress, pretend, write_recipe
 
-from compress import bench_commands, commands
+from compress import bench_commands, checkpoint_commands, commands
 from compress.bench import QuantizeBench
 from compress.errors import CompressError
 from compress.recipe import Recipe
@@ -192,7 +192,7 @@ def test_push_dry_run_lists_every_file(checkpoint, capsys):
 
 
 def test_no_command_takes_a_token():
-    for command in (commands.push, commands.run, commands.evaluate):
+    for command in (checkpoint_commands.push, commands.run, commands.evaluate):
         assert not [name for name in inspect.signature(command).parameters if name == "token"]
 
 

@@ -1,7 +1,8 @@
 """Trains the demo language model, `recipes/demo/lm/`: a 3M-parameter Llama on Python's own sources.
 
     python recipes/demo/train_lm.py --output recipes/demo/lm                 # about 2 h on 2 cores
-    python recipes/demo/train_lm.py --layers 12 --hidden 256 --output big    # a deeper one
+    python recipes/demo/train_lm.py --layers 12 --hidden 128 --mlp 384 --tokens 16e6 --bf16 \
+        --output recipes/demo/lm-deep                                         # about 1 h on 1 core
 
 Data: the standard library of the running interpreter (`compress.calibration.stdlib`): one module
 in twenty is held out by a hash of its path and never seen here. Byte-level BPE of 2,048 tokens.
@@ -100,7 +101,7 @@ def rate_factor(step: int, steps: int, warmup: int, fall: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--tokens", type=float, default=30e6, help="training tokens in all")
+    parser.add_argument("--tokens", type=float, default=20e6, help="training tokens in all")
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="windows of `context` tokens a step")
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="matrix products in bf16")
     parser.add_argument("--state", type=Path, help="folder for the state that --resume needs")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--max-steps", type=int, help="stop early (a trial)")
@@ -147,7 +149,8 @@ def main() -> None:
         draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         starts = torch.randint(train.numel() - args.context, (args.batch,), generator=draw)
         batch = torch.stack([train[s : s + args.context] for s in starts.tolist()])
-        loss = model(input_ids=batch, labels=batch).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
