@@ -1,0 +1,546 @@
+"""Trains the demo multimodal model, `recipes/demo/vlm/`: a small LLaVA that answers about scenes.
+
+    python recipes/demo/train_vlm.py --output recipes/demo/vlm         # continues if interrupted
+
+The scenes and questions are drawn by `scenes.py`. End to end from scratch such a model stays at
+the blind prior for long, so it learns in three stages, each with its own optimiser:
+
+1. tower: the SigLIP tower alone, which says of every patch what it holds (linear heads, discarded);
+2. language: projector and Llama, the tower frozen, many questions about each picture in one
+   sequence. The questions share the visual tokens and do not see each other (a block-diagonal
+   mask), and all begin at the same position, as if each were asked alone. Here the visual tokens
+   also have to name what they hold, a small extra loss that ties features to words early;
+3. joint: everything together, at a lower rate, answers only.
+
+Optimiser: Muon for the matrices inside layers and projector, AdamW for the rest; warm-up, constant
+rate, then a linear fall to zero over the last 40 % of a stage. Matrix products run in bf16.
+
+The state is written every few minutes, safetensors only, to `<output>-training.safetensors`, and
+found there by the next run. Batches depend on the seed, the stage and the step alone, so a
+continued run sees what an uninterrupted one would have seen. The steps of unfinished stages may be
+changed between runs, and a finished last stage goes on if it is given more.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from compress.errors import CompressError, UsageError
+from compress.recipes.demo import scenes
+
+PAD, EOS, IMAGE, UNKNOWN = SPECIAL = ("<pad>", "<eos>", "<image>", "<unk>")
+IGNORED = -100  # label that cross_entropy leaves out
+VISUAL = scenes.GRID**2  # visual tokens of a picture
+NAMING = 0.1  # weight of the visual tokens' extra loss in the language stage
+SAVE_SECONDS = 180
+GENERATED = 20 * len(scenes.TYPES)  # prompts given to the saved model
+# What a patch is asked for in the first stage, and the number of classes.
+HEADS = {
+    "kind": len(scenes.KINDS) + 1,
+    "colour": len(scenes.COLOURS) + 1,
+    "centre": len(scenes.KINDS) + 1,
+    "row": scenes.GRID,
+    "column": scenes.GRID,
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: `scenes` pictures in a step, and the parts of the model that it trains."""
+
+    name: str
+    steps: int
+    scenes: int
+    rate: float
+    parts: tuple[str, ...]
+
+
+def stages(args: argparse.Namespace) -> list[Stage]:
+    language = ("model.multi_modal_projector", "model.language_model", "lm_head")
+    return [
+        Stage("tower", args.tower_steps, 64, 3e-3, ("model.vision_tower", "heads")),
+        Stage("language", args.language_steps, 16, 2e-3, language),
+        Stage("joint", args.joint_steps, 16, 5e-4, ("model.vision_tower", *language)),
+    ]
+
+
+def build_processor() -> transformers.LlavaProcessor:
+    """Words to tokens one to one, pictures by pillow; a prompt is `<image> what is red ?`."""
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    words = {word: i for i, word in enumerate((*SPECIAL, *scenes.WORDS))}
+    words_to_tokens = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
+    words_to_tokens.normalizer = normalizers.Lowercase()
+    words_to_tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words_to_tokens,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
+        model_max_length=512,
+    )
+    return transformers.LlavaProcessor(
+        SiglipImageProcessorPil(size={"height": scenes.SIDE, "width": scenes.SIDE}),
+        tokenizer,
+        patch_size=scenes.PATCH,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(args: argparse.Namespace) -> transformers.LlavaForConditionalGeneration:
+    """A SigLIP tower without pooling head, a two-layer projector and a Llama, in fp32."""
+    config = transformers.LlavaConfig(
+        vision_config=transformers.SiglipVisionConfig(
+            hidden_size=args.width,
+            intermediate_size=3 * args.width,
+            num_hidden_layers=args.tower_layers,
+            num_attention_heads=4,
+            image_size=scenes.SIDE,
+            patch_size=scenes.PATCH,
+            vision_use_head=False,
+        ),
+        text_config=transformers.LlamaConfig(
+            vocab_size=len(SPECIAL) + len(scenes.WORDS),
+            hidden_size=args.width,
+            intermediate_size=3 * args.width,
+            num_hidden_layers=args.layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=SPECIAL.index(EOS),
+            pad_token_id=SPECIAL.index(PAD),
+        ),
+        image_token_index=SPECIAL.index(IMAGE),
+        image_seq_length=VISUAL,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def normalise(images: np.ndarray) -> Tensor:
+    """[n, SIDE, SIDE, 3] bytes to [n, 3, SIDE, SIDE] in [-1, 1], as the image processor does."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Packing:
+    """Several questions about a picture in one sequence: visual tokens, then equal slots.
+
+    A slot is question, answer, padding; the end of the answer is only predicted. `mask`
+    [1, 1, T, T] lets a token see the visual tokens and the earlier ones of its own slot.
+    """
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, slots: int):
+        bank = tokenizer([q.text for q in scenes.QUESTIONS])["input_ids"]
+        self.answers = torch.tensor(tokenizer.convert_tokens_to_ids(list(scenes.ANSWERS)))
+        self.length = torch.tensor([len(ids) for ids in bank])
+        self.slot = int(self.length.max()) + 1
+        self.bank = torch.tensor([ids + [0] * (self.slot - len(ids)) for ids in bank])
+        index = torch.arange(VISUAL + slots * self.slot)
+        visual = index < VISUAL
+        block = (index - VISUAL).div(self.slot, rounding_mode="floor")
+        seen = visual[None, :] | (block[:, None] == block[None, :])
+        self.mask = (seen & (index[None, :] <= index[:, None]))[None, None]
+        self.positions = torch.where(visual, index, VISUAL + (index - VISUAL) % self.slot)[None]
+
+    def pack(self, table: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Ids and labels [n, slots * slot] of the chosen questions; a -1 leaves a slot unlabelled.
+
+        The label of a position is the token to be said there: after the question the answer, after
+        the answer the end.
+        """
+        asked = torch.from_numpy(np.maximum(chosen, 0))
+        answer = torch.from_numpy(np.take_along_axis(table, asked.numpy(), axis=1))
+        word, end = self.answers[answer][..., None], self.length[asked][..., None]
+        ids = self.bank[asked].scatter(2, end, word)
+        labels = torch.full_like(ids, IGNORED).scatter(2, end - 1, word)
+        labels = labels.scatter(2, end, SPECIAL.index(EOS))
+        labels[torch.from_numpy(chosen < 0)] = IGNORED
+        return ids.flatten(1), labels.flatten(1)
+
+    def logits(self, model: Any, images: np.ndarray, ids: Tensor) -> Tensor:
+        """[n, VISUAL + text, vocabulary], fp32; equal to asking each question alone."""
+        features = torch.stack(list(model.get_image_features(normalise(images)).pooler_output))
+        # The residual stream is bf16 in training as in the saved model.
+        words = model.get_input_embeddings()(ids).to(features.dtype)
+        hidden = model.model.language_model(
+            inputs_embeds=torch.cat([features, words], dim=1),
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            use_cache=False,
+        ).last_hidden_state
+        return model.lm_head(hidden).float()
+
+
+def patch_loss(model: Any, heads: nn.ModuleDict, batch: scenes.Scenes) -> tuple[Tensor, float]:
+    """Mean cross-entropy of the five heads, and the share of object patches with kind right."""
+    hidden = model.model.vision_tower(normalise(batch.images)).last_hidden_state
+    labels = {name: torch.from_numpy(x) for name, x in scenes.patch_labels(batch).items()}
+    logits = {name: head(hidden).float() for name, head in heads.items()}
+    losses = [cross_entropy(logits[n].flatten(0, 1), labels[n].flatten()) for n in heads]
+    held = labels["kind"] < len(scenes.KINDS)
+    right = (logits["kind"].argmax(-1) == labels["kind"])[held].float().mean().item()
+    return torch.stack(losses).sum(), right
+
+
+def naming_loss(logits: Tensor, batch: scenes.Scenes, packing: Packing) -> Tensor:
+    """A visual token names the kind and the colour of what its patch holds, or "nothing"."""
+    labels = scenes.patch_labels(batch)
+    nothing = scenes.ANSWERS.index("nothing")
+    colours = len(scenes.KINDS) + labels["colour"]
+    kind = np.where(labels["kind"] < len(scenes.KINDS), labels["kind"], nothing)
+    colour = np.where(labels["colour"] < len(scenes.COLOURS), colours, nothing)
+    words = [packing.answers[torch.from_numpy(x)].flatten() for x in (kind, colour)]
+    flat = logits[:, :VISUAL].flatten(0, 1)
+    return (cross_entropy(flat, words[0]) + cross_entropy(flat, words[1])) / 2
+
+
+def answer_loss(logits: Tensor, labels: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of answers and ends; whether each question [n, slots] is answered exactly."""
+    said = logits[:, VISUAL:]
+    loss = cross_entropy(said.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+    right = (said.argmax(-1) == labels) | (labels == IGNORED)
+    return loss, right.unflatten(1, (slots, -1)).all(-1)
+
+
+@torch.no_grad()
+def exact_match(model: Any, tokenizer: Any, seed: int, count: int) -> dict[str, dict[str, float]]:
+    """Of held-out scenes, per question type: asked, share answered exactly, best constant answer.
+
+    Exactly means that the greedy continuation is the answer's word and then the end.
+    """
+    packing = Packing(tokenizer, len(scenes.TYPES))
+    rights, answers = [], []
+    for index in range(0, count, 64):
+        rng = scenes.generator("held_out", seed, index)
+        batch = scenes.draw(rng, min(64, count - index))
+        table = scenes.answer_table(batch)
+        chosen = scenes.one_of_each_type(rng, table)
+        ids, labels = packing.pack(table, chosen)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = packing.logits(model, batch.images, ids)
+        rights.append(answer_loss(logits, labels, len(scenes.TYPES))[1].numpy())
+        answer = np.take_along_axis(table, np.maximum(chosen, 0), axis=1)
+        answers.append(np.where(chosen >= 0, answer, -1))
+    right, answer = np.concatenate(rights), np.concatenate(answers)
+    result = {}
+    for i, name in enumerate(scenes.TYPES):
+        asked = answer[:, i] >= 0
+        commonest = np.bincount(answer[asked, i]).max() / asked.sum()
+        result[name] = {
+            "asked": int(asked.sum()),
+            "exact_match": round(float(right[asked, i].mean()), 4),
+            "constant_answer": round(float(commonest), 4),
+        }
+    return result
+
+
+@torch.no_grad()
+def generated_match(folder: Path, seed: int, count: int) -> dict[str, float]:
+    """Exact match per type of the saved model, one question a prompt, through `generate`."""
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
+    items = list(scenes.examples("held_out", seed, count))
+    right: dict[str, list[bool]] = {name: [] for name in scenes.TYPES}
+    for start in range(0, count, 28):
+        part = items[start : start + 28]
+        inputs = processor(
+            images=[item["image"] for item in part],
+            text=[f"{IMAGE} {item['question']}" for item in part],
+            padding=True,
+            return_tensors="pt",
+        ).to(torch.bfloat16)
+        said = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        texts = processor.batch_decode(
+            said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        for item, text in zip(part, texts, strict=True):
+            right[item["type"]].append(text.strip() == item["answer"])
+    return {name: round(sum(x) / len(x), 4) for name, x in right.items()}
+
+
+class Training:
+    """The model, the heads, the stage's optimisers, and how far they are."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.plan = args, stages(args)
+        self.processor = build_processor()
+        self.packing = Packing(self.processor.tokenizer, args.questions)
+        torch.manual_seed(args.seed)
+        self.model = build_model(args)
+        self.heads = nn.ModuleDict({n: nn.Linear(args.width, c) for n, c in HEADS.items()})
+        self.stage = self.step = 0
+        self.facts: list[dict[str, Any]] = []  # of finished stages
+        self.curve: list[dict[str, float]] = []  # of the current stage
+        self.seconds = 0.0  # of the current stage
+        self.saved_at = time.monotonic()
+        self.path = args.output.with_name(f"{args.output.name}-training.safetensors")
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        named = dict(self.model.named_parameters())
+        return named | {f"heads.{name}": p for name, p in self.heads.named_parameters()}
+
+    def build_optimisers(self, stage: Stage) -> None:
+        named = self.parameters()
+        trained = {name: p for name, p in named.items() if name.startswith(stage.parts)}
+        for name, p in named.items():
+            p.requires_grad_(name in trained)
+        inner = {
+            name
+            for name, p in trained.items()
+            if p.ndim == 2 and (".layers." in name or "projector" in name)
+        }
+        self.trained = list(trained.values())
+        matrices = [p for name, p in trained.items() if name in inner]
+        others = [p for name, p in trained.items() if name not in inner]
+        self.optimisers = [
+            torch.optim.Muon(
+                matrices, lr=stage.rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(others, lr=stage.rate, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self.args).items() if k != "output"}
+
+    def check_settings(self, earlier: dict[str, Any]) -> None:
+        """Raises UsageError if the state file's settings are not this run's."""
+        free = {f"{stage.name}_steps" for stage in self.plan[self.stage :]}
+        free.add(f"{self.plan[-1].name}_steps")
+        now = self.settings()
+        other = [k for k in now if k not in free and earlier.get(k) != now[k]]
+        if other:
+            found = ", ".join(f"{k} {earlier.get(k)} (now {now[k]})" for k in other)
+            raise UsageError(
+                f"{self.path} belongs to a run with {found}: use the same settings, or remove it "
+                "to begin anew"
+            )
+
+    def save(self) -> None:
+        """Everything that a continued run needs, in one file, replaced as a whole."""
+        tensors = {f"parameter.{name}": p.detach() for name, p in self.parameters().items()}
+        for i, optimiser in enumerate(self.optimisers):
+            for k, entry in optimiser.state_dict()["state"].items():
+                tensors |= {f"optimiser.{i}.{k}.{name}": x for name, x in entry.items()}
+        place = {"stage": self.stage, "step": self.step, "seconds": self.seconds}
+        place |= {"facts": self.facts, "curve": self.curve, "settings": self.settings()}
+        part = self.path.with_suffix(".part")
+        contiguous = {name: x.contiguous() for name, x in tensors.items()}
+        save_file(contiguous, part, metadata={"training": json.dumps(place)})
+        part.replace(self.path)
+        self.saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Continues from the state file if there is one. Raises UsageError for other settings."""
+        if not self.path.exists():
+            self.build_optimisers(self.plan[0])
+            return
+        with safe_open(self.path, "pt") as file:
+            place = json.loads(file.metadata()["training"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.stage, self.step, self.seconds = place["stage"], place["step"], place["seconds"]
+        self.facts, self.curve = place["facts"], place["curve"]
+        self.check_settings(place["settings"])
+        if self.stage == len(self.plan) and self.facts[-1]["steps"] < self.plan[-1].steps:
+            last = self.facts.pop()
+            self.stage, self.step = self.stage - 1, last["steps"]
+            self.seconds, self.curve = last["seconds"], last["curve"]
+        with torch.no_grad():
+            for name, p in self.parameters().items():
+                p.copy_(tensors[f"parameter.{name}"])
+        self.build_optimisers(self.plan[min(self.stage, len(self.plan) - 1)])
+        for i, optimiser in enumerate(self.optimisers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in tensors.items():
+                if key.startswith(f"optimiser.{i}."):
+                    _, _, k, name = key.split(".")
+                    state.setdefault(int(k), {})[name] = tensor
+            groups = optimiser.state_dict()["param_groups"]
+            optimiser.load_state_dict({"state": state, "param_groups": groups})
+        print(f"continues in stage {self.stage + 1} at step {self.step}", flush=True)
+
+    def loss(self, stage: Stage) -> tuple[Tensor, float]:
+        """Of this step's batch: the loss, and the share of patches or answers that are right."""
+        rng = scenes.generator("train", self.args.seed, self.stage, self.step)
+        batch = scenes.draw(rng, stage.scenes)
+        with torch.autocast("cpu", torch.bfloat16):
+            if stage.name == "tower":
+                return patch_loss(self.model, self.heads, batch)
+            table = scenes.answer_table(batch)
+            chosen = scenes.choose(rng, table, self.args.questions)
+            ids, labels = self.packing.pack(table, chosen)
+            logits = self.packing.logits(self.model, batch.images, ids)
+            loss, right = answer_loss(logits, labels, self.args.questions)
+            if stage.name == "language":
+                loss = loss + NAMING * naming_loss(logits, batch, self.packing)
+        return loss, right.float().mean().item()
+
+    def exact_match(self, count: int) -> dict[str, dict[str, float]]:
+        return exact_match(self.model, self.processor.tokenizer, self.args.seed, count)
+
+    def run_stage(self, stage: Stage) -> None:
+        started, before, fall = time.monotonic(), self.seconds, 0.4
+        while self.step < stage.steps:
+            warm = (self.step + 1) / min(200, stage.steps)
+            factor = min(1.0, warm, (stage.steps - self.step) / (fall * stage.steps))
+            for optimiser in self.optimisers:
+                for group in optimiser.param_groups:
+                    group["lr"] = stage.rate * factor
+            loss, right = self.loss(stage)
+            if not loss.isfinite():
+                raise CompressError(
+                    f"the loss of stage {stage.name} is {loss.item()} at step {self.step}: lower "
+                    f"its rate ({stage.rate}) and continue from {self.path}"
+                )
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.trained, 1.0)
+            for optimiser in self.optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
+            self.step += 1
+            self.seconds = before + time.monotonic() - started
+            if self.step % 50 == 0 or self.step == stage.steps:
+                print(
+                    f"{stage.name} {self.step}/{stage.steps} loss {loss.item():.3f} "
+                    f"right {right:.3f} {self.seconds:.0f} s",
+                    flush=True,
+                )
+            if self.step % 1000 == 0 and stage.name != "tower":
+                match = self.exact_match(256)
+                point = {name: m["exact_match"] for name, m in match.items()}
+                self.curve.append({"step": self.step, **point})
+                print(f"held out at {self.step}: {json.dumps(point)}", flush=True)
+            if time.monotonic() - self.saved_at > SAVE_SECONDS:
+                self.save()
+
+    def run(self) -> None:
+        """All stages that are left; the model and its card are written after each."""
+        self.args.output.mkdir(parents=True, exist_ok=True)
+        self.resume()
+        while self.stage < len(self.plan):
+            stage = self.plan[self.stage]
+            self.run_stage(stage)
+            match = self.exact_match(self.args.held_out)
+            print(stage.name, json.dumps({n: m["exact_match"] for n, m in match.items()}))
+            fact = {"stage": stage.name, "steps": stage.steps, "scenes": stage.scenes * stage.steps}
+            fact |= {"seconds": round(self.seconds), "curve": self.curve, "held_out": match}
+            self.facts.append(fact)
+            self.stage, self.step, self.seconds, self.curve = self.stage + 1, 0, 0.0, []
+            if self.stage < len(self.plan):
+                self.build_optimisers(self.plan[self.stage])
+            self.save()
+            self.write()
+
+    def write(self) -> None:
+        """The model folder as it stands: weights in bf16, processor, `training.json`, the card."""
+        output = self.args.output
+        weights = {name: x.to(torch.bfloat16) for name, x in self.model.state_dict().items()}
+        self.model.config.dtype = torch.bfloat16
+        self.model.save_pretrained(output, state_dict=weights)
+        self.processor.save_pretrained(output)
+        facts = {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "arguments": self.settings(),
+            "stages": self.facts,
+            "generated": generated_match(output, self.args.seed + 1, GENERATED),
+        }
+        (output / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (output / "README.md").write_text(card(facts))
+
+
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+
+# A small multimodal model of drawn scenes
+
+The demo multimodal model of modelpress: LLaVA architecture, {millions:.2f} million parameters in
+bf16, {VISUAL} visual tokens (pictures of {SIDE} x {SIDE} pixels, patches of {PATCH}), SigLIP tower
+of {tower_layers} layers, Llama of {layers}, both {width} wide. It is trained to be compressed, not
+to be used.
+
+**Data.** Scenes of two to five coloured digits and shapes on noisy striped backgrounds, drawn by
+`recipes/demo/scenes.py`; training and held-out scenes are separate random streams. A prompt is
+`<image> what is top left ?`, the answer one word.
+
+**Training.** `recipes/demo/train_vlm.py`, seed {seed}, {questions} questions about each picture.
+{steps} `training.json` has the settings and the curve.
+
+**Quality.** Exact match on {held_out:,} held-out scenes, one question of each type where it can be
+asked; beside it the best constant answer, and the saved model through `generate` on {GENERATED}
+other questions.
+
+{table}
+"""
+
+
+def card(facts: dict[str, Any]) -> str:
+    """The model card, from what `training.json` holds."""
+    done = facts["stages"]
+    header = ["question type", "constant answer", *(f"after {s['stage']}" for s in done)]
+    rows = [[*header, "saved, through generate"], ["---"] * (len(header) + 1)]
+    for name in scenes.TYPES:
+        cells = [s["held_out"][name] for s in done]
+        shares = [cells[0]["constant_answer"], *(c["exact_match"] for c in cells)]
+        rows.append([name, *(f"{100 * x:.1f} %" for x in (*shares, facts["generated"][name]))])
+    steps = [f"Stage {s['stage']}: {s['steps']:,} steps, {s['scenes']:,} scenes." for s in done]
+    return CARD.format(
+        **facts["arguments"],
+        millions=facts["parameters"] / 1e6,
+        steps=" ".join(steps),
+        table="\n".join("| " + " | ".join(row) + " |" for row in rows),
+        VISUAL=VISUAL,
+        SIDE=scenes.SIDE,
+        PATCH=scenes.PATCH,
+        GENERATED=GENERATED,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--tower-steps", type=int, default=1500)
+    parser.add_argument("--language-steps", type=int, default=12000)
+    parser.add_argument("--joint-steps", type=int, default=2500)
+    parser.add_argument("--questions", type=int, default=12, help="about each picture")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--tower-layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=12, help="of the language model")
+    parser.add_argument("--held-out", type=int, default=1024, help="scenes in an evaluation")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        Training(args).run()
+    except CompressError as error:
+        parser.exit(error.exit_code, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()
