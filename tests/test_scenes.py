@@ -204,7 +204,8 @@ def arguments(folder, **changes):
 
 
 def test_packed_questions_equal_asking_each_alone(tmp_path):
-    from compress.recipes.demo.train_vlm import IGNORED, VISUAL, Training
+    from compress.recipes.demo.train_vlm import Training
+    from compress.recipes.demo.vlm_model import IGNORED, VISUAL
 
     training = Training(arguments(tmp_path / "model", layers=2))
     packing, model = training.packing, training.model.eval()

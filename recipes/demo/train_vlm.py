@@ -30,22 +30,25 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from compress.errors import CompressError, UsageError
 from compress.recipes.demo import scenes
+from compress.recipes.demo.vlm_model import (
+    VISUAL,
+    Packing,
+    answer_loss,
+    build_model,
+    build_processor,
+    normalise,
+)
+from compress.recipes.demo.vlm_quality import GENERATED, card, exact_match, generated_match
 
-PAD, EOS, IMAGE, UNKNOWN = SPECIAL = ("<pad>", "<eos>", "<image>", "<unk>")
-IGNORED = -100  # label that cross_entropy leaves out
-VISUAL = scenes.GRID**2  # visual tokens of a picture
 NAMING = 0.1  # weight of the visual tokens' extra loss in the language stage
 SAVE_SECONDS = 180
-GENERATED = 20 * len(scenes.TYPES)  # prompts given to the saved model
 # What a patch is asked for in the first stage, and the number of classes.
 HEADS = {
     "kind": len(scenes.KINDS) + 1,
@@ -54,13 +57,6 @@ HEADS = {
     "row": scenes.GRID,
     "column": scenes.GRID,
 }
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
-    "{% endfor %}{% endif %}{% endfor %}"
-)
 
 
 @dataclass(frozen=True)
@@ -81,120 +77,6 @@ def stages(args: argparse.Namespace) -> list[Stage]:
         Stage("language", args.language_steps, 16, 2e-3, language),
         Stage("joint", args.joint_steps, 16, 5e-4, ("model.vision_tower", *language)),
     ]
-
-
-def build_processor() -> transformers.LlavaProcessor:
-    """Words to tokens one to one, pictures by pillow; a prompt is `<image> what is red ?`."""
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-    words = {word: i for i, word in enumerate((*SPECIAL, *scenes.WORDS))}
-    words_to_tokens = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
-    words_to_tokens.normalizer = normalizers.Lowercase()
-    words_to_tokens.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words_to_tokens,
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        extra_special_tokens={"image_token": IMAGE},
-        padding_side="left",
-        model_max_length=512,
-    )
-    return transformers.LlavaProcessor(
-        SiglipImageProcessorPil(size={"height": scenes.SIDE, "width": scenes.SIDE}),
-        tokenizer,
-        patch_size=scenes.PATCH,
-        vision_feature_select_strategy="full",
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def build_model(args: argparse.Namespace) -> transformers.LlavaForConditionalGeneration:
-    """A SigLIP tower without pooling head, a two-layer projector and a Llama, in fp32."""
-    config = transformers.LlavaConfig(
-        vision_config=transformers.SiglipVisionConfig(
-            hidden_size=args.width,
-            intermediate_size=3 * args.width,
-            num_hidden_layers=args.tower_layers,
-            num_attention_heads=4,
-            image_size=scenes.SIDE,
-            patch_size=scenes.PATCH,
-            vision_use_head=False,
-        ),
-        text_config=transformers.LlamaConfig(
-            vocab_size=len(SPECIAL) + len(scenes.WORDS),
-            hidden_size=args.width,
-            intermediate_size=3 * args.width,
-            num_hidden_layers=args.layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=SPECIAL.index(EOS),
-            pad_token_id=SPECIAL.index(PAD),
-        ),
-        image_token_index=SPECIAL.index(IMAGE),
-        image_seq_length=VISUAL,
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-        tie_word_embeddings=False,
-    )
-    return transformers.LlavaForConditionalGeneration(config)
-
-
-def normalise(images: np.ndarray) -> Tensor:
-    """[n, SIDE, SIDE, 3] bytes to [n, 3, SIDE, SIDE] in [-1, 1], as the image processor does."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-class Packing:
-    """Several questions about a picture in one sequence: visual tokens, then equal slots.
-
-    A slot is question, answer, padding; the end of the answer is only predicted. `mask`
-    [1, 1, T, T] lets a token see the visual tokens and the earlier ones of its own slot.
-    """
-
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, slots: int):
-        bank = tokenizer([q.text for q in scenes.QUESTIONS])["input_ids"]
-        self.answers = torch.tensor(tokenizer.convert_tokens_to_ids(list(scenes.ANSWERS)))
-        self.length = torch.tensor([len(ids) for ids in bank])
-        self.slot = int(self.length.max()) + 1
-        self.bank = torch.tensor([ids + [0] * (self.slot - len(ids)) for ids in bank])
-        index = torch.arange(VISUAL + slots * self.slot)
-        visual = index < VISUAL
-        block = (index - VISUAL).div(self.slot, rounding_mode="floor")
-        seen = visual[None, :] | (block[:, None] == block[None, :])
-        self.mask = (seen & (index[None, :] <= index[:, None]))[None, None]
-        self.positions = torch.where(visual, index, VISUAL + (index - VISUAL) % self.slot)[None]
-
-    def pack(self, table: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Ids and labels [n, slots * slot] of the chosen questions; a -1 leaves a slot unlabelled.
-
-        The label of a position is the token to be said there: after the question the answer, after
-        the answer the end.
-        """
-        asked = torch.from_numpy(np.maximum(chosen, 0))
-        answer = torch.from_numpy(np.take_along_axis(table, asked.numpy(), axis=1))
-        word, end = self.answers[answer][..., None], self.length[asked][..., None]
-        ids = self.bank[asked].scatter(2, end, word)
-        labels = torch.full_like(ids, IGNORED).scatter(2, end - 1, word)
-        labels = labels.scatter(2, end, SPECIAL.index(EOS))
-        labels[torch.from_numpy(chosen < 0)] = IGNORED
-        return ids.flatten(1), labels.flatten(1)
-
-    def logits(self, model: Any, images: np.ndarray, ids: Tensor) -> Tensor:
-        """[n, VISUAL + text, vocabulary], fp32; equal to asking each question alone."""
-        features = torch.stack(list(model.get_image_features(normalise(images)).pooler_output))
-        # The residual stream is bf16 in training as in the saved model.
-        words = model.get_input_embeddings()(ids).to(features.dtype)
-        hidden = model.model.language_model(
-            inputs_embeds=torch.cat([features, words], dim=1),
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            use_cache=False,
-        ).last_hidden_state
-        return model.lm_head(hidden).float()
 
 
 def patch_loss(model: Any, heads: nn.ModuleDict, batch: scenes.Scenes) -> tuple[Tensor, float]:
@@ -220,70 +102,6 @@ def naming_loss(logits: Tensor, batch: scenes.Scenes, packing: Packing) -> Tenso
     return (cross_entropy(flat, words[0]) + cross_entropy(flat, words[1])) / 2
 
 
-def answer_loss(logits: Tensor, labels: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of answers and ends; whether each question [n, slots] is answered exactly."""
-    said = logits[:, VISUAL:]
-    loss = cross_entropy(said.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-    right = (said.argmax(-1) == labels) | (labels == IGNORED)
-    return loss, right.unflatten(1, (slots, -1)).all(-1)
-
-
-@torch.no_grad()
-def exact_match(model: Any, tokenizer: Any, seed: int, count: int) -> dict[str, dict[str, float]]:
-    """Of held-out scenes, per question type: asked, share answered exactly, best constant answer.
-
-    Exactly means that the greedy continuation is the answer's word and then the end.
-    """
-    packing = Packing(tokenizer, len(scenes.TYPES))
-    rights, answers = [], []
-    for index in range(0, count, 64):
-        rng = scenes.generator("held_out", seed, index)
-        batch = scenes.draw(rng, min(64, count - index))
-        table = scenes.answer_table(batch)
-        chosen = scenes.one_of_each_type(rng, table)
-        ids, labels = packing.pack(table, chosen)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = packing.logits(model, batch.images, ids)
-        rights.append(answer_loss(logits, labels, len(scenes.TYPES))[1].numpy())
-        answer = np.take_along_axis(table, np.maximum(chosen, 0), axis=1)
-        answers.append(np.where(chosen >= 0, answer, -1))
-    right, answer = np.concatenate(rights), np.concatenate(answers)
-    result = {}
-    for i, name in enumerate(scenes.TYPES):
-        asked = answer[:, i] >= 0
-        commonest = np.bincount(answer[asked, i]).max() / asked.sum()
-        result[name] = {
-            "asked": int(asked.sum()),
-            "exact_match": round(float(right[asked, i].mean()), 4),
-            "constant_answer": round(float(commonest), 4),
-        }
-    return result
-
-
-@torch.no_grad()
-def generated_match(folder: Path, seed: int, count: int) -> dict[str, float]:
-    """Exact match per type of the saved model, one question a prompt, through `generate`."""
-    processor = transformers.AutoProcessor.from_pretrained(folder)
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
-    items = list(scenes.examples("held_out", seed, count))
-    right: dict[str, list[bool]] = {name: [] for name in scenes.TYPES}
-    for start in range(0, count, 28):
-        part = items[start : start + 28]
-        inputs = processor(
-            images=[item["image"] for item in part],
-            text=[f"{IMAGE} {item['question']}" for item in part],
-            padding=True,
-            return_tensors="pt",
-        ).to(torch.bfloat16)
-        said = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-        texts = processor.batch_decode(
-            said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        for item, text in zip(part, texts, strict=True):
-            right[item["type"]].append(text.strip() == item["answer"])
-    return {name: round(sum(x) / len(x), 4) for name, x in right.items()}
-
-
 class Training:
     """The model, the heads, the stage's optimisers, and how far they are."""
 
@@ -292,7 +110,7 @@ class Training:
         self.processor = build_processor()
         self.packing = Packing(self.processor.tokenizer, args.questions)
         torch.manual_seed(args.seed)
-        self.model = build_model(args)
+        self.model = build_model(args.width, args.tower_layers, args.layers)
         self.heads = nn.ModuleDict({n: nn.Linear(args.width, c) for n, c in HEADS.items()})
         self.stage = self.step = 0
         self.facts: list[dict[str, Any]] = []  # of finished stages
@@ -471,56 +289,6 @@ class Training:
         }
         (output / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
         (output / "README.md").write_text(card(facts))
-
-
-CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: image-text-to-text
----
-
-# A small multimodal model of drawn scenes
-
-The demo multimodal model of modelpress: LLaVA architecture, {millions:.2f} million parameters in
-bf16, {VISUAL} visual tokens (pictures of {SIDE} x {SIDE} pixels, patches of {PATCH}), SigLIP tower
-of {tower_layers} layers, Llama of {layers}, both {width} wide. It is trained to be compressed, not
-to be used.
-
-**Data.** Scenes of two to five coloured digits and shapes on noisy striped backgrounds, drawn by
-`recipes/demo/scenes.py`; training and held-out scenes are separate random streams. A prompt is
-`<image> what is top left ?`, the answer one word.
-
-**Training.** `recipes/demo/train_vlm.py`, seed {seed}, {questions} questions about each picture.
-{steps} `training.json` has the settings and the curve.
-
-**Quality.** Exact match on {held_out:,} held-out scenes, one question of each type where it can be
-asked; beside it the best constant answer, and the saved model through `generate` on {GENERATED}
-other questions.
-
-{table}
-"""
-
-
-def card(facts: dict[str, Any]) -> str:
-    """The model card, from what `training.json` holds."""
-    done = facts["stages"]
-    header = ["question type", "constant answer", *(f"after {s['stage']}" for s in done)]
-    rows = [[*header, "saved, through generate"], ["---"] * (len(header) + 1)]
-    for name in scenes.TYPES:
-        cells = [s["held_out"][name] for s in done]
-        shares = [cells[0]["constant_answer"], *(c["exact_match"] for c in cells)]
-        rows.append([name, *(f"{100 * x:.1f} %" for x in (*shares, facts["generated"][name]))])
-    steps = [f"Stage {s['stage']}: {s['steps']:,} steps, {s['scenes']:,} scenes." for s in done]
-    return CARD.format(
-        **facts["arguments"],
-        millions=facts["parameters"] / 1e6,
-        steps=" ".join(steps),
-        table="\n".join("| " + " | ".join(row) + " |" for row in rows),
-        VISUAL=VISUAL,
-        SIDE=scenes.SIDE,
-        PATCH=scenes.PATCH,
-        GENERATED=GENERATED,
-    )
 
 
 def main() -> None:
