@@ -14,7 +14,6 @@ import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -244,10 +243,17 @@ def _choose(
     if section.method != "evolve":
         return ALLOCATORS[section.method](units, budget)
     state = scorer.work / "evolve.json"
+    scorer.observer.stage("evolve")
+
+    def save(values: dict[str, Any]) -> None:
+        _write(state, values)
+        history = values["history"]
+        scorer.observer.generation(len(history) - 1, section.generations, history[-1])
+
     with torch.no_grad():
         return ALLOCATORS["evolve"](
             units, budget, fitness=scorer.fitness(), generations=section.generations,
             offspring=section.offspring, seed=section.seed, identity=mark,
             state=json.loads(state.read_text()) if state.is_file() else None,
-            save=partial(_write, state),
+            save=save,
         )  # fmt: skip

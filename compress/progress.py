@@ -66,11 +66,11 @@ class RunProgress(Observer):
         if self.started is None and done:
             self._line(f"continuing after layer {done}/{total}")
         elif self.started is not None and not self.console.is_terminal:
-            error = sum(self.errors) / len(self.errors) if self.errors else None
-            self._line(
-                f"layer {done}/{total}  {now - self.started:.1f} s  "
-                f"mean relative error {format_number(error)}"
-            )
+            line = f"layer {done}/{total}  {now - self.started:.1f} s"
+            if self.errors:
+                error = sum(self.errors) / len(self.errors)
+                line += f"  mean relative error {format_number(error)}"
+            self._line(line)
         self.errors, self.started = [], now
 
     def module(self, name: str, facts: dict[str, Any]) -> None:
@@ -85,6 +85,14 @@ class RunProgress(Observer):
             f"{name}  {facts['bits']} bits  relative error {format_number(error)}  "
             f"{facts['seconds']:.1f} s"
         )
+
+    def generation(self, done: int, total: int, fitness: float) -> None:
+        self.bar.update(self.task, completed=done, total=total, count=f"{done}/{total}")
+        figures = f"generation {done}/{total}  KL {format_number(fitness)} nats per token"
+        if self.console.is_terminal:
+            self.last_module.plain = figures
+        else:
+            self._line(figures)
 
     def warning(self, text: str) -> None:
         self._line(f"warning: {text}", style="yellow")

@@ -17,6 +17,8 @@ class Observer:
 
     def module(self, name: str, facts: dict[str, Any]) -> None: ...
 
+    def generation(self, done: int, total: int, fitness: float) -> None: ...
+
     def warning(self, text: str) -> None: ...
 
 
@@ -33,6 +35,8 @@ class RunResult:
         seconds: by stage.
         peak_memory: {"host", "device"} in bytes, of this process.
         self_check: the logits' largest difference after reloading in a fresh process.
+        pruning: the strategy of a checkpoint that prunes visual tokens, what it kept of the
+            calibration prompts, and how it was searched; None for others.
         warnings: all that was out of the ordinary, one line each.
         report: the HTML page.
     """
@@ -44,6 +48,7 @@ class RunResult:
     seconds: dict[str, float]
     peak_memory: dict[str, int]
     self_check: dict[str, Any]
+    pruning: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
     report: Path | None = None
 
@@ -56,6 +61,7 @@ class RunResult:
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
             "self_check": self.self_check,
+            "pruning": self.pruning,
             "layers": self.layers,
             "warnings": self.warnings,
             "report": None if self.report is None else str(self.report),

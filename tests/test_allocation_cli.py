@@ -71,7 +71,9 @@ def test_plan_says_what_the_widths_cost(recipe, capsys):
     evolved = [*measured, "--set", "allocate.method=evolve", "--set", "allocate.generations=1"]
     found = planned(capsys, recipe, *evolved)["allocation"]
     assert call("plan", recipe, *evolved) == 0
-    out = capsys.readouterr().out
+    out, log = capsys.readouterr()
+    assert f"generation 1/1  KL {found['fitness']:.4g} nats per token" in log
+    assert "error –" not in log  # nothing of a layer that is scored
     assert f"{found['error']:.4g}, summed over units" in out
     assert f"{found['fitness']:.4g} nats per token" in out
     assert call("plan", recipe, "--average-bits", 3, "--set", "allocate.importance=position") == 0
