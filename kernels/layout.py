@@ -24,13 +24,14 @@ group, and `order` says which input each column takes.
     weight = pack_kernel(read_compressed_tensors(tensors, bits=3, group_size=128))
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.kernels.packing import WIDTHS as FILE_WIDTHS
 from compress.kernels.packing import pack_rows, packed_columns, unpack_rows
 
 WIDTHS = (2, 3, 4, 8)
@@ -114,9 +115,10 @@ def read_compressed_tensors(
     """Codes of `weight_packed`, `weight_scale`, `weight_shape` and, if any, `weight_zero_point`.
 
     Raises ValueError, naming the module `name`, for a tensor that is missing or of the wrong shape,
-    a width other than 2, 3, 4 or 8, and a group size that is no multiple of 16.
+    a width other than 2 to 8, and a group size that is no multiple of 16. Kernels run 5, 6 and 7
+    bits after `with_bits(codes, 8)`.
     """
-    _check_scheme(bits, group_size, name)
+    _check_scheme(bits, group_size, name, FILE_WIDTHS)
     packed, scale = _take(tensors, "weight_packed", name), _take(tensors, "weight_scale", name)
     N, K = _take(tensors, "weight_shape", name).tolist()
     G = _groups(K, group_size)
@@ -155,7 +157,8 @@ def read_gptq(
 
     Version 1 stores zero points less one; a stored 2^bits - 1 is then taken to have been 0, as
     GPTQModel does. Columns permuted by act-order are sorted by group. Zero points that are all
-    2^(bits-1) are dropped. Raises ValueError as `read_compressed_tensors` does.
+    2^(bits-1) are dropped. Raises ValueError as `read_compressed_tensors` does, and for 5 to 7
+    bits, which readers of this format store in ways of their own.
     """
     _check_scheme(bits, group_size, name)
     if version not in (1, 2):
@@ -199,6 +202,25 @@ def write_gptq(weight: Codes, version: int = 1) -> dict[str, Tensor]:
         "scales": weight.scale.T.contiguous(),
         "g_idx": g_idx,
     }
+
+
+def with_bits(weight: Codes, bits: int) -> Codes:
+    """The same weight in codes of another width: kernels run 5, 6 and 7 bits as 8.
+
+    Codes and zero points move together, so that the middle of one range becomes that of the other:
+    (c + d) - (z + d) = c - z is exact, and 2^(bits-1) stays the zero point of a symmetric weight.
+    Raises ValueError if a code or a zero point does not fit.
+    """
+    shift = 2 ** (bits - 1) - 2 ** (weight.bits - 1)
+
+    def moved(codes: Tensor) -> Tensor:
+        wide = codes.to(torch.int16) + shift
+        if wide.numel() and not (wide.min() >= 0 and wide.max() < 2**bits):
+            raise ValueError(f"codes of {weight.bits} bits do not fit {bits}")
+        return wide.to(torch.uint8)
+
+    zero = None if weight.zero is None else moved(weight.zero)
+    return replace(weight, codes=moved(weight.codes), zero=zero, bits=bits)
 
 
 def concatenate(weights: Sequence[Codes]) -> Codes:
@@ -323,9 +345,12 @@ def _group_order(g_idx: Tensor, group_size: int | None, name: str) -> Tensor | N
     return order
 
 
-def _check_scheme(bits: int, group_size: int | None, name: str) -> None:
-    if bits not in WIDTHS:
-        raise ValueError(f"{name}: kernels take 2, 3, 4 and 8 bits, found {bits}: load it unpacked")
+def _check_scheme(
+    bits: int, group_size: int | None, name: str, widths: Container[int] = WIDTHS
+) -> None:
+    if bits not in widths:
+        expected = "2, 3, 4 and 8" if widths == WIDTHS else "2 to 8"
+        raise ValueError(f"{name}: expected {expected} bits, found {bits}: load it unpacked")
     if group_size is not None and (group_size <= 0 or group_size % ROWS):
         raise ValueError(
             f"{name}: kernels take groups of a multiple of {ROWS} inputs, or one per output (None),"

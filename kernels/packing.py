@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 WIDTHS = range(2, 9)
+BLOCK_CODES = 1 << 20  # unpacked at a time: what is needed on the way stays in the cache
 
 
 def packed_columns(columns: int, bits: int) -> int:
@@ -64,6 +65,15 @@ def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
             f"{columns} codes of {bits} bits take {packed_columns(columns, bits)} int32 words "
             f"a row, found {words} of {packed.dtype}"
         )
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=packed.device)
+    step = max(1, BLOCK_CODES // max(columns, 1))
+    for start in range(0, rows, step):
+        codes[start : start + step] = _unpack(packed[start : start + step], bits, columns)
+    return codes
+
+
+def _unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    rows, words = packed.shape
     blocks = -(-columns // 32)
     if blocks * bits > words:
         packed = torch.nn.functional.pad(packed, (0, blocks * bits - words))
@@ -73,7 +83,7 @@ def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     codes = torch.empty(rows, blocks * 4, 8, dtype=torch.uint8, device=packed.device)
     for i in range(8):  # the mask drops what an arithmetic shift of a negative number brings in
         codes[..., i] = (stream >> (i * bits)) & (2**bits - 1)
-    return codes.view(rows, blocks * 32)[:, :columns].contiguous()
+    return codes.view(rows, blocks * 32)[:, :columns]
 
 
 def _check(bits: int) -> None:

@@ -1,10 +1,11 @@
 """Opening a checkpoint: as a model that runs, or as a list of what is inside.
 
-`load` is plain transformers, with two differences. What transformers only warns about (a tensor
-that is missing, a quantisation method it does not know) would leave randomly initialised weights
-in the model, so here it is an error; and every error is one line. Code from a checkpoint is never
-run, and pickles are never read. Quantised weights become dense at the first forward. A multimodal
-model comes with its processor, and prunes visual tokens if a strategy was saved with it.
+`load` is transformers, with three differences. Linears that are packed stay packed, on a GPU and on
+a CPU (transformers makes them dense at the first forward). What it only warns about (a tensor that
+is missing, a quantisation method it does not know) would leave randomly initialised weights in the
+model, so here it is an error; and every error is one line. Code from a checkpoint is never run, and
+pickles are never read. A multimodal model comes with its processor, and prunes visual tokens if a
+strategy was saved with it.
 
 `inspect` reads headers and JSON only, ours or anybody's: compressed-tensors, GPTQ, or 16 bits.
 
@@ -12,15 +13,16 @@ model comes with its processor, and prunes visual tokens if a strategy was saved
     inspect("out")["modules"][0]      # {"name", "shape", "bits", "group_size", "symmetric"}
 """
 
+import copy
 import json
 import math
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.checkpoint.compressed_tensors import module_schemes, must_dequantize_on_load
+from compress.checkpoint.compressed_tensors import module_schemes
+from compress.checkpoint.packed import is_packed, needs_own_reader, quantization_section
 from compress.checkpoint.safetensors_io import CheckpointReader
 from compress.errors import CheckpointError, UsageError
 
@@ -38,13 +40,20 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     prune: bool = True,
+    packed: bool | None = None,
+    fuse: bool = False,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase | ProcessorMixin"]:
     """A model in evaluation mode on `device`, and its tokenizer, if it is multimodal its processor.
 
     path: a folder, or a model id on the hub. dtype: None keeps the checkpoint's. prune: whether a
     strategy saved with the checkpoint is applied; `model.visual_token_pruning` is then its context.
+    packed: whether quantised linears stay packed (QuantLinear); False makes all of them dense; None
+    keeps compressed-tensors `pack-quantized` and GPTQ packed and leaves other formats (AWQ, FP8) to
+    transformers.
+    fuse: whether packed linears that read the same input run in one launch.
+
     Raises UsageError if there is no such folder and no such id can be reached, and CheckpointError
-    if what is there is not a whole model that transformers can load.
+    if what is there is not a whole model that can be loaded so; it names the module.
     """
     from transformers import (
         AutoConfig,
@@ -63,14 +72,19 @@ def load(
     multimodal = config.model_type in FAMILIES
     kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True}
-    if must_dequantize_on_load(getattr(config, "quantization_config", None) or {}):
-        from transformers import CompressedTensorsConfig
+    section = quantization_section(config.to_dict())
+    if packed is None:
+        packed = is_packed(section)
+    if section and (packed or needs_own_reader(section)):
+        from compress.transformers_plugin import ModelpressConfig
 
-        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    with warnings.catch_warnings():
-        # said whenever a loading attribute is passed beside a quantised config; here on purpose
-        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        model, report = guarded(path, kind.from_pretrained, output_loading_info=True, **options)
+        options["quantization_config"] = ModelpressConfig(packed, fuse)
+        options["config"] = without_section(config)
+    elif fuse:
+        raise UsageError(f"{path} has no packed linears to fuse: leave out fuse=True")
+    if torch.device(device).type != "cpu":
+        options["device_map"] = {"": device}  # or all of it would lie in the host's memory first
+    model, report = guarded(path, kind.from_pretrained, output_loading_info=True, **options)
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
         raise CheckpointError(
@@ -83,6 +97,15 @@ def load(
     if strategy is not None:
         apply_strategy(model, strategy, processor)
     return model, processor
+
+
+def without_section(config: Any) -> Any:
+    """The config of a model whose quantisation is given to transformers apart from it."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
 def _check_path(path: str | Path) -> None:
@@ -135,7 +158,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     if not folder.is_dir():
         raise UsageError(f"no such model folder: {path} (download a hub model first: hf download)")
-    config = _read_json(folder, "config.json").get("quantization_config") or {}
+    config = quantization_section(_read_json(folder, "config.json"))
     reader = CheckpointReader(folder)
     quantised = _quantised_modules(reader, config)
     modules = quantised | {

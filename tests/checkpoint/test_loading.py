@@ -10,6 +10,7 @@ from tiny_quantised import tiny_llama, write_quantised
 
 from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.loading import inspect, load
+from compress.checkpoint.packed import UnpackableError
 from compress.checkpoint.safetensors_io import CheckpointReader, save_tensors
 from compress.errors import CheckpointError, CompressError, UsageError
 
@@ -32,9 +33,9 @@ def folder(mixed, tmp_path):
     return copy
 
 
-def message_of(path, kind: type[CompressError]) -> str:
+def message_of(path, kind: type[CompressError], **options) -> str:
     with pytest.raises(kind) as error:
-        load(path)
+        load(path, **options)
     assert type(error.value) is kind
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -48,8 +49,9 @@ def change_config(folder: Path, **changes) -> None:
 # ---- load ---------------------------------------------------------------------------------------
 
 
-def test_a_quantised_checkpoint_runs(mixed, folder):
-    model, tokenizer = load(folder)
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_quantised_checkpoint_runs(mixed, folder, packed):
+    model, tokenizer = load(folder, packed=packed)
     assert not model.training
     assert tokenizer("w3 w5")["input_ids"][:2] == [3, 5]
     with torch.no_grad():
@@ -71,11 +73,15 @@ def test_one_asymmetric_scheme_runs(tmp_path, recwarn):
     assert not [w for w in recwarn if "quantization_config" in str(w.message)]
 
 
-def test_asymmetric_schemes_of_two_widths_are_refused(tmp_path):
+def test_asymmetric_schemes_of_two_widths_run(tmp_path):
+    """transformers alone does not load these; packed and dense, they are read without it."""
     schemes = [ModuleScheme(4, 32, symmetric=False), ModuleScheme(3, 32, symmetric=False)]
     made = write_quantised(tmp_path, schemes)
     write_tokenizer(made.folder)
-    assert "vLLM" in message_of(made.folder, CheckpointError)
+    for packed in (True, False):
+        model, _ = load(made.folder, packed=packed)
+        with torch.no_grad():
+            torch.testing.assert_close(model(made.input_ids).logits, made.logits, rtol=0, atol=1e-4)
 
 
 def test_no_such_folder(tmp_path):
@@ -122,7 +128,9 @@ def test_a_missing_tensor_is_an_error_not_a_random_weight(folder):
 
 def test_an_unknown_quantisation_method_is_an_error(folder):
     change_config(folder, quantization_config={"quant_method": "no-such-method"})
-    assert "does not know" in message_of(folder, CheckpointError)
+    assert "found 'no-such-method'" in message_of(folder, UnpackableError, packed=True)
+    for packed in (None, False):
+        assert "does not know" in message_of(folder, CheckpointError, packed=packed)
 
 
 def test_code_in_a_checkpoint_is_not_run(folder):

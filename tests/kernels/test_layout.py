@@ -14,6 +14,7 @@ from compress.kernels.layout import (
     read_compressed_tensors,
     read_gptq,
     unpack_kernel,
+    with_bits,
     write_compressed_tensors,
     write_gptq,
 )
@@ -120,6 +121,31 @@ def test_act_order_is_undone():
     assert all(torch.equal(written[key], tensors[key]) for key in tensors)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_wider_codes_are_the_same_weight(bits, symmetric):
+    weight = random_weight(20, 64, bits, 32, symmetric)
+    wide = with_bits(weight, 8)
+    assert wide.bits == 8
+    assert (wide.zero is None) == symmetric
+    assert torch.equal(dequantize(wide), dequantize(weight))
+    assert_same(with_bits(wide, bits), weight)
+
+
+def test_codes_that_do_not_fit_are_not_cut():
+    with pytest.raises(ValueError, match="codes of 8 bits do not fit 5"):
+        with_bits(random_weight(20, 64, 8, 32), 5)
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_widths_between_are_read_and_not_run(bits):
+    tensors = write_compressed_tensors(random_weight(20, 64, bits, 32, False))
+    found = read_compressed_tensors(tensors, bits, 32)
+    assert_same(found, random_weight(20, 64, bits, 32, False))
+    with pytest.raises(ValueError, match=f"expected 2, 3, 4 and 8 bits, found {bits}"):
+        pack_kernel(found)
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_one_launch_for_several_weights(mixed):
     parts = [
@@ -172,7 +198,7 @@ def test_damaged_tensors_are_refused_by_name(change, message):
 
 def test_schemes_without_a_kernel_are_refused_by_name():
     tensors = write_gptq(random_weight(32, 64, 4, 32))
-    with pytest.raises(ValueError, match="up_proj: kernels take 2, 3, 4 and 8 bits, found 5"):
+    with pytest.raises(ValueError, match="up_proj: expected 2, 3, 4 and 8 bits, found 5"):
         read_gptq(tensors, 5, 32, name="up_proj")
     with pytest.raises(ValueError, match=r"multiple of 16 inputs.* found 24"):
         read_gptq(tensors, 4, 24)

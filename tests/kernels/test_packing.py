@@ -80,3 +80,11 @@ def test_rows_of_the_wrong_length_are_refused():
     packed = pack_rows(random_codes(2, 64, 4), 4)
     with pytest.raises(ValueError, match="take 4 int32 words"):
         unpack_rows(packed, 4, 32)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_unpacking_block_by_block_is_the_same(bits, monkeypatch):
+    """Of 7 rows in blocks of 3: the last block is short."""
+    codes = torch.randint(0, 2**bits, (7, 40), dtype=torch.uint8)
+    monkeypatch.setattr("compress.kernels.packing.BLOCK_CODES", 3 * 40 + 1)
+    assert torch.equal(unpack_rows(pack_rows(codes, bits), bits, 40), codes)

@@ -1,0 +1,306 @@
+"""The packed linears of a checkpoint folder, ours or anybody's, one at a time, as codes and scales.
+
+Reads compressed-tensors `pack-quantized` (2 to 8 bits) and GPTQ in versions 1 and 2 (2, 3, 4 and 8
+bits; columns permuted by act-order too). What a linear is comes from config.json, and must agree
+with the shapes in the files' headers.
+
+Policy: all of it is checked before a weight is read, and what cannot be held packed and run to the
+letter (another format, quantised activations, a scale that is missing) is an UnpackableError that
+names the module. A linear that config.json means to quantise and the files hold as a plain weight
+is left to transformers.
+
+    linears = PackedLinears("out")
+    linears.check("model.layers.0.mlp.up_proj", (N, K))
+    codes = linears.codes("model.layers.0.mlp.up_proj")        # layout.Codes, a byte per weight
+    linears.tensors("model.layers.0.mlp.up_proj", codes)       # the file's tensors again
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.checkpoint.compressed_tensors import ModuleScheme, module_schemes
+from compress.checkpoint.safetensors_io import CheckpointReader
+from compress.errors import CheckpointError, UsageError
+from compress.kernels.layout import (
+    ROWS,
+    WIDTHS,
+    Codes,
+    read_compressed_tensors,
+    read_gptq,
+    with_bits,
+    write_compressed_tensors,
+    write_gptq,
+)
+from compress.kernels.packing import WIDTHS as FILE_WIDTHS
+from compress.kernels.packing import packed_columns
+
+SUFFIXES = {
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"),
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+}
+GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
+# Tensors that say: these codes are read in another way than ours.
+FOREIGN = ("weight_g_idx", "weight_global_scale", "input_scale", "input_zero_point", "output_scale")
+
+
+class UnpackableError(CheckpointError, UsageError):
+    """A checkpoint that was to run packed and cannot: it is damaged, or of another format.
+
+    A CheckpointError by what is wrong, and with the exit code of a UsageError: what was asked for
+    is not to be had from that path.
+    """
+
+
+class PackedLinears:
+    """The packed linears of a folder; opening it reads config.json and headers only.
+
+    Attributes:
+        folder, reader: where it is, its tensors.
+        section: `quantization_config` of its config.json.
+        method: `compressed-tensors` or `gptq`.
+        schemes: how each packed linear is quantised, by its name in the files.
+
+    Raises UnpackableError for a folder that holds nothing packed, or something else as well;
+    CheckpointError for a damaged one.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.section = quantization_section(_read_config(self.folder))
+        self.method = str(self.section.get("quant_method"))
+        self._refuse_section()
+        self.reader = CheckpointReader(self.folder)
+        self.schemes = self._schemes()
+        for name, scheme in self.schemes.items():
+            self._refuse_scheme(name, scheme)
+
+    def check(self, name: str, shape: tuple[int, int]) -> None:
+        """Raises UnpackableError unless the files hold a linear of `shape` [N, K] under `name`."""
+        scheme, (N, K) = self.schemes[name], shape
+        G = 1 if scheme.group_size is None else -(-K // scheme.group_size)
+        if self.method == "gptq":
+            expected = {
+                "qweight": (packed_columns(K, scheme.bits), N),
+                "qzeros": (G, packed_columns(N, scheme.bits)),
+                "scales": (G, N),
+            }
+            if f"{name}.g_idx" in self.reader:
+                expected["g_idx"] = (K,)
+        else:
+            expected = {
+                "weight_packed": (N, packed_columns(K, scheme.bits)),
+                "weight_scale": (N, G),
+                "weight_shape": (2,),
+            }
+            if not scheme.symmetric:
+                expected["weight_zero_point"] = (packed_columns(N, scheme.bits), G)
+        groups = "one group" if scheme.group_size is None else f"groups of {scheme.group_size}"
+        for key, right in expected.items():
+            if f"{name}.{key}" not in self.reader:
+                raise self._error(f"{name} has no {key}: the checkpoint is damaged")
+            if (found := self.reader.shape(f"{name}.{key}")) != right:
+                raise self._error(
+                    f"{name}.{key} has shape {list(found)}, but {scheme.bits} bits in {groups} of "
+                    f"a linear [{N}, {K}] take {list(right)}"
+                )
+        if self.method != "gptq":
+            stored = self.reader.tensor(f"{name}.weight_shape").tolist()
+            if stored != [N, K]:
+                raise self._error(
+                    f"{name}.weight_shape says {stored}, the model has a linear [{N}, {K}]"
+                )
+
+    def codes(self, name: str, device: str | torch.device = "cpu") -> Codes:
+        """The codes of one linear on `device`, in a width that kernels run: 5, 6 and 7 bits as 8.
+
+        Raises UnpackableError for inputs permuted across groups in a way that is no act-order,
+        CheckpointError for a scale that is no number.
+        """
+        scheme = self.schemes[name]
+        tensors = {
+            key: self.reader.tensor(f"{name}.{key}").to(device)
+            for key in SUFFIXES[self.method]
+            if f"{name}.{key}" in self.reader
+        }
+        try:
+            if self.method == "gptq":
+                codes = read_gptq(tensors, scheme.bits, scheme.group_size, self.version, name)
+            else:
+                codes = read_compressed_tensors(tensors, scheme.bits, scheme.group_size, name)
+        except ValueError as error:
+            raise self._error(str(error)) from error
+        return codes if codes.bits in WIDTHS else with_bits(codes, 8)
+
+    def tensors(self, name: str, codes: Codes) -> dict[str, Tensor]:
+        """The inverse of `codes`: the tensors of the files, on the CPU, by their names inside."""
+        codes = with_bits(codes.to("cpu"), self.schemes[name].bits)
+        if self.method != "gptq":
+            return write_compressed_tensors(codes)
+        written = write_gptq(codes, self.version)
+        return {key: written[key] for key in written if f"{name}.{key}" in self.reader}
+
+    def bias(self, name: str) -> Tensor | None:
+        """The bias that the files hold beside a packed linear."""
+        return self.reader.tensor(f"{name}.bias") if f"{name}.bias" in self.reader else None
+
+    @property
+    def version(self) -> int:
+        """Of the GPTQ format: 1 stores zero points less one, 2 as they are."""
+        return GPTQ_VERSIONS[_gptq_format(self.section)]
+
+    # ---- refusals -------------------------------------------------------------------------------
+
+    def _error(self, fault: str) -> UnpackableError:
+        return UnpackableError(f"{self.folder}: {fault}")
+
+    def _refuse_section(self) -> None:
+        if self.method not in SUFFIXES:
+            raise self._error(
+                f"packed loading reads compressed-tensors (pack-quantized) and GPTQ, found "
+                f"{self.section.get('quant_method')!r}: load it with packed=False"
+            )
+        if self.method == "gptq":
+            found = _gptq_format(self.section)
+            if found not in GPTQ_VERSIONS or self.section.get("pack_dtype", "int32") != "int32":
+                raise self._error(
+                    f"packed loading reads GPTQ in the formats gptq and gptq_v2 in 32-bit words, "
+                    f"found {found!r} in {self.section.get('pack_dtype', 'int32')}"
+                )
+            return
+        groups = list((self.section.get("config_groups") or {}).values())
+        formats = {group.get("format") or self.section.get("format") for group in groups}
+        if formats - {"pack-quantized"}:
+            raise self._error(
+                f"packed loading reads compressed-tensors in the format pack-quantized, found "
+                f"{', '.join(sorted(map(str, formats - {'pack-quantized'})))}: load it with "
+                f"packed=False"
+            )
+        for what, found in compressed_tensors_extras(self.section).items():
+            if found:
+                raise self._error(f"{what} cannot be run packed: load it with packed=False")
+
+    def _schemes(self) -> dict[str, ModuleScheme]:
+        main, *others = SUFFIXES[self.method]
+        packed = self._named(main)
+        for suffix in (*others, *FOREIGN):  # a main tensor that is missing leaves its companions
+            for name in self._named(suffix):
+                if suffix in FOREIGN:
+                    what = "act-order" if suffix == "weight_g_idx" else "more than codes and scales"
+                    raise self._error(f"{name}.{suffix} is {what}, which cannot be run packed")
+                if name not in packed:
+                    raise self._error(f"{name} has {suffix} but no {main}: it is not packed")
+        if not packed:
+            raise self._error("nothing is packed, though config.json says so")
+        if self.method == "gptq":
+            return {name: self._gptq_scheme(name) for name in packed}
+        schemes = module_schemes(self.section, packed)
+        for name in packed:
+            if name not in schemes:
+                raise self._error(f"{name} is packed, but config.json does not say how")
+        return schemes
+
+    def _named(self, suffix: str) -> list[str]:
+        end = "." + suffix
+        return [name.removesuffix(end) for name in self.reader.names if name.endswith(end)]
+
+    def _gptq_scheme(self, name: str) -> ModuleScheme:
+        settings = {key: self.section.get(key) for key in ("bits", "group_size", "sym")}
+        for pattern, override in (self.section.get("dynamic") or {}).items():
+            if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+                if pattern.startswith("-:"):
+                    raise self._error(f"{name} is packed, but `dynamic` leaves it unquantised")
+                settings |= {key: override[key] for key in settings if key in override}
+                break
+        size = settings["group_size"] or -1
+        if not isinstance(settings["bits"], int) or not isinstance(size, int):
+            raise self._error(
+                f"{name}: config.json gives {settings['bits']} bits in groups of {size}"
+            )
+        return ModuleScheme(settings["bits"], size if size > 0 else None, bool(settings["sym"]))
+
+    def _refuse_scheme(self, name: str, scheme: ModuleScheme) -> None:
+        widths = WIDTHS if self.method == "gptq" else FILE_WIDTHS
+        if scheme.bits not in widths:
+            raise self._error(
+                f"{name} has {scheme.bits} bits, packed {self.method} runs "
+                f"{', '.join(map(str, widths))}"
+            )
+        if scheme.group_size is not None and scheme.group_size % ROWS:
+            raise self._error(
+                f"{name} has groups of {scheme.group_size}, kernels take a multiple of {ROWS} "
+                f"inputs or one group: load it with packed=False"
+            )
+        if scheme.symmetric and f"{name}.weight_zero_point" in self.reader:
+            raise self._error(f"{name} has a weight_zero_point, but config.json says symmetric")
+
+
+def compressed_tensors_extras(section: dict[str, Any]) -> dict[str, bool]:
+    """What a compressed-tensors section asks for beyond integer weights in groups or channels."""
+    groups = list((section.get("config_groups") or {}).values())
+    weights = [group.get("weights") or {} for group in groups]
+    transforms = (section.get("transform_config") or {}).get("config_groups") or {}
+    applied = [part for scheme in transforms.values() for part in scheme.get("apply", [])]
+    return {
+        # rotations at weight_input and weight_output are folded into the weights already
+        "online rotations": any(
+            not str(part.get("location", "")).startswith("weight") for part in applied
+        ),
+        "a quantised KV cache": bool(section.get("kv_cache_scheme")),
+        "sparse weights": (section.get("sparsity_config") or {}).get("format", "dense") != "dense",
+        "quantised activations": any(
+            group.get("input_activations") or group.get("output_activations") for group in groups
+        ),
+        "weights other than integers in groups": any(
+            w.get("type") != "int" or w.get("strategy") not in ("group", "channel") for w in weights
+        ),
+    }
+
+
+def quantization_section(config: dict[str, Any]) -> dict[str, Any]:
+    """`quantization_config` of a config.json; a multimodal one may have it in its text part."""
+    text = config.get("text_config") or {}
+    return config.get("quantization_config") or text.get("quantization_config") or {}
+
+
+def needs_own_reader(section: dict[str, Any]) -> bool:
+    """Whether transformers alone does not load such weights as dense ones, and `codes` does.
+
+    GPTQ, for which it wants two more packages; and asymmetric compressed-tensors, of which it
+    loads one scheme only.
+    """
+    if section.get("quant_method") == "gptq":
+        return True
+    groups = (section.get("config_groups") or {}).values()
+    weights = [group["weights"] for group in groups if group.get("weights")]
+    packed = section.get("quant_method") == "compressed-tensors" and all(
+        (group.get("format") or section.get("format")) == "pack-quantized" for group in groups
+    )
+    return packed and not all(w.get("symmetric", True) for w in weights)
+
+
+def is_packed(section: dict[str, Any]) -> bool:
+    """Whether the section is of a format that `PackedLinears` reads; nothing more is looked at."""
+    groups = (section.get("config_groups") or {}).values()
+    formats = {group.get("format") or section.get("format") for group in groups}
+    method = section.get("quant_method")
+    return method == "gptq" or (method == "compressed-tensors" and formats == {"pack-quantized"})
+
+
+def _gptq_format(section: dict[str, Any]) -> str:
+    return str(section.get("checkpoint_format") or section.get("format") or "gptq")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no config.json: it is not a model folder") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,281 @@
+"""What cannot be run packed is refused in one line that names the module and what is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoints import byte_tokenizer
+from tiny_quantised import write_quantised
+
+import compress
+from compress.checkpoint.compressed_tensors import ModuleScheme
+from compress.checkpoint.export import export
+from compress.checkpoint.packed import PackedLinears, UnpackableError, is_packed
+from compress.checkpoint.safetensors_io import CheckpointReader, save_tensors
+from compress.cli import main
+from compress.errors import CheckpointError, UsageError
+
+# transformers says so of every argument beside a quantised checkpoint's own config.
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Symmetric 4 bits in groups of 32, as compressed-tensors and as GPTQ."""
+    folder = tmp_path_factory.mktemp("whole") / "compressed-tensors"
+    write_quantised(folder, [ModuleScheme(4, 32)])
+    byte_tokenizer().save_pretrained(folder)
+    export(folder, "gptq", folder.parent / "gptq", round_scales=True)
+    return folder.parent
+
+
+@pytest.fixture
+def damaged(whole, tmp_path):
+    """`damaged("gptq", tensors={...}, section={...})`: a copy, changed; None takes a key away."""
+
+    def copy(format: str, tensors: dict | None = None, section: dict | None = None, **config):
+        folder = shutil.copytree(whole / format, tmp_path / "model")
+        held = CheckpointReader(folder).tensors() | (tensors or {})
+        kept = {name: tensor for name, tensor in held.items() if tensor is not None}
+        save_tensors(folder / "model.safetensors", kept)
+        old = json.loads((folder / "config.json").read_text())
+        changed = old["quantization_config"] | (section or {})
+        new = old | config | {"quantization_config": changed}
+        (folder / "config.json").write_text(json.dumps(new))
+        return folder
+
+    return copy
+
+
+def message_of(folder: Path, **options) -> str:
+    with pytest.raises(UnpackableError) as error:
+        compress.load(folder, **options)
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+    assert isinstance(error.value, CheckpointError)
+    assert isinstance(error.value, UsageError)
+    assert error.value.exit_code == 2
+    return str(error.value)
+
+
+def ints(*shape):
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("format", "key", "tensor", "expected"),
+    [
+        ("compressed-tensors", "weight_packed", ints(96, 7), [96, 8]),
+        ("compressed-tensors", "weight_packed", ints(95, 8), [96, 8]),
+        ("compressed-tensors", "weight_scale", torch.ones(96, 3), [96, 2]),
+        ("compressed-tensors", "weight_shape", torch.tensor([96]), [2]),
+        ("gptq", "qweight", ints(7, 96), [8, 96]),
+        ("gptq", "qzeros", ints(2, 11), [2, 12]),
+        ("gptq", "scales", torch.ones(3, 96).half(), [2, 96]),
+        ("gptq", "g_idx", ints(60), [64]),
+    ],
+)
+def test_wrong_shapes(damaged, format, key, tensor, expected):
+    message = message_of(damaged(format, {f"{UP}.{key}": tensor}))
+    assert f"{UP}.{key} has shape {list(tensor.shape)}" in message
+    assert f"take {expected}" in message
+
+
+def test_a_wrong_shape_of_zero_points(tmp_path):
+    write_quantised(tmp_path, [ModuleScheme(3, 32, symmetric=False)])
+    byte_tokenizer().save_pretrained(tmp_path)
+    tensors = CheckpointReader(tmp_path).tensors()
+    save_tensors(tmp_path / "model.safetensors", tensors | {f"{UP}.weight_zero_point": ints(8, 2)})
+    assert f"{UP}.weight_zero_point has shape [8, 2]" in message_of(tmp_path)
+    del tensors[f"{UP}.weight_zero_point"]
+    save_tensors(tmp_path / "model.safetensors", tensors)
+    assert f"{UP} has no weight_zero_point" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("format", "key"),
+    [
+        ("compressed-tensors", "weight_scale"),
+        ("compressed-tensors", "weight_shape"),
+        ("gptq", "qzeros"),
+        ("gptq", "scales"),
+    ],
+)
+def test_a_missing_tensor(damaged, format, key):
+    assert f"{UP} has no {key}" in message_of(damaged(format, {f"{UP}.{key}": None}))
+
+
+@pytest.mark.parametrize(
+    ("format", "key"), [("compressed-tensors", "weight_packed"), ("gptq", "qweight")]
+)
+def test_missing_codes(damaged, format, key):
+    message = message_of(damaged(format, {f"{UP}.{key}": None}))
+    assert UP in message
+    assert f"no {key}" in message
+
+
+def test_a_shape_that_is_not_the_models(damaged):
+    folder = damaged("compressed-tensors", {f"{UP}.weight_shape": torch.tensor([96, 60])})
+    assert f"{UP}.weight_shape says [96, 60]" in message_of(folder)
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_a_scale_that_is_no_number(damaged, format):
+    key = f"{UP}.{'scales' if format == 'gptq' else 'weight_scale'}"
+    tensor = torch.ones(2, 96).half() if format == "gptq" else torch.ones(96, 2)
+    tensor[1, 0] = torch.nan
+    folder = damaged(format, {key: tensor})
+    with pytest.raises(CheckpointError, match="NaN") as error:
+        compress.load(folder)
+    assert key in str(error.value)
+
+
+# ---- schemes ------------------------------------------------------------------------------------
+
+
+def groups_of(weights: dict, **group) -> dict:
+    """A section with one group of Linear."""
+    full = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    group = {"targets": ["Linear"], "format": "pack-quantized", "weights": full | weights} | group
+    return {"config_groups": {"group_0": group}}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (groups_of({"num_bits": 9}), "down_proj has 9 bits"),
+        (groups_of({"group_size": 24}), "has groups of 24, kernels take a multiple of 16"),
+        (groups_of({"num_bits": 3}), "down_proj.weight_packed has shape .*, but 3 bits in groups"),
+        (groups_of({"group_size": 64}), r"down_proj.weight_scale has shape \[64, 3\]"),
+        (groups_of({"type": "float"}), "weights other than integers in groups cannot be run"),
+        (groups_of({"strategy": "tensor"}), "weights other than integers in groups cannot be run"),
+        (groups_of({}, format="int-quantized"), "pack-quantized, found int-quantized"),
+        (groups_of({}, format="naive-quantized"), "pack-quantized, found naive-quantized"),
+        (groups_of({}, input_activations={"num_bits": 8}), "quantised activations cannot be run"),
+        (
+            groups_of({}, targets=["re:.*gate_proj"]),
+            "down_proj is packed, but config.json",
+        ),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "a quantised KV cache cannot be run packed"),
+        ({"sparsity_config": {"format": "sparse-24"}}, "sparse weights cannot be run packed"),
+        (
+            {"transform_config": {"config_groups": {"R4": {"apply": [{"location": "input"}]}}}},
+            "online rotations cannot be run packed",
+        ),
+        ({"quant_method": "awq"}, "found 'awq': load it with packed=False"),
+    ],
+)
+def test_compressed_tensors_sections(damaged, section, message):
+    with pytest.raises(UnpackableError, match=message):
+        PackedLinears(damaged("compressed-tensors", section=section)).check(
+            "model.layers.0.mlp.down_proj", (64, 96)
+        )
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"bits": 5}, "down_proj has 5 bits, packed gptq runs 2, 3, 4, 8"),
+        ({"bits": "4"}, "config.json gives 4 bits"),
+        ({"bits": None}, "config.json gives None bits"),
+        ({"group_size": 40}, "has groups of 40, kernels take a multiple of 16"),
+        ({"bits": 8}, "down_proj.qweight has shape .*, but 8 bits in groups of 32"),
+        ({"checkpoint_format": "marlin"}, "gptq and gptq_v2 in 32-bit words, found 'marlin'"),
+        ({"pack_dtype": "int16"}, "found 'gptq' in int16"),
+        ({"dynamic": {"-:.*down_proj": {}}}, "down_proj is packed, but `dynamic` leaves it"),
+        ({"dynamic": {".*down_proj": {"bits": 2}}}, "down_proj.qweight has shape .*, but 2 bits"),
+    ],
+)
+def test_gptq_sections(damaged, section, message):
+    with pytest.raises(UnpackableError, match=message):
+        PackedLinears(damaged("gptq", section=section)).check(
+            "model.layers.0.mlp.down_proj", (64, 96)
+        )
+
+
+def test_other_tensors_of_a_packed_linear(damaged):
+    folder = damaged("compressed-tensors", {f"{UP}.weight_g_idx": ints(64)})
+    assert f"{UP}.weight_g_idx is act-order" in message_of(folder)
+    shutil.rmtree(folder)
+    folder = damaged("compressed-tensors", {f"{UP}.weight_zero_point": ints(12, 2)})
+    assert f"{UP} has a weight_zero_point, but config.json says symmetric" in message_of(folder)
+
+
+def test_a_column_order_that_is_no_act_order(damaged):
+    g_idx = (torch.arange(64) // 32).int()
+    g_idx[0] = 1  # 31 inputs of one group, 33 of the other
+    assert f"{UP}.g_idx" in message_of(damaged("gptq", {f"{UP}.g_idx": g_idx}))
+
+
+# ---- models -------------------------------------------------------------------------------------
+
+
+def test_a_module_that_the_model_does_not_have(damaged, whole):
+    tensors = CheckpointReader(whole / "gptq").tensors("model.layers.1.mlp.up_proj")
+    moved = {name.replace("up_proj", "side_proj"): tensor for name, tensor in tensors.items()}
+    message = message_of(damaged("gptq", moved))
+    assert "side_proj is packed, but the model has nothing of that name" in message
+
+
+def test_a_packed_head_that_config_ties(whole, damaged):
+    tensors = CheckpointReader(whole / "gptq").tensors("model.layers.1.mlp.up_proj")
+    head = {f"lm_head.{name.rpartition('.')[2]}": t for name, t in tensors.items()}
+    message = message_of(
+        damaged("gptq", head | {"lm_head.weight": None}, vocab_size=96, tie_word_embeddings=True)
+    )
+    assert "lm_head is packed, but config.json ties its weight" in message
+
+
+def test_a_bias_that_the_model_has_no_place_for(damaged):
+    folder = damaged("gptq", {f"{UP}.bias": torch.ones(96)})
+    assert f"{UP} has a bias" in message_of(folder)
+    shutil.rmtree(folder)
+    compress.load(damaged("gptq", {f"{UP}.bias": torch.zeros(96)}))  # as old writers leave them
+
+
+def test_weights_on_more_than_one_device(whole, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0", "lm_head"]
+    device_map = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    with pytest.raises(UnpackableError, match="packed linears run on one device, found cpu, meta"):
+        AutoModelForCausalLM.from_pretrained(
+            whole / "gptq", device_map=device_map, offload_folder=tmp_path,
+            quantization_config=compress.ModelpressConfig(),
+        )  # fmt: skip
+
+
+def test_an_unquantised_model_has_nothing_to_keep_packed(checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(UnpackableError, match="found None"):
+        AutoModelForCausalLM.from_pretrained(
+            checkpoint(), quantization_config=compress.ModelpressConfig()
+        )
+    compress.load(checkpoint())
+    with pytest.raises(UsageError, match="no packed linears to fuse"):
+        compress.load(checkpoint(), fuse=True)
+
+
+def test_the_command_line_leaves_with_2(damaged, capsys):
+    folder = damaged("compressed-tensors", {f"{UP}.weight_scale": None})
+    assert main(["generate", str(folder), "--prompt", "a"]) == 2
+    assert f"{UP} has no weight_scale" in capsys.readouterr().err
+
+
+def test_formats_of_others_are_left_to_transformers_unless_packed_is_asked_for(damaged):
+    folder = damaged("compressed-tensors", section={"quant_method": "awq"})
+    assert "found 'awq'" in message_of(folder, packed=True)
+    with pytest.raises(CheckpointError) as error:  # transformers', which wants one more package
+        compress.load(folder)
+    assert not isinstance(error.value, UnpackableError)
+    assert is_packed(whole_section("pack-quantized"))
+    assert not is_packed(whole_section("float-quantized"))
+
+
+def whole_section(format: str) -> dict:
+    return {"quant_method": "compressed-tensors", "config_groups": {"g": {"format": format}}}
