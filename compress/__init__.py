@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from compress.pipeline import run
     from compress.planning import Plan
     from compress.pruning.engine import prune_visual_tokens
+    from compress.pruning.pictures import draw_pruning
+    from compress.pruning.search import search_strategy
     from compress.pruning.strategy import PruneStrategy
     from compress.recipe import Recipe
     from compress.result import Observer, RunResult
+    from compress.transformers_plugin import ModelpressConfig
 
     __version__: str
 
@@ -39,18 +42,23 @@ _HOMES = {
     "push": "compress.checkpoint.hub",
     "prune_visual_tokens": "compress.pruning.engine",
     "PruneStrategy": "compress.pruning.strategy",
+    "draw_pruning": "compress.pruning.pictures",
+    "search_strategy": "compress.pruning.search",
+    "ModelpressConfig": "compress.transformers_plugin",
     "CompressError": "compress.errors",
     "UsageError": "compress.errors",
 }
 
 __all__ = [
     "CompressError",
+    "ModelpressConfig",
     "PruneStrategy",
     "Recipe",
     "RunResult",
     "UsageError",
     "__version__",
     "compare",
+    "draw_pruning",
     "evaluate",
     "export",
     "inspect",
@@ -59,6 +67,7 @@ __all__ = [
     "prune_visual_tokens",
     "push",
     "run",
+    "search_strategy",
 ]
 
 

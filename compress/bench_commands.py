@@ -3,12 +3,14 @@
 Every import that needs torch is inside a command.
 """
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from compress.console import bench_table, console, stdout_for, write_json
-from compress.options import DebugOption, DeviceOption, JsonOption, OutputFileOption
+from compress.errors import UsageError
+from compress.options import DebugOption, DeviceOption, JsonOption, OutputFileOption, SeedOption
 
 bench = typer.Typer(no_args_is_help=True, help="Time and memory, beside what the method needs.")
 
@@ -52,4 +54,96 @@ def bench_quantize(
             emit(result)
         else:
             console().print(bench_table(result["runs"]))
+        write_json(output, result)
+
+
+@bench.command("kernels")
+def bench_kernels(
+    shapes: Annotated[str | None, typer.Option(metavar="NxK,...", help="Outputs x inputs.")] = None,
+    m: Annotated[str | None, typer.Option("--m", metavar="1,2,...", help="Rows of x.")] = None,
+    bits: Annotated[str, typer.Option(metavar="2,3,...", help="Widths.")] = "2,3,4,8",
+    group_size: Annotated[str, typer.Option(help="A number, or channel.")] = "128",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of activations: fp16, bf16, fp32; default by device.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each figure.")] = 15,
+    device: DeviceOption = "cpu",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Find the fastest tiles, and keep them for this user.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="A picture: .svg, .png, .pdf.")] = None,
+    output: OutputFileOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Time packed products beside dense ones, and what either takes of memory's speed."""
+    from compress.bench_kernels import KernelBench, parse_numbers, parse_shapes, tune_kernels
+    from compress.bench_kernels import bench_kernels as measure
+    from compress.bench_kernels_view import kernels_table, plot_kernels, tuning_table
+
+    settings = KernelBench(
+        shapes=parse_shapes(shapes) if shapes else None,
+        rows=parse_numbers(m, "--m") if m else None,
+        bits=parse_numbers(bits, "--bits"),
+        group_size=None
+        if group_size == "channel"
+        else parse_numbers(group_size, "--group-size")[0],
+        dtype=dtype,
+        device=device,
+        rounds=rounds,
+    )
+    errors = console(stderr=True)
+    with stdout_for(json) as emit:
+        result = (tune_kernels if tune else measure)(settings, errors.print)
+        if emit:
+            emit(result)
+        else:
+            console().print((tuning_table if tune else kernels_table)(result))
+        write_json(output, result)
+    if plot is not None and not tune:
+        plot_kernels(result, plot)
+
+
+@bench.command("pruning")
+def bench_pruning(
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A multimodal checkpoint.")
+    ] = None,
+    random: Annotated[
+        bool, typer.Option("--random", help="A random LLaVA of the sizes below; the default.")
+    ] = False,
+    width: Annotated[int, typer.Option(min=64, help="Of its language model.")] = 1024,
+    layers: Annotated[int, typer.Option(min=1, help="Of its language model.")] = 8,
+    visual_tokens: Annotated[int, typer.Option(min=4, help="A square number.")] = 1024,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Of its prompt.")] = 32,
+    image: Annotated[int, typer.Option(min=16, help="Side in pixels, for a checkpoint.")] = 336,
+    method: Annotated[str, typer.Option(help="As in a recipe.")] = "vflowopt",
+    keep: Annotated[str, typer.Option(metavar="A,B,C", help="Shares kept.")] = "1,0.5,0.25,0.1",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Decoded after each prefill.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Samples of each figure.")] = 5,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    output: OutputFileOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Time prefill and decoding with fewer visual tokens, beside what is predicted."""
+    if model is not None and random:
+        raise UsageError("--model and --random: expected one of them")
+    from compress.bench_pruning import PruningBench, parse_shares, pruning_bench_table
+    from compress.bench_pruning import bench_pruning as measure
+    from compress.pipeline import check_device
+
+    check_device(device)
+    settings = PruningBench(
+        model=model, width=width, layers=layers, visual_tokens=visual_tokens,
+        text_tokens=text_tokens, image=image, method=method, keep=parse_shares(keep),
+        new_tokens=new_tokens, repeats=repeats, seed=seed, device=device,
+    )  # fmt: skip
+    with stdout_for(json) as emit:
+        result = measure(settings)
+        if emit:
+            emit(result)
+        else:
+            console().print(pruning_bench_table(result))
         write_json(output, result)

@@ -195,6 +195,9 @@ def evaluate(
     per_document: Annotated[
         bool, typer.Option("--per-document", help="Each document on its own, not one stream.")
     ] = False,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder for pictures of pruned patches.")
+    ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     output: OutputFileOption = None,
@@ -212,7 +215,7 @@ def evaluate(
             model, tasks=names, include_path=include_path, perplexity=perplexity, length=length,
             stride=stride, bos=bos, tokens=tokens, per_document=per_document,
             text_field=text_field, baseline=baseline, limit=limit, batch_size=batch_size,
-            num_fewshot=num_fewshot, seed=seed, device=device,
+            num_fewshot=num_fewshot, seed=seed, device=device, pictures=pictures,
         )  # fmt: skip
         if emit:
             emit(scores)

@@ -3,7 +3,11 @@
 Each recipe is run with each seed, which draws both the calibration windows and the rotation. All
 results, and the 16-bit model, are then evaluated on the same text and tasks in one process. With
 several seeds a figure is their mean, and the error behind it their sample standard deviation; with
-one seed it is the standard error over windows or items, which says nothing about the seed.
+one seed it is the standard error over windows or items, which says nothing about the seed. A task
+that draws its items draws them from the seed too, and the 16-bit model is then measured with each.
+
+Recipes that only prune visual tokens change no weight: nothing is written for them but strategy and
+evaluation (`compress.pruning_comparison`), and a second plot shows accuracy against tokens kept.
 
     comparison = compare([Recipe.load(n) for n in ("demo-gptq", "demo-lm")], "out", seeds=(0, 1, 2))
     print(comparison.markdown())
@@ -20,6 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UsageError
+from compress.pruning_comparison import (
+    PruningComparison,
+    kept_per_prompt,
+    only_prunes,
+    retained,
+    seeded,
+    unpruned_per_prompt,
+)
 from compress.recipe import Recipe
 from compress.result import Observer
 from compress.sections import Evaluate
@@ -36,7 +48,8 @@ class Comparison:
         rows: one for the 16-bit model and one a recipe, for `compress.eval.report.quality_table`.
         runs: every run's recipe, seed, bytes, seconds and evaluation.
         conditions: one line on how it was measured.
-        plot: the picture, or None where matplotlib is missing or nothing can be drawn.
+        plot: accuracy against bytes, or against visual tokens kept; None where matplotlib is
+            missing or nothing can be drawn.
     """
 
     rows: list[dict[str, Any]]
@@ -85,14 +98,28 @@ def compare(
     output = Path(output)
     section = _check_recipes(recipes, seeds)
     check_evaluation(recipes[0])
-    finished = []
-    for recipe in recipes:
-        for seed in seeds:
-            observer.stage(f"{recipe.name}, seed {seed}")
-            folder = output / folder_name(f"{recipe.name}-{seed}")
-            finished.append((recipe, seed, _run(recipe, seed, folder, device, overwrite, observer)))
-    observer.stage("evaluation")
-    comparison = _measure(finished, section, device, observer)
+    runs = []
+    if all(only_prunes(recipe) for recipe in recipes):
+        study = PruningComparison(recipes[0], device, observer, overwrite)
+        for recipe in recipes:
+            for seed in seeds:
+                observer.stage(f"{recipe.name}, seed {seed}")
+                runs.append(study.run(recipe, seed, _folder(output, recipe, seed)))
+                _tell(observer, runs[-1])
+    else:
+        finished = []
+        for recipe in recipes:
+            for seed in seeds:
+                observer.stage(f"{recipe.name}, seed {seed}")
+                folder = _folder(output, recipe, seed)
+                facts = _run(recipe, seed, folder, device, overwrite, observer)
+                finished.append((recipe, seed, facts))
+        observer.stage("evaluation")
+        runs = _measure(finished, section, device, observer)
+    comparison = Comparison(_rows(runs, section), runs, _conditions(section, runs, device))
+    for warning in _unmet(runs):
+        comparison.warnings.append(warning)
+        observer.warning(warning)
     _plot(comparison, output / "comparison.png", observer)
     (output / "comparison.md").write_text(comparison.markdown())
     (output / "comparison.json").write_text(json.dumps(comparison.as_dict(), indent=2) + "\n")
@@ -100,6 +127,10 @@ def compare(
     (output / "comparison.jsonl").write_text("".join(lines))
     (output / "comparison.csv").write_text(_csv(comparison.runs))
     return comparison
+
+
+def _folder(output: Path, recipe: Recipe, seed: int) -> Path:
+    return output / folder_name(f"{recipe.name}-{seed}")
 
 
 def folder_name(name: str) -> str:
@@ -112,7 +143,8 @@ def _csv(runs: list[dict[str, Any]]) -> str:
     table = []
     for run in runs:
         scores = run["evaluation"]
-        row = {k: run[k] for k in ("name", "seed", "bits", "bytes", "seconds")}
+        facts = ("name", "seed", "bits", "bytes", "seconds")
+        row = {k: run[k] for k in facts if k in run} | kept_per_prompt(scores) | retained(scores)
         row |= {k: v for k, v in quality(scores).items() if k != "name"}
         difference = scores.get("difference", {})
         pairs = {"nll": difference.get("mean_nll")} | {
@@ -178,12 +210,9 @@ def _run(
     from compress.provenance import made_by
 
     model = local_folder(recipe.model_location(), recipe.model.revision)
-    seeded = recipe.with_changes(
-        name=f"{recipe.name}-{seed}",
-        calibration={"seed": seed}, rotate={"seed": seed}, evaluate=None,
-    )  # fmt: skip
-    if overwrite or not made_by(folder, seeded, model, device):
-        run(seeded, folder, device=device, overwrite=overwrite, observer=observer)
+    drawn = seeded(recipe, seed).with_changes(name=f"{recipe.name}-{seed}", evaluate=None)
+    if overwrite or not made_by(folder, drawn, model, device):
+        run(drawn, folder, device=device, overwrite=overwrite, observer=observer)
     facts = json.loads((folder / "modelpress.json").read_text())
     return {
         "folder": folder,
@@ -199,38 +228,85 @@ def _measure(
     section: Evaluate,
     device: str,
     observer: Observer,
-) -> Comparison:
-    from compress.eval.report import quality_row
+) -> list[dict[str, Any]]:
     from compress.evaluation import Evaluator
     from compress.models.skeleton import local_folder
 
     recipe = finished[0][0]
     baseline = local_folder(recipe.model_location(), recipe.model.revision)
     evaluator = Evaluator.of_recipe(recipe, baseline, device)
-    runs, rows = [], []
+    runs = []
     for recipe, seed, facts in finished:
-        scores = evaluator.measure(facts["folder"])
-        observer.module(f"{recipe.name}, seed {seed}", _figures(scores))
+        scores = evaluator.measure(facts["folder"], **({"seed": seed} if _drawn(section) else {}))
         runs.append(
             {"name": recipe.name, "seed": seed, **facts, "folder": str(facts["folder"])}
             | {"evaluation": scores}
         )
+        _tell(observer, runs[-1])
+    return runs
+
+
+def _drawn(section: Evaluate) -> bool:
+    """Whether a task draws its items, so that each seed has its own."""
+    from compress.eval.harness import DRAWN_TASKS
+
+    return any(task in DRAWN_TASKS for task in section.tasks)
+
+
+def _tell(observer: Observer, run: dict[str, Any]) -> None:
+    observer.module(f"{run['name']}, seed {run['seed']}", _figures(run["evaluation"]))
+
+
+def _rows(runs: list[dict[str, Any]], section: Evaluate) -> list[dict[str, Any]]:
+    """One for the 16-bit model and one a recipe: means over the seeds."""
+    from compress.eval.report import quality_row
+
     first = runs[0]
-    rows.append(
-        quality_row(BASELINE, first["evaluation"].get("baseline", {}), bytes=first["original"])
-    )
+    seeds = [run for run in runs if run["name"] == first["name"]] if _drawn(section) else [first]
+    rows = [
+        _mean_row([
+            quality_row(
+                BASELINE, run["evaluation"].get("baseline", {}),
+                **({"bytes": run["original"]} if "original" in run else {}),
+                **unpruned_per_prompt(run["evaluation"]),
+            )
+            for run in seeds
+        ])
+    ]  # fmt: skip
     for name in dict.fromkeys(run["name"] for run in runs):
-        mine = [run for run in runs if run["name"] == name]
         rows.append(
             _mean_row([
                 quality_row(
                     name, run["evaluation"],
-                    bits=run["bits"], bytes=run["bytes"], seconds=run["seconds"],
+                    **{key: run[key] for key in ("bits", "bytes", "seconds") if key in run},
+                    **kept_per_prompt(run["evaluation"]),
                 )
-                for run in mine
+                | (_retained_row(run["evaluation"]))
+                for run in runs if run["name"] == name
             ])
         )  # fmt: skip
-    return Comparison(rows, runs, _conditions(section, runs, device))
+    return rows
+
+
+def _retained_row(scores: dict[str, Any]) -> dict[str, Any]:
+    """What pruning left of the accuracy; one seed has no error for it."""
+    if "pruning" not in scores:
+        return {}
+    shares = retained(scores)
+    return shares | {name + ERROR: None for name in shares}
+
+
+def _unmet(runs: list[dict[str, Any]]) -> list[str]:
+    """A line for each recipe whose method cannot keep as little as was asked."""
+    lines = []
+    for run in {run["name"]: run for run in runs if run.get("asked") is not None}.values():
+        kept = run["evaluation"]["pruning"]["average_kept"]
+        lines.append(
+            f"{run['name']}: {run['strategy']['method']} with stages "
+            f"{run['strategy']['stages']} keeps at least {kept:.1%} of the visual tokens on "
+            f"average, not {run['asked']:.1%}: measured at that"
+        )
+    return lines
 
 
 def _mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -239,7 +315,7 @@ def _mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return rows[0]
     merged: dict[str, Any] = {"name": rows[0]["name"]}
     for key in rows[0]:
-        if key == "name" or key.endswith(ERROR):
+        if key == "name" or key.endswith(ERROR) or not all(key in row for row in rows):
             continue
         values = [row[key] for row in rows]
         mean = statistics.fmean(values)
@@ -270,22 +346,42 @@ def _conditions(section: Evaluate, runs: list[dict[str, Any]], device: str) -> s
             parts.append("kl: nats per token from the 16-bit model")
     if section.tasks:
         samples = scores["conditions"]["samples"]
-        parts.append(", ".join(f"{task}: {count} items" for task, count in samples.items()))
+        each = " a seed, drawn from it" if _drawn(section) else ""
+        parts.append(", ".join(f"{task}: {count} items{each}" for task, count in samples.items()))
     seeds = list(dict.fromkeys(run["seed"] for run in runs))
     if len(seeds) > 1:
-        parts.append(f"± sample standard deviation over seeds {', '.join(map(str, seeds))} "
-                     "(of the 16-bit model: standard error)")  # fmt: skip
+        of_baseline = "" if _drawn(section) else " (of the 16-bit model: standard error)"
+        numbers = ", ".join(map(str, seeds))
+        parts.append(f"± sample standard deviation over seeds {numbers}{of_baseline}")
     else:
         parts.append(f"± standard error over windows or items; seed {seeds[0]}")
+    if "pruning" in scores:
+        parts.append("kept: visual tokens, averaged over layers and images; kv_bytes and "
+                     "prefill_flops: of a prompt")  # fmt: skip
     parts.append(f"{device}, {scores['conditions']['dtype']}")
     return "; ".join(parts)
 
 
 def _plot(comparison: Comparison, path: Path, observer: Observer) -> None:
+    from compress.eval.curves import plot_kept
     from compress.eval.report import plot_quality
 
     try:
-        comparison.plot = plot_quality(comparison.rows, path)
+        if any("bytes" in row for row in comparison.rows):
+            comparison.plot = plot_quality(comparison.rows, path)
+        if any("kept" in row for row in comparison.rows[1:]):
+            kept = path if comparison.plot is None else path.with_stem(f"{path.stem}-kept")
+            drawn = plot_kept(_lines(comparison.rows[1:]), comparison.rows[0], kept)
+            comparison.plot = comparison.plot or drawn
     except UsageError as error:  # matplotlib is an extra: the table does without its picture
         comparison.warnings.append(f"no plot: {error}")
         observer.warning(comparison.warnings[-1])
+
+
+def _lines(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows that differ in their budget alone belong to one line of the plot, by its label."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "kept" in row:
+            lines.setdefault(re.sub(r" keep=[\d.e-]+", "", row["name"]), []).append(row)
+    return lines

@@ -3,7 +3,8 @@
 Loads the model, and the 16-bit baseline beside it, tokenises the text once, and hands all of it to
 `compress.eval`, which knows nothing of checkpoints. On a CPU both models compute in fp32 whatever
 they are stored in: bf16 products are slower there, and their rounding would be noise in the
-comparison; on a GPU they compute in the checkpoint's dtype, as they are served.
+comparison; on a GPU they compute in the checkpoint's dtype, as they are served. A model that prunes
+visual tokens is measured pruning, its baseline never does.
 
     evaluate("out", tasks=["demo_code"], perplexity="python-stdlib", baseline="recipes/demo/lm")
 """
@@ -36,8 +37,11 @@ def evaluate(
     num_fewshot: int | None = None,
     seed: int = 0,
     device: str = "cpu",
+    pictures: str | Path | None = None,
 ) -> dict[str, Any]:
     """Tasks, perplexity and divergence of a checkpoint: the dict of `compress.eval.evaluate`.
+
+    If the model prunes visual tokens, `pruning` says what that saved.
 
     Args:
         model, baseline: folders or hub ids; the baseline is measured in the same call.
@@ -47,6 +51,7 @@ def evaluate(
         bos: put the tokenizer's BOS in front of each window.
         tokens: only the first so many tokens of the text.
         per_document: each document on its own, cut to `length`, instead of one stream.
+        pictures: a folder for pictures of kept, pruned and recycled patches.
 
     Raises:
         UsageError: nothing to evaluate, no such model, task or dataset, or no BOS token.
@@ -57,7 +62,7 @@ def evaluate(
         stride=stride, bos=bos, tokens=tokens, per_document=per_document, text_field=text_field,
         baseline=baseline, limit=limit, batch_size=batch_size, num_fewshot=num_fewshot, seed=seed,
         device=device,
-    ).measure(model)  # fmt: skip
+    ).measure(model, pictures=None if pictures is None else Path(pictures))  # fmt: skip
 
 
 class Evaluator:
@@ -99,35 +104,75 @@ class Evaluator:
             text["perplexity"] = recipe.resolve_path(text.pop("dataset"))
         return cls(
             tasks=section.tasks, limit=section.limit, batch_size=section.batch_size,
+            seed=section.seed,
             baseline=baseline if section.baseline else None, device=device, **text,
         )  # fmt: skip
 
-    def measure(self, model: str | Path) -> dict[str, Any]:
-        """The figures of one model, beside the baseline's."""
-        import torch
+    def measure(
+        self,
+        model: str | Path,
+        *,
+        seed: int | None = None,
+        pictures: Path | None = None,
+    ) -> dict[str, Any]:
+        """The figures of one checkpoint, beside the baseline's.
 
+        Args:
+            seed: instead of the evaluator's.
+            pictures: a folder for pictures of what was pruned, if the model prunes visual tokens.
+        """
+        from compress.checkpoint.loading import load
+
+        loaded, processor = load(model, self.device, self._dtype())
+        return self.measure_loaded(loaded, processor, str(model), seed=seed, pictures=pictures)
+
+    def measure_loaded(
+        self,
+        model: Any,
+        processor: Any,
+        name: str,
+        *,
+        seed: int | None = None,
+        pictures: Path | None = None,
+    ) -> dict[str, Any]:
+        """The figures of a model that `compress.load` gave; `name` says in the conditions which.
+
+        If it prunes visual tokens, `pruning` has what that saved in this very measurement.
+        """
         from compress.checkpoint.loading import load
         from compress.eval.evaluate import Baseline, evaluate_model
+        from compress.pruning.pictures import watching
 
-        dtype = None if self.device.startswith("cuda") else torch.float32
-        loaded, tokenizer = load(model, self.device, dtype)
         if self._text is None:
-            self._text = self._read_text(tokenizer)
+            self._text = self._read_text(getattr(processor, "tokenizer", processor))
         if self._baseline is None and self.baseline_path is not None:
-            self._baseline = Baseline(load(self.baseline_path, self.device, dtype)[0])
-        scores = evaluate_model(
-            loaded, tokenizer, baseline=self._baseline, **self._text, **self.settings
-        )
+            self._baseline = Baseline(
+                load(self.baseline_path, self.device, self._dtype(), prune=False)[0]
+            )
+        settings = self.settings if seed is None else self.settings | {"seed": seed}
+        with watching(model) as watched:
+            scores = evaluate_model(
+                model, processor, baseline=self._baseline, **self._text, **settings
+            )
+        if watched is not None:
+            scores["pruning"] = watched.figures()
+            if pictures is not None:
+                scores["pruning"]["pictures"] = watched.draw(pictures, processor)
         conditions = {
-            "model": str(model),
+            "model": name,
             "baseline": None if self.baseline_path is None else str(self.baseline_path),
             "device": self.device,
-            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "dtype": str(model.dtype).removeprefix("torch."),
         }
         if self.dataset is not None:
             conditions["perplexity_dataset"] = f"{self.dataset} (held out)"
         scores["conditions"] = conditions | scores.get("conditions", {})
         return scores
+
+    def _dtype(self) -> Any:
+        import torch
+
+        return None if self.device.startswith("cuda") else torch.float32
 
     def _read_text(self, tokenizer: Any) -> dict[str, Any]:
         """The held-out text as ids, one stream or a list a document, and its windows."""
@@ -160,7 +205,9 @@ def evaluate_recipe(
     section = recipe.evaluate
     if section is None or not (section.tasks or section.perplexity):
         return {}
-    return Evaluator.of_recipe(recipe, baseline, device).measure(model)
+    return Evaluator.of_recipe(recipe, baseline, device).measure(
+        model, pictures=Path(model) / "eval"
+    )
 
 
 def check_tasks(

@@ -1,9 +1,9 @@
 """The run: a recipe and a model folder go in, a checkpoint that other engines load comes out.
 
-    plan -> calibration windows -> embedding -> for each decoder layer, one at a time:
-        read, fuse norms, rotate -> token weights -> Hessians -> solve -> pack -> part file, journal
-    -> head -> shards, config, tokenizer, recipe, provenance -> reload in a fresh process and
-    compare logits -> publish -> evaluate -> report and model card
+    plan -> calibration data -> search of a pruning strategy, if asked for -> embedding, images
+    encoded -> the walk over the decoder layers (`compress.walk`)
+    -> head -> shards, config, tokenizer, recipe, strategy, provenance -> reload in a fresh process
+    and compare logits -> publish -> evaluate -> report and model card
 
 Everything is written below OUT/.modelpress and moved to OUT at the end, config.json last, so OUT
 holds a whole checkpoint or none. A run that was killed continues after its last finished layer and
@@ -13,46 +13,37 @@ ends with the same bytes.
 """
 
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from compress.calibration.activations import ActivationStore, activations_on_disk
-from compress.calibration.windows import CalibrationWindows, check_token_ids, recipe_windows
-from compress.checkpoint.compressed_tensors import compress_module
+from compress.calibration.activations import activations_on_disk
+from compress.calibration.prompts import CalibrationData, ImagePrompts, probe_prompt, recipe_data
+from compress.calibration.stream import CalibrationStream
+from compress.calibration.windows import check_token_ids
 from compress.checkpoint.journal import Journal
 from compress.checkpoint.output import WORK_FOLDER, assemble, check_output, document, publish
 from compress.checkpoint.safetensors_io import save_tensors
 from compress.checkpoint.verify import reload_and_compare, write_probe
 from compress.errors import CompressError, UsageError
 from compress.evaluation import check_evaluation, evaluate_recipe
-from compress.importance.tokens import count_tokens, effective_sample_size
 from compress.memory import peak_memory, release_memory
 from compress.models.skeleton import Skeleton
-from compress.planning import (
-    TOKENS_PER_BATCH,
-    Plan,
-    allocated_plan,
-    make_plan,
-    needs_calibration,
-    storage_dtype,
-)
+from compress.models.vision import vision_at_work, vision_tensors
+from compress.planning import Plan, allocated_plan, make_plan, needs_calibration
 from compress.provenance import fingerprint, provenance
-from compress.quantization.hessian import Hessian
-from compress.quantization.layer import TokenWeigher, run_layer, solve_group
-from compress.quantization.solvers import SOLVERS, SolverSettings
+from compress.pruning.forecast import strategy_of
+from compress.pruning.run_search import searched_strategy
+from compress.pruning.stages import Stages
+from compress.pruning.strategy import PruneStrategy
 from compress.recipe import Recipe
 from compress.result import Observer, RunResult
-from compress.rotation.rotate import (
-    fuse_and_rotate_head,
-    fuse_and_rotate_layer,
-    head_rotation,
-    make_rotation,
-    rotate_embedding,
-)
+from compress.rotation.rotate import fuse_and_rotate_head, rotate_embedding
+from compress.walk import LayerWalk
 
 
 def run(
@@ -62,7 +53,7 @@ def run(
     device: str = "cpu",
     resume: bool = True,
     overwrite: bool = False,
-    windows: CalibrationWindows | None = None,
+    windows: CalibrationData | None = None,
     self_check: bool = True,
     observer: Observer | None = None,
 ) -> RunResult:
@@ -72,8 +63,8 @@ def run(
         device: where layers are computed, `cpu` or `cuda`.
         resume: continue a run of the same recipe, model and versions that was killed.
         overwrite: replace a checkpoint in `output`; it stays whole until the new one is.
-        windows: calibration windows of your own, with a mask of the tokens that count, instead of
-            the recipe's dataset.
+        windows: calibration data of your own instead of the recipe's dataset: windows of text, with
+            a mask of the tokens that count, or prompts with images.
         self_check: reload the result in a fresh process and compare logits before publishing it.
 
     Raises:
@@ -93,24 +84,26 @@ def run(
         more = f" (and {len(plan.problems) - 1} more: see `plan`)" if len(plan.problems) > 1 else ""
         raise UsageError(plan.problems[0] + more)
     started = time.perf_counter()
-    if windows is None:
+    data = windows
+    if data is None:
         observer.stage("calibration data")
-        windows = recipe_windows(recipe, skeleton, needs_calibration(recipe))
-    check_token_ids(windows, skeleton.config.vocab_size)
-    mark = fingerprint(recipe, skeleton, windows, device)
+        data = recipe_data(recipe, skeleton, needs_calibration(recipe))
+    check_token_ids(data.parts, skeleton.config.vocab_size)
+    mark = fingerprint(recipe, skeleton, data, device)
     if recipe.allocate is not None:
         Journal(Path(output) / WORK_FOLDER, mark).open(resume, replace=overwrite)  # or refuse now
         plan = allocated_plan(
-            recipe, skeleton, windows, Path(output) / WORK_FOLDER,
+            recipe, skeleton, data, Path(output) / WORK_FOLDER,
             identity=mark, resume=resume, device=device, observer=observer,
         )  # fmt: skip
     job = Job(recipe, skeleton, plan, Path(output), device, observer)
     job.started = started  # so that drawing the windows, and the scores, count
     try:
         with torch.no_grad():
-            job.open(resume, overwrite, windows, mark)
+            job.open(resume, overwrite, data, mark)
             for note in plan.notes:
-                job.warn(note)
+                if plan.pruning is None or note != plan.pruning["summary"]:
+                    job.warn(note)
             job.walk()
             job.finish_tensors()
             checked = job.assemble(self_check)
@@ -120,10 +113,11 @@ def run(
         path=job.output,
         plan=plan,
         metrics={},
-        layers=job.facts,
+        layers=job.layers.facts,
         seconds=job.seconds,
         peak_memory=peak_memory(device),
         self_check=checked,
+        pruning=job.pruning(),
         warnings=job.warnings,
     )
     job.evaluate(result)
@@ -156,23 +150,11 @@ class Job:
         self.output, self.device, self.observer = output, device, observer
         self.spec = skeleton.spec
         self.work = output / WORK_FOLDER
-        self.dtype = storage_dtype(recipe, skeleton)
-        self.solver = self._solver()
-        self.residual = make_rotation(
-            recipe.rotate.kind, skeleton.config.hidden_size, recipe.rotate.seed
-        )
-        self.heads = head_rotation(recipe.rotate.kind, skeleton.head_dim, recipe.rotate.seed)
+        self.strategy: PruneStrategy | None = None
+        self.search: dict[str, Any] | None = None
         self.warnings: list[str] = []
-        self.facts: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self.started = time.perf_counter()
-
-    def _solver(self) -> Any:
-        q = self.recipe.quantize
-        if q.method == "none":
-            return None
-        settings = SolverSettings(q.clip_search, q.refine_sweeps, q.damping, q.act_order)
-        return SOLVERS[q.method](settings)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -185,267 +167,137 @@ class Job:
 
     # ---- set up ---------------------------------------------------------------------------------
 
-    def open(self, resume: bool, overwrite: bool, windows: CalibrationWindows, mark: str) -> None:
-        """Opens the journal and puts the first layer's inputs in place."""
-        self.windows = windows
-        self.journal = Journal(self.work, mark)
-        self.done = self.journal.open(resume, replace=overwrite)
-        self.facts = self.journal.facts()
-        for module in (module for layer in self.facts for module in layer["modules"]):
-            self._report_oddities(module)
-        T = self.windows.input_ids.shape[1]
-        size = max(1, TOKENS_PER_BATCH // T)
-        self.batches = list(
-            zip(self.windows.input_ids.split(size), self.windows.mask.split(size), strict=True)
-        )
-        hidden = self.skeleton.config.hidden_size
+    def open(self, resume: bool, overwrite: bool, data: CalibrationData, mark: str) -> None:
+        """Opens the journal, settles the strategy and puts the first layer's inputs in place."""
+        recipe, skeleton = self.recipe, self.skeleton
+        self.data = data
+        journal = Journal(self.work, mark)
+        self.done = journal.open(resume, replace=overwrite)
+        self.parts = [self.work / "embedding.safetensors"]
+        probe = processor = None
+        if skeleton.spec.vision is not None:
+            self._settle_strategy(mark, resume)
+            probe, processor = probe_prompt(skeleton), skeleton.processor()
+            self.parts.append(self.work / "vision.safetensors")
+        stages = None if self.strategy is None else Stages(self.strategy)
+        hidden = skeleton.config.hidden_size
         widest = max(module.shape[1] for module in self.plan.modules) if self.plan.modules else 0
-        tokens = self.windows.input_ids.numel()
-        offload = self.recipe.calibration.offload
-        on_disk = activations_on_disk(offload, tokens * (hidden + widest) * 4)
-        self.folder = self.work / "activations"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.on_disk = on_disk
+        nbytes = data.tokens * (hidden + widest) * 4
+        self.stream = CalibrationStream(
+            skeleton, data, stages, self.work / "activations",
+            activations_on_disk(recipe.calibration.offload, nbytes),
+            probe=probe, processor=processor, device=self.device,
+        )  # fmt: skip
+        self.layers = LayerWalk(
+            recipe, skeleton, self.plan, self.stream, journal, self.device, self.observer, self.warn
+        )
+        self.journal, self.dtype = journal, self.layers.dtype
         if self.done == 0:
-            self._embed(hidden)
+            self._write_embedding()
+            self.stream.embed(self._vision_at_work, self._table)
         else:
-            shapes = [torch.Size([*ids.shape, hidden]) for ids, _ in self.batches]
-            found = ActivationStore.found(*self._place(self.done), shapes)
-            self.x = found if on_disk else found.in_memory()
+            self.stream.restore(self.done, self._vision_at_work, self._table)
         self._lap("calibration")
 
-    def _embed(self, hidden: int) -> None:
-        """Writes the embedding and looks up the calibration tokens in it."""
-        embedding = self.skeleton.read(self.spec.embedding)
-        if self.residual is not None:
-            embedding = rotate_embedding(embedding, self.residual, dtype=self.dtype)
+    def _settle_strategy(self, mark: str, resume: bool) -> None:
+        """The recipe's strategy, the one saved with the model, or what a search finds."""
+        self.strategy = strategy_of(self.recipe, self.skeleton, len(self.plan.layers))
+        pruning = self.recipe.prune_visual_tokens
+        if pruning is not None and pruning.search is not None:
+            assert self.strategy is not None
+            self._lap("calibration")
+            self.observer.stage("pruning search")
+            found = searched_strategy(
+                self.recipe, self.skeleton, self.strategy, self.work, mark, resume, self.device,
+                self.observer,
+            )  # fmt: skip
+            release_memory()  # of the whole model
+            self.strategy = found.strategy
+            self.search = {
+                "score": found.score,
+                "keep": found.keep,
+                "trials": len(found.trials),
+                "conditions": found.conditions,
+            }
+            self._lap("pruning search")
+
+    def _table(self) -> Tensor:
+        """The embedding as it is written."""
         name = f"{self.spec.embedding}.weight"
-        embedding = self._stored(name, embedding)
-        save_tensors(self.work / "embedding.safetensors", {name: embedding})
-        self.x = ActivationStore(*(self._place(0) if self.on_disk else ()))
-        for ids, _ in self.batches:
-            self.x.append(embedding[ids].float())
+        embedding = self.skeleton.read(self.spec.embedding)
+        if self.layers.residual is not None:
+            embedding = rotate_embedding(embedding, self.layers.residual, dtype=self.dtype)
+        return self.layers.stored(name, embedding)
 
-    def _stored(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor in the dtype of the checkpoint, where its values must fit."""
-        stored = tensor.to(self.dtype)
-        if not stored.isfinite().all():
-            raise CompressError(
-                f"{name}: its values (up to {tensor.abs().max():.3g}) do not fit in "
-                f"{str(self.dtype).removeprefix('torch.')}: choose another model.dtype"
-            )
-        return stored
+    def _vision(self) -> dict[str, Tensor]:
+        """Vision tower and projector as they are written, by their modules' names."""
+        return vision_tensors(self.skeleton, self.layers.residual, self.layers.stored)
 
-    def _place(self, layer: int) -> tuple[Path, str]:
-        """Where the inputs of a layer lie. Two sets of files take turns, so that those of a layer
-        stay until the next one's are whole, and files are written over rather than made anew."""
-        return self.folder, f"inputs-{layer % 2}"
+    def _vision_at_work(self) -> AbstractContextManager[None]:
+        return vision_at_work(self.skeleton, self._vision(), self.device)
 
-    # ---- the walk -------------------------------------------------------------------------------
+    def _write_embedding(self) -> None:
+        """What stands before the decoder layers. A tower's tensors keep the names of the source's
+        file, since engines differ in what they call the modules."""
+        save_tensors(self.parts[0], {f"{self.spec.embedding}.weight": self._table()})
+        if self.spec.vision is not None:
+            written = self.skeleton.reader.written_name
+            save_tensors(self.parts[1], {written(n): t for n, t in self._vision().items()})
+
+    # ---- the walk, and what stands behind the layers --------------------------------------------
 
     def walk(self) -> None:
         """All decoder layers, from the first that the journal does not have."""
-        q = self.recipe.quantize
-        t = q.token_importance
-        vocabulary = self.skeleton.config.vocab_size
-        self.weigher = TokenWeigher(
-            t.name, t.minimum, t.maximum, t.power, self.batches,
-            count_tokens(self.windows.input_ids, self.windows.mask, vocabulary),
-        )  # fmt: skip
-        total = len(self.plan.layers)
-        self.observer.stage("layers")
-        for index in range(self.done, total):
-            self.observer.layers(index, total)
-            started = time.perf_counter()
-            tensors, facts = self._layer(index)
-            facts["seconds"] = round(time.perf_counter() - started, 3)
-            self.x.dump(*self._place(index + 1))
-            self.journal.record(index, tensors, facts)
-            self.facts.append(facts)
-        self.observer.layers(total, total)
+        self.layers.run(self.done)
         self._lap("layers")
 
-    def _layer(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Quantises layer `index` of the result and moves the activations through it."""
-        skeleton, spec = self.skeleton, self.spec
-        prefix = f"{spec.layers}.{index}."
-        schemes = {n: self.plan.schemes[prefix + n] for n in spec.linears}
-        source = self.plan.layers[index]
-        weights = self._weights(source, schemes)
-        written = {
-            prefix + name: tensor.to(self.dtype)
-            for name, tensor in weights.items()
-            if schemes.get(name.removesuffix(".weight")) is None
-        }
-        modules: list[dict[str, Any]] = []
-        sizes: list[float] = []
-        calibrated = self.solver is not None and self.solver.needs_hessian
-        with skeleton.layer(source, weights, self.device) as layer:
-            del weights
-
-            def weigh(i: int, x: Tensor, normed: Tensor) -> Tensor | None:
-                if not calibrated:
-                    return None
-                inputs = skeleton.layer_inputs(source, x)
-                window = skeleton.sliding_window(source)
-                w = self.weigher.weights(i, x, normed, layer, spec, inputs, window)
-                tokens = self.batches[i][1].sum(-1).double().mean().item()
-                sizes.append(tokens if w is None else effective_sample_size(w))
-                return w
-
-            def quantise(group: tuple[str, ...], H: Hessian | None) -> None:
-                written.update(self._solve(prefix, layer, group, schemes, H, modules))
-                # Memory peaks in the MLP: before it and in its middle, what is free goes back.
-                # Doing so more often costs more in page faults than it saves.
-                if group in ((spec.output,), spec.mlp_in):
-                    release_memory()
-
-            y = ActivationStore(*self._place(index + 1)) if self.on_disk else self.x
-            work = ActivationStore(*((self.folder, "work") if self.on_disk else ()))
-            run_layer(
-                layer, spec, lambda x: skeleton.layer_inputs(source, x), self.x, y, work,
-                quantise=quantise,
-                needs_hessian=lambda group: self._needs_hessian(group, schemes),
-                weigh=weigh,
-                device=self.device,
-            )  # fmt: skip
-            self.x = y
-        facts = {"layer": index, "modules": modules}
-        if source != index:
-            facts["source_layer"] = source
-        if sizes:
-            facts["effective_sample_size"] = round(sum(sizes) / len(sizes), 1)
-            facts["tokens_per_window"] = self.windows.input_ids.shape[1]
-        return written, facts
-
-    def _weights(self, index: int, schemes: dict[str, Any]) -> dict[str, Tensor]:
-        """The layer's tensors in fp32, rotated; those left unquantised as they will be stored."""
-        tensors = self.skeleton.read_layer(index)
-        if self.residual is not None:
-            tensors = fuse_and_rotate_layer(
-                tensors, self.spec, self.residual, self.heads, self.skeleton.head_dim
-            )
-        for name in list(tensors):
-            tensor = tensors.pop(name)
-            if schemes.get(name.removesuffix(".weight")) is None:
-                tensor = self._stored(f"{self.spec.layers}.{index}.{name}", tensor)
-            tensors[name] = tensor.float()
-        return tensors
-
-    def _needs_hessian(self, group: tuple[str, ...], schemes: dict[str, Any]) -> bool:
-        return bool(
-            self.solver
-            and self.solver.needs_hessian
-            and any(schemes[name] is not None for name in group)
-        )
-
-    def _solve(
-        self,
-        prefix: str,
-        layer: nn.Module,
-        group: tuple[str, ...],
-        schemes: dict[str, Any],
-        H: Hessian | None,
-        modules: list[dict[str, Any]],
-    ) -> dict[str, Tensor]:
-        """Quantises the linears of one group in place; their packed tensors, and facts."""
-        started = time.perf_counter()
-        try:
-            solved = solve_group(layer, group, schemes, self.solver, H, self.dtype)
-        except CompressError as error:
-            raise CompressError(f"{prefix}{group[0]}: {error}") from error
-        tensors: dict[str, Tensor] = {}
-        for name, linear in solved.items():
-            bits = schemes[name].bits
-            scale = self._stored(f"{prefix}{name}.weight_scale", linear.scale)
-            packed = compress_module(linear.codes, scale, linear.zero, bits)
-            tensors |= {f"{prefix}{name}.{key}": tensor for key, tensor in packed.items()}
-        seconds = time.perf_counter() - started
-        for name, linear in solved.items():
-            facts = {
-                "name": prefix + name,
-                "bits": schemes[name].bits,
-                "group_size": schemes[name].group_size,
-                "error": linear.relative_error(),
-                "damping": linear.damping,
-                "dead_columns": linear.dead_columns,
-                "changed": [round(share, 6) for share in linear.changed],
-                "seconds": round(seconds / len(solved), 3),
-            }
-            modules.append(facts)
-            self.observer.module(facts["name"], facts)
-            self._report_oddities(facts)
-        return tensors
-
-    def _report_oddities(self, facts: dict[str, Any]) -> None:
-        damping = self.recipe.quantize.damping
-        if facts["damping"] is not None and facts["damping"] > damping:
-            self.warn(f"{facts['name']}: damping was raised from {damping} to {facts['damping']}")
-        if facts["dead_columns"]:
-            self.warn(f"{facts['name']}: {facts['dead_columns']} inputs were always zero")
-
-    # ---- what stands outside the layers ---------------------------------------------------------
-
     def finish_tensors(self) -> None:
-        """Final norm and head, and the probe for the self-check: the logits of the first window."""
+        """Final norm and head, and the probe for the self-check: logits of a prompt."""
         self.observer.stage("head")
-        spec, skeleton = self.spec, self.skeleton
+        spec, skeleton, residual = self.spec, self.skeleton, self.layers.residual
+        stored = self.layers.stored
         gamma = skeleton.read(spec.final_norm)
         head = skeleton.read(spec.embedding if skeleton.tied else spec.head)
         scheme = self.plan.schemes[spec.head]
-        if self.residual is not None:
+        if residual is not None:
             wide = torch.float32 if scheme else self.dtype
-            head = fuse_and_rotate_head(head, gamma, self.residual, dtype=wide)
+            head = fuse_and_rotate_head(head, gamma, residual, dtype=wide)
             gamma = torch.ones_like(gamma)
-        gamma = self._stored(f"{spec.final_norm}.weight", gamma)
+        gamma = stored(f"{spec.final_norm}.weight", gamma)
         norm = skeleton.model.get_submodule(spec.final_norm)
         norm.load_state_dict({"weight": gamma.to(self.device, torch.float32)}, assign=True)
         tensors = {f"{spec.final_norm}.weight": gamma}
         if scheme is not None:
-            head, packed = self._solve_head(head.float(), norm, scheme)
+            head, packed = self.layers.solve_head(head.float(), norm, scheme)
             tensors.update(packed)
         elif not skeleton.tied or self.plan.untied:
             name = f"{spec.head}.weight"
-            head = tensors[name] = self._stored(name, head)
+            head = tensors[name] = stored(name, head)
         else:
             head = head.to(self.dtype)
         save_tensors(self.work / "head.safetensors", tensors)
-        ids = self.windows.input_ids[:1]
-        logits = norm(self.x[0][:1].to(self.device)) @ head.float().to(self.device).T
-        write_probe(self.work / "probe.safetensors", ids, logits.cpu())
+        inputs, x = self._probe()
+        logits = norm(x.to(self.device)) @ head.float().to(self.device).T
+        write_probe(self.work / "probe.safetensors", inputs, logits.cpu())
         norm.to("meta")
         self._lap("head")
 
-    def _solve_head(
-        self, weight: Tensor, norm: nn.Module, scheme: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Quantises the head like any other linear; its input is the final norm's output."""
-        name = self.spec.head
-        holder = nn.Module()
-        setattr(holder, name, nn.Linear(*weight.shape[::-1], bias=False, device="meta"))
-        getattr(holder, name).weight = nn.Parameter(weight.to(self.device), requires_grad=False)
-        H = None
-        if self.solver.needs_hessian:
-            H = Hessian(weight.shape[1], self.device)
-            for i, (_, mask) in enumerate(self.batches):
-                H.add_batch(norm(self.x[i].to(self.device)), mask.to(self.device).float())
-        modules: list[dict[str, Any]] = []
-        packed = self._solve("", holder, (name,), {name: scheme}, H, modules)
-        self.facts.append({"layer": None, "modules": modules, "seconds": modules[0]["seconds"]})
-        return getattr(holder, name).weight, packed
+    def _probe(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs of a forward and the last layer's output for them, [1, T, d]."""
+        stream = self.stream
+        if stream.probe is None:
+            return {"input_ids": stream.batches[0][0][:1]}, stream.x[0][:1]
+        inputs = {k: v for k, v in stream.probe.items() if isinstance(v, Tensor)}
+        return inputs, stream.x[len(stream.batches)]
 
     # ---- writing and measuring ------------------------------------------------------------------
 
     def assemble(self, self_check: bool) -> dict[str, Any]:
         """Shards, config, tokenizer and recipe in OUT/.modelpress/final; then the self-check."""
         self.observer.stage("writing")
-        parts = [
-            self.work / "embedding.safetensors",
-            *self.journal.part_files(),
-            self.work / "head.safetensors",
-        ]
+        parts = [*self.parts, *self.journal.part_files(), self.work / "head.safetensors"]
         final = self.work / "final"
-        assemble(final, parts, self.recipe, self.skeleton, self.plan, self.dtype)
+        assemble(final, parts, self.recipe, self.skeleton, self.plan, self.dtype, self.strategy)
         self._lap("writing")
         checked: dict[str, Any] = {}
         if self_check and self._fits_self_check():
@@ -466,6 +318,16 @@ class Job:
             )
         return needed <= free
 
+    def pruning(self) -> dict[str, Any] | None:
+        """What modelpress.json says about pruned visual tokens."""
+        if self.strategy is None:
+            return None
+        return {
+            "strategy": self.strategy.model_dump(mode="json"),
+            "calibration": self.stream.pruning_stats(self.dtype.itemsize),
+            "search": self.search,
+        }
+
     def evaluate(self, result: RunResult) -> None:
         """Measures the published checkpoint. It stays whatever becomes of its evaluation."""
         if self.recipe.evaluate is None:
@@ -484,6 +346,7 @@ class Job:
 
     def document(self, result: RunResult) -> None:
         """modelpress.json, the report and the model card."""
-        windows = self.windows if needs_calibration(self.recipe) else None
-        facts = provenance(result, self.recipe, self.skeleton, windows, self.device)
+        used = needs_calibration(self.recipe) or isinstance(self.data, ImagePrompts)
+        data = self.data if used else None
+        facts = provenance(result, self.recipe, self.skeleton, data, self.device)
         document(result, self.recipe, facts)

@@ -18,19 +18,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.allocation import Allocation, allocate, check_allocation, find_units
-from compress.calibration.activations import activations_on_disk
-from compress.errors import did_you_mean
+from compress.calibration.activations import TOKENS_PER_BATCH, activations_on_disk
+from compress.calibration.prompts import (
+    CalibrationData,
+    ImagePrompts,
+    image_dataset,
+    recipe_data,
+)
+from compress.errors import UsageError, did_you_mean
 from compress.layer_scores import needs_windows
+from compress.pruning.forecast import calibration_tokens, forecast
 
 if TYPE_CHECKING:
-    from compress.calibration.windows import CalibrationWindows
     from compress.models.skeleton import Skeleton
     from compress.recipe import Recipe
     from compress.result import Observer
     from compress.sections import Scheme
 
 FIXED_MEMORY = 500 * 10**6  # Python, torch and transformers, measured on Linux with CPU torch
-TOKENS_PER_BATCH = 1024  # calibration tokens that go through a layer at once
 SOLVER_COPIES = 3  # of a Hessian while it is factored; as many of a group's weights
 
 
@@ -68,6 +73,7 @@ class Plan:
         bytes: of the tensors: {"quantized", "other", "total"}.
         file_bytes: the same with the header of a safetensors file, to 0.5 %; what a budget bounds.
         allocation: how widths were chosen, where the recipe asks for it and the scores were read.
+        pruning: the visual-token strategy and its costs, as `compress.pruning.forecast` tells.
     """
 
     modules: list[PlannedModule]
@@ -81,6 +87,8 @@ class Plan:
     layers: list[int] = field(default_factory=list)
     file_bytes: int = 0
     allocation: Allocation | None = None
+    pruning: dict[str, Any] | None = None
+    multimodal: bool = False
 
     def as_dict(self) -> dict:
         """For `--json`: the keys of the architecture, modules without their `symmetric`."""
@@ -96,6 +104,7 @@ class Plan:
             "problems": self.problems,
             "notes": self.notes,
             "allocation": None if self.allocation is None else asdict(self.allocation),
+            "pruning": self.pruning,
         }
 
 
@@ -139,18 +148,21 @@ def make_plan(recipe: "Recipe", skeleton: "Skeleton", allocation: Allocation | N
     quantized = sum(module.packed_bytes(dtype.itemsize) for module in modules)
     other = sum(n for n in kept.values()) * dtype.itemsize
     weights = sum(module.weights for module in modules)
+    pruning, problems, notes = forecast(recipe, skeleton, len(layers), dtype.itemsize)
     plan = Plan(
         modules=modules,
         average_bits=sum(m.bits * m.weights for m in modules) / weights if weights else 0.0,
         bytes={"quantized": quantized, "other": other, "total": quantized + other},
         file_bytes=quantized + other + _header_bytes(modules, kept),
         peak_memory={"host": _peak_memory(recipe, skeleton, shapes), "device": 0},
-        problems=_problems(recipe, skeleton, names, shapes, found),
-        notes=_notes(recipe, skeleton, modules, untied, len(layers)),
+        problems=_problems(recipe, skeleton, names, shapes, found) + problems,
+        notes=_notes(recipe, skeleton, modules, untied, len(layers)) + notes,
         untied=untied,
         schemes=schemes,
         layers=layers,
         allocation=allocation,
+        pruning=pruning,
+        multimodal=skeleton.spec.vision is not None,
     )
     if recipe.allocate is not None and allocation is None and not plan.problems:
         units, fixed = _units(recipe, skeleton, plan)
@@ -162,7 +174,7 @@ def make_plan(recipe: "Recipe", skeleton: "Skeleton", allocation: Allocation | N
 def allocated_plan(
     recipe: "Recipe",
     skeleton: "Skeleton",
-    windows: "CalibrationWindows | None" = None,
+    data: CalibrationData | None = None,
     work: Path | None = None,
     *,
     identity: str = "",
@@ -179,13 +191,15 @@ def allocated_plan(
     if recipe.allocate is None or plan.problems:
         return plan
     units, fixed = _units(recipe, skeleton, plan)
-    if windows is None and needs_windows(recipe):
-        from compress.calibration.windows import recipe_windows
-
-        windows = recipe_windows(recipe, skeleton, calibrated=True)
+    if not needs_windows(recipe):
+        data = None
+    elif data is None:
+        data = recipe_data(recipe, skeleton, calibrated=True)
+    if isinstance(data, ImagePrompts):
+        raise UsageError("allocate: these scores are measured on text, not on prompts with images")
     with tempfile.TemporaryDirectory(prefix="modelpress-") as temporary:
         allocation = allocate(
-            recipe, skeleton, units, fixed, windows, work or Path(temporary),
+            recipe, skeleton, units, fixed, data, work or Path(temporary),
             storage=storage_dtype(recipe, skeleton), identity=identity, resume=resume,
             device=device, observer=observer,
         )  # fmt: skip
@@ -264,7 +278,14 @@ def _problems(
     if recipe.quantize.method != "none" and not any(schemes.values()):
         problems.append("quantize: every linear is ignored; method none would say so")
     context = getattr(skeleton.config, "max_position_embeddings", None)
-    if needs_calibration(recipe) and context and recipe.calibration.length > context:
+    images = needs_calibration(recipe) and image_dataset(recipe, skeleton)
+    if images and needs_windows(recipe):
+        problems.append(
+            "allocate: these scores are measured on text, and calibration.dataset holds prompts "
+            "with images: name a text, or use outlier_weight_count or position"
+        )
+    windows = needs_calibration(recipe) and not images
+    if windows and context and recipe.calibration.length > context:
         problems.append(
             f"calibration.length: {recipe.calibration.length} tokens are more than the model's "
             f"context of {context}"
@@ -326,11 +347,16 @@ def _peak_memory(recipe: "Recipe", skeleton: "Skeleton", shapes: dict[str, tuple
     bytes_per_weight = 4 + (16 if recipe.rotate.kind != "none" else skeleton.dtype.itemsize)
     widest = max(K for _, K in inside)
     vocabulary = skeleton.config.vocab_size * hidden * 4
-    total = FIXED_MEMORY + max(layer * bytes_per_weight, vocabulary)
+    # The vision tower encodes in fp32, beside its tensors as they are written.
+    tower = sum(skeleton.model.get_parameter(name).numel() for name in skeleton.vision_names())
+    seeing = tower * (4 + skeleton.dtype.itemsize) + (vocabulary if tower else 0)
+    total = FIXED_MEMORY + max(layer * bytes_per_weight, vocabulary, seeing)
+    pruning = recipe.prune_visual_tokens
+    if pruning is not None and pruning.search is not None:
+        total = max(total, FIXED_MEMORY + skeleton.reader.nbytes())
     if not needs_calibration(recipe):
         return total
-    tokens = recipe.calibration.samples * recipe.calibration.expansion * recipe.calibration.length
-    activations = tokens * (hidden + widest) * 4
+    activations = calibration_tokens(recipe, skeleton) * (hidden + widest) * 4
     batch = max(TOKENS_PER_BATCH, recipe.calibration.length) * (hidden + 3 * widest) * 4
     solver = SOLVER_COPIES * 4 * (widest**2 + max(N * K for N, K in inside))
     on_disk = activations_on_disk(recipe.calibration.offload, activations)

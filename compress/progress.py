@@ -94,6 +94,14 @@ class RunProgress(Observer):
         else:
             self._line(figures)
 
+    def trial(self, done: int, total: int, score: float) -> None:
+        self.bar.update(self.task, completed=done, total=total, count=f"{done}/{total}")
+        figures = f"trial {done}/{total}  best mean cosine {score:.6f}"
+        if self.console.is_terminal:
+            self.last_module.plain = figures
+        else:
+            self._line(figures)
+
     def warning(self, text: str) -> None:
         self._line(f"warning: {text}", style="yellow")
 

@@ -1,6 +1,6 @@
 """Where a checkpoint comes from: versions, hashes of what went in, and what the run has seen.
 
-fingerprint(recipe, skeleton, windows, "cpu")    # equal for runs that give the same bytes
+fingerprint(recipe, skeleton, data, "cpu")    # equal for runs that give the same bytes
 made_by(out / "modelpress.json", recipe, model)   # whether that run has made this folder
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint.safetensors_io import CheckpointReader
 
 if TYPE_CHECKING:
-    from compress.calibration.windows import CalibrationWindows
+    from compress.calibration.prompts import CalibrationData
     from compress.models.skeleton import Skeleton
     from compress.planning import Plan
     from compress.recipe import Recipe
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def fingerprint(
-    recipe: "Recipe", skeleton: "Skeleton", windows: "CalibrationWindows", device: str
+    recipe: "Recipe", skeleton: "Skeleton", data: "CalibrationData", device: str
 ) -> str:
     """SHA-256 of what a run that continues must share with the one that was killed."""
     settings = recipe.model_dump(exclude={"evaluate", "name"})
@@ -40,8 +40,7 @@ def fingerprint(
     digest.update(skeleton.reader.fingerprint().encode())
     digest.update(json.dumps(versions(), sort_keys=True).encode())
     digest.update(device.encode())
-    digest.update(windows.input_ids.numpy().tobytes())
-    digest.update(windows.mask.numpy().tobytes())
+    digest.update(data.digest())
     return digest.hexdigest()
 
 
@@ -49,15 +48,11 @@ def provenance(
     result: "RunResult",
     recipe: "Recipe",
     skeleton: "Skeleton",
-    windows: "CalibrationWindows | None",
+    data: "CalibrationData | None",
     device: str,
 ) -> dict[str, Any]:
-    """modelpress.json: what was done, from what, and what it took. `windows`: None if unused."""
+    """modelpress.json: what was done, from what, and what it took. `data`: None if unused."""
     plan: Plan = result.plan
-    calibration = None
-    if windows is not None:
-        digest = hashlib.sha256(windows.input_ids.numpy().tobytes())
-        calibration = {"windows": list(windows.input_ids.shape), "sha256": digest.hexdigest()}
     return {
         "versions": versions(),
         "device": device,
@@ -66,10 +61,11 @@ def provenance(
             "revision": recipe.model.revision,
             "fingerprint": skeleton.reader.fingerprint(),
         },
-        "calibration": calibration,
+        "calibration": None if data is None else data.facts(),
         "seeds": {"calibration": recipe.calibration.seed, "rotate": recipe.rotate.seed},
         "average_bits": plan.average_bits,
         "allocation": None if plan.allocation is None else asdict(plan.allocation),
+        "pruning": result.pruning,
         "bytes": {"original": skeleton.reader.nbytes()} | plan.bytes,
         "layers": result.layers,
         "self_check": result.self_check,

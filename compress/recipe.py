@@ -22,6 +22,7 @@ from pydantic import PrivateAttr, ValidationError, model_validator
 
 from compress.calibration.text import DATASETS
 from compress.errors import RecipeError, did_you_mean
+from compress.pruning.section import PruneVisualTokens
 from compress.recipe_source import FieldError, Source
 from compress.sections import (
     HARD_MASKS,
@@ -45,6 +46,7 @@ class Recipe(Section):
     rotate: Rotate = Rotate()
     allocate: Allocate | None = None
     quantize: Quantize = Quantize()
+    prune_visual_tokens: PruneVisualTokens | None = None
     save: Save = Save()
     evaluate: Evaluate | None = None
 
@@ -115,9 +117,7 @@ class Recipe(Section):
                 source.data["model"].pop("revision", None)
         for assignment in overrides:
             source.assign(assignment, cls)
-        recipe = cls._validated(source)
-        recipe._folder = file.resolve().parent
-        return recipe
+        return cls._validated(source, file.resolve().parent)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "recipe") -> "Recipe":
@@ -125,20 +125,25 @@ class Recipe(Section):
         return cls._validated(Source(dict(data), {(): source}))
 
     @classmethod
-    def _validated(cls, source: Source) -> "Recipe":
+    def _validated(cls, source: Source, folder: Path | None = None) -> "Recipe":
         try:
-            return cls.model_validate(source.data)
+            recipe = cls.model_validate(source.data)
         except ValidationError as error:
             raise RecipeError(source.one_line(error, cls)) from error
+        recipe._folder = folder
+        pruning = recipe.prune_visual_tokens
+        if pruning is not None and pruning.strategy is not None and pruning.strategy.file:
+            # The file's settings decide the bytes, so the recipe holds them, not the file's name.
+            found = recipe.resolve_path(pruning.strategy.file)
+            object.__setattr__(recipe, "prune_visual_tokens", pruning.read(found))
+        return recipe
 
     def with_changes(self, **sections: Any) -> "Recipe":
         """This recipe with other values: a section's mapping changes the keys it names."""
         data = self.model_dump()
         for name, value in sections.items():
             data[name] = (data[name] or {}) | value if isinstance(value, Mapping) else value
-        changed = self.from_dict(data)
-        changed._folder = self._folder
-        return changed
+        return self._validated(Source(data, {(): "recipe"}), self._folder)
 
     def dump(self) -> str:
         """The resolved recipe as YAML, every default written; loads back to an equal recipe."""

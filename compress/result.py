@@ -19,6 +19,9 @@ class Observer:
 
     def generation(self, done: int, total: int, fitness: float) -> None: ...
 
+    def trial(self, done: int, total: int, score: float) -> None:
+        """So many trials of a search for a pruning strategy; `score`: the best mean cosine."""
+
     def warning(self, text: str) -> None: ...
 
 

@@ -117,9 +117,14 @@ class Model(Section):
 
 
 class Calibration(Section):
-    """The text whose activations decide the rounding. Not read by `rtn` and `none`."""
+    """The data whose activations decide the rounding. Not read by `rtn` and `none`.
 
-    dataset: str = "wikitext2"  # a name of DATASETS, FILE.txt, FILE.jsonl or a hub id
+    For a multimodal model a FILE.jsonl may hold prompts with images (`compress.pruning.samples`);
+    those are as long as they are, and `length`, `bos` and `expansion` are for text.
+    """
+
+    # A name of DATASETS, FILE.txt, FILE.jsonl or a hub id; with images FILE.jsonl or demo-scenes.
+    dataset: str = "wikitext2"
     text_field: str = "text"
     samples: int = Field(256, ge=1)
     length: int = Field(2048, ge=2)  # tokens per window
@@ -362,3 +367,4 @@ class Evaluate(Section):
     baseline: bool = True
     limit: int | None = Field(None, ge=1)  # examples per task
     batch_size: int = Field(8, ge=1)
+    seed: Seed = 0  # of what a task draws: examples in front of its items, or the items themselves

@@ -12,7 +12,7 @@ gives (parts that were not asked for are absent)
      "difference": {"results": {task: {metric: {"value", "stderr", "count"}}},
                     "mean_nll": {"value", "stderr", "count"}},
      "conditions": {"limit", "seed", "num_fewshot", "samples", "shots", "task_versions",
-                    "lm_eval", "warnings"}}
+                    "lm_eval", "chat_template", "warnings"}}
 
 `difference` is model minus baseline, paired item by item and window by window: its error is the
 one that says whether the model is worse, and it is far smaller than either figure's own.
@@ -91,7 +91,8 @@ def evaluate_model(
     """Tasks, perplexity and divergence of a model, as one JSON object (keys at the file's head).
 
     Args:
-        model, tokenizer: as loaded; the tokenizer is only used by the tasks.
+        model, tokenizer: as loaded; the tokenizer, or a multimodal model's processor, is only
+            used by the tasks.
         tasks, include_path, limit, num_fewshot, seed: see `harness.score_tasks`.
         text_ids: [tokens], one stream, scored in windows; or
         documents: lists of ids, each scored on its own, cut to `length`. One of the two at most.
@@ -163,6 +164,7 @@ def _conditions(
         "shots": scores.shots,
         "task_versions": scores.versions,
         "lm_eval": scores.harness_version,
+        "chat_template": scores.chat_template,
         "warnings": scores.warnings,
     }
 

@@ -7,6 +7,9 @@ Metrics keep the harness's names without its filter suffix: `acc,none` is `acc`,
     run_tasks(model, tokenizer, ["demo_code"], limit=100)
     # {"demo_code": {"acc": 0.52, "acc_stderr": 0.0502, "acc_norm": 0.55, "acc_norm_stderr": ...}}
 
+A multimodal model comes with its processor in the tokenizer's place; tasks with images then get
+them, in the processor's chat template if it has one.
+
 Policy: an unknown task or a missing lm-eval is an error before anything runs. A standard error that
 the harness cannot give (a single item) is None. Its warnings are counted and kept in the result.
 """
@@ -24,19 +27,34 @@ from types import ModuleType
 from typing import Any, TextIO
 
 from compress.errors import UsageError, did_you_mean
+from compress.eval.multimodal import is_multimodal, multimodal_model
 from compress.eval.windows import measuring
 
 LOCAL_TASKS = Path(__file__).with_name("tasks")
+# What the harness does beside measuring, and what stands in for it while it runs: nothing of it is
+# kept. Outside a repository git prints `fatal: ...` past sys.stderr; the environment is asked of
+# pip, which takes seconds; pictures would be written as PNG, twice each, to be hashed.
+UNUSED: dict[str, Any] = {
+    "get_git_commit_hash": lambda: None,
+    "add_env_info": lambda storage: None,
+    "LMEVAL_HASHMM": False,
+}
 # Resamples behind the standard error of metrics that are not means (those have a closed form).
 BOOTSTRAP_ITERATIONS = 1000
 
-# What the harness always says of a model that was loaded by its caller, and of a task with its own
-# reader; every other warning (a context cut to fit, above all) goes into the result.
+# What the harness always says of a model that was loaded by its caller, of a multimodal one, and of
+# a task with its own reader or with metrics that only some items have; every other warning (a
+# context cut to fit, above all) goes into the result.
 EXPECTED_WARNINGS = (
     "`pretrained` model kwarg is not of type",
     "Passed an already-initialized model",
     "Custom kwargs can be passed",
+    "HF model type is neither marked as CausalLM or Seq2SeqLM",
+    "[demo_vqa] Metrics were not scored on the same number",
+    "[demo_vqa] No aggregation function defined",  # then it is the mean, as meant
 )
+# Local tasks whose items are drawn from the evaluation's seed.
+DRAWN_TASKS = ("demo_vqa",)
 
 Metrics = dict[str, float | None]
 
@@ -54,6 +72,7 @@ class TaskScores:
     shots: dict[str, int]  # examples in front of each item
     versions: dict[str, Any]  # of the task definitions
     harness_version: str
+    chat_template: bool  # whether prompts were put into the processor's
     warnings: dict[str, int]
     items: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
@@ -92,40 +111,41 @@ def score_tasks(
 
     Args:
         model: a transformers model, on its device.
-        tokenizer: its tokenizer; left as it is (the harness gives a copy its padding token).
+        tokenizer: its tokenizer, of a multimodal model its processor; left as it is (the harness
+            gives a copy its padding token).
         tasks: names of tasks, groups or tags, glob patterns, or paths of task files.
         include_path: further folders of task files.
         limit: items of each task, or a share of them if below 1; None for all.
         batch_size: a number, or "auto".
-        seed: of Python's, numpy's and torch's generators and of the choice of examples.
+        seed: of Python's, numpy's and torch's generators, of the choice of examples, and of the
+            items of DRAWN_TASKS.
         num_fewshot: examples in front of each item; None for what the task says. Tasks that are
             defined with none stay so.
         per_item: keep each item's metrics, for paired differences.
 
     Raises:
-        UsageError: lm-eval is not installed, no task is given, or one does not exist.
+        UsageError: lm-eval is not installed, no task is given, one does not exist, or one has
+            images and the model is not multimodal.
     """
     lm_eval = import_harness()
-    from lm_eval.models.huggingface import HFLM
-
-    # A processor of a multimodal model carries its tokenizer; the harness wants the latter.
-    tokenizer = copy.deepcopy(getattr(tokenizer, "tokenizer", tokenizer))
     with _quiet() as warnings, measuring(model):
-        names, manager = find_tasks(tasks, include_path)
-        harness_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        output = lm_eval.simple_evaluate(
-            model=harness_model,
-            tasks=names,
-            task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            bootstrap_iters=BOOTSTRAP_ITERATIONS,
-            log_samples=per_item,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        names, manager = find_tasks(tasks, include_path, _drawing(seed, limit))
+        chat = is_multimodal(tokenizer) and bool(tokenizer.chat_template)
+        with _images_need_a_multimodal_model(names):
+            output = lm_eval.simple_evaluate(
+                model=_harness_model(model, tokenizer, batch_size),
+                tasks=names,
+                task_manager=manager,
+                apply_chat_template=chat,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP_ITERATIONS,
+                log_samples=per_item,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
     figures = output["results"] | output.get("groups", {})
     return TaskScores(
         results={task: clean_metrics(raw) for task, raw in figures.items()},
@@ -133,6 +153,7 @@ def score_tasks(
         shots=dict(output["n-shot"]),
         versions=dict(output["versions"]),
         harness_version=output.get("lm_eval_version", lm_eval.__version__),
+        chat_template=chat,
         warnings=dict(warnings),
         items={task: _items(samples) for task, samples in output.get("samples", {}).items()},
     )
@@ -149,10 +170,41 @@ def import_harness() -> ModuleType:
     return lm_eval
 
 
+def _harness_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
+    if is_multimodal(tokenizer):
+        return multimodal_model(model, tokenizer, batch_size)
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+
+
+@contextlib.contextmanager
+def _images_need_a_multimodal_model(names: Sequence[str]) -> Iterator[None]:
+    """The harness finds out after loading the tasks, and raises a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        if "multimodal" not in str(error):
+            raise
+        raise UsageError(
+            f"of {', '.join(names)}, one has images or audio, which this model does not take: "
+            "evaluate a multimodal model, or other tasks"
+        ) from error
+
+
+def _drawing(seed: int, limit: int | float | None) -> dict[str, int]:
+    """What tasks are told that draw their items: the seed, and how many if that is a number."""
+    return {"seed": seed} | ({"items": limit} if isinstance(limit, int) else {})
+
+
 def find_tasks(
-    tasks: Sequence[str], include_path: str | Path | Sequence[str | Path] | None = None
+    tasks: Sequence[str],
+    include_path: str | Path | Sequence[str | Path] | None = None,
+    metadata: dict[str, Any] | None = None,
 ) -> tuple[list[str], Any]:
     """The names the harness will run, patterns expanded, and a TaskManager that knows them.
+
+    `metadata` is handed to all tasks, in place of what their definitions say.
 
     Raises:
         UsageError: no task, a folder that is not there, or an unknown task.
@@ -169,10 +221,10 @@ def find_tasks(
         if not folder.is_dir():
             raise UsageError(f"task folder {folder} does not exist (include_path)")
 
-    local = TaskManager(include_path=folders, include_defaults=False)
+    local = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
     manager = local
     if not all(_expand(task, local) for task in tasks):
-        manager = TaskManager(include_path=folders)
+        manager = TaskManager(include_path=folders, metadata=metadata)
     names: list[str] = []
     for task in tasks:
         expanded = _expand(task, manager)
@@ -265,12 +317,14 @@ def _quiet() -> Iterator[Counter[str]]:
     logger, counter = logging.getLogger("lm_eval"), _WarningCounter()
     before = logger.level, logger.propagate, logger.handlers
     logger.level, logger.propagate, logger.handlers = logging.WARNING, False, [counter]
-    # Outside a repository git prints `fatal: ...` past sys.stderr; its hash is not used here.
-    git_hash, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
+    known = {name: getattr(evaluator, name) for name in UNUSED if hasattr(evaluator, name)}
+    for name in known:
+        setattr(evaluator, name, UNUSED[name])
     stream: Any = sys.stderr if sys.stderr.isatty() else _NoProgressBars(sys.stderr)
     try:
         with contextlib.redirect_stderr(stream):
             yield counter.counts
     finally:
         logger.level, logger.propagate, logger.handlers = before
-        evaluator.get_git_commit_hash = git_hash
+        for name, value in known.items():
+            setattr(evaluator, name, value)

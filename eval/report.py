@@ -13,13 +13,15 @@ column. The page takes one dict, of which every key but `name` may be missing:
     provenance   versions, seeds, hashes, times, peak memory, nested
     layers       [{"name", "bits", "group_size", "error", "effective_sample_size", "seconds"}, ...]
                  one entry a quantised linear, in the order of the model; further keys are shown too
-    evaluation   of the model, as `evaluate_model` returns it
+    evaluation   of the model, as `evaluate_model` returns it; `pruning` of a model that prunes
+                 visual tokens, with the files of its pictures
     baseline     {"results", "perplexity"}; absent, `evaluation["baseline"]` is taken
     bytes        {"original", "total", ...}: numbers of bytes
 
     write_report("out/report.html", {"name": "demo", "layers": layers, "evaluation": scores})
 """
 
+import base64
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +68,7 @@ def format_number(value: Any, error: float | None = None) -> str:
 
 def format_cell(row: Row, column: str) -> str:
     value = row.get(column)
-    if column == "bytes" and value is not None:
+    if column in ("bytes", "kv_bytes") and value is not None:
         return format_bytes(value)
     return format_number(value, row.get(column + ERROR))
 
@@ -77,9 +79,12 @@ def format_cell(row: Row, column: str) -> str:
 def quality_row(name: str, evaluation: Row, **facts: Any) -> dict[str, Any]:
     """A row from the result of `evaluate_model`, or from its `baseline` part.
 
-    `facts` are put first: bytes, bits, seconds.
+    `facts` are put first: bytes, bits, seconds. A model that prunes visual tokens has `kept`, the
+    share of them that its layers saw on average.
     """
     row: dict[str, Any] = {"name": name, **facts}
+    if pruning := evaluation.get("pruning"):
+        row.setdefault("kept", pruning["average_kept"])
     if text := evaluation.get("perplexity"):
         row |= {"perplexity": text["value"], "perplexity" + ERROR: text.get("value_stderr")}
     if kl := evaluation.get("kl"):
@@ -143,6 +148,7 @@ def write_report(path: str | Path, result: Mapping[str, Any]) -> Path:
         quality=_quality(evaluation, result.get("baseline") or evaluation.get("baseline") or {}),
         conditions=_conditions(evaluation),
         plot=error_plot(layers),
+        pictures=_pictures(evaluation),
         layer_columns=_layer_columns(layers),
         layers=layers,
         recipe=list(flatten(result.get("recipe") or {})),
@@ -216,7 +222,19 @@ def _conditions(evaluation: Row) -> list[tuple[str, str]]:
         for part in ("perplexity", "kl")
         if (evaluation.get(part) or {}).get("line")
     ]
-    return lines + list(flatten(evaluation.get("conditions") or {}))
+    pruning = {k: v for k, v in (evaluation.get("pruning") or {}).items() if k != "pictures"}
+    return [
+        *lines,
+        *flatten(evaluation.get("conditions") or {}),
+        *flatten({"pruning": pruning} if pruning else {}),
+    ]
+
+
+def _pictures(evaluation: Row) -> list[str]:
+    """The PNG files that the evaluation of a pruning model names, as data URIs."""
+    files = (evaluation.get("pruning") or {}).get("pictures") or []
+    contents = [base64.b64encode(Path(file).read_bytes()).decode() for file in files]
+    return [f"data:image/png;base64,{content}" for content in contents]
 
 
 def _layer_columns(layers: Sequence[Row]) -> list[str]:

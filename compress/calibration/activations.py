@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compress.errors import CheckpointError
 
+TOKENS_PER_BATCH = 1024  # calibration tokens that go through a layer at once
 # With `offload: auto`, activations may take this share of the memory that is free at the start.
 MEMORY_SHARE = 0.25
 

@@ -12,9 +12,10 @@ a circle by k * floor(T / M) tokens, k = 1 .. M-1, so that its tokens visit othe
     windows = expand(windows, 8)        # [1024, 512]
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,30 @@ class CalibrationWindows:
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows."""
+        return self.input_ids.numel()
+
+    @property
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        """Ids and masks [B, T], as they are held."""
+        return [(self.input_ids, self.mask)]
+
+    def batches(self, tokens: int) -> list[tuple[Tensor, Tensor]]:
+        """Ids and masks [B, T] of at most so many tokens each, but of one window at least."""
+        size = max(1, tokens // self.input_ids.shape[1])
+        return list(zip(self.input_ids.split(size), self.mask.split(size), strict=True))
+
+    def digest(self) -> bytes:
+        """All that the model reads."""
+        return self.input_ids.numpy().tobytes() + self.mask.numpy().tobytes()
+
+    def facts(self) -> dict[str, Any]:
+        """For modelpress.json."""
+        digest = hashlib.sha256(self.input_ids.numpy().tobytes())
+        return {"windows": list(self.input_ids.shape), "sha256": digest.hexdigest()}
 
     def first(self, count: int) -> "CalibrationWindows":
         """The first so many windows, or all."""
@@ -187,12 +212,12 @@ def recipe_windows(recipe: "Recipe", skeleton: "Skeleton", calibrated: bool) -> 
     return expand(windows, c.expansion)
 
 
-def check_token_ids(windows: CalibrationWindows, vocabulary: int) -> None:
-    """UsageError for windows without tokens, or with tokens that the model does not know."""
-    if windows.input_ids.numel() == 0 or windows.input_ids.shape != windows.mask.shape:
-        shapes = list(windows.input_ids.shape), list(windows.mask.shape)
-        raise UsageError(f"calibration windows: expected ids and a mask [N, T], found {shapes}")
-    highest = int(windows.input_ids.max())
+def check_token_ids(parts: list[tuple[Tensor, Tensor]], vocabulary: int) -> None:
+    """UsageError for ids and masks [B, T] without tokens, or with tokens not in the vocabulary."""
+    shapes = [(list(ids.shape), list(mask.shape)) for ids, mask in parts]
+    if not parts or any(0 in ids or ids != mask for ids, mask in shapes):
+        raise UsageError(f"calibration data: expected ids and a mask [N, T], found {shapes[:1]}")
+    highest = max(int(ids.max()) for ids, _ in parts)
     if highest >= vocabulary:
         raise UsageError(
             f"the tokenizer gives token {highest}, but the model knows {vocabulary}: "

@@ -11,6 +11,8 @@ what is not known. Facts come from one dict, of which every key but `name` may b
     evaluation   as `evaluate_model` returns it
     baseline     {"results", "perplexity"}; absent, `evaluation["baseline"]` is taken
     provenance   versions, seeds, hashes, times, nested
+    multimodal   whether it sees images
+    pruning      {"strategy", "calibration", "search"}; None: no visual tokens are pruned
 
     (folder / "README.md").write_text(model_card(result))
 """
@@ -36,6 +38,16 @@ Facts = Mapping[str, Any]
 VLLM_OWN_WIDTHS = {4, 8}  # vLLM 0.33: others need its optional `humming` kernels; SGLang has none
 NLL = "mean NLL (nats per token)"
 ROTATIONS = {"hadamard": "a randomised Hadamard matrix", "random": "a random orthogonal matrix"}
+PRUNING = {
+    "vflowopt": "VFlowOpt (arXiv 2508.05211)",
+    "fastv": "FastV (arXiv 2403.06764)",
+    "pyramiddrop": "PyramidDrop (arXiv 2410.17247)",
+    "visionzip": "VisionZip (arXiv 2412.04467)",
+    "divprune": "DivPrune (arXiv 2503.02175)",
+    "uniform": "even spacing",
+    "random": "chance",
+    "pooling": "average pooling",
+}
 METHODS = {
     "gptq": "GPTQ (arXiv 2210.17323)",
     "rtn": "round to nearest",
@@ -78,11 +90,14 @@ def model_card(result: Facts) -> str:
     recipe, bits = result.get("recipe") or {}, result.get("bits") or {}
     evaluation = result.get("evaluation") or {}
     baseline = result.get("baseline") or evaluation.get("baseline") or {}
+    prompts = ((result.get("provenance") or {}).get("calibration") or {}).get("prompts")
     text = page.get_template("card.md.jinja").render(
         front_matter=_front_matter(result, bits),
         name=" ".join(str(result["name"]).split()),
         base_model=result.get("base_model"),
-        steps=_steps(recipe),
+        steps=_steps(recipe, prompts) + _pruning_steps(result.get("pruning")),
+        multimodal=bool(result.get("multimodal")),
+        pruned=bool(result.get("pruning")),
         widths=_width_table(bits),
         average=format_number(bits.get("average")) if bits.get("average") else None,
         sizes=_sizes(result.get("bytes") or {}),
@@ -90,7 +105,7 @@ def model_card(result: Facts) -> str:
         conditions=_conditions(evaluation),
         engines=_engine_table(bits),
         dequantize=not bits.get("symmetric", True),
-        limitations=_limitations(bits, evaluation),
+        limitations=_limitations(bits, evaluation, result.get("pruning")),
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip(),
         provenance=list(flatten(result.get("provenance") or {})),
     )
@@ -108,7 +123,7 @@ def _front_matter(result: Facts, bits: Facts) -> str:
         "base_model": base if _is_hub_id(base) else None,
         "base_model_relation": "quantized" if _is_hub_id(base) else None,
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if result.get("multimodal") else "text-generation",
         "tags": tags,
         "quantized_by": " ".join(filter(None, ["modelpress", versions.get("modelpress")])),
     }
@@ -125,8 +140,8 @@ def _is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).exists()
 
 
-def _steps(recipe: Facts) -> list[str]:
-    """What was done, in order, as the recipe says it."""
+def _steps(recipe: Facts, prompts: int | None) -> list[str]:
+    """What was done, in order, as the recipe says it. `prompts`: how many with images, if any."""
     quantize = recipe.get("quantize") or {}
     rotate = (recipe.get("rotate") or {}).get("kind", "none")
     method = quantize.get("method", "none")
@@ -138,10 +153,13 @@ def _steps(recipe: Facts) -> list[str]:
         )
     if method in ("gptq", "ldlq"):
         calibration = recipe.get("calibration") or {}
+        windows, length = (calibration.get(key, "?") for key in ("samples", "length"))
+        size = f"{windows} windows of {length} tokens"
+        if prompts:
+            size = f"{prompts} prompts with images"
         steps.append(
-            f"Calibration on {calibration.get('samples', '?')} windows of "
-            f"{calibration.get('length', '?')} tokens of {calibration.get('dataset', '?')}, "
-            f"seed {calibration.get('seed', 0)}."
+            f"Calibration on {size} of {calibration.get('dataset', '?')}, seed "
+            f"{calibration.get('seed', 0)}."
         )
         importance = quantize.get("token_importance") or {}
         if importance.get("name", "uniform") != "uniform":
@@ -154,6 +172,35 @@ def _steps(recipe: Facts) -> list[str]:
         steps.append(
             f"The linear layers were quantised with {METHODS.get(method, method)} on a {grid} "
             f"grid; {', '.join(quantize.get('ignore') or []) or 'nothing'} was left out."
+        )
+    return steps
+
+
+def _pruning_steps(pruning: Facts | None) -> list[str]:
+    """How visual tokens are pruned, and what that did to the calibration prompts."""
+    if not pruning:
+        return []
+    strategy, seen = pruning["strategy"], pruning.get("calibration")
+    name = PRUNING.get(strategy["method"], strategy["method"])
+    stages = ", ".join(map(str, strategy["stages"]))
+    ratios = ", ".join(f"{ratio:.3g}" for ratio in strategy["ratios"])
+    steps = [
+        f"Visual tokens are pruned by {name} before decoder layers {stages} (0: before all of "
+        f"them); {ratios} of those that are there stay."
+    ]
+    if search := pruning.get("search"):
+        conditions = search["conditions"]
+        steps.append(
+            f"That strategy was the best of {search['trials']} on {conditions['prompts']} "
+            f"prompts: mean cosine {search['score']:.4f} to the unpruned last state."
+        )
+    if seen:
+        flops = seen["prefill_flops"] / seen["prefill_flops_unpruned"]
+        cache = seen["kv_bytes"] / seen["kv_bytes_unpruned"]
+        steps.append(
+            f"Of the {seen['prompts']} calibration prompts {seen['average_kept']:.1%} of the "
+            f"visual tokens were kept, averaged over layers: {flops:.1%} of the prefill FLOPs, "
+            f"{cache:.1%} of the KV cache. The Hessians are those of what was kept."
         )
     return steps
 
@@ -230,13 +277,18 @@ def _engine_table(bits: Facts) -> str:
     )
 
 
-def _limitations(bits: Facts, evaluation: Facts) -> list[str]:
+def _limitations(bits: Facts, evaluation: Facts, pruning: Facts | None) -> list[str]:
     lines = ["What the base model gets wrong, this model gets wrong as well; its licence applies."]
     low = [row["bits"] for row in bits.get("widths", []) if row["bits"] <= 3]
     if low:
         lines.append(
             f"{min(low)}-bit weights lose accuracy that one benchmark need not show: measure your "
             f"own task before you rely on it."
+        )
+    if pruning:
+        lines.append(
+            "Visual tokens are pruned where modelpress loads the model; other engines load the "
+            "same weights and show their language model every visual token."
         )
     if evaluation:
         lines.append("Only what the table above lists was measured.")

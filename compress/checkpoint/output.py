@@ -1,6 +1,8 @@
 """The output folder of a run: put together beside its final place, checked, moved, documented.
 
-    config.json, generation_config.json, tokenizer files      the source's, plus quantization_config
+    config.json, generation_config.json       the source's, plus quantization_config
+    tokenizer and processor files             the source's
+    pruning.json         how visual tokens are pruned, if they are; also a key of config.json
     model-0000k-of-0000n.safetensors, model.safetensors.index.json
     recipe.yaml          every default spelled out, so that the same bytes can be made again
     modelpress.json      where it came from, what was done, what it took
@@ -27,17 +29,21 @@ from compress.checkpoint.loading import inspect
 from compress.checkpoint.safetensors_io import CheckpointReader, merge_shards
 from compress.errors import CompressError, UsageError
 from compress.eval.report import write_report
+from compress.pruning.saved import save_strategy
 
 if TYPE_CHECKING:
     from compress.models.skeleton import Skeleton
     from compress.planning import Plan
+    from compress.pruning.strategy import PruneStrategy
     from compress.recipe import Recipe
     from compress.result import RunResult
 
 WORK_FOLDER = ".modelpress"
 # What a model folder holds beside weights and config: copied as it is.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-              "merges.txt", "*.model", "chat_template*", "generation_config.json")  # fmt: skip
+              "merges.txt", "*.model", "chat_template*", "generation_config.json",
+              "processor_config.json", "preprocessor_config.json",
+              "video_preprocessor_config.json", "pruning.json")  # fmt: skip
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -63,8 +69,11 @@ def assemble(
     skeleton: "Skeleton",
     plan: "Plan",
     dtype: torch.dtype,
+    strategy: "PruneStrategy | None" = None,
 ) -> None:
     """Writes the checkpoint to the folder `final` from the tensors in `parts`.
+
+    `strategy`: how it prunes visual tokens, in the place of one that the source had.
 
     Raises:
         CompressError: a planned module is missing, or the bytes are not those planned.
@@ -78,6 +87,8 @@ def assemble(
         for file in sorted(skeleton.folder.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, final / file.name)
+    if strategy is not None:
+        save_strategy(strategy, final)
     (final / "recipe.yaml").write_text(recipe.dump())
     _check_counts(final, plan)
 
@@ -87,16 +98,26 @@ def checkpoint_config(skeleton: "Skeleton", plan: "Plan", dtype: torch.dtype) ->
     config = json.loads((skeleton.folder / "config.json").read_text())
     dtype_key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[dtype_key] = str(dtype).removeprefix("torch.")
+    # Of a multimodal model; the older Qwen2-VL files have the decoder's keys at the top.
+    inner = [part for part in config.values() if isinstance(part, dict) and "model_type" in part]
+    for part in inner:  # or one that is not named here would be loaded in another type
+        part |= {key: config[dtype_key] for key in ("dtype", "torch_dtype") if key in part}
+    decoder = config.get("text_config", config)
     if plan.untied:
-        config["tie_word_embeddings"] = False
+        config["tie_word_embeddings"] = decoder["tie_word_embeddings"] = False
     if len(plan.layers) < skeleton.num_layers:
-        config["num_hidden_layers"] = len(plan.layers)
+        decoder["num_hidden_layers"] = len(plan.layers)
         # From the config as transformers reads it: an older file derives them from the depth.
         if types := getattr(skeleton.config, "layer_types", None):
-            config["layer_types"] = [types[index] for index in plan.layers]
+            decoder["layer_types"] = [types[index] for index in plan.layers]
     if plan.modules:
         modules = {m.name: ModuleScheme(m.bits, m.group_size, m.symmetric) for m in plan.modules}
         ignored = [name for name in plan.schemes if name not in modules]
+        if vision := skeleton.spec.vision:
+            # Engines put a prefix before the head of a language model inside another.
+            head = skeleton.spec.head
+            ignored = [f"re:.*{name}$" if name == head else name for name in ignored]
+            ignored += vision.ignored
         config["quantization_config"] = quantization_config(modules, ignored)
     return config
 
@@ -146,6 +167,8 @@ def document(result: "RunResult", recipe: "Recipe", provenance: dict[str, Any]) 
         "bytes": provenance["bytes"],
         "evaluation": result.metrics,
         "provenance": described,
+        "multimodal": result.plan.multimodal,
+        "pruning": result.pruning,
         "layers": module_rows(result.layers),
     }
     with atomic_write(output / "README.md") as file:

@@ -29,9 +29,9 @@ def compare(folder: str, probe: dict[str, torch.Tensor], dequantize: bool) -> di
     report = {key: sorted(map(str, loading[key])) for key in loading if loading[key]}
     if report:
         return {"loading": report}
+    expected = probe.pop("logits").float()
     with torch.no_grad():
-        found = model.eval()(input_ids=probe["input_ids"]).logits.float()
-    expected = probe["logits"].float()
+        found = model.eval()(**probe).logits.float()
     if found.shape != expected.shape:
         return {"shapes": [list(found.shape), list(expected.shape)]}
     error = (found - expected).abs().max() / expected.abs().max()

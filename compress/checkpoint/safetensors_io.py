@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -72,11 +73,13 @@ class TensorEntry:
 class CheckpointReader:
     """The tensors of a model folder; opening it reads headers only.
 
+    `rename` turns the files' names into those that tensors go by here.
+
     Raises CheckpointError if the folder holds no safetensors file, lacks a shard or a tensor its
     index names, or holds a truncated or damaged file.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, rename: Callable[[str], str] = str):
         self.folder = Path(folder)
         self.files = _weight_files(self.folder)
         headers = {file.name: read_header(file) for file in self.files}
@@ -91,7 +94,17 @@ class CheckpointReader:
                         f"but it does not: download the checkpoint again"
                     )
                 entries[name] = headers[shard][name]
-        self._entries = dict(sorted(entries.items()))
+        self._written = {rename(name): name for name in entries}
+        if len(self._written) < len(entries):
+            twice = sorted(set(entries) - set(self._written.values()))
+            raise CheckpointError(
+                f"{self.folder} holds {twice[0]!r} under two names: save it again with transformers"
+            )
+        self._entries = {name: entries[self._written[name]] for name in sorted(self._written)}
+
+    def written_name(self, name: str) -> str:
+        """What the file calls a tensor."""
+        return self._written[name]
 
     @property
     def names(self) -> list[str]:

@@ -1,12 +1,12 @@
 """The self-check of a written checkpoint: reload it elsewhere, and compare its logits.
 
-The model in memory writes a probe: some token ids, and its logits for them. A fresh Python process
-that knows only torch, transformers and safetensors loads the folder in fp32 on the CPU and runs
-the same tokens. A key that is missing or left over, or a relative error max|a-b| / max|b| above
-the tolerance, is a CheckpointError: a checkpoint that differs from the model that was measured is
-not a result.
+The model in memory writes a probe: a prompt, with an image if the model is multimodal, and its
+logits for it. A fresh Python process that knows only torch, transformers and safetensors loads the
+folder in fp32 on the CPU and runs the same prompt, no visual tokens pruned. A key that is missing
+or left over, or a relative error max|a-b| / max|b| above the tolerance, is a CheckpointError: a
+checkpoint that differs from the model that was measured is not a result.
 
-    write_probe(path, input_ids, model(input_ids).logits)
+    write_probe(path, inputs, model(**inputs).logits)
     reload_and_compare(folder, path)["relative_error"]
 """
 
@@ -26,9 +26,10 @@ SCRIPT = Path(__file__).with_name("reload_script.py")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def write_probe(path: str | Path, input_ids: Tensor, logits: Tensor) -> None:
-    """Writes token ids [B, T] and the logits [B, T, V] that the model gave for them, in fp32."""
-    save_tensors(path, {"input_ids": input_ids.long(), "logits": logits.float()})
+def write_probe(path: str | Path, inputs: dict[str, Tensor], logits: Tensor) -> None:
+    """Writes the arguments of a forward, token ids [B, T] and for a multimodal model its images,
+    and the logits [B, T, V] that the model gave for them, in fp32."""
+    save_tensors(path, inputs | {"logits": logits.float()})
 
 
 def reload_and_compare(

@@ -4,9 +4,12 @@ A family is one row of `ARCHITECTURES`. The rows here share one structure, the p
 layer `x += o(attention(norm(x))); x += down(mlp(norm(x)))`, which is all that fusing, rotating and
 quantising layer by layer rely on. Names inside a layer are relative to the layer.
 
+A multimodal family has such a decoder inside; what makes visual tokens of pixels is its `vision`.
+
     spec = architecture_of(AutoConfig.from_pretrained(path))
 """
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +17,25 @@ from compress.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """The part of a multimodal model before its language model; it is never quantised.
+
+    Attributes:
+        projector: the last linear before the residual stream.
+        vectors: parameters [d] that enter the residual stream as they are.
+        ignored: patterns of the linears of this part, as `quantization_config` names them; engines
+            spell what lies inside a vision tower differently.
+        spellings: expression -> replacement, applied in order: from the names of checkpoints,
+            old and new, to those of the modules.
+    """
+
+    projector: str
+    vectors: tuple[str, ...]
+    ignored: tuple[str, ...]
+    spellings: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,13 @@ class ArchitectureSpec:
     output: str = "self_attn.o_proj"
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_out: str = "mlp.down_proj"
+    vision: VisionSpec | None = None
+
+    def module_name(self, tensor: str) -> str:
+        """The name that the model's modules give a tensor of a checkpoint."""
+        for pattern, replacement in self.vision.spellings if self.vision else ():
+            tensor = re.sub(pattern, replacement, tensor)
+        return tensor
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -59,15 +88,74 @@ ARCHITECTURES: dict[str, ArchitectureSpec] = {
 }
 
 
+def _multimodal(vision: VisionSpec) -> ArchitectureSpec:
+    inside = "model.language_model"
+    return ArchitectureSpec(
+        layers=f"{inside}.layers",
+        embedding=f"{inside}.embed_tokens",
+        rotary=f"{inside}.rotary_emb",
+        final_norm=f"{inside}.norm",
+        vision=vision,
+    )
+
+
+def _llava(*vectors: str) -> ArchitectureSpec:
+    return _multimodal(
+        VisionSpec(
+            projector="model.multi_modal_projector.linear_2",
+            vectors=vectors,
+            ignored=("re:.*vision_tower.*", "re:.*multi_modal_projector.*"),
+            spellings=(
+                (r"^language_model\.lm_head\.", "lm_head."),
+                (r"^language_model\.model\.", "model.language_model."),
+                (r"^(?=vision_tower\.|multi_modal_projector\.|image_newline$)", "model."),
+                (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
+            ),
+        )
+    )
+
+
+_QWEN_VL = _multimodal(
+    VisionSpec(
+        projector="model.visual.merger.mlp.2",
+        vectors=(),
+        ignored=(r"re:.*visual\..*",),
+        spellings=(
+            (r"^visual\.", "model.visual."),
+            (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
+        ),
+    )
+)
+
+# LLaVA and its kin hold any of the decoders above. The unpadded tiles of NeXT and OneVision end
+# each row with `image_newline`; they are resized behind the projector, but channel by channel.
+MULTIMODAL: dict[str, ArchitectureSpec] = {
+    "llava": _llava(),
+    "llava_next": _llava("model.image_newline"),
+    "llava_onevision": _llava("model.image_newline"),
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_5_vl": _QWEN_VL,
+}
+# What the Qwen families call the decoder that is theirs alone.
+OWN_DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text")
+
+
 def architecture_of(config: "PretrainedConfig") -> ArchitectureSpec:
     """The row of a model's family; a UsageError that lists the supported ones if there is none."""
-    if config.model_type not in ARCHITECTURES:
+    known = ARCHITECTURES | MULTIMODAL
+    if config.model_type not in known:
         raise UsageError(
             f"model type {config.model_type!r} is not supported"
-            f"{did_you_mean(config.model_type, ARCHITECTURES)}: "
-            f"supported are {', '.join(ARCHITECTURES)}"
+            f"{did_you_mean(config.model_type, known)}: supported are {', '.join(known)}"
         )
-    return ARCHITECTURES[config.model_type]
+    if config.model_type in MULTIMODAL:
+        decoder = config.get_text_config().model_type
+        if decoder not in (*ARCHITECTURES, *OWN_DECODERS):
+            raise UsageError(
+                f"the language model inside this {config.model_type!r} is a {decoder!r}, which is "
+                f"not supported: supported are {', '.join(ARCHITECTURES)}"
+            )
+    return known[config.model_type]
 
 
 def head_dim_of(config: "PretrainedConfig") -> int:

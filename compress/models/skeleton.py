@@ -2,7 +2,7 @@
 
 The skeleton is built on the meta device from the config; a layer gets its tensors from the
 safetensors files when its turn comes, and gives them back when it is done. Memory is that of one
-layer, whatever the depth.
+layer, whatever the depth. Tensors go by their modules' names, however the checkpoint spells them.
 
     skeleton = Skeleton.open("path/or/hub-id")
     tensors = skeleton.read_layer(0)               # {"self_attn.q_proj.weight": ..., ...}
@@ -23,7 +23,7 @@ from compress.errors import CheckpointError, UsageError
 from compress.models.architecture import architecture_of, head_dim_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 NOT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
 
@@ -67,20 +67,24 @@ def load_config(folder: Path) -> Any:
 class Skeleton:
     """Config, tokenizer, tensor reader and an empty model of one checkpoint.
 
+    `config` is the decoder's; a multimodal model's own, with the decoder's inside, is
+    `model_config`.
+
     Raises UsageError for a family that is not supported or a checkpoint that is quantised already,
     CheckpointError for files that are missing or damaged.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.config = load_config(folder)
-        self.spec = architecture_of(self.config)
-        if getattr(self.config, "quantization_config", None):
+        self.model_config = load_config(folder)
+        self.spec = architecture_of(self.model_config)
+        self.config = self.model_config.get_text_config()
+        if getattr(self.model_config, "quantization_config", None):
             raise UsageError(f"{folder} is quantised already: start from the 16-bit model")
-        self.reader = CheckpointReader(folder)
+        self.reader = CheckpointReader(folder, self.spec.module_name)
         self.num_layers: int = self.config.num_hidden_layers
         self.head_dim = head_dim_of(self.config)
-        self.tied = bool(self.config.tie_word_embeddings)
+        self.tied = bool(self.model_config.tie_word_embeddings)
         self.model = self._empty_model()
         self._check_names()
 
@@ -90,12 +94,13 @@ class Skeleton:
 
     def _empty_model(self) -> nn.Module:
         from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+        kind = AutoModelForImageTextToText if self.spec.vision else AutoModelForCausalLM
         # Buffers (rotary frequencies) stay real: they come from the config, not from the file.
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                self.config, dtype=torch.float32, attn_implementation="sdpa"
+            model = kind.from_config(
+                self.model_config, dtype=torch.float32, attn_implementation="sdpa"
             )
         return model.eval().requires_grad_(False)
 
@@ -126,11 +131,30 @@ class Skeleton:
         except (ValueError, OSError, KeyError) as error:
             raise UsageError(f"{self.folder} has no tokenizer that transformers reads") from error
 
+    def processor(self) -> "ProcessorMixin":
+        """A multimodal checkpoint's processor; UsageError if the folder has none."""
+        from compress.pruning.processors import processor_reader
+
+        try:
+            return processor_reader(self.model_config)(self.folder)
+        except (ValueError, OSError, KeyError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"{self.folder} has no processor that transformers reads: {reason}"
+            ) from error
+
     def linear_names(self) -> list[str]:
         """Full names of the linears that can be quantised, in the order of the data flow."""
         spec = self.spec
         inside = [f"{spec.layers}.{i}.{n}" for i in range(self.num_layers) for n in spec.linears]
         return [*inside, spec.head]
+
+    def vision_names(self) -> list[str]:
+        """The parameters of vision tower and projector; none in a text model."""
+        decoder = self.spec.layers.rpartition(".")[0] + "."
+        own = (decoder, f"{self.spec.head}.")
+        names = [name for name, _ in self.model.named_parameters()]
+        return [name for name in names if not name.startswith(own)] if self.spec.vision else []
 
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """The tensors of one decoder layer, by their names inside it, in the checkpoint's dtype."""
@@ -155,21 +179,25 @@ class Skeleton:
         finally:
             layer.to("meta")
 
-    def layer_inputs(self, index: int, x: Tensor) -> dict[str, Any]:
+    def layer_inputs(
+        self, index: int, x: Tensor, positions: Tensor | None = None
+    ) -> dict[str, Any]:
         """What a decoder layer's forward needs beside x [B, T, d]: rotary tables and the mask.
 
-        The mask is None (plain causal attention) unless the layer slides over a shorter window.
+        `positions` are the tokens' position ids [1, T], for M-RoPE [3, 1, T]; None: 0 to T - 1. The
+        mask is None (plain causal attention) unless the layer slides over a shorter window.
         """
         T = x.shape[1]
-        positions = torch.arange(T, device=x.device)[None]
+        slots = torch.arange(T, device=x.device)[None]
         rotary = self.model.get_submodule(self.spec.rotary).to(x.device)
+        positions = slots if positions is None else positions.to(x.device)
         inputs: dict[str, Any] = {
             "position_embeddings": rotary(x, positions),
             "attention_mask": None,
         }
         window = self.sliding_window(index)
         if window is not None and window < T:
-            distance = positions.T - positions  # query minus key
+            distance = slots.T - slots  # query minus key
             inputs["attention_mask"] = ((distance >= 0) & (distance < window))[None, None]
         return inputs
 

@@ -28,16 +28,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compress.errors import UsageError
-from compress.pruning import baselines  # noqa: F401  fills the registry
 from compress.pruning.costs import DecoderShape, PruningStats, prompt_stats
 from compress.pruning.encoding import EncodedImages, ready_features
 from compress.pruning.families import family_of
 from compress.pruning.guards import check_inputs, checked_generate
 from compress.pruning.language import LastTokenAttention, check_decoder
-from compress.pruning.methods import PRUNING_METHODS, Candidates, Selection
-from compress.pruning.prompt import PromptImage, PrunedPrompt, take, take_positions
+from compress.pruning.prompt import PrunedPrompt, take, take_positions
+from compress.pruning.stages import Stages
 from compress.pruning.strategy import LANGUAGE_ATTENTION, PruneStrategy
-from compress.pruning.vision import Inputs, TapSettings
+from compress.pruning.vision import Inputs
 
 
 def prune_visual_tokens(
@@ -78,19 +77,8 @@ class VisualTokenPruning:
         self.layers = self.text.layers
         check_decoder(self.text)
         strategy.average_kept(len(self.layers))  # refuses a stage beyond the last layer
-        self.method = PRUNING_METHODS[strategy.method](strategy)
-        self.tap = family.tap(
-            self.base,
-            TapSettings(
-                signals=self.method.signals,
-                threshold=strategy.threshold,
-                vote=strategy.vote,
-                alpha=strategy.alpha,
-                layer=strategy.vit_layer,
-                **_pixel_statistics(processor),
-            ),
-        )
-        self.stages = {layer: stage for stage, layer in enumerate(strategy.stages)}
+        self.stages = Stages(strategy)
+        self.tap = self.stages.tap(self.base, family, processor)
         self.attention = {
             layer: LastTokenAttention(self.layers[layer - 1].self_attn)
             for layer in strategy.stages
@@ -198,7 +186,7 @@ class VisualTokenPruning:
 
     def _stage_0(self, step: _Step, kwargs: Inputs) -> Inputs:
         """What the language model gets instead, if a stage before it prunes anything."""
-        if 0 not in self.stages:
+        if 0 not in self.stages.numbers:
             return {}
         prompt = step.prompt
         hidden, order = self._narrow(step, 0, kwargs["inputs_embeds"])
@@ -208,9 +196,8 @@ class VisualTokenPruning:
         if positions is None:
             positions = torch.arange(prompt.length, device=hidden.device)[None]
         step.final_positions = positions[..., -1:]
-        positions = take_positions(positions, order)
+        positions = self.stages.positions(prompt, 0, positions, order)
         if self.strategy.positions == "renumbered":
-            positions = (prompt.view(0).valid.cumsum(1) - 1).clamp(min=0).expand_as(positions)
             step.final_positions = positions[..., -1:]
         # Always a mask: without one, gaps in the positions would read as packed sequences.
         mask = prompt.view(0).valid.long()
@@ -224,7 +211,7 @@ class VisualTokenPruning:
         step.cache = kwargs.get("past_key_values")
         prompt = step.prompt
         hidden = args[0] if args else kwargs["hidden_states"]
-        if number > 0 and number in self.stages:
+        if number > 0 and number in self.stages.numbers:
             if step.prefill:
                 arguments = kwargs | step.override
                 hidden, order = self._narrow(step, number, hidden)
@@ -263,31 +250,10 @@ class VisualTokenPruning:
 
     def _narrow(self, step: _Step, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Selects in every image; the hidden states [B, S', D] that stay, and their slots."""
-        prompt, stage = step.prompt, self.stages[layer]
-        slots = prompt.slots()
         scores = None
-        if layer in self.attention and prompt.images:
-            scores = self.attention[layer].scores(prompt.views[-1].valid)  # [B, S]
-        for image in prompt.images:
-            here = slots[image.row, image.positions[image.alive]]
-            count = self.strategy.count(len(image.tokens), stage)
-            if count < len(here):
-                tokens = image.tokens.take(image.alive)
-                protect = self.strategy.protect_newlines
-                candidates = Candidates(
-                    features=hidden[image.row, here],
-                    tokens=tokens,
-                    protected=tokens.newline if protect else torch.zeros_like(tokens.newline),
-                    stage=stage,
-                    generator=self._generator,
-                    language_attention=None if scores is None else scores[image.row, here],
-                )
-                selection = self.method.select(candidates, count)
-                hidden = _with_merged(hidden, image, here, selection)
-                image.alive = image.alive[selection.kept]
-            image.kept.append((layer, len(image.alive)))
-        order = prompt.narrow(layer)
-        return (hidden if order is None else take(hidden, order)), order
+        if layer in self.attention and step.prompt.images:
+            scores = self.attention[layer].scores(step.prompt.views[-1].valid)  # [B, S]
+        return self.stages.narrow(step.prompt, layer, hidden, self._generator, scores)
 
     def _shortened(
         self, prompt: PrunedPrompt, layer: int, hidden: Tensor, order: Tensor, arguments: Inputs
@@ -321,29 +287,8 @@ class VisualTokenPruning:
         )
 
 
-def _with_merged(hidden: Tensor, image: PromptImage, here: Tensor, selection: Selection) -> Tensor:
-    """The hidden states with the selection's mixed tokens in place; the given ones are not changed.
-
-    `here` [m] are the slots of the image's tokens before the stage.
-    """
-    if selection.values is None or len(selection.merged) == 0:
-        return hidden
-    image.merged = image.alive[selection.merged]
-    hidden = hidden.clone()
-    hidden[image.row, here[selection.merged]] = selection.values.to(hidden.dtype)
-    return hidden
-
-
 def _appended_mask(mask: Tensor | None, prompt: PrunedPrompt, new: int) -> Tensor:
     """Bool [B, new] of the tokens after the prompt, from a mask of the unpruned length if given."""
     if mask is not None and mask.shape[1] == prompt.length + new:
         return mask[:, prompt.length :].to(prompt.mask.device).bool()
     return prompt.mask.new_ones(prompt.mask.shape[0], new)
-
-
-def _pixel_statistics(processor: Any) -> dict[str, Tensor]:
-    if processor is None:
-        return {}
-    images = getattr(processor, "image_processor", processor)
-    names = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
-    return {name: torch.tensor(getattr(images, key)) for name, key in names.items()}

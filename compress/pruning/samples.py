@@ -2,9 +2,11 @@
 
     {"image": "photos/1.png", "prompt": "What is in the picture?"}
 
-`image` may be a list; paths are relative to the file. A processor with a chat template puts the
-prompt into a user's turn, images first. Without one the prompt is taken as it is, with the image
-token in front of it for each image if it holds none.
+`image` may be a list; paths are relative to the file. With `answers`, a line's `answer` follows its
+prompt. A processor with a chat template puts the prompt into a user's turn, images first. Without
+one the prompt is taken as it is, with the image token in front of it for each image if it holds
+none. The name `demo-scenes` stands for questions about training scenes of the demo model, drawn
+from the seed.
 
     samples = read_samples("samples.jsonl", processor, count=30, seed=0)
 """
@@ -17,19 +19,44 @@ from typing import Any
 from compress.errors import UsageError
 from compress.pruning.vision import Inputs
 
+DEMO_SCENES = "demo-scenes"
 
-def read_samples(path: str | Path, processor: Any, count: int, seed: int = 0) -> list[Inputs]:
+
+def read_samples(
+    path: str | Path, processor: Any, count: int, seed: int = 0, *, answers: bool = False
+) -> list[Inputs]:
     """At most `count` prompts, a random choice if the file has more, in the order of the file.
 
     Raises:
         UsageError: a file that cannot be read, or a line without image or prompt; it is named.
     """
+    if str(path) == DEMO_SCENES:
+        return _demo_scenes(processor, count, seed, answers)
     path = Path(path)
     rows = _rows(path)
     if len(rows) > count:
         chosen = random.Random(seed).sample(range(len(rows)), count)  # noqa: S311
         rows = [rows[i] for i in sorted(chosen)]
-    return [_inputs(f"{path}:{number}", path.parent, row, processor) for number, row in rows]
+    return [_inputs(f"{path}:{n}", path.parent, row, processor, answers) for n, row in rows]
+
+
+def prompt_inputs(
+    processor: Any, prompt: str, images: list[Any], answer: str | None = None
+) -> Inputs:
+    """Keyword arguments of a forward for one prompt with these images."""
+    text = prompt_text(processor, prompt, len(images), answer)
+    return dict(processor(text=[text], images=images, return_tensors="pt"))
+
+
+def _demo_scenes(processor: Any, count: int, seed: int, answers: bool) -> list[Inputs]:
+    from compress.recipes.demo import scenes
+
+    return [
+        prompt_inputs(
+            processor, item["question"], [item["image"]], item["answer"] if answers else None
+        )
+        for item in scenes.examples("train", seed, count)
+    ]
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -54,7 +81,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def _inputs(place: str, folder: Path, row: dict[str, Any], processor: Any) -> Inputs:
+def _inputs(place: str, folder: Path, row: dict[str, Any], processor: Any, answers: bool) -> Inputs:
     from PIL import Image, UnidentifiedImageError
 
     image = row.get("image")
@@ -68,18 +95,37 @@ def _inputs(place: str, folder: Path, row: dict[str, Any], processor: Any) -> In
                 images.append(file.convert("RGB"))
         except (OSError, UnidentifiedImageError) as error:
             raise UsageError(f"{place}: image {name} cannot be opened: {error}") from error
-    text = _prompt(processor, row["prompt"], len(images))
+    answer = row.get("answer") if answers else None
+    if answer is not None and not isinstance(answer, str):
+        raise UsageError(f"{place}: expected an answer as text, found {answer!r}")
     try:
-        return dict(processor(text=[text], images=images, return_tensors="pt"))
+        return prompt_inputs(processor, row["prompt"], images, answer)
     except ValueError as error:  # image tokens and images that differ in number
         raise UsageError(f"{place}: {' '.join(str(error).split())}") from error
 
 
-def _prompt(processor: Any, prompt: str, images: int) -> str:
+def prompt_text(processor: Any, prompt: str, images: int, answer: str | None) -> str:
     """The text that the model reads, with a placeholder for each image."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
         turns = [{"role": "user", "content": content}]
-        return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    token = processor.image_token
-    return prompt if token in prompt else f"{token} " * images + prompt
+        text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    else:
+        token = processor.image_token
+        text = prompt if token in prompt else f"{token} " * images + prompt
+    # Behind the generation prompt, where the model itself would put it.
+    return text if answer is None else text + (answer if text[-1:].isspace() else f" {answer}")
+
+
+def in_batches(samples: list[Inputs]) -> list[Inputs]:
+    """Prompts of equal shapes as one forward, in the order of their first: nothing is padded."""
+    import torch
+
+    groups: dict[Any, list[Inputs]] = {}
+    for sample in samples:
+        shapes = tuple((name, tuple(value.shape)) for name, value in sorted(sample.items()))
+        groups.setdefault(shapes, []).append(sample)
+    return [
+        {name: torch.cat([sample[name] for sample in group]) for name in group[0]}
+        for group in groups.values()
+    ]

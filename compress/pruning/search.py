@@ -236,7 +236,7 @@ class SearchSpace:
         layers = objective.layers
         self.start = start or PruneStrategy.for_budget("vflowopt", keep, layers)
         self.start.average_kept(layers)  # refuses a stage beyond the last layer
-        self.variables = _variables(self.start, variables)
+        self.variables = search_variables(self.start, variables)
         self.feasible = FeasibleSet(
             keep=keep,
             stages=self.start.stages,
@@ -290,8 +290,11 @@ class SearchSpace:
         return PruneStrategy(**self.start.model_dump() | settings)
 
 
-def _variables(start: PruneStrategy, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Those of VARIABLES that are searched, in their order."""
+def search_variables(start: PruneStrategy, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Those of VARIABLES that are searched, in their order; `wanted` None: all that can be.
+
+    Raises UsageError if one of `wanted` cannot be searched, or there is nothing to search.
+    """
     possible = [
         name
         for name, there in {

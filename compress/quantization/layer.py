@@ -57,7 +57,7 @@ def without(layer: nn.Module, name: str) -> Iterator[nn.Module]:
 def run_layer(
     layer: nn.Module,
     spec: ArchitectureSpec,
-    inputs: Callable[[Tensor], dict[str, Any]],
+    inputs: Callable[[int, Tensor], dict[str, Any]],
     x: ActivationStore,
     y: ActivationStore,
     work: ActivationStore,
@@ -65,18 +65,28 @@ def run_layer(
     quantise: QuantiseGroup,
     needs_hessian: Callable[[tuple[str, ...]], bool],
     weigh: Weigh,
+    counted: int | None = None,
+    attended: Callable[[int], None] | None = None,
     device: str = "cpu",
 ) -> None:
     """Moves all batches in `x` [B, T, d] through the layer, quantising it on the way.
 
     Args:
-        inputs: batch -> the further arguments of the attention module (rotary tables, mask).
+        inputs: number of a batch, batch -> the further arguments of the attention module (rotary
+            tables, mask).
         x: the layer's inputs.
         y: where its outputs go: an empty store, or `x` itself.
         work: an empty store for what waits between two stages; empty again afterwards.
+        counted: only so many batches are in the Hessians, those after them just pass; None: all.
+        attended: told of each batch that has been through the quantised attention.
     """
     input_norm, post_norm = (layer.get_submodule(n) for n in (spec.input_norm, spec.post_norm))
+    counted = len(x) if counted is None else counted
     weights: list[Tensor | None] = []
+
+    def add(H: Hessian | None, i: int, rows: Tensor) -> None:
+        if H is not None and i < counted:
+            H.add_batch(rows, weights[i])
 
     def statistics(group: tuple[str, ...]) -> Hessian | None:
         columns = layer.get_submodule(group[0]).weight.shape[1]
@@ -89,19 +99,20 @@ def run_layer(
     H = statistics(group)
     for i, z in batches(x):
         normed = input_norm(z)
-        weights.append(weigh(i, z, normed))
-        if H:
-            H.add_batch(normed, weights[i])
+        if i < counted:
+            weights.append(weigh(i, z, normed))
+        add(H, i, normed)
     del z, normed  # here and below: not to be held while the group is solved
     quantise(group, H)
 
     H = statistics((spec.output,))
     with without(layer, spec.output) as attention:
         for i, z in batches(x):
-            mixed = attention(hidden_states=input_norm(z), **inputs(z))[0]
+            mixed = attention(hidden_states=input_norm(z), **inputs(i, z))[0]
+            if attended is not None:
+                attended(i)
             work.append(mixed)
-            if H:
-                H.add_batch(mixed, weights[i])
+            add(H, i, mixed)
     del z, mixed
     quantise((spec.output,), H)
 
@@ -110,8 +121,8 @@ def run_layer(
     for i, z in batches(x):
         z = z + output(work[i].to(device))
         y.put(i, z)
-        if H:
-            H.add_batch(post_norm(z), weights[i])
+        if H is not None:  # or the norm would be computed for nothing
+            add(H, i, post_norm(z))
     work.clear()
     del z
     quantise(spec.mlp_in, H)
@@ -121,8 +132,7 @@ def run_layer(
         for i, z in batches(y):
             wide = mlp(post_norm(z))
             work.append(wide)
-            if H:
-                H.add_batch(wide, weights[i])
+            add(H, i, wide)
     del z, wide
     quantise((spec.mlp_out,), H)
 

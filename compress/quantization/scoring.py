@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compress.calibration.activations import ActivationStore
+from compress.calibration.activations import TOKENS_PER_BATCH, ActivationStore
 from compress.calibration.windows import CalibrationWindows
 from compress.errors import CompressError
 from compress.importance.layers import EmbeddingChange
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from compress.recipe import Recipe
     from compress.sections import Scheme
 
-TOKENS_PER_BATCH = 1024
 # Full name of a linear -> its dequantised weight, put in its place for a while.
 Replaced = Mapping[str, Tensor]
 
@@ -174,9 +173,7 @@ class ScoreWalk:
         self.folder, self.device = folder, device
         self.observer, self.storage = observer or Observer(), storage
         self.model, self.spec = Model16(recipe, skeleton, device), skeleton.spec
-        size = max(1, TOKENS_PER_BATCH // windows.input_ids.shape[1])
-        ids, masks = windows.input_ids.split(size), windows.mask.split(size)
-        self.batches = list(zip(ids, masks, strict=True))
+        self.batches = windows.batches(TOKENS_PER_BATCH)
         q = recipe.quantize
         settings = SolverSettings(q.clip_search, q.refine_sweeps, q.damping, q.act_order)
         # Without a solver only the layers' changes can be measured: of layers to be removed.

@@ -7,7 +7,7 @@ linears behind it first. With PyTorch's W: [out, in] and y = x W^T:
     fusion   q, k, v        W <- W diag(gamma_input)      gate, up  W <- W diag(gamma_post)
              head           W <- W diag(gamma_final)      all these gammas <- 1
     R1       embedding, q, k, v, gate, up, head           W <- W Q
-             o, down                                      W <- Q^T W,  b <- Q^T b
+             o, down, vision projector                    W <- Q^T W,  b <- Q^T b
     R2       v, rows of each KV head                      W <- R^T W,  b <- R^T b
              o, columns of each query head                W <- W R
 
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError, CompressError
-from compress.models.architecture import ArchitectureSpec
+from compress.models.architecture import ArchitectureSpec, VisionSpec
 from compress.registry import Registry
 from compress.rotation.hadamard import HadamardTransform
 
@@ -155,7 +155,7 @@ def head_rotation_skipped(kind: str, head_dim: int) -> str | None:
 def _tensor(tensors: dict[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
         raise CheckpointError(
-            f"decoder layer has no tensor {name!r}: expected it for this model family, "
+            f"there is no tensor {name!r}: expected it for this model family, "
             f"found {', '.join(sorted(tensors)) or 'none'}"
         )
     return tensors[name]
@@ -281,3 +281,19 @@ def rotate_embedding(
 ) -> Tensor:
     """E Q for the table E: [vocabulary, hidden]; products in fp64, returned as `dtype`."""
     return fuse_and_rotate_head(weight, weight.new_ones(weight.shape[-1]), residual, dtype)
+
+
+def rotate_vision(
+    tensors: dict[str, Tensor], vision: VisionSpec, residual: Rotation
+) -> dict[str, Tensor]:
+    """R1 where visual tokens enter the residual stream: their projector's last linear, newlines.
+
+    Names are full. Returns a new dict: rotated tensors in fp64, all else untouched. CheckpointError
+    for a missing tensor.
+    """
+    rotated = dict(tensors)
+    names = [f"{vision.projector}.weight", f"{vision.projector}.bias", *vision.vectors]
+    for name in names:
+        if name in tensors or not name.endswith(".bias"):  # a projector may have none
+            rotated[name] = residual.left_transposed(_tensor(tensors, name))
+    return rotated

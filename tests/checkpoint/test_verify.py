@@ -14,7 +14,7 @@ from compress.errors import CheckpointError
 
 @pytest.fixture
 def probe(mixed, tmp_path):
-    write_probe(tmp_path / "probe.safetensors", mixed.input_ids, mixed.logits)
+    write_probe(tmp_path / "probe.safetensors", {"input_ids": mixed.input_ids}, mixed.logits)
     return tmp_path / "probe.safetensors"
 
 
@@ -39,7 +39,7 @@ def test_a_faithful_checkpoint_passes(mixed, probe, capfd):
 
 def test_one_asymmetric_scheme_passes(tmp_path):
     made = write_quantised(tmp_path / "model", [ModuleScheme(3, 32, symmetric=False)])
-    write_probe(tmp_path / "probe.safetensors", made.input_ids, made.logits)
+    write_probe(tmp_path / "probe.safetensors", {"input_ids": made.input_ids}, made.logits)
     assert reload_and_compare(made.folder, tmp_path / "probe.safetensors")["relative_error"] <= 1e-5
 
 

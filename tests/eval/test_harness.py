@@ -31,8 +31,8 @@ def only_local_tasks(monkeypatch):
     monkeypatch.setattr(
         lm_eval.tasks,
         "TaskManager",
-        lambda include_path, include_defaults=True: whole(
-            include_path=include_path, include_defaults=False
+        lambda include_path, include_defaults=True, metadata=None: whole(
+            include_path=include_path, include_defaults=False, metadata=metadata
         ),
     )
 
@@ -112,7 +112,7 @@ def test_included_folder(parts, tmp_path):
     for name in ("utils.py", "items.jsonl"):
         text = (LOCAL_TASKS / "demo_code" / name).read_text(encoding="utf-8")
         (tmp_path / name).write_text(text, encoding="utf-8")
-    results = run_tasks(*parts, ["mine", "demo_*"], include_path=tmp_path, limit=2)
+    results = run_tasks(*parts, ["mine", "demo_c*"], include_path=tmp_path, limit=2)
     assert results["mine"] == results["demo_code"]
 
 

@@ -5,36 +5,78 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tiny_models import IMAGE, PAD, VIDEO, tiny_model
 
 
-def tiny_folder(folder: Path, family: str = "llava", chat_template: str | None = None) -> Path:
-    """A LLaVA or Qwen2-VL checkpoint: weights, config, tokenizer of words, PIL image processor."""
+def tiny_folder(
+    folder: Path, family: str = "llava", chat_template: str | None = None, noisy: bool = False
+) -> Path:
+    """A checkpoint of any family: weights, config, tokenizer of words, PIL image processor.
+
+    `noisy`: norms are not 1, biases and newlines not 0, so that what becomes of them shows.
+    """
     model = tiny_model(family)
+    generator = torch.Generator().manual_seed(4)
+    for parameter in model.parameters() if noisy else ():
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
-    if family == "llava":
-        _llava_processor(chat_template).save_pretrained(folder)
+    if family.startswith("qwen"):
+        _write_qwen_processor(folder, family)
     else:
-        _write_qwen_processor(folder)
+        _llava_processor(family, chat_template).save_pretrained(folder)
     return folder
 
 
-def _llava_processor(chat_template: str | None) -> Any:
+def _llava_processor(family: str, chat_template: str | None) -> Any:
     import transformers as hf
 
+    pinpoints = [[24, 48], [48, 24], [48, 48]]
+    special = {IMAGE: "<image>"}
     square = {"height": 24, "width": 24}
-    return hf.LlavaProcessor(
-        hf.CLIPImageProcessorPil(size=square, crop_size=square),
-        _tokenizer({IMAGE: "<image>"}),
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+    if family in ("llava", "llava_siglip"):
+        siglip = family == "llava_siglip"
+        images: Any = (
+            hf.SiglipImageProcessorPil(size=square)
+            if siglip
+            else hf.CLIPImageProcessorPil(size=square, crop_size=square)
+        )
+        kind, options = hf.LlavaProcessor, {"num_additional_image_tokens": 0 if siglip else 1}
+        strategy = "full" if siglip else "default"
+    elif family == "llava_next":
+        images = hf.LlavaNextImageProcessorPil(
+            size={"shortest_edge": 24}, crop_size=square, image_grid_pinpoints=pinpoints
+        )
+        kind, options = hf.LlavaNextProcessor, {"num_additional_image_tokens": 1}
+        strategy = "default"
+    else:
+        images = hf.LlavaOnevisionImageProcessorPil(
+            size=square, image_grid_pinpoints=[*pinpoints, [72, 72]]
+        )
+        kind = hf.LlavaOnevisionProcessor
+        options = {"num_image_tokens": 36, "vision_aspect_ratio": "anyres_max_4"}
+        strategy, special = "full", {IMAGE: "<image>", VIDEO: "<video>"}
+    if family != "llava_onevision":
+        options["patch_size"] = 4
+    return _without_videos(kind)(
+        images,
+        _tokenizer(special),
+        vision_feature_select_strategy=strategy,
         chat_template=chat_template,
+        **options,
     )
 
 
-def _write_qwen_processor(folder: Path) -> None:
+def _without_videos(kind: Any) -> Any:
+    """The class, but for a video processor, which needs torchvision."""
+    from compress.pruning import processors
+
+    return processors._without_videos(kind) if "video" in str(kind.get_attributes()) else kind
+
+
+def _write_qwen_processor(folder: Path, family: str) -> None:
     """Tokenizer and image processor apart, as the published checkpoints have them."""
     import transformers as hf
 
@@ -43,8 +85,9 @@ def _write_qwen_processor(folder: Path) -> None:
     size = {"shortest_edge": 64, "longest_edge": 4096}
     images = hf.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size=size)
     images.save_pretrained(folder)
+    names = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
     path = folder / "preprocessor_config.json"
-    settings = json.loads(path.read_text()) | {"processor_class": "Qwen2VLProcessor"}
+    settings = json.loads(path.read_text()) | {"processor_class": names[family]}
     path.write_text(json.dumps(settings))
 
 

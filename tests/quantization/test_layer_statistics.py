@@ -86,7 +86,7 @@ class Walk:
         run_layer(
             self.layer,
             self.skeleton.spec,
-            lambda z: self.skeleton.layer_inputs(LAST, z),
+            lambda i, z: self.skeleton.layer_inputs(LAST, z),
             x,
             y,
             ActivationStore() if work is None else work,

@@ -1,0 +1,108 @@
+"""Vision tower and projector of a multimodal model: as they are written, and at work.
+
+They stay in 16 bits. Where the residual stream is rotated, so is what enters it here: the last
+linear of the projector and the newline vectors. Images are encoded once, before the layer walk,
+with the values that are written; then the tower is given back.
+
+    tensors = vision_tensors(skeleton, residual, stored)
+    with vision_at_work(skeleton, tensors, "cpu"):
+        encoded = encode(skeleton, inputs, table)       # what the language model would get
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.models.skeleton import Skeleton
+from compress.rotation.rotate import Rotation, rotate_vision
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as the language model gets it: embeddings [1, T, d], and position ids if it is given
+    any, [1, T] or, for M-RoPE, [3, 1, T]."""
+
+    embeds: Tensor
+    positions: Tensor | None
+
+
+def vision_tensors(
+    skeleton: Skeleton, residual: Rotation | None, stored: Callable[[str, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """The tower's and the projector's tensors by their modules' names, as they are written.
+
+    `stored` brings a tensor into the dtype of the checkpoint, given its name.
+    """
+    assert skeleton.spec.vision is not None
+    tensors = {name: skeleton.reader.tensor(name) for name in skeleton.vision_names()}
+    if residual is not None:
+        tensors = rotate_vision(tensors, skeleton.spec.vision, residual)
+    for name in tensors:
+        tensors[name] = stored(name, tensors[name])
+    return tensors
+
+
+@contextmanager
+def vision_at_work(skeleton: Skeleton, tensors: dict[str, Tensor], device: str) -> Iterator[None]:
+    """While it is open, the skeleton's tower and projector have these tensors, in fp32."""
+    places = {name: name.rpartition(".")[::2] for name in tensors}
+    parents = {name: skeleton.model.get_submodule(parent) for name, (parent, _) in places.items()}
+    try:
+        for name, tensor in tensors.items():
+            value = nn.Parameter(tensor.to(device, torch.float32), requires_grad=False)
+            parents[name].register_parameter(places[name][1], value)
+        for name, buffer in list(skeleton.model.model.named_buffers()):
+            parent, _, child = name.rpartition(".")
+            skeleton.model.model.get_submodule(parent)._buffers[child] = buffer.to(device)
+        yield
+    finally:
+        for name, tensor in tensors.items():
+            empty = nn.Parameter(torch.empty(tensor.shape, device="meta"), requires_grad=False)
+            parents[name].register_parameter(places[name][1], empty)
+
+
+@torch.no_grad()
+def encode(
+    skeleton: Skeleton, inputs: dict[str, Any], table: Tensor, device: str = "cpu"
+) -> Encoded:
+    """One prompt through everything before the language model, by the family's own forward.
+
+    Args:
+        inputs: keyword arguments of a forward.
+        table: the embedding [vocabulary, d], on the CPU.
+    """
+    base = skeleton.model.model
+    given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    decoder = base.language_model
+    base.language_model = recorder = _Recorder(table)
+    try:
+        base(**given, use_cache=False)
+    finally:
+        base.language_model = decoder
+    positions = recorder.seen.get("position_ids")
+    return Encoded(
+        recorder.seen["inputs_embeds"].float().cpu(),
+        None if positions is None else positions.cpu(),
+    )
+
+
+class _Recorder(nn.Module):
+    """In the place of the language model: notes what it is called with."""
+
+    def __init__(self, table: Tensor):
+        super().__init__()
+        self.table = table  # neither parameter nor buffer: it stays where it is
+        self.seen: dict[str, Any] = {}
+
+    def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
+        return lambda ids: self.table[ids.cpu()].float().to(ids.device)
+
+    def forward(self, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        self.seen = kwargs
+        return BaseModelOutputWithPast(last_hidden_state=kwargs["inputs_embeds"])

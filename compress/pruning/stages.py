@@ -1,0 +1,118 @@
+"""A strategy at work on a prompt: which of its images' tokens stay at each stage.
+
+The live engine (`compress.pruning.engine`) and the calibration walk, which has one decoder layer in
+memory at a time, prune with the same stages.
+
+    stages = Stages(strategy); tap = stages.tap(base, family, processor)
+    hidden, order = stages.narrow(prompt, layer, hidden, generator)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.pruning import baselines  # noqa: F401  fills the registry
+from compress.pruning.families import Family
+from compress.pruning.methods import PRUNING_METHODS, Candidates, Selection
+from compress.pruning.prompt import PromptImage, PrunedPrompt, take, take_positions
+from compress.pruning.strategy import PruneStrategy
+from compress.pruning.vision import TapSettings, VisionTap
+
+
+class Stages:
+    """The stages of a strategy; `numbers`: decoder layer that a stage lies before -> stage."""
+
+    def __init__(self, strategy: PruneStrategy):
+        self.strategy = strategy
+        self.method = PRUNING_METHODS[strategy.method](strategy)
+        self.numbers = {layer: stage for stage, layer in enumerate(strategy.stages)}
+
+    def tap(self, base: nn.Module, family: Family, processor: Any = None) -> VisionTap:
+        """What reads the strategy's signals off the vision tower of `base`.
+
+        processor: only the entropy term asks it, for the pixels' mean and deviation.
+        """
+        settings = TapSettings(
+            signals=self.method.signals,
+            threshold=self.strategy.threshold,
+            vote=self.strategy.vote,
+            alpha=self.strategy.alpha,
+            layer=self.strategy.vit_layer,
+            **_pixel_statistics(processor),
+        )
+        return family.tap(base, settings)
+
+    def narrow(
+        self,
+        prompt: PrunedPrompt,
+        layer: int,
+        hidden: Tensor,
+        generator: torch.Generator,
+        scores: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Selects in every image before `layer`.
+
+        Args:
+            hidden: [B, S, D], what would enter the layer.
+            generator: on the CPU.
+            scores: [B, S], attention from the prompts' last tokens, for methods that rank by it.
+
+        Returns:
+            The hidden states [B, S', D] that stay, and their slots [B, S'] among the S; None in
+            place of the slots if all stay.
+        """
+        slots = prompt.slots()
+        for image in prompt.images:
+            here = slots[image.row, image.positions[image.alive]]
+            count = self.strategy.count(len(image.tokens), self.numbers[layer])
+            if count < len(here):
+                tokens = image.tokens.take(image.alive)
+                protect = self.strategy.protect_newlines
+                candidates = Candidates(
+                    features=hidden[image.row, here],
+                    tokens=tokens,
+                    protected=tokens.newline if protect else torch.zeros_like(tokens.newline),
+                    stage=self.numbers[layer],
+                    generator=generator,
+                    language_attention=None if scores is None else scores[image.row, here],
+                )
+                selection = self.method.select(candidates, count)
+                hidden = _with_merged(hidden, image, here, selection)
+                image.alive = image.alive[selection.kept]
+            image.kept.append((layer, len(image.alive)))
+        order = prompt.narrow(layer)
+        return (hidden if order is None else take(hidden, order)), order
+
+    def positions(
+        self, prompt: PrunedPrompt, layer: int, positions: Tensor, order: Tensor
+    ) -> Tensor:
+        """Position ids of the tokens that stay from `layer` on: [..., B, S'].
+
+        `renumbered` counts them anew before the language model; later stages keep what is there.
+        """
+        kept = take_positions(positions, order)
+        if layer > 0 or self.strategy.positions == "original":
+            return kept
+        return (prompt.view(0).valid.cumsum(1) - 1).clamp(min=0).expand_as(kept)
+
+
+def _with_merged(hidden: Tensor, image: PromptImage, here: Tensor, selection: Selection) -> Tensor:
+    """The hidden states with the selection's mixed tokens in place; the given ones are not changed.
+
+    `here` [m] are the slots of the image's tokens before the stage.
+    """
+    if selection.values is None or len(selection.merged) == 0:
+        return hidden
+    image.merged = image.alive[selection.merged]
+    hidden = hidden.clone()
+    hidden[image.row, here[selection.merged]] = selection.values.to(hidden.dtype)
+    return hidden
+
+
+def _pixel_statistics(processor: Any) -> dict[str, Tensor]:
+    if processor is None:
+        return {}
+    images = getattr(processor, "image_processor", processor)
+    names = {"pixel_mean": "image_mean", "pixel_std": "image_std"}
+    return {name: torch.tensor(getattr(images, key)) for name, key in names.items()}

@@ -1,0 +1,88 @@
+"""The vision tower run once for each batch of pictures, however many strategies look at them.
+
+What lies below the layer that makes the features depends on the pixels alone, so its output is kept
+by the pixels' hash; that layer itself runs each time, because strategies read its queries and keys.
+Results are the same to the bit.
+
+    with tower_cached(model, cache): model.generate(**inputs)      # cache: an OutputCache
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOST_BYTES = 2**30
+
+
+class OutputCache:
+    """Tensors by name, as many as fit into `most_bytes`; those that come later are not kept."""
+
+    def __init__(self, most_bytes: int = MOST_BYTES):
+        self.left = most_bytes
+        self.kept: dict[str, Tensor] = {}
+
+    def put(self, name: str, value: Tensor) -> None:
+        size = value.numel() * value.element_size()
+        if size <= self.left:
+            self.kept[name] = value
+            self.left -= size
+
+
+@contextmanager
+def tower_cached(model: Any, cache: OutputCache) -> Iterator[None]:
+    """A context in which a LLaVA's tower reads what it has seen from `cache`; others run as usual.
+
+    Only for the layer that the features come from: no strategy may tap an earlier one.
+    Hooks on the layers below it see nothing while the context is open.
+    """
+    tower = getattr(model.model, "vision_tower", None)
+    layers = _below_the_features(model, tower)
+    if not layers:
+        yield
+        return
+    now: dict[str, Any] = {}  # of the forward that goes on: its pixels' hash, and what is known
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        pixels = args[0] if args else kwargs["pixel_values"]
+        now["name"] = _digest(pixels)
+        now["known"] = cache.kept.get(now["name"])
+
+    def reading(forward: Callable[..., Tensor], first: bool, last: bool) -> Callable[..., Tensor]:
+        def layer(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if now["known"] is not None:
+                return now["known"] if first else hidden
+            output = forward(hidden, *args, **kwargs)
+            if last:
+                cache.put(now["name"], output.detach())
+            return output
+
+        return layer
+
+    handle = tower.register_forward_pre_hook(before, with_kwargs=True)
+    for number, layer in enumerate(layers):
+        layer.forward = reading(layer.forward, number == 0, number == len(layers) - 1)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for layer in layers:
+            del layer.forward  # the class's own is there again
+
+
+def _below_the_features(model: Any, tower: nn.Module | None) -> list[nn.Module]:
+    """The tower's layers before the one whose output becomes features; [] if that is not one."""
+    index = getattr(model.config, "vision_feature_layer", None)
+    if tower is None or not isinstance(index, int):
+        return []
+    layers = list(getattr(tower, "vision_model", tower).encoder.layers)
+    return layers[: max(index % (len(layers) + 1) - 1, 0)]
+
+
+def _digest(pixels: Tensor) -> str:
+    digest = hashlib.blake2b(f"{pixels.dtype} {list(pixels.shape)}".encode(), digest_size=16)
+    digest.update(pixels.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,122 @@
+"""The recipe's section on visual tokens: what it means, what it refuses, and its names."""
+
+import json
+
+import pytest
+
+from compress.errors import RecipeError, UsageError
+from compress.pruning.section import NAMES, PruneVisualTokens, StrategySettings
+from compress.pruning.strategy import METHODS, PruneStrategy
+from compress.recipe import Recipe
+
+LAYERS = 28
+
+
+def section(**keys):
+    return Recipe.from_dict({"prune_visual_tokens": keys}).prune_visual_tokens
+
+
+def error_of(**keys):
+    with pytest.raises(RecipeError) as caught:
+        section(**keys)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_nothing_is_pruned_unless_it_is_asked_for():
+    assert Recipe().prune_visual_tokens is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_alone_is_the_strategy_of_the_method(method):
+    keep = 0.5 if method in ("fastv", "pyramiddrop") else 0.25
+    found = section(keep=keep, strategy={"method": method}).strategy_for(LAYERS)
+    assert found == PruneStrategy.for_budget(method, keep, LAYERS)
+    assert found.average_kept(LAYERS) == pytest.approx(keep)
+
+
+def test_every_setting_of_a_strategy_has_a_key_with_the_same_default():
+    keys = StrategySettings.model_fields
+    settings = {name for name in PruneStrategy.model_fields if name != "stages"}
+    assert {NAMES.get(name, name) for name in keys} == settings | {"file"}
+    for name in keys.keys() - {"file", "ratios"}:
+        theirs = PruneStrategy.model_fields[NAMES.get(name, name)]
+        assert keys[name].default == theirs.default, name
+
+
+FULL = PruneStrategy(
+    stages=(0, 9, 18), ratios=(0.5, 0.9, 0.7), threshold=3.0, vote="sum", alpha=0.2, cell=2.5,
+    vit_layer=-2, positions="renumbered", protect_newlines=False,
+)  # fmt: skip
+
+
+def test_settings_and_strategies_turn_into_each_other():
+    settings = StrategySettings.of(FULL)
+    assert (settings.voter_threshold, settings.entropy_weight) == (3.0, 0.2)
+    values = settings.model_dump(exclude={"file"})
+    assert section(stages=[0, 9, 18], strategy=values).strategy_for(LAYERS) == FULL
+
+
+def test_a_file_is_read_with_the_recipe_and_written_out_in_it(tmp_path):
+    FULL.save(tmp_path / "found.json")
+    path = tmp_path / "recipe.yaml"
+    path.write_text("prune_visual_tokens: {strategy: found.json}\n")  # beside the recipe
+    recipe = Recipe.load(path)
+    assert recipe.prune_visual_tokens.strategy_for(LAYERS) == FULL
+    (tmp_path / "found.json").unlink()
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.dump())
+    assert Recipe.load(again).prune_visual_tokens == recipe.prune_visual_tokens
+    assert recipe.with_changes(name="other").prune_visual_tokens.strategy_for(LAYERS) == FULL
+    given = Recipe.load(again, overrides=["prune_visual_tokens.strategy=null",
+                                          "prune_visual_tokens.stages=null",
+                                          "prune_visual_tokens.keep=0.25"])  # fmt: skip
+    assert given.prune_visual_tokens == PruneVisualTokens(keep=0.25)
+
+
+def test_a_damaged_or_missing_file_is_named(tmp_path):
+    (tmp_path / "bad.json").write_text(json.dumps({"ratio": [0.5]}))
+    assert "bad.json: ratio: unknown key" in error_of(strategy=str(tmp_path / "bad.json"))
+    assert "does not exist" in error_of(strategy="nowhere/at/all.json")
+
+
+def test_given_ratios_may_be_rounded_but_not_contradict_the_budget():
+    keys = {"keep": 0.25, "stages": [0, 9, 18], "strategy": {"ratios": [0.265, 0.983, 0.877]}}
+    assert section(**keys).strategy_for(LAYERS).ratios == (0.265, 0.983, 0.877)
+    with pytest.raises(UsageError, match=r"keep is 0\.5, but ratios .* keep 0\.25"):
+        section(**keys | {"keep": 0.5}).strategy_for(LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, "keep: expected a share of visual tokens, or strategy.ratios"),
+        ({"keep": 0}, "keep: "),
+        ({"keep": 1.5}, "keep: "),
+        ({"keep": 0.5, "stage": [0]}, "stage: unknown key (did you mean 'stages'?)"),
+        ({"keep": 0.5, "strategy": {"threshold": 3.0}}, "strategy.threshold: unknown key"),
+        ({"keep": 0.5, "stages": [9, 0]}, "stages: expected rising layers"),
+        ({"strategy": {"ratios": [0.5, 0.5]}}, "stages: expected the layers that the 2 ratios"),
+        ({"stages": [0, 2], "strategy": {"ratios": [0.5]}}, "ratios: expected one ratio per stage"),
+        (
+            {"keep": 0.5, "strategy": {"method": "uniform", "voter_threshold": 2.0}},
+            "strategy.voter_threshold: uniform does not read it",
+        ),
+        (
+            {"keep": 0.5, "stages": [0], "strategy": {"method": "fastv"}},
+            "prune_visual_tokens.stages: fastv ranks by a decoder layer's attention",
+        ),
+        ({"keep": 0.5, "stages": [2], "strategy": {"cell": 2}}, "strategy.cell: recycling happens"),
+        ({"strategy": {"file": "a.json", "seed": 1}}, "strategy.file: holds a whole strategy"),
+        ({"search": {}, "strategy": {"ratios": [0.5]}}, "keep: is the budget of the search"),
+        ({"keep": 1, "search": {}}, "keep: is the budget of the search"),
+        ({"keep": 0.5, "search": {"sampler": "cma"}}, "search.sampler: expected 'tpe' or 'gp'"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_its_field(keys, expected):
+    assert expected in error_of(**keys)
+
+
+def test_a_search_begins_with_the_papers_defaults():
+    found = section(keep=0.25, search={}).search
+    assert (found.samples, found.trials, found.seed, found.sampler) == (30, 50, 0, "tpe")
