@@ -1,8 +1,8 @@
 # make demo   quantises the small model that comes with the project and shows what that cost
 # make test   all tests on this machine
 # make lint   ruff, check and format
-# make gpu    GPU tests and benchmarks; needs CUDA, and takes PYTHON as it is (torch, transformers,
-#             triton installed), because no CUDA build is pinned here
+# make gpu    GPU tests, then benchmarks into benchmarks/; needs CUDA, and takes PYTHON as it is
+#             (torch, transformers, triton installed), because no CUDA build is pinned here
 # Each sets up what it needs.
 
 PYTHON ?= python3
@@ -10,6 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUTPUT ?= demo-output
+BENCHMARKS ?= benchmarks
 DEMO := demo-rtn demo-gptq demo-quarot demo-lm
 
 .PHONY: demo test lint gpu clean
@@ -26,10 +27,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 gpu:
+	$(PYTHON) -c "import torch; torch.cuda.init(); print(torch.cuda.get_device_name())"
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m pytest -m gpu
-	mkdir -p benchmarks
-	$(PYTHON) -m compress bench quantize --device cuda --output benchmarks/quantize-cuda.json
+	mkdir -p $(BENCHMARKS)
+	$(PYTHON) -m compress bench kernels --device cuda --dtype fp16 \
+		--output $(BENCHMARKS)/kernels-cuda-fp16.json
+	$(PYTHON) -m compress bench kernels --device cuda --dtype bf16 \
+		--output $(BENCHMARKS)/kernels-cuda-bf16.json
+	$(PYTHON) -m compress bench quantize --device cuda --output $(BENCHMARKS)/quantize-cuda.json
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

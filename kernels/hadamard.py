@@ -15,36 +15,28 @@ import torch
 import triton
 from torch import Tensor
 
-from compress.kernels import triton_kernels as kernels
+from compress.kernels import triton_activations as kernels
+from compress.kernels.activations import butterfly_size
 from compress.kernels.matmul import check_launch
 
-LARGEST_POWER = 1 << 15  # of one program's registers
 FACTOR_TILE = 64
 
 
-def hadamard_(x: Tensor, factors: tuple[Tensor, ...] = ()) -> Tensor:
+def hadamard_(x: Tensor, factors: tuple[Tensor, ...] = (), butterflies: bool = True) -> Tensor:
     """Overwrites x [..., n] (contiguous; fp16, bf16, fp32) with its transform, and returns it.
 
     factors: +-1 matrices [f, f]; ValueError if their orders do not divide n, or leave no power of
-    two.
+    two. Without `butterflies`, the power of two is left to what reads x next.
     """
-    n, orders = x.shape[-1], [len(factor) for factor in factors]
-    power = n
-    for order in orders:
-        power = power // order if power % order == 0 else 0
-    if power < 1 or power & (power - 1) or power > LARGEST_POWER:
-        raise ValueError(
-            f"a transform of size {n} expected factors that leave a power of two up to "
-            f"{LARGEST_POWER}, found orders {orders}"
-        )
+    butterfly_size(x.shape[-1], factors)
     if not x.is_contiguous():
         raise ValueError("a transform in place takes a contiguous tensor: call .contiguous()")
-    _hadamard(x, [factor.to(x.dtype).contiguous() for factor in factors])
+    _hadamard(x, [factor.to(x.dtype).contiguous() for factor in factors], butterflies)
     return x
 
 
 @torch.library.custom_op("modelpress::hadamard", mutates_args=("x",))
-def _hadamard(x: Tensor, factors: list[Tensor]) -> None:
+def _hadamard(x: Tensor, factors: list[Tensor], butterflies: bool) -> None:
     check_launch(x, *factors)
     right, left = x.shape[-1], x.numel() // max(x.shape[-1], 1)
     if x.numel() == 0:
@@ -58,7 +50,7 @@ def _hadamard(x: Tensor, factors: list[Tensor]) -> None:
             ORDER=order, PADDED=max(16, triton.next_power_of_2(order)), BLOCK=tile,
         )  # fmt: skip
         left *= order
-    if right > 1:
+    if butterflies and right > 1:
         kernels.butterfly_kernel[(left,)](
             x, right**-0.5, SIZE=right, LOG=right.bit_length() - 1,
             num_warps=min(16, max(1, right // 512)),
@@ -66,5 +58,5 @@ def _hadamard(x: Tensor, factors: list[Tensor]) -> None:
 
 
 @_hadamard.register_fake
-def _(x, factors):
+def _(x, factors, butterflies):
     return None

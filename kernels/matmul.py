@@ -6,6 +6,9 @@
     up to 256      tiled: tensor cores, one pass
     more           the weight is expanded once and multiplied by cuBLAS
 
+TABLE holds the tiles; what `modelpress bench kernels --tune` measured on this device for a shape
+comes before it (tuning.py).
+
 Splitting gives a narrow product enough programs to keep all of the memory busy. Their sums go to a
 workspace [SPLIT, M, N] in fp32, which a second kernel adds up in a fixed order: no atomics, so the
 same input gives the same bits. Above about 256 rows (H100) tensor cores, not memory, are the limit,
@@ -18,7 +21,6 @@ operator with a fake implementation: torch.compile and CUDA graphs take it as it
 """
 
 import math
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -26,7 +28,9 @@ import triton
 from torch import Tensor
 
 from compress.kernels import triton_kernels as kernels
+from compress.kernels import tuning
 from compress.kernels.layout import ROWS, KernelWeight, block_columns
+from compress.kernels.tuning import Tiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Programs for each multiprocessor that splitting aims at: enough loads in flight to hide latency.
@@ -37,27 +41,15 @@ INTERPRETER_MEMORY = 64 * 1024
 REDUCE_BLOCK = 1024
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How to launch a product of up to `rows` rows; `split` says whether inputs may be split."""
-
-    rows: int
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    split: bool
-
-
-DECODE = Tiles(rows=1, block_m=1, block_n=128, warps=4, stages=3, split=True)
+DECODE = Tiles(rows=1, block_m=1, block_n=128, warps=4, stages=3)
 # First row that fits wins; above the last one the weight is expanded. Chosen by what fits shared
 # memory and fills tensor cores, and not yet measured on any GPU.
 TABLE = (
-    Tiles(rows=16, block_m=16, block_n=64, warps=4, stages=4, split=True),
-    Tiles(rows=32, block_m=32, block_n=64, warps=4, stages=4, split=True),
-    Tiles(rows=64, block_m=64, block_n=64, warps=4, stages=3, split=True),
-    Tiles(rows=128, block_m=64, block_n=128, warps=4, stages=3, split=False),
-    Tiles(rows=256, block_m=128, block_n=128, warps=8, stages=3, split=False),
+    Tiles(rows=16, block_m=16, block_n=64, warps=4, stages=4),
+    Tiles(rows=32, block_m=32, block_n=64, warps=4, stages=4),
+    Tiles(rows=64, block_m=64, block_n=64, warps=4, stages=3),
+    Tiles(rows=128, block_m=64, block_n=128, warps=4, stages=3, split=1),
+    Tiles(rows=256, block_m=128, block_n=128, warps=8, stages=3, split=1),
 )
 # Without tensor cores for fp32, a library's product wins sooner, and tiles take twice the memory.
 FP32_ENTRIES = 2
@@ -100,11 +92,12 @@ def _quantized_matmul(
     check_launch(x, scale, bias)
     if len(x) == 0:
         return x.new_empty(0, words.shape[1])
+    tiles = tiles_for(x, weight)
+    if tiles is None:
+        return dense_matmul(x, weight, bias)
     if len(x) == 1:
-        return decode_matmul(x, weight, bias)
-    table = TABLE[:FP32_ENTRIES] if x.dtype == torch.float32 else TABLE
-    tiles = next((t for t in table if len(x) <= t.rows), None)
-    return dense_matmul(x, weight, bias) if tiles is None else tiled_matmul(x, weight, bias, tiles)
+        return decode_matmul(x, weight, bias, tiles)
+    return tiled_matmul(x, weight, bias, tiles)
 
 
 @_quantized_matmul.register_fake
@@ -112,46 +105,53 @@ def _(x, words, high, scale, zero, bias, bits, group_size):
     return x.new_empty(x.shape[0], words.shape[1])
 
 
+def tiles_for(x: Tensor, weight: KernelWeight) -> Tiles | None:
+    """Tiles for x [M, K] on its device: tuned ones, else those of the table; None: expand W."""
+    M, (N, K) = len(x), weight.shape
+    if TABLE[-1].rows >= M and x.dtype != torch.float32:  # tuned with 16-bit activations
+        key = (device_name(x.device), N, K, weight.bits, weight.group_size, tuning.bucket(M))
+        tuned = tuning.find(*key)
+        if tuned is not None:
+            return tuned
+    if M == 1:
+        return DECODE
+    table = TABLE[:FP32_ENTRIES] if x.dtype == torch.float32 else TABLE
+    return next((tiles for tiles in table if tiles.rows >= M), None)
+
+
 # ---- launches -----------------------------------------------------------------------------------
 
 
 def decode_matmul(
-    x: Tensor, weight: KernelWeight, bias: Tensor | None = None, split: int | None = None
+    x: Tensor, weight: KernelWeight, bias: Tensor | None = None, tiles: Tiles = DECODE
 ) -> Tensor:
-    """One row, x [1, K] -> [1, N]; `split` programs share the inputs (None: by device)."""
+    """One row, x [1, K] -> [1, N]."""
     N, K = weight.shape
-    tiles = triton.cdiv(N, DECODE.block_n)
-    split = split or splits(tiles, K, weight.bits, x.device)
-    out = _workspace(x, N, split)
-    kernels.decode_kernel[(tiles, split)](
+    grid = triton.cdiv(N, tiles.block_n)
+    split = split_of(tiles, grid, weight, x.device)
+    out = workspace(x, N, split, x.dtype)
+    kernels.decode_kernel[(grid, split)](
         x, weight.words, weight.high, weight.scale, weight.zero, bias, out, N, K,
-        **_constants(weight), HAS_BIAS=bias is not None, SPLIT=split, BLOCK_N=DECODE.block_n,
-        num_warps=DECODE.warps, num_stages=DECODE.stages,
+        **weight_constants(weight), HAS_BIAS=bias is not None, SPLIT=split, BLOCK_N=tiles.block_n,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return _reduce(out, x, bias, split)
+    return add_up(out, bias, x.dtype)
 
 
-def tiled_matmul(
-    x: Tensor,
-    weight: KernelWeight,
-    bias: Tensor | None,
-    tiles: Tiles,
-    split: int | None = None,
-) -> Tensor:
+def tiled_matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None, tiles: Tiles) -> Tensor:
     """Tensor cores, x [M, K] -> [M, N]; one pass, or split-K where `tiles` says so."""
     M, (N, K) = len(x), weight.shape
     grid = triton.cdiv(M, tiles.block_m) * triton.cdiv(N, tiles.block_n)
-    if split is None:
-        split = splits(grid, K, weight.bits, x.device) if tiles.split else 1
-    out = _workspace(x, N, split)
+    split = split_of(tiles, grid, weight, x.device)
+    out = workspace(x, N, split, x.dtype)
     kernels.matmul_kernel[(grid, split)](
         x, weight.words, weight.high, weight.scale, weight.zero, bias, out, M, N, K, x.stride(0),
-        **_constants(weight), HAS_BIAS=bias is not None, SPLIT=split,
+        **weight_constants(weight), HAS_BIAS=bias is not None, SPLIT=split,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
         num_warps=tiles.warps,
-        num_stages=stages(tiles, weight.bits, x.element_size(), _shared_memory(x.device)),
+        num_stages=stages(tiles, weight.bits, x.element_size(), shared_memory(x.device)),
     )  # fmt: skip
-    return _reduce(out, x, bias, split)
+    return add_up(out, bias, x.dtype)
 
 
 def dense_matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tensor:
@@ -167,7 +167,7 @@ def dequantize_transposed(weight: KernelWeight, dtype: torch.dtype) -> Tensor:
     grid = (triton.cdiv(K, block_columns(weight.bits)), triton.cdiv(N, DENSE_TILE))
     kernels.dequantize_kernel[grid](
         weight.words, weight.high, weight.scale, weight.zero, out, N, K,
-        **_constants(weight), BLOCK_N=DENSE_TILE, num_warps=4,
+        **weight_constants(weight), BLOCK_N=DENSE_TILE, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -194,8 +194,22 @@ def stages(tiles: Tiles, bits: int, size: int, memory: int) -> int:
     return max(1, min(tiles.stages, (memory - unpacked) // each))
 
 
+def split_of(tiles: Tiles, grid: int, weight: KernelWeight, device: torch.device) -> int:
+    """What `tiles` says, or by device; never more than there are blocks to share."""
+    if tiles.split is None:
+        return splits(grid, weight.columns, weight.bits, device)
+    return min(tiles.split, triton.cdiv(weight.columns, block_columns(weight.bits)))
+
+
 @cache
-def _shared_memory(device: torch.device) -> int:
+def device_name(device: torch.device) -> str:
+    """The name that tuned tiles are kept under."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may take."""
     if device.type != "cuda":
         return INTERPRETER_MEMORY
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
@@ -208,7 +222,8 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _constants(weight: KernelWeight) -> dict[str, int | bool]:
+def weight_constants(weight: KernelWeight) -> dict[str, int | bool]:
+    """The compile-time constants of every kernel that reads a weight."""
     block = block_columns(weight.bits)
     group = weight.group_size or 0  # gcd(block, 0, 128) = gcd(block, 128)
     return {
@@ -219,19 +234,21 @@ def _constants(weight: KernelWeight) -> dict[str, int | bool]:
     }
 
 
-def _workspace(x: Tensor, outputs: int, split: int) -> Tensor:
+def workspace(x: Tensor, outputs: int, split: int, dtype: torch.dtype) -> Tensor:
+    """Where programs write: y [M, N] itself, or a part of it each, fp32 [split, M, N]."""
     if split == 1:
-        return x.new_empty(len(x), outputs)
+        return x.new_empty(len(x), outputs, dtype=dtype)
     return x.new_empty(split, len(x), outputs, dtype=torch.float32)
 
 
-def _reduce(workspace: Tensor, x: Tensor, bias: Tensor | None, split: int) -> Tensor:
-    if split == 1:
-        return workspace
-    out = x.new_empty(workspace.shape[1:])
+def add_up(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y of what `workspace` gave: as it is, or the sum of the parts plus bias [N]."""
+    if parts.dim() == 2:
+        return parts
+    out = parts.new_empty(parts.shape[1:], dtype=dtype)
     kernels.reduce_kernel[(triton.cdiv(out.numel(), REDUCE_BLOCK),)](
-        workspace, bias, out, out.shape[1], out.numel(),
-        SPLIT=split, HAS_BIAS=bias is not None, BLOCK=REDUCE_BLOCK,
+        parts, bias, out, out.shape[1], out.numel(),
+        SPLIT=len(parts), HAS_BIAS=bias is not None, BLOCK=REDUCE_BLOCK,
     )  # fmt: skip
     return out
 

@@ -1,6 +1,8 @@
-"""The Triton kernels themselves: y = x W^T for packed weights, and Hadamard passes.
+"""The Triton kernels themselves: y = x W^T for packed weights with 16-bit or 32-bit activations.
 
-Nothing here chooses or checks anything; matmul.py and hadamard.py do. Common to all:
+Those of integer activations and Hadamard transforms: triton_activations.py.
+
+Nothing here chooses or checks anything; matmul.py does. Common to all:
 
     x [M, K], row stride given; words, high: layout.py; scale [G, N]; zero uint8 [G, N]; bias [N]
     BITS     width of a code; PART of its bits lie in `words` (2 of 3, else all), PLANES = 32 / PART
@@ -61,7 +63,7 @@ def _integers(
 
 
 @triton.jit
-def _words(words, high, block, n, N, BITS: tl.constexpr):
+def load_words(words, high, block, n, N, BITS: tl.constexpr):
     """The words of a block, and of 3 bits its high bits shifted to bits 0, 2, 4, ..."""
     ROWS: tl.constexpr = 16
     r = tl.arange(0, ROWS)
@@ -123,7 +125,7 @@ def decode_kernel(
     r = tl.arange(0, ROWS)
     total = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for block in range(split, tl.cdiv(K, BLOCK), SPLIT):
-        low, hi = _words(words, high, block, n, N, BITS)
+        low, hi = load_words(words, high, block, n, N, BITS)
         if BITS == 3:
             low, hi = _whole_codes(low, hi)
         for c in tl.static_range(BLOCK // CHUNK):
@@ -166,7 +168,7 @@ def matmul_kernel(
     rows = m.to(tl.int64)[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for block in range(split, tl.cdiv(K, BLOCK), SPLIT):
-        low, hi = _words(words, high, block, n, N, BITS)
+        low, hi = load_words(words, high, block, n, N, BITS)
         for c in tl.static_range(BLOCK // CHUNK):
             k0 = block * BLOCK + c * CHUNK
             k = k0 + tl.arange(0, CHUNK)
@@ -217,7 +219,7 @@ def dequantize_kernel(
     block = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
-    low, hi = _words(words, high, block, n, N, BITS)
+    low, hi = load_words(words, high, block, n, N, BITS)
     for c in tl.static_range(BLOCK // CHUNK):
         k0 = block * BLOCK + c * CHUNK
         group = min(k0, K - 1) // GROUP if GROUP > 0 else 0
@@ -228,37 +230,3 @@ def dequantize_kernel(
         mask = (k < K)[:, None] & inside[None, :]
         at = k.to(tl.int64)[:, None] * N + n[None, :]
         tl.store(out + at, w.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def butterfly_kernel(x, norm, SIZE: tl.constexpr, LOG: tl.constexpr):
-    """One vector of SIZE = 2^LOG, in place: the fast Walsh-Hadamard transform times `norm`."""
-    at = x + tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    v = tl.load(at).to(tl.float32)
-    for step in tl.static_range(LOG):
-        pairs = v.reshape(SIZE >> (step + 1), 2, 1 << step).permute(0, 2, 1)
-        a, b = tl.split(pairs)
-        v = tl.join(a + b, a - b).permute(0, 2, 1).reshape(SIZE)
-    tl.store(at, (v * norm).to(x.dtype.element_ty))
-
-
-@triton.jit
-def factor_kernel(
-    x, factor, norm, right,
-    ORDER: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """x [left, ORDER, right] in place: factor [ORDER, ORDER] (+-1, of x's dtype) along the middle.
-
-    Program (i, j): all of the middle axis for tile j of the right one, so nothing is read that
-    another program writes.
-    """
-    i = tl.arange(0, PADDED)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    square = (i < ORDER)[:, None] & (i < ORDER)[None, :]
-    H = tl.load(factor + i[:, None] * ORDER + i[None, :], mask=square, other=0)
-    start = tl.program_id(0).to(tl.int64) * ORDER * right
-    at = x + start + i[:, None] * right + j[None, :]
-    mask = (i < ORDER)[:, None] & (j < right)[None, :]
-    v = tl.load(at, mask=mask, other=0)
-    y = tl.dot(H, v, input_precision="ieee") * norm
-    tl.store(at, y.to(x.dtype.element_ty), mask=mask)

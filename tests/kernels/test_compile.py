@@ -9,6 +9,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from compress.kernels import triton_activations as activations  # noqa: E402
 from compress.kernels import triton_kernels as kernels  # noqa: E402
 from compress.kernels.layout import block_columns  # noqa: E402
 from compress.kernels.matmul import (  # noqa: E402
@@ -25,7 +26,14 @@ pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter compiles 
 # Compute capability -> bytes of shared memory that one program may take (CUDA C++ Programming
 # Guide, technical specifications per compute capability).
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-POINTERS = {"words": "*i32", "high": "*i32", "zero": "*u8", "workspace": "*fp32"}
+POINTERS = {
+    "words": "*i32",
+    "high": "*i32",
+    "zero": "*u8",
+    "workspace": "*fp32",
+    "values": "*i8",
+    "token_scale": "*fp32",
+}
 
 
 def compile_kernel(kernel, capability, dtype, warps=4, stages=3, **constants):
@@ -103,5 +111,36 @@ def test_the_other_kernels_compile():
     fixed = constants(3, BLOCK_N=128)
     compile_kernel(kernels.dequantize_kernel, 90, "bf16", **fixed)
     compile_kernel(kernels.reduce_kernel, 90, "bf16", SPLIT=4, HAS_BIAS=True, BLOCK=1024)
-    compile_kernel(kernels.butterfly_kernel, 90, "bf16", SIZE=4096, LOG=12)
-    compile_kernel(kernels.factor_kernel, 90, "bf16", ORDER=28, PADDED=32, BLOCK=64)
+    compile_kernel(activations.butterfly_kernel, 90, "bf16", SIZE=4096, LOG=12)
+    compile_kernel(activations.factor_kernel, 90, "bf16", ORDER=28, PADDED=32, BLOCK=64)
+
+
+def test_the_largest_token_fits_shared_memory():
+    """28 * 512 = 14336 inputs, padded to 16384: exchanges between threads go through it."""
+    compiled = compile_kernel(
+        activations.quantize_kernel, 80, "fp32", 16, LARGEST=7, SIZE=16384, LOG=9
+    )
+    assert compiled.metadata.shared <= SHARED_MEMORY[89]  # the smallest there is
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "entry", "capability"),
+    [(4, 128, -1, 80), (4, 0, -1, 90), (8, 128, -1, 89), (3, 64, 0, 90)],
+)
+def test_integers_meet_int8_tensor_cores(bits, group, entry, capability):
+    memory, tiles = SHARED_MEMORY[capability], TABLE[entry]
+    absent = {"zero": None, "HAS_ZERO": False}
+    compiled = compile_kernel(
+        activations.integer_matmul_kernel,
+        capability,
+        "fp16",
+        tiles.warps,
+        stages(tiles, bits, 1, memory),
+        **constants(bits, group, bias=None, HAS_BIAS=False, SPLIT=1) | absent,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+    )
+    assert compiled.metadata.shared <= memory
+    ptx = compiled.asm["ptx"]
+    assert "s32.s8.s8" in ptx
+    assert "f32.f16.f16" not in ptx

@@ -11,18 +11,24 @@ import pytest
 import torch
 from weights import random_weight
 
+from compress.kernels import tuning
+from compress.kernels.activations import integer_matmul, quantize_tokens
 from compress.kernels.hadamard import hadamard_
+from compress.kernels.integer_launch import tiled_integers
 from compress.kernels.layout import pack_kernel
 from compress.kernels.matmul import (
+    DECODE,
     TABLE,
     Tiles,
     decode_matmul,
     dense_matmul,
     dequantize_transposed,
+    device_name,
     interpreted,
     quantized_matmul,
     splits,
     tiled_matmul,
+    tiles_for,
 )
 from compress.kernels.reference import dequantize, reference_hadamard, reference_matmul
 
@@ -40,7 +46,7 @@ SCHEMES = [
     for d, dtype in enumerate(DTYPES)
     if not interpreted() or ((g + s) % 2 == 0 and (g // 2 + d) % 2 == 0)
 ]
-SMALL = Tiles(rows=16, block_m=16, block_n=32, warps=4, stages=2, split=True)
+SMALL = Tiles(rows=16, block_m=16, block_n=32, warps=4, stages=2)
 
 
 def problem(M=1, N=40, K=200, bits=4, group_size=64, symmetric=True, dtype=torch.float16, **more):
@@ -67,7 +73,7 @@ def check(y, expected, x):
 @pytest.mark.parametrize(("group_size", "split", "dtype"), SCHEMES)
 def test_decode(bits, group_size, symmetric, dtype, split):
     x, weight, bias, expected = problem(1, 24, 200, bits, group_size, symmetric, dtype)
-    check(decode_matmul(x, weight, bias, split), expected, x)
+    check(decode_matmul(x, weight, bias, replace(DECODE, split=split)), expected, x)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -75,7 +81,7 @@ def test_decode(bits, group_size, symmetric, dtype, split):
 @pytest.mark.parametrize(("group_size", "split", "dtype"), SCHEMES)
 def test_tiled_and_split(bits, group_size, symmetric, dtype, split):
     x, weight, bias, expected = problem(5, 24, 200, bits, group_size, symmetric, dtype)
-    check(tiled_matmul(x, weight, bias, SMALL, split), expected, x)
+    check(tiled_matmul(x, weight, bias, replace(SMALL, split=split)), expected, x)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -91,8 +97,8 @@ def test_groups_that_are_no_divisor_of_a_block(bits, group_size):
 def test_second_block_of_the_widest_layouts(bits, split):
     """256 inputs to a block; 3 bits keep the high bits of two blocks in one word."""
     x, weight, bias, expected = problem(2, 16, 300, bits, 128, dtype=torch.float32)
-    check(tiled_matmul(x, weight, bias, SMALL, split), expected, x)
-    check(decode_matmul(x[:1], weight, bias, split), expected[:1], x)
+    check(tiled_matmul(x, weight, bias, replace(SMALL, split=split)), expected, x)
+    check(decode_matmul(x[:1], weight, bias, replace(DECODE, split=split)), expected[:1], x)
 
 
 @pytest.mark.parametrize("M", [17, 33])
@@ -148,8 +154,8 @@ def test_no_rows():
 @pytest.mark.parametrize("rows", [1, 3])
 def test_same_input_same_bits(rows):
     x, weight, bias, _ = problem(rows, 40, 256, 4, 32)
-    launch = decode_matmul if rows == 1 else lambda *a: tiled_matmul(*a[:3], SMALL, a[3])
-    first, second = (launch(x, weight, bias, 2) for _ in range(2))
+    launch, tiles = (decode_matmul, DECODE) if rows == 1 else (tiled_matmul, SMALL)
+    first, second = (launch(x, weight, bias, replace(tiles, split=2)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -170,6 +176,19 @@ def test_table_is_sorted_and_splits_fit():
         for columns in (64, 200, 4096):
             count = splits(tiles, columns, 4, torch.device(DEVICE))
             assert 1 <= count <= math.ceil(columns / 128)
+
+
+def test_tuned_tiles_come_before_the_table(tmp_path, monkeypatch):
+    x, weight, bias, expected = problem(3, 40, 200, 4, 64)
+    assert tiles_for(x, weight) == TABLE[0]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned = replace(SMALL, rows=4, block_n=16)
+    name = device_name(x.device)
+    tuning.save({tuning.key(name, 40, 200, 4, 64, 4): tuned})
+    assert tiles_for(x, weight) == tuned
+    check(quantized_matmul(x, weight, bias), expected, x)
+    assert tiles_for(x[:2], weight) == tiles_for(x.float(), weight) == TABLE[0]
+    tuning.forget()
 
 
 @pytest.mark.skipif(not interpreted(), reason="the interpreter's own limit")
@@ -238,7 +257,7 @@ def test_hadamard_twice_is_the_identity():
 def test_hadamard_is_registered_as_torch_wants_it():
     torch.library.opcheck(
         torch.ops.modelpress.hadamard.default,
-        (torch.randn(2, 48, device=DEVICE), [orthogonal(12).to(DEVICE)]),
+        (torch.randn(2, 48, device=DEVICE), [orthogonal(12).to(DEVICE)], True),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -248,3 +267,85 @@ def test_hadamard_refuses_other_sizes():
         hadamard_(torch.zeros(2, 24, device=DEVICE))
     with pytest.raises(ValueError, match="contiguous"):
         hadamard_(torch.zeros(8, 2, device=DEVICE).T)
+
+
+# ---- integer activations ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("power", "orders"), [(1, None), (64, ()), (16, (12,)), (8, (3, 4))])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tokens_are_rounded_to_the_nearest_step(power, orders, bits, dtype):
+    """|q a - h| is at most half a step, the largest value is L steps: no more can be asked."""
+    n = 200 if orders is None else power * math.prod(orders)
+    factors = None if orders is None else tuple(orthogonal(order).to(DEVICE) for order in orders)
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    x[1] = 0
+    kept = x.to(DEVICE)
+    values, scale = (t.cpu() for t in quantize_tokens(kept, bits, factors))
+    assert torch.equal(kept.cpu(), x)  # not in place
+    rotated = x.double()
+    if factors is not None:
+        rotated = reference_hadamard(x, tuple(f.cpu() for f in factors))
+    largest = 2 ** (bits - 1) - 1
+    assert values.dtype == torch.int8
+    assert values.abs().amax(1).tolist() == [largest, 0, largest]
+    # 16-bit values between two passes are rounded
+    between = 4 * torch.finfo(dtype).eps * float(rotated.abs().max()) if orders else 1e-5
+    assert scale == pytest.approx(rotated.abs().amax(1) / largest, abs=between / largest)
+    error = (values.double() * scale.double()[:, None] - rotated).abs()
+    assert bool((error <= scale.double()[:, None] * 0.5 + between).all())
+
+
+def test_ties_round_to_even_as_torch_does():
+    x = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -2.5, 3.5, 0]]).to(DEVICE)
+    values, _ = quantize_tokens(x, 4)
+    assert values.tolist() == [[7, 0, 2, 2, 0, -2, 4, 0]]
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("group_size", "split"), [(64, 1), (32, 2), (None, 1), (None, 2)])
+def test_integer_products(bits, symmetric, group_size, split):
+    """Exact up to fp32 scales: int8 sums lose nothing."""
+    if bits == 8 and not symmetric:
+        return
+    weight = random_weight(24, 200, bits, group_size, symmetric, torch.float32)
+    generator = torch.Generator().manual_seed(bits)
+    values = torch.randint(-7, 8, (5, 200), generator=generator, dtype=torch.int8)
+    scale, bias = torch.rand(5, generator=generator), torch.randn(24, generator=generator)
+    expected = reference_matmul(values.double() * scale.double()[:, None], weight, bias)
+    packed = pack_kernel(weight).to(DEVICE)
+    tiles = replace(SMALL, split=split)
+    y = tiled_integers(
+        values.to(DEVICE), scale.to(DEVICE), packed, bias.to(DEVICE), tiles, torch.float32
+    )
+    assert float((y.double().cpu() - expected).norm() / expected.norm()) < 5e-7
+
+
+def test_integer_operators_are_registered_as_torch_wants_them():
+    weight = pack_kernel(random_weight(16, 64, 4, 32, dtype=torch.float32)).to(DEVICE)
+    values, scale = quantize_tokens(torch.randn(2, 64, device=DEVICE), 4, ())
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.modelpress.quantize_tokens.default,
+        (torch.randn(2, 48, device=DEVICE), [orthogonal(12).to(DEVICE)], 4, 4),
+        test_utils=checks,
+    )
+    torch.library.opcheck(
+        torch.ops.modelpress.integer_matmul.default,
+        (values, scale, weight.words, None, weight.scale, None, None, 4, 32, torch.float32),
+        test_utils=checks,
+    )
+
+
+def test_integer_products_refuse_what_they_would_get_wrong():
+    values, scale = torch.zeros(2, 64, dtype=torch.int8, device=DEVICE), torch.ones(2)
+    scale = scale.to(DEVICE)
+    small = pack_kernel(random_weight(16, 64, 4, 16, dtype=torch.float32)).to(DEVICE)
+    with pytest.raises(ValueError, match=r"multiple of 32 inputs, .* found 16"):
+        integer_matmul(values, scale, small, dtype=torch.float32)
+    wide = pack_kernel(random_weight(16, 64, 8, 32, False, torch.float32)).to(DEVICE)
+    with pytest.raises(ValueError, match="8-bit weights without zero points"):
+        integer_matmul(values, scale, wide, dtype=torch.float32)
+    assert integer_matmul(values[:0], scale[:0], small, dtype=torch.float32).shape == (0, 16)

@@ -31,3 +31,8 @@ def assert_same(left: Codes, right: Codes) -> None:
         assert (a is None) == (b is None), name
         assert a is None or torch.equal(a, b), name
     assert (left.bits, left.group_size) == (right.bits, right.group_size)
+
+
+def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over norm of what is expected."""
+    return float((y.double() - expected).norm() / expected.norm())

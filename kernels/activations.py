@@ -1,0 +1,221 @@
+"""Products of 4-bit weights and 4-bit activations (W4A4): integers in int8, sums in int32.
+
+    h = x M^T                                         an online Hadamard rotation, or h = x
+    a[m] = max_k |h[m, k]| / L,  L = 2^(bits-1) - 1   one scale per token, symmetric
+    q[m, k] = round(h[m, k] / a[m])                   int8 in [-L, L]
+    y[m, n] = a[m] * sum over g of s[n, g] * (sum over k in g of q[m, k] (c[n, k] - z[n, g]))
+
+The inner sum is exact, so the only error of y beyond the rounding of q and of the result is that of
+fp32 scales and sums. On a GPU, rotation and rounding are one pass, and int8 tensor cores multiply
+weights that stay packed (integer_launch.py, Triton). On a CPU, torch._int_mm multiplies weights
+that are held in int8.
+
+    q, a = quantize_tokens(x, bits=4, factors=())
+    y = integer_matmul(q, a, weight, bias, dtype=x.dtype)     # KernelWeight, or IntegerWeight
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.kernels.layout import Codes, KernelWeight
+
+BITS = range(2, 9)
+LARGEST_POWER = 1 << 15  # of butterflies: one program holds them in registers
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight for integer products on a CPU: values = c - z, int8 [N, K]; scale [G, N]."""
+
+    values: Tensor
+    scale: Tensor
+    group_size: int | None
+    order: Tensor | None = None
+
+
+def pack_integers(weight: Codes) -> IntegerWeight:
+    """A weight as c - z. Raises ValueError where that is no int8: 8 bits with a zero point."""
+    size = weight.group_size or weight.codes.shape[1]
+    values = weight.codes.to(torch.int16)
+    if weight.zero is None:
+        values -= 2 ** (weight.bits - 1)
+    else:
+        group = torch.arange(values.shape[1]) // size
+        values -= weight.zero.to(torch.int16)[:, group]
+    if values.numel() and (values.min() < -128 or values.max() > 127):
+        raise ValueError("integer products take 8-bit weights without zero points: symmetric ones")
+    scale = weight.scale.T.contiguous()
+    return IntegerWeight(values.to(torch.int8), scale, weight.group_size, weight.order)
+
+
+# ---- tokens -------------------------------------------------------------------------------------
+
+
+def quantize_tokens(
+    x: Tensor, bits: int = 4, factors: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [..., K] (fp16, bf16, fp32) as int8 [..., K] and one fp32 scale per token [...].
+
+    factors: None for no rotation; else x is rotated first, by the transform of `hadamard_` with
+    these factors, () for a plain power of two. x is not changed. Raises ValueError for bits outside
+    2..8, sizes that `hadamard_` refuses, and on a GPU more than 2^15 inputs.
+    """
+    if bits not in BITS:
+        raise ValueError(f"activations take 2 to 8 bits, found {bits}")
+    K, power = x.shape[-1], 1
+    if factors is not None:
+        power = butterfly_size(K, factors)
+    values, scale = _quantize_tokens(x.reshape(-1, K), list(factors or ()), power, bits)
+    return values.view(x.shape), scale.view(x.shape[:-1])
+
+
+@torch.library.custom_op("modelpress::quantize_tokens", mutates_args=())
+def _quantize_tokens(
+    x: Tensor, factors: list[Tensor], power: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> int8 [M, K], fp32 [M]; power: the part of K that butterflies take."""
+    largest = 2 ** (bits - 1) - 1
+    if not _has_kernels(x):
+        return _round_tokens(_transform(x, factors, power), largest)
+    from compress.kernels.integer_launch import launch_quantize
+
+    return launch_quantize(x, factors, power, largest)
+
+
+@_quantize_tokens.register_fake
+def _(x, factors, power, bits):
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def butterfly_size(n: int, factors: tuple[Tensor, ...]) -> int:
+    """The power of two that Hadamard factors [f, f] leave of n, for butterflies to transform.
+
+    Raises ValueError where the orders do not divide n, or leave no power of two.
+    """
+    orders = [len(factor) for factor in factors]
+    power = n
+    for order in orders:
+        power = power // order if power % order == 0 else 0
+    if power < 1 or power & (power - 1) or power > LARGEST_POWER:
+        raise ValueError(
+            f"a transform of size {n} expected factors that leave a power of two up to "
+            f"{LARGEST_POWER}, found orders {orders}"
+        )
+    return power
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """On a GPU, or in Triton's interpreter: asked without importing triton."""
+    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _transform(x: Tensor, factors: list[Tensor], power: int) -> Tensor:
+    """The rotation in fp32 by torch: x [M, K] times M^T."""
+    y = x.float()
+    left = len(x)
+    for factor in factors:
+        order = len(factor)
+        y = factor.float() @ y.reshape(left, order, -1) * order**-0.5
+        left *= order
+    half = 1
+    while half < power:
+        a, b = y.reshape(-1, 2, half).unbind(1)
+        y = torch.stack([a + b, a - b], dim=1)
+        half *= 2
+    return y.reshape(x.shape) * power**-0.5
+
+
+def _round_tokens(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    most = x.abs().amax(1)
+    values = (x * (largest / most.clamp_min(1e-30))[:, None]).round().to(torch.int8)
+    return values, most / largest
+
+
+# ---- products -----------------------------------------------------------------------------------
+
+
+def integer_matmul(
+    values: Tensor,
+    token_scale: Tensor,
+    weight: KernelWeight | IntegerWeight,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """values int8 [..., K] and their scales [...] times the transpose of `weight`: [..., N].
+
+    y has `dtype`. Activations of a weight with permuted inputs (act-order) are permuted here. A
+    KernelWeight is for a GPU, an IntegerWeight for a CPU. Raises ValueError for another K, and on a
+    GPU for groups that are no multiple of 32 and 8 bits with zero points.
+    """
+    K = weight.shape[1] if isinstance(weight, KernelWeight) else weight.values.shape[1]
+    if values.shape[-1] != K or values.dtype != torch.int8:
+        raise ValueError(
+            f"expected int8 activations of {K} features, found {values.dtype} {list(values.shape)}"
+        )
+    if weight.order is not None:
+        values = values[..., weight.order]
+    rows, scales = values.reshape(-1, K).contiguous(), token_scale.reshape(-1).contiguous()
+    if isinstance(weight, KernelWeight):
+        y = _integer_matmul(
+            rows, scales, weight.words, weight.high, weight.scale, weight.zero, bias,
+            weight.bits, weight.group_size or 0, dtype,
+        )  # fmt: skip
+    else:
+        size = weight.group_size or 0
+        y = _cpu_integer_matmul(rows, scales, weight.values, weight.scale, bias, size, dtype)
+    return y.view(*values.shape[:-1], y.shape[-1])
+
+
+@torch.library.custom_op("modelpress::integer_matmul", mutates_args=())
+def _integer_matmul(
+    values: Tensor,
+    token_scale: Tensor,
+    words: Tensor,
+    high: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """int8 [M, K] -> [M, N]; group_size 0 is one scale per output."""
+    from compress.kernels.integer_launch import launch_product
+
+    weight = KernelWeight(words, high, scale, zero, bits, group_size or None, values.shape[1])
+    return launch_product(values, token_scale, weight, bias, dtype)
+
+
+@_integer_matmul.register_fake
+def _(values, token_scale, words, high, scale, zero, bias, bits, group_size, dtype):
+    return values.new_empty(values.shape[0], words.shape[1], dtype=dtype)
+
+
+@torch.library.custom_op("modelpress::cpu_integer_matmul", mutates_args=())
+def _cpu_integer_matmul(
+    values: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """int8 [M, K] times int8 [N, K] transposed, group by group."""
+    y = token_scale.new_zeros(len(values), len(weight))
+    size = group_size or values.shape[1]
+    for g, k in enumerate(range(0, values.shape[1], size)):
+        a, b = values[:, k : k + size].contiguous(), weight[:, k : k + size].contiguous()
+        y += torch._int_mm(a, b.T) * scale[g].float()
+    y *= token_scale[:, None]
+    if bias is not None:
+        y += bias
+    return y.to(dtype)
+
+
+@_cpu_integer_matmul.register_fake
+def _(values, token_scale, weight, scale, bias, group_size, dtype):
+    return values.new_empty(values.shape[0], weight.shape[0], dtype=dtype)

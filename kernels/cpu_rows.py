@@ -1,0 +1,122 @@
+"""Packed products on a CPU by torch's embedding tables: what runs where no compiler is.
+
+The weight is stored input by input, a row of N codes at a time, as torch's quantised embedding
+tables are. A weighted sum of table rows is then a product, summed in fp32:
+
+    bag_g = sum over inputs k of group g of x[k] * (code row k)        [N]
+    y     = sum over g of scale_g * (bag_g - (zero_g * sum of x[k]))
+
+`embedding_bag` reads 2, 4 and 8 bits as they lie; 3 bits are stored in 4. It treats one row of x at
+a time, so more than BAG_ROWS rows are multiplied by blocks of the weight, expanded one after
+another.
+
+    packed = pack_table(codes.T, bits)                     # uint8 [K, bytes]
+    y = rows_matmul(x, packed, scale, zero, None, bits, group_size, N)
+"""
+
+import torch
+from torch import Tensor
+
+# Above this many rows, expanding the weight costs less than reading it once for each row.
+BAG_ROWS = 8
+BAG_INPUTS = 512  # of one bag where a scale covers more: shorter fp32 sums
+BLOCK_WEIGHTS = 1 << 18  # expanded at a time: 1 MB in fp32 stays in the cache
+STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
+
+
+# One operator to torch.compile, which cannot trace embedding_bag on packed tables.
+@torch.library.custom_op("modelpress::cpu_rows_matmul", mutates_args=())
+def rows_matmul(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    outputs: int,
+) -> Tensor:
+    """x [M, K] -> [M, outputs] in x's dtype; scale [G, N]; group_size 0: one scale per output."""
+    size = group_size or x.shape[1]
+    y = x.new_zeros(len(x), outputs, dtype=torch.float32)
+    multiply = _bag_products if len(x) <= BAG_ROWS else _expanded_products
+    multiply(x, packed, scale, zero, bits, size, y)
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype)
+
+
+@rows_matmul.register_fake
+def _(x, packed, scale, zero, bias, bits, group_size, outputs):
+    return x.new_empty(x.shape[0], outputs)
+
+
+def pack_table(codes: Tensor, bits: int) -> Tensor:
+    """Codes [K, N] as table rows; each ends in its scale, 1, and offset, -2^(bits-1)."""
+    stored = STORED_BITS[bits]
+    each = 8 // stored
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % each)).contiguous()
+    octets = codes.view(len(codes), -1, each)
+    packed = octets[..., 0].clone()
+    for i in range(1, each):
+        packed |= octets[..., i] << (i * stored)
+    tail = torch.float32 if stored == 8 else torch.float16
+    line = torch.tensor([1.0, -(2.0 ** (bits - 1))], dtype=tail).view(torch.uint8)
+    return torch.cat([packed, line.expand(len(codes), -1)], dim=1)
+
+
+def unpack_table(packed: Tensor, bits: int, outputs: int) -> Tensor:
+    """The inverse of `pack_table`: uint8 [K, outputs]."""
+    blocks = packed.split(max(1, BLOCK_WEIGHTS // outputs))
+    middle = 2 ** (bits - 1)
+    return torch.cat([(_expand(b, bits)[:, :outputs] + middle).to(torch.uint8) for b in blocks])
+
+
+def _bag_products(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, size: int, y: Tensor
+) -> None:
+    """Adds x W^T to y [M, N], a weighted sum of table rows for each group."""
+    K, N = x.shape[1], y.shape[1]
+    size = BAG_INPUTS if len(scale) == 1 else size
+    inputs = torch.arange(K, dtype=torch.int32)
+    edges = torch.arange(0, K + size, size, dtype=torch.int32).clamp(max=K)
+    multiply = getattr(torch.ops.quantized, f"embedding_bag_{_operator(bits)}_rowwise_offsets")
+    scale = scale.float()
+    shift = None if zero is None else (zero - 2.0 ** (bits - 1)) * scale
+    for row, out in zip(x.float(), y, strict=True):
+        # mode 0 is a sum; indices are not pruned; the last offset is the end
+        bags = multiply(packed, inputs, edges, False, 0, False, row.contiguous(), None, True)
+        out += (bags[:, :N] * scale).sum(0)
+        if shift is not None:
+            sums = torch.nn.functional.pad(row, (0, -K % size)).view(-1, size).sum(1)
+            out -= sums @ shift.expand(len(sums), -1)
+
+
+def _expanded_products(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, size: int, y: Tensor
+) -> None:
+    """Adds x W^T to y [M, N], one block of inputs after another, expanded to fp32.
+
+    Blocks are scaled where they lie: a temporary as large costs more than unpacking itself.
+    """
+    K, N = x.shape[1], y.shape[1]
+    step = max(1, BLOCK_WEIGHTS // N)
+    for start in range(0, K, step):
+        stop = min(start + step, K)
+        block = _expand(packed[start:stop], bits)[:, :N]
+        for g in range(start // size, (stop - 1) // size + 1):
+            piece = block[max(g * size - start, 0) : (g + 1) * size - start]
+            if zero is not None:
+                piece -= zero[g].float() - 2.0 ** (bits - 1)
+            piece *= scale[g].float()
+        y.addmm_(x[:, start:stop].float(), block)
+
+
+def _expand(rows: Tensor, bits: int) -> Tensor:
+    """Table rows as c - 2^(bits-1): fp32 [rows, N], and a few columns of padding."""
+    unpack = getattr(torch.ops.quantized, f"embedding_bag_{_operator(bits)}_unpack")
+    return unpack(rows.contiguous())
+
+
+def _operator(bits: int) -> str:
+    return {2: "2bit", 4: "4bit", 8: "byte"}[STORED_BITS[bits]]

@@ -1,0 +1,99 @@
+"""Launches of the integer kernels on a GPU; activations.py says what they compute.
+
+values, scale = launch_quantize(x, factors, power, largest=7)
+y = launch_product(values, scale, weight, bias, torch.float16)
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from compress.kernels import triton_activations as kernels
+from compress.kernels.hadamard import hadamard_
+from compress.kernels.layout import KernelWeight
+from compress.kernels.matmul import (
+    TABLE,
+    add_up,
+    check_launch,
+    shared_memory,
+    split_of,
+    stages,
+    weight_constants,
+    workspace,
+)
+from compress.kernels.tuning import Tiles
+
+LARGEST_TOKEN = 1 << 15  # inputs: one program holds all of a token in registers
+SMALLEST_CHUNK = 32  # depth of an int8 tensor-core product
+
+
+def launch_quantize(
+    x: Tensor, factors: list[Tensor], power: int, largest: int
+) -> tuple[Tensor, Tensor]:
+    """x [M, K], rotated by factors and butterflies of size `power`: int8 [M, K], fp32 [M].
+
+    Raises ValueError for tokens of more than LARGEST_TOKEN inputs, and as `check_launch` does.
+    """
+    check_launch(x)
+    M, K = x.shape
+    size = triton.next_power_of_2(K)
+    if size > LARGEST_TOKEN:
+        raise ValueError(f"tokens of up to {LARGEST_TOKEN} inputs are quantised, found {K}")
+    values, scale = x.new_empty(M, K, dtype=torch.int8), x.new_empty(M, dtype=torch.float32)
+    if M == 0:
+        return values, scale
+    if factors:
+        x = hadamard_(x.contiguous().clone(), tuple(factors), butterflies=False)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    kernels.quantize_kernel[(M,)](
+        x, values, scale, K, x.stride(0), power**-0.5,
+        LARGEST=largest, SIZE=size, LOG=power.bit_length() - 1,
+        num_warps=min(16, max(1, size // 512)),
+    )  # fmt: skip
+    return values, scale
+
+
+def launch_product(
+    values: Tensor,
+    token_scale: Tensor,
+    weight: KernelWeight,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """values int8 [M, K] -> [M, N] in `dtype`, with the table's tiles for M rows."""
+    check_launch(values.new_empty(0, dtype=dtype), weight.scale, bias, values)
+    if weight.bits == 8 and weight.zero is not None:
+        raise ValueError("integer products take 8-bit weights without zero points: symmetric ones")
+    if len(values) == 0:
+        return values.new_empty(0, weight.shape[0], dtype=dtype)
+    tiles = next((tiles for tiles in TABLE if tiles.rows >= len(values)), TABLE[-1])
+    return tiled_integers(values, token_scale, weight, bias, tiles, dtype)
+
+
+def tiled_integers(
+    values: Tensor,
+    token_scale: Tensor,
+    weight: KernelWeight,
+    bias: Tensor | None,
+    tiles: Tiles,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Int8 tensor cores, values [M, K] -> [M, N]; any M, more than tiles.rows too."""
+    constants = weight_constants(weight)
+    if constants["CHUNK"] < SMALLEST_CHUNK:
+        raise ValueError(
+            f"integer products take groups of a multiple of {SMALLEST_CHUNK} inputs, or one per "
+            f"output, found {weight.group_size}"
+        )
+    M, (N, K) = len(values), weight.shape
+    grid = triton.cdiv(M, tiles.block_m) * triton.cdiv(N, tiles.block_n)
+    split = split_of(tiles, grid, weight, values.device)
+    out = workspace(values, N, split, dtype)
+    kernels.integer_matmul_kernel[(grid, split)](
+        values, token_scale, weight.words, weight.high, weight.scale, weight.zero, bias, out,
+        M, N, K, **constants, HAS_BIAS=bias is not None, SPLIT=split,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+        num_warps=tiles.warps,
+        num_stages=stages(tiles, weight.bits, 1, shared_memory(values.device)),
+    )  # fmt: skip
+    return add_up(out, bias, dtype)

@@ -1,0 +1,173 @@
+"""Compiles tiles.cpp for this machine and calls it: packed products on a CPU at memory speed.
+
+The first product on a CPU looks for a C++ compiler ($CXX, g++, clang++, c++), compiles once (some
+seconds) with -march=native, and keeps the library in the user's cache; later processes load it.
+Where there is none, cpu.py takes torch's operators, which are slower, and a warning says so once.
+MODELPRESS_NATIVE=0 keeps the compiler out of it.
+
+    library = kernels()                # None: `reason()` says why
+    y = library.tiles_matmul(x, packed, scale, zero, bits=4, group_size=128)
+
+Threads are OpenMP's, the same ones as torch's: its library of that name is in the process already.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.kernels.user_cache import cache_directory
+
+SOURCE = Path(__file__).with_name("tiles.cpp")
+# Products and sums may fuse: fewer roundings, and what the figures in the docs were taken with.
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared",
+         "-Wno-psabi", "-Wno-unknown-pragmas")  # fmt: skip
+OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
+COMPILE_SECONDS = 120
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in tiles.cpp
+TILE = 64  # outputs
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The compiled library. compiler: what made it, in words."""
+
+    library: ctypes.CDLL
+    compiler: str
+
+    def takes_bf16(self) -> bool:
+        """Whether this processor multiplies bf16; if not, bf16 is widened to fp32."""
+        return bool(self.library.modelpress_takes_bf16())
+
+    def tiles_matmul(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bits: int,
+        group_size: int | None,
+    ) -> Tensor:
+        """x [M, K] times the weight's transpose: fp32 [M, N]. Layout: head of tiles.cpp."""
+        M, K = x.shape
+        G, N = scale.shape
+        # The library cannot check what lies behind a pointer.
+        assert packed.shape == (-(-N // TILE), -(-K // 2), 16 * bits), packed.shape
+        assert group_size is None or (group_size % 2 == 0 and -(-K // group_size) == G)
+        assert zero is None or (zero.shape == scale.shape and zero.dtype == torch.uint8)
+        assert all(t.is_contiguous() for t in (packed, scale, zero) if t is not None)
+        if x.dtype != torch.bfloat16 or M == 1 or not self.takes_bf16():
+            x = x.float()
+        x = x.contiguous()
+        y = torch.empty(M, N, dtype=torch.float32)
+        self.library.modelpress_tiles_matmul(
+            x.data_ptr(), KINDS[x.dtype], packed.data_ptr(), scale.data_ptr(), KINDS[scale.dtype],
+            None if zero is None else zero.data_ptr(), y.data_ptr(), M, N, K, group_size or K,
+            bits, 2 ** (bits - 1), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+
+def kernels() -> Kernels | None:
+    """The library, compiled at the first call; None where that is impossible or unwanted."""
+    return _outcome()[0]
+
+
+def reason() -> str:
+    """What runs packed products on this CPU, and why, in words."""
+    return _outcome()[1]
+
+
+@cache
+def _outcome() -> tuple[Kernels | None, str]:
+    if os.environ.get("MODELPRESS_NATIVE") == "0":
+        return None, "torch's operators: MODELPRESS_NATIVE=0"
+    compiler = find_compiler()
+    if compiler is None:
+        why = "no C++ compiler was found ($CXX, g++, clang++, c++)"
+    else:
+        try:
+            version = _version(compiler)
+            library = load(compile_library(compiler, version))
+            return Kernels(library, version), f"compiled kernels, {version}"
+        except (OSError, subprocess.SubprocessError) as error:
+            why = f"{compiler} failed: {_first_line(error)}"
+    warnings.warn(
+        f"packed weights run on torch's operators, which are slower than compiled kernels: {why}; "
+        f"MODELPRESS_NATIVE=0 makes this a choice",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None, f"torch's operators: {why}"
+
+
+def find_compiler() -> str | None:
+    """The path of a C++ compiler: $CXX where it is set, else the first of the usual names."""
+    wanted = os.environ.get("CXX")
+    names = [wanted] if wanted else ["g++", "clang++", "c++"]
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def compile_library(compiler: str, version: str) -> Path:
+    """The library for this source, compiler and processor; compiled if the cache has none.
+
+    Raises OSError or subprocess.SubprocessError.
+    """
+    facts = [SOURCE.read_text(), compiler, version, *FLAGS, *OPENMP, _processor()]
+    key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
+    folder = cache_directory("native")
+    path = folder / f"tiles-{key}.so"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        built = Path(temporary) / path.name
+        command = [compiler, *FLAGS, *OPENMP, "-o", str(built), str(SOURCE)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+        built.replace(path)  # whole or not at all, also if two processes compile at once
+    return path
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Loads a compiled library and says what its functions take. Raises OSError."""
+    library = ctypes.CDLL(str(path))
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    library.modelpress_tiles_matmul.argtypes = [
+        pointer, integer, pointer, pointer, integer, pointer, pointer, long, long, long, long,
+        integer, integer, integer,
+    ]  # fmt: skip
+    library.modelpress_tiles_matmul.restype = None
+    return library
+
+
+def _version(compiler: str) -> str:
+    run = subprocess.run(
+        [compiler, "--version"], check=True, capture_output=True, text=True, timeout=20
+    )
+    return run.stdout.splitlines()[0].strip() if run.stdout else compiler
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "".join(dict.fromkeys(
+        line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))
+    ))  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    said = getattr(error, "stderr", None) or str(error)
+    return next((line.strip() for line in str(said).splitlines() if line.strip()), repr(error))

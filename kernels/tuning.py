@@ -1,0 +1,187 @@
+"""Tiles that were measured on a device, kept on disk: read when a GPU product first asks.
+
+    $XDG_CACHE_HOME/modelpress/tuning.json
+    {"version": 1, "entries": {"NVIDIA H100 80GB HBM3|4096x14336|4 bits|128|16 rows": {...tiles}}}
+
+Nobody writes it but `modelpress bench kernels --tune`: without that the table of matmul.py holds.
+A file or an entry that is not as expected is left aside with one warning, and counted; kernels work
+without it.
+
+    tiles = find("NVIDIA H100 80GB HBM3", 4096, 14336, 4, 128, bucket(13))
+    save({key(...): Tiles(...)})
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from compress.kernels.user_cache import cache_directory, cache_path, write_atomically
+
+VERSION = 1
+# What tuning tries, and all that a file may say: powers of two that compile for every width.
+CHOICES: dict[str, tuple[int | None, ...]] = {
+    "block_m": (16, 32, 64, 128),
+    "block_n": (16, 32, 64, 128, 256),
+    "warps": (1, 2, 4, 8),
+    "stages": (1, 2, 3, 4, 5),
+    "split": (None, 1, 2, 4, 8, 16, 32),
+}
+LARGEST_TILE = 128 * 256  # outputs of one program: more spill out of its registers
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How to launch a product of up to `rows` rows.
+
+    split: programs that share the inputs of a tile; None: as many as fill the device.
+    """
+
+    rows: int
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    split: int | None = None
+
+
+@dataclass
+class Cache:
+    """The file's entries, and how many things in it were left aside."""
+
+    entries: dict[str, Tiles]
+    ignored: int = 0
+
+
+def bucket(rows: int) -> int:
+    """Products of up to this many rows share tiles: the next power of two."""
+    return 1 << max(rows - 1, 0).bit_length()
+
+
+def key(device: str, N: int, K: int, bits: int, group_size: int | None, rows: int) -> str:
+    """An entry's name; rows is a bucket."""
+    return f"{device}|{N}x{K}|{bits} bits|{group_size or 'channel'}|{rows} rows"
+
+
+@cache
+def find(device: str, N: int, K: int, bits: int, group_size: int | None, rows: int) -> Tiles | None:
+    """The tiles that were measured for this product, if any."""
+    return contents().entries.get(key(device, N, K, bits, group_size, rows))
+
+
+@cache
+def contents() -> Cache:
+    """The file, read once in a process."""
+    return read(path())
+
+
+def path() -> Path:
+    """Where the file lies, whether or not it exists."""
+    return cache_path("tuning.json")
+
+
+def read(file: Path) -> Cache:
+    """The entries of a file; empty where there is none. Warns once of all that it left aside."""
+    found = Cache({})
+    try:
+        document = json.loads(file.read_bytes())
+        if document["version"] != VERSION:
+            raise ValueError(f"expected version {VERSION}, found {document['version']}")
+        entries = dict(document["entries"])
+    except FileNotFoundError:
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found.ignored = 1
+        _warn(file, f"{type(error).__name__}: {error}")
+        return found
+    for name, entry in entries.items():
+        tiles = _tiles(entry)
+        if tiles is None:
+            found.ignored += 1
+        else:
+            found.entries[name] = tiles
+    if found.ignored:
+        _warn(file, f"{found.ignored} of {len(entries)} entries hold no tiles")
+    return found
+
+
+def save(entries: Mapping[str, Tiles]) -> Path:
+    """Adds entries to the file, replacing those of the same name; returns its path.
+
+    Raises OSError where the user's cache cannot be written.
+    """
+    cache_directory()
+    merged = read(path()).entries | dict(entries)
+    document = {
+        "version": VERSION,
+        "entries": {name: asdict(tiles) for name, tiles in sorted(merged.items())},
+    }
+    write_atomically(path(), json.dumps(document, indent=1).encode() + b"\n")
+    forget()
+    return path()
+
+
+def forget() -> None:
+    """The file is read again at the next product."""
+    contents.cache_clear()
+    find.cache_clear()
+
+
+# ---- search -------------------------------------------------------------------------------------
+
+
+def search(start: Tiles, measure: Callable[[Tiles], float]) -> tuple[Tiles, float, int]:
+    """The fastest tiles that single steps reach from `start`, their time, and how many were tried.
+
+    measure gives seconds, or infinity for tiles that do not run. Each round tries every neighbour
+    of the best so far, and the search ends with the round that finds nothing faster.
+    """
+    times = {start: measure(start)}
+    best = start
+    while True:
+        for tiles in neighbours(best):
+            if tiles not in times:
+                times[tiles] = measure(tiles)
+        fastest = min(times, key=times.__getitem__)
+        if fastest == best:
+            return best, times[best], len(times)
+        best = fastest
+
+
+def neighbours(tiles: Tiles) -> Iterator[Tiles]:
+    """Tiles that differ in one value, by one place among its choices."""
+    for name, choices in CHOICES.items():
+        if name == "block_m" and tiles.rows == 1:  # the decode kernel has no rows to tile
+            continue
+        at = choices.index(getattr(tiles, name))
+        for other in choices[max(at - 1, 0) : at + 2]:
+            changed = replace(tiles, **{name: other})
+            if changed != tiles and changed.block_m * changed.block_n <= LARGEST_TILE:
+                yield changed
+
+
+def _tiles(entry: Any) -> Tiles | None:
+    """An entry as tiles, or None if it is anything else."""
+    if not isinstance(entry, dict) or set(entry) != {"rows", *CHOICES}:
+        return None
+    values = [entry["rows"], *(entry[name] for name in CHOICES)]
+    if not all(value is None or type(value) is int for value in values) or entry["rows"] is None:
+        return None
+    decode = entry["rows"] == 1 and entry["block_m"] == 1
+    allowed = (
+        entry[name] in choices or (name == "block_m" and decode)
+        for name, choices in CHOICES.items()
+    )
+    return Tiles(**entry) if all(allowed) else None
+
+
+def _warn(file: Path, what: str) -> None:
+    warnings.warn(
+        f"{file} is left aside, kernels run untuned: {what}; remove it, or run "
+        f"`modelpress bench kernels --tune`",
+        RuntimeWarning,
+        stacklevel=3,
+    )

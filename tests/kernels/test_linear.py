@@ -1,0 +1,88 @@
+"""QuantLinear: the dense layer's results, nothing dense in memory, the same weight anywhere."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from weights import assert_same, random_weight, relative_error
+
+from compress.kernels.linear import QuantLinear
+from compress.kernels.reference import dequantize, reference_matmul
+
+WIDTHS = [2, 3, 4, 8]
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_layer_equals_the_dense_layer(bits):
+    weight = random_weight(32, 128, bits, 32, False, torch.float32)
+    bias = torch.randn(32)
+    layer = QuantLinear(weight, bias, torch.float32)
+    x = torch.randn(2, 3, 128)
+    dense = torch.nn.functional.linear(x, layer.dequantize(), bias)
+    assert torch.allclose(layer(x), dense, rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer.dequantize(), dequantize(weight).float())
+
+
+def test_layer_holds_nothing_dense():
+    layer = QuantLinear(random_weight(256, 256, 4, 128), None, torch.float16)
+    held = sum(t.nbytes for t in layer.state_dict().values())
+    assert held == layer.packed_bytes() < 0.3 * 256 * 256 * 2
+    layer(torch.randn(2, 256).half())
+    assert sum(t.nbytes for t in layer.state_dict().values()) == held
+
+
+def test_casting_changes_the_activations_and_not_the_weight():
+    weight = random_weight(48, 256, 4, 128, dtype=torch.bfloat16)
+    layer = QuantLinear(weight, torch.randn(48), torch.bfloat16)
+    layer.float()
+    assert layer.bias.dtype == torch.float32
+    assert_same(layer.codes(), weight)
+    x = torch.randn(3, 256)
+    assert relative_error(layer(x), reference_matmul(x, weight, layer.bias)) < 1e-6
+    assert_same(layer.bfloat16().codes(), weight)
+
+
+def test_casting_repacks_where_the_layout_depends_on_the_activations(uncompiled):
+    weight = random_weight(48, 256, 4, 128, dtype=torch.bfloat16)
+    layer = QuantLinear(weight, None, torch.bfloat16)
+    assert [layer.packed_weight().kind, layer.float().packed_weight().kind] == ["int4", "rows"]
+    assert layer.bfloat16().packed_weight().kind == "int4"
+    assert_same(layer.codes(), weight)
+
+
+def test_act_order_of_a_layer():
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    weight = replace(random_weight(16, 64, 4, 32, dtype=torch.float32), order=order)
+    layer, x = QuantLinear(weight, dtype=torch.float32), torch.randn(2, 64)
+    assert relative_error(layer(x), reference_matmul(x, weight)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_torch_compile_takes_the_layer_whole(dtype, compiled, request):
+    if not compiled:
+        request.getfixturevalue("uncompiled")
+    layer = QuantLinear(random_weight(48, 256, 4, 128, dtype=dtype), torch.randn(48), dtype)
+    x = torch.randn(2, 3, 256).to(dtype)
+    whole = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(whole(x), layer(x))
+
+
+def test_state_survives_saving():
+    layer = QuantLinear(random_weight(16, 64, 3, 32, False), torch.ones(16))
+    other = QuantLinear(random_weight(16, 64, 3, 32, False, seed=1), torch.zeros(16))
+    other.load_state_dict(layer.state_dict())
+    assert_same(other.codes(), layer.codes())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_moving_to_a_gpu_and_back(bits):
+    weight = random_weight(48, 256, bits, 128, dtype=torch.bfloat16)
+    layer = QuantLinear(weight, torch.randn(48), torch.bfloat16)
+    x = torch.randn(3, 256).bfloat16()
+    expected = reference_matmul(x, weight, layer.bias)
+    layer.cuda()
+    assert relative_error(layer(x.cuda()).cpu(), expected) < torch.finfo(torch.bfloat16).eps
+    assert_same(layer.cpu().codes(), weight)

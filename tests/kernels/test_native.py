@@ -1,0 +1,143 @@
+"""Compiling for this machine: once, kept where only the user can write, and never silently not."""
+
+import platform
+import warnings
+
+import pytest
+import torch
+from weights import random_weight, relative_error
+
+from compress.kernels import native
+from compress.kernels.cpu import cpu_matmul, pack_cpu
+from compress.kernels.reference import reference_matmul
+from compress.kernels.user_cache import cache_directory, cache_path, write_atomically
+
+compiled = pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, fresh):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MODELPRESS_NATIVE", raising=False)
+    flags = tuple("-O0" if flag == "-O3" else flag for flag in native.FLAGS)  # compiles sooner
+    monkeypatch.setattr(native, "FLAGS", flags)
+    return tmp_path / "modelpress" / "native"
+
+
+@compiled
+def test_a_second_process_finds_what_the_first_one_compiled(home, monkeypatch):
+    assert native.kernels() is not None
+    assert native.reason().startswith("compiled kernels, ")
+    (library,) = home.iterdir()
+    native._outcome.cache_clear()
+    monkeypatch.setattr(native, "COMPILE_SECONDS", 0)  # no time to compile again
+    assert native.kernels() is not None
+    assert list(home.iterdir()) == [library]
+
+
+@compiled
+def test_another_source_is_compiled_anew(home, monkeypatch, tmp_path):
+    native.kernels()
+    other = tmp_path / "tiles.cpp"
+    other.write_text(native.SOURCE.read_text() + "// changed\n")
+    monkeypatch.setattr(native, "SOURCE", other)
+    native._outcome.cache_clear()
+    assert native.kernels() is not None
+    assert len(list(home.iterdir())) == 2
+
+
+def product_without_compiled_kernels():
+    weight, x = random_weight(48, 64, 4, 32), torch.randn(2, 64)
+    packed = pack_cpu(weight, torch.float32)
+    assert packed.kind == "rows"
+    assert relative_error(cpu_matmul(x, packed), reference_matmul(x, weight)) < 1e-6
+
+
+def test_no_compiler_is_said_once_and_costs_no_result(home, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.warns(RuntimeWarning, match=r"torch's operators.*no C\+\+ compiler was found"):
+        product_without_compiled_kernels()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        product_without_compiled_kernels()
+
+
+def test_a_compiler_that_fails_is_quoted(home, monkeypatch, tmp_path):
+    broken = tmp_path / "broken-g++"
+    broken.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit\necho "bad day" >&2\nexit 1\n'
+    )
+    broken.chmod(0o700)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.warns(RuntimeWarning, match="failed: bad day"):
+        product_without_compiled_kernels()
+    assert list(home.iterdir()) == []
+
+
+def test_a_folder_that_others_write_to_is_not_loaded_from(home, monkeypatch):
+    home.mkdir(parents=True)
+    home.chmod(0o777)
+    with pytest.raises(PermissionError, match="can be written by other users"):
+        cache_directory("native")
+    if native.find_compiler():
+        with pytest.warns(RuntimeWarning, match="can be written by other users"):
+            assert native.kernels() is None
+
+
+def test_a_choice_is_no_warning(uncompiled):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native.kernels() is None
+    assert "MODELPRESS_NATIVE=0" in native.reason()
+
+
+@compiled
+def test_a_weight_of_compiled_kernels_is_refused_where_there_are_none(monkeypatch, fresh):
+    packed = pack_cpu(random_weight(48, 64, 4, 32), torch.float32, "tiles")
+    monkeypatch.setenv("MODELPRESS_NATIVE", "0")
+    native._outcome.cache_clear()
+    with pytest.raises(ValueError, match=r"packed for compiled kernels, found .*MODELPRESS"):
+        cpu_matmul(torch.randn(1, 64), packed)
+
+
+@compiled
+def test_bf16_that_the_processor_cannot_multiply_is_widened(monkeypatch):
+    weight = random_weight(70, 66, 8, 32, False, torch.bfloat16)
+    x = torch.randn(5, 66).bfloat16()
+    packed = pack_cpu(weight, torch.bfloat16, "tiles")
+    expected = reference_matmul(x, weight)
+    for takes in {False, native.kernels().takes_bf16()}:
+        monkeypatch.setattr(native.Kernels, "takes_bf16", lambda self, takes=takes: takes)
+        assert relative_error(cpu_matmul(x, packed), expected) < 2**-8
+
+
+@compiled
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 processor")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_processor_without_wide_vectors_gets_the_same_products(home, monkeypatch, dtype):
+    flags = tuple("-march=x86-64" if "-march" in flag else flag for flag in native.FLAGS)
+    monkeypatch.setattr(native, "FLAGS", flags)
+    assert not native.kernels().takes_bf16()
+    for bits, rows in ((3, 1), (8, 7)):
+        weight = random_weight(70, 66, bits, 32, False, dtype)
+        x = torch.randn(rows, 66).to(dtype)
+        y = cpu_matmul(x, pack_cpu(weight, dtype, "tiles"))
+        limit = 1e-6 if dtype == torch.float32 else 2**-8
+        assert relative_error(y, reference_matmul(x, weight)) < limit
+
+
+def test_the_cache_is_where_the_specification_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_path("a", "b") == tmp_path / "modelpress" / "a" / "b"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_path() == tmp_path / ".cache" / "modelpress"
+
+
+def test_an_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, "no bytes")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
