@@ -239,6 +239,9 @@ def compare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Run what is finished again.")
     ] = False,
+    self_check: Annotated[
+        bool, typer.Option(help="Reload each result in a fresh process and compare logits.")
+    ] = True,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -258,8 +261,9 @@ def compare(
         kept = "run the same command again; what is finished is kept"
         with RunProgress(console(stderr=True)) as progress, _interruptible(lambda: kept):
             compared = compare_recipes(
-                loaded, output, numbers, device=device, overwrite=overwrite, observer=progress
-            )
+                loaded, output, numbers, device=device, overwrite=overwrite,
+                self_check=self_check, observer=progress,
+            )  # fmt: skip
         if emit:
             emit(compared.as_dict())
         else:

@@ -29,11 +29,11 @@ from compress.pruning_comparison import (
     kept_per_prompt,
     only_prunes,
     retained,
-    seeded,
     unpruned_per_prompt,
 )
 from compress.recipe import Recipe
 from compress.result import Observer
+from compress.result_comparison import ResultComparison
 from compress.sections import Evaluate
 
 BASELINE = "16-bit"
@@ -82,11 +82,13 @@ def compare(
     *,
     device: str = "cpu",
     overwrite: bool = False,
+    self_check: bool = True,
     observer: Observer | None = None,
 ) -> Comparison:
     """Runs and measures the recipes; results go to OUTPUT/NAME-SEED, the table to OUTPUT.
 
-    A result that an earlier, interrupted comparison has finished with the same recipe is kept.
+    What an earlier, interrupted comparison has finished with the same recipes is kept, results and
+    their figures. `self_check`: as for `compress.run`, for each result.
 
     Raises:
         UsageError: the recipes differ in model or `evaluate`, or share a name.
@@ -107,15 +109,17 @@ def compare(
                 runs.append(study.run(recipe, seed, _folder(output, recipe, seed)))
                 _tell(observer, runs[-1])
     else:
+        results = ResultComparison(recipes[0], device, observer, overwrite, self_check)
         finished = []
         for recipe in recipes:
             for seed in seeds:
                 observer.stage(f"{recipe.name}, seed {seed}")
                 folder = _folder(output, recipe, seed)
-                facts = _run(recipe, seed, folder, device, overwrite, observer)
-                finished.append((recipe, seed, facts))
+                finished.append((recipe, seed, results.run(recipe, seed, folder)))
         observer.stage("evaluation")
-        runs = _measure(finished, section, device, observer)
+        for recipe, seed, facts in finished:
+            runs.append(results.measure(recipe, seed, facts, _drawn(section)))
+            _tell(observer, runs[-1])
     comparison = Comparison(_rows(runs, section), runs, _conditions(section, runs, device))
     for warning in _unmet(runs):
         comparison.warnings.append(warning)
@@ -199,51 +203,6 @@ def _check_recipes(recipes: Sequence[Recipe], seeds: Sequence[int]) -> Evaluate:
     if first.evaluate is None or not (first.evaluate.tasks or first.evaluate.perplexity):
         raise UsageError(f"{first.name} evaluates nothing: set evaluate.tasks or .perplexity")
     return first.evaluate
-
-
-def _run(
-    recipe: Recipe, seed: int, folder: Path, device: str, overwrite: bool, observer: Observer
-) -> dict[str, Any]:
-    """One result: {"folder", "bits", "bytes", "seconds"}, run now or found finished."""
-    from compress.models.skeleton import local_folder
-    from compress.pipeline import run
-    from compress.provenance import made_by
-
-    model = local_folder(recipe.model_location(), recipe.model.revision)
-    drawn = seeded(recipe, seed).with_changes(name=f"{recipe.name}-{seed}", evaluate=None)
-    if overwrite or not made_by(folder, drawn, model, device):
-        run(drawn, folder, device=device, overwrite=overwrite, observer=observer)
-    facts = json.loads((folder / "modelpress.json").read_text())
-    return {
-        "folder": folder,
-        "bits": facts["average_bits"],
-        "bytes": facts["bytes"]["total"],
-        "original": facts["bytes"]["original"],
-        "seconds": sum(v for k, v in facts["seconds"].items() if k != "self_check"),
-    }
-
-
-def _measure(
-    finished: list[tuple[Recipe, int, dict[str, Any]]],
-    section: Evaluate,
-    device: str,
-    observer: Observer,
-) -> list[dict[str, Any]]:
-    from compress.evaluation import Evaluator
-    from compress.models.skeleton import local_folder
-
-    recipe = finished[0][0]
-    baseline = local_folder(recipe.model_location(), recipe.model.revision)
-    evaluator = Evaluator.of_recipe(recipe, baseline, device)
-    runs = []
-    for recipe, seed, facts in finished:
-        scores = evaluator.measure(facts["folder"], **({"seed": seed} if _drawn(section) else {}))
-        runs.append(
-            {"name": recipe.name, "seed": seed, **facts, "folder": str(facts["folder"])}
-            | {"evaluation": scores}
-        )
-        _tell(observer, runs[-1])
-    return runs
 
 
 def _drawn(section: Evaluate) -> bool:
@@ -363,25 +322,29 @@ def _conditions(section: Evaluate, runs: list[dict[str, Any]], device: str) -> s
 
 
 def _plot(comparison: Comparison, path: Path, observer: Observer) -> None:
-    from compress.eval.curves import plot_kept
+    from compress.eval.curves import plot_lines
     from compress.eval.report import plot_quality
 
+    baseline, *rows = comparison.rows
+    sized, kept = _lines(rows, "bytes"), _lines(rows, "kept")
     try:
-        if any("bytes" in row for row in comparison.rows):
+        if any(len(line) > 1 for line in sized.values()):
+            comparison.plot = plot_lines(sized, baseline, path, "bytes")
+        elif sized:
             comparison.plot = plot_quality(comparison.rows, path)
-        if any("kept" in row for row in comparison.rows[1:]):
-            kept = path if comparison.plot is None else path.with_stem(f"{path.stem}-kept")
-            drawn = plot_kept(_lines(comparison.rows[1:]), comparison.rows[0], kept)
+        if kept:
+            place = path if comparison.plot is None else path.with_stem(f"{path.stem}-kept")
+            drawn = plot_lines(kept, baseline, place, "kept")
             comparison.plot = comparison.plot or drawn
     except UsageError as error:  # matplotlib is an extra: the table does without its picture
         comparison.warnings.append(f"no plot: {error}")
         observer.warning(comparison.warnings[-1])
 
 
-def _lines(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows that differ in their budget alone belong to one line of the plot, by its label."""
+def _lines(rows: list[dict[str, Any]], x: str) -> dict[str, list[dict[str, Any]]]:
+    """Rows with `x`; those that differ in the number behind their last `=` alone are one line."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if "kept" in row:
-            lines.setdefault(re.sub(r" keep=[\d.e-]+", "", row["name"]), []).append(row)
+        if x in row:
+            lines.setdefault(re.sub(r" \w+=[\d.e-]+$", "", row["name"]), []).append(row)
     return lines

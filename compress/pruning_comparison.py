@@ -43,8 +43,17 @@ def only_prunes(recipe: "Recipe") -> bool:
 
 
 def seeded(recipe: "Recipe", seed: int) -> "Recipe":
-    """The recipe with this seed for all that it draws: calibration, rotation, strategy, search."""
+    """The recipe with this seed for all that it draws.
+
+    Calibration, rotation, a random order of layers, an evolving allocation, a pruning strategy and
+    its search.
+    """
     changes: dict[str, Any] = {"calibration": {"seed": seed}, "rotate": {"seed": seed}}
+    if recipe.allocate is not None:
+        changes["allocate"] = {"seed": seed}
+        if recipe.allocate.importance.base == "random":
+            score = recipe.allocate.importance.model_dump() | {"seed": seed}
+            changes["allocate"]["importance"] = score
     section = recipe.prune_visual_tokens
     if section is not None:
         parts: dict[str, Any] = {}

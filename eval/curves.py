@@ -1,12 +1,14 @@
-"""Accuracy against the visual tokens that are kept: one line a method, one panel a metric.
+"""Quality against what a model costs: one line a method, one panel a metric.
 
-The share kept is the average over decoder layers that was measured, not the one that was asked for:
-a method that prunes inside the language model only cannot keep less than what lies before it.
+The cost is the bytes of the checkpoint, or the share of visual tokens kept: the average over the
+layers that was measured, not the one that was asked for, because a method that prunes in the
+language model only cannot keep less than what lies before it.
 
-    plot_kept({"random": rows, "fastv": rows}, baseline_row, "kept.png")
+    plot_lines({"random": rows, "fastv": rows}, baseline_row, "kept.png", "kept")
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,36 @@ MARKERS = "osD^vP*X<>"
 ACCURACIES = ("acc", "exact_match")
 
 
-def plot_kept(
+@dataclass(frozen=True)
+class Cost:
+    """An axis: the rows' value times `factor`, and the metrics that are drawn unless others are."""
+
+    label: str
+    factor: float
+    metrics: tuple[str, ...]
+
+
+COSTS = {
+    "kept": Cost("visual tokens kept, average over layers, measured (%)", 100, ACCURACIES),
+    "bytes": Cost("tensors of the checkpoint (MB)", 1e-6, ("perplexity", "acc")),
+}
+
+
+def plot_lines(
     lines: Mapping[str, Sequence[Row]],
     baseline: Row,
     path: str | Path,
+    x: str,
     metrics: Sequence[str] | None = None,
 ) -> Path:
-    """Draws the rows' metrics over their `kept`, with error bars, and the baseline as a line.
+    """Draws the rows' metrics over their `x`, with error bars, and the baseline as a line.
 
     Args:
-        lines: by label, rows as `report.quality_row` makes them, with `kept` in (0, 1].
-        baseline: the unpruned model's row.
+        lines: by label, rows as `report.quality_row` makes them, each with `x`.
+        baseline: the row of the model as it was.
         path: of the picture; its suffix says the format (png, svg, pdf).
-        metrics: columns to draw; None for the accuracy of each task.
+        x: one of COSTS.
+        metrics: columns to draw; None for those that belong to the cost.
 
     Raises:
         UsageError: matplotlib is not installed, or no row has one of the metrics.
@@ -37,17 +56,17 @@ def plot_kept(
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import NullLocator
     except ImportError:
         raise UsageError("plots need matplotlib: pip install 'modelpress[eval]'") from None
+    cost = COSTS[x]
     rows = [row for line in lines.values() for row in line]
     columns = columns_of(rows)
     if metrics is None:
-        metrics = [c for c in columns if c.split(" ")[-1] in ACCURACIES]
+        metrics = [c for c in columns if c.split(" ")[-1] in cost.metrics]
     metrics = [m for m in metrics if any(row.get(m) is not None for row in rows)]
     if not metrics:
         raise UsageError(
-            f"nothing to plot over the tokens kept: no row has an accuracy; columns are "
+            f"nothing to plot over {x}: no row has {' or '.join(cost.metrics)}; columns are "
             f"{', '.join(columns)}"
         )
     figure = Figure(figsize=(7.2 * len(metrics), 5), dpi=150, layout="constrained")
@@ -56,14 +75,17 @@ def plot_kept(
         axes = figure.add_subplot(1, len(metrics), i + 1)
         _draw_baseline(axes, metric, baseline)
         for number, (label, line) in enumerate(lines.items()):
-            _draw_line(axes, metric, label, line, number)
-        ticks = sorted({round(100 * row["kept"]) for row in rows})
-        axes.set_xscale("log")
-        axes.set_xticks(_apart(ticks), [str(tick) for tick in _apart(ticks)])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("visual tokens kept, average over layers, measured (%)")
-        axes.set_ylabel(f"{metric} (higher is better)")
-        axes.grid(alpha=0.25)
+            points = sorted((r for r in line if r.get(metric) is not None), key=lambda r: r[x])
+            places = [cost.factor * row[x] for row in points]
+            _draw_line(axes, metric, label, points, places, number)
+        if x == "kept":
+            _logarithmic(axes, sorted({round(cost.factor * row[x]) for row in rows}))
+        axes.set_xlabel(cost.label)
+        lower = metric == "perplexity"
+        if lower:
+            axes.set_yscale("log")
+        axes.set_ylabel(f"{metric} ({'lower' if lower else 'higher'} is better)")
+        axes.grid(alpha=0.25, which="both")
         axes.legend(fontsize=8)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,18 +97,19 @@ def _draw_baseline(axes: Any, metric: str, baseline: Row) -> None:
     value, error = baseline.get(metric), baseline.get(metric + ERROR)
     if value is None:
         return
-    axes.axhline(value, color="black", linestyle="--", linewidth=1, label="unpruned")
+    axes.axhline(value, color="black", linestyle="--", linewidth=1, label=baseline.get("name", ""))
     if error:
         axes.axhspan(value - error, value + error, color="black", alpha=0.08)
 
 
-def _draw_line(axes: Any, metric: str, label: str, rows: Sequence[Row], number: int) -> None:
-    points = sorted((row for row in rows if row.get(metric) is not None), key=lambda r: r["kept"])
+def _draw_line(
+    axes: Any, metric: str, label: str, points: Sequence[Row], places: list[float], number: int
+) -> None:
     if not points:
         return
     errors = [row.get(metric + ERROR) or 0 for row in points]
     axes.errorbar(
-        [100 * row["kept"] for row in points],
+        places,
         [row[metric] for row in points],
         yerr=errors if any(errors) else None,
         label=label,
@@ -98,6 +121,15 @@ def _draw_line(axes: Any, metric: str, label: str, rows: Sequence[Row], number: 
         capsize=3,
         linewidth=1.2,
     )
+
+
+def _logarithmic(axes: Any, ticks: list[int]) -> None:
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xscale("log")
+    shown = _apart(ticks)
+    axes.set_xticks(shown, [str(tick) for tick in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _apart(ticks: list[int]) -> list[int]:

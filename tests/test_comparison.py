@@ -23,6 +23,7 @@ from tiny_checkpoints import (
 from compress.comparison import compare
 from compress.errors import CompressError, UsageError
 from compress.evaluation import Evaluator, evaluate
+from compress.pruning_comparison import seeded
 from compress.recipe import Recipe
 from compress.result import Observer
 
@@ -226,6 +227,48 @@ def test_what_is_finished_is_kept(recipes, measured, tmp_path):
     assert second.runs[0] == first.runs[0]
 
 
+def test_what_is_measured_is_kept_with_its_conditions(recipes, measured, tmp_path):
+    output = tmp_path / "out"
+    first = compare(recipes, output)
+    assert len(measured) == 2
+    assert compare(recipes, output).rows == first.rows
+    assert len(measured) == 2
+    other = [r.with_changes(evaluate={"batch_size": 3}) for r in recipes]
+    compare(other, output)
+    assert len(measured) == 4
+    compare(other, output, overwrite=True)
+    assert len(measured) == 6
+
+
+def test_a_random_order_of_layers_and_an_evolving_one_are_drawn_by_the_seed(checkpoint, text):
+    section = {"widths": [4, 2], "narrow": 1}
+    by_chance = recipe_of(checkpoint(), text, "r").with_changes(
+        allocate={"importance": "random"} | section
+    )
+    assert seeded(by_chance, 5).allocate.importance.seed == 5
+    assert seeded(by_chance, 5).allocate.seed == 5
+    by_place = by_chance.with_changes(allocate={"importance": "position"})
+    assert seeded(by_place, 5).allocate.importance == by_place.allocate.importance
+
+
+def test_rows_that_differ_in_a_number_alone_are_lines(checkpoint, text, measured, tmp_path):
+    names = ("a narrow=0", "a narrow=1", "b narrow=0")
+    recipes = [
+        recipe_of(checkpoint(), text, name, bits=bits)
+        for name, bits in zip(names, (8, 4, 3), strict=True)
+    ]
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.eval.curves.plot_lines", lambda *a: drawn.append(a) or Path("x"))
+        compare(recipes, tmp_path / "out", self_check=False)
+    ((lines, baseline, _, x),) = drawn
+    assert {k: [row["name"] for row in v] for k, v in lines.items()} == {
+        "a": ["a narrow=0", "a narrow=1"],
+        "b": ["b narrow=0"],
+    }
+    assert (baseline["name"], x) == ("16-bit", "bytes")
+
+
 def test_an_interrupted_comparison_continues_at_its_layer(recipes, measured, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -288,7 +331,7 @@ def test_a_model_of_the_hub_is_fetched_and_its_results_are_kept(
     compare(recipes, tmp_path / "out", observer=watch)
     assert watch.started == []
     assert set(fetched) == {("someone/some-model", "abc")}
-    assert baselines == [checkpoint()] * 2
+    assert baselines == [checkpoint()]  # the second time, all figures are there
 
 
 # ---- what cannot be compared --------------------------------------------------------------------
@@ -346,14 +389,14 @@ def test_a_run_that_fails_fails_the_comparison_and_what_was_finished_stays(
     class Break(Watch):
         def stage(self, name):
             if name == "w2, seed 0":
-                (broken / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+                (broken / "config.json").rename(tmp_path / "config.json")
 
     two = [recipe_of(broken, text, f"w{bits}", bits=bits) for bits in (4, 2)]
-    with pytest.raises(UsageError, match="tokenizer"):
+    with pytest.raises(CompressError, match=r"config\.json"):
         compare(two, tmp_path / "out", observer=Break())
     load_whole(tmp_path / "out" / "w4-0")
     assert not (tmp_path / "out" / "comparison.md").exists()
-    (tmp_path / "tokenizer.json").rename(broken / "tokenizer.json")
+    (tmp_path / "config.json").rename(broken / "config.json")
     watch = Watch()
     compare(two, tmp_path / "out", observer=watch)
     assert {name for name, _ in watch.started} == {"w2, seed 0"}

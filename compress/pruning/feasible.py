@@ -132,7 +132,8 @@ class FeasibleSet:
     def cell(self, position: float, first_share: float) -> float:
         """A cell's side that leaves no more tokens than `first_share` allows; position in [0, 1].
 
-        At 1 a cell is as large as the largest image.
+        On a log scale, for most of what it changes it changes while it is small; at 1 a cell is
+        as large as the largest image.
         """
 
         def fits(number: int) -> bool:
@@ -142,7 +143,7 @@ class FeasibleSet:
         # The last break always fits, one cell for a whole grid: `first_floor` sees to that.
         number = bisect_left(range(len(self.breaks) - 1), True, key=fits)
         low = self.breaks[number] * (1 + CELL_MARGIN)
-        return low + position * (max(self.side, low) - low)
+        return float(low * (max(self.side, low) / low) ** position)
 
     def _floor_of(self, stage: int) -> float:
         return self.floor if stage else self.first_floor

@@ -34,6 +34,7 @@ from compress.pruning.trials import SearchObserver, Trial, TrialFile
 from compress.pruning.vision import Inputs, VisualTokens
 
 SAMPLERS = ("tpe", "gp")
+STARTUP = 27  # trials drawn at random before the sampler learns from them, as the authors' code has
 VARIABLES = ("ratios", "threshold", "alpha", "cell")
 # Multiples of the mean attention: at 0.25 nearly every patch votes, at 50 a few of 729; the
 # published strategies have 29 to 39 there, and smaller towers need less, hence a log scale.
@@ -331,7 +332,9 @@ def _propose(
     kind = {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}[sampler]
     distributions = space.distributions()
     with _quiet(optuna):
-        study = optuna.create_study(direction="maximize", sampler=kind(seed=number))
+        study = optuna.create_study(
+            direction="maximize", sampler=kind(seed=number, n_startup_trials=STARTUP)
+        )
     for trial in done:
         study.add_trial(
             optuna.trial.create_trial(

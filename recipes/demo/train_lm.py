@@ -2,7 +2,7 @@
 
     python recipes/demo/train_lm.py --output recipes/demo/lm                 # about 2 h on 2 cores
     python recipes/demo/train_lm.py --layers 12 --hidden 128 --mlp 384 --tokens 16e6 --bf16 \
-        --output recipes/demo/lm-deep                                         # about 1 h on 1 core
+        --output recipes/demo/lm-deep                                         # 1 to 2 h on 1 core
 
 Data: the standard library of the running interpreter (`compress.calibration.stdlib`): one module
 in twenty is held out by a hash of its path and never seen here. Byte-level BPE of 2,048 tokens.

@@ -3,7 +3,7 @@
 import pytest
 
 from compress.errors import UsageError
-from compress.eval.curves import plot_kept
+from compress.eval.curves import plot_lines
 
 METRIC = "demo_vqa exact_match"
 
@@ -20,19 +20,27 @@ def test_every_method_has_a_line_and_every_budget_a_tick(tmp_path):
         "random": [row(0.5, 0.8), row(0.1, 0.3)],
         "FastV": [row(0.5, 0.9), row(0.172, 0.2)],
     }
-    picture = plot_kept(lines, BASELINE, tmp_path / "kept.svg").read_text()
-    for text in ("random", "FastV", "unpruned", METRIC, "10", "17", "50"):
+    picture = plot_lines(lines, BASELINE, tmp_path / "kept.svg", "kept").read_text()
+    for text in ("random", "FastV", "16-bit", METRIC, "10", "17", "50"):
         assert f"<!-- {text}" in picture  # as matplotlib notes the text of its glyphs
     assert "exact_match_corner" not in picture
 
 
 def test_a_metric_is_a_panel_and_rows_without_it_are_left_out(tmp_path):
     lines = {"a": [row(0.5, 0.8, **{"t acc": 0.4}), row(0.1, None)], "b": [{"kept": 0.2}]}
-    picture = plot_kept(lines, {"name": "16-bit"}, tmp_path / "kept.svg").read_text()
+    picture = plot_lines(lines, {"name": "16-bit"}, tmp_path / "kept.svg", "kept").read_text()
     assert "<!-- t acc" in picture and f"<!-- {METRIC}" in picture
-    assert "unpruned" not in picture
+    assert "<!-- 16-bit" not in picture
 
 
 def test_nothing_to_draw_is_said(tmp_path):
-    with pytest.raises(UsageError, match="no row has an accuracy; columns are name, kept"):
-        plot_kept({"a": [{"name": "a", "kept": 0.5}]}, BASELINE, tmp_path / "kept.png")
+    with pytest.raises(UsageError, match="no row has acc or exact_match; columns are name, kept"):
+        plot_lines({"a": [{"name": "a", "kept": 0.5}]}, BASELINE, tmp_path / "kept.png", "kept")
+
+
+def test_over_bytes_lower_perplexity_is_better(tmp_path):
+    line = [{"name": f"LIM narrow={n}", "bytes": 1e6 * n, "perplexity": 10 / n} for n in (1, 2)]
+    baseline = {"name": "16-bit", "perplexity": 4.0}
+    picture = plot_lines({"LIM": line}, baseline, tmp_path / "bytes.svg", "bytes").read_text()
+    for text in ("LIM", "16-bit", "perplexity (lower is better)", "tensors of the checkpoint (MB)"):
+        assert f"<!-- {text}" in picture
