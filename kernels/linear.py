@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays packed: Triton kernels on a GPU, torch's operators on a CPU.
+"""A linear layer whose weight stays packed: Triton kernels on a GPU, compiled ones on a CPU.
 
 The module holds one layout at a time, that of its device, as buffers. Moving it to another kind of
 device repacks, which is exact: codes, scales and zero points are the same before and after.
