@@ -56,6 +56,7 @@ def plot_lines(
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import StrMethodFormatter
     except ImportError:
         raise UsageError("plots need matplotlib: pip install 'modelpress[eval]'") from None
     cost = COSTS[x]
@@ -84,6 +85,8 @@ def plot_lines(
         lower = metric == "perplexity"
         if lower:
             axes.set_yscale("log")
+            for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                formatted(StrMethodFormatter("{x:g}"))  # 12, not 1.2 x 10^1
         axes.set_ylabel(f"{metric} ({'lower' if lower else 'higher'} is better)")
         axes.grid(alpha=0.25, which="both")
         axes.legend(fontsize=8)
