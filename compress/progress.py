@@ -87,20 +87,18 @@ class RunProgress(Observer):
         )
 
     def generation(self, done: int, total: int, fitness: float) -> None:
-        self.bar.update(self.task, completed=done, total=total, count=f"{done}/{total}")
-        figures = f"generation {done}/{total}  KL {format_number(fitness)} nats per token"
-        if self.console.is_terminal:
-            self.last_module.plain = figures
-        else:
-            self._line(figures)
+        self._searched(done, total, "generation", f"KL {format_number(fitness)} nats per token")
 
     def trial(self, done: int, total: int, score: float) -> None:
+        self._searched(done, total, "trial", f"best mean cosine {score:.6f}")
+
+    def _searched(self, done: int, total: int, what: str, found: str) -> None:
         self.bar.update(self.task, completed=done, total=total, count=f"{done}/{total}")
-        figures = f"trial {done}/{total}  best mean cosine {score:.6f}"
+        line = f"{what} {done}/{total}  {found}"
         if self.console.is_terminal:
-            self.last_module.plain = figures
+            self.last_module.plain = line
         else:
-            self._line(figures)
+            self._line(line)
 
     def warning(self, text: str) -> None:
         self._line(f"warning: {text}", style="yellow")
