@@ -298,6 +298,11 @@ class GptqFormat:
 
     def check(self) -> list[str]:
         """What readers will not load; UsageError for what the format itself cannot hold."""
+        if "vision_config" in self.source.config:
+            raise UsageError(
+                "GPTQ export knows language models alone, this one sees images: keep "
+                "compressed-tensors"
+            )
         for name, scheme in self.source.schemes.items():
             N, K = self.source.shapes[name]
             if scheme.bits not in WIDTHS:

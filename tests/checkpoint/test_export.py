@@ -240,6 +240,12 @@ def test_modules_outside_the_layers(copy, tmp_path):
     assert "model.embed_out" in refusal(copy, tmp_path / "out")
 
 
+def test_models_that_see_images(copy, tmp_path):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"vision_config": {}}))
+    assert "sees images" in refusal(copy, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
