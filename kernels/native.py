@@ -67,7 +67,7 @@ class Kernels:
         assert group_size is None or (group_size % 2 == 0 and -(-K // group_size) == G)
         assert zero is None or (zero.shape == scale.shape and zero.dtype == torch.uint8)
         assert all(t.is_contiguous() for t in (packed, scale, zero) if t is not None)
-        if x.dtype != torch.bfloat16 or M == 1 or not self.takes_bf16():
+        if x.dtype != torch.bfloat16 or not self.takes_bf16():
             x = x.float()
         x = x.contiguous()
         y = torch.empty(M, N, dtype=torch.float32)

@@ -12,15 +12,17 @@
 // Codes meet x as the exact integers c - z, a scale meets the fp32 sum of its group: nothing that
 // the file holds is rounded. Sums run in one order whatever the number of threads.
 //
-// One row of x: codes go from the load into registers. More rows: a block of CHUNK inputs and 64
-// outputs is expanded once into the first-level cache, and all rows are multiplied by it; as pairs
-// of bf16 where the processor multiplies those (AVX512-BF16), else as fp32.
+// Codes of 64 outputs are expanded as they are loaded and multiplied at once by up to six rows of x;
+// if there are more rows, what was expanded stays in the first-level cache for them, CHUNK inputs at
+// a time. bf16 is multiplied as pairs of inputs where the processor does that (AVX512-BF16), else x
+// comes as fp32.
 //
-// Vectors are those of GCC and Clang, which any processor has; only the bf16 product is by name.
+// Vectors are those of GCC and Clang, which any processor has. By name are only the bf16 product and
+// the lookups (AVX-512) that turn symmetric codes of up to 4 bits into c - z in one instruction.
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -29,6 +31,8 @@ namespace {
 constexpr int LANES = 16, WIDE = 64, PARTS = WIDE / LANES;
 constexpr int CHUNK = 128;  // inputs expanded at a time: 32 KB in fp32
 constexpr int ROWS = 128;   // rows of x that share an expanded block: 32 KB of sums
+constexpr int MOST = 6;     // rows multiplied at once: 24 vectors of sums, of 32 registers
+constexpr int AHEAD = 128;  // pairs of inputs between what is loaded and what is fetched
 
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
@@ -77,20 +81,40 @@ inline floats as_floats(ints v) {
     return f;
 }
 
-// The codes of two inputs, 64 outputs each, in the order of the outputs.
-template <int BITS>
+// ---- codes to integers --------------------------------------------------------------------------
+
+// Of symmetric codes of 2, 3 and 4 bits, c - z is looked up. An index may have anything above the
+// code: tables repeat.
+#if defined(__AVX512BW__)
+constexpr bool LOOKUP = true;
+inline ints look_up(ints table, ints at) {  // fp32: entry at % 16
+    return (ints)_mm512_permutexvar_epi32((__m512i)at, (__m512i)table);
+}
+inline ints look_up_pairs(ints table, ints at) {  // bf16, each half of a lane: entry at % 32
+    return (ints)_mm512_permutexvar_epi16((__m512i)at, (__m512i)table);
+}
+#else
+constexpr bool LOOKUP = false;  // and these are never called
+inline ints look_up(ints table, ints) { return table; }
+inline ints look_up_pairs(ints table, ints) { return table; }
+#endif
+
+// The codes of two inputs, 64 outputs each, in the order of the outputs. What lies above a code is
+// cleared only if CLEAR; above those of 8 bits there is nothing.
+template <int BITS, bool CLEAR>
 inline void codes(const uint8_t* from, ints (*c)[PARTS]) {
+    constexpr int MASK = CLEAR ? (1 << (BITS == 3 ? 2 : BITS)) - 1 : ~0;
     for (int k = 0; k < 2; k++) {
         if constexpr (BITS == 8) {
             for (int f = 0; f < PARTS; f++) c[k][f] = widen(from + WIDE * k + LANES * f);
         } else if constexpr (BITS == 4) {
             for (int h = 0; h < 2; h++) {
                 const ints b = widen(from + 32 * k + LANES * h);
-                c[k][2 * h] = b & 15, c[k][2 * h + 1] = b >> 4;
+                c[k][2 * h] = b & MASK, c[k][2 * h + 1] = b >> 4;
             }
         } else {
             const ints b = widen(from + LANES * k);
-            for (int f = 0; f < PARTS; f++) c[k][f] = (b >> (2 * f)) & 3;
+            for (int f = 0; f < PARTS; f++) c[k][f] = (b >> (2 * f)) & MASK;
         }
     }
     if constexpr (BITS == 3) {
@@ -98,8 +122,28 @@ inline void codes(const uint8_t* from, ints (*c)[PARTS]) {
         for (int k = 0; k < 2; k++)
             for (int f = 0; f < PARTS; f++) {
                 const int at = 4 * k + f;
-                c[k][f] |= (at < 2 ? b << (2 - at) : b >> (at - 2)) & 4;
+                c[k][f] = (c[k][f] & ~4) | ((at < 2 ? b << (2 - at) : b >> (at - 2)) & 4);
             }
+    }
+}
+
+// The same, not cleared, the earlier input's code in the low half of a lane.
+template <int BITS>
+inline void code_pairs(const uint8_t* from, ints* c) {
+    if constexpr (BITS == 4) {
+        for (int h = 0; h < 2; h++) {
+            const ints b = widen(from + LANES * h) | widen(from + 32 + LANES * h) << 16;
+            c[2 * h] = b, c[2 * h + 1] = b >> 4;
+        }
+    } else {
+        const ints b = widen(from) | widen(from + LANES) << 16;
+        for (int f = 0; f < PARTS; f++) c[f] = b >> (2 * f);
+    }
+    if constexpr (BITS == 3) {
+        ints b = widen(from + 2 * LANES);
+        b |= b << 12;  // bit 4 + f to bit 16 + f
+        for (int f = 0; f < PARTS; f++)
+            c[f] = (c[f] & 0x30003) | ((f < 2 ? b << (2 - f) : b >> (f - 2)) & 0x40004);
     }
 }
 
@@ -117,7 +161,22 @@ inline void group_scale(const Problem& p, long g, long n, floats* v) {
     std::memcpy(v, values, sizeof values);
 }
 
+// What turns codes into c - z: the zero points of 64 outputs in group g, or, if TABLE, a table of
+// fp32 and one of bf16.
+template <int BITS, bool TABLE>
 inline void group_zero(const Problem& p, long g, long n, ints* v) {
+    if (TABLE) {
+        alignas(64) uint32_t whole[LANES];
+        alignas(64) uint16_t upper[2 * LANES];
+        for (int i = 0; i < 2 * LANES; i++) {
+            const float value = float((i & ((1 << BITS) - 1)) - p.middle);
+            std::memcpy(whole + i % LANES, &value, sizeof value);
+            upper[i] = whole[i % LANES] >> 16;
+        }
+        std::memcpy(v, whole, sizeof whole);
+        std::memcpy(v + 1, upper, sizeof upper);
+        return;
+    }
     alignas(64) int32_t values[WIDE];
     const long inside = p.zero == nullptr ? 0 : p.N - n < WIDE ? p.N - n : WIDE;
     for (long i = 0; i < inside; i++) values[i] = p.zero[g * p.N + n + i];
@@ -125,29 +184,90 @@ inline void group_zero(const Problem& p, long g, long n, ints* v) {
     std::memcpy(v, values, sizeof values);
 }
 
-// ---- one row of x, fp32 -------------------------------------------------------------------------
+// c - z of two inputs, 64 outputs each, as the bits of fp32.
+template <int BITS, bool TABLE>
+inline void integers(const uint8_t* from, const ints* z, ints (*v)[PARTS]) {
+    ints c[2][PARTS];
+    codes<BITS, !TABLE>(from, c);
+    for (int k = 0; k < 2; k++)
+        for (int f = 0; f < PARTS; f++)
+            v[k][f] = TABLE ? look_up(z[0], c[k][f])
+                            : (ints)__builtin_convertvector(c[k][f] - z[f], floats);
+}
 
-template <int BITS>
+// The same as pairs of bf16, the earlier input in the low half.
+template <int BITS, bool TABLE>
+inline void integer_pairs(const uint8_t* from, const ints* z, ints* v) {
+    if constexpr (TABLE) {
+        ints c[PARTS];
+        code_pairs<BITS>(from, c);
+        for (int f = 0; f < PARTS; f++) v[f] = look_up_pairs(z[1], c[f]);
+    } else {
+        ints w[2][PARTS];
+        integers<BITS, false>(from, z, w);
+        for (int f = 0; f < PARTS; f++)  // up to 8 bits are whole in the upper half of an fp32
+            v[f] = ((w[0][f] >> 16) & 0xffff) | (w[1][f] & int32_t(0xffff0000));
+    }
+}
+
+// ---- products of pairs --------------------------------------------------------------------------
+
+#if defined(__AVX512BF16__)
+constexpr bool BF16_PAIRS = true;
+#else
+constexpr bool BF16_PAIRS = false;
+#endif
+
+inline uint32_t load_pair(const uint16_t* x) {
+    uint32_t pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return pair;
+}
+
+// to[64] += the two products of a pair of x and pairs of weights, all bf16
+inline void add_pairs(floats* to, uint32_t x, const ints* w) {
+#if defined(__AVX512BF16__)
+    const __m512bh xs = (__m512bh)_mm512_set1_epi32(int(x));
+    for (int f = 0; f < PARTS; f++)
+        to[f] = (floats)_mm512_dpbf16_ps((__m512)to[f], xs, (__m512bh)w[f]);
+#endif
+}
+
+// ---- one row of x -------------------------------------------------------------------------------
+
+template <int BITS, bool TABLE, bool PAIRS>
 void one_row(const Problem& p, long tile) {
     const float* x = static_cast<const float*>(p.x);
+    const uint16_t* pairs = static_cast<const uint16_t*>(p.x);
     const uint8_t* from = p.packed + tile * ((p.K + 1) / 2) * LANES * BITS;
     floats total[PARTS] = {};
     for (long start = 0; start < p.K; start += p.group) {
         const long stop = start + p.group < p.K ? start + p.group : p.K;
         floats part[2][PARTS] = {}, s[PARTS];
-        ints z[PARTS], c[2][PARTS];
-        group_zero(p, start / p.group, tile * WIDE, z);
+        ints z[PARTS];
+        group_zero<BITS, TABLE>(p, start / p.group, tile * WIDE, z);
         long k = start;
-        for (; k + 1 < stop; k += 2, from += LANES * BITS) {
-            codes<BITS>(from, c);
-            for (int i = 0; i < 2; i++)
-                for (int f = 0; f < PARTS; f++)
-                    part[i][f] += x[k + i] * __builtin_convertvector(c[i][f] - z[f], floats);
-        }
-        if (k < stop) {
-            codes<BITS>(from, c);
-            for (int f = 0; f < PARTS; f++)
-                part[0][f] += x[k] * __builtin_convertvector(c[0][f] - z[f], floats);
+        if constexpr (PAIRS) {
+            ints w[PARTS];
+            for (; k + 1 < stop; k += 2, from += LANES * BITS) {
+                integer_pairs<BITS, TABLE>(from, z, w);
+                add_pairs(part[0], load_pair(pairs + k), w);
+            }
+            if (k < stop) {  // the last of an odd number: its partner is 0
+                integer_pairs<BITS, TABLE>(from, z, w);
+                add_pairs(part[0], pairs[k], w);
+            }
+        } else {
+            ints w[2][PARTS];
+            for (; k + 1 < stop; k += 2, from += LANES * BITS) {
+                integers<BITS, TABLE>(from, z, w);
+                for (int i = 0; i < 2; i++)
+                    for (int f = 0; f < PARTS; f++) part[i][f] += x[k + i] * as_floats(w[i][f]);
+            }
+            if (k < stop) {
+                integers<BITS, TABLE>(from, z, w);
+                for (int f = 0; f < PARTS; f++) part[0][f] += x[k] * as_floats(w[0][f]);
+            }
         }
         group_scale(p, start / p.group, tile * WIDE, s);
         for (int f = 0; f < PARTS; f++) total[f] += (part[0][f] + part[1][f]) * s[f];
@@ -158,89 +278,96 @@ void one_row(const Problem& p, long tile) {
 
 // ---- several rows -------------------------------------------------------------------------------
 
-// The next `count` inputs of 64 outputs as the integers c - z: fp32 [count][64], or, for bf16 x,
-// pairs of bf16 [ceil(count / 2)][64], the earlier input in the low half.
-template <int BITS, bool PAIRS>
-void expand(const uint8_t* from, int count, const ints* z, ints* out) {
-    for (int i = 0; i < count; i += 2, from += LANES * BITS) {
-        for (int line = 0; line < LANES * BITS; line += 64)  // of the next block, while this one
-            __builtin_prefetch(from + CHUNK / 2 * LANES * BITS + line);  // is multiplied
-        ints c[2][PARTS];
-        codes<BITS>(from, c);
-        for (int f = 0; f < PARTS; f++) {
-            const ints low = (ints)__builtin_convertvector(c[0][f] - z[f], floats);
-            const ints high = (ints)__builtin_convertvector(c[1][f] - z[f], floats);
-            if (PAIRS) {  // integers of up to 8 bits are whole in the upper half of an fp32
-                out[f] = ((low >> 16) & 0xffff) | (high & int32_t(0xffff0000));
-            } else {
-                out[f] = low, out[PARTS + f] = high;
-            }
-        }
-        out += PAIRS ? PARTS : 2 * PARTS;
-    }
-}
+// Where the weights of a block are: packed at `from`, expanded in `block`.
+struct Weights {
+    const uint8_t* from;
+    const ints* z;
+    ints* block;
+};
 
-// sums[MR][64] += scale * (rows [m, m + MR) of x times an expanded block of `count` inputs)
-template <int MR, bool PAIRS>
-void multiply(const Problem& p, long m, long k, int count, const ints* w, const floats* s,
+// sums[MR][64] += scale * (rows [m, m + MR) of x times the weights of inputs [k, k + count)). The
+// weights are expanded into the block on the way; with BITS 0 they are there already.
+template <int MR, int BITS, bool TABLE, bool PAIRS>
+void multiply(const Problem& p, long m, long k, int count, Weights weights, const floats* s,
               floats* sums) {
     floats part[MR][PARTS] = {};
+    const uint8_t* from = weights.from;
+    ints* w = weights.block;
+    const auto next = [&]() __attribute__((always_inline)) {  // two inputs
+        if constexpr (BITS > 0) {
+            for (int line = 0; line < LANES * BITS; line += 64)
+                __builtin_prefetch(from + AHEAD * LANES * BITS + line);
+            if constexpr (PAIRS)
+                integer_pairs<BITS, TABLE>(from, weights.z, w);
+            else
+                integers<BITS, TABLE>(from, weights.z, (ints(*)[PARTS])w);
+            from += LANES * BITS;
+        }
+    };
     if constexpr (PAIRS) {
-#if defined(__AVX512BF16__)
         const uint16_t* x = static_cast<const uint16_t*>(p.x) + m * p.K + k;
-        const auto step = [&](int r, uint32_t pair) {
-            const __m512bh xs = (__m512bh)_mm512_set1_epi32(int(pair));
-            for (int f = 0; f < PARTS; f++)
-                part[r][f] = (floats)_mm512_dpbf16_ps((__m512)part[r][f], xs, (__m512bh)w[f]);
-        };
         int i = 0;
-        for (; i + 1 < count; i += 2, w += PARTS)
-            for (int r = 0; r < MR; r++) {
-                uint32_t pair;
-                std::memcpy(&pair, x + r * p.K + i, sizeof pair);
-                step(r, pair);
-            }
-        if (i < count)  // the last of an odd number: its partner is 0
-            for (int r = 0; r < MR; r++) step(r, x[r * p.K + i]);
-#endif
+        for (; i + 1 < count; i += 2, w += PARTS) {
+            next();
+            for (int r = 0; r < MR; r++) add_pairs(part[r], load_pair(x + r * p.K + i), w);
+        }
+        if (i < count) {  // the last of an odd number: its partner is 0
+            next();
+            for (int r = 0; r < MR; r++) add_pairs(part[r], x[r * p.K + i], w);
+        }
     } else {
         const float* x = static_cast<const float*>(p.x) + m * p.K + k;
-        for (int i = 0; i < count; i++, w += PARTS)
+        for (int i = 0; i < count; i++, w += PARTS) {
+            if (i % 2 == 0) next();
             for (int r = 0; r < MR; r++)
                 for (int f = 0; f < PARTS; f++) part[r][f] += x[r * p.K + i] * as_floats(w[f]);
+        }
     }
     for (int r = 0; r < MR; r++)
         for (int f = 0; f < PARTS; f++) sums[r * PARTS + f] += part[r][f] * s[f];
 }
 
-template <int BITS, bool PAIRS>
+// `multiply` for a number of rows that is known only now.
+template <int BITS, bool TABLE, bool PAIRS>
+void multiply_rows(int rows, const Problem& p, long m, long k, int count, Weights from,
+                   const floats* s, floats* sums) {
+    switch (rows) {
+        case 1: return multiply<1, BITS, TABLE, PAIRS>(p, m, k, count, from, s, sums);
+        case 2: return multiply<2, BITS, TABLE, PAIRS>(p, m, k, count, from, s, sums);
+        case 3: return multiply<3, BITS, TABLE, PAIRS>(p, m, k, count, from, s, sums);
+        case 4: return multiply<4, BITS, TABLE, PAIRS>(p, m, k, count, from, s, sums);
+        case 5: return multiply<5, BITS, TABLE, PAIRS>(p, m, k, count, from, s, sums);
+        case MOST: return multiply<MOST, BITS, TABLE, PAIRS>(p, m, k, count, from, s, sums);
+    }
+}
+
+template <int BITS, bool TABLE, bool PAIRS>
 void many_rows(const Problem& p, long tile) {
     const long n = tile * WIDE, inside = p.N - n < WIDE ? p.N - n : WIDE;
     const uint8_t* packed = p.packed + tile * ((p.K + 1) / 2) * LANES * BITS;
     alignas(64) ints block[CHUNK * PARTS];
     alignas(64) floats sums[ROWS * PARTS];
     for (long m0 = 0; m0 < p.M; m0 += ROWS) {
-        const long rows = p.M - m0 < ROWS ? p.M - m0 : ROWS;
+        const int rows = int(p.M - m0 < ROWS ? p.M - m0 : ROWS), times = (rows + MOST - 1) / MOST;
         std::memset(sums, 0, rows * PARTS * sizeof(floats));
         for (long start = 0; start < p.K; start += p.group) {
             const long stop = start + p.group < p.K ? start + p.group : p.K;
             floats s[PARTS];
             ints z[PARTS];
             group_scale(p, start / p.group, n, s);
-            group_zero(p, start / p.group, n, z);
+            group_zero<BITS, TABLE>(p, start / p.group, n, z);
             for (long k = start; k < stop; k += CHUNK) {
                 const int count = int(stop - k < CHUNK ? stop - k : CHUNK);
-                expand<BITS, PAIRS>(packed + k / 2 * LANES * BITS, count, z, block);
-                for (long m = 0; m < rows; m += 6) {
+                const Weights from{packed + k / 2 * LANES * BITS, z, block};
+                for (int time = 0, m = 0; time < times; time++) {
+                    // Not the first has more than others: it needs registers to expand.
+                    const int some = rows / times + (time >= times - rows % times);
                     floats* to = sums + m * PARTS;
-                    switch (rows - m) {
-                        case 1: multiply<1, PAIRS>(p, m0 + m, k, count, block, s, to); break;
-                        case 2: multiply<2, PAIRS>(p, m0 + m, k, count, block, s, to); break;
-                        case 3: multiply<3, PAIRS>(p, m0 + m, k, count, block, s, to); break;
-                        case 4: multiply<4, PAIRS>(p, m0 + m, k, count, block, s, to); break;
-                        case 5: multiply<5, PAIRS>(p, m0 + m, k, count, block, s, to); break;
-                        default: multiply<6, PAIRS>(p, m0 + m, k, count, block, s, to);
-                    }
+                    if (time == 0)
+                        multiply_rows<BITS, TABLE, PAIRS>(some, p, m0, k, count, from, s, to);
+                    else
+                        multiply_rows<0, false, PAIRS>(some, p, m0 + m, k, count, from, s, to);
+                    m += some;
                 }
             }
         }
@@ -249,31 +376,33 @@ void many_rows(const Problem& p, long tile) {
     }
 }
 
-template <int BITS>
+template <int BITS, bool TABLE, bool PAIRS>
 void run(const Problem& p, int threads) {
     const long tiles = (p.N + WIDE - 1) / WIDE;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long tile = 0; tile < tiles; tile++) {
-        if (p.x_kind == BF16) {
-            many_rows<BITS, true>(p, tile);
-        } else if (p.M == 1) {
-            one_row<BITS>(p, tile);
-        } else {
-            many_rows<BITS, false>(p, tile);
-        }
+        if (p.M == 1)
+            one_row<BITS, TABLE, PAIRS>(p, tile);
+        else
+            many_rows<BITS, TABLE, PAIRS>(p, tile);
     }
+}
+
+template <int BITS>
+void choose(const Problem& p, int threads) {
+    constexpr bool TABLE = LOOKUP && BITS <= 4;
+    const bool symmetric = p.zero == nullptr;
+    if (p.x_kind == BF16)
+        symmetric ? run<BITS, TABLE, BF16_PAIRS>(p, threads)
+                  : run<BITS, false, BF16_PAIRS>(p, threads);
+    else
+        symmetric ? run<BITS, TABLE, false>(p, threads) : run<BITS, false, false>(p, threads);
 }
 
 }  // namespace
 
-// Whether several rows of bf16 are taken as they are; otherwise x must come as fp32.
-extern "C" int modelpress_takes_bf16() {
-#if defined(__AVX512BF16__)
-    return 1;
-#else
-    return 0;
-#endif
-}
+// Whether bf16 is taken as it is; otherwise x must come as fp32.
+extern "C" int modelpress_takes_bf16() { return BF16_PAIRS; }
 
 // group is at least 1; middle is the zero point of all outputs where `zero` is null.
 extern "C" void modelpress_tiles_matmul(const void* x, int x_kind, const uint8_t* packed,
@@ -281,8 +410,8 @@ extern "C" void modelpress_tiles_matmul(const void* x, int x_kind, const uint8_t
                                         float* y, long M, long N, long K, long group, int bits,
                                         int middle, int threads) {
     const Problem p{x, x_kind, packed, scale, scale_kind, zero, y, M, N, K, group, middle};
-    if (bits == 2) run<2>(p, threads);
-    if (bits == 3) run<3>(p, threads);
-    if (bits == 4) run<4>(p, threads);
-    if (bits == 8) run<8>(p, threads);
+    if (bits == 2) choose<2>(p, threads);
+    if (bits == 3) choose<3>(p, threads);
+    if (bits == 4) choose<4>(p, threads);
+    if (bits == 8) choose<8>(p, threads);
 }
