@@ -22,10 +22,12 @@ import torch
 from compress.calibration.windows import CalibrationWindows
 from compress.checkpoint.files import atomic_write
 from compress.errors import CompressError
+from compress.importance.layers import LAYER_IMPORTANCE
 from compress.layer_scores import Scorer
 from compress.models.skeleton import Skeleton
 from compress.quantization.allocation import (
     ALLOCATORS,
+    NO_UNIT,
     Assignment,
     Budget,
     Unit,
@@ -34,7 +36,7 @@ from compress.quantization.allocation import (
     predict_errors,
 )
 from compress.result import Observer
-from compress.sections import MEASURED_SCORES
+from compress.sections import LAYER_STRATEGIES, MEASURED_SCORES
 
 if TYPE_CHECKING:
     from compress.planning import PlannedModule
@@ -134,11 +136,17 @@ def budget_of(recipe: "Recipe", fixed_bytes: int) -> Budget | None:
 def check_allocation(recipe: "Recipe", units: list[Unit], fixed_bytes: int) -> str | None:
     """What stands in the way, one line, or None; knows neither scores nor weights."""
     section = recipe.allocate
+    if not units:
+        return NO_UNIT
     if recipe.quantize.method == "none" and section.importance.base in MEASURED_SCORES:
         return (
             f"allocate.importance: {section.importance.base} measures what quantising costs, but "
             "quantize.method is none"
         )
+    base = section.importance.base
+    needs = LAYER_IMPORTANCE[base].needs
+    if base not in LAYER_STRATEGIES and needs not in (None, "weights"):
+        return f"allocate.importance: {base} needs {needs}, a recipe's own may need weights alone"
     if section.narrow is not None and section.narrow > len(units):
         return f"allocate.narrow: {section.narrow} of {len(units)} units"
     if section.method == "remove" and section.narrow == len(units):
@@ -210,6 +218,7 @@ def _allocated(
         average_bits=chosen.average_bits,
     )
     _write(kept, asdict(allocation))
+    scorer.drop_candidates()
     return allocation
 
 

@@ -29,6 +29,7 @@ from compress.pruning_comparison import (
     kept_per_prompt,
     only_prunes,
     retained,
+    seeded,
     unpruned_per_prompt,
 )
 from compress.recipe import Recipe
@@ -91,7 +92,8 @@ def compare(
     their figures. `self_check`: as for `compress.run`, for each result.
 
     Raises:
-        UsageError: the recipes differ in model or `evaluate`, or share a name.
+        UsageError: the recipes differ in model or `evaluate`, share a name or settings, or one
+            does not fit the model, as `plan` would say. Nothing has run then.
         CompressError: a run failed.
     """
     from compress.evaluation import check_evaluation
@@ -110,6 +112,7 @@ def compare(
                 _tell(observer, runs[-1])
     else:
         results = ResultComparison(recipes[0], device, observer, overwrite, self_check)
+        results.check(recipes)
         finished = []
         for recipe in recipes:
             for seed in seeds:
@@ -188,6 +191,7 @@ def _check_recipes(recipes: Sequence[Recipe], seeds: Sequence[int]) -> Evaluate:
             raise UsageError(f"two recipes are named {name!r}: give each its own `name`")
         if Path(name).name != name:
             raise UsageError(f"recipe name {name!r}: expected one that can name a folder")
+    _check_distinct(recipes, seeds[0])
     model = first.model_location(), first.model.revision
     for recipe in recipes[1:]:
         if (recipe.model_location(), recipe.model.revision) != model:
@@ -203,6 +207,25 @@ def _check_recipes(recipes: Sequence[Recipe], seeds: Sequence[int]) -> Evaluate:
     if first.evaluate is None or not (first.evaluate.tasks or first.evaluate.perplexity):
         raise UsageError(f"{first.name} evaluates nothing: set evaluate.tasks or .perplexity")
     return first.evaluate
+
+
+def _check_distinct(recipes: Sequence[Recipe], seed: int) -> None:
+    """Each recipe has a folder of its own, and settings of its own once a seed is set in it."""
+    folders: dict[str, str] = {}
+    settings: dict[str, str] = {}
+    for recipe in recipes:
+        other = folders.setdefault(folder_name(recipe.name).lower(), recipe.name)
+        if other != recipe.name:
+            raise UsageError(
+                f"recipes {other!r} and {recipe.name!r} would share a folder: rename one of them"
+            )
+        drawn = seeded(recipe, seed).model_dump_json(exclude={"name"})
+        other = settings.setdefault(drawn, recipe.name)
+        if other != recipe.name:
+            raise UsageError(
+                f"recipes {other!r} and {recipe.name!r} are the same once each seed is set: vary "
+                "something else, and give --seeds the seeds"
+            )
 
 
 def _drawn(section: Evaluate) -> bool:

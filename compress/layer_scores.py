@@ -5,6 +5,7 @@ units = scorer.scored()              # with scores, and errors by width where th
 fitness = scorer.fitness()           # widths -> KL in nats per token
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +121,11 @@ class Scorer:
             self.recipe, self.skeleton, self.windows, modules, widths, folder,
             self.device, self.observer, self.storage,
         )  # fmt: skip
-        return walk.run(errors, divergence, self._keep if keep else None)
+        try:
+            return walk.run(errors, divergence, self._keep if keep else None)
+        finally:
+            if folder:  # far more than the run itself needs
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _schemes(self, unit: Unit) -> "dict[str, Scheme]":
         found = {name: self.recipe.quantize.scheme_for(name) for name in unit.modules}
@@ -142,6 +147,10 @@ class Scorer:
             if linear.zero is not None:
                 tensors[f"{name}.zero"] = linear.zero
         save_tensors(path, tensors)
+
+    def drop_candidates(self) -> None:
+        """Frees the disk of every linear at every width, once nothing is measured any more."""
+        shutil.rmtree(self.work / "candidates", ignore_errors=True)
 
     def fitness(self) -> Callable[[dict[str, int]], float]:
         """KL(16-bit || model at these widths) on the windows, nats per token; a layer at a time."""

@@ -308,7 +308,15 @@ class Job:
         return checked
 
     def _fits_self_check(self) -> bool:
-        """The check holds the whole model in fp32, which the run itself never does."""
+        """The check reloads in transformers, which holds the whole model in fp32, as the run itself
+        never does."""
+        schemes = {scheme for scheme in self.plan.schemes.values() if scheme is not None}
+        if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
+            self.warn(
+                "no self-check: transformers cannot load asymmetric modules of several widths or "
+                "group sizes (compress.load and vLLM do)"
+            )
+            return False
         needed = 4 * sum(p.numel() for p in self.skeleton.model.parameters())
         free = psutil.virtual_memory().available
         if needed > free:

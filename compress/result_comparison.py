@@ -9,10 +9,12 @@ beside its folder, with what they depend on.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.files import atomic_write
+from compress.errors import UsageError
 from compress.pruning_comparison import seeded
 from compress.result import Observer
 
@@ -41,6 +43,16 @@ class ResultComparison:
         self._data: dict[str, CalibrationData] = {}
         self._evaluator: Any = None
 
+    def check(self, recipes: "Sequence[Recipe]") -> None:
+        """UsageError for a recipe that does not fit the model; reads headers, not weights."""
+        from compress.models.skeleton import Skeleton
+        from compress.planning import make_plan
+
+        skeleton = Skeleton.open(self.model)
+        for recipe in recipes:
+            for problem in make_plan(recipe, skeleton).problems:
+                raise UsageError(f"{recipe.name}: {problem}")
+
     def run(self, recipe: "Recipe", seed: int, folder: Path) -> dict[str, Any]:
         """One result: {"folder", "bits", "bytes", "original", "seconds"}, made now or found."""
         from compress.pipeline import run
@@ -48,7 +60,9 @@ class ResultComparison:
 
         drawn = seeded(recipe, seed).with_changes(name=f"{recipe.name}-{seed}", evaluate=None)
         if self.overwrite or not made_by(folder, drawn, self.model, self.device):
-            _figures_file(folder).unlink(missing_ok=True)
+            # A result that is refused, because it is another recipe's, keeps its figures.
+            if self.overwrite or not (folder / "modelpress.json").exists():
+                _figures_file(folder).unlink(missing_ok=True)
             run(
                 drawn, folder, device=self.device, overwrite=self.overwrite,
                 windows=self._calibration(drawn), self_check=self.self_check,

@@ -79,9 +79,13 @@ def _check_strategy(name: str) -> str:
 
 def _check_layer_strategy(name: str) -> str:
     if name not in LAYER_STRATEGIES:
-        known = ", ".join(LAYER_STRATEGIES)
-        near = did_you_mean(name, LAYER_STRATEGIES)
-        raise ValueError(f"unknown layer importance {name!r}{near}: expected one of {known}")
+        # As above: slow, and only for one that somebody else has registered.
+        from compress.importance.layers import LAYER_IMPORTANCE
+
+        if name not in LAYER_IMPORTANCE:
+            known = ", ".join(LAYER_IMPORTANCE)
+            near = did_you_mean(name, LAYER_IMPORTANCE)
+            raise ValueError(f"unknown layer importance {name!r}{near}: expected one of {known}")
     return name
 
 

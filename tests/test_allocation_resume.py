@@ -1,5 +1,7 @@
 """A run with an `allocate` section that stops goes on without scoring again, to the same bytes."""
 
+from pathlib import Path
+
 import pytest
 from mixed_widths import DEPTH
 from test_resume import Watch
@@ -7,7 +9,9 @@ from tiny_checkpoints import WINDOWS, every_file, recipe_for, weight_files
 
 from compress import layer_scores
 from compress.errors import UsageError
+from compress.models.skeleton import Skeleton
 from compress.pipeline import run
+from compress.planning import allocated_plan
 from compress.quantization.scoring import ScoreWalk
 
 EVOLVE = {
@@ -87,6 +91,29 @@ def test_a_run_that_is_stopped_while_it_evolves_goes_on_there(checkpoint, counts
     assert walks == 0
     assert 0 < left < measured
     assert weight_files(output) == weight_files(tmp_path / "whole")
+
+
+def test_activations_on_disk_go_when_the_scores_are_there(checkpoint, tmp_path):
+    """One set for each unit and width: too much to leave there for the rest of the run."""
+    section = {"importance": "logit_divergence", "average_bits": 3, "samples": 2}
+    found = {}
+    for offload in ("ram", "disk"):
+        recipe = recipe_of(checkpoint, **section).with_changes(calibration={"offload": offload})
+        work = tmp_path / offload
+        plan = allocated_plan(recipe, Skeleton(Path(recipe.model.path)), WINDOWS, work)
+        found[offload] = plan.allocation
+        assert files_in(work) == {"scores.json", "allocation.json"}
+    assert found["ram"] == found["disk"]
+
+
+def test_the_candidates_of_a_search_go_when_it_has_ended(checkpoint, tmp_path):
+    recipe = recipe_of(checkpoint, **EVOLVE)
+    allocated_plan(recipe, Skeleton(Path(recipe.model.path)), WINDOWS, tmp_path)
+    assert files_in(tmp_path) == {"scores.json", "evolve.json", "allocation.json"}
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*") if path.is_file()}
 
 
 def test_scores_are_kept_for_their_own_recipe_alone(checkpoint, counts, tmp_path):

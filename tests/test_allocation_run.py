@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calling import pretend
 from mixed_widths import DEPTH, QUICK, plan_of, widths_in_file, with_budget
 from tiny_checkpoints import (
     WINDOWS,
@@ -13,10 +14,12 @@ from tiny_checkpoints import (
     logits_of,
     read_tensors,
     recipe_for,
+    relative_error,
     weight_files,
     write_checkpoint,
 )
 
+import compress
 from compress.checkpoint.safetensors_io import CheckpointReader
 from compress.errors import UsageError
 from compress.pipeline import run
@@ -101,6 +104,41 @@ def test_a_mixed_checkpoint_reloads_as_what_was_computed(checkpoint, tmp_path):
     model.config.tie_word_embeddings = False
     model.load_state_dict(plain)
     assert torch.allclose(logits_of(model), logits_of(tmp_path / "out"), atol=1e-4)
+
+
+def test_the_demo_model_at_four_widths_is_the_same_in_transformers_and_here(press):
+    demo = shipped_folder() / "demo" / "lm"
+    section = {"widths": [2, 3, 4, 8], "average_bits": 4.25, "unit": "fused_group"}
+    made = press(recipe_for(
+        demo, quantize={"method": "rtn", "group_size": 64, "clip_search": "none"},
+        allocate=section | {"importance": {"name": "random", "seed": 3}},
+    ))  # fmt: skip
+    assert set(widths_in_file(made).values()) == {2, 3, 4, 8}
+    ours, _ = compress.load(made, dtype=torch.float32)
+    plain = logits_of(made)
+    assert relative_error(logits_of(ours), plain) < 1e-5
+    assert relative_error(logits_of(demo), plain) > 1e-2  # it is not the model it was made of
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_several_asymmetric_widths_are_written_and_said_not_to_be_checked(
+    checkpoint, tmp_path, monkeypatch, symmetric
+):
+    """transformers cannot load them, so reloading there would throw a good result away."""
+    checks = pretend(monkeypatch, "compress.pipeline", "reload_and_compare", {"tokens": 1})
+    recipe = recipe_for(
+        checkpoint(), quantize=QUICK | {"method": "rtn", "symmetric": symmetric},
+        allocate={"widths": [8, 3], "narrow": 1, "importance": "position"},
+    )  # fmt: skip
+    result = run(recipe, tmp_path / "out", windows=WINDOWS, self_check=True)
+    said = [warning for warning in result.warnings if warning.startswith("no self-check: ")]
+    assert (len(said), len(checks)) == ((0, 1) if symmetric else (1, 0))
+    widths = widths_in_file(tmp_path / "out")
+    assert set(widths.values()) == {3, 8}
+    model = load_whole(checkpoint())
+    model.load_state_dict(dequantised(read_tensors(tmp_path / "out"), widths))
+    loaded, _ = compress.load(tmp_path / "out", dtype=torch.float32)
+    assert torch.allclose(logits_of(loaded), logits_of(model), atol=1e-4)
 
 
 @pytest.mark.parametrize("unit", ["layer", "fused_group"])
@@ -263,6 +301,17 @@ def test_what_cannot_be_met_is_told_before_a_weight_is_read(deep, no_weights, tm
     for word in words:
         assert word in message
     assert plan_of(recipe).problems == [message]
+
+
+@pytest.mark.parametrize("importance", ["position", "layer_embedding_change", "weight_error"])
+@pytest.mark.parametrize("bound", [{"narrow": 0}, {"average_bits": 4}])
+def test_nothing_to_choose_a_width_for_is_told(deep, no_weights, tmp_path, importance, bound):
+    """Where an override has said every width."""
+    overrides = [{"match": "re:model.layers.*", "bits": 8}]
+    section = {"importance": importance} | bound
+    recipe = recipe_for(deep, quantize={"overrides": overrides}, allocate=section)
+    message = refusal(recipe, tmp_path / "out")
+    assert message.startswith("allocate: no width to choose")
 
 
 def test_the_bound_in_the_refusal_can_be_met(deep, tmp_path):

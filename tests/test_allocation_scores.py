@@ -22,6 +22,8 @@ from tiny_checkpoints import (
 )
 
 from compress.calibration.windows import CalibrationWindows
+from compress.errors import CompressError, RecipeError
+from compress.importance.layers import LAYER_IMPORTANCE
 from compress.models.skeleton import Skeleton
 from compress.planning import storage_dtype
 from compress.quantization.scoring import ScoreWalk, UnitModules
@@ -157,6 +159,31 @@ def test_logit_divergence_is_the_kl_with_that_unit_alone_quantised(
 
 
 @pytest.mark.parametrize("unit", ["layer", "fused_group"])
+def test_the_fitness_of_evolve_is_the_kl_of_the_whole_assignment(rounded, unit):
+    """By plain transformers with all weights exchanged at once, not one unit after the other."""
+    recipe, model, weights = rounded
+    section = {"method": "evolve", "generations": 1, "offspring": 2, "average_bits": 3.2}
+    section |= {"importance": {"name": "random", "seed": 1}, "unit": unit}
+    found = plan_of(recipe.with_changes(allocate=section), MASKED).allocation
+    assert len(set(found.widths.values())) == 2
+    reference = logits_of(model, MASKED.input_ids).double().log_softmax(-1)[MASKED.mask]
+    for name, bits in found.widths.items():
+        put(model, weights[bits], found.modules[name])
+    q = logits_of(model, MASKED.input_ids).double().log_softmax(-1)[MASKED.mask]
+    expected = float((reference.exp() * (reference - q)).sum(-1).mean())
+    assert found.fitness == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_hessian_that_cannot_be_factored_is_named(checkpoint):
+    """Without damping, from fewer tokens than inputs."""
+    quantize = {"damping": 0}
+    section = LIM | {"importance": "output_error", "samples": 1}
+    recipe = recipe_for(checkpoint(), quantize=quantize, allocate=section)
+    with pytest.raises(CompressError, match=r"^model\.layers\.0\.self_attn\.q_proj: .*damping"):
+        plan_of(recipe)
+
+
+@pytest.mark.parametrize("unit", ["layer", "fused_group"])
 def test_weight_and_output_errors_by_hand(rounded, unit):
     """Output error of a linear: ||X (W - Q)'||^2 / ||X W'||^2, X what it reads in the model."""
     recipe, model, weights = rounded
@@ -190,6 +217,30 @@ def test_weight_and_output_errors_by_hand(rounded, unit):
         )
         found_error = found.errors["output_error"][unit_name][bits]
         assert found_error == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_score_of_ones_own_is_named_in_a_recipe(checkpoint, monkeypatch):
+    """A class in the registry is all there is to add."""
+
+    class Spread:
+        needs = "weights"
+
+        def scores(self, units):
+            return {u.name: max(float(W.std()) for _, W in u.ask("weights")) for u in units}
+
+    with pytest.raises(RecipeError, match="unknown layer importance 'spread'"):
+        recipe_for(checkpoint(), allocate=LIM | {"importance": "spread"})
+    monkeypatch.setitem(LAYER_IMPORTANCE, "spread", Spread)
+    recipe = recipe_for(checkpoint(), allocate=LIM | {"importance": "spread"})
+    found = plan_of(recipe).allocation
+    weights = load_whole(checkpoint()).state_dict()
+    for unit, names in found.modules.items():
+        expected = max(float(weights[f"{name}.weight"].std()) for name in names)
+        assert found.scores[unit] == pytest.approx(expected)
+    assert set(found.widths.values()) == {2, 4}
+    monkeypatch.setattr(Spread, "needs", "activations")
+    (problem,) = plan_of(recipe).problems
+    assert "spread needs activations" in problem
 
 
 @pytest.mark.parametrize("of", ["weight_error", "layer_embedding_change", "position", "random"])

@@ -300,6 +300,9 @@ def test_another_recipe_of_the_same_name_replaces_nothing_unasked(
         compare(changed, output, observer=watch)
     assert watch.started == []
     assert {name: every_file(output / name) for name in before} == before
+    assert len(measured) == 2
+    compare(recipes, output)
+    assert len(measured) == 2  # the figures are there as well
     compared = compare(changed, output, overwrite=True, observer=watch)
     assert [row.get("bits") for row in compared.rows] == [None, 4, 3]
     assert [name for name, _ in watch.started] == ["w4, seed 0"] * 2 + ["w2, seed 0"] * 2

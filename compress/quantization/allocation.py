@@ -34,6 +34,8 @@ ALLOCATORS = Registry("allocator")
 # Predicted errors become integers with this many bits for their sum, so that sums are exact.
 ERROR_BITS = 60
 
+NO_UNIT = "allocate: no width to choose: every linear is ignored or an override says its width"
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -142,8 +144,8 @@ class _Problem:
             )
         return UsageError(
             f"budget: {budget.bytes:,} bytes cannot be met: the narrowest widths take "
-            f"{least + budget.fixed_bytes:,} bytes, {budget.fixed_bytes:,} of them for what is "
-            "not quantised"
+            f"{least + budget.fixed_bytes:,} bytes, {budget.fixed_bytes:,} of them for what has "
+            "no width to choose"
         )
 
     def errors(self) -> tuple[list[list[int]], float]:
@@ -162,8 +164,10 @@ class _Problem:
 
     def error_limit(self, errors: list[list[int]], one: float) -> int:
         """The bound on the integer errors. Raises UsageError if it cannot be met."""
-        # Half a unit of rounding for each term: a bound that equals a reachable sum is met.
-        limit = math.floor(Fraction(self.budget.error) * Fraction(one)) + len(errors)
+        # A bound that is a reachable sum, as it was reported, is met: that was rounded to a double,
+        # and each term here is by half a unit.
+        bound = Fraction(math.nextafter(self.budget.error, math.inf))
+        limit = math.floor(bound * Fraction(one)) + len(errors)
         least = sum(map(min, errors))
         if least > limit:
             raise self.error_out_of_reach(least / one)
@@ -189,7 +193,7 @@ class _Problem:
 
 def _check(units: Sequence[Unit]) -> None:
     if not units:
-        raise UsageError("allocate: no unit to choose a width for: every linear is ignored")
+        raise UsageError(NO_UNIT)
     assert len({unit.name for unit in units}) == len(units), "two units of one name"
     for unit in units:
         assert unit.bytes and unit.weights > 0, f"{unit.name}: no width or no weight"

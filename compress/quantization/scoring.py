@@ -265,7 +265,10 @@ class ScoreWalk:
         hessians = self._hessians(layer, index, x, schemes)
         for group, H in hessians.items():
             matrix = H.matrix()
-            statistics = self.solver.prepare(matrix) if self.solver.needs_hessian else None
+            try:
+                statistics = self.solver.prepare(matrix) if self.solver.needs_hessian else None
+            except CompressError as error:
+                raise CompressError(f"{prefix}{group[0]}: {error}") from error
             for name in (name for name in group if name in schemes):
                 W = layer.get_submodule(name).weight
                 power[name] = float(W.double().square().sum())

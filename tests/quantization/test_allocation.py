@@ -287,6 +287,19 @@ def test_a_budget_is_met_to_the_byte_and_not_by_one_less(allocate):
 
 
 @searches
+def test_an_error_that_was_reported_can_be_asked_for(allocate):
+    """Rounded to a double it may be less than the sum that it stands for."""
+    draw = random.Random(0)  # noqa: S311
+    for _ in range(40):
+        units = [
+            Unit(f"{i}", 1, {2: 1, 4: 2}, errors={b: 1 + draw.random() for b in (2, 4)})
+            for i in range(5)
+        ]
+        least = math.fsum(min(unit.errors.values()) for unit in units)
+        assert allocate(units, Budget(error=least)).error == pytest.approx(least, rel=1e-15)
+
+
+@searches
 def test_an_endless_budget_gives_every_unit_its_best(allocate):
     units = layers(6, (2, 3, 8))
     for budget in (Budget(average_bits=16), Budget(bytes=10**15)):
@@ -347,7 +360,7 @@ def test_a_budget_is_one_finite_bound(bounds):
 
 
 def test_what_cannot_be_allocated_says_so():
-    with pytest.raises(UsageError, match="no unit to choose a width for"):
+    with pytest.raises(UsageError, match="no width to choose"):
         knapsack([], Budget(average_bits=3))
     blank = Unit("model.layers.0", 8, {2: 2, 4: 4})
     with pytest.raises(UsageError, match=r"model\.layers\.0: no predicted error"):
