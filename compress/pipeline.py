@@ -314,7 +314,7 @@ class Job:
         if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
             self.warn(
                 "no self-check: transformers cannot load asymmetric modules of several widths or "
-                "group sizes (compress.load and vLLM do)"
+                "group sizes (compress.load does)"
             )
             return False
         needed = 4 * sum(p.numel() for p in self.skeleton.model.parameters())
