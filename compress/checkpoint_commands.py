@@ -96,6 +96,7 @@ def generate(
 
     check_device(device)
     loaded, tokenizer = load(model, device=device)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a multimodal model has a processor
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     if inputs["input_ids"].shape[1] == 0:
         raise UsageError("--prompt has no tokens: give some text to continue")

@@ -179,7 +179,8 @@ class Job:
             self._settle_strategy(mark, resume)
             probe, processor = probe_prompt(skeleton), skeleton.processor()
             self.parts.append(self.work / "vision.safetensors")
-        stages = None if self.strategy is None else Stages(self.strategy)
+        depth = len(self.plan.layers)
+        stages = None if self.strategy is None else Stages(self.strategy, depth)
         hidden = skeleton.config.hidden_size
         widest = max(module.shape[1] for module in self.plan.modules) if self.plan.modules else 0
         nbytes = data.tokens * (hidden + widest) * 4

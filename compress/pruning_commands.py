@@ -5,6 +5,7 @@ Every import that needs torch is inside the command.
 
 import contextlib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 def search_pruning(
     model: ModelArgument,
     data: Annotated[
-        Path, typer.Option(metavar="FILE.jsonl", help='Lines {"image": path, "prompt": text}.')
+        Path,
+        typer.Option(
+            metavar="FILE.jsonl", help='Lines {"image": path, "prompt": text}; or demo-scenes.'
+        ),
     ],
     keep: Annotated[float, typer.Option(help="Share of visual tokens, averaged over layers.")],
     output: Annotated[Path, typer.Option(help="The strategy; its trials go beside it.")] = Path(
@@ -65,13 +69,13 @@ def search_pruning(
     from compress.checkpoint.loading import load
     from compress.pipeline import check_device
     from compress.pruning.families import family_of
-    from compress.pruning.samples import read_samples
+    from compress.pruning.samples import DEMO_SCENES, read_samples
     from compress.pruning.saved import save_strategy
     from compress.pruning.search import check_search, search_strategy
 
     check_device(device)
     check_search(keep, trials, sampler)
-    if not data.is_file():
+    if str(data) != DEMO_SCENES and not data.is_file():
         raise UsageError(f"--data: no such file: {data}")
     with stdout_for(json) as emit:
         loaded, processor = load(model, device=device, prune=False)
@@ -116,9 +120,12 @@ def _rows(found: "SearchResult") -> list[tuple[str, str]]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--stages: expected layers such as 0,9,18, found {text!r}") from None
+        numbers = ()
+    if not numbers or any(a >= b for a, b in pairwise((-1, *numbers))):
+        raise UsageError(f"--stages: expected rising layers such as 0,9,18, found {text!r}")
+    return numbers
 
 
 @contextlib.contextmanager

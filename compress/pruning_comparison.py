@@ -154,7 +154,7 @@ class PruningComparison:
             return found.strategy, None
         try:
             strategy = section.strategy_for(self.layers)
-            strategy.count(self._visual_tokens(recipe), len(strategy.stages) - 1)
+            strategy.counts(self._visual_tokens(recipe), self.layers)
         except UsageError:
             nearest = self._least(recipe)
             if nearest is None:

@@ -77,7 +77,7 @@ class VisualTokenPruning:
         self.layers = self.text.layers
         check_decoder(self.text)
         strategy.average_kept(len(self.layers))  # refuses a stage beyond the last layer
-        self.stages = Stages(strategy)
+        self.stages = Stages(strategy, len(self.layers))
         self.tap = self.stages.tap(self.base, family, processor)
         self.attention = {
             layer: LastTokenAttention(self.layers[layer - 1].self_attn)
@@ -110,7 +110,7 @@ class VisualTokenPruning:
             self._handles += tap.install()
         self._handles.append(self.base.register_forward_hook(self._after_model))
         self.base.get_image_features = self.encoded.noting(self.base.get_image_features)
-        self.model.generate = checked_generate(self.model)
+        self.model.generate = checked_generate(self.model, self._unpruned_length)
         return self
 
     def __exit__(
@@ -124,6 +124,13 @@ class VisualTokenPruning:
         self._handles = []
         del self.model.generate, self.base.get_image_features  # the classes' own are there again
         self._step, self.encoded.latest = None, []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        # The copy would hold this model's hooks, and answer for this model.
+        raise UsageError(
+            "a model cannot be copied while its visual tokens are pruned: leave the context, or "
+            "call stop_pruning, first"
+        )
 
     def _hook(self, module: nn.Module, hook: Any, **options: Any) -> None:
         self._handles.append(module.register_forward_pre_hook(hook, **options))
@@ -169,6 +176,15 @@ class VisualTokenPruning:
         count = inputs["input_ids"].shape[1]
         inputs["position_ids"] = final + torch.arange(new - count + 1, new + 1, device=final.device)
         return (), inputs
+
+    def _unpruned_length(self, cache: Any) -> int | None:
+        """Tokens that a cache stands for, if a stage before the first layer made it shorter."""
+        past = int(cache.get_seq_length()) if cache in self._prompts else 0
+        if past == 0:
+            return None
+        prompt = self._prompts[cache]
+        pruned = prompt.length - prompt.view(0).index.shape[1]
+        return past + pruned if pruned else None
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: Inputs) -> Any:
         """Opens a new prompt and applies stage 0; while decoding, replaces the mask."""

@@ -27,9 +27,10 @@ import torch
 
 from compress.errors import UsageError
 from compress.pruning.recycle import grid_cells
+from compress.pruning.strategy import ROUNDING
 from compress.pruning.vision import VisualTokens
 
-# A share at its floor must round to the count that it stands for, after a few roundings in fp64.
+# A share at its floor must stand for its whole count, after a few roundings in fp64.
 SHARE_MARGIN = 1e-9
 # A cell just above a break must be above it in fp32 too, in which tokens are assigned to cells.
 CELL_MARGIN = 1e-6
@@ -54,8 +55,8 @@ class Layout:
         return max(self.protected + len(labels.unique()), 1)
 
     def count(self, share: float) -> int:
-        """How many are left of this share, as `PruneStrategy.count` rounds."""
-        return math.floor(self.tokens * share + 0.5)
+        """How many are left of this share at least: `PruneStrategy.counts` may round down."""
+        return math.floor(self.tokens * share + ROUNDING)
 
     def fits(self, share: float, cell: float | None) -> bool:
         count = self.count(share)
@@ -150,7 +151,7 @@ class FeasibleSet:
 
     def _floor(self, cell: float | None) -> float:
         """The least share that leaves every image what must stay."""
-        shares = (((layout.least(cell) - 0.5) / layout.tokens) for layout in self.layouts)
+        shares = (layout.least(cell) / layout.tokens for layout in self.layouts)
         return max(shares) * (1 + SHARE_MARGIN)
 
 

@@ -49,7 +49,7 @@ def strategy_of(recipe: "Recipe", skeleton: "Skeleton", layers: int) -> PruneStr
     strategy.average_kept(layers)  # refuses a stage beyond the last layer
     base = skeleton.model.model
     check_decoder(base.language_model)
-    Stages(strategy).tap(base, FAMILIES[skeleton.model_config.model_type])
+    Stages(strategy, layers).tap(base, FAMILIES[skeleton.model_config.model_type])
     if strategy.method in LANGUAGE_ATTENTION:
         LastTokenAttention(base.language_model.layers[0].self_attn)
     return strategy
@@ -151,7 +151,7 @@ def _costs(
     element_bytes: int,
 ) -> dict[str, Any]:
     total, images, source = _prompt(recipe, skeleton)
-    counts = [sum(strategy.count(n, s) for n in images) for s in range(len(strategy.stages))]
+    counts = [sum(c) for c in zip(*(strategy.counts(n, layers) for n in images), strict=True)]
     visual = sum(images)
     kept = [visual] * strategy.stages[0]
     ends = [*strategy.stages[1:], layers]

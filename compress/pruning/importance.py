@@ -90,8 +90,9 @@ def grey_levels(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
     `mean` and `std` [3] are those of the image processor: pixels * std + mean lies in [0, 1].
     """
-    shape = (3, 1, 1)
-    restored = pixels.float() * std.to(pixels).float().view(shape) + mean.to(pixels).view(shape)
+    # In fp32 also for 16-bit pixels: a rounded mean would shift all of them.
+    mean, std = (x.to(pixels.device, torch.float32).view(3, 1, 1) for x in (mean, std))
+    restored = pixels.float() * std + mean
     levels = (restored * (GREY_LEVELS - 1)).round().clamp(0, GREY_LEVELS - 1)
     return levels.mean(dim=-3).round().long()
 

@@ -309,7 +309,7 @@ def search_variables(start: PruneStrategy, wanted: Sequence[str] | None) -> tupl
     stages = f"{start.method} with stages {list(start.stages)}"
     for name in wanted or ():
         if name not in possible:
-            near = did_you_mean(name, VARIABLES)
+            near = did_you_mean(name, possible)
             raise UsageError(
                 f"{name!r} cannot be searched for {stages}{near}: expected one of "
                 f"{', '.join(possible) or 'none'}"

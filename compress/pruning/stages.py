@@ -3,7 +3,7 @@
 The live engine (`compress.pruning.engine`) and the calibration walk, which has one decoder layer in
 memory at a time, prune with the same stages.
 
-    stages = Stages(strategy); tap = stages.tap(base, family, processor)
+    stages = Stages(strategy, layers=28); tap = stages.tap(base, family, processor)
     hidden, order = stages.narrow(prompt, layer, hidden, generator)
 """
 
@@ -21,10 +21,13 @@ from compress.pruning.vision import TapSettings, VisionTap
 
 
 class Stages:
-    """The stages of a strategy; `numbers`: decoder layer that a stage lies before -> stage."""
+    """The stages of a strategy; `numbers`: decoder layer that a stage lies before -> stage.
 
-    def __init__(self, strategy: PruneStrategy):
-        self.strategy = strategy
+    `layers`: of the decoder.
+    """
+
+    def __init__(self, strategy: PruneStrategy, layers: int):
+        self.strategy, self.layers = strategy, layers
         self.method = PRUNING_METHODS[strategy.method](strategy)
         self.numbers = {layer: stage for stage, layer in enumerate(strategy.stages)}
 
@@ -65,7 +68,8 @@ class Stages:
         slots = prompt.slots()
         for image in prompt.images:
             here = slots[image.row, image.positions[image.alive]]
-            count = self.strategy.count(len(image.tokens), self.numbers[layer])
+            counts = self.strategy.counts(len(image.tokens), self.layers)
+            count = counts[self.numbers[layer]]
             if count < len(here):
                 tokens = image.tokens.take(image.alive)
                 protect = self.strategy.protect_newlines

@@ -15,7 +15,8 @@ equation 5). Recycled and protected tokens count as kept.
 import json
 import math
 from collections.abc import Callable
-from itertools import accumulate, pairwise
+from functools import lru_cache
+from itertools import accumulate, pairwise, product
 from operator import mul
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -42,6 +43,9 @@ OPTIONS = {
     "vit_layer": ("vflowopt", "visionzip"),
     "seed": ("random",),
 }
+
+# Shares are products of ratios: whole numbers of tokens come out with an error of this size.
+ROUNDING = 1e-6
 
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(strict=False, gt=0, le=1)]
@@ -136,19 +140,15 @@ class PruneStrategy(BaseModel):
         last = _solve(lambda x: average_kept(self.stages, (*fixed, x), layers), keep, self.stages)
         return PruneStrategy(**self.model_dump() | {"ratios": (*fixed, last)})
 
-    def count(self, tokens: int, stage: int) -> int:
-        """How many of an image's `tokens` are left after `stage`: the share, rounded to nearest.
+    def counts(self, tokens: int, layers: int) -> tuple[int, ...]:
+        """How many of an image's `tokens` are left after each stage, in a model of `layers`.
 
-        Raises UsageError if that is none.
+        Each is its share, rounded up or down so that the sum over layers comes closest to the
+        budget; of equally close ones, those nearest to the shares.
+
+        Raises UsageError if a stage leaves none.
         """
-        share = math.prod(self.ratios[: stage + 1])
-        count = math.floor(tokens * share + 0.5)
-        if count < 1:
-            raise UsageError(
-                f"stage {stage} keeps {share:.4g} of an image with {tokens} visual tokens, which "
-                "is none: raise the ratios"
-            )
-        return count
+        return _whole_tokens(self.stages, self.ratios, tokens, layers)
 
     def save(self, path: str | Path) -> None:
         """Writes JSON with every setting; `load` gives an equal strategy."""
@@ -185,6 +185,31 @@ def average_kept(stages: tuple[int, ...], ratios: tuple[float, ...], layers: int
     spans = [b - a for a, b in pairwise((*stages, layers))]
     shares = accumulate(ratios, mul)
     return (stages[0] + sum(n * share for n, share in zip(spans, shares, strict=True))) / layers
+
+
+@lru_cache(maxsize=1024)  # images of one size come again and again
+def _whole_tokens(
+    stages: tuple[int, ...], ratios: tuple[float, ...], tokens: int, layers: int
+) -> tuple[int, ...]:
+    exact = [tokens * share for share in accumulate(ratios, mul)]
+    spans = [b - a for a, b in pairwise((*stages, layers))]
+    if exact[-1] < 0.5 - ROUNDING:
+        stage = next(i for i, n in enumerate(exact) if n < 0.5 - ROUNDING)
+        raise UsageError(
+            f"stage {stage} keeps {exact[stage] / tokens:.4g} of an image with {tokens} visual "
+            "tokens, which is none: raise the ratios"
+        )
+    choices = [
+        sorted({max(math.floor(n + ROUNDING), 1), max(math.ceil(n - ROUNDING), 1)}) for n in exact
+    ]
+
+    def distance(counts: tuple[int, ...]) -> tuple[float, float]:
+        misses = [count - n for count, n in zip(counts, exact, strict=True)]
+        total = sum(span * miss for span, miss in zip(spans, misses, strict=True))
+        return round(abs(total), 6), sum(miss * miss for miss in misses)
+
+    falling = (c for c in product(*choices) if all(a >= b for a, b in pairwise(c)))
+    return min(falling, key=distance)
 
 
 def _default_stages(method: str, layers: int) -> tuple[int, ...]:

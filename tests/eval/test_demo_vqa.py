@@ -1,5 +1,6 @@
 """Questions about drawn scenes: how they are drawn, asked and scored through the harness."""
 
+import copy
 from collections import Counter
 
 import numpy as np
@@ -110,9 +111,11 @@ def test_the_model_is_asked_the_question_and_shown_the_picture(yes, monkeypatch)
 
 
 def test_scores_do_not_depend_on_the_batch_and_nothing_is_left_changed(yes):
-    model, processor = yes
+    model, processor = yes[0], copy.deepcopy(yes[1])
+    # The harness pads left, and with a token of its choice if there is none.
+    processor.tokenizer.padding_side, processor.tokenizer.pad_token = "right", None
     before = processor.tokenizer.padding_side, processor.tokenizer.pad_token
-    scores = [run_tasks(*yes, ["demo_vqa"], limit=6, batch_size=b) for b in (1, 6)]
+    scores = [run_tasks(model, processor, ["demo_vqa"], limit=6, batch_size=b) for b in (1, 6)]
     assert scores[0] == scores[1]
     assert (processor.tokenizer.padding_side, processor.tokenizer.pad_token) == before
     assert not model.training

@@ -68,7 +68,7 @@ def test_every_point_keeps_the_budget_and_fits_every_image(keep, stages, images,
         assert average_kept(stages, strategy.ratios, 28) == pytest.approx(keep, abs=1e-12)
         found.check(shares)
         for image in IMAGES[images]:
-            counts = [strategy.count(len(image), stage) for stage in range(len(stages))]
+            counts = strategy.counts(len(image), 28)
             newlines = int(image.newline.sum())
             assert all(count >= max(newlines, 1) for count in counts)
         if recycle:
@@ -85,7 +85,7 @@ def found_floor(images, recycle):
 
 def recycles(image, cell, strategy):
     """Runs the recycling that the engine runs; raises if cells and count do not fit."""
-    count = strategy.count(len(image), 0)
+    count = strategy.counts(len(image), 28)[0]
     if count < len(image):
         cells = grid_cells(image.segment, image.row, image.column, cell)
         kept, places = keep_with_cells(torch.rand(len(image)), cells, count, image.newline)
@@ -153,10 +153,10 @@ def test_a_given_cell_raises_the_first_floor():
 
 
 def test_budgets_that_leave_an_image_no_token_are_refused():
-    with pytest.raises(UsageError, match=r"allow budgets from 0\.07143 to below 1"):
-        feasible(0.05, images="several", stages=(0,))  # 7 tokens: half of one rounds up
-    found = feasible(0.0715, images="several", stages=(0,))
-    assert PruneStrategy(ratios=ratios_of(found.shares([]))).count(7, 0) == 1
+    with pytest.raises(UsageError, match=r"allow budgets from 0\.1429 to below 1"):
+        feasible(0.1, images="several", stages=(0,))  # 7 tokens
+    found = feasible(0.143, images="several", stages=(0,))
+    assert PruneStrategy(ratios=ratios_of(found.shares([]))).counts(7, 28) == (1,)
     with pytest.raises(UsageError, match=r"found keep 0\.5"):
         feasible(0.5, stages=(14,))
 

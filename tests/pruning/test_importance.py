@@ -93,6 +93,16 @@ def test_grey_levels_are_those_of_the_picture_before_normalisation():
     assert torch.equal(grey_levels(pixels, MEAN, STD), expected)
 
 
+def test_grey_levels_of_16_bit_pixels_are_off_by_their_own_rounding_alone():
+    levels = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    normalised = (levels / 255 - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)
+    half = normalised.bfloat16()
+    exact = (half.double() * STD.double().view(3, 1, 1) + MEAN.double().view(3, 1, 1)) * 255
+    expected = exact.round().clamp(0, 255).mean(dim=-3).round().long()
+    found = grey_levels(half, MEAN, STD)
+    assert (found != expected).double().mean() < 0.01
+
+
 @pytest.mark.parametrize(("levels", "bits"), [(1, 0), (2, 1), (16, 4), (64, 6), (256, 8)])
 def test_entropy_of_equally_frequent_levels_is_their_logarithm(levels, bits):
     patch = torch.arange(256).view(1, 256) % levels

@@ -161,6 +161,15 @@ def test_a_processor_with_videos_reads_images_without_torchvision(tmp_path):
     assert model.visual_token_pruning.stats.images[0].kept[0] == round(placeholders / 2)
 
 
+def test_text_is_continued_from_the_command_line(folder, capsys):
+    from compress.cli import main
+
+    save_strategy(STRATEGY, folder)
+    options = ["--prompt", "w7 w8 w9", "--max-tokens", "3"]
+    assert main(["generate", str(folder), *options]) == 0
+    assert capsys.readouterr().out.strip()
+
+
 def test_search_saves_with_the_model(folder, tmp_path, empty_folder, capsys):
     pytest.importorskip("optuna")
     from compress.cli import main

@@ -154,6 +154,17 @@ def test_visionzip_keeps_the_dominant_and_merges_the_rest_by_key():
         torch.testing.assert_close(value, image.features[members].mean(0))
 
 
+def test_visionzip_keeps_each_contextual_token_in_its_own_group():
+    """Keys that are all alike: the first takes in the rest, the second is left as it was."""
+    image = candidates(keys=torch.ones(N, D), attention=torch.arange(N, 0, -1).float())
+    selection = method("visionzip").select(image, 13)
+    first, second = selection.merged.tolist()
+    others = [i for i in range(11, N) if i != second]
+    torch.testing.assert_close(selection.values[0], image.features[others].mean(0))
+    torch.testing.assert_close(selection.values[1], image.features[second])
+    assert first == 11 and selection.kept.tolist() == [*range(11), first, second]
+
+
 def test_divprune_equals_the_greedy_definition():
     image = candidates()
     unit = normalize(image.features, dim=-1)

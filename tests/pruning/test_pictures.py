@@ -188,6 +188,10 @@ def test_watching_keeps_the_first_prompt_and_counts_all(tmp_path):
             model.generate(**tiny_inputs(model, SINGLE), max_new_tokens=2, do_sample=False)
         assert pruning.base.get_image_features is encode
         assert watched.prompt is first
+        last = pruning.last
+        with watching(model, pruning) as nothing:
+            pass
+        assert nothing.prompt is None and pruning.last is last
         assert torch.equal(watched.inputs["pixel_values"], inputs["pixel_values"])
     figures = watched.figures()
     assert (figures["prompts"], figures["images"]) == (3 + 1, 3 + 1)

@@ -253,7 +253,7 @@ def test_given_ratios_must_keep_the_budget(model, samples):
         ({"start": PruneStrategy(stages=(9,)), "keep": 0.5}, "needs a deeper model"),
         ({"keep": 0.001}, "allow budgets from"),
         ({"start": PruneStrategy(method="pyramiddrop", stages=(1, 2), ratios=(0.5, 0.5)),
-          "variables": ["cell"]}, "'cell' cannot be searched for pyramiddrop"),
+          "variables": ["cell"]}, r"'cell' cannot be .* stages \[1, 2\]: expected one of ratios"),
     ],
 )  # fmt: skip
 def test_searches_that_cannot_be_are_one_line(model, samples, options, message):
@@ -313,11 +313,18 @@ def test_command_writes_a_strategy_and_goes_on(folder, data, empty_folder, capsy
     assert PruneStrategy.load("found.json").ratios == strategy.ratios
 
 
+def test_command_takes_the_demo_scenes(folder, empty_folder, capsys):
+    assert command(folder, "demo-scenes", "--stages", "0,2", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["conditions"]["prompts"] == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--sampler", "tpee"], "unknown sampler 'tpee' (did you mean 'tpe'?)"),
-        (["--stages", "0,x"], "--stages: expected layers such as 0,9,18, found '0,x'"),
+        (["--stages", "0,x"], "--stages: expected rising layers such as 0,9,18, found '0,x'"),
+        (["--stages", "2,1"], "--stages: expected rising layers such as 0,9,18, found '2,1'"),
+        (["--stages=-1,1"], "--stages: expected rising layers such as 0,9,18, found '-1,1'"),
         (["--keep", "2"], "found keep 2.0"),
         (["--data", "none.jsonl"], "--data: no such file: none.jsonl"),
     ],

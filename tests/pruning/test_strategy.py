@@ -1,6 +1,10 @@
 """The strategy: the budget's arithmetic, the published settings, JSON, and what is refused."""
 
 import json
+import math
+import random
+from itertools import accumulate, pairwise
+from operator import mul
 
 import pytest
 
@@ -50,11 +54,32 @@ def test_budgets_out_of_reach_say_what_is_possible():
         average_kept((0, 4), (0.5, 0.5), 4)
 
 
-def test_counts_are_shares_of_the_image_rounded_to_nearest():
+@pytest.mark.parametrize("tokens", [7, 144, 1001])
+@pytest.mark.parametrize("stages", [(0, 4, 8), (0, 3, 7), (2, 10), (5,)])
+def test_counts_are_whole_shares_closest_to_the_budget_over_layers(tokens, stages):
+    layers, draw = 12, random.Random(tokens)  # noqa: S311
+    spans = [b - a for a, b in pairwise((*stages, layers))]
+    for _ in range(50):
+        ratios = [draw.uniform(0.5, 1) for _ in stages]
+        counts = PruneStrategy(stages=stages, ratios=ratios).counts(tokens, layers)
+        exact = [tokens * share for share in accumulate(ratios, mul)]
+        assert all(abs(count - n) < 1 for count, n in zip(counts, exact, strict=True))
+        assert all(a >= b for a, b in pairwise((tokens, *counts)))
+        miss = abs(sum(s * (c - n) for s, c, n in zip(spans, counts, exact, strict=True)))
+        assert miss <= max(spans) / 2 + 1e-6
+        near = [math.floor(n + 0.5) for n in exact]
+        assert (
+            miss <= abs(sum(s * (c - n) for s, c, n in zip(spans, near, exact, strict=True))) + 1e-6
+        )
+
+
+def test_whole_shares_are_met_and_none_is_refused():
+    strategy = PruneStrategy(stages=(0, 4, 8), ratios=(91.54 / 144, 12.82 / 91.54, 3.64 / 12.82))
+    assert sum(strategy.counts(144, 12)) == 108  # a quarter; each to nearest would be 109
     strategy = PruneStrategy(stages=(0, 1), ratios=(0.25, 0.5))
-    assert [strategy.count(100, s) for s in (0, 1)] == [25, 13]
+    assert strategy.counts(200, 2) == (50, 25)
     with pytest.raises(UsageError, match="3 visual tokens, which is none"):
-        strategy.count(3, 1)
+        strategy.counts(3, 2)
 
 
 @pytest.mark.parametrize("method", METHODS)
