@@ -80,24 +80,35 @@ def inspect(
 
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue, or to ask about images.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="For a multimodal model; may be given again.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.0,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     debug: DebugOption = False,
 ) -> None:
-    """Continue a text; what is new is printed as it comes."""
+    """Continue a text, or answer about images; what is new is printed as it comes."""
     import torch
     from transformers import TextStreamer
 
     from compress.checkpoint.loading import load
     from compress.pipeline import check_device
+    from compress.pruning.samples import open_image, prompt_inputs
 
     check_device(device)
-    loaded, tokenizer = load(model, device=device)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a multimodal model has a processor
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    pictures = [open_image(path, f"image {path}") for path in image or ()]
+    loaded, processor = load(model, device=device)
+    tokenizer = getattr(processor, "tokenizer", processor)  # of a multimodal model
+    if pictures and tokenizer is processor:
+        raise UsageError(f"{model} reads text alone: leave out --image")
+    if pictures:
+        inputs = prompt_inputs(processor, prompt, pictures)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     if inputs["input_ids"].shape[1] == 0:
         raise UsageError("--prompt has no tokens: give some text to continue")
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

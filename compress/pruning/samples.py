@@ -81,20 +81,23 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def _inputs(place: str, folder: Path, row: dict[str, Any], processor: Any, answers: bool) -> Inputs:
+def open_image(path: Path, called: str) -> Any:
+    """An image in RGB; UsageError, in which it is `called` so, if it cannot be read."""
     from PIL import Image, UnidentifiedImageError
 
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UsageError(f"{called} cannot be opened: {error}") from error
+
+
+def _inputs(place: str, folder: Path, row: dict[str, Any], processor: Any, answers: bool) -> Inputs:
     image = row.get("image")
     names = [image] if isinstance(image, str) else image
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise UsageError(f"{place}: expected an image's path, or a list of them, found {image!r}")
-    images = []
-    for name in names:
-        try:
-            with Image.open(folder / name) as file:
-                images.append(file.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise UsageError(f"{place}: image {name} cannot be opened: {error}") from error
+    images = [open_image(folder / name, f"{place}: image {name}") for name in names]
     answer = row.get("answer") if answers else None
     if answer is not None and not isinstance(answer, str):
         raise UsageError(f"{place}: expected an answer as text, found {answer!r}")

@@ -60,3 +60,17 @@ def test_it_needs_its_visual_tokens(model_and_processor, items):
         with prune_visual_tokens(model, strategy, processor):
             found[keep] = share_right(model, processor, items[:42])
     assert found[0.5] >= 0.8 and found[1 / 144] <= 0.6
+
+
+def test_it_answers_from_the_command_line(items, tmp_path, capsys):
+    from compress.cli import main
+
+    asked = ["--prompt", items[0]["question"], "--max-tokens", "3"]
+    items[0]["image"].save(tmp_path / "scene.png")
+    assert main(["generate", str(FOLDER), *asked, "--image", str(tmp_path / "scene.png")]) == 0
+    assert capsys.readouterr().out.split() == items[0]["answer"].split()
+    assert main(["generate", str(FOLDER), *asked, "--image", str(tmp_path / "none.png")]) == 2
+    assert "none.png cannot be opened" in capsys.readouterr().err
+    picture = ["--image", str(tmp_path / "scene.png")]
+    assert main(["generate", str(FOLDER.parent / "lm"), *asked, *picture]) == 2
+    assert "reads text alone" in capsys.readouterr().err
