@@ -1,5 +1,5 @@
 # make demo   quantises the small model that comes with the project and shows what that cost
-# make test   all tests on this machine
+# make test   all tests, JOBS at a time: as many as there are processors
 # make lint   ruff, check and format
 # make gpu    GPU tests, then benchmarks into benchmarks/; needs CUDA, and takes PYTHON as it is
 #             (torch, transformers, triton installed), because no CUDA build is pinned here
@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OUTPUT ?= demo-output
 BENCHMARKS ?= benchmarks
+JOBS ?= logical
 DEMO := demo-rtn demo-gptq demo-quarot demo-lm
 
 .PHONY: demo test lint gpu clean
@@ -20,7 +21,7 @@ demo: $(READY)
 	$(BIN)/modelpress generate $(OUTPUT)/RSQ-0 --prompt "import os" --max-tokens 32
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
