@@ -133,8 +133,8 @@ class FeasibleSet:
     def cell(self, position: float, first_share: float) -> float:
         """A cell's side that leaves no more tokens than `first_share` allows; position in [0, 1].
 
-        On a log scale, for most of what it changes it changes while it is small; at 1 a cell is
-        as large as the largest image.
+        Linear in how many cells there are to a side, down to 1 at 1: a side of so many tokens has
+        no other sizes to tell apart, and each is as likely to be drawn.
         """
 
         def fits(number: int) -> bool:
@@ -144,7 +144,7 @@ class FeasibleSet:
         # The last break always fits, one cell for a whole grid: `first_floor` sees to that.
         number = bisect_left(range(len(self.breaks) - 1), True, key=fits)
         low = self.breaks[number] * (1 + CELL_MARGIN)
-        return float(low * (max(self.side, low) / low) ** position)
+        return 1 / ((1 - position) / low + position / max(self.side, low))
 
     def _floor_of(self, stage: int) -> float:
         return self.floor if stage else self.first_floor

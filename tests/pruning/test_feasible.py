@@ -141,6 +141,16 @@ def test_the_least_cell_is_the_least(images):
             assert not all(x.fits(first, low * (1 - 1e-4)) for x in found.layouts)
 
 
+def test_each_number_of_cells_to_a_side_is_as_likely():
+    found = feasible(0.3, recycle=True)  # 12 x 12
+    positions = np.linspace(0, 1, 10_001)
+    cells = np.array([math.ceil(12 / found.cell(p, 0.95)) for p in positions])
+    most = cells.max()
+    counts = np.bincount(cells)[2:most]  # the ends have what is left of theirs
+    assert most >= 8 and counts.max() - counts.min() <= 1
+    assert found.cell(1.0, 0.95) == pytest.approx(12)
+
+
 def test_a_given_cell_raises_the_first_floor():
     """144 tokens in 16 cells: never fewer than 16 after stage 0."""
     found = feasible(0.12, cell=3.0)
