@@ -335,13 +335,13 @@ def _propose(
         study = optuna.create_study(
             direction="maximize", sampler=kind(seed=number, n_startup_trials=STARTUP)
         )
-    for trial in done:
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=trial.parameters, distributions=distributions, value=trial.score
+        for trial in done:
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=trial.parameters, distributions=distributions, value=trial.score
+                )
             )
-        )
-    return study.ask(distributions).params
+        return study.ask(distributions).params
 
 
 def _best(trials: Sequence[Trial]) -> Trial:
@@ -364,9 +364,9 @@ def _optuna() -> Any:
 
 @contextmanager
 def _quiet(optuna: Any) -> Iterator[None]:
-    """Without the line that optuna logs for each new study."""
+    """Without what optuna logs: new studies, and a package that would make `gp` faster."""
     before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         yield
     finally:
