@@ -70,11 +70,13 @@ class Kernels:
         if x.dtype != torch.bfloat16 or not self.takes_bf16():
             x = x.float()
         x = x.contiguous()
+        each = 1 if x.dtype == torch.bfloat16 else 2  # words of a row for two inputs
+        work = torch.empty(M * -(-K // 2) * each, dtype=torch.int32)
         y = torch.empty(M, N, dtype=torch.float32)
         self.library.modelpress_tiles_matmul(
-            x.data_ptr(), KINDS[x.dtype], packed.data_ptr(), scale.data_ptr(), KINDS[scale.dtype],
-            None if zero is None else zero.data_ptr(), y.data_ptr(), M, N, K, group_size or K,
-            bits, 2 ** (bits - 1), torch.get_num_threads(),
+            x.data_ptr(), KINDS[x.dtype], work.data_ptr(), packed.data_ptr(), scale.data_ptr(),
+            KINDS[scale.dtype], None if zero is None else zero.data_ptr(), y.data_ptr(), M, N, K,
+            group_size or K, bits, 2 ** (bits - 1), torch.get_num_threads(),
         )  # fmt: skip
         return y
 
@@ -143,8 +145,8 @@ def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     library.modelpress_tiles_matmul.argtypes = [
-        pointer, integer, pointer, pointer, integer, pointer, pointer, long, long, long, long,
-        integer, integer, integer,
+        pointer, integer, pointer, pointer, pointer, integer, pointer, pointer, long, long, long,
+        long, integer, integer, integer,
     ]  # fmt: skip
     library.modelpress_tiles_matmul.restype = None
     return library

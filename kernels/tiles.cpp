@@ -1,8 +1,8 @@
 // y = x W^T for weights in the "tiles" layout of cpu.py; native.py compiles it where it runs.
 //
-//     packed [tiles, ceil(K / 2), 16 * BITS bytes]: two inputs k, k + 1 of 64 outputs, low bits first
+//     packed [tiles, ceil(K / 2), 16 * BITS bytes]: inputs k, k + 1 of 64 outputs, low bits first
 //         8 bits   64 bytes of k, then 64 of k + 1
-//         4 bits   32 bytes of k: byte 16 h + i holds outputs 32 h + i and 32 h + 16 + i; then k + 1
+//         4 bits   32 bytes of k: byte 16 h + i holds outputs 32 h + i, 32 h + 16 + i; then k + 1
 //         2 bits   16 bytes of k: byte i holds outputs i, 16 + i, 32 + i, 48 + i; then k + 1
 //         3 bits   the low two bits as above; then 16 bytes: bit f of byte i is the third bit of
 //                  output 16 f + i of input k, bit 4 + f that of k + 1
@@ -12,13 +12,13 @@
 // Codes meet x as the exact integers c - z, a scale meets the fp32 sum of its group: nothing that
 // the file holds is rounded. Sums run in one order whatever the number of threads.
 //
-// Codes of 64 outputs are expanded as they are loaded and multiplied at once by up to six rows of x;
-// if there are more rows, what was expanded stays in the first-level cache for them, CHUNK inputs at
-// a time. bf16 is multiplied as pairs of inputs where the processor does that (AVX512-BF16), else x
-// comes as fp32.
+// Codes of 64 outputs are expanded as they are loaded, and multiplied at once by up to six rows of
+// x, which are interleaved first, so that they are read in a stream; if there are more rows, what
+// was expanded stays in the first-level cache for them, CHUNK inputs at a time. bf16 is multiplied
+// as pairs of inputs where the processor does that (AVX512-BF16), else x comes as fp32.
 //
-// Vectors are those of GCC and Clang, which any processor has. By name are only the bf16 product and
-// the lookups (AVX-512) that turn symmetric codes of up to 4 bits into c - z in one instruction.
+// Vectors are those of GCC and Clang, which any processor has. By name are only the bf16 product
+// and the lookups (AVX-512) that turn symmetric codes of up to 4 bits into c - z at once.
 
 #include <cstdint>
 #include <cstring>
@@ -40,8 +40,8 @@ typedef int32_t ints __attribute__((vector_size(64)));
 enum Kind { FP32 = 0, BF16 = 1, FP16 = 2 };
 
 struct Problem {
-    const void* x;
-    int x_kind;
+    const uint32_t* x;  // as `arrange` leaves it
+    bool pairs;
     const uint8_t* packed;
     const void* scale;
     int scale_kind;
@@ -210,7 +210,7 @@ inline void integer_pairs(const uint8_t* from, const ints* z, ints* v) {
     }
 }
 
-// ---- products of pairs --------------------------------------------------------------------------
+// ---- rows of x ----------------------------------------------------------------------------------
 
 #if defined(__AVX512BF16__)
 constexpr bool BF16_PAIRS = true;
@@ -218,10 +218,43 @@ constexpr bool BF16_PAIRS = true;
 constexpr bool BF16_PAIRS = false;
 #endif
 
-inline uint32_t load_pair(const uint16_t* x) {
-    uint32_t pair;
-    std::memcpy(&pair, x, sizeof pair);
-    return pair;
+// How rows are multiplied: blocks of up to MOST of them, whose sizes differ by one at most. The
+// first has no more than others: it needs registers to expand weights.
+struct Blocks {
+    int rows, count;
+
+    explicit Blocks(long left)
+        : rows(int(left < ROWS ? left : ROWS)), count((rows + MOST - 1) / MOST) {}
+
+    int size(int block) const { return rows / count + (block >= count - rows % count); }
+};
+
+// Rows [m, m + rows) of x as `multiply` reads them: for each two inputs all rows, pairs of bf16 or
+// fp32, those of the first input first. An odd last input has a partner of 0.
+void arrange(const void* x, bool pairs, long m, int rows, long K, uint32_t* out) {
+    const uint16_t* halves = static_cast<const uint16_t*>(x) + m * K;
+    const uint32_t* words = static_cast<const uint32_t*>(x) + m * K;
+    for (long k = 0; k < K; k += 2) {
+        const bool both = k + 1 < K;
+        if (pairs) {
+            for (long at = k; at < rows * K; at += K)
+                *out++ = halves[at] | (both ? uint32_t(halves[at + 1]) << 16 : 0);
+        } else {
+            for (long at = k; at < rows * K; at += K) *out++ = words[at];
+            for (long at = k + 1; at < rows * K + 1; at += K) *out++ = both ? words[at] : 0;
+        }
+    }
+}
+
+void arrange_all(const void* x, bool pairs, long M, long K, uint32_t* out, int threads) {
+    const long width = (K + 1) / 2 * (pairs ? 1 : 2);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long m0 = 0; m0 < M; m0 += ROWS) {
+        const Blocks blocks(M - m0);
+        long m = m0;
+        for (int block = 0; block < blocks.count; m += blocks.size(block++))
+            arrange(x, pairs, m, blocks.size(block), K, out + m * width);
+    }
 }
 
 // to[64] += the two products of a pair of x and pairs of weights, all bf16
@@ -237,8 +270,7 @@ inline void add_pairs(floats* to, uint32_t x, const ints* w) {
 
 template <int BITS, bool TABLE, bool PAIRS>
 void one_row(const Problem& p, long tile) {
-    const float* x = static_cast<const float*>(p.x);
-    const uint16_t* pairs = static_cast<const uint16_t*>(p.x);
+    const uint32_t* x = p.x;
     const uint8_t* from = p.packed + tile * ((p.K + 1) / 2) * LANES * BITS;
     floats total[PARTS] = {};
     for (long start = 0; start < p.K; start += p.group) {
@@ -246,27 +278,17 @@ void one_row(const Problem& p, long tile) {
         floats part[2][PARTS] = {}, s[PARTS];
         ints z[PARTS];
         group_zero<BITS, TABLE>(p, start / p.group, tile * WIDE, z);
-        long k = start;
-        if constexpr (PAIRS) {
-            ints w[PARTS];
-            for (; k + 1 < stop; k += 2, from += LANES * BITS) {
+        for (long k = start; k < stop; k += 2, from += LANES * BITS) {
+            if constexpr (PAIRS) {
+                ints w[PARTS];
                 integer_pairs<BITS, TABLE>(from, z, w);
-                add_pairs(part[0], load_pair(pairs + k), w);
-            }
-            if (k < stop) {  // the last of an odd number: its partner is 0
-                integer_pairs<BITS, TABLE>(from, z, w);
-                add_pairs(part[0], pairs[k], w);
-            }
-        } else {
-            ints w[2][PARTS];
-            for (; k + 1 < stop; k += 2, from += LANES * BITS) {
+                add_pairs(part[0], *x++, w);
+            } else {
+                ints w[2][PARTS];
                 integers<BITS, TABLE>(from, z, w);
-                for (int i = 0; i < 2; i++)
-                    for (int f = 0; f < PARTS; f++) part[i][f] += x[k + i] * as_floats(w[i][f]);
-            }
-            if (k < stop) {
-                integers<BITS, TABLE>(from, z, w);
-                for (int f = 0; f < PARTS; f++) part[0][f] += x[k] * as_floats(w[0][f]);
+                for (int i = 0; i < 2; i++, x++)
+                    for (int f = 0; f < PARTS; f++)
+                        part[i][f] += as_float(*x) * as_floats(w[i][f]);
             }
         }
         group_scale(p, start / p.group, tile * WIDE, s);
@@ -285,15 +307,14 @@ struct Weights {
     ints* block;
 };
 
-// sums[MR][64] += scale * (rows [m, m + MR) of x times the weights of inputs [k, k + count)). The
-// weights are expanded into the block on the way; with BITS 0 they are there already.
+// sums[MR][64] += scale * (MR rows of x times the weights of 2 * `steps` inputs). The weights are
+// expanded into the block on the way; with BITS 0 they are there already.
 template <int MR, int BITS, bool TABLE, bool PAIRS>
-void multiply(const Problem& p, long m, long k, int count, Weights weights, const floats* s,
-              floats* sums) {
+void multiply(const uint32_t* x, int steps, Weights weights, const floats* s, floats* sums) {
     floats part[MR][PARTS] = {};
     const uint8_t* from = weights.from;
     ints* w = weights.block;
-    const auto next = [&]() __attribute__((always_inline)) {  // two inputs
+    for (int step = 0; step < steps; step++) {
         if constexpr (BITS > 0) {
             for (int line = 0; line < LANES * BITS; line += 64)
                 __builtin_prefetch(from + AHEAD * LANES * BITS + line);
@@ -303,25 +324,13 @@ void multiply(const Problem& p, long m, long k, int count, Weights weights, cons
                 integers<BITS, TABLE>(from, weights.z, (ints(*)[PARTS])w);
             from += LANES * BITS;
         }
-    };
-    if constexpr (PAIRS) {
-        const uint16_t* x = static_cast<const uint16_t*>(p.x) + m * p.K + k;
-        int i = 0;
-        for (; i + 1 < count; i += 2, w += PARTS) {
-            next();
-            for (int r = 0; r < MR; r++) add_pairs(part[r], load_pair(x + r * p.K + i), w);
-        }
-        if (i < count) {  // the last of an odd number: its partner is 0
-            next();
-            for (int r = 0; r < MR; r++) add_pairs(part[r], x[r * p.K + i], w);
-        }
-    } else {
-        const float* x = static_cast<const float*>(p.x) + m * p.K + k;
-        for (int i = 0; i < count; i++, w += PARTS) {
-            if (i % 2 == 0) next();
-            for (int r = 0; r < MR; r++)
-                for (int f = 0; f < PARTS; f++) part[r][f] += x[r * p.K + i] * as_floats(w[f]);
-        }
+        for (int i = 0; i < (PAIRS ? 1 : 2); i++, x += MR, w += PARTS)
+            for (int r = 0; r < MR; r++) {
+                if constexpr (PAIRS)
+                    add_pairs(part[r], x[r], w);
+                else
+                    for (int f = 0; f < PARTS; f++) part[r][f] += as_float(x[r]) * as_floats(w[f]);
+            }
     }
     for (int r = 0; r < MR; r++)
         for (int f = 0; f < PARTS; f++) sums[r * PARTS + f] += part[r][f] * s[f];
@@ -329,15 +338,15 @@ void multiply(const Problem& p, long m, long k, int count, Weights weights, cons
 
 // `multiply` for a number of rows that is known only now.
 template <int BITS, bool TABLE, bool PAIRS>
-void multiply_rows(int rows, const Problem& p, long m, long k, int count, Weights from,
-                   const floats* s, floats* sums) {
+void multiply_rows(int rows, const uint32_t* x, int steps, Weights from, const floats* s,
+                   floats* sums) {
     switch (rows) {
-        case 1: return multiply<1, BITS, TABLE, PAIRS>(p, m, k, count, from, s, sums);
-        case 2: return multiply<2, BITS, TABLE, PAIRS>(p, m, k, count, from, s, sums);
-        case 3: return multiply<3, BITS, TABLE, PAIRS>(p, m, k, count, from, s, sums);
-        case 4: return multiply<4, BITS, TABLE, PAIRS>(p, m, k, count, from, s, sums);
-        case 5: return multiply<5, BITS, TABLE, PAIRS>(p, m, k, count, from, s, sums);
-        case MOST: return multiply<MOST, BITS, TABLE, PAIRS>(p, m, k, count, from, s, sums);
+        case 1: return multiply<1, BITS, TABLE, PAIRS>(x, steps, from, s, sums);
+        case 2: return multiply<2, BITS, TABLE, PAIRS>(x, steps, from, s, sums);
+        case 3: return multiply<3, BITS, TABLE, PAIRS>(x, steps, from, s, sums);
+        case 4: return multiply<4, BITS, TABLE, PAIRS>(x, steps, from, s, sums);
+        case 5: return multiply<5, BITS, TABLE, PAIRS>(x, steps, from, s, sums);
+        case MOST: return multiply<MOST, BITS, TABLE, PAIRS>(x, steps, from, s, sums);
     }
 }
 
@@ -347,9 +356,10 @@ void many_rows(const Problem& p, long tile) {
     const uint8_t* packed = p.packed + tile * ((p.K + 1) / 2) * LANES * BITS;
     alignas(64) ints block[CHUNK * PARTS];
     alignas(64) floats sums[ROWS * PARTS];
+    const long each = PAIRS ? 1 : 2, width = (p.K + 1) / 2 * each;  // words of x: two inputs, a row
     for (long m0 = 0; m0 < p.M; m0 += ROWS) {
-        const int rows = int(p.M - m0 < ROWS ? p.M - m0 : ROWS), times = (rows + MOST - 1) / MOST;
-        std::memset(sums, 0, rows * PARTS * sizeof(floats));
+        const Blocks blocks(p.M - m0);
+        std::memset(sums, 0, blocks.rows * PARTS * sizeof(floats));
         for (long start = 0; start < p.K; start += p.group) {
             const long stop = start + p.group < p.K ? start + p.group : p.K;
             floats s[PARTS];
@@ -357,21 +367,20 @@ void many_rows(const Problem& p, long tile) {
             group_scale(p, start / p.group, n, s);
             group_zero<BITS, TABLE>(p, start / p.group, n, z);
             for (long k = start; k < stop; k += CHUNK) {
-                const int count = int(stop - k < CHUNK ? stop - k : CHUNK);
+                const int steps = int((stop - k < CHUNK ? stop - k + 1 : CHUNK) / 2);
                 const Weights from{packed + k / 2 * LANES * BITS, z, block};
-                for (int time = 0, m = 0; time < times; time++) {
-                    // Not the first has more than others: it needs registers to expand.
-                    const int some = rows / times + (time >= times - rows % times);
+                for (int b = 0, m = 0; b < blocks.count; m += blocks.size(b++)) {
+                    const int rows = blocks.size(b);
+                    const uint32_t* x = p.x + (m0 + m) * width + k / 2 * each * rows;
                     floats* to = sums + m * PARTS;
-                    if (time == 0)
-                        multiply_rows<BITS, TABLE, PAIRS>(some, p, m0, k, count, from, s, to);
+                    if (b == 0)
+                        multiply_rows<BITS, TABLE, PAIRS>(rows, x, steps, from, s, to);
                     else
-                        multiply_rows<0, false, PAIRS>(some, p, m0 + m, k, count, from, s, to);
-                    m += some;
+                        multiply_rows<0, false, PAIRS>(rows, x, steps, from, s, to);
                 }
             }
         }
-        for (long m = 0; m < rows; m++)
+        for (long m = 0; m < blocks.rows; m++)
             std::memcpy(p.y + (m0 + m) * p.N + n, sums + m * PARTS, inside * sizeof(float));
     }
 }
@@ -392,7 +401,7 @@ template <int BITS>
 void choose(const Problem& p, int threads) {
     constexpr bool TABLE = LOOKUP && BITS <= 4;
     const bool symmetric = p.zero == nullptr;
-    if (p.x_kind == BF16)
+    if (p.pairs)
         symmetric ? run<BITS, TABLE, BF16_PAIRS>(p, threads)
                   : run<BITS, false, BF16_PAIRS>(p, threads);
     else
@@ -404,12 +413,15 @@ void choose(const Problem& p, int threads) {
 // Whether bf16 is taken as it is; otherwise x must come as fp32.
 extern "C" int modelpress_takes_bf16() { return BF16_PAIRS; }
 
-// group is at least 1; middle is the zero point of all outputs where `zero` is null.
-extern "C" void modelpress_tiles_matmul(const void* x, int x_kind, const uint8_t* packed,
-                                        const void* scale, int scale_kind, const uint8_t* zero,
-                                        float* y, long M, long N, long K, long group, int bits,
-                                        int middle, int threads) {
-    const Problem p{x, x_kind, packed, scale, scale_kind, zero, y, M, N, K, group, middle};
+// group is even, or there is one; middle is the zero point of all outputs where `zero` is null.
+// work holds [M, ceil(K / 2)] words for bf16, twice as many for fp32.
+extern "C" void modelpress_tiles_matmul(const void* x, int x_kind, uint32_t* work,
+                                        const uint8_t* packed, const void* scale, int scale_kind,
+                                        const uint8_t* zero, float* y, long M, long N, long K,
+                                        long group, int bits, int middle, int threads) {
+    const bool pairs = x_kind == BF16;
+    arrange_all(x, pairs, M, K, work, threads);
+    const Problem p{work, pairs, packed, scale, scale_kind, zero, y, M, N, K, group, middle};
     if (bits == 2) choose<2>(p, threads);
     if (bits == 3) choose<3>(p, threads);
     if (bits == 4) choose<4>(p, threads);
