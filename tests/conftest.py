@@ -4,11 +4,15 @@ Imports are inside the fixtures, so that tests of one part need no more than tha
 """
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Test workers say that a terminal of 80 columns is there; output then wraps.
+os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(scope="session")
