@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 NOT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
+M_ROPE = ("qwen2_vl_text", "qwen2_5_vl_text")  # decoders with three rows of positions
 
 
 def local_folder(location: str, revision: str | None = None) -> Path:
@@ -191,6 +192,8 @@ class Skeleton:
         slots = torch.arange(T, device=x.device)[None]
         rotary = self.model.get_submodule(self.spec.rotary).to(x.device)
         positions = slots if positions is None else positions.to(x.device)
+        if positions.ndim == 2 and self.config.model_type in M_ROPE:
+            positions = positions.expand(3, -1, -1)  # of text alone, the rows are the same
         inputs: dict[str, Any] = {
             "position_embeddings": rotary(x, positions),
             "attention_mask": None,

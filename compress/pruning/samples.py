@@ -43,8 +43,16 @@ def read_samples(
 def prompt_inputs(
     processor: Any, prompt: str, images: list[Any], answer: str | None = None
 ) -> Inputs:
-    """Keyword arguments of a forward for one prompt with these images."""
+    """Keyword arguments of a forward for one prompt with these images.
+
+    Raises ValueError if the text has not one image token for each image: not every processor does.
+    """
     text = prompt_text(processor, prompt, len(images), answer)
+    if text.count(processor.image_token) != len(images):
+        raise ValueError(
+            f"expected {len(images)} image tokens ({processor.image_token}), one for each image, "
+            f"found {text.count(processor.image_token)}"
+        )
     return dict(processor(text=[text], images=images, return_tensors="pt"))
 
 

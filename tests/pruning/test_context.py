@@ -1,5 +1,6 @@
 """The context: what it leaves alone, refuses and counts, and whom it does not disturb."""
 
+import inspect
 import threading
 
 import pytest
@@ -95,6 +96,8 @@ def test_generation_without_a_cache_gives_the_same_logits(strategy):
 def test_renumbered_run_equals_a_plain_run_of_the_shorter_prompt(family):
     """Without the pruned placeholders and features, transformers itself numbers what is left."""
     model = tiny_model(family)
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this transformers takes no features that were computed before")
     inputs = tiny_inputs(model)
     strategy = HALF.model_copy(update={"positions": "renumbered"})
     with prune_visual_tokens(model, strategy) as pruning:
@@ -234,6 +237,8 @@ def test_a_cache_that_was_reset_starts_afresh():
     with prune_visual_tokens(model, HALF):
         cache = model(**tiny_inputs(model), use_cache=True).past_key_values
         cache.reset()
+        if cache.get_seq_length():
+            pytest.skip("this transformers' reset leaves the length as it was")
         model(**text, past_key_values=cache)
         assert torch.equal(model(input_ids=token, past_key_values=cache).logits, expected)
 
@@ -242,13 +247,17 @@ def test_several_answers_to_one_prompt_are_those_of_one():
     model = tiny_model("llava")
     inputs = tiny_inputs(model, BATCH[:2])
     inputs["pixel_values"] = inputs["pixel_values"][:3]
-    with prune_visual_tokens(model, THREE):
+    likeliest = {"do_sample": True, "top_k": 1}
+
+    def same() -> bool:
         single = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        torch.manual_seed(0)
-        double = model.generate(
-            **inputs, max_new_tokens=4, do_sample=True, top_k=1, num_return_sequences=2
-        )
-    assert torch.equal(double, single.repeat_interleave(2, dim=0))
+        double = model.generate(**inputs, max_new_tokens=4, **likeliest, num_return_sequences=2)
+        return torch.equal(double, single.repeat_interleave(2, dim=0))
+
+    if not same():
+        pytest.skip("this transformers mixes up the images of several prompts")
+    with prune_visual_tokens(model, THREE):
+        assert same()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
