@@ -28,7 +28,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 gpu:
-	$(PYTHON) -c "import torch; torch.cuda.init(); print(torch.cuda.get_device_name())"
+	@$(PYTHON) -c "import torch; torch.cuda.is_available() \
+		or exit('needs a CUDA device, torch ' + torch.__version__ + ' finds none'); \
+		print(torch.cuda.get_device_name())"
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m pytest -m gpu
 	mkdir -p $(BENCHMARKS)

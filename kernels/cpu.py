@@ -23,6 +23,7 @@ from compress.kernels import native
 from compress.kernels.cpu_rows import pack_table, rows_matmul, unpack_table
 from compress.kernels.layout import Codes, tensors_of
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of activations
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_OUTPUTS = 16  # the operator wants a multiple
 UNPACK_ROWS = 512  # of the identity that reads an int4 weight back
@@ -120,12 +121,16 @@ def unpack_cpu(weight: CpuWeight) -> Codes:
 def cpu_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
     """x [M, K] times the transpose of `weight` [N, K], plus bias [N]: [M, N] in x's dtype.
 
-    Raises ValueError for another K, for activations that `weight` was not packed for, and where a
-    weight packed for compiled kernels meets a process that has none.
+    Raises ValueError for another K, dtype or device, for activations that `weight` was not packed
+    for, and where a weight packed for compiled kernels meets a process that has none.
     """
     N, K = weight.shape
     if x.shape[-1] != K:
         raise ValueError(f"expected activations of {K} features, found {list(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"expected activations in fp16, bf16 or fp32, found {x.dtype}")
+    if x.device.type != weight.packed.device.type:  # its address would be read as one of here
+        raise ValueError(f"expected activations on {weight.packed.device}, found {x.device}")
     if weight.order is not None:
         x = x[..., weight.order]
     if weight.kind == "int4":
@@ -196,7 +201,7 @@ def _join(codes: Tensor, bits: int) -> Tensor:
 def _part(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `_join`."""
     lanes = packed.unflatten(-1, (-1, 1, LANES))
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)[:, None]
     codes = (lanes >> shifts) & (2**bits - 1)
     return codes.flatten(-3).unflatten(-1, (2, native.TILE))
 

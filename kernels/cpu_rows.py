@@ -39,7 +39,9 @@ def rows_matmul(
     """x [M, K] -> [M, outputs] in x's dtype; scale [G, N]; group_size 0: one scale per output."""
     size = group_size or x.shape[1]
     y = x.new_zeros(len(x), outputs, dtype=torch.float32)
-    multiply = _bag_products if len(x) <= BAG_ROWS else _expanded_products
+    # a bag adds scale and offset apart, so an infinity in x would give inf - inf
+    bags = len(x) <= BAG_ROWS and bool(x.isfinite().all())
+    multiply = _bag_products if bags else _expanded_products
     multiply(x, packed, scale, zero, bits, size, y)
     if bias is not None:
         y += bias
@@ -61,7 +63,8 @@ def pack_table(codes: Tensor, bits: int) -> Tensor:
     for i in range(1, each):
         packed |= octets[..., i] << (i * stored)
     tail = torch.float32 if stored == 8 else torch.float16
-    line = torch.tensor([1.0, -(2.0 ** (bits - 1))], dtype=tail).view(torch.uint8)
+    line = torch.tensor([1.0, -(2.0 ** (bits - 1))], dtype=tail, device=codes.device)
+    line = line.view(torch.uint8)
     return torch.cat([packed, line.expand(len(codes), -1)], dim=1)
 
 

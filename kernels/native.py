@@ -171,5 +171,7 @@ def _processor() -> str:
 
 
 def _first_line(error: Exception) -> str:
-    said = getattr(error, "stderr", None) or str(error)
-    return next((line.strip() for line in str(said).splitlines() if line.strip()), repr(error))
+    """What a compiler calls an error, else the first line that it or the exception says."""
+    said = str(getattr(error, "stderr", None) or error)
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return next((line for line in lines if "error:" in line), lines[0] if lines else repr(error))

@@ -57,13 +57,16 @@ inline float as_float(uint32_t bits) {
     return f;
 }
 
-// A finite scale. An fp16 is an fp32 whose exponent is 112 too small, subnormal ones included.
+// A finite scale. An fp16 is an fp32 whose exponent is 112 too small; a subnormal one is what it
+// adds to 2^-14, so that it is kept where a process flushes subnormal floats to 0.
 inline float number(const void* from, long i, int kind) {
     if (kind == FP32) return static_cast<const float*>(from)[i];
     const uint32_t bits = static_cast<const uint16_t*>(from)[i];
     if (kind == BF16) return as_float(bits << 16);
-    const float size = as_float((bits & 0x7fff) << 13) * 0x1p112f;
-    return bits & 0x8000 ? -size : size;
+    const uint32_t one = bits & 0x7c00 ? 0 : 1u << 23;
+    const float size = as_float(((bits & 0x7fff) << 13) + (112u << 23) + one);
+    const float rest = size - as_float(one * 113);
+    return bits & 0x8000 ? -rest : rest;
 }
 
 // A plain loop becomes one instruction, where GCC 12 takes a vector conversion apart.
@@ -232,8 +235,8 @@ struct Blocks {
 // Rows [m, m + rows) of x as `multiply` reads them: for each two inputs all rows, pairs of bf16 or
 // fp32, those of the first input first. An odd last input has a partner of 0.
 void arrange(const void* x, bool pairs, long m, int rows, long K, uint32_t* out) {
-    const uint16_t* halves = static_cast<const uint16_t*>(x) + m * K;
-    const uint32_t* words = static_cast<const uint32_t*>(x) + m * K;
+    const uint16_t* halves = static_cast<const uint16_t*>(x) + (pairs ? m * K : 0);
+    const uint32_t* words = static_cast<const uint32_t*>(x) + (pairs ? 0 : m * K);
     for (long k = 0; k < K; k += 2) {
         const bool both = k + 1 < K;
         if (pairs) {

@@ -76,6 +76,61 @@ def test_scales_of_every_size_are_read_exactly(dtype, kind):
     assert torch.equal(y.double(), reference_matmul(x, weight))
 
 
+def test_small_scales_survive_where_small_floats_are_flushed(kind):
+    """2^-24 is subnormal in fp16 only; x and y are not small."""
+    weight = random_weight(8, 32, 4, None)
+    weight = replace(weight, scale=torch.full((8, 1), 3 * 2.0**-24).half())
+    x = torch.zeros(1, 32)
+    x[0, 3] = 1024
+    packed = pack_cpu(weight, torch.float32, kind)
+    torch.set_flush_denormal(True)
+    try:
+        y = cpu_matmul(x, packed)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(y.double(), reference_matmul(x, weight))
+
+
+@pytest.mark.parametrize("M", [*range(1, 15), 127, 129, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_rows(M, dtype, kind):
+    """Rows are multiplied in blocks of different sizes, of which one may be left alone."""
+    weight = random_weight(65, 129, 3, None, True, dtype)
+    x = torch.randn(M, 129).to(dtype)
+    y = cpu_matmul(x, pack_cpu(weight, dtype, kind)).double()
+    expected = reference_matmul(x, weight)
+    errors = (y - expected).norm(dim=1) / expected.norm(dim=1)  # of each row
+    assert errors.max() < (1e-6 if dtype == torch.float32 else 2**-8)
+
+
+def same_values_and_faults(y, expected):
+    """Infinities and NaN where they are expected, the rest as close as 16 bits are."""
+    assert torch.equal(y.isnan(), expected.isnan())
+    infinite = expected.isinf()
+    assert torch.equal(y[infinite], expected[infinite])
+    good = expected.isfinite()
+    torch.testing.assert_close(y[good], expected[good], rtol=2**-7, atol=2**-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("K", "group_size"), [(63, None), (97, 32)])
+def test_what_is_not_finite_stays_in_its_row(dtype, bits, K, group_size, kind):
+    """As in a dense product; the last input of an odd K has a neighbour that does not exist."""
+    for M, symmetric in ((1, True), (4, False), (16, True)):
+        weight = random_weight(66, K, bits, group_size, symmetric, dtype)
+        x = torch.randn(M, K).to(dtype)
+        for row, (column, value) in enumerate(
+            [(K - 1, torch.inf), (0, torch.nan), (5, -torch.inf)]
+        ):
+            if row < M:
+                x[row, column] = value
+        y = cpu_matmul(x, pack_cpu(weight, dtype, kind)).double()
+        expected = reference_matmul(x, weight)
+        assert not expected[0].isfinite().any()
+        same_values_and_faults(y, expected)
+
+
 def test_no_rows_and_rows_that_do_not_touch(kind):
     packed = pack_cpu(random_weight(48, 64, 4, 32), torch.float16, kind)
     assert cpu_matmul(torch.empty(0, 64).half(), packed).shape == (0, 48)
@@ -91,6 +146,15 @@ def test_no_rows_and_rows_that_do_not_touch(kind):
 def test_packing_is_exact_both_ways(bits, group_size, symmetric, N, K, kind):
     weight = random_weight(N, K, bits, group_size, symmetric)
     assert_same(unpack_cpu(pack_cpu(weight, torch.float16, kind)), weight)
+
+
+def test_another_default_device_changes_nothing(kind):
+    weight, x = random_weight(48, 64, 3, 32, False), torch.randn(2, 64)
+    with torch.device("meta"):
+        packed = pack_cpu(weight, torch.float32, kind)
+        y, again = cpu_matmul(x, packed), unpack_cpu(packed)
+    assert relative_error(y, reference_matmul(x, weight)) < 1e-6
+    assert_same(again, weight)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -147,20 +211,26 @@ def test_wrong_activations_and_layouts_are_refused(kind):
     weight = random_weight(16, 64)
     with pytest.raises(ValueError, match=r"expected activations of 64 features, found \[1, 32\]"):
         cpu_matmul(torch.randn(1, 32), pack_cpu(weight, torch.float16, kind))
+    with pytest.raises(ValueError, match=r"in fp16, bf16 or fp32, found torch\.int64"):
+        cpu_matmul(torch.ones(1, 64, dtype=torch.int64), pack_cpu(weight, torch.float16, kind))
+    with pytest.raises(ValueError, match="expected activations on cpu, found meta"):
+        cpu_matmul(torch.ones(1, 64, device="meta"), pack_cpu(weight, torch.float16, kind))
     with pytest.raises(ValueError, match="CPU layouts are tiles, int4 and rows"):
         pack_cpu(weight, torch.float16, "columns")
 
 
 @pytest.mark.parametrize("M", [1, 7])
 def test_threads_change_no_bit(M, kind):
+    """One, a share of the work to each, and more than there are tiles."""
     packed = pack_cpu(random_weight(200, 128, 4, 32), torch.float32, kind)
     x, threads = torch.randn(M, 128), torch.get_num_threads()
     results = []
-    for count in (1, 2):
+    for count in (1, 2, 9):
         torch.set_num_threads(count)
         results.append(cpu_matmul(x, packed))
     torch.set_num_threads(threads)
     if kind == "tiles":
-        assert torch.equal(*results)
+        assert all(torch.equal(results[0], other) for other in results[1:])
     else:  # a library's product may split its sums
-        assert torch.allclose(*results, rtol=1e-5, atol=1e-5)
+        for other in results[1:]:
+            torch.testing.assert_close(results[0], other, rtol=1e-5, atol=1e-5)

@@ -1,7 +1,10 @@
 """Compiling for this machine: once, kept where only the user can write, and never silently not."""
 
 import platform
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,11 +68,12 @@ def test_no_compiler_is_said_once_and_costs_no_result(home, monkeypatch):
 def test_a_compiler_that_fails_is_quoted(home, monkeypatch, tmp_path):
     broken = tmp_path / "broken-g++"
     broken.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit\necho "bad day" >&2\nexit 1\n'
+        '#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit\n'
+        'echo "In function f:" >&2\necho "error: bad day" >&2\nexit 1\n'
     )
     broken.chmod(0o700)
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.warns(RuntimeWarning, match="failed: bad day"):
+    with pytest.warns(RuntimeWarning, match="failed: error: bad day"):
         product_without_compiled_kernels()
     assert list(home.iterdir()) == []
 
@@ -124,6 +128,58 @@ def test_a_processor_without_wide_vectors_gets_the_same_products(home, monkeypat
         y = cpu_matmul(x, pack_cpu(weight, dtype, "tiles"))
         limit = 1e-6 if dtype == torch.float32 else 2**-8
         assert relative_error(y, reference_matmul(x, weight)) < limit
+
+
+GUARDED = """
+import ctypes, mmap, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from dataclasses import replace
+from weights import random_weight, relative_error
+from compress.kernels.cpu import cpu_matmul, pack_cpu
+from compress.kernels.reference import reference_matmul
+
+mprotect, kept = ctypes.CDLL(None).mprotect, []
+mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+def last(tensor):
+    # the same tensor, right before a page that nobody may read
+    size = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    area = mmap.mmap(-1, size + mmap.PAGESIZE)
+    kept.append(area)
+    moved = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(),
+                             offset=size - tensor.nbytes).view(tensor.shape)
+    moved.copy_(tensor)
+    end = moved.data_ptr() + moved.nbytes
+    assert end % mmap.PAGESIZE == 0 and mprotect(end, mmap.PAGESIZE, 0) == 0
+    return moved
+
+for bits in (2, 3, 4, 8):
+    for symmetric in (True, False):
+        for dtype in (torch.float32, torch.bfloat16):
+            for M, N, K, group in ((1, 1, 63, None), (1, 130, 97, 32), (7, 65, 129, None)):
+                weight = random_weight(N, K, bits, group, symmetric, dtype)
+                packed = pack_cpu(weight, dtype, "tiles")
+                tensors = {name: last(getattr(packed, name)) for name in ("packed", "scale")}
+                if not symmetric:
+                    tensors["zero"] = last(packed.zero)
+                x = last(torch.randn(M, K).to(dtype))
+                y = cpu_matmul(x, replace(packed, **tensors))
+                terms = x.abs().double().sum(1, keepdim=True)
+                assert ((y - reference_matmul(x, weight)).abs() <= 2**-6 * terms).all()
+print("read", len(kept))
+"""
+
+
+@compiled
+@pytest.mark.skipif(sys.platform == "win32", reason="protects pages as POSIX does")
+def test_nothing_is_read_beyond_its_end():
+    """Each tensor ends where memory does: one byte more, and the process is gone."""
+    child = subprocess.run(
+        [sys.executable, "-c", GUARDED, str(Path(__file__).parent)], capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout == "read 168\n"
 
 
 def test_the_cache_is_where_the_specification_says(monkeypatch, tmp_path):

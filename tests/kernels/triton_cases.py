@@ -49,6 +49,23 @@ SCHEMES = [
 SMALL = Tiles(rows=16, block_m=16, block_n=32, warps=4, stages=2)
 
 
+@pytest.fixture(autouse=interpreted())
+def launches(monkeypatch):
+    """Every launch in the interpreter is watched: bf16, which it computes as integers, fails."""
+    from triton.runtime.interpreter import GridExecutor
+
+    seen, launch = [], GridExecutor.__call__
+
+    def watched(self, *args, **kwargs):
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        assert not any(t.dtype == torch.bfloat16 for t in tensors), "bf16 in the interpreter"
+        seen.append(len(tensors))
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", watched)
+    return seen
+
+
 def problem(M=1, N=40, K=200, bits=4, group_size=64, symmetric=True, dtype=torch.float16, **more):
     weight = random_weight(N, K, bits, group_size, symmetric, dtype, **more)
     generator = torch.Generator().manual_seed(M)
@@ -203,6 +220,21 @@ def test_no_bf16_reaches_the_interpreter(which):
         weight = replace(weight, scale=weight.scale.bfloat16())
     with pytest.raises(ValueError, match="interpreter gets bf16 wrong"):
         quantized_matmul(x, weight, bias)
+
+
+@pytest.mark.skipif(not interpreted(), reason="the interpreter's own limit")
+def test_the_watch_sees_every_kernel_that_is_launched(launches):
+    x, weight, bias, _ = problem(1, dtype=torch.float32)
+    decode_matmul(x, weight, bias, replace(DECODE, split=1))
+    assert launches == [5]  # x, words, scale, bias, out
+    for launch in (
+        lambda: decode_matmul(x.bfloat16(), weight, bias),
+        lambda: tiled_matmul(x, weight, bias.bfloat16(), SMALL),
+        lambda: dequantize_transposed(weight, torch.bfloat16),
+    ):
+        with pytest.raises(AssertionError, match="bf16 in the interpreter"):
+            launch()
+    assert launches == [5]
 
 
 def test_wrong_activations_are_refused():
