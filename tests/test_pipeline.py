@@ -25,6 +25,7 @@ from tiny_checkpoints import (
     unpack,
     weight_files,
     widths_of,
+    write_checkpoint,
 )
 from transformers import AutoTokenizer, CompressedTensorsConfig
 
@@ -162,6 +163,17 @@ def test_asymmetric_weights_load_with_dequantize(checkpoint, press, size):
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     expected = logits_of(by_hand(folder, "qwen2", widths_of(recipe, checkpoint("qwen2"))))
     assert relative_error(logits_of(load_whole(folder, **options)), expected) < 1e-6
+
+
+def test_asymmetric_weights_with_16_bit_scales_pass_the_self_check(tmp_path):
+    """transformers rounds what it dequantises to the scales' dtype, which the check leaves out."""
+    source = write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    quantize = {"bits": 8, "group_size": 32, "symmetric": False}
+    recipe = recipe_for(source, quantize=quantize)
+    result = run(recipe, tmp_path / "out", windows=WINDOWS)
+    scale = read_tensors(result.path)["model.layers.0.mlp.up_proj.weight_scale"]
+    assert scale.dtype == torch.bfloat16
+    assert result.self_check["relative_error"] < 1e-5
 
 
 def test_the_widths_of_a_recipe_order_its_damage(checkpoint, press):

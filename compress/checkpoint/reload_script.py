@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import sys
+from pathlib import Path
 
 import torch
 import transformers
@@ -19,13 +20,18 @@ from safetensors.torch import load_file
 def compare(folder: str, probe: dict[str, torch.Tensor], dequantize: bool) -> dict:
     """The report: what did not load, and max |found - expected| / max |expected| of the logits."""
     config = transformers.AutoConfig.from_pretrained(folder)
-    options = {}
+    options = {"output_loading_info": True, "dtype": torch.float32}
+    architecture = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
     if dequantize:
-        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
-    model, loading = getattr(transformers, architecture).from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, **options
-    )
+        # From memory, with scales in fp32: else transformers rounds each weight to the 16 bits of
+        # its scale, as it does for those who load the folder.
+        quantization = transformers.CompressedTensorsConfig(dequantize=True)
+        model, loading = architecture.from_pretrained(
+            None, config=config, state_dict=with_wide_scales(folder),
+            quantization_config=quantization, **options,
+        )  # fmt: skip
+    else:
+        model, loading = architecture.from_pretrained(folder, **options)
     report = {key: sorted(map(str, loading[key])) for key in loading if loading[key]}
     if report:
         return {"loading": report}
@@ -36,6 +42,14 @@ def compare(folder: str, probe: dict[str, torch.Tensor], dequantize: bool) -> di
         return {"shapes": [list(found.shape), list(expected.shape)]}
     error = (found - expected).abs().max() / expected.abs().max()
     return {"relative_error": error.item(), "tokens": probe["input_ids"].numel()}
+
+
+def with_wide_scales(folder: str) -> dict[str, torch.Tensor]:
+    """The folder's tensors, scales in fp32."""
+    tensors = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        tensors |= load_file(file)
+    return {n: t.float() if n.endswith(".weight_scale") else t for n, t in tensors.items()}
 
 
 def main() -> None:

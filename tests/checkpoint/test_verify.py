@@ -43,6 +43,18 @@ def test_one_asymmetric_scheme_passes(tmp_path):
     assert reload_and_compare(made.folder, tmp_path / "probe.safetensors")["relative_error"] <= 1e-5
 
 
+def test_asymmetric_faults_are_found(tmp_path):
+    made = write_quantised(tmp_path / "model", [ModuleScheme(3, 32, symmetric=False)])
+    write_probe(tmp_path / "probe.safetensors", {"input_ids": made.input_ids}, made.logits)
+    zeros = "model.layers.1.mlp.up_proj.weight_zero_point"
+    rewrite(made.folder, lambda tensors: tensors[zeros].bitwise_xor_(1))
+    with pytest.raises(CheckpointError, match="relative error"):
+        reload_and_compare(made.folder, tmp_path / "probe.safetensors")
+    rewrite(made.folder, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"missing keys: model\.norm\.weight"):
+        reload_and_compare(made.folder, tmp_path / "probe.safetensors")
+
+
 def test_other_logits_are_an_error_with_the_figure(copy, probe):
     name = "model.layers.1.mlp.up_proj.weight_scale"
     rewrite(copy, lambda tensors: tensors[name].mul_(1.1))
