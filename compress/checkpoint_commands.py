@@ -105,7 +105,10 @@ def generate(
     if pictures and tokenizer is processor:
         raise UsageError(f"{model} reads text alone: leave out --image")
     if pictures:
-        inputs = prompt_inputs(processor, prompt, pictures)
+        try:
+            inputs = prompt_inputs(processor, prompt, pictures)
+        except ValueError as error:  # image tokens and images that differ in number
+            raise UsageError(f"--prompt: {' '.join(str(error).split())}") from error
         inputs = {name: value.to(device) for name, value in inputs.items()}
     else:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)

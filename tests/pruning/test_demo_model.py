@@ -72,5 +72,7 @@ def test_it_answers_from_the_command_line(items, tmp_path, capsys):
     assert main(["generate", str(FOLDER), *asked, "--image", str(tmp_path / "none.png")]) == 2
     assert "none.png cannot be opened" in capsys.readouterr().err
     picture = ["--image", str(tmp_path / "scene.png")]
+    assert main(["generate", str(FOLDER), "--prompt", "<image> what?", *picture]) == 2
+    assert "found 2" in capsys.readouterr().err
     assert main(["generate", str(FOLDER.parent / "lm"), *asked, *picture]) == 2
     assert "reads text alone" in capsys.readouterr().err
