@@ -321,10 +321,11 @@ def tune_kernels(
         raise UsageError("--tune measures GPU tiles: give --device cuda; a CPU has none to choose")
     if bench.dtype == "fp32":
         raise UsageError("--tune measures 16-bit activations, found fp32: give --dtype fp16")
-    from compress.kernels.matmul import TABLE, device_name
+    from compress.kernels.matmul import device_name, table_of
 
     clock, entries, tuned = Clock(bench.device, bench.rounds), [], {}
-    buckets = sorted({tuning.bucket(M) for M in bench.rows if TABLE[-1].rows >= M})
+    most = table_of(DTYPES[bench.dtype], clock.device)[-1].rows
+    buckets = sorted({tuning.bucket(M) for M in bench.rows if most >= M})
     for N, K in bench.shapes:
         for bits in bench.bits:
             dtype = DTYPES[bench.dtype]
@@ -345,15 +346,13 @@ def _tune(codes: "Codes", rows: int, dtype: torch.dtype, clock: Clock) -> dict[s
 
     entry = _packed(codes, dtype, clock)
     x = torch.randn(rows, codes.codes.shape[1], device=clock.device).to(dtype)
-    start = (
-        matmul.DECODE
-        if rows == 1
-        else replace(next(t for t in matmul.TABLE if t.rows >= rows), rows=rows)
-    )
+    table = matmul.table_of(dtype, clock.device)
+    start = replace(next(tiles for tiles in table if tiles.rows >= rows), rows=rows)
 
     def measure(tiles: "tuning.Tiles") -> float:
-        launch = matmul.decode_matmul if rows == 1 else matmul.tiled_matmul
-        calls = [lambda copy=copy: launch(x, copy, None, tiles) for copy in entry.copies]
+        calls = [
+            lambda copy=copy: matmul.tiled_matmul(x, copy, None, tiles) for copy in entry.copies
+        ]
         try:
             return clock.take_turns({"tiles": calls})["tiles"].median
         except Exception as error:  # a compiler's own errors have no common class

@@ -18,6 +18,7 @@ from torch import Tensor
 from compress.kernels import triton_activations as kernels
 from compress.kernels.activations import butterfly_size
 from compress.kernels.matmul import check_launch
+from compress.kernels.triton_kernels import FIXED_OPTIONS
 
 FACTOR_TILE = 64
 
@@ -48,12 +49,14 @@ def _hadamard(x: Tensor, factors: list[Tensor], butterflies: bool) -> None:
         kernels.factor_kernel[(left, triton.cdiv(right, tile))](
             x, factor, order**-0.5, right,
             ORDER=order, PADDED=max(16, triton.next_power_of_2(order)), BLOCK=tile,
+            **FIXED_OPTIONS,
         )  # fmt: skip
         left *= order
     if butterflies and right > 1:
         kernels.butterfly_kernel[(left,)](
             x, right**-0.5, SIZE=right, LOG=right.bit_length() - 1,
             num_warps=min(16, max(1, right // 512)),
+            **FIXED_OPTIONS,
         )  # fmt: skip
 
 

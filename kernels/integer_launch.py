@@ -10,21 +10,26 @@ from torch import Tensor
 
 from compress.kernels import triton_activations as kernels
 from compress.kernels.hadamard import hadamard_
-from compress.kernels.layout import KernelWeight
+from compress.kernels.layout import KernelWeight, block_columns
 from compress.kernels.matmul import (
-    TABLE,
+    MMA_TABLE,
+    SMALLEST_CHUNK,
+    WARPS_PER_SM,
     add_up,
     check_launch,
+    multiprocessors,
     shared_memory,
     split_of,
     stages,
+    tile_constants,
     weight_constants,
     workspace,
 )
+from compress.kernels.triton_kernels import FIXED_OPTIONS
 from compress.kernels.tuning import Tiles
 
+TILES = MMA_TABLE  # int32 sums of a group lie beside the fp32 ones in registers
 LARGEST_TOKEN = 1 << 15  # inputs: one program holds all of a token in registers
-SMALLEST_CHUNK = 32  # depth of an int8 tensor-core product
 
 
 def launch_quantize(
@@ -49,6 +54,7 @@ def launch_quantize(
         x, values, scale, K, x.stride(0), power**-0.5,
         LARGEST=largest, SIZE=size, LOG=power.bit_length() - 1,
         num_warps=min(16, max(1, size // 512)),
+        **FIXED_OPTIONS,
     )  # fmt: skip
     return values, scale
 
@@ -66,7 +72,7 @@ def launch_product(
         raise ValueError("integer products take 8-bit weights without zero points: symmetric ones")
     if len(values) == 0:
         return values.new_empty(0, weight.shape[0], dtype=dtype)
-    tiles = next((tiles for tiles in TABLE if tiles.rows >= len(values)), TABLE[-1])
+    tiles = next((tiles for tiles in TILES if tiles.rows >= len(values)), TILES[-1])
     return tiled_integers(values, token_scale, weight, bias, tiles, dtype)
 
 
@@ -80,20 +86,22 @@ def tiled_integers(
 ) -> Tensor:
     """Int8 tensor cores, values [M, K] -> [M, N]; any M, more than tiles.rows too."""
     constants = weight_constants(weight)
-    if constants["CHUNK"] < SMALLEST_CHUNK:
+    if constants["STEP"] < SMALLEST_CHUNK:
         raise ValueError(
             f"integer products take groups of a multiple of {SMALLEST_CHUNK} inputs, or one per "
             f"output, found {weight.group_size}"
         )
     M, (N, K) = len(values), weight.shape
     grid = triton.cdiv(M, tiles.block_m) * triton.cdiv(N, tiles.block_n)
-    split = split_of(tiles, grid, weight, values.device)
+    held = WARPS_PER_SM // tiles.warps * multiprocessors(values.device)
+    split = split_of(tiles, grid, weight, held)
     out = workspace(values, N, split, dtype)
     kernels.integer_matmul_kernel[(grid, split)](
         values, token_scale, weight.words, weight.high, weight.scale, weight.zero, bias, out,
-        M, N, K, **constants, HAS_BIAS=bias is not None, SPLIT=split,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+        M, N, K, split, **constants, EVEN=K % block_columns(weight.bits) == 0,
+        HAS_BIAS=bias is not None and split == 1, **tile_constants(tiles),
         num_warps=tiles.warps,
         num_stages=stages(tiles, weight.bits, 1, shared_memory(values.device)),
+        **FIXED_OPTIONS,
     )  # fmt: skip
     return add_up(out, bias, dtype)

@@ -6,20 +6,25 @@ A weight of N outputs and K inputs is w = (c - z) * s, with unsigned codes c of 
 and zero point z for each output and each group of `group_size` inputs. Files: compressed-tensors
 `pack-quantized` and GPTQ in versions 1 and 2 (packing.py says how the bits lie).
 
-Kernel layout. Inputs are cut into blocks of 16 * E columns, E = 32 // b codes to a word:
+Kernel layout: what a thread of a tensor-core product multiplies lies in its own words, so that
+codes go from memory to the product through registers alone. In a product of 16 x 16 weights, lane
+4n + q of a warp holds inputs 2q, 2q + 1, 2q + 8, 2q + 9 of outputs n and n + 8 (PTX ISA, fragments
+of mma.m16n8k16 and of wgmma). Inputs are cut into blocks of 16 * E, E = 32 // b codes to a word:
 
-    words [blocks * 16, N] int32:   bits [b*j, b*j + b) of words[16*i + r, n] are the code of
-                                    output n and input (16*i) * E + 16*j + r,   0 <= r < 16
+    words [blocks, N, 16] int32:   bits [b*t + 16*e, ...) of words[i, n, 4*q + 2*h + j] are the code
+                                   of output n and input (16*i) * E + 32*t + 16*h + 8*j + 2*q + e
 
-So a tile of words loads without gaps along N, the same shift of a whole tile gives 16 neighbouring
-inputs, and these lie in one group, whatever its size (a multiple of 16). 3 bits do not divide a
-word: they are a plane of 2 bits, laid out as above (E = 16), and one of 1 bit, where
+with t < E / 2, q < 4 and bits h, j, e. So a thread's share of a block is 16 bytes of each of its
+outputs, the outputs of a tile follow each other without gaps, the same shift of a whole tile gives
+32 neighbouring inputs, and a mask leaves the codes of two neighbours where a register of two 16-bit
+floats has them. 3 bits do not divide a word: they are a plane of 2 bits, laid out as above with
+E = 16, and one of 1 bit,
 
-    high  [ceil(blocks / 2) * 16, N] int32:   bit 2*j + i % 2 of high[16*(i // 2) + r, n]
+    high  [blocks, N, 8] int32:    bit 8*j + t + 16*e of high[i, n, 2*q + h]
 
-is the third bit of the same code. Columns beyond K are 0 and meet no input. A symmetric weight,
-z = 2^(b-1) everywhere, has no zero tensor. GPTQ's act-order permutes inputs: they are sorted by
-group, and `order` says which input each column takes.
+Columns beyond K are 0 and meet no input. A symmetric weight, z = 2^(b-1) everywhere, has no zero
+tensor. GPTQ's act-order permutes inputs: they are sorted by group, and `order` says which input
+each column takes.
 
     weight = pack_kernel(read_compressed_tensors(tensors, bits=3, group_size=128))
 """
@@ -35,7 +40,8 @@ from compress.kernels.packing import WIDTHS as FILE_WIDTHS
 from compress.kernels.packing import pack_rows, packed_columns, unpack_rows
 
 WIDTHS = (2, 3, 4, 8)
-ROWS = 16  # the least depth of a tensor-core product, so the least group that needs no gather
+LEAST_GROUP = 16  # the least depth of a tensor-core product: groups are multiples of it
+WORDS = 16  # of an output and a block: 4 lanes have 16 bytes each
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Codes:
 class KernelWeight:
     """A quantised weight as kernels read it; the tensors are described at the file's head.
 
-    scale [G, N] and zero uint8 [G, N] lie along N like the words do.
+    scale [G, N] and zero uint8 [G, N].
     """
 
     words: Tensor
@@ -98,7 +104,7 @@ def tensors_of(weight: Any) -> dict[str, Tensor]:
 
 def block_columns(bits: int) -> int:
     """Inputs in one block of the kernel layout: 64, 128, 256, 256 for 8, 4, 3, 2 bits."""
-    return ROWS * (32 // word_bits(bits))
+    return WORDS * (32 // word_bits(bits))
 
 
 def word_bits(bits: int) -> int:
@@ -266,18 +272,16 @@ def pack_kernel(weight: Codes) -> KernelWeight:
     codes, bits = weight.codes, weight.bits
     N, K = codes.shape
     part, size = word_bits(bits), block_columns(bits)
-    blocks = -(-K // size)
-    planes = torch.nn.functional.pad(codes, (0, blocks * size - K)).view(N, blocks, -1, ROWS)
-
+    codes = torch.nn.functional.pad(codes, (0, -K % size))
+    # [N, blocks, t, h, j, q, e]
+    fields = codes.view(N, -1, 16 // part, 2, 2, 4, 2).transpose(0, 1)
     high = None
     if bits == 3:
-        even = -(-blocks // 2)
-        thirds = torch.nn.functional.pad(planes >> 2, (0, 0, 0, 0, 0, 2 * even - blocks))
-        # [N, half, parity, plane, ROWS] -> [N, half, plane, parity, ROWS]: bit 2 * plane + parity
-        bit_planes = thirds.view(N, even, 2, -1, ROWS).transpose(2, 3).reshape(N, even, -1, ROWS)
-        high = _gather_words(bit_planes, 1)
+        thirds = (fields >> 2).permute(0, 1, 5, 3, 6, 4, 2)  # [blocks, N, q, h, e, j, t]
+        high = _gather_words(thirds.reshape(-1, N, 8, 32), 1)
+    low = (fields & (2**part - 1)).permute(0, 1, 5, 3, 4, 6, 2)  # [blocks, N, q, h, j, e, t]
     return KernelWeight(
-        words=_gather_words(planes & (2**part - 1), part),
+        words=_gather_words(low.reshape(-1, N, WORDS, 32 // part), part),
         high=high,
         scale=weight.scale.T.contiguous(),
         zero=None if weight.zero is None else weight.zero.T.contiguous(),
@@ -292,13 +296,14 @@ def unpack_kernel(weight: KernelWeight) -> Codes:
     """The inverse of `pack_kernel`."""
     N, K = weight.shape
     part = word_bits(weight.bits)
-    planes = _scatter_words(weight.words, part)  # [N, blocks, E, ROWS]
+    blocks = len(weight.words)
+    low = _scatter_words(weight.words, part).view(blocks, N, 4, 2, 2, 2, 16 // part)
+    fields = low.permute(1, 0, 6, 3, 4, 2, 5)  # [N, blocks, t, h, j, q, e]
     if weight.high is not None:
-        blocks, E = planes.shape[1:3]
-        thirds = _scatter_words(weight.high, 1).view(N, -1, E, 2, ROWS).transpose(2, 3)
-        planes = planes | thirds.reshape(N, -1, E, ROWS)[:, :blocks] << 2
+        thirds = _scatter_words(weight.high, 1).view(blocks, N, 4, 2, 2, 2, 8)
+        fields = fields | thirds.permute(1, 0, 6, 3, 5, 2, 4) << 2
     return Codes(
-        codes=planes.reshape(N, -1)[:, :K].contiguous(),
+        codes=fields.reshape(N, -1)[:, :K].contiguous(),
         scale=weight.scale.T.contiguous(),
         zero=None if weight.zero is None else weight.zero.T.contiguous(),
         bits=weight.bits,
@@ -307,20 +312,19 @@ def unpack_kernel(weight: KernelWeight) -> Codes:
     )
 
 
-def _gather_words(planes: Tensor, bits: int) -> Tensor:
-    """uint8 [N, blocks, E, ROWS], plane j at bits [bits*j, ...), -> int32 [blocks * ROWS, N]."""
-    words = torch.zeros_like(planes[:, :, 0], dtype=torch.int64)
-    for j in range(planes.shape[2]):
-        words |= planes[:, :, j].to(torch.int64) << (bits * j)
-    low = words.view(torch.int32)[..., ::2]  # the low half: a cast of 2^31 or more is undefined
-    return low.reshape(len(planes), -1).T.contiguous()
+def _gather_words(fields: Tensor, bits: int) -> Tensor:
+    """uint8 [..., 32 // bits], field i at bits [bits*i, ...), -> int32 [...]."""
+    words = torch.zeros_like(fields[..., 0], dtype=torch.int64)
+    for i in range(fields.shape[-1]):
+        words |= fields[..., i].to(torch.int64) << (bits * i)
+    # the low half: a cast of 2^31 or more is undefined
+    return words.view(torch.int32)[..., ::2].contiguous()
 
 
 def _scatter_words(words: Tensor, bits: int) -> Tensor:
-    """The inverse of `_gather_words`: uint8 [N, blocks, 32 // bits, ROWS]."""
-    slots = words.T.reshape(words.shape[1], -1, 1, ROWS)
-    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)[:, None]
-    return ((slots >> shifts) & (2**bits - 1)).to(torch.uint8)
+    """The inverse of `_gather_words`: uint8 [..., 32 // bits]."""
+    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
+    return ((words[..., None] >> shifts) & (2**bits - 1)).to(torch.uint8)
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -351,10 +355,10 @@ def _check_scheme(
     if bits not in widths:
         expected = "2, 3, 4 and 8" if widths == WIDTHS else "2 to 8"
         raise ValueError(f"{name}: expected {expected} bits, found {bits}: load it unpacked")
-    if group_size is not None and (group_size <= 0 or group_size % ROWS):
+    if group_size is not None and (group_size <= 0 or group_size % LEAST_GROUP):
         raise ValueError(
-            f"{name}: kernels take groups of a multiple of {ROWS} inputs, or one per output (None),"
-            f" found {group_size}: load it unpacked"
+            f"{name}: kernels take groups of a multiple of {LEAST_GROUP} inputs, or one per output "
+            f"(None), found {group_size}: load it unpacked"
         )
 
 

@@ -1,16 +1,15 @@
-"""y = x W^T + bias for packed weights on a GPU: which kernel, with which tiles, and its launch.
+"""y = x W^T + bias for packed weights on a GPU: with which tiles, and the launch.
 
-    rows of x      kernel
-    1              decode: no tensor core, inputs split over programs
-    up to 64       split-K: tensor cores, inputs split over programs
-    up to 256      tiled: tensor cores, one pass
+    rows of x      what runs
+    up to 64       matmul_kernel, inputs split over programs, scales on fp32 sums
+    up to 512      matmul_kernel, scales on the weights, each rounded once
     more           the weight is expanded once and multiplied by cuBLAS
 
 TABLE holds the tiles; what `modelpress bench kernels --tune` measured on this device for a shape
 comes before it (tuning.py).
 
 Splitting gives a narrow product enough programs to keep all of the memory busy. Their sums go to a
-workspace [SPLIT, M, N] in fp32, which a second kernel adds up in a fixed order: no atomics, so the
+workspace [split, M, N] in fp32, which a second kernel adds up in a fixed order: no atomics, so the
 same input gives the same bits. Above about 256 rows (H100) tensor cores, not memory, are the limit,
 and no kernel that unpacks as it goes beats a plain product.
 
@@ -29,30 +28,45 @@ from torch import Tensor
 
 from compress.kernels import triton_kernels as kernels
 from compress.kernels import tuning
-from compress.kernels.layout import ROWS, KernelWeight, block_columns
+from compress.kernels.layout import WORDS, KernelWeight, block_columns
 from compress.kernels.tuning import Tiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Programs for each multiprocessor that splitting aims at: enough loads in flight to hide latency.
-PROGRAMS_PER_SM = 4
-DENSE_TILE = 128
-LARGEST_CHUNK = 128  # depth of one tensor-core product: bounds the unpacked tile
+# Warps for each multiprocessor that splitting aims at: enough loads in flight to hide latency.
+WARPS_PER_SM = 16
+SYSTEM_MEMORY = 1024  # bytes of shared memory that CUDA keeps of each program
+# Beyond these rows to a tile, scaling sums would take more instructions and registers than weights.
+EXACT_ROWS = 64
+DENSE_TILE = 64
+# Depth of one product, of exact and of scaled weights: the more, the fewer sums to scale; the less,
+# the fewer registers hold weights.
+CHUNKS = (128, 64)
+SMALLEST_CHUNK = 32  # two codes of each thread of a fragment
 INTERPRETER_MEMORY = 64 * 1024
 REDUCE_BLOCK = 1024
 
 
-DECODE = Tiles(rows=1, block_m=1, block_n=128, warps=4, stages=3)
-# First row that fits wins; above the last one the weight is expanded. Chosen by what fits shared
-# memory and fills tensor cores, and not yet measured on any GPU.
+# First row that fits wins; above the last one the weight is expanded. Chosen by the registers and
+# the instructions of the compiled code, and not yet measured on any GPU.
 TABLE = (
-    Tiles(rows=16, block_m=16, block_n=64, warps=4, stages=4),
+    Tiles(rows=8, block_m=8, block_n=128, warps=4, stages=4),
+    Tiles(rows=16, block_m=16, block_n=128, warps=4, stages=4),
+    Tiles(rows=32, block_m=32, block_n=128, warps=4, stages=4),
+    Tiles(rows=64, block_m=64, block_n=128, warps=8, stages=3),
+    Tiles(rows=128, block_m=128, block_n=128, warps=8, stages=3),
+    Tiles(rows=512, block_m=128, block_n=256, warps=8, stages=3),
+)
+# Without Hopper's wgmma, whose right operand stays in shared memory, a thread holds all of a tile.
+MMA_TABLE = (
+    *TABLE[:2],
     Tiles(rows=32, block_m=32, block_n=64, warps=4, stages=4),
-    Tiles(rows=64, block_m=64, block_n=64, warps=4, stages=3),
-    Tiles(rows=128, block_m=64, block_n=128, warps=4, stages=3, split=1),
-    Tiles(rows=256, block_m=128, block_n=128, warps=8, stages=3, split=1),
+    Tiles(rows=128, block_m=64, block_n=64, warps=4, stages=3),
 )
 # Without tensor cores for fp32, a library's product wins sooner, and tiles take twice the memory.
-FP32_ENTRIES = 2
+FP32_TABLE = (
+    Tiles(rows=8, block_m=8, block_n=64, warps=4, stages=2),
+    Tiles(rows=32, block_m=32, block_n=64, warps=4, stages=2),
+)
 
 
 def quantized_matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tensor:
@@ -95,8 +109,6 @@ def _quantized_matmul(
     tiles = tiles_for(x, weight)
     if tiles is None:
         return dense_matmul(x, weight, bias)
-    if len(x) == 1:
-        return decode_matmul(x, weight, bias, tiles)
     return tiled_matmul(x, weight, bias, tiles)
 
 
@@ -108,97 +120,131 @@ def _(x, words, high, scale, zero, bias, bits, group_size):
 def tiles_for(x: Tensor, weight: KernelWeight) -> Tiles | None:
     """Tiles for x [M, K] on its device: tuned ones, else those of the table; None: expand W."""
     M, (N, K) = len(x), weight.shape
-    if TABLE[-1].rows >= M and x.dtype != torch.float32:  # tuned with 16-bit activations
+    table = table_of(x.dtype, x.device)
+    if table[-1].rows >= M and x.dtype != torch.float32:  # tuned with 16-bit activations
         key = (device_name(x.device), N, K, weight.bits, weight.group_size, tuning.bucket(M))
         tuned = tuning.find(*key)
         if tuned is not None:
             return tuned
-    if M == 1:
-        return DECODE
-    table = TABLE[:FP32_ENTRIES] if x.dtype == torch.float32 else TABLE
     return next((tiles for tiles in table if tiles.rows >= M), None)
+
+
+@cache
+def table_of(dtype: torch.dtype, device: torch.device) -> tuple[Tiles, ...]:
+    """The built-in tiles of a device."""
+    if dtype == torch.float32:
+        return FP32_TABLE
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return MMA_TABLE
+    return TABLE
 
 
 # ---- launches -----------------------------------------------------------------------------------
 
 
-def decode_matmul(
-    x: Tensor, weight: KernelWeight, bias: Tensor | None = None, tiles: Tiles = DECODE
-) -> Tensor:
-    """One row, x [1, K] -> [1, N]."""
-    N, K = weight.shape
-    grid = triton.cdiv(N, tiles.block_n)
-    split = split_of(tiles, grid, weight, x.device)
-    out = workspace(x, N, split, x.dtype)
-    kernels.decode_kernel[(grid, split)](
-        x, weight.words, weight.high, weight.scale, weight.zero, bias, out, N, K,
-        **weight_constants(weight), HAS_BIAS=bias is not None, SPLIT=split, BLOCK_N=tiles.block_n,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-    return add_up(out, bias, x.dtype)
-
-
 def tiled_matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None, tiles: Tiles) -> Tensor:
     """Tensor cores, x [M, K] -> [M, N]; one pass, or split-K where `tiles` says so."""
     M, (N, K) = len(x), weight.shape
+    scaled = tiles.block_m > EXACT_ROWS and weight.group_size is not None
+    options = (
+        weight_constants(weight, scaled)
+        | tile_constants(tiles)
+        | {
+            "EVEN": K % block_columns(weight.bits) == 0,
+            "SCALED": scaled,
+            **kernels.FIXED_OPTIONS,
+            "num_warps": tiles.warps,
+            "num_stages": stages(tiles, weight.bits, x.element_size(), shared_memory(x.device)),
+        }
+    )
+    held = 0
+    if tiles.split is None:
+        sizes = (N, K, x.stride(0))
+        held = programs_held(x.dtype, weight.scale.dtype, sizes, tuple(options.items()), x.device)
     grid = triton.cdiv(M, tiles.block_m) * triton.cdiv(N, tiles.block_n)
-    split = split_of(tiles, grid, weight, x.device)
+    split = split_of(tiles, grid, weight, held)
     out = workspace(x, N, split, x.dtype)
     kernels.matmul_kernel[(grid, split)](
-        x, weight.words, weight.high, weight.scale, weight.zero, bias, out, M, N, K, x.stride(0),
-        **weight_constants(weight), HAS_BIAS=bias is not None, SPLIT=split,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-        num_warps=tiles.warps,
-        num_stages=stages(tiles, weight.bits, x.element_size(), shared_memory(x.device)),
+        x, weight.words, weight.high, weight.scale, weight.zero, bias if split == 1 else None, out,
+        M, N, K, x.stride(0), split, HAS_BIAS=bias is not None and split == 1, **options,
     )  # fmt: skip
     return add_up(out, bias, x.dtype)
+
+
+@cache
+def programs_held(
+    dtype: torch.dtype,
+    scale: torch.dtype,
+    sizes: tuple[int, int, int],
+    options: tuple[tuple[str, int], ...],
+    device: torch.device,
+) -> int:
+    """Programs of a split matmul_kernel that the device runs at once: no more are worth starting.
+
+    By the registers and the shared memory of the compiled kernel; WARPS_PER_SM at most.
+    """
+    if device.type != "cuda":
+        return 1
+    constants = dict(options)
+    high = torch.int32 if constants["BITS"] == 3 else None
+    zero = torch.uint8 if constants["HAS_ZERO"] else None
+    with torch.cuda.device(device):
+        compiled = kernels.matmul_kernel.warmup(
+            dtype, torch.int32, high, scale, zero, None, torch.float32,
+            2, *sizes, 2, HAS_BIAS=False, grid=(1,), **constants,
+        )  # fmt: skip
+        compiled._init_handles()  # as Triton's tutorials ask for the registers of a kernel
+    device_has = torch.cuda.get_device_properties(device)
+    warps = constants["num_warps"]
+    registers = 32 * warps * 8 * triton.cdiv(compiled.n_regs, 8)  # handed out by 8 for each thread
+    held = min(
+        device_has.regs_per_multiprocessor // registers,
+        device_has.shared_memory_per_multiprocessor // (compiled.metadata.shared + SYSTEM_MEMORY),
+        WARPS_PER_SM // warps,
+    )
+    return max(1, held) * multiprocessors(device)
 
 
 def dense_matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tensor:
     """The weight expanded to x's dtype and multiplied by the vendor's library."""
-    W = dequantize_transposed(weight, x.dtype)
-    return x @ W if bias is None else torch.addmm(bias.to(x.dtype), x, W)
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.nn.functional.linear(x, dequantize_weight(weight, x.dtype), bias)
 
 
-def dequantize_transposed(weight: KernelWeight, dtype: torch.dtype) -> Tensor:
-    """The weight's transpose [K, N], each entry rounded once; inputs in the layout's order."""
+def dequantize_weight(weight: KernelWeight, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K], each entry rounded once; inputs in the layout's order."""
     N, K = weight.shape
-    out = torch.empty(K, N, dtype=dtype, device=weight.words.device)
-    grid = (triton.cdiv(K, block_columns(weight.bits)), triton.cdiv(N, DENSE_TILE))
+    out = torch.empty(N, K, dtype=dtype, device=weight.words.device)
+    grid = (triton.cdiv(N, DENSE_TILE), triton.cdiv(K, block_columns(weight.bits)))
     kernels.dequantize_kernel[grid](
         weight.words, weight.high, weight.scale, weight.zero, out, N, K,
-        **weight_constants(weight), BLOCK_N=DENSE_TILE, num_warps=4,
+        **weight_constants(weight), BLOCK_N=DENSE_TILE, WARPS=DENSE_TILE // 16,
+        num_warps=DENSE_TILE // 16, **kernels.FIXED_OPTIONS,
     )  # fmt: skip
     return out
 
 
-def splits(tiles: int, columns: int, bits: int, device: torch.device) -> int:
-    """Programs that share the inputs of each tile: a power of two, at most one for each block.
+def split_of(tiles: Tiles, grid: int, weight: KernelWeight, held: int) -> int:
+    """Programs that share the inputs of each of `grid` tiles: what `tiles` says, or `held` in all.
 
-    A power of two because it is a compile-time constant, of which there should be few.
+    No more of them than give each program the same number of blocks, but for the last.
     """
-    blocks = triton.cdiv(columns, block_columns(bits))
-    wanted = min(blocks, PROGRAMS_PER_SM * _multiprocessors(device) // tiles)
-    return 1 << max(wanted.bit_length() - 1, 0) if wanted > 0 else 1
+    blocks = triton.cdiv(weight.columns, block_columns(weight.bits))
+    wanted = min(blocks, tiles.split or max(1, held // grid))
+    return triton.cdiv(blocks, triton.cdiv(blocks, wanted))
 
 
 def stages(tiles: Tiles, bits: int, size: int, memory: int) -> int:
     """Blocks in flight: what `tiles` asks for, or fewer, so that they fit shared memory.
 
-    size: bytes of an activation; memory: bytes of shared memory that one program may take.
+    size: bytes of an activation; memory: bytes of shared memory that one program may take. Only
+    weights as 16-bit floats go to the product in registers.
     """
     block = block_columns(bits)
-    words = (2 if bits == 3 else 1) * ROWS * tiles.block_n * 4
-    unpacked = min(block, LARGEST_CHUNK) * tiles.block_n * size
+    words = (WORDS + 8 * (bits == 3)) * tiles.block_n * 4
+    unpacked = 0 if size == 2 else min(block, CHUNKS[0]) * tiles.block_n * size
     each = tiles.block_m * block * size + words
     return max(1, min(tiles.stages, (memory - unpacked) // each))
-
-
-def split_of(tiles: Tiles, grid: int, weight: KernelWeight, device: torch.device) -> int:
-    """What `tiles` says, or by device; never more than there are blocks to share."""
-    if tiles.split is None:
-        return splits(grid, weight.columns, weight.bits, device)
-    return min(tiles.split, triton.cdiv(weight.columns, block_columns(weight.bits)))
 
 
 @cache
@@ -216,22 +262,31 @@ def shared_memory(device: torch.device) -> int:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; the interpreter runs programs one after another."""
     if device.type != "cuda":
-        return 1  # the interpreter runs programs one after another
+        return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def weight_constants(weight: KernelWeight) -> dict[str, int | bool]:
+def weight_constants(weight: KernelWeight, scaled: bool = False) -> dict[str, int | bool]:
     """The compile-time constants of every kernel that reads a weight."""
     block = block_columns(weight.bits)
-    group = weight.group_size or 0  # gcd(block, 0, 128) = gcd(block, 128)
+    group = weight.group_size or 0  # gcd(block, 0, ...) = gcd(block, ...)
+    step = math.gcd(block, group, CHUNKS[scaled])
     return {
         "BITS": weight.bits,
         "GROUP": group,
-        "CHUNK": math.gcd(block, group, LARGEST_CHUNK),
+        "CHUNK": max(step, SMALLEST_CHUNK),
+        "STEP": step,
         "HAS_ZERO": weight.zero is not None,
     }
+
+
+def tile_constants(tiles: Tiles) -> dict[str, int]:
+    """Those of every kernel that works on tiles."""
+    warps = min(tiles.warps, tiles.block_n // 16)
+    return {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "WARPS": warps}
 
 
 def workspace(x: Tensor, outputs: int, split: int, dtype: torch.dtype) -> Tensor:
@@ -247,15 +302,15 @@ def add_up(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         return parts
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
     kernels.reduce_kernel[(triton.cdiv(out.numel(), REDUCE_BLOCK),)](
-        parts, bias, out, out.shape[1], out.numel(),
-        SPLIT=len(parts), HAS_BIAS=bias is not None, BLOCK=REDUCE_BLOCK,
+        parts, bias, out, out.shape[1], out.numel(), len(parts),
+        HAS_BIAS=bias is not None, BLOCK=REDUCE_BLOCK, **kernels.FIXED_OPTIONS,
     )  # fmt: skip
     return out
 
 
 def interpreted() -> bool:
     """Whether the kernels were imported under TRITON_INTERPRET=1 and run on the CPU."""
-    return not isinstance(kernels.decode_kernel, triton.runtime.JITFunction)
+    return not isinstance(kernels.matmul_kernel, triton.runtime.JITFunction)
 
 
 def check_launch(x: Tensor, *others: Tensor | None) -> None:

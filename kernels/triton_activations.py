@@ -7,7 +7,15 @@ as in triton_kernels.py.
 import triton
 import triton.language as tl
 
-from compress.kernels.triton_kernels import load_words
+from compress.kernels.triton_kernels import (
+    as_tile,
+    by_output,
+    code_pairs,
+    load_activations,
+    load_rows,
+    load_words,
+    load_zero,
+)
 
 # 1.5 * 2^23: added and taken off again, it rounds an fp32 below 2^22 to the nearest integer, ties
 # to even, as torch.round does.
@@ -75,64 +83,49 @@ def quantize_kernel(
     tl.store(scale + token, largest / LARGEST)
 
 
-@triton.jit
-def _int8_codes(low, hi, c: tl.constexpr, z, BITS: tl.constexpr, CHUNK: tl.constexpr):
-    """Chunk c of a block as c - z in int8: words [ROWS, BLOCK_N] -> [CHUNK, BLOCK_N]."""
-    ROWS: tl.constexpr = 16
-    PART: tl.constexpr = 2 if BITS == 3 else BITS
-    planes = c * (CHUNK // ROWS) + tl.arange(0, CHUNK // ROWS)[:, None, None]
-    code = (low[None, :, :] >> (planes * PART)) & (2**PART - 1)
-    if BITS == 3:
-        code = code | (((hi[None, :, :] >> (planes * 2)) & 1) << 2)
-    return (code.reshape(CHUNK, low.shape[1]) - z[None, :]).to(tl.int8)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["M", "split"])
 def integer_matmul_kernel(
-    values, token_scale, words, high, scale, zero, bias, out, M, N, K,
-    BITS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
-    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    values, token_scale, words, high, scale, zero, bias, out, M, N, K, split,
+    BITS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    EVEN: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """A tile of y = token_scale * (values W^T) + bias by int8 tensor cores, values int8 [M, K].
 
     Sums over a group, or over all of K with one scale per output, are int32 and exact. Programs and
-    out as in matmul_kernel.
+    out as in matmul_kernel; STEP is CHUNK.
     """
-    ROWS: tl.constexpr = 16
-    PART: tl.constexpr = 2 if BITS == 3 else BITS
-    BLOCK: tl.constexpr = ROWS * (32 // PART)
+    BLOCK: tl.constexpr = 16 * (32 // (2 if BITS == 3 else BITS))
     tiles_m = tl.cdiv(M, BLOCK_M)
     m = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
+    first = (tl.program_id(0) // tiles_m) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
+    share = tl.program_id(1)
     inside = n < N
-    rows = m.to(tl.int64)[:, None]
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    whole = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for block in range(split, tl.cdiv(K, BLOCK), SPLIT):
-        low, hi = load_words(words, high, block, n, N, BITS)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    whole = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for block in range(share, tl.cdiv(K, BLOCK), split):
+        low, hi = load_words(words, high, block, first, N, BITS, BLOCK_N, WARPS)
         for c in tl.static_range(BLOCK // CHUNK):
             k0 = block * BLOCK + c * CHUNK
-            k = k0 + tl.arange(0, CHUNK)
-            mask = (m < M)[:, None] & (k < K)[None, :]
-            xs = tl.load(values + rows * K + k[None, :], mask=mask, other=0)
+            xs = load_activations(values, m, K, k0, M, K, 0, CHUNK, STEP, EVEN, BLOCK_M)
             group = min(k0, K - 1) // GROUP if GROUP > 0 else 0
-            if HAS_ZERO:
-                z = tl.load(zero + group * N + n, mask=inside, other=0).to(tl.int32)
-            else:
-                z = tl.full((BLOCK_N,), 2 ** (BITS - 1), tl.int32)
-            w = _int8_codes(low, hi, c, z, BITS, CHUNK)
+            z = load_zero(zero, group, first, N, BITS, HAS_ZERO, BLOCK_N)
+            z = by_output(z, BLOCK_N, WARPS)
+            pair = code_pairs(low, hi, c, 0, BITS, CHUNK)
+            a, b = ((pair & 0xFF) - z).to(tl.int8), ((pair >> 16) - z).to(tl.int8)
+            w = as_tile(a, b, CHUNK, BLOCK_N, WARPS)
             if GROUP > 0:
-                s = tl.load(scale + group * N + n, mask=inside, other=0).to(tl.float32)
-                total += tl.dot(xs, w, out_dtype=tl.int32).to(tl.float32) * s[None, :]
+                s = load_rows(scale + group * N, first, N, BLOCK_N).to(tl.float32)
+                part = tl.dot(w, xs, out_dtype=tl.int32).to(tl.float32)
+                total = tl.fma(part, tl.broadcast_to(s[:, None], part.shape), total)
             else:
-                whole = tl.dot(xs, w, whole, out_dtype=tl.int32)
+                whole = tl.dot(w, xs, whole, out_dtype=tl.int32)
     if GROUP == 0:
-        s = tl.load(scale + n, mask=inside, other=0).to(tl.float32)
-        total = whole.to(tl.float32) * s[None, :]
-    total *= tl.load(token_scale + m, mask=m < M, other=0)[:, None]
-    if HAS_BIAS and SPLIT == 1:
-        total += tl.load(bias + n, mask=inside, other=0).to(tl.float32)[None, :]
-    at = (split * M + rows) * N + n[None, :]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=(m < M)[:, None] & inside[None, :])
+        s = load_rows(scale, first, N, BLOCK_N).to(tl.float32)
+        total = whole.to(tl.float32) * s[:, None]
+    total *= tl.load(token_scale + m, mask=m < M, other=0)[None, :]
+    if HAS_BIAS:
+        total += load_rows(bias, first, N, BLOCK_N).to(tl.float32)[:, None]
+    at = (share * M + m).to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=(m < M)[None, :] & inside[:, None])

@@ -5,13 +5,21 @@ Those of integer activations and Hadamard transforms: triton_activations.py.
 Nothing here chooses or checks anything; matmul.py does. Common to all:
 
     x [M, K], row stride given; words, high: layout.py; scale [G, N]; zero uint8 [G, N]; bias [N]
-    BITS     width of a code; PART of its bits lie in `words` (2 of 3, else all), PLANES = 32 / PART
+    BITS     width of a code; PART of its bits lie in `words` (2 of 3, else all)
     GROUP    inputs that share a scale, 0 for one scale per output
-    CHUNK    gcd(block, GROUP, 128) inputs: what is multiplied before a scale is applied
+    CHUNK    inputs that are multiplied at once, a divisor of the block
+    STEP     those of them that share a scale: less than CHUNK only for groups of 16, 48, ...
+    WARPS    warps that divide the outputs of a tile among them
 
-Codes meet the activations as the exact integers c - z, and scales are applied to fp32 sums. That
-is one multiplication per output and chunk in place of one per weight, and it rounds nothing that
-the file holds. Symmetric weights have z = 2^(BITS-1) as a constant, and no zero tensor is read.
+The weight is the left operand, W x^T, and outputs are the rows of a tile. Tensor cores take their
+left operand from registers, and `words` has for each thread the codes that the thread multiplies.
+So a code is loaded, shifted, masked and made a float where it is used, and exchanged with no other
+thread: what the reshapes and permutations below say is who holds what, and no instruction. They
+hold for the fragments of `mma` and of Hopper's `wgmma`; elsewhere the compiler moves data, and
+results stay the same.
+
+Codes meet the activations as the exact integers c - z. Symmetric weights have z = 2^(BITS-1) as a
+constant, and no zero tensor is read.
 
 Without a GPU these run under TRITON_INTERPRET=1, set before triton is imported; bf16 arithmetic is
 wrong there, so launchers refuse it.
@@ -20,187 +28,239 @@ wrong there, so launchers refuse it.
 import triton
 import triton.language as tl
 
-# 2^23 as fp32 bits: OR a code of fewer than 24 bits into them, and the float is 2^23 + code.
-MAGIC: tl.constexpr = tl.constexpr(0x4B000000)
+# Of every launch: whether a product and a sum are made one instruction differs by version, and with
+# it the last bit of a result. Kernels say fma where they mean it.
+FIXED_OPTIONS = {"enable_fp_fusion": False}
+
+# A code in the low mantissa bits of these is 1024, 128 or 2^23 plus the code: a float without a
+# conversion, which has a quarter of the throughput of other instructions on most GPUs.
+MAGIC_FP16: tl.constexpr = tl.constexpr(0x6400)
+MAGIC_BF16: tl.constexpr = tl.constexpr(0x4300)
+MAGIC_FP32: tl.constexpr = tl.constexpr(0x4B000000)
 
 
 @triton.jit
-def _zero_point(zero, at, inside, BITS: tl.constexpr, HAS_ZERO: tl.constexpr):
-    """z of each output as fp32 [BLOCK_N], at offsets `at` of the zero tensor."""
-    if HAS_ZERO:
-        z = tl.load(zero + at, mask=inside, other=0).to(tl.float32)
-    else:
-        z = tl.full(at.shape, 2 ** (BITS - 1), tl.float32)
-    return z
+def _share(words, start, first, N, EACH: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
+    """EACH words of every output of a tile, [BLOCK_N / (16 WARPS), 2, WARPS, 8, EACH].
 
-
-@triton.jit
-def _integers(
-    low, hi, c: tl.constexpr, z, dtype: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr
-):
-    """Chunk c of a block as c - z in `dtype`: words [ROWS, BLOCK_N] -> [CHUNK, BLOCK_N].
-
-    Planes follow each other along the first axis, so that row k is input k of the chunk.
+    Output 16 (WARPS a + w) + 8 h + r at place [a, h, w, r]: rows r and r + 8 are one thread's.
     """
-    ROWS: tl.constexpr = 16
-    PART: tl.constexpr = 2 if BITS == 3 else BITS
-    planes = c * (CHUNK // ROWS) + tl.arange(0, CHUNK // ROWS)[:, None, None]
-    code = (low[None, :, :] >> (planes * PART)) & (2**PART - 1)
-    if BITS == 3:
-        code = code | (((hi[None, :, :] >> (planes * 2)) & 1) << 2)
-    code = code.reshape(CHUNK, low.shape[1])
-    # Putting a code into the mantissa of 1024 (or of 128) converts it without a conversion
-    # instruction, which has a quarter of the throughput of the rest on most GPUs.
-    if dtype == tl.float16:
-        values = (code | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
-        integers = values - (z + 1024).to(tl.float16)[None, :]
-    elif dtype == tl.bfloat16 and BITS < 8:
-        values = (code | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        integers = values - (z + 128).to(tl.bfloat16)[None, :]
-    else:
-        integers = (code.to(tl.float32) - z[None, :]).to(dtype)
-    return integers
+    EIGHT: tl.constexpr = 8 * EACH
+    i = tl.arange(0, BLOCK_N * EACH)
+    eight = (i // (2 * EIGHT * WARPS)) * WARPS + (i // EIGHT) % WARPS
+    at = (2 * eight + (i // (EIGHT * WARPS)) % 2) * EIGHT + i % EIGHT
+    inside = first * EACH + at < N * EACH
+    loaded = tl.load(words + start * EACH + at, mask=inside, other=0, eviction_policy="evict_first")
+    return loaded.reshape(BLOCK_N // (16 * WARPS), 2, WARPS, 8, EACH)
 
 
 @triton.jit
-def load_words(words, high, block, n, N, BITS: tl.constexpr):
-    """The words of a block, and of 3 bits its high bits shifted to bits 0, 2, 4, ..."""
-    ROWS: tl.constexpr = 16
-    r = tl.arange(0, ROWS)
-    inside = (n < N)[None, :]
-    at = (block * ROWS + r)[:, None] * N + n[None, :]
-    low = tl.load(words + at, mask=inside, other=0, eviction_policy="evict_first")
+def load_words(
+    words, high, block, first, N, BITS: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr
+):
+    """The words of outputs first, ..., first + BLOCK_N - 1 and one block of inputs.
+
+    [BLOCK_N / (16 WARPS), 2, WARPS, 8, 4, 4], and of 3 bits the high bits in the same shape.
+    """
+    REST: tl.constexpr = BLOCK_N // (16 * WARPS)
+    start = (block * N + first).to(tl.int64)
+    low = _share(words, start, first, N, 16, BLOCK_N, WARPS).reshape(REST, 2, WARPS, 8, 4, 4)
     hi = low
     if BITS == 3:
-        at = ((block // 2) * ROWS + r)[:, None] * N + n[None, :]
-        hi = tl.load(high + at, mask=inside, other=0) >> (block % 2)
+        hi = _share(high, start, first, N, 8, BLOCK_N, WARPS).reshape(REST, 2, WARPS, 8, 4, 2, 1)
+        hi = hi.broadcast_to(REST, 2, WARPS, 8, 4, 2, 2).reshape(REST, 2, WARPS, 8, 4, 4)
     return low, hi
 
 
 @triton.jit
-def _whole_codes(low, hi):
-    """3-bit codes put together, 8 to a word, 4 bits apart: of the even planes, of the odd ones."""
-    even = (low & 0x33333333) | ((hi << 2) & 0x44444444)
-    odd = ((low >> 2) & 0x33333333) | (hi & 0x44444444)
-    return even, odd
+def by_output(values, BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
+    """values [BLOCK_N] where the words of these outputs are: [1, ..., 2, WARPS, 8, 1, 1]."""
+    places = values.reshape(BLOCK_N // (16 * WARPS), WARPS, 2, 8).permute(0, 2, 1, 3)
+    return places[None, :, :, :, :, None, None]
 
 
 @triton.jit
-def _decode_plane(low, hi, z, xk, part, j: tl.constexpr, BITS: tl.constexpr):
-    """part + (c - z) x of plane j: fp32 [ROWS, BLOCK_N]. Of 3 bits, low and hi are whole codes.
+def code_pairs(
+    low, hi, c: tl.constexpr, magic: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Chunk c of a block: words with two codes each, of neighbouring inputs, at bits 0 and 16.
 
-    The code is left at its place s in the word, as c 2^s in the mantissa of 2^23, and x is divided
-    by 2^s instead: one AND-OR and one subtraction per weight, no shift, no conversion. Codes that
-    would lie above bit 22 come from the word shifted once for several planes.
+    [CHUNK / 32] and the shape of `low`; `magic` is set in all of them.
     """
-    APART: tl.constexpr = 4 if BITS == 3 else BITS
-    AT: tl.constexpr = j // 2 if BITS == 3 else j
-    PER: tl.constexpr = (23 - BITS) // APART + 1  # codes below bit 23, without another shift
-    BASE: tl.constexpr = (AT // PER) * PER
-    S: tl.constexpr = (AT - BASE) * APART
-    word = hi if BITS == 3 and j % 2 == 1 else low
-    field = ((word >> (BASE * APART)) & ((2**BITS - 1) << S)) | MAGIC
-    value = field.to(tl.float32, bitcast=True) - (z * (2**S) + 8388608.0)[None, :]
-    # fma by name: whether a product and a sum become one is an option that differs by version
-    return tl.fma(value, tl.broadcast_to((xk * (1.0 / 2**S))[:, None], value.shape), part)
-
-
-@triton.jit
-def decode_kernel(
-    x, words, high, scale, zero, bias, out, N, K,
-    BITS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
-    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One row of x. Program (i, s): outputs of tile i, blocks s, s + SPLIT, ... of the inputs.
-
-    out is y [N], or the fp32 workspace [SPLIT, N] if SPLIT > 1. No tensor core: the row would fill
-    one sixteenth of it.
-    """
-    ROWS: tl.constexpr = 16
     PART: tl.constexpr = 2 if BITS == 3 else BITS
-    BLOCK: tl.constexpr = ROWS * (32 // PART)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    inside = n < N
-    r = tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for block in range(split, tl.cdiv(K, BLOCK), SPLIT):
-        low, hi = load_words(words, high, block, n, N, BITS)
-        if BITS == 3:
-            low, hi = _whole_codes(low, hi)
-        for c in tl.static_range(BLOCK // CHUNK):
-            k0 = block * BLOCK + c * CHUNK
-            group = min(k0, K - 1) // GROUP if GROUP > 0 else 0
-            s = tl.load(scale + group * N + n, mask=inside, other=0).to(tl.float32)
-            z = _zero_point(zero, group * N + n, inside, BITS, HAS_ZERO)
-            part = tl.zeros((ROWS, BLOCK_N), tl.float32)
-            for p in tl.static_range(CHUNK // ROWS):
-                k = k0 + p * ROWS + r
-                xk = tl.load(x + k, mask=k < K, other=0).to(tl.float32)
-                part = _decode_plane(low, hi, z, xk, part, c * (CHUNK // ROWS) + p, BITS)
-            total += part * s[None, :]
-    y = tl.sum(total, 0)
-    if HAS_BIAS and SPLIT == 1:
-        y += tl.load(bias + n, mask=inside, other=0).to(tl.float32)
-    tl.store(out + split * N + n, y.to(out.dtype.element_ty), mask=inside)
+    T: tl.constexpr = CHUNK // 32
+    t = (c * T + tl.arange(0, T))[:, None, None, None, None, None, None]
+    pair = ((low[None] >> (t * PART)) & ((2**PART - 1) * 0x10001)) | magic
+    if BITS == 3:
+        j = (tl.arange(0, 4) % 2)[None, None, None, None, None, None, :]
+        pair = pair | (((hi[None] >> (8 * j + t)) & 0x10001) << 2)
+    return pair
 
 
 @triton.jit
+def as_tile(a, b, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
+    """What was made of the two codes of each pair, as the tile [BLOCK_N, CHUNK] of the weight."""
+    both = tl.join(a, b)
+    fields = both.reshape(CHUNK // 32, BLOCK_N // (16 * WARPS), 2, WARPS, 8, 4, 2, 2, 2)
+    return fields.permute(1, 3, 2, 4, 0, 6, 7, 5, 8).reshape(BLOCK_N, CHUNK)
+
+
+@triton.jit
+def _floats(
+    low, hi, c: tl.constexpr, z, s, dtype: tl.constexpr,
+    BITS: tl.constexpr, CHUNK: tl.constexpr, HAS_ZERO: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_N: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Chunk c of a block, [BLOCK_N, CHUNK] in `dtype`: c - z, or (c - z) s rounded once if SCALED.
+
+    z and s [BLOCK_N]. A zero point is taken off the integer: MAGIC + 2^BITS + c - z is positive.
+    """
+    OFFSET: tl.constexpr = 2**BITS if HAS_ZERO else 2 ** (BITS - 1)
+    if dtype == tl.float16 or (dtype == tl.bfloat16 and BITS < 8):
+        HALF: tl.constexpr = MAGIC_FP16 if dtype == tl.float16 else MAGIC_BF16
+        ONE: tl.constexpr = 1024.0 if dtype == tl.float16 else 128.0
+        if HAS_ZERO:
+            up = by_output(-z * 0x10001 + (HALF + OFFSET) * 0x10001, BLOCK_N, WARPS)
+            pair = code_pairs(low, hi, c, 0, BITS, CHUNK) + up
+        else:
+            pair = code_pairs(low, hi, c, HALF * 0x10001, BITS, CHUNK)
+        a = pair.to(tl.int16).to(dtype, bitcast=True) - (ONE + OFFSET)
+        b = (pair >> 16).to(tl.int16).to(dtype, bitcast=True) - (ONE + OFFSET)
+    else:
+        pair = code_pairs(low, hi, c, 0, BITS, CHUNK)
+        up = MAGIC_FP32
+        if HAS_ZERO:
+            up = by_output(-z + (MAGIC_FP32 + OFFSET), BLOCK_N, WARPS)
+        a = ((pair & 0xFF) + up).to(tl.float32, bitcast=True) - (8388608.0 + OFFSET)
+        b = (((pair >> 16) & 0xFF) + up).to(tl.float32, bitcast=True) - (8388608.0 + OFFSET)
+    if SCALED:
+        places = by_output(s, BLOCK_N, WARPS)
+        if s.dtype != a.dtype:  # 16-bit integers and a wider scale
+            a, b, places = a.to(tl.float32), b.to(tl.float32), places.to(tl.float32)
+        a, b = a * places, b * places
+    return as_tile(a.to(dtype), b.to(dtype), CHUNK, BLOCK_N, WARPS)
+
+
+@triton.jit
+def load_rows(values, first, N, BLOCK_N: tl.constexpr):
+    """values[first], ... of a tile's outputs, [BLOCK_N], 0 beyond N; from half as many addresses.
+
+    A tensor of fewer elements than threads is loaded by each thread that needs it. A larger one
+    would be loaded once and exchanged, between two barriers.
+    """
+    i = tl.arange(0, BLOCK_N // 2)
+    n = first + (i // 8) * 16 + i % 8
+    upper = tl.load(values + n, mask=n < N, other=0)
+    lower = tl.load(values + n + 8, mask=n + 8 < N, other=0)
+    return tl.join(upper, lower).reshape(BLOCK_N // 16, 8, 2).permute(0, 2, 1).reshape(BLOCK_N)
+
+
+@triton.jit
+def load_zero(
+    zero, group, first, N, BITS: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """z of each output of a tile in a group, int32 [BLOCK_N]."""
+    if HAS_ZERO:
+        z = load_rows(zero + group * N, first, N, BLOCK_N).to(tl.int32)
+    else:
+        z = tl.full((BLOCK_N,), 2 ** (BITS - 1), tl.int32)
+    return z
+
+
+@triton.jit
+def load_activations(
+    x, rows, stride, k0, M, K, h: tl.constexpr,
+    CHUNK: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """x^T of a tile's rows, [CHUNK, BLOCK_M]: inputs from k0, zero outside step h of the chunk.
+
+    Rows beyond M: the last row again, which spares the mask, or 0 in the smallest tiles, where
+    reading it more than once would cost as much as the weight.
+    """
+    k = tl.arange(0, CHUNK)
+    MASKED: tl.constexpr = STEP < CHUNK or not EVEN
+    inside = k0 + k < K
+    if STEP < CHUNK:
+        inside = inside & (k // STEP == h)
+    if BLOCK_M <= 16:
+        at = x + rows.to(tl.int64)[None, :] * stride + (k0 + k)[:, None]
+        mask = (rows < M)[None, :]
+        if MASKED:
+            mask = mask & inside[:, None]
+        xs = tl.load(at, mask=mask, other=0)
+    else:
+        at = x + tl.minimum(rows, M - 1).to(tl.int64)[None, :] * stride + (k0 + k)[:, None]
+        xs = tl.load(at, mask=inside[:, None], other=0) if MASKED else tl.load(at)
+    return xs
+
+
+@triton.jit(do_not_specialize=["M", "split"])
 def matmul_kernel(
-    x, words, high, scale, zero, bias, out, M, N, K, stride,
-    BITS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
-    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, words, high, scale, zero, bias, out, M, N, K, stride, split,
+    BITS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    EVEN: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BLOCK_M, BLOCK_N] of y by tensor cores; program (tile, s) takes every SPLIT-th block.
+    """A tile [BLOCK_M, BLOCK_N] of y by tensor cores; program (tile, s) takes every split-th block.
 
-    out is y [M, N], or the fp32 workspace [SPLIT, M, N] if SPLIT > 1. Programs next to each other
-    share a tile of weights, which then comes from the cache for all but one.
+    out is y [M, N], or the fp32 workspace [split, M, N]. A scale multiplies the fp32 sum of its
+    group, so that nothing of what the file holds is rounded; SCALED, for many rows, multiplies the
+    weights instead and rounds each once. Programs next to each other share a tile of weights, which
+    then comes from the cache for all but one. EVEN: K is a multiple of the block.
     """
-    ROWS: tl.constexpr = 16
-    PART: tl.constexpr = 2 if BITS == 3 else BITS
-    BLOCK: tl.constexpr = ROWS * (32 // PART)
+    BLOCK: tl.constexpr = 16 * (32 // (2 if BITS == 3 else BITS))
+    STEPS: tl.constexpr = CHUNK // STEP
     tiles_m = tl.cdiv(M, BLOCK_M)
     m = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
+    first = (tl.program_id(0) // tiles_m) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
+    share = tl.program_id(1)
     inside = n < N
-    rows = m.to(tl.int64)[:, None]
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for block in range(split, tl.cdiv(K, BLOCK), SPLIT):
-        low, hi = load_words(words, high, block, n, N, BITS)
-        for c in tl.static_range(BLOCK // CHUNK):
-            k0 = block * BLOCK + c * CHUNK
-            k = k0 + tl.arange(0, CHUNK)
-            mask = (m < M)[:, None] & (k < K)[None, :]
-            xs = tl.load(x + rows * stride + k[None, :], mask=mask, other=0)
-            group = min(k0, K - 1) // GROUP if GROUP > 0 else 0
-            z = _zero_point(zero, group * N + n, inside, BITS, HAS_ZERO)
-            w = _integers(low, hi, c, z, xs.dtype, BITS, CHUNK)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # A scale is loaded one step before it is used: nothing else hides how long that takes.
+    group = min(share * BLOCK, K - 1) // GROUP if GROUP > 0 else 0
+    next_scale = load_rows(scale + group * N, first, N, BLOCK_N)
+    for block in range(share, tl.cdiv(K, BLOCK), split):
+        low, hi = load_words(words, high, block, first, N, BITS, BLOCK_N, WARPS)
+        for i in tl.static_range(BLOCK // STEP):
+            k0 = block * BLOCK + i * STEP
+            start = block * BLOCK + (i // STEPS) * CHUNK
+            xs = load_activations(x, m, stride, start, M, K, i % STEPS, CHUNK, STEP, EVEN, BLOCK_M)
+            s = next_scale
+            group = 0
             if GROUP > 0:
-                s = tl.load(scale + group * N + n, mask=inside, other=0).to(tl.float32)
-                total += tl.dot(xs, w, input_precision="ieee") * s[None, :]
+                group = min(k0, K - 1) // GROUP
+                after = k0 + STEP if i + 1 < BLOCK // STEP else (block + split) * BLOCK
+                next_group = min(after, K - 1) // GROUP
+                next_scale = load_rows(scale + next_group * N, first, N, BLOCK_N)
+            z = load_zero(zero, group, first, N, BITS, HAS_ZERO, BLOCK_N)
+            w = _floats(
+                low, hi, i // STEPS, z, s, xs.dtype,
+                BITS, CHUNK, HAS_ZERO, SCALED, BLOCK_N, WARPS,
+            )  # fmt: skip
+            if GROUP > 0 and not SCALED:
+                part = tl.dot(w, xs, input_precision="ieee")
+                total = tl.fma(part, tl.broadcast_to(s.to(tl.float32)[:, None], part.shape), total)
             else:
-                total = tl.dot(xs, w, total, input_precision="ieee")
-    if GROUP == 0:
-        total *= tl.load(scale + n, mask=inside, other=0).to(tl.float32)[None, :]
-    if HAS_BIAS and SPLIT == 1:
-        total += tl.load(bias + n, mask=inside, other=0).to(tl.float32)[None, :]
-    at = (split * M + rows) * N + n[None, :]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=(m < M)[:, None] & inside[None, :])
+                total = tl.dot(w, xs, total, input_precision="ieee")
+    if GROUP == 0 and not SCALED:
+        total *= next_scale.to(tl.float32)[:, None]
+    if HAS_BIAS:
+        total += load_rows(bias, first, N, BLOCK_N).to(tl.float32)[:, None]
+    at = (share * M + m).to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=(m < M)[None, :] & inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split"])
 def reduce_kernel(
-    workspace, bias, out, N, size,
-    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out = sum of workspace [SPLIT, size] over SPLIT, always in the same order, plus bias [N]."""
+    workspace, bias, out, N, size, split, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out = sum of workspace [split, size] over split, always in the same order, plus bias [N]."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     y = tl.zeros((BLOCK,), tl.float32)
-    for split in range(SPLIT):
-        y += tl.load(workspace + split * size + i, mask=inside, other=0)
+    for share in range(split):
+        y += tl.load(workspace + share * size + i, mask=inside, other=0)
     if HAS_BIAS:
         y += tl.load(bias + i % N, mask=inside, other=0).to(tl.float32)
     tl.store(out + i, y.to(out.dtype.element_ty), mask=inside)
@@ -209,24 +269,28 @@ def reduce_kernel(
 @triton.jit
 def dequantize_kernel(
     words, high, scale, zero, out, N, K,
-    BITS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
-    HAS_ZERO: tl.constexpr, BLOCK_N: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    HAS_ZERO: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """out [K, N] = the weight's transpose, rounded once; program (block, tile of outputs)."""
-    ROWS: tl.constexpr = 16
-    PART: tl.constexpr = 2 if BITS == 3 else BITS
-    BLOCK: tl.constexpr = ROWS * (32 // PART)
-    block = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """out [N, K] = the weight, each entry rounded once; program (tile of outputs, block)."""
+    BLOCK: tl.constexpr = 16 * (32 // (2 if BITS == 3 else BITS))
+    STEPS: tl.constexpr = CHUNK // STEP
+    first = tl.program_id(0) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
+    block = tl.program_id(1)
     inside = n < N
-    low, hi = load_words(words, high, block, n, N, BITS)
-    for c in tl.static_range(BLOCK // CHUNK):
-        k0 = block * BLOCK + c * CHUNK
-        group = min(k0, K - 1) // GROUP if GROUP > 0 else 0
-        s = tl.load(scale + group * N + n, mask=inside, other=0).to(tl.float32)
-        z = _zero_point(zero, group * N + n, inside, BITS, HAS_ZERO)
-        w = _integers(low, hi, c, z, tl.float32, BITS, CHUNK) * s[None, :]
-        k = k0 + tl.arange(0, CHUNK)
-        mask = (k < K)[:, None] & inside[None, :]
-        at = k.to(tl.int64)[:, None] * N + n[None, :]
+    low, hi = load_words(words, high, block, first, N, BITS, BLOCK_N, WARPS)
+    for i in tl.static_range(BLOCK // STEP):
+        k = block * BLOCK + (i // STEPS) * CHUNK + tl.arange(0, CHUNK)
+        group = min(block * BLOCK + i * STEP, K - 1) // GROUP if GROUP > 0 else 0
+        s = load_rows(scale + group * N, first, N, BLOCK_N)
+        z = load_zero(zero, group, first, N, BITS, HAS_ZERO, BLOCK_N)
+        w = _floats(
+            low, hi, i // STEPS, z, s.to(tl.float32), tl.float32,
+            BITS, CHUNK, HAS_ZERO, True, BLOCK_N, WARPS,
+        )  # fmt: skip
+        mask = inside[:, None] & (k < K)[None, :]
+        if STEP < CHUNK:
+            mask = mask & (tl.arange(0, CHUNK) // STEP == i % STEPS)[None, :]
+        at = n.to(tl.int64)[:, None] * K + k[None, :]
         tl.store(out + at, w.to(out.dtype.element_ty), mask=mask)

@@ -1,7 +1,7 @@
 """Tiles that were measured on a device, kept on disk: read when a GPU product first asks.
 
     $XDG_CACHE_HOME/modelpress/tuning.json
-    {"version": 1, "entries": {"NVIDIA H100 80GB HBM3|4096x14336|4 bits|128|16 rows": {...tiles}}}
+    {"version": 2, "entries": {"NVIDIA H100 80GB HBM3|4096x14336|4 bits|128|16 rows": {...tiles}}}
 
 Nobody writes it but `modelpress bench kernels --tune`: without that the table of matmul.py holds.
 A file or an entry that is not as expected is left aside with one warning, and counted; kernels work
@@ -21,10 +21,10 @@ from typing import Any
 
 from compress.kernels.user_cache import cache_directory, cache_path, write_atomically
 
-VERSION = 1
+VERSION = 2
 # What tuning tries, and all that a file may say: powers of two that compile for every width.
 CHOICES: dict[str, tuple[int | None, ...]] = {
-    "block_m": (16, 32, 64, 128),
+    "block_m": (8, 16, 32, 64, 128, 256),
     "block_n": (16, 32, 64, 128, 256),
     "warps": (1, 2, 4, 8),
     "stages": (1, 2, 3, 4, 5),
@@ -154,8 +154,6 @@ def search(start: Tiles, measure: Callable[[Tiles], float]) -> tuple[Tiles, floa
 def neighbours(tiles: Tiles) -> Iterator[Tiles]:
     """Tiles that differ in one value, by one place among its choices."""
     for name, choices in CHOICES.items():
-        if name == "block_m" and tiles.rows == 1:  # the decode kernel has no rows to tile
-            continue
         at = choices.index(getattr(tiles, name))
         for other in choices[max(at - 1, 0) : at + 2]:
             changed = replace(tiles, **{name: other})
@@ -170,11 +168,7 @@ def _tiles(entry: Any) -> Tiles | None:
     values = [entry["rows"], *(entry[name] for name in CHOICES)]
     if not all(value is None or type(value) is int for value in values) or entry["rows"] is None:
         return None
-    decode = entry["rows"] == 1 and entry["block_m"] == 1
-    allowed = (
-        entry[name] in choices or (name == "block_m" and decode)
-        for name, choices in CHOICES.items()
-    )
+    allowed = (entry[name] in choices for name, choices in CHOICES.items())
     return Tiles(**entry) if all(allowed) else None
 
 

@@ -27,7 +27,7 @@ from compress.checkpoint.compressed_tensors import ModuleScheme, module_schemes
 from compress.checkpoint.safetensors_io import CheckpointReader
 from compress.errors import CheckpointError, UsageError
 from compress.kernels.layout import (
-    ROWS,
+    LEAST_GROUP,
     WIDTHS,
     Codes,
     read_compressed_tensors,
@@ -230,10 +230,10 @@ class PackedLinears:
                 f"{name} has {scheme.bits} bits, packed {self.method} runs "
                 f"{', '.join(map(str, widths))}"
             )
-        if scheme.group_size is not None and scheme.group_size % ROWS:
+        if scheme.group_size is not None and scheme.group_size % LEAST_GROUP:
             raise self._error(
-                f"{name} has groups of {scheme.group_size}, kernels take a multiple of {ROWS} "
-                f"inputs or one group: load it with packed=False"
+                f"{name} has groups of {scheme.group_size}, kernels take a multiple of "
+                f"{LEAST_GROUP} inputs or one group: load it with packed=False"
             )
         if scheme.symmetric and f"{name}.weight_zero_point" in self.reader:
             raise self._error(f"{name} has a weight_zero_point, but config.json says symmetric")

@@ -7,7 +7,6 @@ import torch
 from weights import assert_same, random_weight
 
 from compress.kernels.layout import (
-    ROWS,
     block_columns,
     concatenate,
     pack_kernel,
@@ -47,18 +46,17 @@ def test_each_code_lies_where_the_layout_says(bits):
     high = (packed.high.long() & 0xFFFFFFFF).tolist() if bits == 3 else None
     for n, row in enumerate(weight.codes.tolist()):
         for k, code in enumerate(row):
-            i, (j, r) = k // size, divmod(k % size, ROWS)
-            found = words[ROWS * i + r][n] >> (part * j) & (2**part - 1)
+            i, inner = divmod(k, size)
+            t, h, j, q, e = inner // 32, inner // 16 % 2, inner // 8 % 2, inner // 2 % 4, inner % 2
+            found = words[i][n][4 * q + 2 * h + j] >> (part * t + 16 * e) & (2**part - 1)
             if bits == 3:
-                found |= (high[ROWS * (i // 2) + r][n] >> (2 * j + i % 2) & 1) << 2
+                found |= (high[i][n][2 * q + h] >> (8 * j + t + 16 * e) & 1) << 2
             assert found == code, (n, k)
 
 
-@pytest.mark.parametrize(("bits", "words"), [(2, 512 // 16), (3, 48), (4, 512 // 8), (8, 128)])
-def test_whole_blocks_take_exactly_their_bits(bits, words):
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_whole_blocks_take_exactly_their_bits(bits):
     packed = pack_kernel(random_weight(8, 512, bits, None))
-    high = 0 if packed.high is None else len(packed.high)
-    assert len(packed.words) + high == words == 512 * bits // 32
     assert packed.zero is None
     assert packed.nbytes == 512 * bits // 8 * 8 + 8 * 2
 

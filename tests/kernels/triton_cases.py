@@ -17,16 +17,15 @@ from compress.kernels.hadamard import hadamard_
 from compress.kernels.integer_launch import tiled_integers
 from compress.kernels.layout import pack_kernel
 from compress.kernels.matmul import (
-    DECODE,
+    FP32_TABLE,
     TABLE,
     Tiles,
-    decode_matmul,
     dense_matmul,
-    dequantize_transposed,
+    dequantize_weight,
     device_name,
     interpreted,
     quantized_matmul,
-    splits,
+    split_of,
     tiled_matmul,
     tiles_for,
 )
@@ -46,7 +45,9 @@ SCHEMES = [
     for d, dtype in enumerate(DTYPES)
     if not interpreted() or ((g + s) % 2 == 0 and (g // 2 + d) % 2 == 0)
 ]
+FEW = Tiles(rows=8, block_m=8, block_n=64, warps=4, stages=2)
 SMALL = Tiles(rows=16, block_m=16, block_n=32, warps=4, stages=2)
+SCALED = Tiles(rows=128, block_m=128, block_n=32, warps=2, stages=2)
 
 
 @pytest.fixture(autouse=interpreted())
@@ -88,9 +89,9 @@ def check(y, expected, x):
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("group_size", "split", "dtype"), SCHEMES)
-def test_decode(bits, group_size, symmetric, dtype, split):
+def test_one_row(bits, group_size, symmetric, dtype, split):
     x, weight, bias, expected = problem(1, 24, 200, bits, group_size, symmetric, dtype)
-    check(decode_matmul(x, weight, bias, replace(DECODE, split=split)), expected, x)
+    check(tiled_matmul(x, weight, bias, replace(FEW, split=split)), expected, x)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -106,16 +107,43 @@ def test_tiled_and_split(bits, group_size, symmetric, dtype, split):
 def test_groups_that_are_no_divisor_of_a_block(bits, group_size):
     x, weight, bias, expected = problem(3, 16, 256, bits, group_size, dtype=torch.float32)
     check(tiled_matmul(x, weight, bias, SMALL), expected, x)
-    check(decode_matmul(x[:1], weight, bias), expected[:1], x)
+    check(tiled_matmul(x[:1], weight, bias, FEW), expected[:1], x)
 
 
 @pytest.mark.parametrize("bits", [2, 3])
 @pytest.mark.parametrize("split", [1, 2])
 def test_second_block_of_the_widest_layouts(bits, split):
-    """256 inputs to a block; 3 bits keep the high bits of two blocks in one word."""
+    """256 inputs to a block."""
     x, weight, bias, expected = problem(2, 16, 300, bits, 128, dtype=torch.float32)
     check(tiled_matmul(x, weight, bias, replace(SMALL, split=split)), expected, x)
-    check(decode_matmul(x[:1], weight, bias, replace(DECODE, split=split)), expected[:1], x)
+    check(tiled_matmul(x[:1], weight, bias, replace(FEW, split=split)), expected[:1], x)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("group_size", "split", "dtype"), SCHEMES)
+def test_scales_on_the_weights(bits, group_size, symmetric, dtype, split):
+    """As a dense product in the same dtype: each weight is rounded once, and sums are fp32."""
+    x, weight, bias, expected = problem(70, 24, 200, bits, group_size, symmetric, dtype)
+    if group_size is not None:
+        dense = dequantize_weight(weight, dtype).cpu().double()
+        expected = x.cpu().double() @ dense.T + bias.cpu().double()
+    check(tiled_matmul(x, weight, bias, replace(SCALED, split=split)), expected, x)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("group_size", [16, 96])
+def test_scales_on_the_weights_of_odd_groups(bits, group_size):
+    x, weight, bias, expected = problem(3, 16, 256, bits, group_size, dtype=torch.float32)
+    check(tiled_matmul(x, weight, bias, SCALED), expected, x)
+
+
+def test_a_wide_scale_is_not_rounded_before_the_weight():
+    x, weight, bias, _ = problem(3, 24, 128, 4, 64)
+    weight = replace(weight, scale=weight.scale.float() * 1.0003)
+    dense = dequantize_weight(weight, x.dtype).cpu().double()
+    expected = x.cpu().double() @ dense.T + bias.cpu().double()
+    check(tiled_matmul(x, weight, bias, SCALED), expected, x)
 
 
 @pytest.mark.parametrize("M", [17, 33])
@@ -129,9 +157,9 @@ def test_several_tiles_of_rows_and_outputs(M):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantising_rounds_once(bits, symmetric, dtype):
     weight = random_weight(40, 200, bits, 32, symmetric, dtype)
-    dense = dequantize_transposed(pack_kernel(weight).to(DEVICE), dtype).cpu()
+    dense = dequantize_weight(pack_kernel(weight).to(DEVICE), dtype).cpu()
     # (c - z) s is exact in fp32 for 16-bit scales, and rounded once for 32-bit ones
-    assert torch.equal(dense, dequantize(weight).T.float().to(dtype))
+    assert torch.equal(dense, dequantize(weight).float().to(dtype))
 
 
 def test_dense_product():
@@ -171,8 +199,8 @@ def test_no_rows():
 @pytest.mark.parametrize("rows", [1, 3])
 def test_same_input_same_bits(rows):
     x, weight, bias, _ = problem(rows, 40, 256, 4, 32)
-    launch, tiles = (decode_matmul, DECODE) if rows == 1 else (tiled_matmul, SMALL)
-    first, second = (launch(x, weight, bias, replace(tiles, split=2)) for _ in range(2))
+    tiles = replace(FEW if rows == 1 else SMALL, split=2)
+    first, second = (tiled_matmul(x, weight, bias, tiles) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -189,10 +217,14 @@ def test_operator_is_registered_as_torch_wants_it():
 def test_table_is_sorted_and_splits_fit():
     rows = [tiles.rows for tiles in TABLE]
     assert rows == sorted(rows)
-    for tiles in (1, 3, 1000):
-        for columns in (64, 200, 4096):
-            count = splits(tiles, columns, 4, torch.device(DEVICE))
-            assert 1 <= count <= math.ceil(columns / 128)
+    weight = pack_kernel(random_weight(8, 900, 4, 32))  # 8 blocks
+    for held in (0, 3, 1000):
+        for grid in (1, 2, 700):
+            count = split_of(SMALL, grid, weight, held)
+            assert 1 <= count <= 8
+            assert count == 1 or grid * count <= held
+            assert (count - 1) * math.ceil(8 / count) < 8  # no program without a block
+    assert split_of(replace(SMALL, split=32), 1, weight, 0) == 8
 
 
 def test_tuned_tiles_come_before_the_table(tmp_path, monkeypatch):
@@ -204,7 +236,8 @@ def test_tuned_tiles_come_before_the_table(tmp_path, monkeypatch):
     tuning.save({tuning.key(name, 40, 200, 4, 64, 4): tuned})
     assert tiles_for(x, weight) == tuned
     check(quantized_matmul(x, weight, bias), expected, x)
-    assert tiles_for(x[:2], weight) == tiles_for(x.float(), weight) == TABLE[0]
+    assert tiles_for(x[:2], weight) == TABLE[0]
+    assert tiles_for(x.float(), weight) == FP32_TABLE[0]
     tuning.forget()
 
 
@@ -225,12 +258,12 @@ def test_no_bf16_reaches_the_interpreter(which):
 @pytest.mark.skipif(not interpreted(), reason="the interpreter's own limit")
 def test_the_watch_sees_every_kernel_that_is_launched(launches):
     x, weight, bias, _ = problem(1, dtype=torch.float32)
-    decode_matmul(x, weight, bias, replace(DECODE, split=1))
+    tiled_matmul(x, weight, bias, replace(FEW, split=1))
     assert launches == [5]  # x, words, scale, bias, out
     for launch in (
-        lambda: decode_matmul(x.bfloat16(), weight, bias),
+        lambda: tiled_matmul(x.bfloat16(), weight, bias, FEW),
         lambda: tiled_matmul(x, weight, bias.bfloat16(), SMALL),
-        lambda: dequantize_transposed(weight, torch.bfloat16),
+        lambda: dequantize_weight(weight, torch.bfloat16),
     ):
         with pytest.raises(AssertionError, match="bf16 in the interpreter"):
             launch()

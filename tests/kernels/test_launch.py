@@ -1,0 +1,119 @@
+"""Launches on a Hopper GPU that is not there: arguments bind, kernels compile, grids fill it.
+
+Everything up to the driver is real; what it would load and run is noted instead.
+"""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from weights import random_weight
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+from compress.kernels import matmul  # noqa: E402
+from compress.kernels.layout import pack_kernel  # noqa: E402
+from compress.kernels.matmul import TABLE, programs_held, tiled_matmul, tiles_for  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or matmul.interpreted(), reason="nothing to stand in for"
+)
+MULTIPROCESSORS = 132
+H100 = SimpleNamespace(
+    regs_per_multiprocessor=1 << 16,
+    shared_memory_per_multiprocessor=228 * 1024,
+    shared_memory_per_block_optin=227 * 1024,
+    multi_processor_count=MULTIPROCESSORS,
+)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The launches, as (grid, kernel, warps); `registers` is what a kernel will be said to take."""
+    device = SimpleNamespace(launches=[], registers=100)
+
+    class Launcher:
+        def __init__(self, source, metadata):
+            self.metadata = metadata
+
+        def __call__(self, x, y, z, *rest):
+            device.launches.append(((x, y), self.metadata.name, self.metadata.num_warps))
+
+    properties = {"max_shared_mem": H100.shared_memory_per_block_optin}
+    stand_in = SimpleNamespace(
+        launcher_cls=Launcher,
+        utils=SimpleNamespace(
+            load_binary=lambda *_: (1, 1, device.registers, 0, 1024),
+            get_device_properties=lambda _: properties,
+            unload_module=lambda _: None,
+        ),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda _: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+    monkeypatch.setattr(driver, "_active", stand_in)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H100)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    caches = [matmul.programs_held, matmul.multiprocessors, matmul.shared_memory, matmul.table_of]
+    for cached in caches:
+        cached.cache_clear()
+    yield device
+    for cached in caches:
+        cached.cache_clear()
+    for kernel in (matmul.kernels.matmul_kernel, matmul.kernels.reduce_kernel):
+        kernel.device_caches.clear()
+
+
+@pytest.mark.parametrize(("M", "warps"), [(1, 4), (16, 4), (33, 8), (100, 8), (200, 8)])
+@pytest.mark.parametrize(("bits", "symmetric"), [(3, False), (4, True)])
+def test_every_entry_launches(M, warps, bits, symmetric, hopper):
+    weight = pack_kernel(random_weight(300, 512, bits, 128, symmetric))
+    x, bias = torch.zeros(M, 512).half(), torch.zeros(300).half()
+    tiles = tiles_for(x, weight)
+    assert tiled_matmul(x, weight, bias, tiles).shape == (M, 300)
+    grid = (-(-M // tiles.block_m) * -(-300 // tiles.block_n), 1)
+    assert hopper.launches == [(grid, "matmul_kernel", warps)]
+
+
+def options_of(tiles, weight):
+    constants = matmul.weight_constants(weight) | matmul.tile_constants(tiles)
+    more = {"EVEN": True, "SCALED": False, "num_warps": tiles.warps, "num_stages": tiles.stages}
+    return tuple((constants | more).items())
+
+
+@pytest.mark.parametrize(("registers", "held"), [(64, 4), (128, 4), (129, 3), (168, 3), (255, 2)])
+def test_no_more_programs_than_fit_are_started(registers, held, hopper):
+    """Registers are handed out by 8; four programs of four warps are all that is asked for."""
+    hopper.registers = registers
+    weight = pack_kernel(random_weight(256, 4096, 4, 128))
+    options = options_of(TABLE[0], weight)
+    found = programs_held(
+        torch.float16, torch.float16, (256, 4096, 4096), options, torch.device("cuda")
+    )
+    assert found == held * MULTIPROCESSORS
+
+
+def test_shared_memory_counts_too(hopper):
+    hopper.registers = 32
+    weight = pack_kernel(random_weight(256, 4096, 3, 128))
+    device, sizes = torch.device("cuda"), (256, 4096, 4096)
+    options = options_of(TABLE[2], weight)  # 100 KiB: of four programs that its warps allow, two
+    found = programs_held(torch.float16, torch.float16, sizes, options, device)
+    assert found == 2 * MULTIPROCESSORS
+
+
+def test_a_split_product_is_added_up(hopper, monkeypatch):
+    monkeypatch.setattr(matmul, "programs_held", lambda *_: 4 * MULTIPROCESSORS)
+    weight = pack_kernel(random_weight(256, 4096, 4, 128))
+    bias = torch.zeros(256).half()
+    tiled_matmul(torch.zeros(1, 4096).half(), weight, bias, TABLE[0])
+    assert [launch[:2] for launch in hopper.launches] == [
+        ((2, 32), "matmul_kernel"),
+        ((1, 1), "reduce_kernel"),
+    ]
