@@ -77,7 +77,13 @@ def bench_kernels(
     debug: DebugOption = False,
 ) -> None:
     """Time packed products beside dense ones, and what either takes of memory's speed."""
-    from compress.bench_kernels import KernelBench, parse_numbers, parse_shapes, tune_kernels
+    from compress.bench_kernels import (
+        KernelBench,
+        parse_group_size,
+        parse_numbers,
+        parse_shapes,
+        tune_kernels,
+    )
     from compress.bench_kernels import bench_kernels as measure
     from compress.bench_kernels_view import kernels_table, plot_kernels, tuning_table
 
@@ -85,9 +91,7 @@ def bench_kernels(
         shapes=parse_shapes(shapes) if shapes else None,
         rows=parse_numbers(m, "--m") if m else None,
         bits=parse_numbers(bits, "--bits"),
-        group_size=None
-        if group_size == "channel"
-        else parse_numbers(group_size, "--group-size")[0],
+        group_size=parse_group_size(group_size),
         dtype=dtype,
         device=device,
         rounds=rounds,
@@ -102,6 +106,37 @@ def bench_kernels(
         write_json(output, result)
     if plot is not None and not tune:
         plot_kernels(result, plot)
+
+
+@bench.command("compiled")
+def bench_compiled(
+    capability: Annotated[
+        str, typer.Option(metavar="X.Y", help="Compute capability: 9.0 is an H100.")
+    ] = "9.0",
+    bits: Annotated[str, typer.Option(metavar="2,3,...", help="Widths.")] = "2,3,4,8",
+    group_size: Annotated[str, typer.Option(help="A number, or channel.")] = "128",
+    dtype: Annotated[str, typer.Option(help="Of activations: fp16, bf16, fp32.")] = "fp16",
+    output: OutputFileOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Registers, memory and instructions of the GPU kernels, as compiled; needs no GPU."""
+    from compress.bench_compiled import compiled_table
+    from compress.bench_compiled import inspect_kernels as inspect
+    from compress.bench_kernels import KernelBench, parse_group_size, parse_numbers
+
+    settings = KernelBench(
+        bits=parse_numbers(bits, "--bits"),
+        group_size=parse_group_size(group_size),
+        dtype=dtype,
+    )
+    with stdout_for(json) as emit:
+        result = inspect(settings, capability)
+        if emit:
+            emit(result)
+        else:
+            console().print(compiled_table(result))
+        write_json(output, result)
 
 
 @bench.command("pruning")

@@ -92,6 +92,11 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def parse_group_size(text: str) -> int | None:
+    """`128`, or `channel`: one scale per output, None. Raises UsageError."""
+    return None if text == "channel" else parse_numbers(text, "--group-size")[0]
+
+
 def bench_kernels(
     bench: KernelBench, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:

@@ -14,16 +14,18 @@ from compress.kernels.layout import KernelWeight, block_columns
 from compress.kernels.matmul import (
     MMA_TABLE,
     SMALLEST_CHUNK,
-    WARPS_PER_SM,
     add_up,
     check_launch,
+    tile_constants,
+    weight_constants,
+    workspace,
+)
+from compress.kernels.occupancy import (
+    WARPS_PER_SM,
     multiprocessors,
     shared_memory,
     split_of,
     stages,
-    tile_constants,
-    weight_constants,
-    workspace,
 )
 from compress.kernels.triton_kernels import FIXED_OPTIONS
 from compress.kernels.tuning import Tiles

@@ -20,7 +20,9 @@ outputs, the outputs of a tile follow each other without gaps, the same shift of
 floats has them. 3 bits do not divide a word: they are a plane of 2 bits, laid out as above with
 E = 16, and one of 1 bit,
 
-    high  [blocks, N, 8] int32:    bit 8*j + t + 16*e of high[i, n, 2*q + h]
+    high  [blocks, N, 8] int32:    bit 4*(t // 2) + 2*j + t % 2 + 16*e of high[i, n, 2*q + h]
+
+which one shift and one mask move to where four bits hold a code.
 
 Columns beyond K are 0 and meet no input. A symmetric weight, z = 2^(b-1) everywhere, has no zero
 tensor. GPTQ's act-order permutes inputs: they are sorted by group, and `order` says which input
@@ -277,7 +279,8 @@ def pack_kernel(weight: Codes) -> KernelWeight:
     fields = codes.view(N, -1, 16 // part, 2, 2, 4, 2).transpose(0, 1)
     high = None
     if bits == 3:
-        thirds = (fields >> 2).permute(0, 1, 5, 3, 6, 4, 2)  # [blocks, N, q, h, e, j, t]
+        # [blocks, N, t // 2, t % 2, h, j, q, e] -> [blocks, N, q, h, e, t // 2, j, t % 2]
+        thirds = (fields >> 2).unflatten(2, (4, 2)).permute(0, 1, 6, 4, 7, 2, 5, 3)
         high = _gather_words(thirds.reshape(-1, N, 8, 32), 1)
     low = (fields & (2**part - 1)).permute(0, 1, 5, 3, 4, 6, 2)  # [blocks, N, q, h, j, e, t]
     return KernelWeight(
@@ -300,8 +303,8 @@ def unpack_kernel(weight: KernelWeight) -> Codes:
     low = _scatter_words(weight.words, part).view(blocks, N, 4, 2, 2, 2, 16 // part)
     fields = low.permute(1, 0, 6, 3, 4, 2, 5)  # [N, blocks, t, h, j, q, e]
     if weight.high is not None:
-        thirds = _scatter_words(weight.high, 1).view(blocks, N, 4, 2, 2, 2, 8)
-        fields = fields | thirds.permute(1, 0, 6, 3, 5, 2, 4) << 2
+        thirds = _scatter_words(weight.high, 1).view(blocks, N, 4, 2, 2, 4, 2, 2)
+        fields = fields | thirds.permute(1, 0, 5, 7, 3, 6, 2, 4).flatten(2, 3) << 2
     return Codes(
         codes=fields.reshape(N, -1)[:, :K].contiguous(),
         scale=weight.scale.T.contiguous(),

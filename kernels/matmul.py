@@ -1,7 +1,7 @@
 """y = x W^T + bias for packed weights on a GPU: with which tiles, and the launch.
 
     rows of x      what runs
-    up to 64       matmul_kernel, inputs split over programs, scales on fp32 sums
+    up to 32       matmul_kernel, scales on fp32 sums
     up to 512      matmul_kernel, scales on the weights, each rounded once
     more           the weight is expanded once and multiplied by cuBLAS
 
@@ -28,21 +28,25 @@ from torch import Tensor
 
 from compress.kernels import triton_kernels as kernels
 from compress.kernels import tuning
-from compress.kernels.layout import WORDS, KernelWeight, block_columns
+from compress.kernels.layout import KernelWeight, block_columns
+from compress.kernels.occupancy import (
+    LARGEST_CHUNK,
+    multiprocessors,
+    programs_beside,
+    shared_memory,
+    split_of,
+    stages,
+)
 from compress.kernels.tuning import Tiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Warps for each multiprocessor that splitting aims at: enough loads in flight to hide latency.
-WARPS_PER_SM = 16
-SYSTEM_MEMORY = 1024  # bytes of shared memory that CUDA keeps of each program
 # Beyond these rows to a tile, scaling sums would take more instructions and registers than weights.
-EXACT_ROWS = 64
+EXACT_ROWS = 32
 DENSE_TILE = 64
 # Depth of one product, of exact and of scaled weights: the more, the fewer sums to scale; the less,
 # the fewer registers hold weights.
-CHUNKS = (128, 64)
+CHUNKS = (LARGEST_CHUNK, 64)
 SMALLEST_CHUNK = 32  # two codes of each thread of a fragment
-INTERPRETER_MEMORY = 64 * 1024
 REDUCE_BLOCK = 1024
 
 
@@ -51,7 +55,7 @@ REDUCE_BLOCK = 1024
 TABLE = (
     Tiles(rows=8, block_m=8, block_n=128, warps=4, stages=4),
     Tiles(rows=16, block_m=16, block_n=128, warps=4, stages=4),
-    Tiles(rows=32, block_m=32, block_n=128, warps=4, stages=4),
+    Tiles(rows=32, block_m=32, block_n=128, warps=8, stages=3),
     Tiles(rows=64, block_m=64, block_n=128, warps=8, stages=3),
     Tiles(rows=128, block_m=128, block_n=128, warps=8, stages=3),
     Tiles(rows=512, block_m=128, block_n=256, warps=8, stages=3),
@@ -59,8 +63,8 @@ TABLE = (
 # Without Hopper's wgmma, whose right operand stays in shared memory, a thread holds all of a tile.
 MMA_TABLE = (
     *TABLE[:2],
-    Tiles(rows=32, block_m=32, block_n=64, warps=4, stages=4),
-    Tiles(rows=128, block_m=64, block_n=64, warps=4, stages=3),
+    Tiles(rows=32, block_m=32, block_n=128, warps=4, stages=3),
+    Tiles(rows=128, block_m=64, block_n=128, warps=4, stages=3),
 )
 # Without tensor cores for fp32, a library's product wins sooner, and tiles take twice the memory.
 FP32_TABLE = (
@@ -194,15 +198,10 @@ def programs_held(
             2, *sizes, 2, HAS_BIAS=False, grid=(1,), **constants,
         )  # fmt: skip
         compiled._init_handles()  # as Triton's tutorials ask for the registers of a kernel
-    device_has = torch.cuda.get_device_properties(device)
-    warps = constants["num_warps"]
-    registers = 32 * warps * 8 * triton.cdiv(compiled.n_regs, 8)  # handed out by 8 for each thread
-    held = min(
-        device_has.regs_per_multiprocessor // registers,
-        device_has.shared_memory_per_multiprocessor // (compiled.metadata.shared + SYSTEM_MEMORY),
-        WARPS_PER_SM // warps,
-    )
-    return max(1, held) * multiprocessors(device)
+    registers = torch.cuda.get_device_properties(device).regs_per_multiprocessor
+    memory, warps = shared_memory(device), constants["num_warps"]
+    held = programs_beside(compiled.n_regs, compiled.metadata.shared, warps, registers, memory)
+    return held * multiprocessors(device)
 
 
 def dense_matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tensor:
@@ -224,49 +223,10 @@ def dequantize_weight(weight: KernelWeight, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def split_of(tiles: Tiles, grid: int, weight: KernelWeight, held: int) -> int:
-    """Programs that share the inputs of each of `grid` tiles: what `tiles` says, or `held` in all.
-
-    No more of them than give each program the same number of blocks, but for the last.
-    """
-    blocks = triton.cdiv(weight.columns, block_columns(weight.bits))
-    wanted = min(blocks, tiles.split or max(1, held // grid))
-    return triton.cdiv(blocks, triton.cdiv(blocks, wanted))
-
-
-def stages(tiles: Tiles, bits: int, size: int, memory: int) -> int:
-    """Blocks in flight: what `tiles` asks for, or fewer, so that they fit shared memory.
-
-    size: bytes of an activation; memory: bytes of shared memory that one program may take. Only
-    weights as 16-bit floats go to the product in registers.
-    """
-    block = block_columns(bits)
-    words = (WORDS + 8 * (bits == 3)) * tiles.block_n * 4
-    unpacked = 0 if size == 2 else min(block, CHUNKS[0]) * tiles.block_n * size
-    each = tiles.block_m * block * size + words
-    return max(1, min(tiles.stages, (memory - unpacked) // each))
-
-
 @cache
 def device_name(device: torch.device) -> str:
     """The name that tuned tiles are kept under."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-
-
-@cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that one program may take."""
-    if device.type != "cuda":
-        return INTERPRETER_MEMORY
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Of the device; the interpreter runs programs one after another."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def weight_constants(weight: KernelWeight, scaled: bool = False) -> dict[str, int | bool]:

@@ -105,14 +105,14 @@ def integer_matmul_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     whole = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for block in range(share, tl.cdiv(K, BLOCK), split):
-        low, hi = load_words(words, high, block, first, N, BITS, BLOCK_N, WARPS)
+        even, odd = load_words(words, high, block, first, N, BITS, BLOCK_N, WARPS)
         for c in tl.static_range(BLOCK // CHUNK):
             k0 = block * BLOCK + c * CHUNK
             xs = load_activations(values, m, K, k0, M, K, 0, CHUNK, STEP, EVEN, BLOCK_M)
             group = min(k0, K - 1) // GROUP if GROUP > 0 else 0
             z = load_zero(zero, group, first, N, BITS, HAS_ZERO, BLOCK_N)
             z = by_output(z, BLOCK_N, WARPS)
-            pair = code_pairs(low, hi, c, 0, BITS, CHUNK)
+            pair = code_pairs(even, odd, c, 0, BITS, CHUNK)
             a, b = ((pair & 0xFF) - z).to(tl.int8), ((pair >> 16) - z).to(tl.int8)
             w = as_tile(a, b, CHUNK, BLOCK_N, WARPS)
             if GROUP > 0:

@@ -5,7 +5,7 @@ Those of integer activations and Hadamard transforms: triton_activations.py.
 Nothing here chooses or checks anything; matmul.py does. Common to all:
 
     x [M, K], row stride given; words, high: layout.py; scale [G, N]; zero uint8 [G, N]; bias [N]
-    BITS     width of a code; PART of its bits lie in `words` (2 of 3, else all)
+    BITS     width of a code
     GROUP    inputs that share a scale, 0 for one scale per output
     CHUNK    inputs that are multiplied at once, a divisor of the block
     STEP     those of them that share a scale: less than CHUNK only for groups of 16, 48, ...
@@ -60,16 +60,21 @@ def load_words(
 ):
     """The words of outputs first, ..., first + BLOCK_N - 1 and one block of inputs.
 
-    [BLOCK_N / (16 WARPS), 2, WARPS, 8, 4, 4], and of 3 bits the high bits in the same shape.
+    Twice [BLOCK_N / (16 WARPS), 2, WARPS, 8, 4, 4]: of 3 bits put together, eight codes to a word,
+    four bits apart, with even t (layout.py) and with odd t; of other widths both are the words.
     """
     REST: tl.constexpr = BLOCK_N // (16 * WARPS)
     start = (block * N + first).to(tl.int64)
     low = _share(words, start, first, N, 16, BLOCK_N, WARPS).reshape(REST, 2, WARPS, 8, 4, 4)
-    hi = low
+    even = low
+    odd = low
     if BITS == 3:
         hi = _share(high, start, first, N, 8, BLOCK_N, WARPS).reshape(REST, 2, WARPS, 8, 4, 2, 1)
         hi = hi.broadcast_to(REST, 2, WARPS, 8, 4, 2, 2).reshape(REST, 2, WARPS, 8, 4, 4)
-    return low, hi
+        hi = hi << (2 - 2 * (tl.arange(0, 4) % 2))[None, None, None, None, None, :]
+        even = (low & 0x33333333) | (hi & 0x44444444)
+        odd = ((low >> 2) & 0x33333333) | ((hi >> 1) & 0x44444444)
+    return even, odd
 
 
 @triton.jit
@@ -81,19 +86,29 @@ def by_output(values, BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def code_pairs(
-    low, hi, c: tl.constexpr, magic: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr
+    even, odd, c: tl.constexpr, magic: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr
 ):
     """Chunk c of a block: words with two codes each, of neighbouring inputs, at bits 0 and 16.
 
-    [CHUNK / 32] and the shape of `low`; `magic` is set in all of them.
+    [CHUNK / 32] and the shape of `even`; `magic` is set in all of them.
     """
-    PART: tl.constexpr = 2 if BITS == 3 else BITS
     T: tl.constexpr = CHUNK // 32
-    t = (c * T + tl.arange(0, T))[:, None, None, None, None, None, None]
-    pair = ((low[None] >> (t * PART)) & ((2**PART - 1) * 0x10001)) | magic
-    if BITS == 3:
-        j = (tl.arange(0, 4) % 2)[None, None, None, None, None, None, :]
-        pair = pair | (((hi[None] >> (8 * j + t)) & 0x10001) << 2)
+    MASK: tl.constexpr = (2**BITS - 1) * 0x10001
+    if BITS != 3:
+        t = (c * T + tl.arange(0, T))[:, None, None, None, None, None, None]
+        pair = ((even[None] >> (t * BITS)) & MASK) | magic
+    elif T == 1:
+        word = even if c % 2 == 0 else odd
+        pair = ((word[None] >> (c // 2 * 4)) & MASK) | magic
+    else:
+        u = (c * (T // 2) + tl.arange(0, T // 2))[:, None, None, None, None, None, None]
+        first = ((even[None] >> (u * 4)) & MASK) | magic
+        second = ((odd[None] >> (u * 4)) & MASK) | magic
+        both = tl.join(first, second).permute(0, 7, 1, 2, 3, 4, 5, 6)
+        pair = both.reshape(
+            T, even.shape[0], even.shape[1], even.shape[2], even.shape[3], even.shape[4],
+            even.shape[5],
+        )  # fmt: skip
     return pair
 
 
@@ -107,7 +122,7 @@ def as_tile(a, b, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexp
 
 @triton.jit
 def _floats(
-    low, hi, c: tl.constexpr, z, s, dtype: tl.constexpr,
+    even, odd, c: tl.constexpr, z, s, dtype: tl.constexpr,
     BITS: tl.constexpr, CHUNK: tl.constexpr, HAS_ZERO: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -121,13 +136,13 @@ def _floats(
         ONE: tl.constexpr = 1024.0 if dtype == tl.float16 else 128.0
         if HAS_ZERO:
             up = by_output(-z * 0x10001 + (HALF + OFFSET) * 0x10001, BLOCK_N, WARPS)
-            pair = code_pairs(low, hi, c, 0, BITS, CHUNK) + up
+            pair = code_pairs(even, odd, c, 0, BITS, CHUNK) + up
         else:
-            pair = code_pairs(low, hi, c, HALF * 0x10001, BITS, CHUNK)
+            pair = code_pairs(even, odd, c, HALF * 0x10001, BITS, CHUNK)
         a = pair.to(tl.int16).to(dtype, bitcast=True) - (ONE + OFFSET)
         b = (pair >> 16).to(tl.int16).to(dtype, bitcast=True) - (ONE + OFFSET)
     else:
-        pair = code_pairs(low, hi, c, 0, BITS, CHUNK)
+        pair = code_pairs(even, odd, c, 0, BITS, CHUNK)
         up = MAGIC_FP32
         if HAS_ZERO:
             up = by_output(-z + (MAGIC_FP32 + OFFSET), BLOCK_N, WARPS)
@@ -221,7 +236,7 @@ def matmul_kernel(
     group = min(share * BLOCK, K - 1) // GROUP if GROUP > 0 else 0
     next_scale = load_rows(scale + group * N, first, N, BLOCK_N)
     for block in range(share, tl.cdiv(K, BLOCK), split):
-        low, hi = load_words(words, high, block, first, N, BITS, BLOCK_N, WARPS)
+        even, odd = load_words(words, high, block, first, N, BITS, BLOCK_N, WARPS)
         for i in tl.static_range(BLOCK // STEP):
             k0 = block * BLOCK + i * STEP
             start = block * BLOCK + (i // STEPS) * CHUNK
@@ -235,7 +250,7 @@ def matmul_kernel(
                 next_scale = load_rows(scale + next_group * N, first, N, BLOCK_N)
             z = load_zero(zero, group, first, N, BITS, HAS_ZERO, BLOCK_N)
             w = _floats(
-                low, hi, i // STEPS, z, s, xs.dtype,
+                even, odd, i // STEPS, z, s, xs.dtype,
                 BITS, CHUNK, HAS_ZERO, SCALED, BLOCK_N, WARPS,
             )  # fmt: skip
             if GROUP > 0 and not SCALED:
@@ -279,14 +294,14 @@ def dequantize_kernel(
     n = first + tl.arange(0, BLOCK_N)
     block = tl.program_id(1)
     inside = n < N
-    low, hi = load_words(words, high, block, first, N, BITS, BLOCK_N, WARPS)
+    even, odd = load_words(words, high, block, first, N, BITS, BLOCK_N, WARPS)
     for i in tl.static_range(BLOCK // STEP):
         k = block * BLOCK + (i // STEPS) * CHUNK + tl.arange(0, CHUNK)
         group = min(block * BLOCK + i * STEP, K - 1) // GROUP if GROUP > 0 else 0
         s = load_rows(scale + group * N, first, N, BLOCK_N)
         z = load_zero(zero, group, first, N, BITS, HAS_ZERO, BLOCK_N)
         w = _floats(
-            low, hi, i // STEPS, z, s.to(tl.float32), tl.float32,
+            even, odd, i // STEPS, z, s.to(tl.float32), tl.float32,
             BITS, CHUNK, HAS_ZERO, True, BLOCK_N, WARPS,
         )  # fmt: skip
         mask = inside[:, None] & (k < K)[None, :]

@@ -99,7 +99,7 @@ def test_reading_layers_does_not_grow_memory(tmp_path):
     before = process.memory_info().rss
     for i in range(layers):
         assert reader.tensors(f"layers.{i}")[f"layers.{i}.weight"][0] == i
-    assert process.memory_info().rss - before < 3 * 4 * size
+    assert process.memory_info().rss - before < layers * 4 * size / 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from compress.kernels import matmul  # noqa: E402
+from compress.kernels import matmul, occupancy  # noqa: E402
 from compress.kernels.layout import pack_kernel  # noqa: E402
 from compress.kernels.matmul import TABLE, programs_held, tiled_matmul, tiles_for  # noqa: E402
 
@@ -60,7 +60,12 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H100)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    caches = [matmul.programs_held, matmul.multiprocessors, matmul.shared_memory, matmul.table_of]
+    caches = [
+        matmul.programs_held,
+        occupancy.multiprocessors,
+        occupancy.shared_memory,
+        matmul.table_of,
+    ]
     for cached in caches:
         cached.cache_clear()
     yield device
@@ -84,7 +89,7 @@ def test_every_entry_launches(M, warps, bits, symmetric, hopper):
 def options_of(tiles, weight):
     constants = matmul.weight_constants(weight) | matmul.tile_constants(tiles)
     more = {"EVEN": True, "SCALED": False, "num_warps": tiles.warps, "num_stages": tiles.stages}
-    return tuple((constants | more).items())
+    return tuple((constants | more | matmul.kernels.FIXED_OPTIONS).items())
 
 
 @pytest.mark.parametrize(("registers", "held"), [(64, 4), (128, 4), (129, 3), (168, 3), (255, 2)])

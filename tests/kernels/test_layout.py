@@ -50,7 +50,8 @@ def test_each_code_lies_where_the_layout_says(bits):
             t, h, j, q, e = inner // 32, inner // 16 % 2, inner // 8 % 2, inner // 2 % 4, inner % 2
             found = words[i][n][4 * q + 2 * h + j] >> (part * t + 16 * e) & (2**part - 1)
             if bits == 3:
-                found |= (high[i][n][2 * q + h] >> (8 * j + t + 16 * e) & 1) << 2
+                bit = 4 * (t // 2) + 2 * j + t % 2 + 16 * e
+                found |= (high[i][n][2 * q + h] >> bit & 1) << 2
             assert found == code, (n, k)
 
 

@@ -25,10 +25,10 @@ from compress.kernels.matmul import (
     device_name,
     interpreted,
     quantized_matmul,
-    split_of,
     tiled_matmul,
     tiles_for,
 )
+from compress.kernels.occupancy import split_of
 from compress.kernels.reference import dequantize, reference_hadamard, reference_matmul
 
 DEVICE = "cpu" if interpreted() else "cuda"

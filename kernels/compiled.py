@@ -1,0 +1,197 @@
+"""What the compiler makes of the product kernel, for a GPU that need not be there.
+
+Of each entry of the table: registers, spilled bytes, shared memory, how many programs run beside
+each other, and instructions for each weight. A multiprocessor issues 4 * 32 of a thread's
+instructions in a cycle, so a product of N x K weights takes at least
+
+    instructions / weight * N * K * (tiles of rows) / (128 * multiprocessors * clock)     seconds
+
+whatever its memory does. Counted is the loop over blocks of inputs, in the machine code that
+Triton's own disassembler shows.
+
+    for row in compiled_products((9, 0), bits=(4,)):
+        print(row.tiles, row.registers, row.instructions)
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from compress.kernels import triton_kernels as kernels
+from compress.kernels.layout import block_columns
+from compress.kernels.matmul import (
+    EXACT_ROWS,
+    FP32_TABLE,
+    MMA_TABLE,
+    TABLE,
+    tile_constants,
+    weight_constants,
+)
+from compress.kernels.occupancy import SharedMemory, programs_beside, stages
+from compress.kernels.tuning import Tiles
+
+# Shared memory by compute capability, and registers (CUDA C++ Programming Guide, "Compute
+# Capabilities", technical specifications).
+SHARED_MEMORY = {
+    (8, 0): SharedMemory(163 * 1024, 164 * 1024),
+    (8, 6): SharedMemory(99 * 1024, 100 * 1024),
+    (8, 9): SharedMemory(99 * 1024, 100 * 1024),
+    (9, 0): SharedMemory(227 * 1024, 228 * 1024),
+    (10, 0): SharedMemory(227 * 1024, 228 * 1024),
+    (12, 0): SharedMemory(99 * 1024, 100 * 1024),
+}
+REGISTERS = 1 << 16
+DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
+POINTERS = {
+    "words": "*i32", "high": "*i32", "zero": "*u8", "workspace": "*fp32", "values": "*i8",
+    "token_scale": "*fp32",
+}  # fmt: skip
+FLOATS = {"x", "scale", "bias", "out", "factor"}
+
+
+@dataclass(frozen=True)
+class CompiledProduct:
+    """One kernel: bytes of `spilled` are a thread's, of `shared` a program's."""
+
+    bits: int
+    tiles: Tiles
+    stages: int
+    registers: int
+    spilled: int
+    shared: int
+    programs: int
+    instructions: float
+
+
+def compiled_products(
+    capability: tuple[int, int],
+    bits: Sequence[int] = (2, 3, 4, 8),
+    dtype: str = "fp16",
+    group_size: int | None = 128,
+) -> Iterator[CompiledProduct]:
+    """The table's entries for a device of this capability, symmetric weights.
+
+    Raises KeyError for a capability that SHARED_MEMORY does not list.
+    """
+    memory = SHARED_MEMORY[capability]
+    table = TABLE if capability[0] in (9, 10) else MMA_TABLE
+    for width in bits:
+        for tiles in FP32_TABLE if dtype == "fp32" else table:
+            compiled = compile_product(width, group_size, dtype, tiles, capability)
+            registers, spilled = resources(compiled)
+            shared = compiled.metadata.shared
+            weights = block_columns(width) * tiles.block_n // (32 * tiles.warps)
+            yield CompiledProduct(
+                bits=width,
+                tiles=tiles,
+                stages=compiled.metadata.num_stages,
+                registers=registers,
+                spilled=spilled,
+                shared=shared,
+                programs=programs_beside(registers, shared, tiles.warps, REGISTERS, memory),
+                instructions=len(longest_loop(compiled)) / weights,
+            )
+
+
+def compile_product(
+    bits: int,
+    group_size: int | None,
+    dtype: str,
+    tiles: Tiles,
+    capability: tuple[int, int],
+    symmetric: bool = True,
+    even: bool = True,
+) -> Any:
+    """matmul_kernel as `tiled_matmul` launches it, without bias. even: K is whole blocks."""
+    scaled = tiles.block_m > EXACT_ROWS and group_size is not None
+    return compile_kernel(
+        kernels.matmul_kernel,
+        capability,
+        dtype,
+        tiles.warps,
+        stages(tiles, bits, DTYPES[dtype], SHARED_MEMORY[capability]),
+        **scheme_constants(bits, group_size, symmetric, scaled),
+        **tile_constants(tiles),
+        bias=None,
+        HAS_BIAS=False,
+        SCALED=scaled,
+        EVEN=even,
+    )
+
+
+def scheme_constants(
+    bits: int, group_size: int | None, symmetric: bool = True, scaled: bool = False
+) -> dict[str, Any]:
+    """What a kernel knows of a weight at compile time, and the tensors that it does not have."""
+    weight = SimpleNamespace(bits=bits, group_size=group_size, zero=None if symmetric else True)
+    absent = ({} if bits == 3 else {"high": None}) | ({"zero": None} if symmetric else {})
+    return weight_constants(weight, scaled) | absent
+
+
+def compile_kernel(
+    kernel: Any, capability: tuple[int, int], dtype: str, warps: int = 4, stages: int = 3,
+    **constants: Any,
+) -> Any:  # fmt: skip
+    """Any kernel with `constants` fixed; other names are pointers, or int32 that 16 divides."""
+    signature = {}
+    for name in kernel.arg_names:
+        kind = POINTERS.get(name, "*" + dtype if name in FLOATS else "i32")
+        kind = "fp32" if name == "norm" else kind
+        signature[name] = "constexpr" if name in constants else kind
+    places = {name: i for i, name in enumerate(kernel.arg_names)}
+    plain = {*constants, "M", "split"}
+    source = ASTSource(
+        kernel,
+        signature=signature,
+        constexprs={(places[name],): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for n, i in places.items() if n not in plain},
+    )
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", 10 * capability[0] + capability[1], 32),
+        options={"num_warps": warps, "num_stages": stages, **kernels.FIXED_OPTIONS},
+    )
+
+
+def resources(compiled: Any) -> tuple[int, int]:
+    """Registers of a thread, and the bytes of its stack, which is where registers are spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        shown = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", shown.stdout)
+    if found is None:
+        raise RuntimeError(f"{tool} says nothing of registers: {shown.stdout[-200:]!r}")
+    return int(found[1]), int(found[2])
+
+
+def longest_loop(compiled: Any) -> list[str]:
+    """The machine instructions from a label to a branch back to it, the longest such stretch."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.nvdisasm.path
+        shown = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True)
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[list[str]] = [[]]
+    for line in shown.stdout.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(found[1])
+            back = re.search(r"\bBRA.*`\((\.L_x_\d+)\)", found[1])
+            if back and back[1] in labels:
+                loops.append(instructions[labels[back[1]] :])
+    return max(loops, key=len)

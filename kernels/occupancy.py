@@ -1,0 +1,86 @@
+"""How many programs of a kernel a GPU runs at once, and what follows: stages, and splits of inputs.
+
+A multiprocessor runs as many programs beside each other as its registers and its shared memory
+hold. More than one hides what each waits for; more than are held at once would wait for a second
+round, in which most of the device idles.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+from compress.kernels.layout import WORDS, KernelWeight, block_columns
+from compress.kernels.tuning import Tiles
+
+# Warps for each multiprocessor that splitting aims at: enough loads in flight to hide latency.
+WARPS_PER_SM = 16
+ACCUMULATORS = 64  # fp32 sums of a thread, above which registers hold one program alone
+SYSTEM_MEMORY = 1024  # bytes of shared memory that CUDA keeps of each program
+LARGEST_CHUNK = 128  # inputs of one tensor-core product
+INTERPRETER_MEMORY = 64 * 1024
+
+
+class SharedMemory(NamedTuple):
+    """Bytes: what one program may take, and what the programs of a multiprocessor share."""
+
+    program: int
+    multiprocessor: int
+
+
+def stages(tiles: Tiles, bits: int, size: int, memory: SharedMemory) -> int:
+    """Blocks in flight: what `tiles` asks for, or as many as fit.
+
+    Fewer than asked for let more programs run beside each other, but two must be left: with one,
+    nothing is in flight. size: bytes of an activation. Only weights as 16-bit floats go to the
+    product in registers.
+    """
+    block = block_columns(bits)
+    words = (WORDS + 8 * (bits == 3)) * tiles.block_n * 4
+    unpacked = 0 if size == 2 else min(block, LARGEST_CHUNK) * tiles.block_n * size
+    each = tiles.block_m * block * size + words
+    large = tiles.block_m * tiles.block_n > ACCUMULATORS * 32 * tiles.warps
+    programs = 1 if large else max(1, WARPS_PER_SM // tiles.warps)
+    share = memory.multiprocessor // programs - SYSTEM_MEMORY
+    alone, beside = ((room - unpacked) // each for room in (memory.program, share))
+    return max(1, min(tiles.stages, beside if beside >= 2 else alone))
+
+
+def split_of(tiles: Tiles, grid: int, weight: KernelWeight, held: int) -> int:
+    """Programs that share the inputs of each of `grid` tiles: what `tiles` says, or `held` in all.
+
+    No more of them than give each program the same number of blocks, but for the last.
+    """
+    blocks = triton.cdiv(weight.columns, block_columns(weight.bits))
+    wanted = min(blocks, tiles.split or max(1, held // grid))
+    return triton.cdiv(blocks, triton.cdiv(blocks, wanted))
+
+
+def programs_beside(
+    registers: int, shared: int, warps: int, all_registers: int, memory: SharedMemory
+) -> int:
+    """Programs that one multiprocessor holds, of so many registers a thread and bytes of memory."""
+    of_a_warp = 32 * 8 * triton.cdiv(registers, 8)  # handed out by 8 for each thread
+    return max(1, min(
+        all_registers // (of_a_warp * warps),
+        memory.multiprocessor // (shared + SYSTEM_MEMORY),
+        WARPS_PER_SM // warps,
+    ))  # fmt: skip
+
+
+@cache
+def shared_memory(device: torch.device) -> SharedMemory:
+    """Of a device."""
+    if device.type != "cuda":
+        return SharedMemory(INTERPRETER_MEMORY, INTERPRETER_MEMORY)
+    has = torch.cuda.get_device_properties(device)
+    return SharedMemory(has.shared_memory_per_block_optin, has.shared_memory_per_multiprocessor)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; the interpreter runs programs one after another."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
