@@ -10,8 +10,8 @@ comes before it (tuning.py).
 
 Splitting gives a narrow product enough programs to keep all of the memory busy. Their sums go to a
 workspace [split, M, N] in fp32, which a second kernel adds up in a fixed order: no atomics, so the
-same input gives the same bits. Above about 256 rows (H100) tensor cores, not memory, are the limit,
-and no kernel that unpacks as it goes beats a plain product.
+same input gives the same bits. With many rows tensor cores, not memory, are the limit: expanding the
+weight once then costs less than unpacking it for every tile of rows.
 
 fp16, bf16 and fp32 activations; sums in fp32; y in the dtype of x. `quantized_matmul` is a custom
 operator with a fake implementation: torch.compile and CUDA graphs take it as it is.
