@@ -22,6 +22,7 @@ from compress.kernels.matmul import (
 )
 from compress.kernels.occupancy import (
     WARPS_PER_SM,
+    ceil_div,
     multiprocessors,
     shared_memory,
     split_of,
@@ -94,7 +95,7 @@ def tiled_integers(
             f"output, found {weight.group_size}"
         )
     M, (N, K) = len(values), weight.shape
-    grid = triton.cdiv(M, tiles.block_m) * triton.cdiv(N, tiles.block_n)
+    grid = ceil_div(M, tiles.block_m) * ceil_div(N, tiles.block_n)
     held = WARPS_PER_SM // tiles.warps * multiprocessors(values.device)
     split = split_of(tiles, grid, weight, held)
     out = workspace(values, N, split, dtype)

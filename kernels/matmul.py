@@ -10,8 +10,8 @@ comes before it (tuning.py).
 
 Splitting gives a narrow product enough programs to keep all of the memory busy. Their sums go to a
 workspace [split, M, N] in fp32, which a second kernel adds up in a fixed order: no atomics, so the
-same input gives the same bits. With many rows tensor cores, not memory, are the limit: expanding the
-weight once then costs less than unpacking it for every tile of rows.
+same input gives the same bits. With many rows tensor cores, not memory, are the limit: to expand
+the weight once then costs less than to unpack it for every tile of rows.
 
 fp16, bf16 and fp32 activations; sums in fp32; y in the dtype of x. `quantized_matmul` is a custom
 operator with a fake implementation: torch.compile and CUDA graphs take it as it is.
@@ -31,6 +31,7 @@ from compress.kernels import tuning
 from compress.kernels.layout import KernelWeight, block_columns
 from compress.kernels.occupancy import (
     LARGEST_CHUNK,
+    ceil_div,
     multiprocessors,
     programs_beside,
     shared_memory,
@@ -165,7 +166,7 @@ def tiled_matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None, tiles: Ti
     if tiles.split is None:
         sizes = (N, K, x.stride(0))
         held = programs_held(x.dtype, weight.scale.dtype, sizes, tuple(options.items()), x.device)
-    grid = triton.cdiv(M, tiles.block_m) * triton.cdiv(N, tiles.block_n)
+    grid = ceil_div(M, tiles.block_m) * ceil_div(N, tiles.block_n)
     split = split_of(tiles, grid, weight, held)
     out = workspace(x, N, split, x.dtype)
     kernels.matmul_kernel[(grid, split)](
@@ -214,7 +215,7 @@ def dequantize_weight(weight: KernelWeight, dtype: torch.dtype) -> Tensor:
     """The weight [N, K], each entry rounded once; inputs in the layout's order."""
     N, K = weight.shape
     out = torch.empty(N, K, dtype=dtype, device=weight.words.device)
-    grid = (triton.cdiv(N, DENSE_TILE), triton.cdiv(K, block_columns(weight.bits)))
+    grid = (ceil_div(N, DENSE_TILE), ceil_div(K, block_columns(weight.bits)))
     kernels.dequantize_kernel[grid](
         weight.words, weight.high, weight.scale, weight.zero, out, N, K,
         **weight_constants(weight), BLOCK_N=DENSE_TILE, WARPS=DENSE_TILE // 16,
@@ -261,7 +262,7 @@ def add_up(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     if parts.dim() == 2:
         return parts
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
-    kernels.reduce_kernel[(triton.cdiv(out.numel(), REDUCE_BLOCK),)](
+    kernels.reduce_kernel[(ceil_div(out.numel(), REDUCE_BLOCK),)](
         parts, bias, out, out.shape[1], out.numel(), len(parts),
         HAS_BIAS=bias is not None, BLOCK=REDUCE_BLOCK, **kernels.FIXED_OPTIONS,
     )  # fmt: skip

@@ -9,7 +9,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
 
 from compress.kernels.layout import WORDS, KernelWeight, block_columns
 from compress.kernels.tuning import Tiles
@@ -20,6 +19,11 @@ ACCUMULATORS = 64  # fp32 sums of a thread, above which registers hold one progr
 SYSTEM_MEMORY = 1024  # bytes of shared memory that CUDA keeps of each program
 LARGEST_CHUNK = 128  # inputs of one tensor-core product
 INTERPRETER_MEMORY = 64 * 1024
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes a microsecond or two from Python, at every launch."""
+    return -(-a // b)
 
 
 class SharedMemory(NamedTuple):
@@ -52,16 +56,16 @@ def split_of(tiles: Tiles, grid: int, weight: KernelWeight, held: int) -> int:
 
     No more of them than give each program the same number of blocks, but for the last.
     """
-    blocks = triton.cdiv(weight.columns, block_columns(weight.bits))
+    blocks = ceil_div(weight.columns, block_columns(weight.bits))
     wanted = min(blocks, tiles.split or max(1, held // grid))
-    return triton.cdiv(blocks, triton.cdiv(blocks, wanted))
+    return ceil_div(blocks, ceil_div(blocks, wanted))
 
 
 def programs_beside(
     registers: int, shared: int, warps: int, all_registers: int, memory: SharedMemory
 ) -> int:
     """Programs that one multiprocessor holds, of so many registers a thread and bytes of memory."""
-    of_a_warp = 32 * 8 * triton.cdiv(registers, 8)  # handed out by 8 for each thread
+    of_a_warp = 32 * 8 * ceil_div(registers, 8)  # handed out by 8 for each thread
     return max(1, min(
         all_registers // (of_a_warp * warps),
         memory.multiprocessor // (shared + SYSTEM_MEMORY),
