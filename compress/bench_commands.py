@@ -66,6 +66,10 @@ def bench_kernels(
     dtype: Annotated[
         str | None, typer.Option(help="Of activations: fp16, bf16, fp32; default by device.")
     ] = None,
+    activation_bits: Annotated[
+        int | None,
+        typer.Option(help="Time products of integers too, tokens rounded so."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each figure.")] = 15,
     device: DeviceOption = "cpu",
     tune: Annotated[
@@ -95,6 +99,7 @@ def bench_kernels(
         dtype=dtype,
         device=device,
         rounds=rounds,
+        activation_bits=activation_bits,
     )
     errors = console(stderr=True)
     with stdout_for(json) as emit:

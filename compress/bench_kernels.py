@@ -49,6 +49,7 @@ class KernelBench:
     dtype: str | None = None
     device: str = "cpu"
     rounds: int = 15
+    activation_bits: int | None = None  # products of integers beside the others
 
     def resolved(self) -> "KernelBench":
         """With the device's defaults. Raises UsageError for what cannot be measured."""
@@ -61,6 +62,12 @@ class KernelBench:
             raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {self.dtype!r}")
         if wrong := [bits for bits in self.bits if bits not in WIDTHS]:
             raise UsageError(f"bits: kernels take 2, 3, 4 and 8, found {wrong[0]}")
+        if self.activation_bits is not None and self.activation_bits not in range(2, 9):
+            raise UsageError(f"activation bits: expected 2 to 8, found {self.activation_bits}")
+        if self.activation_bits is not None and (self.group_size or 32) % 32:
+            raise UsageError(
+                f"group size: with activation bits a multiple of 32, found {self.group_size}"
+            )
         if self.group_size is not None and (self.group_size < 16 or self.group_size % 16):
             raise UsageError(
                 f"group size: expected a multiple of 16 or channel, found {self.group_size}"
@@ -170,6 +177,9 @@ def _measure_weight(
     dtype = DTYPES[bench.dtype]
     codes = random_codes(N, K, bits, bench.group_size, dtype, clock.device)
     contenders = _contenders(codes, dtype, clock)
+    if bench.activation_bits is not None:
+        name = f"packed A{bench.activation_bits}"
+        contenders[name] = _integers(codes, bench.activation_bits, clock)
     packed_bytes = contenders["packed"].bytes
     for M in bench.rows:
         x = torch.randn(M, K, device=clock.device).to(dtype)
@@ -240,10 +250,7 @@ def _bind_dense(x: Tensor, weight: Tensor) -> Product:
 
 
 def _packed(codes: "Codes", dtype: torch.dtype, clock: Clock) -> Contender:
-    from compress.kernels.layout import pack_kernel, tensors_of
-
-    def copy(weight: Any) -> Any:
-        return replace(weight, **{name: t.clone() for name, t in tensors_of(weight).items()})
+    from compress.kernels.layout import pack_kernel
 
     if clock.device.type == "cuda":
         weight: KernelWeight | CpuWeight = pack_kernel(codes)
@@ -253,8 +260,33 @@ def _packed(codes: "Codes", dtype: torch.dtype, clock: Clock) -> Contender:
         from compress.kernels.cpu import pack_cpu
 
         weight = pack_cpu(codes, dtype)
-    copies = [copy(weight) for _ in range(clock.copies(weight.nbytes))]
+    copies = _copies(weight, clock)
     return Contender(copies, lambda x, copy: lambda: multiply(x, copy), weight.nbytes)
+
+
+def _copies(weight: Any, clock: Clock) -> list[Any]:
+    """A packed weight as often as the cache asks for."""
+    from compress.kernels.layout import tensors_of
+
+    tensors = tensors_of(weight)
+    return [
+        replace(weight, **{name: t.clone() for name, t in tensors.items()})
+        for _ in range(clock.copies(weight.nbytes))
+    ]
+
+
+def _integers(codes: "Codes", bits: int, clock: Clock) -> Contender:
+    """Each token of x rounded to `bits` bits, and a product of integers."""
+    from compress.kernels.activations import integer_matmul, pack_integers, quantize_tokens
+    from compress.kernels.layout import pack_kernel
+
+    weight = (pack_kernel if clock.device.type == "cuda" else pack_integers)(codes)
+    copies = _copies(weight, clock)
+
+    def bind(x: Tensor, copy: Any) -> Product:
+        return lambda: integer_matmul(*quantize_tokens(x, bits), copy, None, x.dtype)
+
+    return Contender(copies, bind, weight.nbytes)
 
 
 def _int4_operator(codes: "Codes", clock: Clock) -> dict[str, Contender]:

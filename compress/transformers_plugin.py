@@ -5,8 +5,8 @@
     )
 
 works on a folder or hub id that is quantised already, as compressed-tensors `pack-quantized` or
-GPTQ. Importing this file registers the two classes with transformers, by its public functions; it
-changes nothing in transformers that was there before.
+`int-quantized`, or GPTQ. Importing this file registers the two classes with transformers, by its
+public functions; it changes nothing in transformers that was there before.
 
 How weights get in: linears that the files hold packed are taken out of the empty model, so that
 transformers loads all the rest; then each is read, packed for its device, and put in its place. A
@@ -14,6 +14,7 @@ dense copy of a packed weight never exists. `save_pretrained` writes what was re
 tensors, and the same section of config.json.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from compress.checkpoint.gptq import FUSED
-from compress.checkpoint.packed import SUFFIXES, PackedLinears, UnpackableError
+from compress.checkpoint.packed import PackedLinears, UnpackableError
 from compress.errors import UsageError
 from compress.kernels.fused import SharedLinear, fuse_linears
 from compress.kernels.layout import Codes
@@ -142,8 +143,11 @@ class ModelpressQuantizer(HfQuantizer):
             self.places = find_places(model, self.linears)
         for place in self.places.values():
             _put(model, place, Vacancy(model.get_submodule(place)))
-        method = self.linears.method
-        taken = {rf"\.({'|'.join(SUFFIXES[method])})$"}
+        suffixes = self.linears.format.suffixes
+        taken = {rf"\.({'|'.join(suffix for suffix in suffixes if suffix != 'weight')})$"}
+        if "weight" in suffixes:  # not those of other modules
+            places = {*self.places, *self.places.values()}
+            taken |= {rf"^{re.escape(place)}\.weight$" for place in places}
         model._keys_to_ignore_on_load_unexpected = taken | set(
             model._keys_to_ignore_on_load_unexpected or ()
         )
@@ -163,8 +167,7 @@ class ModelpressQuantizer(HfQuantizer):
             vacancy = model.get_submodule(place)
             codes = self.linears.codes(name, device)
             passed += codes.codes.nbytes
-            kind = QuantLinear if self.quantization_config.packed else dense_linear
-            _put(model, place, kind(codes, vacancy.bias, vacancy.dtype))
+            _put(model, place, self._linear(name, codes, vacancy))
             del codes
             if passed > RELEASE_BYTES:
                 release_memory()
@@ -175,6 +178,17 @@ class ModelpressQuantizer(HfQuantizer):
         if not self.quantization_config.packed:
             self.remove_quantization_config(model)
         return model
+
+    def _linear(self, name: str, codes: Codes, vacancy: "Vacancy") -> nn.Module:
+        bits = self.linears.schemes[name].activation_bits
+        if self.quantization_config.packed:
+            return QuantLinear(codes, vacancy.bias, vacancy.dtype, bits)
+        if bits is not None:
+            raise UnpackableError(
+                f"{self.linears.folder}: {name} has quantised activations, which a dense linear "
+                f"would leave out: load it without ModelpressConfig, or with packed=True"
+            )
+        return dense_linear(codes, vacancy.bias, vacancy.dtype)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for place in self.places.values():

@@ -1,4 +1,4 @@
-"""Products of 4-bit weights and 4-bit activations (W4A4): integers in int8, sums in int32.
+"""Products of quantised weights and activations (W4A4, W8A8): integers in int8, sums in int32.
 
     h = x M^T                                         an online Hadamard rotation, or h = x
     a[m] = max_k |h[m, k]| / L,  L = 2^(bits-1) - 1   one scale per token, symmetric
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.kernels.layout import Codes, KernelWeight
+from compress.kernels.layout import Codes, KernelWeight, tensors_of
 
 BITS = range(2, 9)
 LARGEST_POWER = 1 << 15  # of butterflies: one program holds them in registers
@@ -28,17 +28,34 @@ LARGEST_POWER = 1 << 15  # of butterflies: one program holds them in registers
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """A weight for integer products on a CPU: values = c - z, int8 [N, K]; scale [G, N]."""
+    """A weight for integer products on a CPU: values = c - z, int8 [G, N, K / G]; scale [G, N].
+
+    A byte for each weight, whatever its `bits`: torch._int_mm reads nothing narrower, and each
+    group in one piece. Inputs beyond `columns` are 0.
+    """
 
     values: Tensor
     scale: Tensor
+    bits: int
     group_size: int | None
+    columns: int
     order: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs, [N, K]."""
+        return self.values.shape[1], self.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in tensors_of(self).values())
 
 
 def pack_integers(weight: Codes) -> IntegerWeight:
     """A weight as c - z. Raises ValueError where that is no int8: 8 bits with a zero point."""
-    size = weight.group_size or weight.codes.shape[1]
+    N, K = weight.codes.shape
+    size = weight.group_size or K
     values = weight.codes.to(torch.int16)
     if weight.zero is None:
         values -= 2 ** (weight.bits - 1)
@@ -47,8 +64,19 @@ def pack_integers(weight: Codes) -> IntegerWeight:
         values -= weight.zero.to(torch.int16)[:, group]
     if values.numel() and (values.min() < -128 or values.max() > 127):
         raise ValueError("integer products take 8-bit weights without zero points: symmetric ones")
+    values = torch.nn.functional.pad(values.to(torch.int8), (0, -K % size))
+    groups = values.view(N, -1, size).transpose(0, 1).contiguous()
     scale = weight.scale.T.contiguous()
-    return IntegerWeight(values.to(torch.int8), scale, weight.group_size, weight.order)
+    return IntegerWeight(groups, scale, weight.bits, weight.group_size, K, weight.order)
+
+
+def unpack_integers(weight: IntegerWeight) -> Codes:
+    """The inverse of `pack_integers`, of a symmetric weight."""
+    N, K = weight.shape
+    values = weight.values.transpose(0, 1).reshape(N, -1)[:, :K].to(torch.int16)
+    codes = (values + 2 ** (weight.bits - 1)).to(torch.uint8)
+    scale = weight.scale.T.contiguous()
+    return Codes(codes, scale, None, weight.bits, weight.group_size, weight.order)
 
 
 # ---- tokens -------------------------------------------------------------------------------------
@@ -150,7 +178,7 @@ def integer_matmul(
     KernelWeight is for a GPU, an IntegerWeight for a CPU. Raises ValueError for another K, and on a
     GPU for groups that are no multiple of 32 and 8 bits with zero points.
     """
-    K = weight.shape[1] if isinstance(weight, KernelWeight) else weight.values.shape[1]
+    K = weight.shape[1]
     if values.shape[-1] != K or values.dtype != torch.int8:
         raise ValueError(
             f"expected int8 activations of {K} features, found {values.dtype} {list(values.shape)}"
@@ -164,8 +192,7 @@ def integer_matmul(
             weight.bits, weight.group_size or 0, dtype,
         )  # fmt: skip
     else:
-        size = weight.group_size or 0
-        y = _cpu_integer_matmul(rows, scales, weight.values, weight.scale, bias, size, dtype)
+        y = _cpu_integer_matmul(rows, scales, weight.values, weight.scale, bias, dtype)
     return y.view(*values.shape[:-1], y.shape[-1])
 
 
@@ -201,15 +228,14 @@ def _cpu_integer_matmul(
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """int8 [M, K] times int8 [N, K] transposed, group by group."""
-    y = token_scale.new_zeros(len(values), len(weight))
-    size = group_size or values.shape[1]
-    for g, k in enumerate(range(0, values.shape[1], size)):
-        a, b = values[:, k : k + size].contiguous(), weight[:, k : k + size].contiguous()
-        y += torch._int_mm(a, b.T) * scale[g].float()
+    """int8 [M, K] times int8 [G, N, K / G] transposed, group by group."""
+    G, N, size = weight.shape
+    rows = torch.nn.functional.pad(values, (0, G * size - values.shape[1]))
+    y = token_scale.new_zeros(len(values), N)
+    for g, part in enumerate(rows.view(-1, G, size).unbind(1)):
+        y.addcmul_(torch._int_mm(part.contiguous(), weight[g].T), scale[g].float())
     y *= token_scale[:, None]
     if bias is not None:
         y += bias
@@ -217,5 +243,5 @@ def _cpu_integer_matmul(
 
 
 @_cpu_integer_matmul.register_fake
-def _(values, token_scale, weight, scale, bias, group_size, dtype):
-    return values.new_empty(values.shape[0], weight.shape[0], dtype=dtype)
+def _(values, token_scale, weight, scale, bias, dtype):
+    return values.new_empty(values.shape[0], weight.shape[1], dtype=dtype)

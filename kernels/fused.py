@@ -21,8 +21,8 @@ from compress.kernels.linear import QuantLinear
 def fuse_linears(model: nn.Module, together: Iterable[Sequence[str]]) -> list[str]:
     """Fuses the packed linears of every module of `model` that lie in it under these names.
 
-    Those that differ in width, group size or order of inputs, or of which only some have a bias,
-    stay apart. Returns the names of the modules that hold the shared products.
+    Those that differ in width, group size, order or rounding of inputs, or of which only some have
+    a bias, stay apart. Returns the names of the modules that hold the shared products.
     """
     fused = []
     for parent_name, parent in list(model.named_modules()):
@@ -109,12 +109,12 @@ class FusedPart(nn.Module):
 
 def _shared(parts: Sequence[QuantLinear]) -> SharedLinear | None:
     """The linear of all parts' outputs; None if they do not go together."""
-    if len({part.bias is None for part in parts}) > 1 or len({part.dtype for part in parts}) > 1:
+    if len({(part.bias is None, part.dtype, part.activation_bits) for part in parts}) > 1:
         return None
     try:
         weight = concatenate([part.codes() for part in parts])
     except ValueError:  # they differ, and stay apart
         return None
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-    linear = QuantLinear(weight, bias, parts[0].dtype)
+    linear = QuantLinear(weight, bias, parts[0].dtype, parts[0].activation_bits)
     return SharedLinear(linear, [part.out_features for part in parts])

@@ -3,7 +3,7 @@
 The module holds one layout at a time, that of its device, as buffers. Moving it to another kind of
 device repacks, which is exact: codes, scales and zero points are the same before and after.
 
-    layer = QuantLinear(read_compressed_tensors(tensors, 4, 128, name), bias, dtype=torch.bfloat16)
+    layer = QuantLinear(read_compressed_tensors(tensors, 4, 128, name), bias, torch.bfloat16)
     y = layer.to("cuda")(x)
     layer.dequantize()                # the weight [N, K], dense
 """
@@ -13,6 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.kernels.activations import (
+    IntegerWeight,
+    integer_matmul,
+    pack_integers,
+    quantize_tokens,
+    unpack_integers,
+)
 from compress.kernels.cpu import CpuWeight, cpu_matmul, pack_cpu, unpack_cpu
 from compress.kernels.layout import Codes, KernelWeight, pack_kernel, unpack_kernel
 from compress.kernels.reference import dequantize
@@ -20,6 +27,7 @@ from compress.kernels.reference import dequantize
 BUFFERS = {
     KernelWeight: ("words", "high", "scale", "zero", "order"),
     CpuWeight: ("packed", "scale", "zero", "order"),
+    IntegerWeight: ("values", "scale", "order"),
 }
 
 
@@ -27,16 +35,27 @@ class QuantLinear(nn.Module):
     """y = x W^T + bias with W [out_features, in_features] packed.
 
     weight: codes on any device; they decide where the module lives. dtype: of the activations to
-    come (on a CPU it decides the layout) and of the bias.
+    come (on a CPU it decides the layout) and of the bias. activation_bits: rounds each token of x
+    to integers of so many bits first, by its largest value, and multiplies integers
+    (activations.py).
+
+    Raises ValueError for zero points together with activation_bits.
     """
 
     def __init__(
-        self, weight: Codes, bias: Tensor | None = None, dtype: torch.dtype = torch.float16
+        self,
+        weight: Codes,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float16,
+        activation_bits: int | None = None,
     ):
         super().__init__()
+        if activation_bits is not None and weight.zero is not None:
+            raise ValueError("quantised activations take symmetric weights, found zero points")
         self.out_features, self.in_features = weight.codes.shape
         self.bits, self.group_size = weight.bits, weight.group_size
         self.symmetric = weight.zero is None
+        self.activation_bits = activation_bits
         self.dtype = dtype
         self.register_buffer("bias", None if bias is None else bias.to(weight.codes.device, dtype))
         self._hold(weight)
@@ -44,6 +63,9 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype."""
         weight = self.packed_weight()
+        if self.activation_bits is not None and not isinstance(weight, CpuWeight):
+            values, scale = quantize_tokens(x, self.activation_bits)
+            return integer_matmul(values, scale, weight, self.bias, x.dtype)
         if isinstance(weight, KernelWeight):
             from compress.kernels.matmul import quantized_matmul
 
@@ -51,7 +73,7 @@ class QuantLinear(nn.Module):
         y = cpu_matmul(x.reshape(-1, x.shape[-1]), weight, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def packed_weight(self) -> KernelWeight | CpuWeight:
+    def packed_weight(self) -> KernelWeight | CpuWeight | IntegerWeight:
         """The weight in the layout of its device; it shares the module's memory."""
         tensors = {name: getattr(self, name) for name in BUFFERS[self._layout]}
         return self._layout(**tensors, **self._facts)
@@ -59,7 +81,11 @@ class QuantLinear(nn.Module):
     def codes(self) -> Codes:
         """The codes, scales and zero points, as they came."""
         weight = self.packed_weight()
-        return unpack_kernel(weight) if isinstance(weight, KernelWeight) else unpack_cpu(weight)
+        if isinstance(weight, KernelWeight):
+            return unpack_kernel(weight)
+        if isinstance(weight, IntegerWeight):
+            return unpack_integers(weight)
+        return unpack_cpu(weight)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [out_features, in_features], each entry rounded once."""
@@ -75,15 +101,20 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={group}, symmetric={self.symmetric}, bias={self.bias is not None}"
+            + (f", activation_bits={self.activation_bits}" if self.activation_bits else "")
         )
 
     def _hold(self, weight: Codes) -> None:
         """Packs for the device of the codes, and forgets any other layout."""
         for name in {name for names in BUFFERS.values() for name in names}:
             self._buffers.pop(name, None)
+        facts: dict[str, Any] = {}
         if weight.codes.is_cuda:
-            packed: KernelWeight | CpuWeight = pack_kernel(weight)
-            facts: dict[str, Any] = {"columns": self.in_features}
+            packed: KernelWeight | CpuWeight | IntegerWeight = pack_kernel(weight)
+            facts = {"columns": self.in_features}
+        elif self.activation_bits is not None:
+            packed = pack_integers(weight)
+            facts = {"columns": self.in_features}
         else:
             packed = pack_cpu(weight, self.dtype)
             facts = {"kind": packed.kind, "shape": packed.shape}

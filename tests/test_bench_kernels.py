@@ -114,6 +114,13 @@ def test_torch_own_operator_is_measured_where_it_takes_the_weight(small_device):
     assert measured["error"]["torch int4"] < 2**-6
 
 
+def test_products_of_integers_are_measured_when_asked_for(small_device):
+    bench = KernelBench(((32, 128),), (2,), (4,), group_size=64, rounds=1, activation_bits=8)
+    (measured,) = bench_kernels(bench)["rows"]
+    # 127 steps to the largest value of a token: a step is about 2 % of the typical one
+    assert 1e-3 < measured["error"]["packed A8"] < 3e-2
+
+
 def test_the_command_prints_writes_and_draws(small_device, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     output, plot = tmp_path / "kernels.json", tmp_path / "kernels.svg"
@@ -141,6 +148,11 @@ def test_json_is_one_object(small_device, capsys):
         (["--bits", "5"], "bits: kernels take 2, 3, 4 and 8, found 5"),
         (["--group-size", "24"], "group size: expected a multiple of 16 or channel, found 24"),
         (["--dtype", "int8"], "dtype: expected fp16, bf16, fp32, found 'int8'"),
+        (["--activation-bits", "9"], "activation bits: expected 2 to 8, found 9"),
+        (
+            ["--activation-bits", "8", "--group-size", "48"],
+            "group size: with activation bits a multiple of 32, found 48",
+        ),
         (["--tune"], "--tune measures GPU tiles"),
     ],
 )

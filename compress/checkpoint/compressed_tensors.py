@@ -33,11 +33,16 @@ PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight
 
 @dataclass(frozen=True)
 class ModuleScheme:
-    """How one linear layer is quantised; `group_size` None is one scale per output channel."""
+    """How one linear layer is quantised; `group_size` None is one scale per output channel.
+
+    activation_bits: of its input, rounded token by token as the model runs; None leaves it as it
+    is, which is all that is written here.
+    """
 
     bits: int
     group_size: int | None
     symmetric: bool = True
+    activation_bits: int | None = None
 
 
 # ---- config.json --------------------------------------------------------------------------------
@@ -100,7 +105,10 @@ def module_schemes(config: dict, names: Iterable[str]) -> dict[str, ModuleScheme
         if weights := group.get("weights"):
             size = weights.get("group_size") or -1  # some write channel as -1, some as null
             scheme = ModuleScheme(
-                weights["num_bits"], size if size > 0 else None, weights.get("symmetric", True)
+                weights["num_bits"],
+                size if size > 0 else None,
+                weights.get("symmetric", True),
+                (group.get("input_activations") or {}).get("num_bits"),
             )
             targets |= {t: targets.get(t, scheme) for t in group["targets"]}
 

@@ -1,13 +1,14 @@
 """The packed linears of a checkpoint folder, ours or anybody's, one at a time, as codes and scales.
 
-Reads compressed-tensors `pack-quantized` (2 to 8 bits) and GPTQ in versions 1 and 2 (2, 3, 4 and 8
-bits; columns permuted by act-order too). What a linear is comes from config.json, and must agree
-with the shapes in the files' headers.
+Reads compressed-tensors `pack-quantized` and `int-quantized` (2 to 8 bits, with inputs as they are
+or rounded token by token) and GPTQ in versions 1 and 2 (2, 3, 4 and 8 bits; columns permuted by
+act-order too). What a linear is comes from config.json, and must agree with the shapes in the
+files' headers.
 
 Policy: all of it is checked before a weight is read, and what cannot be held packed and run to the
-letter (another format, quantised activations, a scale that is missing) is an UnpackableError that
-names the module. A linear that config.json means to quantise and the files hold as a plain weight
-is left to transformers.
+letter (another format, activations with fixed scales, a scale that is missing) is an
+UnpackableError that names the module. A linear that config.json means to quantise and the files
+hold as a plain weight is left to transformers.
 
     linears = PackedLinears("out")
     linears.check("model.layers.0.mlp.up_proj", (N, K))
@@ -24,26 +25,14 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint.compressed_tensors import ModuleScheme, module_schemes
+from compress.checkpoint.packed_formats import COMPRESSED_TENSORS, FORMATS
 from compress.checkpoint.safetensors_io import CheckpointReader
 from compress.errors import CheckpointError, UsageError
-from compress.kernels.layout import (
-    LEAST_GROUP,
-    WIDTHS,
-    Codes,
-    read_compressed_tensors,
-    read_gptq,
-    with_bits,
-    write_compressed_tensors,
-    write_gptq,
-)
-from compress.kernels.packing import WIDTHS as FILE_WIDTHS
-from compress.kernels.packing import packed_columns
+from compress.kernels.activations import BITS as ACTIVATION_BITS
+from compress.kernels.layout import LEAST_GROUP, WIDTHS, Codes, with_bits
 
-SUFFIXES = {
-    "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"),
-    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
-}
-GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
+METHODS = ("compressed-tensors", "gptq")
+INTEGER_STEP = 32  # inputs of one product of integers
 # Tensors that say: these codes are read in another way than ours.
 FOREIGN = ("weight_g_idx", "weight_global_scale", "input_scale", "input_zero_point", "output_scale")
 
@@ -63,6 +52,7 @@ class PackedLinears:
         folder, reader: where it is, its tensors.
         section: `quantization_config` of its config.json.
         method: `compressed-tensors` or `gptq`.
+        format: a row of FORMATS.
         schemes: how each packed linear is quantised, by its name in the files.
 
     Raises UnpackableError for a folder that holds nothing packed, or something else as well;
@@ -74,6 +64,7 @@ class PackedLinears:
         self.section = quantization_section(_read_config(self.folder))
         self.method = str(self.section.get("quant_method"))
         self._refuse_section()
+        self.format = FORMATS[_format_of(self.section)]
         self.reader = CheckpointReader(self.folder)
         self.schemes = self._schemes()
         for name, scheme in self.schemes.items():
@@ -82,33 +73,18 @@ class PackedLinears:
     def check(self, name: str, shape: tuple[int, int]) -> None:
         """Raises UnpackableError unless the files hold a linear of `shape` [N, K] under `name`."""
         scheme, (N, K) = self.schemes[name], shape
-        G = 1 if scheme.group_size is None else -(-K // scheme.group_size)
-        if self.method == "gptq":
-            expected = {
-                "qweight": (packed_columns(K, scheme.bits), N),
-                "qzeros": (G, packed_columns(N, scheme.bits)),
-                "scales": (G, N),
-            }
-            if f"{name}.g_idx" in self.reader:
-                expected["g_idx"] = (K,)
-        else:
-            expected = {
-                "weight_packed": (N, packed_columns(K, scheme.bits)),
-                "weight_scale": (N, G),
-                "weight_shape": (2,),
-            }
-            if not scheme.symmetric:
-                expected["weight_zero_point"] = (packed_columns(N, scheme.bits), G)
         groups = "one group" if scheme.group_size is None else f"groups of {scheme.group_size}"
-        for key, right in expected.items():
+        for key, right in self.format.shapes(scheme, shape).items():
             if f"{name}.{key}" not in self.reader:
+                if key in self.format.optional:
+                    continue
                 raise self._error(f"{name} has no {key}: the checkpoint is damaged")
             if (found := self.reader.shape(f"{name}.{key}")) != right:
                 raise self._error(
                     f"{name}.{key} has shape {list(found)}, but {scheme.bits} bits in {groups} of "
                     f"a linear [{N}, {K}] take {list(right)}"
                 )
-        if self.method != "gptq":
+        if "weight_shape" in self.format.suffixes:
             stored = self.reader.tensor(f"{name}.weight_shape").tolist()
             if stored != [N, K]:
                 raise self._error(
@@ -124,34 +100,23 @@ class PackedLinears:
         scheme = self.schemes[name]
         tensors = {
             key: self.reader.tensor(f"{name}.{key}").to(device)
-            for key in SUFFIXES[self.method]
+            for key in self.format.suffixes
             if f"{name}.{key}" in self.reader
         }
         try:
-            if self.method == "gptq":
-                codes = read_gptq(tensors, scheme.bits, scheme.group_size, self.version, name)
-            else:
-                codes = read_compressed_tensors(tensors, scheme.bits, scheme.group_size, name)
+            codes = self.format.read(tensors, scheme, name)
         except ValueError as error:
             raise self._error(str(error)) from error
         return codes if codes.bits in WIDTHS else with_bits(codes, 8)
 
     def tensors(self, name: str, codes: Codes) -> dict[str, Tensor]:
         """The inverse of `codes`: the tensors of the files, on the CPU, by their names inside."""
-        codes = with_bits(codes.to("cpu"), self.schemes[name].bits)
-        if self.method != "gptq":
-            return write_compressed_tensors(codes)
-        written = write_gptq(codes, self.version)
+        written = self.format.write(with_bits(codes.to("cpu"), self.schemes[name].bits))
         return {key: written[key] for key in written if f"{name}.{key}" in self.reader}
 
     def bias(self, name: str) -> Tensor | None:
         """The bias that the files hold beside a packed linear."""
         return self.reader.tensor(f"{name}.bias") if f"{name}.bias" in self.reader else None
-
-    @property
-    def version(self) -> int:
-        """Of the GPTQ format: 1 stores zero points less one, 2 as they are."""
-        return GPTQ_VERSIONS[_gptq_format(self.section)]
 
     # ---- refusals -------------------------------------------------------------------------------
 
@@ -159,25 +124,25 @@ class PackedLinears:
         return UnpackableError(f"{self.folder}: {fault}")
 
     def _refuse_section(self) -> None:
-        if self.method not in SUFFIXES:
+        if self.method not in METHODS:
             raise self._error(
-                f"packed loading reads compressed-tensors (pack-quantized) and GPTQ, found "
+                f"packed loading reads compressed-tensors and GPTQ, found "
                 f"{self.section.get('quant_method')!r}: load it with packed=False"
             )
         if self.method == "gptq":
-            found = _gptq_format(self.section)
-            if found not in GPTQ_VERSIONS or self.section.get("pack_dtype", "int32") != "int32":
+            found = _format_of(self.section)
+            words = self.section.get("pack_dtype", "int32")
+            if found not in ("gptq", "gptq_v2") or words != "int32":
                 raise self._error(
                     f"packed loading reads GPTQ in the formats gptq and gptq_v2 in 32-bit words, "
-                    f"found {found!r} in {self.section.get('pack_dtype', 'int32')}"
+                    f"found {found!r} in {words}"
                 )
             return
-        groups = list((self.section.get("config_groups") or {}).values())
-        formats = {group.get("format") or self.section.get("format") for group in groups}
-        if formats - {"pack-quantized"}:
+        formats = {_format_of(self.section, group) for group in _groups(self.section)}
+        if len(formats) != 1 or not formats <= {*COMPRESSED_TENSORS}:
             raise self._error(
-                f"packed loading reads compressed-tensors in the format pack-quantized, found "
-                f"{', '.join(sorted(map(str, formats - {'pack-quantized'})))}: load it with "
+                f"packed loading reads compressed-tensors in the format pack-quantized or "
+                f"int-quantized, found {', '.join(sorted(map(str, formats)))}: load it with "
                 f"packed=False"
             )
         for what, found in compressed_tensors_extras(self.section).items():
@@ -185,9 +150,12 @@ class PackedLinears:
                 raise self._error(f"{what} cannot be run packed: load it with packed=False")
 
     def _schemes(self) -> dict[str, ModuleScheme]:
-        main, *others = SUFFIXES[self.method]
+        main = self.format.main
         packed = self._named(main)
-        for suffix in (*others, *FOREIGN):  # a main tensor that is missing leaves its companions
+        if main == "weight":  # plain linears have one as well
+            packed = [n for n in packed if self.reader.dtype(f"{n}.weight") == torch.int8]
+        # a main tensor that is missing leaves its companions
+        for suffix in (*self.format.companions, *FOREIGN):
             for name in self._named(suffix):
                 if suffix in FOREIGN:
                     what = "act-order" if suffix == "weight_g_idx" else "more than codes and scales"
@@ -224,11 +192,10 @@ class PackedLinears:
         return ModuleScheme(settings["bits"], size if size > 0 else None, bool(settings["sym"]))
 
     def _refuse_scheme(self, name: str, scheme: ModuleScheme) -> None:
-        widths = WIDTHS if self.method == "gptq" else FILE_WIDTHS
-        if scheme.bits not in widths:
+        if scheme.bits not in self.format.widths:
             raise self._error(
                 f"{name} has {scheme.bits} bits, packed {self.method} runs "
-                f"{', '.join(map(str, widths))}"
+                f"{', '.join(map(str, self.format.widths))}"
             )
         if scheme.group_size is not None and scheme.group_size % LEAST_GROUP:
             raise self._error(
@@ -237,11 +204,23 @@ class PackedLinears:
             )
         if scheme.symmetric and f"{name}.weight_zero_point" in self.reader:
             raise self._error(f"{name} has a weight_zero_point, but config.json says symmetric")
+        if scheme.activation_bits is None:
+            return
+        if not scheme.symmetric:
+            raise self._error(
+                f"{name} has zero points and quantised activations, which cannot be run packed "
+                f"together: load it with packed=False"
+            )
+        if scheme.group_size is not None and scheme.group_size % INTEGER_STEP:
+            raise self._error(
+                f"{name} has groups of {scheme.group_size} and quantised activations, for which "
+                f"kernels take a multiple of {INTEGER_STEP} inputs: load it with packed=False"
+            )
 
 
 def compressed_tensors_extras(section: dict[str, Any]) -> dict[str, bool]:
     """What a compressed-tensors section asks for beyond integer weights in groups or channels."""
-    groups = list((section.get("config_groups") or {}).values())
+    groups = _groups(section)
     weights = [group.get("weights") or {} for group in groups]
     transforms = (section.get("transform_config") or {}).get("config_groups") or {}
     applied = [part for scheme in transforms.values() for part in scheme.get("apply", [])]
@@ -252,13 +231,24 @@ def compressed_tensors_extras(section: dict[str, Any]) -> dict[str, bool]:
         ),
         "a quantised KV cache": bool(section.get("kv_cache_scheme")),
         "sparse weights": (section.get("sparsity_config") or {}).get("format", "dense") != "dense",
-        "quantised activations": any(
-            group.get("input_activations") or group.get("output_activations") for group in groups
+        "quantised activations other than integers with a scale for each token": any(
+            not _rounded_by_token(group.get("input_activations")) or group.get("output_activations")
+            for group in groups
         ),
         "weights other than integers in groups": any(
             w.get("type") != "int" or w.get("strategy") not in ("group", "channel") for w in weights
         ),
     }
+
+
+def _rounded_by_token(activations: dict[str, Any] | None) -> bool:
+    """Whether inputs stay as they are, or are rounded as `quantize_tokens` rounds them."""
+    if not activations:
+        return True
+    wanted = {"type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+    usual = {"type": "int", "symmetric": True, "dynamic": False}  # where a file says nothing
+    found = {key: activations.get(key, usual.get(key)) for key in wanted}
+    return found == wanted and activations.get("num_bits") in ACTIVATION_BITS
 
 
 def quantization_section(config: dict[str, Any]) -> dict[str, Any]:
@@ -275,24 +265,39 @@ def needs_own_reader(section: dict[str, Any]) -> bool:
     """
     if section.get("quant_method") == "gptq":
         return True
-    groups = (section.get("config_groups") or {}).values()
-    weights = [group["weights"] for group in groups if group.get("weights")]
-    packed = section.get("quant_method") == "compressed-tensors" and all(
-        (group.get("format") or section.get("format")) == "pack-quantized" for group in groups
-    )
-    return packed and not all(w.get("symmetric", True) for w in weights)
+    weights = [group["weights"] for group in _groups(section) if group.get("weights")]
+    packed = {_format_of(section, group) for group in _groups(section)} <= {"pack-quantized"}
+    asymmetric = not all(w.get("symmetric", True) for w in weights)
+    return section.get("quant_method") == "compressed-tensors" and packed and asymmetric
 
 
 def is_packed(section: dict[str, Any]) -> bool:
-    """Whether the section is of a format that `PackedLinears` reads; nothing more is looked at."""
-    groups = (section.get("config_groups") or {}).values()
-    formats = {group.get("format") or section.get("format") for group in groups}
-    method = section.get("quant_method")
-    return method == "gptq" or (method == "compressed-tensors" and formats == {"pack-quantized"})
+    """Whether the section is of a format that `PackedLinears` reads and kernels run.
+
+    Codes in int8 only where activations are rounded by token: of others nothing would be gained.
+    """
+    method, groups = section.get("quant_method"), _groups(section)
+    if method != "compressed-tensors":
+        return method == "gptq"
+    formats = {_format_of(section, group) for group in groups}
+    if formats == {"int-quantized"}:
+        return all(
+            group.get("input_activations") and _rounded_by_token(group["input_activations"])
+            for group in groups
+        )
+    return formats == {"pack-quantized"}
 
 
-def _gptq_format(section: dict[str, Any]) -> str:
-    return str(section.get("checkpoint_format") or section.get("format") or "gptq")
+def _groups(section: dict[str, Any]) -> list[dict[str, Any]]:
+    return list((section.get("config_groups") or {}).values())
+
+
+def _format_of(section: dict[str, Any], group: dict[str, Any] | None = None) -> str:
+    """The row of FORMATS for a section, or for one of its groups."""
+    if section.get("quant_method") == "gptq":
+        return str(section.get("checkpoint_format") or section.get("format") or "gptq")
+    group = group or next(iter(_groups(section)), {})
+    return str(group.get("format") or section.get("format"))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

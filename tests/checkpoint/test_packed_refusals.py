@@ -137,6 +137,9 @@ def test_a_scale_that_is_no_number(damaged, format):
 # ---- schemes ------------------------------------------------------------------------------------
 
 
+BY_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+
+
 def groups_of(weights: dict, **group) -> dict:
     """A section with one group of Linear."""
     full = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -153,9 +156,28 @@ def groups_of(weights: dict, **group) -> dict:
         (groups_of({"group_size": 64}), r"down_proj.weight_scale has shape \[64, 3\]"),
         (groups_of({"type": "float"}), "weights other than integers in groups cannot be run"),
         (groups_of({"strategy": "tensor"}), "weights other than integers in groups cannot be run"),
-        (groups_of({}, format="int-quantized"), "pack-quantized, found int-quantized"),
-        (groups_of({}, format="naive-quantized"), "pack-quantized, found naive-quantized"),
-        (groups_of({}, input_activations={"num_bits": 8}), "quantised activations cannot be run"),
+        (groups_of({}, format="int-quantized"), "down_proj has weight_scale but no weight"),
+        (groups_of({}, format="naive-quantized"), "int-quantized, found naive-quantized"),
+        (groups_of({}, input_activations={"num_bits": 8}), "with a scale for each token cannot be"),
+        *(
+            (groups_of({}, input_activations=BY_TOKEN | change), "for each token cannot be run")
+            for change in (
+                {"num_bits": 9},
+                {"type": "float"},
+                {"symmetric": False},
+                {"dynamic": False},
+                {"strategy": "tensor"},
+            )
+        ),
+        (groups_of({}, output_activations=BY_TOKEN), "with a scale for each token cannot be"),
+        (
+            groups_of({"symmetric": False}, input_activations=BY_TOKEN),
+            "down_proj has zero points and quantised activations",
+        ),
+        (
+            groups_of({"group_size": 16}, input_activations=BY_TOKEN),
+            "down_proj has groups of 16 and quantised activations",
+        ),
         (
             groups_of({}, targets=["re:.*gate_proj"]),
             "down_proj is packed, but config.json",
@@ -275,7 +297,11 @@ def test_formats_of_others_are_left_to_transformers_unless_packed_is_asked_for(d
     assert not isinstance(error.value, UnpackableError)
     assert is_packed(whole_section("pack-quantized"))
     assert not is_packed(whole_section("float-quantized"))
+    assert not is_packed(whole_section("int-quantized"))  # nothing to gain over dense weights
+    assert is_packed(whole_section("int-quantized", input_activations=BY_TOKEN))
+    assert not is_packed(whole_section("int-quantized", input_activations={"num_bits": 8}))
 
 
-def whole_section(format: str) -> dict:
-    return {"quant_method": "compressed-tensors", "config_groups": {"g": {"format": format}}}
+def whole_section(format: str, **group) -> dict:
+    groups = {"g": {"format": format} | group}
+    return {"quant_method": "compressed-tensors", "config_groups": groups}

@@ -50,6 +50,26 @@ def test_casting_repacks_where_the_layout_depends_on_the_activations(uncompiled)
     assert_same(layer.codes(), weight)
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (8, 32), (4, 64)])
+@pytest.mark.parametrize("activation_bits", [4, 8])
+def test_rounded_activations(bits, group_size, activation_bits):
+    weight = random_weight(32, 128, bits, group_size, dtype=torch.float32)
+    bias, x = torch.randn(32), torch.randn(2, 3, 128)
+    layer = QuantLinear(weight, bias, torch.float32, activation_bits)
+    scale = x.abs().amax(-1, keepdim=True) / (2 ** (activation_bits - 1) - 1)
+    rounded = (x / scale).round() * scale
+    assert relative_error(layer(x), reference_matmul(rounded, weight, bias)) < 1e-6
+    assert_same(layer.codes(), weight)
+    assert layer.packed_bytes() == 32 * 128 + weight.scale.nbytes
+    assert_same(layer.bfloat16().codes(), weight)
+    assert f"activation_bits={activation_bits}" in repr(layer)
+
+
+def test_rounded_activations_take_symmetric_weights():
+    with pytest.raises(ValueError, match="symmetric weights, found zero points"):
+        QuantLinear(random_weight(32, 64, 4, 32, symmetric=False), activation_bits=8)
+
+
 def test_act_order_of_a_layer():
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     weight = replace(random_weight(16, 64, 4, 32, dtype=torch.float32), order=order)

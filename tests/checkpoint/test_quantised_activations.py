@@ -1,0 +1,154 @@
+"""Checkpoints whose activations are rounded token by token: W8A8, W4A8 and W4A4.
+
+The files are written by compressed-tensors itself; the oracle is the dense model in fp32, whose
+linears round their inputs by the formula.
+"""
+
+import json
+
+import pytest
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationStatus,
+    apply_quantization_config,
+)
+from tiny_checkpoints import byte_tokenizer, random_ids, relative_error
+from tiny_quantised import tiny_llama
+
+import compress
+from compress.checkpoint.packed import UnpackableError
+from compress.checkpoint.safetensors_io import CheckpointReader, save_tensors
+from compress.kernels.linear import QuantLinear
+
+# transformers says so of every argument beside a quantised checkpoint's own config.
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+
+SCHEMES = {
+    "W8A8": ("int-quantized", {"num_bits": 8, "strategy": "channel"}, 8),
+    "W8A8 in groups": ("int-quantized", {"num_bits": 8, "strategy": "group", "group_size": 32}, 8),
+    "W4A8": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}, 8),
+    "W4A4": ("pack-quantized", {"num_bits": 4, "strategy": "channel"}, 4),
+}
+LINEARS = 2 * 7
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def written(request, tmp_path_factory):
+    """(folder, dense twin of the quantised weights, bits of activations)."""
+    format, weights, bits = SCHEMES[request.param]
+    folder = tmp_path_factory.mktemp("activations") / "model"
+    model = tiny_llama()
+    by_token = {"num_bits": bits, "type": "int", "dynamic": True, "strategy": "token"}
+    group = {"targets": ["Linear"], "format": format, "weights": {"type": "int"} | weights}
+    section = {
+        "config_groups": {"group_0": group | {"input_activations": by_token}},
+        "ignore": ["lm_head"],
+        "format": format,
+        "quant_method": "compressed-tensors",
+    }
+    config = QuantizationConfig(**section, quantization_status=QuantizationStatus.FROZEN)
+    apply_quantization_config(model, config)
+    twin = tiny_llama()
+    for name, module in model.named_modules():
+        if not hasattr(module, "weight_scale"):
+            continue
+        N, K = module.weight.shape
+        size, largest = weights.get("group_size", K), 2 ** (weights["num_bits"] - 1) - 1
+        groups = module.weight.data.view(N, -1, size)
+        scale = groups.abs().amax(-1) / largest
+        module.weight_scale.data = scale.to(module.weight_scale.dtype)
+        codes = (groups / scale[..., None]).round()
+        dense = codes * module.weight_scale.data.float()[..., None]
+        twin.get_submodule(name).weight.data = dense.view(N, K)
+    ModelCompressor(quantization_config=config).compress_model(model)
+    folder.mkdir()
+    save_tensors(folder / "model.safetensors", dict(model.state_dict()))
+    settings = twin.config.to_dict() | {
+        "architectures": ["LlamaForCausalLM"],
+        "dtype": "float32",
+        "quantization_config": section,
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    byte_tokenizer().save_pretrained(folder)
+    return folder, twin, bits
+
+
+def round_inputs(model, bits):
+    """Every linear but the head rounds each token of its input to `bits` bits."""
+
+    def rounded(module, arguments):
+        (x,) = arguments
+        scale = x.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+        return ((x / scale).round() * scale,)
+
+    return [
+        module.register_forward_pre_hook(rounded)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+
+
+@torch.no_grad()
+def test_logits_are_those_of_rounded_inputs(written):
+    folder, twin, bits = written
+    model, _ = compress.load(folder)
+    layers = [module for module in model.modules() if type(module) is QuantLinear]
+    assert len(layers) == LINEARS
+    assert all(layer.activation_bits == bits for layer in layers)
+    ids = random_ids(2, 12) % 61
+    plain = twin(ids).logits
+    hooks = round_inputs(twin, bits)
+    expected = twin(ids).logits
+    for hook in hooks:
+        hook.remove()
+    error = relative_error(model(ids).logits, expected)
+    assert error < 1e-5
+    assert relative_error(plain, expected) > 100 * error  # rounding does something
+
+
+def test_saving_writes_what_was_read(written, tmp_path):
+    folder, _, _ = written
+    model, _ = compress.load(folder)
+    model.save_pretrained(tmp_path)
+    before, after = CheckpointReader(folder).tensors(), CheckpointReader(tmp_path).tensors()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    sections = [json.loads((f / "config.json").read_text()) for f in (folder, tmp_path)]
+    assert sections[0]["quantization_config"] == sections[1]["quantization_config"]
+
+
+def test_projections_of_one_input_share_a_product(written):
+    folder, _, _ = written
+    ids = random_ids(1, 8) % 61
+    fused, _ = compress.load(folder, fuse=True)
+    apart, _ = compress.load(folder)
+    with torch.no_grad():
+        assert relative_error(fused(ids).logits, apart(ids).logits) < 1e-6
+
+
+def test_dense_weights_alone_would_be_another_model(written):
+    from transformers import AutoModelForCausalLM
+
+    folder, _, _ = written
+    with pytest.raises(UnpackableError, match="has quantised activations, which a dense linear"):
+        AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=compress.ModelpressConfig(packed=False)
+        )
+
+
+def test_integers_that_the_width_does_not_hold(written, tmp_path):
+    folder, _, _ = written
+    reader = CheckpointReader(folder)
+    name = "model.layers.1.mlp.up_proj"
+    if f"{name}.weight" not in reader:
+        pytest.skip("codes in words hold no others")
+    config = json.loads((folder / "config.json").read_text())
+    weights = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    weights["num_bits"] = 4
+    save_tensors(tmp_path / "model.safetensors", reader.tensors())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UnpackableError, match="holds integers of more than 4 bits"):
+        compress.load(tmp_path)
