@@ -1,9 +1,13 @@
 """Products of quantised weights and activations (W4A4, W8A8): integers in int8, sums in int32.
 
     h = x M^T                                         an online Hadamard rotation, or h = x
-    a[m] = max_k |h[m, k]| / L,  L = 2^(bits-1) - 1   one scale per token, symmetric
-    q[m, k] = round(h[m, k] / a[m])                   int8 in [-L, L]
+    a[m] = max_k |h[m, k]| / L                        one scale per token, symmetric
+    q[m, k] = round(h[m, k] / a[m])                   int8
     y[m, n] = a[m] * sum over g of s[n, g] * (sum over k in g of q[m, k] (c[n, k] - z[n, g]))
+
+L = 2^(bits-1) - 1, so that no value is cut off; or, as compressed-tensors has it (`full_range`),
+L = 2^(bits-1) - 1/2, and q is clamped to [-2^(bits-1), 2^(bits-1) - 1]. A token's largest value
+then lies between two integers, and its last bit decides.
 
 The inner sum is exact, so the only error of y beyond the rounding of q and of the result is that of
 fp32 scales and sums. On a GPU, rotation and rounding are one pass, and int8 tensor cores multiply
@@ -83,38 +87,43 @@ def unpack_integers(weight: IntegerWeight) -> Codes:
 
 
 def quantize_tokens(
-    x: Tensor, bits: int = 4, factors: tuple[Tensor, ...] | None = None
+    x: Tensor,
+    bits: int = 4,
+    factors: tuple[Tensor, ...] | None = None,
+    full_range: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x [..., K] (fp16, bf16, fp32) as int8 [..., K] and one fp32 scale per token [...].
 
     factors: None for no rotation; else x is rotated first, by the transform of `hadamard_` with
-    these factors, () for a plain power of two. x is not changed. Raises ValueError for bits outside
-    2..8, sizes that `hadamard_` refuses, and on a GPU more than 2^15 inputs.
+    these factors, () for a plain power of two. full_range: integers down to -2^(bits-1). x is not
+    changed. Raises ValueError for bits outside 2..8, sizes that `hadamard_` refuses, and on a GPU
+    more than 2^15 inputs.
     """
     if bits not in BITS:
         raise ValueError(f"activations take 2 to 8 bits, found {bits}")
     K, power = x.shape[-1], 1
     if factors is not None:
         power = butterfly_size(K, factors)
-    values, scale = _quantize_tokens(x.reshape(-1, K), list(factors or ()), power, bits)
+    values, scale = _quantize_tokens(x.reshape(-1, K), list(factors or ()), power, bits, full_range)
     return values.view(x.shape), scale.view(x.shape[:-1])
 
 
 @torch.library.custom_op("modelpress::quantize_tokens", mutates_args=())
 def _quantize_tokens(
-    x: Tensor, factors: list[Tensor], power: int, bits: int
+    x: Tensor, factors: list[Tensor], power: int, bits: int, full_range: bool
 ) -> tuple[Tensor, Tensor]:
     """x [M, K] -> int8 [M, K], fp32 [M]; power: the part of K that butterflies take."""
-    largest = 2 ** (bits - 1) - 1
+    half = 2 ** (bits - 1)
+    steps = half - 0.5 if full_range else half - 1.0
     if not _has_kernels(x):
-        return _round_tokens(_transform(x, factors, power), largest)
+        return _round_tokens(_transform(x, factors, power), steps, half)
     from compress.kernels.integer_launch import launch_quantize
 
-    return launch_quantize(x, factors, power, largest)
+    return launch_quantize(x, factors, power, steps, half)
 
 
 @_quantize_tokens.register_fake
-def _(x, factors, power, bits):
+def _(x, factors, power, bits, full_range):
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
@@ -156,10 +165,10 @@ def _transform(x: Tensor, factors: list[Tensor], power: int) -> Tensor:
     return y.reshape(x.shape) * power**-0.5
 
 
-def _round_tokens(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    most = x.abs().amax(1)
-    values = (x * (largest / most.clamp_min(1e-30))[:, None]).round().to(torch.int8)
-    return values, most / largest
+def _round_tokens(x: Tensor, steps: float, half: int) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(1) / steps
+    values = (x / scale.clamp_min(1e-30)[:, None]).round().clamp(-half, half - 1)
+    return values.to(torch.int8), scale
 
 
 # ---- products -----------------------------------------------------------------------------------

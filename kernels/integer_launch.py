@@ -1,6 +1,6 @@
 """Launches of the integer kernels on a GPU; activations.py says what they compute.
 
-values, scale = launch_quantize(x, factors, power, largest=7)
+values, scale = launch_quantize(x, factors, power, steps=7.0, half=8)
 y = launch_product(values, scale, weight, bias, torch.float16)
 """
 
@@ -36,9 +36,11 @@ LARGEST_TOKEN = 1 << 15  # inputs: one program holds all of a token in registers
 
 
 def launch_quantize(
-    x: Tensor, factors: list[Tensor], power: int, largest: int
+    x: Tensor, factors: list[Tensor], power: int, steps: float, half: int
 ) -> tuple[Tensor, Tensor]:
     """x [M, K], rotated by factors and butterflies of size `power`: int8 [M, K], fp32 [M].
+
+    steps: of a scale to the largest value; values lie in [-half, half).
 
     Raises ValueError for tokens of more than LARGEST_TOKEN inputs, and as `check_launch` does.
     """
@@ -55,7 +57,7 @@ def launch_quantize(
     x = x if x.stride(-1) == 1 else x.contiguous()
     kernels.quantize_kernel[(M,)](
         x, values, scale, K, x.stride(0), power**-0.5,
-        LARGEST=largest, SIZE=size, LOG=power.bit_length() - 1,
+        STEPS=steps, HALF=half, SIZE=size, LOG=power.bit_length() - 1,
         num_warps=min(16, max(1, size // 512)),
         **FIXED_OPTIONS,
     )  # fmt: skip

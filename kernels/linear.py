@@ -36,8 +36,8 @@ class QuantLinear(nn.Module):
 
     weight: codes on any device; they decide where the module lives. dtype: of the activations to
     come (on a CPU it decides the layout) and of the bias. activation_bits: rounds each token of x
-    to integers of so many bits first, by its largest value, and multiplies integers
-    (activations.py).
+    to integers of so many bits first, as compressed-tensors does, and multiplies integers
+    (activations.py, `full_range`).
 
     Raises ValueError for zero points together with activation_bits.
     """
@@ -64,7 +64,7 @@ class QuantLinear(nn.Module):
         """x [..., in_features] -> [..., out_features], in x's dtype."""
         weight = self.packed_weight()
         if self.activation_bits is not None and not isinstance(weight, CpuWeight):
-            values, scale = quantize_tokens(x, self.activation_bits)
+            values, scale = quantize_tokens(x, self.activation_bits, full_range=True)
             return integer_matmul(values, scale, weight, self.bias, x.dtype)
         if isinstance(weight, KernelWeight):
             from compress.kernels.matmul import quantized_matmul

@@ -65,12 +65,12 @@ def factor_kernel(
 @triton.jit
 def quantize_kernel(
     x, values, scale, K, stride, norm,
-    LARGEST: tl.constexpr, SIZE: tl.constexpr, LOG: tl.constexpr,
+    STEPS: tl.constexpr, HALF: tl.constexpr, SIZE: tl.constexpr, LOG: tl.constexpr,
 ):  # fmt: skip
     """One token x [K]: transformed in pieces of 2^LOG (0: as it is), then to int8 and its scale.
 
-    values int8 [tokens, K] in [-LARGEST, LARGEST]; scale fp32 [tokens] = max |x| / LARGEST. The
-    transformed token goes from registers to int8 and is never written.
+    values int8 [tokens, K] in [-HALF, HALF); scale fp32 [tokens] = max |x| / STEPS. The transformed
+    token goes from registers to int8 and is never written.
     """
     token = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, SIZE)
@@ -78,9 +78,10 @@ def quantize_kernel(
     v = _butterfly(v, SIZE, LOG) * norm
     largest = tl.max(tl.abs(v), 0)
     # a token of zeros has scale 0 and values 0
-    q = (v * (LARGEST / tl.maximum(largest, 1e-30)) + ROUND) - ROUND
+    q = (v * (STEPS / tl.maximum(largest, 1e-30)) + ROUND) - ROUND
+    q = tl.minimum(tl.maximum(q, -HALF), HALF - 1)
     tl.store(values + token * K + i, q.to(tl.int8), mask=i < K)
-    tl.store(scale + token, largest / LARGEST)
+    tl.store(scale + token, largest / STEPS)
 
 
 @triton.jit(do_not_specialize=["M", "split"])

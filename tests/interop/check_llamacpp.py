@@ -6,7 +6,8 @@ borrows the project's packages:
     python -m venv ENV
     echo "import site; site.addsitedir('PROJECT/lib/python3.X/site-packages')" \\
         > ENV/lib/python3.X/site-packages/project.pth
-    CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS" ENV/bin/pip install llama-cpp-python
+    CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS" ENV/bin/pip install --no-cache-dir \\
+        llama-cpp-python==0.3.36             # a wheel from pip's cache may have no BLAS
     ENV/bin/python tests/interop/check_llamacpp.py
 
 Each case quantises a model by rounding, exports it, and compares logits with those of transformers

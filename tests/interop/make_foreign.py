@@ -11,7 +11,7 @@ take an environment of their own that borrows its packages:
     GPTQMODEL_CPU_WORKERS=2 ENV/bin/python tests/interop/make_foreign.py gptqmodel
 
     ENV2/bin/pip install --no-deps llmcompressor==0.14.0.1 loguru
-    ENV2/bin/python tests/interop/make_foreign.py llmcompressor
+    ENV2/bin/python tests/interop/make_foreign.py llmcompressor      # and names of cases, or all
 
 Each case quantises a random Llama of two layers and writes the checkpoint, and beside it
 expected.safetensors: some token ids, and the logits in fp32 that the program itself gives for them.
@@ -53,14 +53,15 @@ GPTQ = {
         },
     },
 }
-# Scheme of each group of modules: bits, group size, symmetric.
+# Scheme of each group of modules: bits, group size, symmetric, bits of activations.
 COMPRESSED_TENSORS = {
-    "llmcompressor-w4": {"Linear": (4, 32, True)},
+    "llmcompressor-w4": {"Linear": (4, 32, True, None)},
+    "llmcompressor-w8a8": {"Linear": (8, None, True, 8)},
     "llmcompressor-mixed": {
-        "re:.*self_attn.*": (8, None, True),
-        r"re:.*layers\.0\.mlp\.(gate|up)_proj": (3, 32, False),
-        r"re:.*layers\.1\.mlp\.(gate|up)_proj": (5, 64, True),
-        "re:.*down_proj": (4, 64, False),
+        "re:.*self_attn.*": (8, None, True, None),
+        r"re:.*layers\.0\.mlp\.(gate|up)_proj": (3, 32, False, None),
+        r"re:.*layers\.1\.mlp\.(gate|up)_proj": (5, 64, True, None),
+        "re:.*down_proj": (4, 64, False, None),
     },
 }
 
@@ -96,6 +97,9 @@ def by_llmcompressor(groups: dict, source: Path, target: Path) -> torch.Tensor:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from transformers import AutoModelForCausalLM
 
+    def by_token(bits: int | None) -> QuantizationArgs | None:
+        return bits and QuantizationArgs(num_bits=bits, strategy="token", dynamic=True)
+
     schemes = {
         f"group_{i}": QuantizationScheme(
             targets=[target_],
@@ -105,8 +109,9 @@ def by_llmcompressor(groups: dict, source: Path, target: Path) -> torch.Tensor:
                 symmetric=symmetric,
                 strategy="group" if size else "channel",
             ),
+            input_activations=by_token(activations),
         )
-        for i, (target_, (bits, size, symmetric)) in enumerate(groups.items())
+        for i, (target_, (bits, size, symmetric, activations)) in enumerate(groups.items())
     }
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     rows = [{key: tensor[0].tolist() for key, tensor in row.items()} for row in calibration()]
@@ -133,8 +138,10 @@ def forget_paths(path: Path) -> None:
 
 def make(name: str, program, settings: dict) -> int:
     """Writes foreign/NAME; its bytes."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         source, target = Path(folder) / "model", Path(folder) / "quantised"
+        stack.enter_context(contextlib.chdir(folder))  # where GPTQModel leaves its logs
         tiny_model("llama", tied=False).to(torch.float16).save_pretrained(source)
         byte_tokenizer().save_pretrained(source)
         logits = program(settings, source, target)
@@ -161,7 +168,8 @@ def main() -> int:
         return 2
     program, cases = programs[sys.argv[1]]
     too_large = False
-    for name, settings in cases.items():
+    for name in sys.argv[2:] or cases:
+        settings = cases[name]
         size = make(name, program, settings)
         section = json.loads((FOREIGN / name / "config.json").read_text())["quantization_config"]
         written = section.get("checkpoint_format") or section.get("format")

@@ -84,7 +84,7 @@ def test_the_other_kernels_compile():
 def test_the_largest_token_fits_shared_memory():
     """28 * 512 = 14336 inputs, padded to 16384: exchanges between threads go through it."""
     compiled = compile_kernel(
-        activations.quantize_kernel, (8, 0), "fp32", 16, LARGEST=7, SIZE=16384, LOG=9
+        activations.quantize_kernel, (8, 0), "fp32", 16, STEPS=7.0, HALF=8, SIZE=16384, LOG=9
     )
     assert compiled.metadata.shared <= SHARED_MEMORY[8, 9].program  # the smallest there is
 

@@ -56,8 +56,9 @@ def test_rounded_activations(bits, group_size, activation_bits):
     weight = random_weight(32, 128, bits, group_size, dtype=torch.float32)
     bias, x = torch.randn(32), torch.randn(2, 3, 128)
     layer = QuantLinear(weight, bias, torch.float32, activation_bits)
-    scale = x.abs().amax(-1, keepdim=True) / (2 ** (activation_bits - 1) - 1)
-    rounded = (x / scale).round() * scale
+    half = 2 ** (activation_bits - 1)
+    scale = x.abs().amax(-1, keepdim=True) / (half - 0.5)
+    rounded = (x / scale).round().clamp(-half, half - 1) * scale
     assert relative_error(layer(x), reference_matmul(rounded, weight, bias)) < 1e-6
     assert_same(layer.codes(), weight)
     assert layer.packed_bytes() == 32 * 128 + weight.scale.nbytes

@@ -362,6 +362,20 @@ def test_tokens_are_rounded_to_the_nearest_step(power, orders, bits, dtype):
     assert bool((error <= scale.double()[:, None] * 0.5 + between).all())
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_full_range_of_integers(bits):
+    half = 2 ** (bits - 1)
+    x = torch.randn(40, 200, generator=torch.Generator().manual_seed(bits))
+    values, scale = (t.cpu() for t in quantize_tokens(x.to(DEVICE), bits, full_range=True))
+    assert scale == pytest.approx(x.abs().amax(1) / (half - 0.5), rel=1e-6)
+    expected = (x / scale[:, None]).round().clamp(-half, half - 1)
+    assert {int(values.min()), int(values.max())} == {-half, half - 1}
+    different = values != expected
+    # only where the largest value lies between two integers
+    assert bool((expected[different].abs() >= half - 1).all())
+    assert different.sum() <= len(x)
+
+
 def test_ties_round_to_even_as_torch_does():
     x = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -2.5, 3.5, 0]]).to(DEVICE)
     values, _ = quantize_tokens(x, 4)
@@ -394,7 +408,7 @@ def test_integer_operators_are_registered_as_torch_wants_them():
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
         torch.ops.modelpress.quantize_tokens.default,
-        (torch.randn(2, 48, device=DEVICE), [orthogonal(12).to(DEVICE)], 4, 4),
+        (torch.randn(2, 48, device=DEVICE), [orthogonal(12).to(DEVICE)], 4, 4, False),
         test_utils=checks,
     )
     torch.library.opcheck(
