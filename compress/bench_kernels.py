@@ -361,7 +361,7 @@ def tune_kernels(
     from compress.kernels.matmul import device_name, table_of
 
     clock, entries, tuned = Clock(bench.device, bench.rounds), [], {}
-    most = table_of(DTYPES[bench.dtype], clock.device)[-1].rows
+    most = table_of(DTYPES[bench.dtype], clock.device, bench.group_size)[-1].rows
     buckets = sorted({tuning.bucket(M) for M in bench.rows if most >= M})
     for N, K in bench.shapes:
         for bits in bench.bits:
@@ -379,11 +379,13 @@ def tune_kernels(
 
 def _tune(codes: "Codes", rows: int, dtype: torch.dtype, clock: Clock) -> dict[str, Any]:
     """The fastest tiles for one bucket, and the time of the table's."""
+    from triton.runtime.errors import TritonError
+
     from compress.kernels import matmul, tuning
 
     entry = _packed(codes, dtype, clock)
     x = torch.randn(rows, codes.codes.shape[1], device=clock.device).to(dtype)
-    table = matmul.table_of(dtype, clock.device)
+    table = matmul.table_of(dtype, clock.device, codes.group_size)
     start = replace(next(tiles for tiles in table if tiles.rows >= rows), rows=rows)
 
     def measure(tiles: "tuning.Tiles") -> float:
@@ -392,9 +394,11 @@ def _tune(codes: "Codes", rows: int, dtype: torch.dtype, clock: Clock) -> dict[s
         ]
         try:
             return clock.take_turns({"tiles": calls})["tiles"].median
-        except Exception as error:  # a compiler's own errors have no common class
-            if "out of resource" in str(error) or "Triton" in type(error).__name__:
-                return math.inf  # tiles that do not fit this device
+        except TritonError:
+            return math.inf  # tiles that do not fit this device
+        except RuntimeError as error:
+            if "PassManager" in str(error):  # what Triton raises where one of its passes fails
+                return math.inf
             raise
 
     before: dict[tuning.Tiles, float] = {}

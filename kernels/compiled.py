@@ -31,6 +31,9 @@ from compress.kernels.matmul import (
     EXACT_ROWS,
     FP32_TABLE,
     MMA_TABLE,
+    ODD_FP32_TABLE,
+    ODD_TABLE,
+    SMALLEST_CHUNK,
     TABLE,
     tile_constants,
     weight_constants,
@@ -83,11 +86,13 @@ def compiled_products(
     """
     memory = SHARED_MEMORY[capability]
     table = TABLE if capability[0] in (9, 10) else MMA_TABLE
+    table = FP32_TABLE if dtype == "fp32" else table
+    if group_size is not None and group_size % SMALLEST_CHUNK:
+        table = ODD_FP32_TABLE if dtype == "fp32" else ODD_TABLE
     for width in bits:
-        for tiles in FP32_TABLE if dtype == "fp32" else table:
+        for tiles in table:
             compiled = compile_product(width, group_size, dtype, tiles, capability)
             registers, spilled = resources(compiled)
-            shared = compiled.metadata.shared
             weights = block_columns(width) * tiles.block_n // (32 * tiles.warps)
             yield CompiledProduct(
                 bits=width,
@@ -95,8 +100,10 @@ def compiled_products(
                 stages=compiled.metadata.num_stages,
                 registers=registers,
                 spilled=spilled,
-                shared=shared,
-                programs=programs_beside(registers, shared, tiles.warps, REGISTERS, memory),
+                shared=compiled.metadata.shared,
+                programs=programs_beside(
+                    registers, compiled.metadata, tiles.warps, REGISTERS, memory
+                ),
                 instructions=len(longest_loop(compiled)) / weights,
             )
 
@@ -110,8 +117,8 @@ def compile_product(
     symmetric: bool = True,
     even: bool = True,
 ) -> Any:
-    """matmul_kernel as `tiled_matmul` launches it, without bias. even: K is whole blocks."""
-    scaled = tiles.block_m > EXACT_ROWS and group_size is not None
+    """matmul_kernel as `tiled_matmul` splits it, into a workspace. even: K is whole blocks."""
+    scaled = tiles.rows > EXACT_ROWS and group_size is not None
     return compile_kernel(
         kernels.matmul_kernel,
         capability,
@@ -142,8 +149,9 @@ def compile_kernel(
 ) -> Any:  # fmt: skip
     """Any kernel with `constants` fixed; other names are pointers, or int32 that 16 divides."""
     signature = {}
+    workspace = {"out": "*fp32"} if kernel is kernels.matmul_kernel else {}
     for name in kernel.arg_names:
-        kind = POINTERS.get(name, "*" + dtype if name in FLOATS else "i32")
+        kind = (POINTERS | workspace).get(name, "*" + dtype if name in FLOATS else "i32")
         kind = "fp32" if name == "norm" else kind
         signature[name] = "constexpr" if name in constants else kind
     places = {name: i for i, name in enumerate(kernel.arg_names)}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress.kernels import triton_activations as kernels
 from compress.kernels.activations import butterfly_size
-from compress.kernels.matmul import check_launch
+from compress.kernels.matmul import check_launch, on_its_device
 from compress.kernels.triton_kernels import FIXED_OPTIONS
 
 FACTOR_TILE = 64
@@ -39,6 +39,11 @@ def hadamard_(x: Tensor, factors: tuple[Tensor, ...] = (), butterflies: bool = T
 @torch.library.custom_op("modelpress::hadamard", mutates_args=("x",))
 def _hadamard(x: Tensor, factors: list[Tensor], butterflies: bool) -> None:
     check_launch(x, *factors)
+    _launch(x, factors, butterflies)
+
+
+@on_its_device
+def _launch(x: Tensor, factors: list[Tensor], butterflies: bool) -> None:
     right, left = x.shape[-1], x.numel() // max(x.shape[-1], 1)
     if x.numel() == 0:
         return

@@ -16,12 +16,12 @@ from compress.kernels.matmul import (
     SMALLEST_CHUNK,
     add_up,
     check_launch,
+    on_its_device,
     tile_constants,
     weight_constants,
     workspace,
 )
 from compress.kernels.occupancy import (
-    WARPS_PER_SM,
     ceil_div,
     multiprocessors,
     shared_memory,
@@ -32,9 +32,11 @@ from compress.kernels.triton_kernels import FIXED_OPTIONS
 from compress.kernels.tuning import Tiles
 
 TILES = MMA_TABLE  # int32 sums of a group lie beside the fp32 ones in registers
+PROGRAMS_PER_SM = 2  # by their registers, of the largest tile
 LARGEST_TOKEN = 1 << 15  # inputs: one program holds all of a token in registers
 
 
+@on_its_device
 def launch_quantize(
     x: Tensor, factors: list[Tensor], power: int, steps: float, half: int
 ) -> tuple[Tensor, Tensor]:
@@ -72,7 +74,8 @@ def launch_product(
     dtype: torch.dtype,
 ) -> Tensor:
     """values int8 [M, K] -> [M, N] in `dtype`, with the table's tiles for M rows."""
-    check_launch(values.new_empty(0, dtype=dtype), weight.scale, bias, values)
+    others = (weight.words, weight.high, weight.scale, weight.zero, token_scale, bias)
+    check_launch(values.new_empty(0, dtype=dtype), values, *others)
     if weight.bits == 8 and weight.zero is not None:
         raise ValueError("integer products take 8-bit weights without zero points: symmetric ones")
     if len(values) == 0:
@@ -81,6 +84,7 @@ def launch_product(
     return tiled_integers(values, token_scale, weight, bias, tiles, dtype)
 
 
+@on_its_device
 def tiled_integers(
     values: Tensor,
     token_scale: Tensor,
@@ -98,7 +102,7 @@ def tiled_integers(
         )
     M, (N, K) = len(values), weight.shape
     grid = ceil_div(M, tiles.block_m) * ceil_div(N, tiles.block_n)
-    held = WARPS_PER_SM // tiles.warps * multiprocessors(values.device)
+    held = PROGRAMS_PER_SM * multiprocessors(values.device)
     split = split_of(tiles, grid, weight, held)
     out = workspace(values, N, split, dtype)
     kernels.integer_matmul_kernel[(grid, split)](

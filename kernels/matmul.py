@@ -3,7 +3,9 @@
     rows of x      what runs
     up to 32       matmul_kernel, scales on fp32 sums
     up to 512      matmul_kernel, scales on the weights, each rounded once
-    more           the weight is expanded once and multiplied by cuBLAS
+    more           the weight is expanded once and multiplied by cuBLAS; without Hopper's or
+                   Blackwell's products beyond 128 rows, in fp32 and in groups that are no
+                   multiple of 32 inputs beyond 32
 
 TABLE holds the tiles; what `modelpress bench kernels --tune` measured on this device for a shape
 comes before it (tuning.py).
@@ -20,7 +22,9 @@ operator with a fake implementation: torch.compile and CUDA graphs take it as it
 """
 
 import math
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
 
 import torch
 import triton
@@ -32,6 +36,7 @@ from compress.kernels.layout import KernelWeight, block_columns
 from compress.kernels.occupancy import (
     LARGEST_CHUNK,
     ceil_div,
+    most_held,
     multiprocessors,
     programs_beside,
     shared_memory,
@@ -41,7 +46,7 @@ from compress.kernels.occupancy import (
 from compress.kernels.tuning import Tiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Beyond these rows to a tile, scaling sums would take more instructions and registers than weights.
+# Beyond these rows, scaling sums would take more instructions and registers than scaling weights.
 EXACT_ROWS = 32
 DENSE_TILE = 64
 # Depth of one product, of exact and of scaled weights: the more, the fewer sums to scale; the less,
@@ -67,10 +72,13 @@ MMA_TABLE = (
     Tiles(rows=32, block_m=32, block_n=128, warps=4, stages=3),
     Tiles(rows=128, block_m=64, block_n=128, warps=4, stages=3),
 )
+# Groups that are no multiple of 32 take a product for each 16 inputs, and registers for its sums.
+ODD_TABLE = (Tiles(rows=32, block_m=8, block_n=128, warps=4, stages=2),)
+ODD_FP32_TABLE = (Tiles(rows=32, block_m=8, block_n=64, warps=4, stages=2),)
 # Without tensor cores for fp32, a library's product wins sooner, and tiles take twice the memory.
 FP32_TABLE = (
     Tiles(rows=8, block_m=8, block_n=64, warps=4, stages=2),
-    Tiles(rows=32, block_m=32, block_n=64, warps=4, stages=2),
+    Tiles(rows=32, block_m=32, block_n=32, warps=4, stages=2),
 )
 
 
@@ -108,7 +116,7 @@ def _quantized_matmul(
 ) -> Tensor:
     """x [M, K] -> [M, N]; group_size 0 is one scale per output."""
     weight = KernelWeight(words, high, scale, zero, bits, group_size or None, x.shape[1])
-    check_launch(x, scale, bias)
+    check_launch(x, words, high, scale, zero, bias)
     if len(x) == 0:
         return x.new_empty(0, words.shape[1])
     tiles = tiles_for(x, weight)
@@ -125,7 +133,7 @@ def _(x, words, high, scale, zero, bias, bits, group_size):
 def tiles_for(x: Tensor, weight: KernelWeight) -> Tiles | None:
     """Tiles for x [M, K] on its device: tuned ones, else those of the table; None: expand W."""
     M, (N, K) = len(x), weight.shape
-    table = table_of(x.dtype, x.device)
+    table = table_of(x.dtype, x.device, weight.group_size)
     if table[-1].rows >= M and x.dtype != torch.float32:  # tuned with 16-bit activations
         key = (device_name(x.device), N, K, weight.bits, weight.group_size, tuning.bucket(M))
         tuned = tuning.find(*key)
@@ -135,9 +143,12 @@ def tiles_for(x: Tensor, weight: KernelWeight) -> Tiles | None:
 
 
 @cache
-def table_of(dtype: torch.dtype, device: torch.device) -> tuple[Tiles, ...]:
+def table_of(dtype: torch.dtype, device: torch.device, group_size: int | None) -> tuple[Tiles, ...]:
     """The built-in tiles of a device."""
-    if dtype == torch.float32:
+    fp32 = dtype == torch.float32
+    if group_size is not None and group_size % SMALLEST_CHUNK:
+        return ODD_FP32_TABLE if fp32 else ODD_TABLE
+    if fp32:
         return FP32_TABLE
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return MMA_TABLE
@@ -147,10 +158,22 @@ def table_of(dtype: torch.dtype, device: torch.device) -> tuple[Tiles, ...]:
 # ---- launches -----------------------------------------------------------------------------------
 
 
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the device of the first tensor current: Triton launches there, whatever it is given."""
+
+    @wraps(launch)
+    def launched(x: Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return launch(x, *arguments, **options)
+
+    return launched
+
+
+@on_its_device
 def tiled_matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None, tiles: Tiles) -> Tensor:
     """Tensor cores, x [M, K] -> [M, N]; one pass, or split-K where `tiles` says so."""
     M, (N, K) = len(x), weight.shape
-    scaled = tiles.block_m > EXACT_ROWS and weight.group_size is not None
+    scaled = M > EXACT_ROWS and weight.group_size is not None
     options = (
         weight_constants(weight, scaled)
         | tile_constants(tiles)
@@ -162,11 +185,12 @@ def tiled_matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None, tiles: Ti
             "num_stages": stages(tiles, weight.bits, x.element_size(), shared_memory(x.device)),
         }
     )
-    held = 0
-    if tiles.split is None:
-        sizes = (N, K, x.stride(0))
-        held = programs_held(x.dtype, weight.scale.dtype, sizes, tuple(options.items()), x.device)
     grid = ceil_div(M, tiles.block_m) * ceil_div(N, tiles.block_n)
+    held = 0
+    if tiles.split is None and most_held(tiles, x.device) >= 2 * grid:
+        stride = 16 if x.stride(0) % 16 == 0 else 17  # all that code is compiled for
+        sizes, constants = (N, K, stride), tuple(options.items())
+        held = programs_held(x.dtype, weight.scale.dtype, sizes, constants, x.device)
     split = split_of(tiles, grid, weight, held)
     out = workspace(x, N, split, x.dtype)
     kernels.matmul_kernel[(grid, split)](
@@ -201,7 +225,7 @@ def programs_held(
         compiled._init_handles()  # as Triton's tutorials ask for the registers of a kernel
     registers = torch.cuda.get_device_properties(device).regs_per_multiprocessor
     memory, warps = shared_memory(device), constants["num_warps"]
-    held = programs_beside(compiled.n_regs, compiled.metadata.shared, warps, registers, memory)
+    held = programs_beside(compiled.n_regs, compiled.metadata, warps, registers, memory)
     return held * multiprocessors(device)
 
 
@@ -215,13 +239,19 @@ def dequantize_weight(weight: KernelWeight, dtype: torch.dtype) -> Tensor:
     """The weight [N, K], each entry rounded once; inputs in the layout's order."""
     N, K = weight.shape
     out = torch.empty(N, K, dtype=dtype, device=weight.words.device)
+    _dequantize(out, weight)
+    return out
+
+
+@on_its_device
+def _dequantize(out: Tensor, weight: KernelWeight) -> None:
+    N, K = weight.shape
     grid = (ceil_div(N, DENSE_TILE), ceil_div(K, block_columns(weight.bits)))
     kernels.dequantize_kernel[grid](
         weight.words, weight.high, weight.scale, weight.zero, out, N, K,
         **weight_constants(weight), BLOCK_N=DENSE_TILE, WARPS=DENSE_TILE // 16,
         num_warps=DENSE_TILE // 16, **kernels.FIXED_OPTIONS,
     )  # fmt: skip
-    return out
 
 
 @cache
@@ -277,6 +307,8 @@ def interpreted() -> bool:
 def check_launch(x: Tensor, *others: Tensor | None) -> None:
     """Raises ValueError for what no kernel can run, or would run wrongly without a word."""
     tensors = [x, *(t for t in others if t is not None)]
+    if devices := {t.device for t in tensors} - {x.device}:
+        raise ValueError(f"expected all tensors on {x.device}, found some on {devices.pop()}")
     if x.dtype not in DTYPES:
         raise ValueError(f"kernels take fp16, bf16 and fp32 activations, found {x.dtype}")
     if interpreted():

@@ -6,7 +6,7 @@ round, in which most of the device idles.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,8 @@ from compress.kernels.tuning import Tiles
 # Warps for each multiprocessor that splitting aims at: enough loads in flight to hide latency.
 WARPS_PER_SM = 16
 ACCUMULATORS = 64  # fp32 sums of a thread, above which registers hold one program alone
+PARTITIONS = 4  # of a multiprocessor, with registers of their own
+TENSOR_COLUMNS = 512
 SYSTEM_MEMORY = 1024  # bytes of shared memory that CUDA keeps of each program
 LARGEST_CHUNK = 128  # inputs of one tensor-core product
 INTERPRETER_MEMORY = 64 * 1024
@@ -34,21 +36,23 @@ class SharedMemory(NamedTuple):
 
 
 def stages(tiles: Tiles, bits: int, size: int, memory: SharedMemory) -> int:
-    """Blocks in flight: what `tiles` asks for, or as many as fit.
+    """Blocks in flight: what `tiles` asks for, or as many as leave room for other programs.
 
-    Fewer than asked for let more programs run beside each other, but two must be left: with one,
-    nothing is in flight. size: bytes of an activation. Only weights as 16-bit floats go to the
-    product in registers.
+    But two, if a program has room for them alone: with one, nothing is in flight. size: bytes of an
+    activation. Only weights as 16-bit floats go to the product in registers. A block of words waits
+    in registers for its product, so one place fewer is needed for them (as Triton 3.6 to 3.9 has
+    it; on Ampere and Ada one fewer for activations too).
     """
     block = block_columns(bits)
     words = (WORDS + 8 * (bits == 3)) * tiles.block_n * 4
     unpacked = 0 if size == 2 else min(block, LARGEST_CHUNK) * tiles.block_n * size
     each = tiles.block_m * block * size + words
+    unpacked -= words
     large = tiles.block_m * tiles.block_n > ACCUMULATORS * 32 * tiles.warps
     programs = 1 if large else max(1, WARPS_PER_SM // tiles.warps)
     share = memory.multiprocessor // programs - SYSTEM_MEMORY
     alone, beside = ((room - unpacked) // each for room in (memory.program, share))
-    return max(1, min(tiles.stages, beside if beside >= 2 else alone))
+    return max(1, min(tiles.stages, alone, max(2, beside)))
 
 
 def split_of(tiles: Tiles, grid: int, weight: KernelWeight, held: int) -> int:
@@ -61,14 +65,26 @@ def split_of(tiles: Tiles, grid: int, weight: KernelWeight, held: int) -> int:
     return ceil_div(blocks, ceil_div(blocks, wanted))
 
 
+def most_held(tiles: Tiles, device: torch.device) -> int:
+    """Programs that a device is asked to run at once, whatever it has room for."""
+    return max(1, WARPS_PER_SM // tiles.warps) * multiprocessors(device)
+
+
 def programs_beside(
-    registers: int, shared: int, warps: int, all_registers: int, memory: SharedMemory
+    registers: int, metadata: Any, warps: int, all_registers: int, memory: SharedMemory
 ) -> int:
-    """Programs that one multiprocessor holds, of so many registers a thread and bytes of memory."""
+    """Programs that one multiprocessor holds, of so many registers a thread.
+
+    metadata: of the compiled kernel, with its bytes of shared memory and, on Blackwell, columns of
+    tensor memory.
+    """
     of_a_warp = 32 * 8 * ceil_div(registers, 8)  # handed out by 8 for each thread
+    all_warps = PARTITIONS * (all_registers // PARTITIONS // of_a_warp)
+    columns = getattr(metadata, "tmem_size", 0) or 1
     return max(1, min(
-        all_registers // (of_a_warp * warps),
-        memory.multiprocessor // (shared + SYSTEM_MEMORY),
+        all_warps // warps,
+        memory.multiprocessor // (metadata.shared + SYSTEM_MEMORY),
+        TENSOR_COLUMNS // columns,
         WARPS_PER_SM // warps,
     ))  # fmt: skip
 

@@ -109,7 +109,7 @@ def integer_matmul_kernel(
         even, odd = load_words(words, high, block, first, N, BITS, BLOCK_N, WARPS)
         for c in tl.static_range(BLOCK // CHUNK):
             k0 = block * BLOCK + c * CHUNK
-            xs = load_activations(values, m, K, k0, M, K, 0, CHUNK, STEP, EVEN, BLOCK_M)
+            xs = load_activations(values, m, K, k0, M, K, CHUNK, EVEN, BLOCK_M)
             group = min(k0, K - 1) // GROUP if GROUP > 0 else 0
             z = load_zero(zero, group, first, N, BITS, HAS_ZERO, BLOCK_N)
             z = by_output(z, BLOCK_N, WARPS)

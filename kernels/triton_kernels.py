@@ -184,28 +184,24 @@ def load_zero(
 
 @triton.jit
 def load_activations(
-    x, rows, stride, k0, M, K, h: tl.constexpr,
-    CHUNK: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
+    x, rows, stride, k0, M, K,
+    CHUNK: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """x^T of a tile's rows, [CHUNK, BLOCK_M]: inputs from k0, zero outside step h of the chunk.
+    """x^T of a tile's rows, [CHUNK, BLOCK_M]: inputs from k0, zero beyond K.
 
     Rows beyond M: the last row again, which spares the mask, or 0 in the smallest tiles, where
     reading it more than once would cost as much as the weight.
     """
-    k = tl.arange(0, CHUNK)
-    MASKED: tl.constexpr = STEP < CHUNK or not EVEN
-    inside = k0 + k < K
-    if STEP < CHUNK:
-        inside = inside & (k // STEP == h)
+    k = k0 + tl.arange(0, CHUNK)
     if BLOCK_M <= 16:
-        at = x + rows.to(tl.int64)[None, :] * stride + (k0 + k)[:, None]
+        at = x + rows.to(tl.int64)[None, :] * stride + k[:, None]
         mask = (rows < M)[None, :]
-        if MASKED:
-            mask = mask & inside[:, None]
+        if not EVEN:
+            mask = mask & (k < K)[:, None]
         xs = tl.load(at, mask=mask, other=0)
     else:
-        at = x + tl.minimum(rows, M - 1).to(tl.int64)[None, :] * stride + (k0 + k)[:, None]
-        xs = tl.load(at, mask=inside[:, None], other=0) if MASKED else tl.load(at)
+        at = x + tl.minimum(rows, M - 1).to(tl.int64)[None, :] * stride + k[:, None]
+        xs = tl.load(at) if EVEN else tl.load(at, mask=(k < K)[:, None], other=0)
     return xs
 
 
@@ -239,8 +235,8 @@ def matmul_kernel(
         even, odd = load_words(words, high, block, first, N, BITS, BLOCK_N, WARPS)
         for i in tl.static_range(BLOCK // STEP):
             k0 = block * BLOCK + i * STEP
-            start = block * BLOCK + (i // STEPS) * CHUNK
-            xs = load_activations(x, m, stride, start, M, K, i % STEPS, CHUNK, STEP, EVEN, BLOCK_M)
+            if i % STEPS == 0:
+                xs = load_activations(x, m, stride, k0, M, K, CHUNK, EVEN, BLOCK_M)
             s = next_scale
             group = 0
             if GROUP > 0:
@@ -253,6 +249,9 @@ def matmul_kernel(
                 even, odd, i // STEPS, z, s, xs.dtype,
                 BITS, CHUNK, HAS_ZERO, SCALED, BLOCK_N, WARPS,
             )  # fmt: skip
+            if STEP < CHUNK:  # the weights of the other steps meet nothing
+                step = (tl.arange(0, CHUNK) // STEP == i % STEPS)[None, :]
+                w = tl.where(step, w, tl.zeros((BLOCK_N, CHUNK), w.dtype))
             if GROUP > 0 and not SCALED:
                 part = tl.dot(w, xs, input_precision="ieee")
                 total = tl.fma(part, tl.broadcast_to(s.to(tl.float32)[:, None], part.shape), total)
@@ -274,8 +273,10 @@ def reduce_kernel(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     y = tl.zeros((BLOCK,), tl.float32)
-    for share in range(split):
-        y += tl.load(workspace + share * size + i, mask=inside, other=0)
+    at = workspace + i  # moved on, for an offset of all shares may have no place in 32 bits
+    for _ in range(split):
+        y += tl.load(at, mask=inside, other=0)
+        at += size
     if HAS_BIAS:
         y += tl.load(bias + i % N, mask=inside, other=0).to(tl.float32)
     tl.store(out + i, y.to(out.dtype.element_ty), mask=inside)

@@ -30,7 +30,7 @@ CHOICES: dict[str, tuple[int | None, ...]] = {
     "stages": (1, 2, 3, 4, 5),
     "split": (None, 1, 2, 4, 8, 16, 32),
 }
-LARGEST_TILE = 128 * 256  # outputs of one program: more spill out of its registers
+ACCUMULATORS = 128  # outputs of a thread: more spill out of its registers
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def neighbours(tiles: Tiles) -> Iterator[Tiles]:
         at = choices.index(getattr(tiles, name))
         for other in choices[max(at - 1, 0) : at + 2]:
             changed = replace(tiles, **{name: other})
-            if changed != tiles and changed.block_m * changed.block_n <= LARGEST_TILE:
+            if changed != tiles and _fits(changed):
                 yield changed
 
 
@@ -169,7 +169,12 @@ def _tiles(entry: Any) -> Tiles | None:
     if not all(value is None or type(value) is int for value in values) or entry["rows"] is None:
         return None
     allowed = (entry[name] in choices for name, choices in CHOICES.items())
-    return Tiles(**entry) if all(allowed) else None
+    return Tiles(**entry) if all(allowed) and _fits(Tiles(**entry)) else None
+
+
+def _fits(tiles: Tiles) -> bool:
+    """Whether a thread's share of the tile fits its registers."""
+    return tiles.block_m * tiles.block_n <= ACCUMULATORS * 32 * tiles.warps
 
 
 def _warn(file: Path, what: str) -> None:

@@ -34,7 +34,7 @@ H100 = SimpleNamespace(
 @pytest.fixture
 def hopper(monkeypatch):
     """The launches, as (grid, kernel, warps); `registers` is what a kernel will be said to take."""
-    device = SimpleNamespace(launches=[], registers=100)
+    device = SimpleNamespace(launches=[], registers=100, made_current=[], compiled=0)
 
     class Launcher:
         def __init__(self, source, metadata):
@@ -43,11 +43,20 @@ def hopper(monkeypatch):
         def __call__(self, x, y, z, *rest):
             device.launches.append(((x, y), self.metadata.name, self.metadata.num_warps))
 
+    def load(*_):
+        device.compiled += 1
+        return 1, 1, device.registers, 0, 1024
+
+    class MadeCurrent(contextlib.nullcontext):
+        def __init__(self, tensor):
+            super().__init__()
+            device.made_current.append(tensor.device)
+
     properties = {"max_shared_mem": H100.shared_memory_per_block_optin}
     stand_in = SimpleNamespace(
         launcher_cls=Launcher,
         utils=SimpleNamespace(
-            load_binary=lambda *_: (1, 1, device.registers, 0, 1024),
+            load_binary=load,
             get_device_properties=lambda _: properties,
             unload_module=lambda _: None,
         ),
@@ -60,6 +69,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H100)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device_of", MadeCurrent)
     caches = [
         matmul.programs_held,
         occupancy.multiprocessors,
@@ -113,12 +123,62 @@ def test_shared_memory_counts_too(hopper):
     assert found == 2 * MULTIPROCESSORS
 
 
-def test_a_split_product_is_added_up(hopper, monkeypatch):
-    monkeypatch.setattr(matmul, "programs_held", lambda *_: 4 * MULTIPROCESSORS)
+@pytest.fixture
+def held(hopper, monkeypatch):
+    """As on the device: programs_held and multiprocessors are asked of a GPU."""
+    device = torch.device("cuda")
+    ask = matmul.programs_held
+    monkeypatch.setattr(matmul, "programs_held", lambda *a: ask(*a[:-1], device))
+    most = occupancy.most_held
+    monkeypatch.setattr(matmul, "most_held", lambda tiles, _: most(tiles, device))
+    return hopper
+
+
+def test_a_split_product_fills_the_device_and_is_added_up(held):
+    """2 tiles of 32 blocks each: 16 programs for each would leave most of the device idle."""
     weight = pack_kernel(random_weight(256, 4096, 4, 128))
-    bias = torch.zeros(256).half()
-    tiled_matmul(torch.zeros(1, 4096).half(), weight, bias, TABLE[0])
-    assert [launch[:2] for launch in hopper.launches] == [
+    tiled_matmul(torch.zeros(1, 4096).half(), weight, torch.zeros(256).half(), TABLE[0])
+    assert [launch[:2] for launch in held.launches] == [
         ((2, 32), "matmul_kernel"),
         ((1, 1), "reduce_kernel"),
     ]
+    held.launches.clear()
+    wide = pack_kernel(random_weight(128 * 100, 1024, 4, 128))  # 100 tiles, room for 528 programs
+    tiled_matmul(torch.zeros(1, 1024).half(), wide, None, TABLE[0])
+    assert held.launches[0][0] == (100, 4)  # 5 would give one program no block
+
+
+def test_a_product_with_tiles_enough_compiles_nothing_to_ask(held):
+    weight = pack_kernel(random_weight(128 * 300, 256, 4, 128))
+    tiled_matmul(torch.zeros(1, 256).half(), weight, None, TABLE[0])
+    assert held.launches == [((300, 1), "matmul_kernel", 4)]
+    assert held.compiled == 1
+
+
+def test_rows_and_splits_share_compiled_code(held):
+    weight = pack_kernel(random_weight(256, 4096, 4, 128))
+    for M in (1, 2, 5, 8):
+        tiled_matmul(torch.zeros(M, 4096).half(), weight, None, TABLE[0])
+    assert len(held.launches) == 8
+    assert held.compiled == 2  # matmul_kernel and reduce_kernel
+
+
+def test_the_device_of_the_tensors_is_made_current(hopper):
+    weight = pack_kernel(random_weight(32, 256, 4, 128))
+    x = torch.zeros(1, 256).half()
+    tiled_matmul(x, weight, None, TABLE[0])
+    matmul.dequantize_weight(weight, torch.float16)
+    assert hopper.made_current == [x.device] * 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "table"),
+    [((8, 0), "MMA"), ((8, 9), "MMA"), ((9, 0), ""), ((10, 0), ""), ((12, 0), "MMA")],
+)
+def test_the_table_of_a_device(capability, table, hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    device = torch.device("cuda")
+    assert matmul.table_of(torch.bfloat16, device, 128) == (matmul.MMA_TABLE if table else TABLE)
+    assert matmul.table_of(torch.bfloat16, device, None) == (matmul.MMA_TABLE if table else TABLE)
+    assert matmul.table_of(torch.bfloat16, device, 48) == matmul.ODD_TABLE
+    assert matmul.table_of(torch.float32, device, 128) == matmul.FP32_TABLE

@@ -34,7 +34,7 @@ def normal(*shape, dtype=torch.float16):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_products_of_every_dispatch(bits, dtype):
-    """fp32 sums: what is left is one rounding of the result, or of the weight beyond 64 rows."""
+    """fp32 sums: what is left is one rounding of the result, or of the weight beyond 32 rows."""
     weight = random_weight(N, K, bits, 128, bits != 4, dtype)
     packed, bias = pack_kernel(weight).to("cuda"), normal(N, dtype=dtype)
     for M in ROWS:
@@ -67,7 +67,7 @@ def test_every_neighbour_of_the_table_is_right():
     """What tuning may choose computes the same; tiles too large for the device say so."""
     weight = random_weight(300, 1024, 4, 128)
     packed = pack_kernel(weight).to("cuda")
-    for start in table_of(torch.float16, packed.words.device):
+    for start in table_of(torch.float16, packed.words.device, 128):
         x = normal(start.rows, 1024)
         expected = reference_matmul(x, weight)
         for tiles in itertools.islice(tuning.neighbours(start), 0, None, 3):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from compress.kernels import tuning
-from compress.kernels.tuning import CHOICES, LARGEST_TILE, Tiles, bucket, neighbours, search
+from compress.kernels.tuning import ACCUMULATORS, CHOICES, Tiles, bucket, neighbours, search
 
 TILES = Tiles(rows=16, block_m=16, block_n=64, warps=4, stages=3, split=None)
 SCHEME = ("Some GPU", 4096, 14336, 4, 128)
@@ -118,5 +118,5 @@ def test_neighbours_differ_in_one_value_and_stay_in_bounds():
         for tiles in neighbours(start):
             changed = [name for name in CHOICES if getattr(tiles, name) != getattr(start, name)]
             assert len(changed) == 1
-            assert tiles.block_m * tiles.block_n <= LARGEST_TILE
+            assert tiles.block_m * tiles.block_n <= ACCUMULATORS * 32 * tiles.warps
             assert getattr(tiles, changed[0]) in CHOICES[changed[0]]
