@@ -55,7 +55,7 @@ def export(
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    model: Annotated[Path, typer.Argument(help="A model folder, or a GGUF file.")],
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

@@ -152,10 +152,22 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Returns {"format", "modules": [{"name", "shape", "bits", "group_size", "symmetric"}],
     "bytes": {"quantized", "other", "total"}, "recipe", "provenance"}. Every matrix is a module;
     one that is not quantised has the bits of its dtype and None for group_size and symmetric.
-    group_size None on a quantised module is one scale per output channel. Raises UsageError if
-    there is no such folder, CheckpointError if it is damaged.
+    group_size None on a quantised module is one scale per output channel. A GGUF file, or a folder
+    of them, has llama.cpp's names. Raises UsageError if there is no such folder, CheckpointError if
+    it is damaged.
     """
     folder = Path(path)
+    files = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
+    if files and files[0].is_file():
+        from compress.checkpoint.gguf_inspect import inspect_gguf
+
+        beside = {
+            "recipe": _read_recipe(files[0].parent),
+            "provenance": _read_json(files[0].parent, "modelpress.json", required=False),
+        }
+        found = inspect_gguf(files) | beside
+        found["modules"].sort(key=lambda module: _natural(module["name"]))
+        return found
     if not folder.is_dir():
         raise UsageError(f"no such model folder: {path} (download a hub model first: hf download)")
     config = quantization_section(_read_json(folder, "config.json"))

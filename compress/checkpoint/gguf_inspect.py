@@ -1,0 +1,67 @@
+"""What GGUF files hold, from their headers alone: as `inspect` lists any checkpoint.
+
+    found = inspect_gguf([Path("exported/model.gguf")])
+    found["modules"][0]       # {"name": "blk.0.attn_q", "shape": [64, 64], "bits": 4, ...}
+
+Names and types are llama.cpp's. A block of Q4_0 and its like has one scale; the 256 weights of a
+K-quant share one too, with small factors to it for every 16 or 32.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CheckpointError, UsageError
+
+# Types whose levels have an offset of their own in each block.
+ASYMMETRIC = re.compile(r"Q\d_1|Q[245]_K")
+FLOATS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
+
+
+def inspect_gguf(files: Sequence[Path]) -> dict[str, Any]:
+    """{"format", "modules", "bytes"} of the files of one model, as `compress.inspect` has them.
+
+    Raises UsageError without the library gguf, CheckpointError for a damaged file.
+    """
+    modules, quantised, total = [], 0, 0
+    for file in files:
+        for tensor in _tensors(file):
+            kind, nbytes = tensor.tensor_type.name, int(tensor.n_bytes)
+            total += nbytes
+            scheme = _scheme(kind)
+            quantised += nbytes if scheme["symmetric"] is not None else 0
+            if len(tensor.shape) >= 2 and tensor.name.endswith(".weight"):
+                shape = [int(size) for size in reversed(tensor.shape)]
+                name = tensor.name.removesuffix(".weight")
+                modules.append({"name": name, "shape": shape, **scheme})
+    return {
+        "format": "gguf",
+        "modules": modules,
+        "bytes": {"quantized": quantised, "other": total - quantised, "total": total},
+    }
+
+
+def _tensors(file: Path) -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise UsageError(
+            "GGUF files are read by the package gguf: pip install 'modelpress[gguf]'"
+        ) from None
+    try:
+        return gguf.GGUFReader(file).tensors
+    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+        raise CheckpointError(f"{file} is no GGUF file, or damaged: {error}") from error
+
+
+def _scheme(kind: str) -> dict[str, Any]:
+    """Bits, group size and symmetry of a type by its name, such as Q4_0, IQ3_XXS, BF16."""
+    import gguf
+
+    if kind in FLOATS:
+        return {"bits": FLOATS[kind], "group_size": None, "symmetric": None}
+    block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    named = re.match(r"[A-Z]*Q(\d)|[A-Z]+FP(\d)", kind)
+    bits = int(named[1] or named[2]) if named else 8 * nbytes / block
+    return {"bits": bits, "group_size": block, "symmetric": not ASYMMETRIC.match(kind)}
