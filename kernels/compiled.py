@@ -13,6 +13,7 @@ Triton's own disassembler shows.
         print(row.tiles, row.registers, row.instructions)
 """
 
+import os
 import re
 import subprocess
 import tempfile
@@ -23,6 +24,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from compress.kernels import triton_kernels as kernels
@@ -62,7 +64,10 @@ FLOATS = {"x", "scale", "bias", "out", "factor"}
 
 @dataclass(frozen=True)
 class CompiledProduct:
-    """One kernel: bytes of `spilled` are a thread's, of `shared` a program's."""
+    """One kernel: bytes of `spilled` are a thread's, of `shared` a program's.
+
+    serialized: the assembler lets no two of Hopper's products overlap, for want of registers.
+    """
 
     bits: int
     tiles: Tiles
@@ -72,6 +77,7 @@ class CompiledProduct:
     shared: int
     programs: int
     instructions: float
+    serialized: bool
 
 
 def compiled_products(
@@ -105,6 +111,7 @@ def compiled_products(
                     registers, compiled.metadata, tiles.warps, REGISTERS, memory
                 ),
                 instructions=len(longest_loop(compiled)) / weights,
+                serialized=is_serialized(compiled),
             )
 
 
@@ -118,29 +125,29 @@ def compile_product(
     even: bool = True,
 ) -> Any:
     """matmul_kernel as `tiled_matmul` splits it, into a workspace. even: K is whole blocks."""
-    scaled = tiles.rows > EXACT_ROWS and group_size is not None
+    many = tiles.rows > EXACT_ROWS
     return compile_kernel(
         kernels.matmul_kernel,
         capability,
         dtype,
         tiles.warps,
         stages(tiles, bits, DTYPES[dtype], SHARED_MEMORY[capability]),
-        **scheme_constants(bits, group_size, symmetric, scaled),
+        **scheme_constants(bits, group_size, symmetric, many),
         **tile_constants(tiles),
         bias=None,
         HAS_BIAS=False,
-        SCALED=scaled,
+        SCALED=many and group_size is not None,
         EVEN=even,
     )
 
 
 def scheme_constants(
-    bits: int, group_size: int | None, symmetric: bool = True, scaled: bool = False
+    bits: int, group_size: int | None, symmetric: bool = True, many: bool = False
 ) -> dict[str, Any]:
     """What a kernel knows of a weight at compile time, and the tensors that it does not have."""
     weight = SimpleNamespace(bits=bits, group_size=group_size, zero=None if symmetric else True)
     absent = ({} if bits == 3 else {"high": None}) | ({"zero": None} if symmetric else {})
-    return weight_constants(weight, scaled) | absent
+    return weight_constants(weight, many) | absent
 
 
 def compile_kernel(
@@ -182,6 +189,18 @@ def resources(compiled: Any) -> tuple[int, int]:
     if found is None:
         raise RuntimeError(f"{tool} says nothing of registers: {shown.stdout[-200:]!r}")
     return int(found[1]), int(found[2])
+
+
+def is_serialized(compiled: Any) -> bool:
+    """Whether the assembler says so of the kernel's wgmma instructions."""
+    arch = compiled.metadata.target.arch
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        name = f"sm_{arch}{'a' if arch >= 90 else ''}"  # as Triton assembles it
+        command = [get_ptxas(arch).path, "-v", "--gpu-name", name, file.name, "-o", os.devnull]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    return "are serialized" in shown.stderr + shown.stdout
 
 
 def longest_loop(compiled: Any) -> list[str]:

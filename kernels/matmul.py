@@ -49,8 +49,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Beyond these rows, scaling sums would take more instructions and registers than scaling weights.
 EXACT_ROWS = 32
 DENSE_TILE = 64
-# Depth of one product, of exact and of scaled weights: the more, the fewer sums to scale; the less,
-# the fewer registers hold weights.
+# Depth of one product, of few rows and of many: the more, the fewer sums to scale; the less, the
+# fewer registers hold weights.
 CHUNKS = (LARGEST_CHUNK, 64)
 SMALLEST_CHUNK = 32  # two codes of each thread of a fragment
 REDUCE_BLOCK = 1024
@@ -173,13 +173,13 @@ def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 def tiled_matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None, tiles: Tiles) -> Tensor:
     """Tensor cores, x [M, K] -> [M, N]; one pass, or split-K where `tiles` says so."""
     M, (N, K) = len(x), weight.shape
-    scaled = M > EXACT_ROWS and weight.group_size is not None
+    many = M > EXACT_ROWS
     options = (
-        weight_constants(weight, scaled)
+        weight_constants(weight, many)
         | tile_constants(tiles)
         | {
             "EVEN": K % block_columns(weight.bits) == 0,
-            "SCALED": scaled,
+            "SCALED": many and weight.group_size is not None,
             **kernels.FIXED_OPTIONS,
             "num_warps": tiles.warps,
             "num_stages": stages(tiles, weight.bits, x.element_size(), shared_memory(x.device)),
@@ -260,11 +260,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
-def weight_constants(weight: KernelWeight, scaled: bool = False) -> dict[str, int | bool]:
+def weight_constants(weight: KernelWeight, many: bool = False) -> dict[str, int | bool]:
     """The compile-time constants of every kernel that reads a weight."""
     block = block_columns(weight.bits)
     group = weight.group_size or 0  # gcd(block, 0, ...) = gcd(block, ...)
-    step = math.gcd(block, group, CHUNKS[scaled])
+    step = math.gcd(block, group, CHUNKS[many])
     return {
         "BITS": weight.bits,
         "GROUP": group,
