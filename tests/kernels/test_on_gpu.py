@@ -100,6 +100,24 @@ def test_integer_products_are_those_of_the_cpu(group_size):
     assert relative_error(again.cpu(), y.double()) < 1e-6
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 128)])
+def test_rounded_activations_are_those_of_the_cpu(bits, group_size):
+    layer = QuantLinear(random_weight(N, K, bits, group_size), None, torch.float16, 8)
+    x = normal(40, K)
+    expected = layer(x)
+    found = layer.to("cuda")(x.cuda()).cpu()
+    # the last bit of a token's largest value decides between two integers
+    assert relative_error(found, expected.double()) < 2e-3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_another_device_than_the_current_one():
+    weight, x = random_weight(N, K, 4, 128), normal(1, K)
+    y = quantized_matmul(x.to("cuda:1"), pack_kernel(weight).to("cuda:1"))
+    assert y.device == torch.device("cuda:1")
+    assert relative_error(y.cpu(), reference_matmul(x, weight)) < 2**-10
+
+
 def test_the_benchmark_measures_and_tunes(tmp_path, monkeypatch):
     from compress.bench_kernels import KernelBench, bench_kernels, tune_kernels
 
