@@ -183,17 +183,23 @@ class ModelpressQuantizer(HfQuantizer):
         bits = self.linears.schemes[name].activation_bits
         if self.quantization_config.packed:
             return QuantLinear(codes, vacancy.bias, vacancy.dtype, bits)
-        if bits is not None:
-            raise UnpackableError(
-                f"{self.linears.folder}: {name} has quantised activations, which a dense linear "
-                f"would leave out: load it without ModelpressConfig, or with packed=True"
-            )
+        self._refuse_dense(name)
         return dense_linear(codes, vacancy.bias, vacancy.dtype)
 
+    def _refuse_dense(self, name: str) -> None:
+        if self.linears.schemes[name].activation_bits is not None:
+            raise UnpackableError(
+                f"{self.linears.folder}: {name} has quantised activations, which a dense linear "
+                f"would leave out: keep it packed, or load it without ModelpressConfig"
+            )
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name in self.places:
+            self._refuse_dense(name)
+        dtype = dtype or next(model.parameters()).dtype  # model.dtype may be a name after saving
         for place in self.places.values():
             layer = model.get_submodule(place)
-            _put(model, place, dense_linear(layer.codes(), layer.bias, dtype or model.dtype))
+            _put(model, place, dense_linear(layer.codes(), layer.bias, dtype))
         for name, module in list(model.named_modules()):
             if isinstance(module, SharedLinear):
                 parent, _, leaf = name.rpartition(".")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.kernels.activations import (
+    BITS,
     IntegerWeight,
     integer_matmul,
     pack_integers,
@@ -36,10 +37,10 @@ class QuantLinear(nn.Module):
 
     weight: codes on any device; they decide where the module lives. dtype: of the activations to
     come (on a CPU it decides the layout) and of the bias. activation_bits: rounds each token of x
-    to integers of so many bits first, as compressed-tensors does, and multiplies integers
+    to integers of so many bits first, as compressed-tensors does in fp32, and multiplies integers
     (activations.py, `full_range`).
 
-    Raises ValueError for zero points together with activation_bits.
+    Raises ValueError for zero points together with activation_bits, and for such beyond 2 to 8.
     """
 
     def __init__(
@@ -52,12 +53,15 @@ class QuantLinear(nn.Module):
         super().__init__()
         if activation_bits is not None and weight.zero is not None:
             raise ValueError("quantised activations take symmetric weights, found zero points")
+        if activation_bits is not None and activation_bits not in BITS:
+            raise ValueError(f"activations take 2 to 8 bits, found {activation_bits}")
         self.out_features, self.in_features = weight.codes.shape
         self.bits, self.group_size = weight.bits, weight.group_size
         self.symmetric = weight.zero is None
         self.activation_bits = activation_bits
         self.dtype = dtype
-        self.register_buffer("bias", None if bias is None else bias.to(weight.codes.device, dtype))
+        own = None if bias is None else bias.detach().to(weight.codes.device, dtype)
+        self.register_buffer("bias", own)
         self._hold(weight)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,7 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.checkpoint.compressed_tensors import module_schemes
-from compress.checkpoint.packed import is_packed, needs_own_reader, quantization_section
+from compress.checkpoint.packed import (
+    is_packed,
+    must_be_compressed,
+    needs_own_reader,
+    quantization_section,
+)
 from compress.checkpoint.safetensors_io import CheckpointReader
 from compress.errors import CheckpointError, UsageError
 
@@ -80,6 +85,12 @@ def load(
 
         options["quantization_config"] = ModelpressConfig(packed, fuse)
         options["config"] = without_section(config)
+    elif must_be_compressed(section):
+        raise CheckpointError(
+            f"{path} has int-quantized weights, but its quantization_status is "
+            f"{section.get('quantization_status')!r}: transformers would take codes for weights; "
+            f"set it to compressed, or load it with packed=True"
+        )
     elif fuse:
         raise UsageError(f"{path} has no packed linears to fuse: leave out fuse=True")
     if torch.device(device).type != "cpu":

@@ -145,6 +145,11 @@ class PackedLinears:
                 f"int-quantized, found {', '.join(sorted(map(str, formats)))}: load it with "
                 f"packed=False"
             )
+        for number, group in enumerate(_groups(self.section)):
+            weights = group.get("weights") or {}
+            for key in ("num_bits", "group_size"):
+                if not isinstance(weights.get(key, 0) or 0, int):
+                    raise self._error(f"config.json gives group {number} {key} {weights[key]!r}")
         for what, found in compressed_tensors_extras(self.section).items():
             if found:
                 raise self._error(f"{what} cannot be run packed: load it with packed=False")
@@ -209,7 +214,7 @@ class PackedLinears:
         if not scheme.symmetric:
             raise self._error(
                 f"{name} has zero points and quantised activations, which cannot be run packed "
-                f"together: load it with packed=False"
+                f"together"
             )
         if scheme.group_size is not None and scheme.group_size % INTEGER_STEP:
             raise self._error(
@@ -248,7 +253,8 @@ def _rounded_by_token(activations: dict[str, Any] | None) -> bool:
     wanted = {"type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
     usual = {"type": "int", "symmetric": True, "dynamic": False}  # where a file says nothing
     found = {key: activations.get(key, usual.get(key)) for key in wanted}
-    return found == wanted and activations.get("num_bits") in ACTIVATION_BITS
+    bits = activations.get("num_bits")
+    return found == wanted and isinstance(bits, int) and bits in ACTIVATION_BITS
 
 
 def quantization_section(config: dict[str, Any]) -> dict[str, Any]:
@@ -290,6 +296,17 @@ def is_packed(section: dict[str, Any]) -> bool:
 
 def _groups(section: dict[str, Any]) -> list[dict[str, Any]]:
     return list((section.get("config_groups") or {}).values())
+
+
+def must_be_compressed(section: dict[str, Any]) -> bool:
+    """Whether transformers would take int8 codes for weights: it goes by quantization_status."""
+    formats = {_format_of(section, group) for group in _groups(section)}
+    status = section.get("quantization_status")
+    return (
+        section.get("quant_method") == "compressed-tensors"
+        and "int-quantized" in formats
+        and status != "compressed"
+    )
 
 
 def _format_of(section: dict[str, Any], group: dict[str, Any] | None = None) -> str:

@@ -18,9 +18,14 @@ from tiny_checkpoints import byte_tokenizer, random_ids, relative_error
 from tiny_quantised import tiny_llama
 
 import compress
+from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.packed import UnpackableError
+from compress.checkpoint.packed_formats import FORMATS
 from compress.checkpoint.safetensors_io import CheckpointReader, save_tensors
+from compress.errors import CheckpointError
+from compress.kernels.layout import Codes
 from compress.kernels.linear import QuantLinear
+from compress.kernels.reference import dequantize
 
 # transformers says so of every argument beside a quantised checkpoint's own config.
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
@@ -122,6 +127,51 @@ def test_projections_of_one_input_share_a_product(written):
     apart, _ = compress.load(folder)
     with torch.no_grad():
         assert relative_error(fused(ids).logits, apart(ids).logits) < 1e-6
+
+
+def test_dense_weights_alone_are_refused_later_too(written):
+    folder, _, _ = written
+    model, _ = compress.load(folder)
+    with pytest.raises(UnpackableError, match="has quantised activations, which a dense linear"):
+        model.dequantize()
+    assert sum(type(module) is QuantLinear for module in model.modules()) == LINEARS
+
+
+def test_codes_that_transformers_would_take_for_weights(written, tmp_path):
+    folder, _, _ = written
+    config = json.loads((folder / "config.json").read_text())
+    if config["quantization_config"]["format"] != "int-quantized":
+        pytest.skip("of codes in words it makes no weights")
+    config["quantization_config"].pop("quantization_status", None)
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    compress.load(tmp_path)
+    with pytest.raises(CheckpointError, match="quantization_status is None"):
+        compress.load(tmp_path, packed=False)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int_quantized_tensors_both_ways(bits, symmetric):
+    format, scheme = FORMATS["int-quantized"], ModuleScheme(bits, 32, symmetric)
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(2**bits, (20, 64), generator=generator, dtype=torch.uint8)
+    zero = torch.randint(2**bits, (20, 2), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(20, 2, generator=generator)
+    weight = Codes(codes, scale, None if symmetric else zero, bits, 32)
+    tensors = format.write(weight)
+    assert {key: tuple(t.shape) for key, t in tensors.items()} == format.shapes(scheme, (20, 64))
+    # what compressed-tensors makes of them: (q - z) s
+    shift = 0 if symmetric else tensors["weight_zero_point"].double().repeat_interleave(32, 1)
+    dense = (tensors["weight"].double() - shift) * scale.double().repeat_interleave(32, 1)
+    read = format.read(tensors, scheme, "up_proj")
+    assert torch.equal(dequantize(read), dense)
+    assert torch.equal(read.codes, codes)
+    low = tensors | {"weight": torch.full((20, 64), -(2 ** (bits - 1)), dtype=torch.int8) - 1}
+    if bits < 8:
+        with pytest.raises(ValueError, match="holds integers of more than 3 bits"):
+            format.read(low, scheme, "up_proj")
 
 
 def test_dense_weights_alone_would_be_another_model(written):

@@ -1,5 +1,6 @@
 """QuantLinear: the dense layer's results, nothing dense in memory, the same weight anywhere."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,14 @@ def test_rounded_activations(bits, group_size, activation_bits):
 def test_rounded_activations_take_symmetric_weights():
     with pytest.raises(ValueError, match="symmetric weights, found zero points"):
         QuantLinear(random_weight(32, 64, 4, 32, symmetric=False), activation_bits=8)
+    with pytest.raises(ValueError, match="2 to 8 bits, found 16"):
+        QuantLinear(random_weight(32, 64, 4, 32), activation_bits=16)
+
+
+def test_a_bias_that_was_a_parameter_asks_for_no_gradient():
+    layer = QuantLinear(random_weight(32, 64, 4, 32), torch.nn.Parameter(torch.randn(32)))
+    assert not layer(torch.randn(1, 64).half()).requires_grad
+    copy.deepcopy(layer)
 
 
 def test_act_order_of_a_layer():
