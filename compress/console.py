@@ -98,6 +98,8 @@ def module_table(modules: Sequence[Mapping[str, Any]]) -> Table:
         group = (module["group_size"] or "channel") if quantised else MISSING
         kind = ".".join("*" if part.isdigit() else part for part in module["name"].split("."))
         offset = {True: "", False: "asymmetric", None: "unquantised"}[module.get("symmetric")]
+        if bits := module.get("activation_bits"):
+            offset = f"{offset} activations {bits} bits".strip()
         shape = " × ".join(map(str, module["shape"]))
         return kind, shape, format_number(module["bits"]), str(group), offset
 

@@ -110,8 +110,6 @@ class QuantLinear(nn.Module):
 
     def _hold(self, weight: Codes) -> None:
         """Packs for the device of the codes, and forgets any other layout."""
-        for name in {name for names in BUFFERS.values() for name in names}:
-            self._buffers.pop(name, None)
         facts: dict[str, Any] = {}
         if weight.codes.is_cuda:
             packed: KernelWeight | CpuWeight | IntegerWeight = pack_kernel(weight)
@@ -122,6 +120,8 @@ class QuantLinear(nn.Module):
         else:
             packed = pack_cpu(weight, self.dtype)
             facts = {"kind": packed.kind, "shape": packed.shape}
+        for name in {name for names in BUFFERS.values() for name in names}:
+            self._buffers.pop(name, None)
         self._layout = type(packed)
         self._facts = facts | {"bits": self.bits, "group_size": self.group_size}
         for name in BUFFERS[self._layout]:

@@ -101,7 +101,7 @@ def module_schemes(config: dict, names: Iterable[str]) -> dict[str, ModuleScheme
     is taken to mean every linear.
     """
     targets: dict[str, ModuleScheme] = {}
-    for group in config.get("config_groups", {}).values():
+    for group in (config.get("config_groups") or {}).values():
         if weights := group.get("weights"):
             size = weights.get("group_size") or -1  # some write channel as -1, some as null
             scheme = ModuleScheme(

@@ -16,14 +16,21 @@ from compress.errors import CheckpointError, UsageError
 
 # Types whose levels have an offset of their own in each block.
 ASYMMETRIC = re.compile(r"Q\d_1|Q[245]_K")
-FLOATS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
+PLAIN = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I8": 8, "I16": 16, "I32": 32, "I64": 64}
+PART = re.compile(r"(.+)-\d{5}-of-\d{5}\.gguf")
 
 
 def inspect_gguf(files: Sequence[Path]) -> dict[str, Any]:
     """{"format", "modules", "bytes"} of the files of one model, as `compress.inspect` has them.
 
-    Raises UsageError without the library gguf, CheckpointError for a damaged file.
+    Raises UsageError without the library gguf and for files of several models, CheckpointError for
+    a damaged file.
     """
+    names = {part[1] if (part := PART.fullmatch(file.name)) else file.name for file in files}
+    if len(names) > 1:
+        raise UsageError(
+            f"{files[0].parent} has several GGUF models: name one of {', '.join(sorted(names))}"
+        )
     modules, quantised, total = [], 0, 0
     for file in files:
         for tensor in _tensors(file):
@@ -59,8 +66,8 @@ def _scheme(kind: str) -> dict[str, Any]:
     """Bits, group size and symmetry of a type by its name, such as Q4_0, IQ3_XXS, BF16."""
     import gguf
 
-    if kind in FLOATS:
-        return {"bits": FLOATS[kind], "group_size": None, "symmetric": None}
+    if kind in PLAIN:
+        return {"bits": PLAIN[kind], "group_size": None, "symmetric": None}
     block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     named = re.match(r"[A-Z]*Q(\d)|[A-Z]+FP(\d)", kind)
     bits = int(named[1] or named[2]) if named else 8 * nbytes / block

@@ -163,13 +163,13 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Returns {"format", "modules": [{"name", "shape", "bits", "group_size", "symmetric"}],
     "bytes": {"quantized", "other", "total"}, "recipe", "provenance"}. Every matrix is a module;
     one that is not quantised has the bits of its dtype and None for group_size and symmetric.
-    group_size None on a quantised module is one scale per output channel. A GGUF file, or a folder
-    of them, has llama.cpp's names. Raises UsageError if there is no such folder, CheckpointError if
-    it is damaged.
+    group_size None on a quantised module is one scale per output channel; `activation_bits` is
+    there where inputs are rounded as well. A GGUF file, or a folder without others, has llama.cpp's
+    names. Raises UsageError if there is no such folder, CheckpointError if it is damaged.
     """
     folder = Path(path)
     files = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
-    if files and files[0].is_file():
+    if files and files[0].is_file() and not any(folder.glob("*.safetensors")):
         from compress.checkpoint.gguf_inspect import inspect_gguf
 
         beside = {
@@ -220,6 +220,7 @@ def _quantised_modules(reader: CheckpointReader, config: dict) -> dict[str, dict
             "bits": scheme.bits,
             "group_size": scheme.group_size,
             "symmetric": scheme.symmetric,
+            **({"activation_bits": scheme.activation_bits} if scheme.activation_bits else {}),
         }
         for name, scheme in module_schemes(config, scaled).items()
     }

@@ -37,7 +37,13 @@ def test_an_export_is_listed_as_its_source(packed, exported):
 
 
 def test_types_of_others(tmp_path):
-    kinds = {"Q4_1": (4, 32, False), "Q5_K": (5, 256, False), "Q6_K": (6, 256, True)}
+    kinds = {
+        "Q2_K": (2, 256, False),
+        "MXFP4": (4, 32, True),
+        "Q4_1": (4, 32, False),
+        "Q5_K": (5, 256, False),
+        "Q6_K": (6, 256, True),
+    }
     kinds |= {"IQ4_NL": (4, 32, True), "BF16": (16, None, None), "F32": (32, None, None)}
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     for kind in kinds:
@@ -58,6 +64,20 @@ def test_types_of_others(tmp_path):
             "group_size": group_size,
             "symmetric": symmetric,
         }
+
+
+def test_one_model_at_a_time(exported):
+    whole = inspect(exported)
+    data = (exported / FILE).read_bytes()
+    (exported / "model-Q8_0.gguf").write_bytes(data)
+    with pytest.raises(UsageError, match=r"several GGUF models: name one of model-Q8_0.gguf, mo"):
+        inspect(exported)
+    assert inspect(exported / FILE) == whole
+    (exported / FILE).rename(exported / "m-00001-of-00002.gguf")
+    (exported / "model-Q8_0.gguf").rename(exported / "m-00002-of-00002.gguf")
+    both = inspect(exported)
+    assert len(both["modules"]) == 2 * len(whole["modules"])
+    assert both["bytes"]["total"] == 2 * whole["bytes"]["total"]
 
 
 def test_the_command_line(exported, capsys):

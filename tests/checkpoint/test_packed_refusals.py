@@ -223,6 +223,9 @@ def test_other_tensors_of_a_packed_linear(damaged):
     folder = damaged("compressed-tensors", {f"{UP}.weight_g_idx": ints(64)})
     assert f"{UP}.weight_g_idx is act-order" in message_of(folder)
     shutil.rmtree(folder)
+    folder = damaged("compressed-tensors", {f"{UP}.input_scale": torch.ones(1)})
+    assert f"{UP}.input_scale is more than codes and scales" in message_of(folder)
+    shutil.rmtree(folder)
     folder = damaged("compressed-tensors", {f"{UP}.weight_zero_point": ints(12, 2)})
     assert f"{UP} has a weight_zero_point, but config.json says symmetric" in message_of(folder)
 

@@ -22,6 +22,7 @@ from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.packed import UnpackableError
 from compress.checkpoint.packed_formats import FORMATS
 from compress.checkpoint.safetensors_io import CheckpointReader, save_tensors
+from compress.cli import main
 from compress.errors import CheckpointError
 from compress.kernels.layout import Codes
 from compress.kernels.linear import QuantLinear
@@ -107,6 +108,17 @@ def test_every_linear_multiplies_rounded_inputs(written):
     model(random_ids(2, 12) % 61)
     assert len(errors) == LINEARS
     assert max(errors) < 1e-5
+
+
+def test_inspect_says_so(written, capsys):
+    folder, _, bits = written
+    modules = compress.inspect(folder)["modules"]
+    found = {module["name"]: module.get("activation_bits") for module in modules}
+    assert found.pop("lm_head") is None
+    assert found.pop("model.embed_tokens") is None
+    assert set(found.values()) == {bits}
+    assert main(["inspect", str(folder)]) == 0
+    assert f"activations {bits} bits" in capsys.readouterr().out
 
 
 def test_saving_writes_what_was_read(written, tmp_path):
