@@ -122,8 +122,8 @@ class ModelpressQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """All products are custom operators."""
-        return True
+        """All products are custom operators; which tensor a fused one was made of is not traced."""
+        return not self.quantization_config.fuse
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the tensors that were read."""
