@@ -157,10 +157,10 @@ def random_codes(
     N: int, K: int, bits: int, group_size: int | None, dtype: torch.dtype, device: torch.device
 ) -> "Codes":
     """A symmetric weight of random codes, whose entries are about 1 / sqrt(K) in size."""
-    from compress.kernels.layout import Codes
+    from compress.kernels.layout import Codes, group_count
 
     generator = torch.Generator(device).manual_seed(N * 31 + K * 7 + bits)
-    shape = (N, 1 if group_size is None else -(-K // group_size))
+    shape = (N, group_count(K, group_size))
     codes = torch.randint(2**bits, (N, K), generator=generator, dtype=torch.uint8, device=device)
     spread = torch.rand(shape, generator=generator, device=device) + 0.5
     scale = (spread * 2 ** (1 - bits) / math.sqrt(K)).to(dtype)

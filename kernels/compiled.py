@@ -29,17 +29,7 @@ from triton.compiler import ASTSource
 
 from compress.kernels import triton_kernels as kernels
 from compress.kernels.layout import block_columns
-from compress.kernels.matmul import (
-    EXACT_ROWS,
-    FP32_TABLE,
-    MMA_TABLE,
-    ODD_FP32_TABLE,
-    ODD_TABLE,
-    SMALLEST_CHUNK,
-    TABLE,
-    tile_constants,
-    weight_constants,
-)
+from compress.kernels.matmul import EXACT_ROWS, table_for, tile_constants, weight_constants
 from compress.kernels.occupancy import SharedMemory, programs_beside, stages
 from compress.kernels.tuning import Tiles
 
@@ -91,12 +81,8 @@ def compiled_products(
     Raises KeyError for a capability that SHARED_MEMORY does not list.
     """
     memory = SHARED_MEMORY[capability]
-    table = TABLE if capability[0] in (9, 10) else MMA_TABLE
-    table = FP32_TABLE if dtype == "fp32" else table
-    if group_size is not None and group_size % SMALLEST_CHUNK:
-        table = ODD_FP32_TABLE if dtype == "fp32" else ODD_TABLE
     for width in bits:
-        for tiles in table:
+        for tiles in table_for(capability[0], dtype == "fp32", group_size):
             compiled = compile_product(width, group_size, dtype, tiles, capability)
             registers, spilled = resources(compiled)
             weights = block_columns(width) * tiles.block_n // (32 * tiles.warps)
@@ -178,42 +164,29 @@ def compile_kernel(
 
 def resources(compiled: Any) -> tuple[int, int]:
     """Registers of a thread, and the bytes of its stack, which is where registers are spilled."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        shown = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", shown.stdout)
+    tool = triton.knobs.nvidia.cuobjdump.path
+    shown = _shown_by([tool, "--dump-resource-usage"], compiled, "cubin")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", shown)
     if found is None:
-        raise RuntimeError(f"{tool} says nothing of registers: {shown.stdout[-200:]!r}")
+        raise RuntimeError(f"{tool} says nothing of registers: {shown[-200:]!r}")
     return int(found[1]), int(found[2])
 
 
 def is_serialized(compiled: Any) -> bool:
     """Whether the assembler says so of the kernel's wgmma instructions."""
     arch = compiled.metadata.target.arch
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        name = f"sm_{arch}{'a' if arch >= 90 else ''}"  # as Triton assembles it
-        command = [get_ptxas(arch).path, "-v", "--gpu-name", name, file.name, "-o", os.devnull]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    return "are serialized" in shown.stderr + shown.stdout
+    name = f"sm_{arch}{'a' if arch >= 90 else ''}"  # as Triton assembles it
+    command = [get_ptxas(arch).path, "-v", "--gpu-name", name, "-o", os.devnull]
+    return "are serialized" in _shown_by(command, compiled, "ptx")
 
 
 def longest_loop(compiled: Any) -> list[str]:
     """The machine instructions from a label to a branch back to it, the longest such stretch."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = triton.knobs.nvidia.nvdisasm.path
-        shown = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True)
+    shown = _shown_by([triton.knobs.nvidia.nvdisasm.path, "-c"], compiled, "cubin")
     instructions: list[str] = []
     labels: dict[str, int] = {}
     loops: list[list[str]] = [[]]
-    for line in shown.stdout.splitlines():
+    for line in shown.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
@@ -222,3 +195,13 @@ def longest_loop(compiled: Any) -> list[str]:
             if back and back[1] in labels:
                 loops.append(instructions[labels[back[1]] :])
     return max(loops, key=len)
+
+
+def _shown_by(command: Sequence[str], compiled: Any, stage: str) -> str:
+    """What one of Triton's own tools prints of a stage of the compiled kernel."""
+    content = compiled.asm[stage]
+    with tempfile.NamedTemporaryFile(suffix=f".{stage}") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
+        file.flush()
+        shown = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
+    return shown.stdout + shown.stderr

@@ -129,7 +129,7 @@ def read_compressed_tensors(
     _check_scheme(bits, group_size, name, FILE_WIDTHS)
     packed, scale = _take(tensors, "weight_packed", name), _take(tensors, "weight_scale", name)
     N, K = _take(tensors, "weight_shape", name).tolist()
-    G = _groups(K, group_size)
+    G = group_count(K, group_size)
     _check_shape(packed, (N, packed_columns(K, bits)), f"{name}.weight_packed")
     _check_shape(scale, (N, G), f"{name}.weight_scale")
     zero = tensors.get("weight_zero_point")
@@ -175,7 +175,7 @@ def read_gptq(
     scales = _take(tensors, "scales", name)
     g_idx = tensors.get("g_idx")
     K = len(g_idx) if g_idx is not None else len(qweight) * 32 // bits
-    G, N = _groups(K, group_size), qweight.shape[-1]
+    G, N = group_count(K, group_size), qweight.shape[-1]
     _check_shape(qweight, (packed_columns(K, bits), N), f"{name}.qweight")
     _check_shape(scales, (G, N), f"{name}.scales")
     _check_shape(qzeros, (G, packed_columns(N, bits)), f"{name}.qzeros")
@@ -333,7 +333,8 @@ def _scatter_words(words: Tensor, bits: int) -> Tensor:
 # ---- checks -------------------------------------------------------------------------------------
 
 
-def _groups(columns: int, group_size: int | None) -> int:
+def group_count(columns: int, group_size: int | None) -> int:
+    """Scales of one output."""
     return 1 if group_size is None else -(-columns // group_size)
 
 

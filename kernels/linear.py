@@ -32,6 +32,13 @@ BUFFERS = {
 }
 
 
+UNPACK = {
+    KernelWeight: unpack_kernel,
+    CpuWeight: unpack_cpu,
+    IntegerWeight: unpack_integers,
+}
+
+
 class QuantLinear(nn.Module):
     """y = x W^T + bias with W [out_features, in_features] packed.
 
@@ -67,7 +74,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype."""
         weight = self.packed_weight()
-        if self.activation_bits is not None and not isinstance(weight, CpuWeight):
+        if self.activation_bits is not None:
             values, scale = quantize_tokens(x, self.activation_bits, full_range=True)
             return integer_matmul(values, scale, weight, self.bias, x.dtype)
         if isinstance(weight, KernelWeight):
@@ -84,12 +91,7 @@ class QuantLinear(nn.Module):
 
     def codes(self) -> Codes:
         """The codes, scales and zero points, as they came."""
-        weight = self.packed_weight()
-        if isinstance(weight, KernelWeight):
-            return unpack_kernel(weight)
-        if isinstance(weight, IntegerWeight):
-            return unpack_integers(weight)
-        return unpack_cpu(weight)
+        return UNPACK[self._layout](self.packed_weight())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [out_features, in_features], each entry rounded once."""

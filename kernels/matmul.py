@@ -144,15 +144,19 @@ def tiles_for(x: Tensor, weight: KernelWeight) -> Tiles | None:
 
 @cache
 def table_of(dtype: torch.dtype, device: torch.device, group_size: int | None) -> tuple[Tiles, ...]:
-    """The built-in tiles of a device."""
-    fp32 = dtype == torch.float32
+    """The built-in tiles of a device; the interpreter takes Hopper's."""
+    cuda = device.type == "cuda"
+    major = torch.cuda.get_device_capability(device)[0] if cuda else 9
+    return table_for(major, dtype == torch.float32, group_size)
+
+
+def table_for(major: int, fp32: bool, group_size: int | None) -> tuple[Tiles, ...]:
+    """The built-in tiles of compute capability `major`, for fp32 or for 16-bit activations."""
     if group_size is not None and group_size % SMALLEST_CHUNK:
         return ODD_FP32_TABLE if fp32 else ODD_TABLE
     if fp32:
         return FP32_TABLE
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
-        return MMA_TABLE
-    return TABLE
+    return TABLE if major in (9, 10) else MMA_TABLE
 
 
 # ---- launches -----------------------------------------------------------------------------------

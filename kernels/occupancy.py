@@ -15,7 +15,7 @@ from compress.kernels.tuning import Tiles
 
 # Warps for each multiprocessor that splitting aims at: enough loads in flight to hide latency.
 WARPS_PER_SM = 16
-ACCUMULATORS = 64  # fp32 sums of a thread, above which registers hold one program alone
+LARGE = 64  # fp32 sums of a thread, above which registers hold one program alone
 PARTITIONS = 4  # of a multiprocessor, with registers of their own
 TENSOR_COLUMNS = 512
 SYSTEM_MEMORY = 1024  # bytes of shared memory that CUDA keeps of each program
@@ -47,11 +47,10 @@ def stages(tiles: Tiles, bits: int, size: int, memory: SharedMemory) -> int:
     words = (WORDS + 8 * (bits == 3)) * tiles.block_n * 4
     unpacked = 0 if size == 2 else min(block, LARGEST_CHUNK) * tiles.block_n * size
     each = tiles.block_m * block * size + words
-    unpacked -= words
-    large = tiles.block_m * tiles.block_n > ACCUMULATORS * 32 * tiles.warps
+    large = tiles.block_m * tiles.block_n > LARGE * 32 * tiles.warps
     programs = 1 if large else max(1, WARPS_PER_SM // tiles.warps)
     share = memory.multiprocessor // programs - SYSTEM_MEMORY
-    alone, beside = ((room - unpacked) // each for room in (memory.program, share))
+    alone, beside = ((room - unpacked + words) // each for room in (memory.program, share))
     return max(1, min(tiles.stages, alone, max(2, beside)))
 
 

@@ -202,24 +202,20 @@ class PackedLinears:
                 f"{name} has {scheme.bits} bits, packed {self.method} runs "
                 f"{', '.join(map(str, self.format.widths))}"
             )
-        if scheme.group_size is not None and scheme.group_size % LEAST_GROUP:
+        rounded = scheme.activation_bits is not None
+        least = INTEGER_STEP if rounded else LEAST_GROUP
+        if scheme.group_size is not None and scheme.group_size % least:
             raise self._error(
-                f"{name} has groups of {scheme.group_size}, kernels take a multiple of "
-                f"{LEAST_GROUP} inputs or one group: load it with packed=False"
+                f"{name} has groups of {scheme.group_size}{' and quantised activations' * rounded},"
+                f" kernels take a multiple of {least} inputs or one group: load it with "
+                f"packed=False"
             )
         if scheme.symmetric and f"{name}.weight_zero_point" in self.reader:
             raise self._error(f"{name} has a weight_zero_point, but config.json says symmetric")
-        if scheme.activation_bits is None:
-            return
-        if not scheme.symmetric:
+        if rounded and not scheme.symmetric:
             raise self._error(
                 f"{name} has zero points and quantised activations, which cannot be run packed "
                 f"together"
-            )
-        if scheme.group_size is not None and scheme.group_size % INTEGER_STEP:
-            raise self._error(
-                f"{name} has groups of {scheme.group_size} and quantised activations, for which "
-                f"kernels take a multiple of {INTEGER_STEP} inputs: load it with packed=False"
             )
 
 

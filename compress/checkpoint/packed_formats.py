@@ -18,6 +18,7 @@ from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.kernels.layout import (
     WIDTHS,
     Codes,
+    group_count,
     read_compressed_tensors,
     read_gptq,
     write_compressed_tensors,
@@ -51,12 +52,8 @@ class PackedFormat:
         return (self.main, *self.companions)
 
 
-def _groups(scheme: ModuleScheme, K: int) -> int:
-    return 1 if scheme.group_size is None else -(-K // scheme.group_size)
-
-
 def _packed_shapes(scheme: ModuleScheme, shape: tuple[int, int]) -> Shapes:
-    (N, K), G = shape, _groups(scheme, shape[1])
+    (N, K), G = shape, group_count(shape[1], scheme.group_size)
     shapes: Shapes = {
         "weight_packed": (N, packed_columns(K, scheme.bits)),
         "weight_scale": (N, G),
@@ -72,7 +69,7 @@ def _read_packed(tensors: Mapping[str, Tensor], scheme: ModuleScheme, name: str)
 
 
 def _int8_shapes(scheme: ModuleScheme, shape: tuple[int, int]) -> Shapes:
-    (N, K), G = shape, _groups(scheme, shape[1])
+    (N, K), G = shape, group_count(shape[1], scheme.group_size)
     shapes: Shapes = {"weight": (N, K), "weight_scale": (N, G)}
     if not scheme.symmetric:
         shapes["weight_zero_point"] = (N, G)
@@ -105,7 +102,7 @@ def _write_int8(codes: Codes) -> dict[str, Tensor]:
 
 
 def _gptq_shapes(scheme: ModuleScheme, shape: tuple[int, int]) -> Shapes:
-    (N, K), G = shape, _groups(scheme, shape[1])
+    (N, K), G = shape, group_count(shape[1], scheme.group_size)
     return {
         "qweight": (packed_columns(K, scheme.bits), N),
         "qzeros": (G, packed_columns(N, scheme.bits)),

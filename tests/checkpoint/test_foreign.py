@@ -65,7 +65,6 @@ def test_activations_are_rounded_as_by_the_program_that_made_it():
     for layer in layers:
         layer.forward = lambda x, W=layer.dequantize(): torch.nn.functional.linear(x, W)
     weights_only = relative_error(model(ids).logits, logits)
-    assert error < 0.015
     assert error < 0.5 * weights_only
 
 

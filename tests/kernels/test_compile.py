@@ -31,6 +31,12 @@ from compress.kernels.occupancy import stages  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter compiles nothing")
 HOPPER = (9, 0)
+WANTED = {
+    2: {8: 4.2, 16: 3.3, 64: 1.7},
+    3: {8: 3.2, 16: 2.8, 64: 1.6},
+    4: {8: 2.7, 16: 2.5, 64: 1.6},
+    8: {8: 1.65, 16: 1.6, 64: 1.4},
+}
 
 
 @pytest.mark.parametrize(
@@ -125,11 +131,15 @@ def test_integers_meet_int8_tensor_cores(bits, group, entry, capability):
 
 
 def test_table_fits_a_hopper_multiprocessor():
-    """Every entry leaves room for another program or uses half of the registers, and fits."""
-    for product in compiled_products(HOPPER, bits=(3, 4)):
+    """Every entry fits, and leaves an H100 time for the speed that is wanted of it.
+
+    WANTED: times as fast as fp16 at rows 8, 16, 64, of which 8192 x 8192 take 40.1 us (their bytes
+    at 3.35 TB/s), while one instruction for each of the weights takes 2.17 us.
+    """
+    for product in compiled_products(HOPPER):
         assert not product.serialized
         assert product.spilled <= 64  # triton 3.6 spills a little of the last entry
         assert product.programs >= 2 or product.registers * product.tiles.warps * 32 > 1 << 15
         assert product.shared <= SHARED_MEMORY[HOPPER].program
-        # a pair of codes takes 2 masks and shifts, a subtraction, and what 3 bits and loads add
-        assert 1.5 < product.instructions < 6
+        wanted = WANTED[product.bits].get(product.tiles.rows)
+        assert wanted is None or product.instructions * 2.17 < 40.1 / wanted
