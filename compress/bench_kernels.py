@@ -277,7 +277,8 @@ def _copies(weight: Any, clock: Clock) -> list[Any]:
 
 def _integers(codes: "Codes", bits: int, clock: Clock) -> Contender:
     """Each token of x rounded to `bits` bits, and a product of integers."""
-    from compress.kernels.activations import integer_matmul, pack_integers, quantize_tokens
+    from compress.kernels.activations import integer_matmul, quantize_tokens
+    from compress.kernels.cpu import pack_integers
     from compress.kernels.layout import pack_kernel
 
     weight = (pack_kernel if clock.device.type == "cuda" else pack_integers)(codes)

@@ -11,76 +11,24 @@ then lies between two integers, and its last bit decides.
 
 The inner sum is exact, so the only error of y beyond the rounding of q and of the result is that of
 fp32 scales and sums. On a GPU, rotation and rounding are one pass, and int8 tensor cores multiply
-weights that stay packed (integer_launch.py, Triton). On a CPU, torch._int_mm multiplies weights
-that are held in int8.
+weights that stay packed (integer_launch.py, Triton); CPUs: cpu_integers.py.
 
     q, a = quantize_tokens(x, bits=4, factors=())
-    y = integer_matmul(q, a, weight, bias, dtype=x.dtype)     # KernelWeight, or IntegerWeight
+    y = integer_matmul(q, a, weight, bias, dtype=x.dtype)  # of pack_kernel, or cpu.pack_integers
 """
 
 import os
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from compress.kernels.layout import Codes, KernelWeight, tensors_of
+from compress.kernels import native
+from compress.kernels.cpu import INTEGER_KINDS, CpuWeight
+from compress.kernels.cpu_integers import integers_matmul
+from compress.kernels.layout import KernelWeight
 
 BITS = range(2, 9)
 LARGEST_POWER = 1 << 15  # of butterflies: one program holds them in registers
-
-
-@dataclass(frozen=True)
-class IntegerWeight:
-    """A weight for integer products on a CPU: values = c - z, int8 [G, N, K / G]; scale [G, N].
-
-    A byte for each weight, whatever its `bits`: torch._int_mm reads nothing narrower, and each
-    group in one piece. Inputs beyond `columns` are 0.
-    """
-
-    values: Tensor
-    scale: Tensor
-    bits: int
-    group_size: int | None
-    columns: int
-    order: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Outputs and inputs, [N, K]."""
-        return self.values.shape[1], self.columns
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.nbytes for t in tensors_of(self).values())
-
-
-def pack_integers(weight: Codes) -> IntegerWeight:
-    """A weight as c - z. Raises ValueError where that is no int8: 8 bits with a zero point."""
-    N, K = weight.codes.shape
-    size = weight.group_size or K
-    values = weight.codes.to(torch.int16)
-    if weight.zero is None:
-        values -= 2 ** (weight.bits - 1)
-    else:
-        group = torch.arange(values.shape[1]) // size
-        values -= weight.zero.to(torch.int16)[:, group]
-    if values.numel() and (values.min() < -128 or values.max() > 127):
-        raise ValueError("integer products take 8-bit weights without zero points: symmetric ones")
-    values = torch.nn.functional.pad(values.to(torch.int8), (0, -K % size))
-    groups = values.view(N, -1, size).transpose(0, 1).contiguous()
-    scale = weight.scale.T.contiguous()
-    return IntegerWeight(groups, scale, weight.bits, weight.group_size, K, weight.order)
-
-
-def unpack_integers(weight: IntegerWeight) -> Codes:
-    """The inverse of `pack_integers`, of a symmetric weight."""
-    N, K = weight.shape
-    values = weight.values.transpose(0, 1).reshape(N, -1)[:, :K].to(torch.int16)
-    codes = (values + 2 ** (weight.bits - 1)).to(torch.uint8)
-    scale = weight.scale.T.contiguous()
-    return Codes(codes, scale, None, weight.bits, weight.group_size, weight.order)
 
 
 # ---- tokens -------------------------------------------------------------------------------------
@@ -116,7 +64,9 @@ def _quantize_tokens(
     half = 2 ** (bits - 1)
     steps = half - 0.5 if full_range else half - 1.0
     if not _has_kernels(x):
-        return _round_tokens(_transform(x, factors, power), steps, half)
+        h = _transform(x, factors, power) if factors or power > 1 else x
+        library = native.kernels() if h.device.type == "cpu" and h.dtype in native.KINDS else None
+        return (library.round_tokens if library else _round_tokens)(h, steps, half)
     from compress.kernels.integer_launch import launch_quantize
 
     return launch_quantize(x, factors, power, steps, half)
@@ -166,6 +116,7 @@ def _transform(x: Tensor, factors: list[Tensor], power: int) -> Tensor:
 
 
 def _round_tokens(x: Tensor, steps: float, half: int) -> tuple[Tensor, Tensor]:
+    x = x.float()
     scale = x.abs().amax(1) / steps
     values = (x / scale.clamp_min(1e-30)[:, None]).round().clamp(-half, half - 1)
     return values.to(torch.int8), scale
@@ -177,21 +128,27 @@ def _round_tokens(x: Tensor, steps: float, half: int) -> tuple[Tensor, Tensor]:
 def integer_matmul(
     values: Tensor,
     token_scale: Tensor,
-    weight: KernelWeight | IntegerWeight,
+    weight: KernelWeight | CpuWeight,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> Tensor:
     """values int8 [..., K] and their scales [...] times the transpose of `weight`: [..., N].
 
     y has `dtype`. Activations of a weight with permuted inputs (act-order) are permuted here. A
-    KernelWeight is for a GPU, an IntegerWeight for a CPU. Raises ValueError for another K, and on a
-    GPU for groups that are no multiple of 32 and 8 bits with zero points.
+    KernelWeight is for a GPU, a CpuWeight for a CPU. Raises ValueError for another K and for a
+    CpuWeight that was not packed for integers; on a GPU for groups that are no multiple of 32 and 8
+    bits with zero points.
     """
     K = weight.shape[1]
     if values.shape[-1] != K or values.dtype != torch.int8:
         raise ValueError(
             f"expected int8 activations of {K} features, found {values.dtype} {list(values.shape)}"
         )
+    if isinstance(weight, CpuWeight):
+        if weight.kind not in INTEGER_KINDS:
+            raise ValueError("this weight was packed for activations in floats, not in int8")
+        if values.device != weight.packed.device:  # its address would be read as one of here
+            raise ValueError(f"expected values on {weight.packed.device}, found {values.device}")
     if weight.order is not None:
         values = values[..., weight.order]
     rows, scales = values.reshape(-1, K).contiguous(), token_scale.reshape(-1).contiguous()
@@ -201,7 +158,10 @@ def integer_matmul(
             weight.bits, weight.group_size or 0, dtype,
         )  # fmt: skip
     else:
-        y = _cpu_integer_matmul(rows, scales, weight.values, weight.scale, bias, dtype)
+        y = integers_matmul(
+            rows, scales, weight.packed, weight.scale, weight.zero, bias,
+            weight.bits, weight.group_size or 0, dtype,
+        )  # fmt: skip
     return y.view(*values.shape[:-1], y.shape[-1])
 
 
@@ -228,29 +188,3 @@ def _integer_matmul(
 @_integer_matmul.register_fake
 def _(values, token_scale, words, high, scale, zero, bias, bits, group_size, dtype):
     return values.new_empty(values.shape[0], words.shape[1], dtype=dtype)
-
-
-@torch.library.custom_op("modelpress::cpu_integer_matmul", mutates_args=())
-def _cpu_integer_matmul(
-    values: Tensor,
-    token_scale: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """int8 [M, K] times int8 [G, N, K / G] transposed, group by group."""
-    G, N, size = weight.shape
-    rows = torch.nn.functional.pad(values, (0, G * size - values.shape[1]))
-    y = token_scale.new_zeros(len(values), N)
-    for g, part in enumerate(rows.view(-1, G, size).unbind(1)):
-        y.addcmul_(torch._int_mm(part.contiguous(), weight[g].T), scale[g].float())
-    y *= token_scale[:, None]
-    if bias is not None:
-        y += bias
-    return y.to(dtype)
-
-
-@_cpu_integer_matmul.register_fake
-def _(values, token_scale, weight, scale, bias, dtype):
-    return values.new_empty(values.shape[0], weight.shape[1], dtype=dtype)

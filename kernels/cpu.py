@@ -1,4 +1,4 @@
-"""Packed products on a CPU: weights stay packed, sums are in fp32. Three layouts, one interface.
+"""Packed products on a CPU: weights stay packed. Three layouts for floats, two for integers.
 
 `tiles` (every width, dtype and group size). Compiled for this machine by native.py, where it has a
 C++ compiler; 2, 3, 4 and 8 bits take just that. Layout and arithmetic: head of tiles.cpp.
@@ -7,6 +7,8 @@ Without a compiler:
 `int4` (3 and 4 bits, symmetric, bf16 scales and activations). torch's weight-only int4 operator. It
 beats a bf16 product up to some tens of rows, and with hundreds it is slower than one.
 `rows` (everything else). torch's embedding tables: cpu_rows.py. 3 bits are stored in 4.
+
+`quads`, `groups` (activations rounded to int8): cpu_integers.py.
 
     weight = pack_cpu(codes, dtype=torch.bfloat16)
     y = cpu_matmul(x, weight, bias)
@@ -20,6 +22,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compress.kernels import native
+from compress.kernels.cpu_integers import (
+    pack_groups,
+    pack_quads,
+    takes_quads,
+    unpack_groups,
+    unpack_quads,
+)
 from compress.kernels.cpu_rows import pack_table, rows_matmul, unpack_table
 from compress.kernels.layout import Codes, tensors_of
 
@@ -28,6 +37,7 @@ INT4_GROUPS = (32, 64, 128, 256)
 INT4_OUTPUTS = 16  # the operator wants a multiple
 UNPACK_ROWS = 512  # of the identity that reads an int4 weight back
 LANES = 16  # outputs that lie next to each other in a tile
+INTEGER_KINDS = ("quads", "groups")
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class CpuWeight:
     kind "rows": packed uint8 [K, bytes], each row with its own scale 1 and offset -2^(bits-1) at
     the end. Both: scale [G, N]; zero uint8 [G, N] or None.
     kind "int4": packed as torch's operator packs; scale bf16 [G, N, 2], scales and zeros (0).
+    kinds "quads", "groups", for int8 activations: packed uint8 [ceil(N / 64), ceil(K / 4), 32 *
+    stored bits], int8 [G, N, K / G]; scale [G, N]; zero uint8 [G, N] or None.
     """
 
     kind: str
@@ -93,27 +105,43 @@ def pack_cpu(weight: Codes, dtype: torch.dtype, kind: str | None = None) -> CpuW
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(shifted, 1)
         scale = torch.stack([weight.scale.T, torch.zeros_like(weight.scale.T)], dim=-1)
         return CpuWeight(packed=packed, scale=scale.contiguous(), zero=None, **common)
-    if kind not in ("tiles", "rows"):
-        raise ValueError(f"CPU layouts are tiles, int4 and rows, found {kind!r}")
+    if kind not in ("tiles", "rows", *INTEGER_KINDS):
+        raise ValueError(f"CPU layouts are tiles, int4, rows, quads and groups, found {kind!r}")
     codes, bits = weight.codes, weight.bits
+    pack = {
+        "tiles": lambda: _pack_tiles(codes, bits),
+        "rows": lambda: pack_table(codes.T, bits),
+        "quads": lambda: pack_quads(codes, bits),
+        "groups": lambda: pack_groups(codes, bits, weight.group_size),
+    }
     return CpuWeight(
-        packed=_pack_tiles(codes, bits) if kind == "tiles" else pack_table(codes.T, bits),
+        packed=pack[kind](),
         scale=weight.scale.T.contiguous(),
         zero=None if weight.zero is None else weight.zero.T.contiguous(),
         **common,
     )
 
 
+def pack_integers(weight: Codes) -> CpuWeight:
+    """The layout that is fastest on this machine for activations rounded to int8."""
+    inputs = weight.group_size or weight.codes.shape[1]
+    kind = "quads" if takes_quads(weight.scale, inputs) else "groups"
+    return pack_cpu(weight, torch.int8, kind)
+
+
 def unpack_cpu(weight: CpuWeight) -> Codes:
-    """The inverse of `pack_cpu`."""
+    """The inverse of `pack_cpu`, whatever the layout."""
     N, K = weight.shape
-    scale = weight.scale
-    if weight.kind == "int4":
-        codes, scale = _unpack_int4(weight), scale[..., 0]
-    elif weight.kind == "rows":
-        codes = unpack_table(weight.packed, weight.bits, N).T.contiguous()
-    else:
-        codes = _unpack_tiles(weight.packed, weight.bits)[:N, :K].contiguous()
+    packed, bits = weight.packed, weight.bits
+    scale = weight.scale[..., 0] if weight.kind == "int4" else weight.scale
+    unpack = {
+        "int4": lambda: _unpack_int4(weight),
+        "rows": lambda: unpack_table(packed, bits, N).T,
+        "tiles": lambda: _unpack_tiles(packed, bits),
+        "quads": lambda: unpack_quads(packed, bits),
+        "groups": lambda: unpack_groups(packed, bits),
+    }
+    codes = unpack[weight.kind]()[:N, :K].contiguous()
     zero = None if weight.zero is None else weight.zero.T.contiguous()
     return Codes(codes, scale.T.contiguous(), zero, weight.bits, weight.group_size, weight.order)
 
@@ -121,8 +149,8 @@ def unpack_cpu(weight: CpuWeight) -> Codes:
 def cpu_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
     """x [M, K] times the transpose of `weight` [N, K], plus bias [N]: [M, N] in x's dtype.
 
-    Raises ValueError for another K, dtype or device, for activations that `weight` was not packed
-    for, and where a weight packed for compiled kernels meets a process that has none.
+    Raises ValueError for another K, dtype or device, for a weight packed for other activations, and
+    where a weight packed for compiled kernels meets a process that has none.
     """
     N, K = weight.shape
     if x.shape[-1] != K:
@@ -131,6 +159,8 @@ def cpu_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tens
         raise ValueError(f"expected activations in fp16, bf16 or fp32, found {x.dtype}")
     if x.device.type != weight.packed.device.type:  # its address would be read as one of here
         raise ValueError(f"expected activations on {weight.packed.device}, found {x.device}")
+    if weight.kind in INTEGER_KINDS:
+        raise ValueError("this weight was packed for activations in int8, not in floats")
     if weight.order is not None:
         x = x[..., weight.order]
     if weight.kind == "int4":

@@ -25,8 +25,8 @@ E = 16, and one of 1 bit,
 which one shift and one mask move to where four bits hold a code.
 
 Columns beyond K are 0 and meet no input. A symmetric weight, z = 2^(b-1) everywhere, has no zero
-tensor. GPTQ's act-order permutes inputs: they are sorted by group, and `order` says which input
-each column takes.
+tensor. Act-order permutes inputs: they are sorted by group, and `order` says which input each
+column takes.
 
     weight = pack_kernel(read_compressed_tensors(tensors, bits=3, group_size=128))
 """
@@ -120,7 +120,8 @@ def word_bits(bits: int) -> int:
 def read_compressed_tensors(
     tensors: Mapping[str, Tensor], bits: int, group_size: int | None, name: str = "weight"
 ) -> Codes:
-    """Codes of `weight_packed`, `weight_scale`, `weight_shape` and, if any, `weight_zero_point`.
+    """Codes of `weight_packed`, `weight_scale`, `weight_shape` and, if they are there,
+    `weight_zero_point` and `weight_g_idx` (`sort_inputs`).
 
     Raises ValueError, naming the module `name`, for a tensor that is missing or of the wrong shape,
     a width other than 2 to 8, and a group size that is no multiple of 16. Kernels run 5, 6 and 7
@@ -136,22 +137,47 @@ def read_compressed_tensors(
     if zero is not None:
         _check_shape(zero, (packed_columns(N, bits), G), f"{name}.weight_zero_point")
         zero = unpack_rows(zero.T.contiguous(), bits, N).T.contiguous()
-    return Codes(unpack_rows(packed, bits, K), scale, zero, bits, group_size)
+    weight = Codes(unpack_rows(packed, bits, K), scale, zero, bits, group_size)
+    return sort_inputs(weight, tensors.get("weight_g_idx"), f"{name}.weight_g_idx")
 
 
 def write_compressed_tensors(weight: Codes) -> dict[str, Tensor]:
-    """The inverse of `read_compressed_tensors`. Raises ValueError for permuted inputs."""
-    if weight.order is not None:
-        raise ValueError("compressed-tensors has no place for permuted inputs (act-order)")
+    """The inverse of `read_compressed_tensors`, with `weight_g_idx` if inputs are permuted."""
+    codes, g_idx = unsorted_inputs(weight)
     tensors = {
-        "weight_packed": pack_rows(weight.codes, weight.bits),
+        "weight_packed": pack_rows(codes, weight.bits),
         "weight_scale": weight.scale,
         "weight_shape": torch.tensor(weight.codes.shape),
     }
     if weight.zero is not None:
         packed = pack_rows(weight.zero.T.contiguous(), weight.bits)
         tensors["weight_zero_point"] = packed.T.contiguous()
+    if weight.order is not None:
+        tensors["weight_g_idx"] = g_idx
     return tensors
+
+
+def sort_inputs(weight: Codes, g_idx: Tensor | None, what: str) -> Codes:
+    """The weight of which g_idx [K] says each input's group, its inputs sorted by group.
+
+    Without g_idx, and with -1 everywhere as compressed-tensors fills it in, groups follow each
+    other. Raises ValueError, naming the tensor as `what`, for groups that do not exist or are not
+    of the right size: those are no permutation, and no kernel runs them.
+    """
+    if g_idx is None or (len(g_idx) and bool((g_idx == -1).all())):
+        return weight
+    return _sorted(weight, g_idx, what)
+
+
+def unsorted_inputs(weight: Codes) -> tuple[Tensor, Tensor]:
+    """The inverse of `sort_inputs`: codes [N, K] in the order of the inputs, and g_idx [K]."""
+    K = weight.codes.shape[1]
+    size = K if weight.group_size is None else weight.group_size
+    g_idx = (torch.arange(K, device=weight.codes.device) // size).to(torch.int32)
+    if weight.order is None:
+        return weight.codes, g_idx
+    back = weight.order.argsort()
+    return weight.codes[:, back], g_idx[back]
 
 
 def read_gptq(
@@ -180,29 +206,20 @@ def read_gptq(
     _check_shape(scales, (G, N), f"{name}.scales")
     _check_shape(qzeros, (G, packed_columns(N, bits)), f"{name}.qzeros")
 
-    codes = unpack_rows(qweight.T.contiguous(), bits, K)
-    order = None if g_idx is None else _group_order(g_idx, group_size, name)
-    if order is not None:
-        codes = codes[:, order]
     zero = unpack_rows(qzeros, bits, N).to(torch.int16) + int(version == 1)
     zero = (zero % 2**bits).to(torch.uint8).T.contiguous()
     symmetric = bool((zero == 2 ** (bits - 1)).all())
-    return Codes(codes, scales.T.contiguous(), None if symmetric else zero, bits, group_size, order)
+    codes = unpack_rows(qweight.T.contiguous(), bits, K)
+    weight = Codes(codes, scales.T.contiguous(), None if symmetric else zero, bits, group_size)
+    return weight if g_idx is None else _sorted(weight, g_idx, f"{name}.g_idx")
 
 
 def write_gptq(weight: Codes, version: int = 1) -> dict[str, Tensor]:
     """The inverse of `read_gptq`, with `g_idx`."""
-    N, K = weight.codes.shape
-    G, bits = weight.scale.shape[1], weight.bits
-    size = K if weight.group_size is None else weight.group_size
-    g_idx = (torch.arange(K, device=weight.codes.device) // size).to(torch.int32)
-    codes = weight.codes
-    if weight.order is not None:
-        back = weight.order.argsort()
-        codes, g_idx = codes[:, back], g_idx[back]
-    zero = weight.zero
+    bits, zero = weight.bits, weight.zero
+    codes, g_idx = unsorted_inputs(weight)
     if zero is None:
-        zero = torch.full((N, G), 2 ** (bits - 1), dtype=torch.uint8, device=codes.device)
+        zero = torch.full_like(weight.scale, 2 ** (bits - 1), dtype=torch.uint8)
     stored = (zero.to(torch.int16) - int(version == 1)) % 2**bits
     return {
         "qweight": pack_rows(codes, bits).T.contiguous(),
@@ -338,19 +355,23 @@ def group_count(columns: int, group_size: int | None) -> int:
     return 1 if group_size is None else -(-columns // group_size)
 
 
-def _group_order(g_idx: Tensor, group_size: int | None, name: str) -> Tensor | None:
-    """The inputs sorted by group, or None if they are in that order."""
-    size = len(g_idx) if group_size is None else group_size
+def _sorted(weight: Codes, g_idx: Tensor, what: str) -> Codes:
+    """The weight with its inputs sorted by group, and no `order` if they were already."""
+    size = len(g_idx) if weight.group_size is None else weight.group_size
+    last = weight.scale.shape[1] - 1
+    outside = g_idx[(g_idx < 0) | (g_idx > last)]
+    if len(outside):
+        raise ValueError(f"{what}: expected groups 0 to {last}, found {outside[0]}")
     runs = torch.arange(len(g_idx), device=g_idx.device) // size
     if torch.equal(g_idx.long(), runs):
-        return None
+        return weight
     order = g_idx.argsort(stable=True)
     if not torch.equal(g_idx[order].long(), runs):
         raise ValueError(
-            f"{name}.g_idx: expected groups of {size} inputs each, found "
+            f"{what}: expected groups of {size} inputs each, found "
             f"{g_idx.bincount().tolist()[:8]}... inputs in the first groups"
         )
-    return order
+    return replace(weight, codes=weight.codes[:, order], order=order)
 
 
 def _check_scheme(

@@ -15,27 +15,16 @@ from torch import Tensor, nn
 
 from compress.kernels.activations import (
     BITS,
-    IntegerWeight,
     integer_matmul,
-    pack_integers,
     quantize_tokens,
-    unpack_integers,
 )
-from compress.kernels.cpu import CpuWeight, cpu_matmul, pack_cpu, unpack_cpu
+from compress.kernels.cpu import CpuWeight, cpu_matmul, pack_cpu, pack_integers, unpack_cpu
 from compress.kernels.layout import Codes, KernelWeight, pack_kernel, unpack_kernel
 from compress.kernels.reference import dequantize
 
 BUFFERS = {
     KernelWeight: ("words", "high", "scale", "zero", "order"),
     CpuWeight: ("packed", "scale", "zero", "order"),
-    IntegerWeight: ("values", "scale", "order"),
-}
-
-
-UNPACK = {
-    KernelWeight: unpack_kernel,
-    CpuWeight: unpack_cpu,
-    IntegerWeight: unpack_integers,
 }
 
 
@@ -47,7 +36,8 @@ class QuantLinear(nn.Module):
     to integers of so many bits first, as compressed-tensors does in fp32, and multiplies integers
     (activations.py, `full_range`).
 
-    Raises ValueError for zero points together with activation_bits, and for such beyond 2 to 8.
+    Raises ValueError for activation_bits beyond 2 to 8, and for such with zero points of 8-bit
+    weights, whose c - z is no int8.
     """
 
     def __init__(
@@ -58,8 +48,8 @@ class QuantLinear(nn.Module):
         activation_bits: int | None = None,
     ):
         super().__init__()
-        if activation_bits is not None and weight.zero is not None:
-            raise ValueError("quantised activations take symmetric weights, found zero points")
+        if activation_bits is not None and weight.zero is not None and weight.bits == 8:
+            raise ValueError("quantised activations take 8-bit weights without zero points only")
         if activation_bits is not None and activation_bits not in BITS:
             raise ValueError(f"activations take 2 to 8 bits, found {activation_bits}")
         self.out_features, self.in_features = weight.codes.shape
@@ -84,14 +74,15 @@ class QuantLinear(nn.Module):
         y = cpu_matmul(x.reshape(-1, x.shape[-1]), weight, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def packed_weight(self) -> KernelWeight | CpuWeight | IntegerWeight:
+    def packed_weight(self) -> KernelWeight | CpuWeight:
         """The weight in the layout of its device; it shares the module's memory."""
         tensors = {name: getattr(self, name) for name in BUFFERS[self._layout]}
         return self._layout(**tensors, **self._facts)
 
     def codes(self) -> Codes:
         """The codes, scales and zero points, as they came."""
-        return UNPACK[self._layout](self.packed_weight())
+        weight = self.packed_weight()
+        return unpack_kernel(weight) if isinstance(weight, KernelWeight) else unpack_cpu(weight)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [out_features, in_features], each entry rounded once."""
@@ -114,13 +105,11 @@ class QuantLinear(nn.Module):
         """Packs for the device of the codes, and forgets any other layout."""
         facts: dict[str, Any] = {}
         if weight.codes.is_cuda:
-            packed: KernelWeight | CpuWeight | IntegerWeight = pack_kernel(weight)
-            facts = {"columns": self.in_features}
-        elif self.activation_bits is not None:
-            packed = pack_integers(weight)
+            packed: KernelWeight | CpuWeight = pack_kernel(weight)
             facts = {"columns": self.in_features}
         else:
-            packed = pack_cpu(weight, self.dtype)
+            rounded = self.activation_bits is not None
+            packed = pack_integers(weight) if rounded else pack_cpu(weight, self.dtype)
             facts = {"kind": packed.kind, "shape": packed.shape}
         for name in {name for names in BUFFERS.values() for name in names}:
             self._buffers.pop(name, None)

@@ -1,4 +1,4 @@
-"""Compiles tiles.cpp for this machine and calls it: packed products on a CPU at memory speed.
+"""Compiles tiles.cpp and quads.cpp for this machine and calls them: products at memory speed.
 
 The first product on a CPU looks for a C++ compiler ($CXX, g++, clang++, c++), compiles once (some
 seconds) with -march=native, and keeps the library in the user's cache; later processes load it.
@@ -29,7 +29,9 @@ from torch import Tensor
 
 from compress.kernels.user_cache import cache_directory
 
-SOURCE = Path(__file__).with_name("tiles.cpp")
+HERE = Path(__file__).parent
+SOURCES = (HERE / "tiles.cpp", HERE / "quads.cpp")
+HEADERS = (HERE / "vectors.h",)
 # Products and sums may fuse: fewer roundings, and what the figures in the docs were taken with.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared",
          "-Wno-psabi", "-Wno-unknown-pragmas")  # fmt: skip
@@ -37,6 +39,7 @@ OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
 COMPILE_SECONDS = 120
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in tiles.cpp
 TILE = 64  # outputs
+QUAD = 4  # inputs
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,54 @@ class Kernels:
             group_size or K, bits, 2 ** (bits - 1), torch.get_num_threads(),
         )  # fmt: skip
         return y
+
+    def takes_quads(self) -> bool:
+        """Whether this processor multiplies bytes in fours (AVX512-VNNI)."""
+        return bool(self.library.modelpress_takes_quads())
+
+    def quads_matmul(
+        self,
+        values: Tensor,
+        token_scale: Tensor,
+        packed: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bits: int,
+        group_size: int | None,
+        middle: int,
+    ) -> Tensor:
+        """values int8 [M, K] times the weight's transpose: fp32 [M, N]. Layout: head of quads.cpp.
+
+        bits: of a code as it is stored; middle: the zero point where there is no `zero`.
+        """
+        (M, K), (G, N) = values.shape, scale.shape
+        steps = -(-K // QUAD)
+        assert packed.shape == (-(-N // TILE), steps, 32 * bits), packed.shape
+        assert group_size is None or (group_size % QUAD == 0 and -(-K // group_size) == G)
+        assert zero is None or (zero.shape == scale.shape and zero.dtype == torch.uint8)
+        assert values.dtype == torch.int8 and token_scale.dtype == torch.float32
+        assert token_scale.shape == (M,)
+        given = (values, token_scale, packed, scale, zero)
+        assert all(t.is_contiguous() for t in given if t is not None)
+        work = torch.empty(M * (steps + G), dtype=torch.int32)
+        y = torch.empty(M, N, dtype=torch.float32)
+        self.library.modelpress_quads_matmul(
+            values.data_ptr(), token_scale.data_ptr(), work.data_ptr(), packed.data_ptr(),
+            scale.data_ptr(), KINDS[scale.dtype], None if zero is None else zero.data_ptr(),
+            y.data_ptr(), M, N, K, group_size or K, bits, middle, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    def round_tokens(self, x: Tensor, steps: float, half: int) -> tuple[Tensor, Tensor]:
+        """x [M, K] as int8 [M, K] in [-half, half), and each row's scale: its largest / steps."""
+        M, K = x.shape
+        x = x.contiguous()
+        values, scale = torch.empty(M, K, dtype=torch.int8), torch.empty(M)
+        self.library.modelpress_round_tokens(
+            x.data_ptr(), KINDS[x.dtype], M, K, steps, half, values.data_ptr(), scale.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return values, scale
 
 
 def kernels() -> Kernels | None:
@@ -126,7 +177,8 @@ def compile_library(compiler: str, version: str) -> Path:
 
     Raises OSError or subprocess.SubprocessError.
     """
-    facts = [SOURCE.read_text(), compiler, version, *FLAGS, *OPENMP, _processor()]
+    sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
+    facts = [*sources, compiler, version, *FLAGS, *OPENMP, _processor()]
     key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
     folder = cache_directory("native")
     path = folder / f"tiles-{key}.so"
@@ -134,7 +186,7 @@ def compile_library(compiler: str, version: str) -> Path:
         return path
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary) / path.name
-        command = [compiler, *FLAGS, *OPENMP, "-o", str(built), str(SOURCE)]
+        command = [compiler, *FLAGS, *OPENMP, "-o", str(built), *map(str, SOURCES)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
         built.replace(path)  # whole or not at all, also if two processes compile at once
     return path
@@ -143,12 +195,20 @@ def compile_library(compiler: str, version: str) -> Path:
 def load(path: Path) -> ctypes.CDLL:
     """Loads a compiled library and says what its functions take. Raises OSError."""
     library = ctypes.CDLL(str(path))
-    pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    pointer, long, integer, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
     library.modelpress_tiles_matmul.argtypes = [
         pointer, integer, pointer, pointer, pointer, integer, pointer, pointer, long, long, long,
         long, integer, integer, integer,
     ]  # fmt: skip
-    library.modelpress_tiles_matmul.restype = None
+    library.modelpress_quads_matmul.argtypes = [
+        pointer, pointer, pointer, pointer, pointer, integer, pointer, pointer, long, long, long,
+        long, integer, integer, integer,
+    ]  # fmt: skip
+    library.modelpress_round_tokens.argtypes = [
+        pointer, integer, long, long, real, real, pointer, pointer, integer,
+    ]  # fmt: skip
+    for name in ("tiles_matmul", "quads_matmul", "round_tokens"):
+        getattr(library, f"modelpress_{name}").restype = None
     return library
 
 

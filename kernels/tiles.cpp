@@ -17,27 +17,16 @@
 // was expanded stays in the first-level cache for them, CHUNK inputs at a time. bf16 is multiplied
 // as pairs of inputs where the processor does that (AVX512-BF16), else x comes as fp32.
 //
-// Vectors are those of GCC and Clang, which any processor has. By name are only the bf16 product
-// and the lookups (AVX-512) that turn symmetric codes of up to 4 bits into c - z at once.
+// Instructions by name are only the bf16 product and the lookups (AVX-512) that turn symmetric codes
+// of up to 4 bits into c - z at once.
 
-#include <cstdint>
-#include <cstring>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace {
 
-constexpr int LANES = 16, WIDE = 64, PARTS = WIDE / LANES;
 constexpr int CHUNK = 128;  // inputs expanded at a time: 32 KB in fp32
 constexpr int ROWS = 128;   // rows of x that share an expanded block: 32 KB of sums
-constexpr int MOST = 6;     // rows multiplied at once: 24 vectors of sums, of 32 registers
 constexpr int AHEAD = 128;  // pairs of inputs between what is loaded and what is fetched
-
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-
-enum Kind { FP32 = 0, BF16 = 1, FP16 = 2 };
 
 struct Problem {
     const uint32_t* x;  // as `arrange` leaves it
@@ -50,24 +39,6 @@ struct Problem {
     long M, N, K, group;
     int middle;
 };
-
-inline float as_float(uint32_t bits) {
-    float f;
-    std::memcpy(&f, &bits, sizeof f);
-    return f;
-}
-
-// A finite scale. An fp16 is an fp32 whose exponent is 112 too small; a subnormal one is what it
-// adds to 2^-14, so that it is kept where a process flushes subnormal floats to 0.
-inline float number(const void* from, long i, int kind) {
-    if (kind == FP32) return static_cast<const float*>(from)[i];
-    const uint32_t bits = static_cast<const uint16_t*>(from)[i];
-    if (kind == BF16) return as_float(bits << 16);
-    const uint32_t one = bits & 0x7c00 ? 0 : 1u << 23;
-    const float size = as_float(((bits & 0x7fff) << 13) + (112u << 23) + one);
-    const float rest = size - as_float(one * 113);
-    return bits & 0x8000 ? -rest : rest;
-}
 
 // A plain loop becomes one instruction, where GCC 12 takes a vector conversion apart.
 inline ints widen(const uint8_t* from) {
@@ -152,16 +123,7 @@ inline void code_pairs(const uint8_t* from, ints* c) {
 
 // Scales of outputs [n, n + 64) in group g, 0 beyond N.
 inline void group_scale(const Problem& p, long g, long n, floats* v) {
-    alignas(64) float values[WIDE] = {};
-    const long at = g * p.N + n, inside = p.N - n < WIDE ? p.N - n : WIDE;
-    if (p.scale_kind == BF16) {
-        for (long i = 0; i < inside; i++) values[i] = number(p.scale, at + i, BF16);
-    } else if (p.scale_kind == FP16) {
-        for (long i = 0; i < inside; i++) values[i] = number(p.scale, at + i, FP16);
-    } else {
-        for (long i = 0; i < inside; i++) values[i] = number(p.scale, at + i, FP32);
-    }
-    std::memcpy(v, values, sizeof values);
+    numbers(p.scale, p.scale_kind, g * p.N + n, inside(n, p.N), v);
 }
 
 // What turns codes into c - z: the zero points of 64 outputs in group g, or, if TABLE, a table of
@@ -180,11 +142,7 @@ inline void group_zero(const Problem& p, long g, long n, ints* v) {
         std::memcpy(v + 1, upper, sizeof upper);
         return;
     }
-    alignas(64) int32_t values[WIDE];
-    const long inside = p.zero == nullptr ? 0 : p.N - n < WIDE ? p.N - n : WIDE;
-    for (long i = 0; i < inside; i++) values[i] = p.zero[g * p.N + n + i];
-    for (long i = inside; i < WIDE; i++) values[i] = p.middle;
-    std::memcpy(v, values, sizeof values);
+    zero_points(p.zero, p.middle, g * p.N + n, inside(n, p.N), v);
 }
 
 // c - z of two inputs, 64 outputs each, as the bits of fp32.
@@ -221,17 +179,6 @@ constexpr bool BF16_PAIRS = true;
 constexpr bool BF16_PAIRS = false;
 #endif
 
-// How rows are multiplied: blocks of up to MOST of them, whose sizes differ by one at most. The
-// first has no more than others: it needs registers to expand weights.
-struct Blocks {
-    int rows, count;
-
-    explicit Blocks(long left)
-        : rows(int(left < ROWS ? left : ROWS)), count((rows + MOST - 1) / MOST) {}
-
-    int size(int block) const { return rows / count + (block >= count - rows % count); }
-};
-
 // Rows [m, m + rows) of x as `multiply` reads them: for each two inputs all rows, pairs of bf16 or
 // fp32, those of the first input first. An odd last input has a partner of 0.
 void arrange(const void* x, bool pairs, long m, int rows, long K, uint32_t* out) {
@@ -253,7 +200,7 @@ void arrange_all(const void* x, bool pairs, long M, long K, uint32_t* out, int t
     const long width = (K + 1) / 2 * (pairs ? 1 : 2);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long m0 = 0; m0 < M; m0 += ROWS) {
-        const Blocks blocks(M - m0);
+        const Blocks blocks(M - m0 < ROWS ? M - m0 : ROWS);
         long m = m0;
         for (int block = 0; block < blocks.count; m += blocks.size(block++))
             arrange(x, pairs, m, blocks.size(block), K, out + m * width);
@@ -297,8 +244,7 @@ void one_row(const Problem& p, long tile) {
         group_scale(p, start / p.group, tile * WIDE, s);
         for (int f = 0; f < PARTS; f++) total[f] += (part[0][f] + part[1][f]) * s[f];
     }
-    const long inside = p.N - tile * WIDE < WIDE ? p.N - tile * WIDE : WIDE;
-    std::memcpy(p.y + tile * WIDE, total, inside * sizeof(float));
+    std::memcpy(p.y + tile * WIDE, total, inside(tile * WIDE, p.N) * sizeof(float));
 }
 
 // ---- several rows -------------------------------------------------------------------------------
@@ -355,13 +301,13 @@ void multiply_rows(int rows, const uint32_t* x, int steps, Weights from, const f
 
 template <int BITS, bool TABLE, bool PAIRS>
 void many_rows(const Problem& p, long tile) {
-    const long n = tile * WIDE, inside = p.N - n < WIDE ? p.N - n : WIDE;
+    const long n = tile * WIDE, bytes = inside(n, p.N) * sizeof(float);
     const uint8_t* packed = p.packed + tile * ((p.K + 1) / 2) * LANES * BITS;
     alignas(64) ints block[CHUNK * PARTS];
     alignas(64) floats sums[ROWS * PARTS];
     const long each = PAIRS ? 1 : 2, width = (p.K + 1) / 2 * each;  // words of x: two inputs, a row
     for (long m0 = 0; m0 < p.M; m0 += ROWS) {
-        const Blocks blocks(p.M - m0);
+        const Blocks blocks(p.M - m0 < ROWS ? p.M - m0 : ROWS);
         std::memset(sums, 0, blocks.rows * PARTS * sizeof(floats));
         for (long start = 0; start < p.K; start += p.group) {
             const long stop = start + p.group < p.K ? start + p.group : p.K;
@@ -384,7 +330,7 @@ void many_rows(const Problem& p, long tile) {
             }
         }
         for (long m = 0; m < blocks.rows; m++)
-            std::memcpy(p.y + (m0 + m) * p.N + n, sums + m * PARTS, inside * sizeof(float));
+            std::memcpy(p.y + (m0 + m) * p.N + n, sums + m * PARTS, bytes);
     }
 }
 

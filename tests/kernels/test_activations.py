@@ -6,11 +6,10 @@ import pytest
 import torch
 from weights import random_weight, relative_error
 
-from compress.kernels.activations import (
-    integer_matmul,
-    pack_integers,
-    quantize_tokens,
-)
+from compress.kernels import native
+from compress.kernels.activations import integer_matmul, quantize_tokens
+from compress.kernels.cpu import cpu_matmul, pack_cpu, pack_integers, unpack_cpu
+from compress.kernels.cpu_integers import LONGEST
 from compress.kernels.reference import (
     dequantize,
     reference_hadamard,
@@ -18,6 +17,12 @@ from compress.kernels.reference import (
 )
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+library = native.kernels()
+compiled = pytest.mark.skipif(library is None, reason="no compiled kernels")
+quads = pytest.mark.skipif(
+    library is None or not library.takes_quads(), reason="no product of four bytes here"
+)
+KINDS = [pytest.param("quads", marks=quads), "groups"]
 
 
 def signs(order):
@@ -45,18 +50,81 @@ def test_tokens_are_rounded_to_the_nearest_step(power, orders, bits, dtype):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, None])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("M", [1, 5, 40])
-def test_integer_products(bits, group_size, symmetric, M):
-    weight = random_weight(24, 200, bits, group_size, symmetric, torch.float32)
-    if bits == 8 and not symmetric:
-        with pytest.raises(ValueError, match="8-bit weights without zero points"):
-            pack_integers(weight)
-        return
-    values = torch.randint(-7, 8, (M, 200), dtype=torch.int8)
-    scale, bias = torch.rand(M), torch.randn(24)
-    y = integer_matmul(values, scale, pack_integers(weight), bias, torch.float32)
-    expected = reference_matmul(values.double() * scale.double()[:, None], weight, bias)
-    assert relative_error(y, expected) < 5e-7
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("N", "K"), [(24, 200), (130, 97), (64, 256)])
+def test_integer_products(bits, group_size, symmetric, kind, N, K):
+    weight = random_weight(N, K, bits, group_size, symmetric, torch.float32)
+    packed = pack_cpu(weight, torch.int8, kind)
+    assert torch.equal(unpack_cpu(packed).codes, weight.codes)
+    for M in (0, 1, 5, 7, 16, 40):
+        values = torch.randint(-128, 128, (M, K), dtype=torch.int8)
+        scale, bias = torch.rand(M), torch.randn(N)
+        y = integer_matmul(values, scale, packed, bias, torch.float32)
+        expected = reference_matmul(values.double() * scale.double()[:, None], weight, bias)
+        assert y.shape == (M, N)
+        assert M == 0 or relative_error(y, expected) < 5e-7
+
+
+@quads
+@pytest.mark.parametrize("code", [0, 255])
+def test_the_largest_sums_fit(code):
+    """A group of LONGEST inputs, all at their ends: 2^15 * LONGEST on the way, 2^31 in all."""
+    weight = random_weight(64, LONGEST, 8, None, False, torch.float32)
+    weight.codes.fill_(code)
+    weight.zero.fill_(255 - code)
+    weight.scale.fill_(1)
+    packed = pack_integers(weight)
+    assert packed.kind == "quads"
+    values = torch.full((1, LONGEST), -128, dtype=torch.int8)
+    y = integer_matmul(values, torch.ones(1), packed, dtype=torch.float32)
+    assert torch.equal(y, torch.full((1, 64), -128.0 * (2 * code - 255) * LONGEST))
+
+
+@quads
+def test_the_layout_follows_the_machine(monkeypatch):
+    weight = random_weight(64, 128, 4, 32)
+    assert pack_integers(weight).kind == "quads"
+    assert pack_integers(weight).packed.nbytes == 64 * 128 // 2
+    assert pack_integers(random_weight(1, LONGEST + 1, 4, None)).kind == "groups"
+    monkeypatch.setattr(native.Kernels, "takes_quads", lambda self: False)
+    packed = pack_integers(weight)
+    assert packed.kind == "groups"
+    values = torch.randint(-128, 128, (3, 128), dtype=torch.int8)
+    y = integer_matmul(values, torch.ones(3), packed, dtype=torch.float32)
+    assert relative_error(y, reference_matmul(values, weight)) < 5e-7
+    with pytest.raises(ValueError, match="packed for AVX512-VNNI, found"):
+        integer_matmul(values, torch.ones(3), pack_cpu(weight, torch.int8, "quads"))
+
+
+def test_a_weight_for_other_activations_is_refused():
+    weight = random_weight(16, 64, 4, 32)
+    with pytest.raises(ValueError, match="packed for activations in int8"):
+        cpu_matmul(torch.zeros(1, 64), pack_integers(weight))
+    values = torch.zeros(1, 64, dtype=torch.int8)
+    with pytest.raises(ValueError, match="packed for activations in floats"):
+        integer_matmul(values, torch.ones(1), pack_cpu(weight, torch.float32))
+    with pytest.raises(ValueError, match="expected values on cpu, found meta"):
+        integer_matmul(values.to("meta"), torch.ones(1), pack_integers(weight))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "full_range"), [(4, False), (4, True), (8, True)])
+def test_compiled_rounding_is_that_of_torch_to_the_bit(dtype, bits, full_range, request):
+    x = torch.randn(40, 333)
+    x[0] = 0
+    x[1] *= 1e-6  # subnormal in fp16
+    x[2, 5] = 3e4
+    x = x.to(dtype)
+    x[3, 7], x[4, 7] = math.inf, math.nan
+    found = quantize_tokens(x, bits, full_range=full_range)
+    request.getfixturevalue("uncompiled")
+    expected = quantize_tokens(x, bits, full_range=full_range)
+    finite = [row for row in range(40) if row not in (3, 4)]
+    assert torch.equal(found[0][finite], expected[0][finite])
+    assert torch.equal(found[1].nan_to_num(7, 8), expected[1].nan_to_num(7, 8))
+    assert math.isinf(found[1][3])
+    assert math.isnan(found[1][4])
 
 
 def test_a_rotation_of_both_sides_changes_only_the_rounding():

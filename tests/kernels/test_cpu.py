@@ -215,7 +215,7 @@ def test_wrong_activations_and_layouts_are_refused(kind):
         cpu_matmul(torch.ones(1, 64, dtype=torch.int64), pack_cpu(weight, torch.float16, kind))
     with pytest.raises(ValueError, match="expected activations on cpu, found meta"):
         cpu_matmul(torch.ones(1, 64, device="meta"), pack_cpu(weight, torch.float16, kind))
-    with pytest.raises(ValueError, match="CPU layouts are tiles, int4 and rows"):
+    with pytest.raises(ValueError, match="CPU layouts are tiles, int4, rows, quads"):
         pack_cpu(weight, torch.float16, "columns")
 
 

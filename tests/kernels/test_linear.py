@@ -51,10 +51,16 @@ def test_casting_repacks_where_the_layout_depends_on_the_activations(uncompiled)
     assert_same(layer.codes(), weight)
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (8, 32), (4, 64)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric"),
+    [(8, None, True), (8, 32, True), (4, 64, True), (4, 64, False), (3, 32, False)],
+)
 @pytest.mark.parametrize("activation_bits", [4, 8])
-def test_rounded_activations(bits, group_size, activation_bits):
-    weight = random_weight(32, 128, bits, group_size, dtype=torch.float32)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rounded_activations(bits, group_size, symmetric, activation_bits, compiled, request):
+    if not compiled:
+        request.getfixturevalue("uncompiled")
+    weight = random_weight(32, 128, bits, group_size, symmetric, torch.float32)
     bias, x = torch.randn(32), torch.randn(2, 3, 128)
     layer = QuantLinear(weight, bias, torch.float32, activation_bits)
     half = 2 ** (activation_bits - 1)
@@ -62,14 +68,13 @@ def test_rounded_activations(bits, group_size, activation_bits):
     rounded = (x / scale).round().clamp(-half, half - 1) * scale
     assert relative_error(layer(x), reference_matmul(rounded, weight, bias)) < 1e-6
     assert_same(layer.codes(), weight)
-    assert layer.packed_bytes() == 32 * 128 + weight.scale.nbytes
     assert_same(layer.bfloat16().codes(), weight)
     assert f"activation_bits={activation_bits}" in repr(layer)
 
 
-def test_rounded_activations_take_symmetric_weights():
-    with pytest.raises(ValueError, match="symmetric weights, found zero points"):
-        QuantLinear(random_weight(32, 64, 4, 32, symmetric=False), activation_bits=8)
+def test_activations_that_are_not_rounded_so_are_refused():
+    with pytest.raises(ValueError, match="8-bit weights without zero points only"):
+        QuantLinear(random_weight(32, 64, 8, 32, symmetric=False), activation_bits=8)
     with pytest.raises(ValueError, match="2 to 8 bits, found 16"):
         QuantLinear(random_weight(32, 64, 4, 32), activation_bits=16)
 

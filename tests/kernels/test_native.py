@@ -12,6 +12,7 @@ from weights import random_weight, relative_error
 
 from compress.kernels import native
 from compress.kernels.cpu import cpu_matmul, pack_cpu
+from compress.kernels.linear import QuantLinear
 from compress.kernels.reference import reference_matmul
 from compress.kernels.user_cache import cache_directory, cache_path, write_atomically
 
@@ -39,11 +40,15 @@ def test_a_second_process_finds_what_the_first_one_compiled(home, monkeypatch):
 
 
 @compiled
-def test_another_source_is_compiled_anew(home, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["tiles.cpp", "quads.cpp", "vectors.h"])
+def test_another_source_is_compiled_anew(home, monkeypatch, tmp_path, name):
     native.kernels()
-    other = tmp_path / "tiles.cpp"
-    other.write_text(native.SOURCE.read_text() + "// changed\n")
-    monkeypatch.setattr(native, "SOURCE", other)
+    for path in (*native.SOURCES, *native.HEADERS):
+        other = tmp_path / path.name
+        other.write_text(path.read_text() + "// changed\n" * (path.name == name))
+    for group in ("SOURCES", "HEADERS"):
+        paths = getattr(native, group)
+        monkeypatch.setattr(native, group, tuple(tmp_path / path.name for path in paths))
     native._outcome.cache_clear()
     assert native.kernels() is not None
     assert len(list(home.iterdir())) == 2
@@ -122,12 +127,18 @@ def test_a_processor_without_wide_vectors_gets_the_same_products(home, monkeypat
     flags = tuple("-march=x86-64" if "-march" in flag else flag for flag in native.FLAGS)
     monkeypatch.setattr(native, "FLAGS", flags)
     assert not native.kernels().takes_bf16()
+    assert not native.kernels().takes_quads()
     for bits, rows in ((3, 1), (8, 7)):
         weight = random_weight(70, 66, bits, 32, False, dtype)
         x = torch.randn(rows, 66).to(dtype)
         y = cpu_matmul(x, pack_cpu(weight, dtype, "tiles"))
         limit = 1e-6 if dtype == torch.float32 else 2**-8
         assert relative_error(y, reference_matmul(x, weight)) < limit
+        layer = QuantLinear(random_weight(70, 66, bits, 32, True, dtype), None, dtype, 8)
+        values, scale = native.kernels().round_tokens(x, 127.5, 128)
+        y = layer(x)
+        expected = reference_matmul(values.double() * scale[:, None].double(), layer.codes())
+        assert relative_error(y, expected) < limit
 
 
 GUARDED = """
@@ -136,7 +147,8 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from dataclasses import replace
 from weights import random_weight, relative_error
-from compress.kernels.cpu import cpu_matmul, pack_cpu
+from compress.kernels.activations import integer_matmul, quantize_tokens
+from compress.kernels.cpu import cpu_matmul, pack_cpu, pack_integers
 from compress.kernels.reference import reference_matmul
 
 mprotect, kept = ctypes.CDLL(None).mprotect, []
@@ -167,6 +179,13 @@ for bits in (2, 3, 4, 8):
                 y = cpu_matmul(x, replace(packed, **tensors))
                 terms = x.abs().double().sum(1, keepdim=True)
                 assert ((y - reference_matmul(x, weight)).abs() <= 2**-6 * terms).all()
+
+                packed = pack_integers(weight)
+                tensors = {name: last(getattr(packed, name)) for name in tensors}
+                values, scale = map(last, quantize_tokens(x, 8))
+                y = integer_matmul(values, scale, replace(packed, **tensors), None, torch.float32)
+                expected = reference_matmul(values.double() * scale.double()[:, None], weight)
+                assert ((y - expected).abs() <= 2**-6 * terms).all()
 print("read", len(kept))
 """
 
@@ -179,7 +198,7 @@ def test_nothing_is_read_beyond_its_end():
         [sys.executable, "-c", GUARDED, str(Path(__file__).parent)], capture_output=True, text=True
     )
     assert child.returncode == 0, child.stderr
-    assert child.stdout == "read 168\n"
+    assert child.stdout == "read 384\n"
 
 
 def test_the_cache_is_where_the_specification_says(monkeypatch, tmp_path):

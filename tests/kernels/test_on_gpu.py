@@ -11,7 +11,8 @@ from weights import random_weight, relative_error
 pytest.importorskip("triton")
 
 from compress.kernels import tuning
-from compress.kernels.activations import integer_matmul, pack_integers, quantize_tokens
+from compress.kernels.activations import integer_matmul, quantize_tokens
+from compress.kernels.cpu import pack_integers
 from compress.kernels.hadamard import hadamard_
 from compress.kernels.layout import pack_kernel
 from compress.kernels.linear import QuantLinear
@@ -100,9 +101,11 @@ def test_integer_products_are_those_of_the_cpu(group_size):
     assert relative_error(again.cpu(), y.double()) < 1e-6
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 128)])
-def test_rounded_activations_are_those_of_the_cpu(bits, group_size):
-    layer = QuantLinear(random_weight(N, K, bits, group_size), None, torch.float16, 8)
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric"), [(8, None, True), (4, 128, True), (4, 128, False)]
+)
+def test_rounded_activations_are_those_of_the_cpu(bits, group_size, symmetric):
+    layer = QuantLinear(random_weight(N, K, bits, group_size, symmetric), None, torch.float16, 8)
     x = normal(40, K)
     expected = layer(x)
     found = layer.to("cuda")(x.cuda()).cpu()

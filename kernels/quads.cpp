@@ -1,0 +1,197 @@
+// Products of integers: rows of x rounded to int8, weights in the "quads" layout of cpu_integers.py.
+//
+//     packed [tiles, ceil(K / 4), 32 * BITS bytes]: inputs k .. k + 3 of 64 outputs
+//         lane i of a vector is four bytes, byte j is of input k + j
+//         8 bits   four vectors; vector f holds outputs 16 f + i
+//         4 bits   two vectors; the low half of a byte of vector h is of output 32 h + i, the high
+//                  half of output 32 h + 16 + i
+//         2 bits   one vector; bits 2 f, 2 f + 1 of a byte are of output 16 f + i
+//     scale [G, N] fp32, bf16 or fp16; zero [G, N] bytes, or null and z = MIDDLE everywhere
+//     y [M, N] = token_scale[m] * sum over g of scale_g * sum over k in g of x[m, k] * (c[k, n] - z)
+//
+// The inner sum is exact: codes, which have no sign, meet x in the processor's product of four
+// bytes (AVX512-VNNI), and a sum starts at -z times the sum of x. It runs modulo 2^32, so that only
+// its end has to fit.
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int AHEAD = 4096;  // bytes between what is loaded and what is fetched
+
+struct Integers {
+    const uint32_t* x;  // as `arrange` leaves it
+    const int32_t* sums;  // of x: [M, G]
+    const float* token_scale;
+    const uint8_t* packed;
+    const void* scale;
+    int scale_kind;
+    const uint8_t* zero;
+    float* y;
+    long M, N, K, group;
+    int middle;
+};
+
+// to[64] += the four products of a quad of x and quads of codes
+inline void add_quads(ints* to, uint32_t x, const ints* c) {
+#if defined(__AVX512VNNI__)
+    const __m512i xs = _mm512_set1_epi32(int(x));
+    for (int f = 0; f < PARTS; f++)
+        to[f] = (ints)_mm512_dpbusd_epi32((__m512i)to[f], (__m512i)c[f], xs);
+#endif
+}
+
+// The codes of four inputs, 64 outputs each, in the order of the outputs.
+template <int BITS>
+inline void quads(const uint8_t* from, ints* c) {
+    constexpr int EACH = 8 / BITS, MASK = int(0x01010101u * ((1u << BITS) - 1));
+    for (int f = 0; f < PARTS; f++) {
+        ints v;
+        std::memcpy(&v, from + f / EACH * sizeof v, sizeof v);
+        c[f] = BITS == 8 ? v : (v >> (f % EACH * BITS)) & MASK;
+    }
+}
+
+// Rows [m, m + MR) of y, 64 outputs.
+template <int BITS, int MR>
+void block(const Integers& p, long tile, long m) {
+    const long n = tile * WIDE, steps = (p.K + 3) / 4, groups = (p.K + p.group - 1) / p.group;
+    const uint32_t* x = p.x + m * steps;
+    const uint8_t* from = p.packed + tile * steps * 32 * BITS;
+    floats total[MR][PARTS] = {};
+    for (long g = 0; g < groups; g++) {
+        const long stop = (g + 1) * p.group < p.K ? (g + 1) * p.group : p.K;
+        ints part[MR][PARTS], z[PARTS];
+        zero_points(p.zero, p.middle, g * p.N + n, inside(n, p.N), z);
+        for (int r = 0; r < MR; r++)
+            for (int f = 0; f < PARTS; f++) part[r][f] = z[f] * -p.sums[(m + r) * groups + g];
+        for (long k = g * p.group; k < stop; k += 4, x += MR, from += 32 * BITS) {
+            for (int line = 0; line < 32 * BITS; line += 64) __builtin_prefetch(from + AHEAD + line);
+            ints c[PARTS];
+            quads<BITS>(from, c);
+            for (int r = 0; r < MR; r++) add_quads(part[r], x[r], c);
+        }
+        floats s[PARTS];
+        numbers(p.scale, p.scale_kind, g * p.N + n, inside(n, p.N), s);
+        for (int r = 0; r < MR; r++)
+            for (int f = 0; f < PARTS; f++)
+                total[r][f] += __builtin_convertvector(part[r][f], floats) * s[f];
+    }
+    for (int r = 0; r < MR; r++) {
+        for (int f = 0; f < PARTS; f++) total[r][f] *= p.token_scale[m + r];
+        std::memcpy(p.y + (m + r) * p.N + n, total[r], inside(n, p.N) * sizeof(float));
+    }
+}
+
+template <int BITS>
+void run(const Integers& p, int threads) {
+    const long tiles = (p.N + WIDE - 1) / WIDE;
+    const Blocks blocks(p.M);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long tile = 0; tile < tiles; tile++) {
+        long m = 0;
+        for (long b = 0; b < blocks.count; m += blocks.size(b++)) {
+            switch (blocks.size(b)) {
+                case 1: block<BITS, 1>(p, tile, m); break;
+                case 2: block<BITS, 2>(p, tile, m); break;
+                case 3: block<BITS, 3>(p, tile, m); break;
+                case 4: block<BITS, 4>(p, tile, m); break;
+                case 5: block<BITS, 5>(p, tile, m); break;
+                case MOST: block<BITS, MOST>(p, tile, m); break;
+            }
+        }
+    }
+}
+
+// Rows [m, m + rows) of x as `block` reads them: for each four inputs all rows; 0 beyond K.
+void arrange(const int8_t* x, long rows, long K, uint32_t* out) {
+    for (long k = 0; k < K; k += 4) {
+        const long bytes = K - k < 4 ? K - k : 4;
+        for (long r = 0; r < rows; r++, out++) {
+            *out = 0;
+            std::memcpy(out, x + r * K + k, bytes);
+        }
+    }
+}
+
+void arrange_all(const int8_t* x, const Blocks& blocks, long K, long group, uint32_t* out,
+                 int32_t* sums, int threads) {
+    const long groups = (K + group - 1) / group, steps = (K + 3) / 4;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long b = 0; b < blocks.count; b++) {
+        const long m = blocks.before(b);
+        arrange(x + m * K, blocks.size(b), K, out + m * steps);
+        for (long r = m; r < m + blocks.size(b); r++)
+            for (long g = 0; g < groups; g++) {
+                const long stop = (g + 1) * group < K ? (g + 1) * group : K;
+                int32_t sum = 0;
+                for (long k = g * group; k < stop; k++) sum += x[r * K + k];
+                sums[r * groups + g] = sum;
+            }
+    }
+}
+
+// ---- rounding -----------------------------------------------------------------------------------
+
+template <int KIND>
+inline uint32_t bits_of(const void* x, long i) {
+    const float f = number<KIND>(x, i);
+    uint32_t bits;
+    std::memcpy(&bits, &f, sizeof bits);
+    return bits;
+}
+
+// One token: its scale, largest / steps, and x / scale to the nearest integer in [-half, half).
+// As integers, sizes are in the order of the floats, with infinities and NaN above all others.
+template <int KIND>
+void round_token(const void* x, long at, long K, float steps, float half, int8_t* q, float* scale) {
+    uint32_t largest = 0;
+    for (long k = at; k < at + K; k++) {
+        const uint32_t size = bits_of<KIND>(x, k) & 0x7fffffff;
+        largest = size > largest ? size : largest;
+    }
+    *scale = as_float(largest) / steps;
+    const float divisor = *scale < 1e-30f ? 1e-30f : *scale;
+    for (long k = at; k < at + K; k++) {
+        float v = __builtin_rintf(number<KIND>(x, k) / divisor);
+        v = v > -half ? v : -half;  // also NaN, whose scale is no number either
+        q[k] = int8_t(int32_t(v < half - 1 ? v : half - 1));
+    }
+}
+
+}  // namespace
+
+// Whether this processor multiplies quads.
+extern "C" int modelpress_takes_quads() {
+#if defined(__AVX512VNNI__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// x int8 [M, K]; group is a multiple of 4, or there is one; work holds [M, ceil(K / 4)] words, then
+// [M, G] sums.
+extern "C" void modelpress_quads_matmul(const int8_t* x, const float* token_scale, uint32_t* work,
+                                        const uint8_t* packed, const void* scale, int scale_kind,
+                                        const uint8_t* zero, float* y, long M, long N, long K,
+                                        long group, int bits, int middle, int threads) {
+    int32_t* sums = reinterpret_cast<int32_t*>(work + M * ((K + 3) / 4));
+    arrange_all(x, Blocks(M), K, group, work, sums, threads);
+    const Integers p{work, sums, token_scale, packed, scale, scale_kind, zero,
+                     y,    M,    N,           K,      group, middle};
+    if (bits == 2) run<2>(p, threads);
+    if (bits == 4) run<4>(p, threads);
+    if (bits == 8) run<8>(p, threads);
+}
+
+// x [M, K] to int8 [M, K] and one scale for each row.
+extern "C" void modelpress_round_tokens(const void* x, int kind, long M, long K, float steps,
+                                        float half, int8_t* q, float* scale, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long m = 0; m < M; m++) {
+        if (kind == FP32) round_token<FP32>(x, m * K, K, steps, half, q, scale + m);
+        if (kind == BF16) round_token<BF16>(x, m * K, K, steps, half, q, scale + m);
+        if (kind == FP16) round_token<FP16>(x, m * K, K, steps, half, q, scale + m);
+    }
+}

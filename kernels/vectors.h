@@ -1,0 +1,81 @@
+// What tiles.cpp and quads.cpp share: vectors, numbers as files hold them, rows in blocks.
+//
+// Vectors are those of GCC and Clang, which any processor has.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16, WIDE = 64, PARTS = WIDE / LANES;  // a tile has 64 outputs
+constexpr int MOST = 6;  // rows multiplied at once: 24 vectors of sums, of 32 registers
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+
+enum Kind { FP32 = 0, BF16 = 1, FP16 = 2 };
+
+inline float as_float(uint32_t bits) {
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+// An fp16 is an fp32 whose exponent is 112 too small; of infinity and NaN, 224; a subnormal one is
+// what it adds to 2^-14, so that it is kept where a process flushes subnormal floats to 0.
+template <int KIND>
+inline float number(const void* from, long i) {
+    if constexpr (KIND == FP32) return static_cast<const float*>(from)[i];
+    const uint32_t bits = static_cast<const uint16_t*>(from)[i];
+    if constexpr (KIND == BF16) return as_float(bits << 16);
+    const uint32_t one = bits & 0x7c00 ? 0 : 1u << 23;
+    const uint32_t more = (bits & 0x7c00) == 0x7c00 ? 224u << 23 : 112u << 23;
+    const float size = as_float(((bits & 0x7fff) << 13) + more + one);
+    const float rest = size - as_float(one * 113);
+    return bits & 0x8000 ? -rest : rest;
+}
+
+// Numbers [at, at + count) of an array, then zeros: 64 in all.
+inline void numbers(const void* from, int kind, long at, long count, floats* v) {
+    alignas(64) float values[WIDE] = {};
+    if (kind == BF16) {
+        for (long i = 0; i < count; i++) values[i] = number<BF16>(from, at + i);
+    } else if (kind == FP16) {
+        for (long i = 0; i < count; i++) values[i] = number<FP16>(from, at + i);
+    } else {
+        for (long i = 0; i < count; i++) values[i] = number<FP32>(from, at + i);
+    }
+    std::memcpy(v, values, sizeof values);
+}
+
+// Zero points [at, at + count), then `middle`, which all of them are if there is no array.
+inline void zero_points(const uint8_t* from, int middle, long at, long count, ints* v) {
+    alignas(64) int32_t values[WIDE];
+    if (from == nullptr) count = 0;
+    for (long i = 0; i < count; i++) values[i] = from[at + i];
+    for (long i = count; i < WIDE; i++) values[i] = middle;
+    std::memcpy(v, values, sizeof values);
+}
+
+inline long inside(long n, long N) { return N - n < WIDE ? N - n : WIDE; }
+
+// How rows are multiplied: blocks of up to MOST of them, whose sizes differ by one at most, the
+// smaller ones first.
+struct Blocks {
+    long rows, count;
+
+    explicit Blocks(long rows) : rows(rows), count((rows + MOST - 1) / MOST) {}
+
+    int size(long block) const { return int(rows / count + (block >= small())); }
+    long before(long block) const {  // rows
+        return block * (rows / count) + (block > small() ? block - small() : 0);
+    }
+    long small() const { return count - rows % count; }
+};
+
+}  // namespace
