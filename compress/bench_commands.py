@@ -10,7 +10,14 @@ import typer
 
 from compress.console import bench_table, console, stdout_for, write_json
 from compress.errors import UsageError
-from compress.options import DebugOption, DeviceOption, JsonOption, OutputFileOption, SeedOption
+from compress.options import (
+    DebugOption,
+    DenseOption,
+    DeviceOption,
+    JsonOption,
+    OutputFileOption,
+    SeedOption,
+)
 
 bench = typer.Typer(no_args_is_help=True, help="Time and memory, beside what the method needs.")
 
@@ -161,6 +168,7 @@ def bench_pruning(
     keep: Annotated[str, typer.Option(metavar="A,B,C", help="Shares kept.")] = "1,0.5,0.25,0.1",
     new_tokens: Annotated[int, typer.Option(min=1, help="Decoded after each prefill.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Samples of each figure.")] = 5,
+    dense: DenseOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     output: OutputFileOption = None,
@@ -178,7 +186,7 @@ def bench_pruning(
     settings = PruningBench(
         model=model, width=width, layers=layers, visual_tokens=visual_tokens,
         text_tokens=text_tokens, image=image, method=method, keep=parse_shares(keep),
-        new_tokens=new_tokens, repeats=repeats, seed=seed, device=device,
+        new_tokens=new_tokens, repeats=repeats, dense=dense, seed=seed, device=device,
     )  # fmt: skip
     with stdout_for(json) as emit:
         result = measure(settings)

@@ -39,7 +39,8 @@ READ_BYTES, READ_SECONDS = 2**28, 1.0
 class PruningBench:
     """What is measured: a checkpoint in `model`, or a random LLaVA of the given sizes.
 
-    `visual_tokens` is a square number, `image` the side in pixels of a checkpoint's image.
+    `visual_tokens` is a square number, `image` the side in pixels of a checkpoint's image; `dense`
+    expands a checkpoint's quantised linears.
     """
 
     model: str | None = None
@@ -53,6 +54,7 @@ class PruningBench:
     keep: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
     new_tokens: int = 16
     repeats: int = 5
+    dense: bool = False
     seed: int = 0
     device: str = "cpu"
 
@@ -60,6 +62,8 @@ class PruningBench:
         """UsageError for values that make no model or no measurement."""
         if not self.keep or not all(0 < keep <= 1 for keep in self.keep):
             raise UsageError(f"keep: expected shares in (0, 1], found {list(self.keep)}")
+        if self.model is None and self.dense:
+            raise UsageError("a random model has no quantised linears: leave out --dense")
         if self.model is None and self.width % HEAD_SIZE:
             raise UsageError(
                 f"width {self.width}: expected a multiple of {HEAD_SIZE}, the size of a head"
@@ -186,7 +190,8 @@ def _subject(bench: PruningBench) -> tuple[Any, Any, dict[str, Any]]:
     from compress.pruning.samples import prompt_inputs
 
     dtype = None if bench.device.startswith("cuda") else torch.float32
-    model, processor = load(bench.model, bench.device, dtype, prune=False)
+    packed = False if bench.dense else None
+    model, processor = load(bench.model, bench.device, dtype, prune=False, packed=packed)
     family_of(model)
     draw = np.random.default_rng(bench.seed)
     picture = Image.fromarray(draw.integers(0, 256, (bench.image, bench.image, 3), dtype=np.uint8))

@@ -18,7 +18,14 @@ from compress.console import (
 )
 from compress.errors import UsageError, did_you_mean
 from compress.eval.report import format_bytes
-from compress.options import DebugOption, DeviceOption, JsonOption, ModelArgument, SeedOption
+from compress.options import (
+    DebugOption,
+    DenseOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+)
 
 
 def export(
@@ -86,6 +93,7 @@ def generate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.0,
+    dense: DenseOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     debug: DebugOption = False,
@@ -100,7 +108,7 @@ def generate(
 
     check_device(device)
     pictures = [open_image(path, f"image {path}") for path in image or ()]
-    loaded, processor = load(model, device=device)
+    loaded, processor = load(model, device=device, packed=False if dense else None)
     tokenizer = getattr(processor, "tokenizer", processor)  # of a multimodal model
     if pictures and tokenizer is processor:
         raise UsageError(f"{model} reads text alone: leave out --image")

@@ -37,6 +37,7 @@ from compress.options import (
     AverageBitsOption,
     BudgetOption,
     DebugOption,
+    DenseOption,
     DeviceOption,
     JsonOption,
     ModelArgument,
@@ -198,6 +199,7 @@ def evaluate(
     pictures: Annotated[
         Path | None, typer.Option(help="Folder for pictures of pruned patches.")
     ] = None,
+    dense: DenseOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     output: OutputFileOption = None,
@@ -215,7 +217,7 @@ def evaluate(
             model, tasks=names, include_path=include_path, perplexity=perplexity, length=length,
             stride=stride, bos=bos, tokens=tokens, per_document=per_document,
             text_field=text_field, baseline=baseline, limit=limit, batch_size=batch_size,
-            num_fewshot=num_fewshot, seed=seed, device=device, pictures=pictures,
+            num_fewshot=num_fewshot, dense=dense, seed=seed, device=device, pictures=pictures,
         )  # fmt: skip
         if emit:
             emit(scores)

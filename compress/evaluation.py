@@ -35,6 +35,7 @@ def evaluate(
     limit: int | float | None = None,
     batch_size: int = 8,
     num_fewshot: int | None = None,
+    dense: bool = False,
     seed: int = 0,
     device: str = "cpu",
     pictures: str | Path | None = None,
@@ -51,18 +52,21 @@ def evaluate(
         bos: put the tokenizer's BOS in front of each window.
         tokens: only the first so many tokens of the text.
         per_document: each document on its own, cut to `length`, instead of one stream.
+        dense: whether the model's quantised linears are expanded instead of running packed.
         pictures: a folder for pictures of kept, pruned and recycled patches.
 
     Raises:
         UsageError: nothing to evaluate, no such model, task or dataset, or no BOS token.
         CheckpointError: a damaged checkpoint.
     """
-    return Evaluator(
+    evaluator = Evaluator(
         tasks=tasks, include_path=include_path, perplexity=perplexity, length=length,
         stride=stride, bos=bos, tokens=tokens, per_document=per_document, text_field=text_field,
         baseline=baseline, limit=limit, batch_size=batch_size, num_fewshot=num_fewshot, seed=seed,
         device=device,
-    ).measure(model, pictures=None if pictures is None else Path(pictures))  # fmt: skip
+    )  # fmt: skip
+    drawn = None if pictures is None else Path(pictures)
+    return evaluator.measure(model, dense=dense, pictures=drawn)
 
 
 class Evaluator:
@@ -112,19 +116,24 @@ class Evaluator:
         self,
         model: str | Path,
         *,
+        dense: bool = False,
         seed: int | None = None,
         pictures: Path | None = None,
     ) -> dict[str, Any]:
         """The figures of one checkpoint, beside the baseline's.
 
         Args:
+            dense: whether its quantised linears are expanded.
             seed: instead of the evaluator's.
             pictures: a folder for pictures of what was pruned, if the model prunes visual tokens.
         """
         from compress.checkpoint.loading import load
 
-        loaded, processor = load(model, self.device, self._dtype())
-        return self.measure_loaded(loaded, processor, str(model), seed=seed, pictures=pictures)
+        loaded, processor = load(model, self.device, self._dtype(), packed=False if dense else None)
+        scores = self.measure_loaded(loaded, processor, str(model), seed=seed, pictures=pictures)
+        if dense:
+            scores["conditions"]["dense"] = True
+        return scores
 
     def measure_loaded(
         self,

@@ -57,6 +57,9 @@ WidthsOption = Annotated[
     str | None, typer.Option("--widths", metavar="2,3,4", help="Bits that a layer may have.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
+DenseOption = Annotated[
+    bool, typer.Option("--dense", help="Expand quantised linears: no packed kernels, more memory.")
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")
 ]

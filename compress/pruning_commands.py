@@ -16,7 +16,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from compress.console import console, pairs_table, print_lines, stdout_for
 from compress.errors import UsageError
-from compress.options import DebugOption, DeviceOption, JsonOption, ModelArgument, SeedOption
+from compress.options import (
+    DebugOption,
+    DenseOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+)
 from compress.pruning.trials import SearchObserver, Trial
 
 if TYPE_CHECKING:
@@ -50,6 +57,7 @@ def search_pruning(
     save: Annotated[
         bool, typer.Option("--save", help="Keep the strategy in the model's folder, too.")
     ] = False,
+    dense: DenseOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     resume: Annotated[bool, typer.Option(help="Go on with the trials that are there.")] = True,
@@ -78,7 +86,8 @@ def search_pruning(
     if str(data) != DEMO_SCENES and not data.is_file():
         raise UsageError(f"--data: no such file: {data}")
     with stdout_for(json) as emit:
-        loaded, processor = load(model, device=device, prune=False)
+        packed = False if dense else None
+        loaded, processor = load(model, device=device, prune=False, packed=packed)
         family_of(loaded)  # refuses a text model, whose tokenizer takes no images
         prompts = read_samples(data, processor, samples, seed)
         if layers is not None:

@@ -5,8 +5,10 @@
     )
 
 works on a folder or hub id that is quantised already, as compressed-tensors `pack-quantized` or
-`int-quantized`, or GPTQ. Importing this file registers the two classes with transformers, by its
-public functions; it changes nothing in transformers that was there before.
+`int-quantized`, or GPTQ. (`compress.load` also reads sections that compressed-tensors itself, which
+transformers asks first, knows no longer: act-order "group".) Importing this file registers the two
+classes with transformers, by its public functions; it changes nothing in transformers that was
+there before.
 
 How weights get in: linears that the files hold packed are taken out of the empty model, so that
 transformers loads all the rest; then each is read, packed for its device, and put in its place. A
@@ -25,7 +27,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from compress.checkpoint.gptq import FUSED
-from compress.checkpoint.packed import PackedLinears, UnpackableError
+from compress.checkpoint.packed import OTHERWISE, PackedLinears, UnpackableError
 from compress.errors import UsageError
 from compress.kernels.fused import SharedLinear, fuse_linears
 from compress.kernels.layout import Codes
@@ -190,7 +192,7 @@ class ModelpressQuantizer(HfQuantizer):
         if self.linears.schemes[name].activation_bits is not None:
             raise UnpackableError(
                 f"{self.linears.folder}: {name} has quantised activations, which a dense linear "
-                f"would leave out: keep it packed, or load it without ModelpressConfig"
+                f"would leave out: keep it packed, without packed=False (--dense)"
             )
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -247,7 +249,7 @@ def find_places(model: Any, linears: PackedLinears) -> dict[str, str]:
             found = "nothing of that name" if linear is None else f"a {type(linear).__name__}"
             raise UnpackableError(
                 f"{linears.folder}: {name} is packed, but the model has {found}, not a plain "
-                f"linear: load it with packed=False"
+                f"linear: {OTHERWISE}"
             )
         if f"{place}.weight" in tied:
             raise UnpackableError(
@@ -255,8 +257,10 @@ def find_places(model: Any, linears: PackedLinears) -> dict[str, str]:
                 f"set tie_word_embeddings to false"
             )
         linears.check(name, (linear.out_features, linear.in_features))
-        bias = linears.bias(name) if linear.bias is None else None
-        if bias is not None and bias.any():  # zeros, as old GPTQ writers leave them, say nothing
+        bias = linears.bias(name)  # a NaN in it is told here, wherever it is read later
+        if (
+            bias is not None and linear.bias is None and bias.any()
+        ):  # zeros, as old GPTQ writers leave them, say nothing
             raise UnpackableError(
                 f"{linears.folder}: {name} has a bias, the model's linear has none"
             )

@@ -202,11 +202,35 @@ def _(x, packed, scale, zero, bias, bits, group_size):
 def _pack_tiles(codes: Tensor, bits: int) -> Tensor:
     """Codes [N, K] -> uint8 [ceil(N / 64), ceil(K / 2), 16 * bits]; padding is 0."""
     N, K = codes.shape
-    padded = pad(codes, (0, K % 2, 0, -N % native.TILE))
-    pairs = padded.view(-1, native.TILE, (K + 1) // 2, 2).permute(0, 2, 3, 1)
-    low = 2 if bits == 3 else bits
-    packed = _join(pairs & (2**low - 1), low)
-    return packed if bits != 3 else torch.cat([packed, _join(pairs >> 2, 1)], dim=-1)
+    # outputs are joined where they lie, so that bytes move and not codes
+    lanes = pad(codes, (0, K % 2, 0, -N % native.TILE)).view(
+        -1, native.TILE // LANES, LANES, K + K % 2
+    )
+    if bits != 3:
+        return _of_pairs(_join(lanes, bits))
+    high = _join(lanes >> 2, 1).unflatten(-1, (-1, 2))
+    high = high[..., 0] | high[..., 1] << 4
+    return torch.cat([_of_pairs(_join(lanes & 3, 2)), high[:, 0].transpose(1, 2)], dim=-1)
+
+
+def _join(lanes: Tensor, bits: int) -> Tensor:
+    """[tiles, 4, 16, K] -> [tiles, 4 * bits / 8, 16, K]: bytes of codes 16 outputs apart.
+
+    One at least: four codes of 1 bit leave its upper half free.
+    """
+    each = min(8 // bits, lanes.shape[1])
+    parts = lanes.unflatten(1, (-1, each))
+    packed = parts[:, :, 0].clone()
+    for i in range(1, each):
+        packed |= parts[:, :, i] << (i * bits)
+    return packed
+
+
+def _of_pairs(packed: Tensor) -> Tensor:
+    """[tiles, vectors, 16, K] -> [tiles, K / 2, 32 * vectors]: one input after another."""
+    tiles, vectors, _, K = packed.shape
+    inputs = packed.view(tiles, vectors * LANES, K).transpose(1, 2).contiguous()
+    return inputs.view(tiles, K // 2, 2 * vectors * LANES)
 
 
 def _unpack_tiles(packed: Tensor, bits: int) -> Tensor:
@@ -218,18 +242,8 @@ def _unpack_tiles(packed: Tensor, bits: int) -> Tensor:
     return codes.permute(0, 3, 1, 2).reshape(len(packed) * native.TILE, -1)
 
 
-def _join(codes: Tensor, bits: int) -> Tensor:
-    """[..., 2, 64] -> [..., 16 * bits]: a byte holds codes that are LANES outputs apart."""
-    each = 8 // bits
-    parts = codes.reshape(*codes.shape[:-2], -1, each, LANES)
-    packed = parts[..., 0, :].clone()
-    for i in range(1, each):
-        packed |= parts[..., i, :] << (i * bits)
-    return packed.flatten(-2)
-
-
 def _part(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `_join`."""
+    """Bytes of codes 16 outputs apart: [..., 16 * bits] -> [..., 2, 64]."""
     lanes = packed.unflatten(-1, (-1, 1, LANES))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)[:, None]
     codes = (lanes >> shifts) & (2**bits - 1)

@@ -5,8 +5,9 @@ word i // 32. A code may straddle two words; only the end of a row is padded, wi
 
     codes  [N, K] in [0, 2^b - 1]   ->   words  [N, ceil(K*b / 32)] int32
 
-Eight codes of b bits are exactly b bytes. So eight codes are put together in one 64-bit integer,
-whose b low bytes are their part of the stream: no width needs a case of its own.
+Eight codes of b bits are exactly b bytes. So the eight bytes of a 64-bit integer, a code each, are
+put together by twos, these by twos, and these: its b low bytes are then their part of the stream.
+Reading goes the other way, and no width needs a case of its own.
 This is the layout of compressed-tensors `weight_packed`; GPTQ `qweight` is its transpose.
 
     words = pack_rows(codes, bits=3)
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 WIDTHS = range(2, 9)
-BLOCK_CODES = 1 << 20  # unpacked at a time: what is needed on the way stays in the cache
+WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # what holds eight codes, where it can
+BLOCK_CODES = 1 << 20  # treated at a time: what is needed on the way stays in the cache
 
 
 def packed_columns(columns: int, bits: int) -> int:
@@ -40,17 +42,11 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(
             f"codes of {bits} bits must lie in [0, {2**bits - 1}], found [{low}, {high}]"
         )
-    blocks = -(-columns // 32)  # 32 codes fill `bits` whole words
-    if blocks * 32 > columns:
-        codes = torch.nn.functional.pad(codes, (0, blocks * 32 - columns))
-    eights = codes.contiguous().view(rows, blocks * 4, 8)
-
-    stream = eights[..., 0].to(torch.int64, copy=True)
-    for i in range(1, 8):  # bits = 8 reaches the sign bit; the bytes are right all the same
-        stream |= eights[..., i].to(torch.int64) << (i * bits)
-    octets = stream.view(torch.uint8).view(rows, blocks * 4, 8)[..., :bits]
-    words = octets.reshape(rows, blocks * 4 * bits).view(torch.int32)
-    return words[:, : packed_columns(columns, bits)].contiguous()
+    words = torch.empty(rows, packed_columns(columns, bits), dtype=torch.int32, device=codes.device)
+    step = max(1, BLOCK_CODES // max(columns, 1))
+    for start in range(0, rows, step):
+        words[start : start + step] = _pack(codes[start : start + step], bits)
+    return words
 
 
 def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -72,18 +68,51 @@ def unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes
 
 
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    rows, columns = codes.shape
+    blocks = -(-columns // 32)  # 32 codes fill `bits` whole words
+    padded = torch.zeros(rows, blocks * 32, dtype=torch.uint8, device=codes.device)
+    padded[:, :columns] = codes
+    stream = padded.view(torch.int64)
+    for width in (16, 32, 64) if bits < 8 else ():
+        _move(stream, bits, width, width // 2, bits * width // 16)
+    if bits in WHOLE:
+        words = stream.to(WHOLE[bits]).view(torch.int32)
+    else:
+        octets = stream.view(torch.uint8).view(rows, blocks * 4, 8)[..., :bits]
+        words = octets.reshape(rows, blocks * 4 * bits).view(torch.int32)
+    return words[:, : packed_columns(columns, bits)]
+
+
 def _unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     rows, words = packed.shape
     blocks = -(-columns // 32)
     if blocks * bits > words:
         packed = torch.nn.functional.pad(packed, (0, blocks * bits - words))
-    octets = packed.contiguous().view(torch.uint8).view(rows, blocks * 4, bits)
-    stream = torch.nn.functional.pad(octets, (0, 8 - bits)).view(torch.int64).squeeze(-1)
+    if bits in WHOLE:
+        # a copy begins at a whole integer, whatever tensor the words are part of
+        stream = packed.flatten().clone().view(WHOLE[bits]).to(torch.int64)
+    else:
+        octets = packed.contiguous().view(torch.uint8).view(rows, blocks * 4, bits)
+        stream = torch.nn.functional.pad(octets, (0, 8 - bits)).view(torch.int64).squeeze(-1)
+    for width in (64, 32, 16) if bits < 8 else ():
+        _move(stream, bits, width, bits * width // 16, width // 2)
+    return stream.view(torch.uint8).view(rows, blocks * 32)[:, :columns]
 
-    codes = torch.empty(rows, blocks * 4, 8, dtype=torch.uint8, device=packed.device)
-    for i in range(8):  # the mask drops what an arithmetic shift of a negative number brings in
-        codes[..., i] = (stream >> (i * bits)) & (2**bits - 1)
-    return codes.view(rows, blocks * 32)[:, :columns]
+
+def _move(stream: Tensor, bits: int, width: int, found: int, to: int) -> None:
+    """In each lane of `width` bits, the upper half of its codes from bit `found` to bit `to`."""
+    mask = _in_every_lane(2 ** (bits * width // 16) - 1, width)
+    # the mask also drops what an arithmetic shift of a negative number brings in
+    upper = (stream >> found) & mask
+    stream &= mask
+    stream |= upper << to
+
+
+def _in_every_lane(value: int, width: int) -> int:
+    """The int64 that has `value` in each of its lanes."""
+    both = sum(value << at for at in range(0, 64, width))
+    return both - 2**64 if both >= 2**63 else both
 
 
 def _check(bits: int) -> None:

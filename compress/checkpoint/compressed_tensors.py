@@ -18,10 +18,12 @@ asymmetric scheme with `CompressedTensorsConfig(dequantize=True)`).
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.checkpoint.section import groups_of, has_act_order, strategy_of
 from compress.errors import CheckpointError
 from compress.kernels.packing import pack_rows, unpack_rows
 
@@ -35,14 +37,17 @@ PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight
 class ModuleScheme:
     """How one linear layer is quantised; `group_size` None is one scale per output channel.
 
+    What others may have written, and is never written here:
     activation_bits: of its input, rounded token by token as the model runs; None leaves it as it
-    is, which is all that is written here.
+    is. per_tensor: one scale for all outputs. act_order: each input has a group of its own choice.
     """
 
     bits: int
     group_size: int | None
     symmetric: bool = True
     activation_bits: int | None = None
+    per_tensor: bool = False
+    act_order: bool = False
 
 
 # ---- config.json --------------------------------------------------------------------------------
@@ -101,15 +106,9 @@ def module_schemes(config: dict, names: Iterable[str]) -> dict[str, ModuleScheme
     is taken to mean every linear.
     """
     targets: dict[str, ModuleScheme] = {}
-    for group in (config.get("config_groups") or {}).values():
-        if weights := group.get("weights"):
-            size = weights.get("group_size") or -1  # some write channel as -1, some as null
-            scheme = ModuleScheme(
-                weights["num_bits"],
-                size if size > 0 else None,
-                weights.get("symmetric", True),
-                (group.get("input_activations") or {}).get("num_bits"),
-            )
+    for group in groups_of(config):
+        if group.get("weights") is not None:
+            scheme = _group_scheme(group)
             targets |= {t: targets.get(t, scheme) for t in group["targets"]}
 
     def scheme_of(name: str) -> ModuleScheme | None:
@@ -119,6 +118,20 @@ def module_schemes(config: dict, names: Iterable[str]) -> dict[str, ModuleScheme
         return targets[min(found, key=lambda t: t.startswith("re:"))] if found else None
 
     return {name: scheme for name in names if (scheme := scheme_of(name)) is not None}
+
+
+def _group_scheme(group: dict[str, Any]) -> ModuleScheme:
+    """The scheme of a config group; what it does not say is as compressed-tensors has it."""
+    weights, inputs = group["weights"], group.get("input_activations")
+    size = weights.get("group_size") or -1  # some write channel as -1, some as null
+    return ModuleScheme(
+        weights.get("num_bits", 8),
+        size if size > 0 else None,
+        weights.get("symmetric", True),
+        None if inputs is None else inputs.get("num_bits", 8),
+        strategy_of(weights) == "tensor",
+        has_act_order(weights),
+    )
 
 
 def _matches(target: str, name: str) -> bool:

@@ -25,11 +25,18 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint.compressed_tensors import PACKED_SUFFIXES, module_schemes
-from compress.checkpoint.files import atomic_write
+from compress.checkpoint.files import atomic_write, read_json
 from compress.checkpoint.gguf import GgufFormat
 from compress.checkpoint.gptq import GptqFormat
 from compress.checkpoint.output import COMPANIONS, WORK_FOLDER, check_output, publish
 from compress.checkpoint.safetensors_io import CheckpointReader, parse_size
+from compress.checkpoint.section import (
+    checked_section,
+    extras,
+    groups_of,
+    read_config,
+    strategy_of,
+)
 from compress.errors import CheckpointError, CompressError, UsageError
 from compress.kernels.packing import packed_columns, unpack_rows
 from compress.registry import Registry
@@ -166,8 +173,7 @@ def _copy_companions(folder: Path, final: Path, patterns: tuple[str, ...]) -> No
 
 def _provenance(source: "PackedCheckpoint", result: ExportResult) -> dict[str, Any]:
     """The checkpoint's own history, and what it was exported from."""
-    path = source.folder / PROVENANCE
-    history = _read_json(path) if path.is_file() else {}
+    history = read_json(source.folder / PROVENANCE) or {}
     return history | {
         "bytes": history.get("bytes", {}) | result.bytes,
         "exported_from": {
@@ -215,8 +221,8 @@ class PackedCheckpoint:
         if not folder.is_dir():
             raise UsageError(f"no such model folder: {folder}")
         self.folder = folder
-        self.config = _read_json(folder / "config.json")
-        section = self.config.get("quantization_config") or {}
+        self.config = read_config(folder)
+        section = checked_section(self.config, folder / "config.json")
         _check_section(folder, section)
         self.reader = CheckpointReader(folder)
         packed = [
@@ -284,20 +290,17 @@ def _check_section(folder: Path, section: dict[str, Any]) -> None:
         raise UsageError(
             f"{folder} {found}: export reads packed compressed-tensors, as `run` writes it"
         )
-    groups = list(section.get("config_groups", {}).values())
-    weights = [group.get("weights") or {} for group in groups]
-    extras = {
-        "online rotations": section.get("transform_config"),
-        "a quantised KV cache": section.get("kv_cache_scheme"),
-        "sparse weights": (section.get("sparsity_config") or {}).get("format", "dense") != "dense",
+    groups = groups_of(section)
+    more = extras(section) | {
+        "online rotations": bool(section.get("transform_config")),
         "quantised activations": any(
             group.get("input_activations") or group.get("output_activations") for group in groups
         ),
-        "weights other than integers in groups": any(
-            w.get("type") != "int" or w.get("strategy") not in ("group", "channel") for w in weights
+        "one scale for a whole weight": any(
+            strategy_of(group.get("weights") or {}) == "tensor" for group in groups
         ),
     }
-    for what, found in extras.items():
+    for what, found in more.items():
         if found:
             raise UsageError(f"{folder} has {what}, which other formats cannot hold")
 
@@ -342,17 +345,3 @@ def _rounding_error(source: PackedCheckpoint, name: str, scale: Tensor) -> Tenso
         levels = levels - module.zero_point.unsqueeze(-1)
     error *= levels.any(-1)
     return error.nan_to_num(nan=0.0, posinf=torch.inf) if error.any() else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}: it is not a model folder"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not valid: expected a JSON object")
-    return content

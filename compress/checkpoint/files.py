@@ -5,11 +5,12 @@ with atomic_write(path) as file:
 """
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from compress.errors import CheckpointError
 
@@ -32,6 +33,19 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with suppress(OSError):  # gone after the rename; a failed tidy-up must not hide the error
             temporary.unlink()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, None if there is no file; CheckpointError if it holds no such."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not valid: expected a JSON object")
+    return content
 
 
 def sync_folder(folder: Path) -> None:

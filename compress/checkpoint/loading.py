@@ -14,7 +14,6 @@ strategy was saved with it.
 """
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.checkpoint.compressed_tensors import module_schemes
-from compress.checkpoint.packed import (
+from compress.checkpoint.files import read_json
+from compress.checkpoint.safetensors_io import CheckpointReader
+from compress.checkpoint.section import (
+    checked_section,
     is_packed,
     must_be_compressed,
     needs_own_reader,
-    quantization_section,
+    read_config,
 )
-from compress.checkpoint.safetensors_io import CheckpointReader
 from compress.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ def load(
     path: a folder, or a model id on the hub. dtype: None keeps the checkpoint's. prune: whether a
     strategy saved with the checkpoint is applied; `model.visual_token_pruning` is then its context.
     packed: whether quantised linears stay packed (QuantLinear); False makes all of them dense; None
-    keeps compressed-tensors `pack-quantized` and GPTQ packed and leaves other formats (AWQ, FP8) to
-    transformers.
+    keeps compressed-tensors `pack-quantized`, or of integers with integer activations, and GPTQ
+    packed, and leaves other formats (AWQ, FP8) to transformers.
     fuse: whether packed linears that read the same input run in one launch.
 
     Raises UsageError if there is no such folder and no such id can be reached, and CheckpointError
@@ -77,7 +78,7 @@ def load(
     multimodal = config.model_type in FAMILIES
     kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True}
-    section = quantization_section(config.to_dict())
+    section = checked_section(config.to_dict(), Path(path) / "config.json")
     if packed is None:
         packed = is_packed(section)
     if section and (packed or needs_own_reader(section)):
@@ -130,7 +131,7 @@ def _check_path(path: str | Path) -> None:
         except HFValidationError:
             raise UsageError(f"no such model folder: {path}") from None
         return
-    _read_json(folder, "config.json")
+    checked_section(read_config(folder), folder / "config.json")  # before transformers reads it
     CheckpointReader(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
@@ -163,9 +164,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Returns {"format", "modules": [{"name", "shape", "bits", "group_size", "symmetric"}],
     "bytes": {"quantized", "other", "total"}, "recipe", "provenance"}. Every matrix is a module;
     one that is not quantised has the bits of its dtype and None for group_size and symmetric.
-    group_size None on a quantised module is one scale per output channel; `activation_bits` is
-    there where inputs are rounded as well. A GGUF file, or a folder without others, has llama.cpp's
-    names. Raises UsageError if there is no such folder, CheckpointError if it is damaged.
+    group_size None on a quantised module is one scale per output channel, or one in all;
+    `activation_bits` is there where inputs are rounded as well. A GGUF file, or a folder without
+    others, has llama.cpp's names. Raises UsageError if there is no such folder, CheckpointError if
+    it is damaged.
     """
     folder = Path(path)
     files = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
@@ -174,14 +176,14 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
         beside = {
             "recipe": _read_recipe(files[0].parent),
-            "provenance": _read_json(files[0].parent, "modelpress.json", required=False),
+            "provenance": read_json(files[0].parent / "modelpress.json"),
         }
         found = inspect_gguf(files) | beside
         found["modules"].sort(key=lambda module: _natural(module["name"]))
         return found
     if not folder.is_dir():
         raise UsageError(f"no such model folder: {path} (download a hub model first: hf download)")
-    config = quantization_section(_read_json(folder, "config.json"))
+    config = checked_section(read_config(folder), folder / "config.json")
     reader = CheckpointReader(folder)
     quantised = _quantised_modules(reader, config)
     modules = quantised | {
@@ -205,7 +207,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "total": reader.nbytes(),
         },
         "recipe": _read_recipe(folder),
-        "provenance": _read_json(folder, "modelpress.json", required=False),
+        "provenance": read_json(folder / "modelpress.json"),
     }
 
 
@@ -258,17 +260,6 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key under which layer 2 comes before layer 10."""
     parts = name.split(".")
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
-
-
-def _read_json(folder: Path, name: str, required: bool = True) -> Any:
-    try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if required:
-            raise CheckpointError(f"{folder} has no {name}: it is not a model folder") from None
-        return None
-    except ValueError as error:
-        raise CheckpointError(f"{folder / name} is not valid JSON: {error}") from None
 
 
 def _read_recipe(folder: Path) -> Any:

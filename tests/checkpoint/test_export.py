@@ -249,8 +249,7 @@ def test_models_that_see_images(copy, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"quant_method": "gptq"}, "quantised with gptq"),
-        ({"quant_method": None}, "not quantised"),
+        ({"quant_method": "gptq", "bits": 4}, "quantised with gptq"),
         ({"transform_config": {"config_groups": {"R4": {}}}}, "online rotations"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse"),
@@ -265,7 +264,8 @@ def test_checkpoints_that_are_more_than_packed_weights(copy, tmp_path, changes, 
     ("key", "value", "said"),
     [
         ("input_activations", {"num_bits": 8}, "activations"),
-        ("weights", {"type": "float", "num_bits": 4, "strategy": "group"}, "integers"),
+        ("weights", {"type": "float", "num_bits": 4, "strategy": "channel"}, "integers"),
+        ("weights", {"num_bits": 4, "strategy": "tensor"}, "one scale for a whole weight"),
     ],
 )
 def test_groups_that_are_more_than_packed_weights(copy, tmp_path, key, value, said):
@@ -286,8 +286,17 @@ def test_tensors_that_are_not_what_the_config_says(copy, tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight_scale"
     rewrite(copy, lambda n, t: t[:, :1].contiguous() if n == name else t)
     assert name in refusal(copy, tmp_path / "out", CheckpointError)
-    change_section(copy, config_groups={})
+    group = {"targets": ["lm_head"], "weights": {"num_bits": 4, "strategy": "channel"}}
+    change_section(copy, config_groups={"group_0": group})
     assert "config.json does not say so" in refusal(copy, tmp_path / "out", CheckpointError)
+    change_section(copy, config_groups=[])
+    assert "config.json: quantization_config: config_groups" in refusal(
+        copy, tmp_path / "out", CheckpointError
+    )
+    config = json.loads((copy / "config.json").read_text())
+    del config["quantization_config"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "is not quantised" in refusal(copy, tmp_path / "out")
     (copy / "config.json").write_text("[")
     assert "not valid JSON" in refusal(copy, tmp_path / "out", CheckpointError)
 

@@ -28,6 +28,7 @@ ALL = {
         "proj": (4, 64, True),
     },
     "llmcompressor-w4": {"proj": (4, 32, True)},
+    "llmcompressor-w4-act-order": {"proj": (4, 32, True)},
     "llmcompressor-w8a8": {"proj": (8, None, True)},
     "llmcompressor-mixed": {
         "self_attn": (8, None, True),
@@ -83,8 +84,9 @@ def test_schemes_are_those_that_were_asked_for(name):
         assert (linears.codes(module).zero is None) == asked[2]
 
 
-def test_act_order_permutes_columns():
-    linears = PackedLinears(FOREIGN / "gptqmodel-w4-act-order")
+@pytest.mark.parametrize("name", ["gptqmodel-w4-act-order", "llmcompressor-w4-act-order"])
+def test_act_order_permutes_columns(name):
+    linears = PackedLinears(FOREIGN / name)
     codes = linears.codes("model.layers.0.mlp.down_proj")
     assert sorted(codes.order.tolist()) == list(range(128)) != codes.order.tolist()
 

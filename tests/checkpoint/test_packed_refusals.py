@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo_quantised import quantise_folder
 from tiny_checkpoints import byte_tokenizer
+from tiny_checkpoints import write_checkpoint as write_plain
 from tiny_quantised import write_quantised
 
 import compress
 from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.export import export
-from compress.checkpoint.packed import PackedLinears, UnpackableError, is_packed
+from compress.checkpoint.packed import PackedLinears, UnpackableError
 from compress.checkpoint.safetensors_io import CheckpointReader, save_tensors
+from compress.checkpoint.section import is_packed
 from compress.cli import main
 from compress.errors import CheckpointError, UsageError
 
@@ -155,7 +158,18 @@ def groups_of(weights: dict, **group) -> dict:
         (groups_of({"num_bits": 3}), "down_proj.weight_packed has shape .*, but 3 bits in groups"),
         (groups_of({"group_size": 64}), r"down_proj.weight_scale has shape \[64, 3\]"),
         (groups_of({"type": "float"}), "weights other than integers in groups cannot be run"),
-        (groups_of({"strategy": "tensor"}), "weights other than integers in groups cannot be run"),
+        (
+            groups_of({"strategy": "block", "group_size": None}),
+            "weights other than integers in groups cannot be run",
+        ),
+        (
+            groups_of({"strategy": "tensor", "group_size": None}),
+            r"down_proj.weight_scale has shape \[64, 3\], but .* take \[1\]",
+        ),
+        (
+            groups_of({"actorder": "group"}),
+            "down_proj has no weight_g_idx, though config.json says act-order",
+        ),
         (groups_of({}, format="int-quantized"), "down_proj has weight_scale but no weight"),
         (groups_of({}, format="naive-quantized"), "int-quantized, found naive-quantized"),
         (groups_of({}, input_activations={"num_bits": 8}), "with a scale for each token cannot be"),
@@ -171,8 +185,8 @@ def groups_of(weights: dict, **group) -> dict:
         ),
         (groups_of({}, output_activations=BY_TOKEN), "with a scale for each token cannot be"),
         (
-            groups_of({"symmetric": False}, input_activations=BY_TOKEN),
-            "down_proj has zero points and quantised activations",
+            groups_of({"symmetric": False, "num_bits": 5}, input_activations=BY_TOKEN),
+            "down_proj has 5 bits with zero points and quantised activations, .* only up to 4 bits",
         ),
         (
             groups_of({"group_size": 16}, input_activations=BY_TOKEN),
@@ -188,7 +202,7 @@ def groups_of(weights: dict, **group) -> dict:
             {"transform_config": {"config_groups": {"R4": {"apply": [{"location": "input"}]}}}},
             "online rotations cannot be run packed",
         ),
-        ({"quant_method": "awq"}, "found 'awq': load it with packed=False"),
+        ({"quant_method": "awq"}, r"found 'awq': load it with packed=False \(--dense\)"),
     ],
 )
 def test_compressed_tensors_sections(damaged, section, message):
@@ -202,8 +216,6 @@ def test_compressed_tensors_sections(damaged, section, message):
     ("section", "message"),
     [
         ({"bits": 5}, "down_proj has 5 bits, packed gptq runs 2, 3, 4, 8"),
-        ({"bits": "4"}, "config.json gives 4 bits"),
-        ({"bits": None}, "config.json gives None bits"),
         ({"group_size": 40}, "has groups of 40, kernels take a multiple of 16"),
         ({"bits": 8}, "down_proj.qweight has shape .*, but 8 bits in groups of 32"),
         ({"checkpoint_format": "marlin"}, "gptq and gptq_v2 in 32-bit words, found 'marlin'"),
@@ -220,9 +232,6 @@ def test_gptq_sections(damaged, section, message):
 
 
 def test_other_tensors_of_a_packed_linear(damaged):
-    folder = damaged("compressed-tensors", {f"{UP}.weight_g_idx": ints(64)})
-    assert f"{UP}.weight_g_idx is act-order" in message_of(folder)
-    shutil.rmtree(folder)
     folder = damaged("compressed-tensors", {f"{UP}.input_scale": torch.ones(1)})
     assert f"{UP}.input_scale is more than codes and scales" in message_of(folder)
     shutil.rmtree(folder)
@@ -230,10 +239,42 @@ def test_other_tensors_of_a_packed_linear(damaged):
     assert f"{UP} has a weight_zero_point, but config.json says symmetric" in message_of(folder)
 
 
-def test_a_column_order_that_is_no_act_order(damaged):
+@pytest.mark.parametrize(
+    ("format", "key"), [("compressed-tensors", "weight_g_idx"), ("gptq", "g_idx")]
+)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({0: 1}, "expected groups of 32 inputs each, found [31, 33]"),
+        ({0: -1}, "expected groups 0 to 1, found -1"),
+        ({63: 2}, "expected groups 0 to 1, found 2"),
+    ],
+)
+def test_an_order_of_columns_that_is_no_act_order(damaged, format, key, changed, message):
     g_idx = (torch.arange(64) // 32).int()
-    g_idx[0] = 1  # 31 inputs of one group, 33 of the other
-    assert f"{UP}.g_idx" in message_of(damaged("gptq", {f"{UP}.g_idx": g_idx}))
+    for column, group in changed.items():
+        g_idx[column] = group
+    assert f"{UP}.{key}: {message}" in message_of(damaged(format, {f"{UP}.{key}": g_idx}))
+
+
+def test_an_act_order_without_its_order(damaged):
+    """Inputs would be multiplied by the scales of other groups."""
+    folder = damaged("gptq", {f"{UP}.g_idx": None}, section={"desc_act": True})
+    assert f"{UP} has no g_idx, though config.json says act-order" in message_of(folder)
+    shutil.rmtree(folder)
+    compress.load(damaged("gptq", {f"{UP}.g_idx": None}))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bias_that_is_no_number(tmp_path, value):
+    source = write_plain(tmp_path / "model", "llama-biased", dtype=torch.bfloat16)
+    folder = quantise_folder(source, tmp_path / "out", [ModuleScheme(4, 32)])
+    tensors = CheckpointReader(folder).tensors()
+    tensors[f"{UP}.bias"][5] = value
+    save_tensors(folder / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match="holds 1 NaN or infinite values") as error:
+        compress.load(folder)
+    assert f"{UP}.bias" in str(error.value)
 
 
 # ---- models -------------------------------------------------------------------------------------
@@ -290,6 +331,15 @@ def test_the_command_line_leaves_with_2(damaged, capsys):
     folder = damaged("compressed-tensors", {f"{UP}.weight_scale": None})
     assert main(["generate", str(folder), "--prompt", "a"]) == 2
     assert f"{UP} has no weight_scale" in capsys.readouterr().err
+
+
+def test_the_way_out_that_a_refusal_names(tmp_path, capsys):
+    write_quantised(tmp_path, [ModuleScheme(4, 8)])
+    byte_tokenizer().save_pretrained(tmp_path)
+    command = ["generate", str(tmp_path), "--prompt", "0", "--max-tokens", "2"]
+    assert main(command) == 2
+    assert "load it with packed=False (--dense)" in capsys.readouterr().err
+    assert main([*command, "--dense"]) == 0
 
 
 def test_formats_of_others_are_left_to_transformers_unless_packed_is_asked_for(damaged):

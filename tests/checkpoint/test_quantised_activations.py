@@ -8,14 +8,8 @@ import json
 
 import pytest
 import torch
-from compressed_tensors.compressors import ModelCompressor
-from compressed_tensors.quantization import (
-    QuantizationConfig,
-    QuantizationStatus,
-    apply_quantization_config,
-)
+from by_library import LINEARS, rounded, write_by_library
 from tiny_checkpoints import byte_tokenizer, random_ids, relative_error
-from tiny_quantised import tiny_llama
 
 import compress
 from compress.checkpoint.compressed_tensors import ModuleScheme
@@ -36,8 +30,17 @@ SCHEMES = {
     "W8A8 in groups": ("int-quantized", {"num_bits": 8, "strategy": "group", "group_size": 32}, 8),
     "W4A8": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}, 8),
     "W4A4": ("pack-quantized", {"num_bits": 4, "strategy": "channel"}, 4),
+    "W4A8 with zero points": (
+        "pack-quantized",
+        {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+        8,
+    ),
+    "W3A8 with zero points": (
+        "int-quantized",
+        {"num_bits": 3, "strategy": "channel", "symmetric": False},
+        8,
+    ),
 }
-LINEARS = 2 * 7
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
@@ -45,47 +48,7 @@ def written(request, tmp_path_factory):
     """(folder, dense twin of the quantised weights, bits of activations)."""
     format, weights, bits = SCHEMES[request.param]
     folder = tmp_path_factory.mktemp("activations") / "model"
-    model = tiny_llama()
-    by_token = {"num_bits": bits, "type": "int", "dynamic": True, "strategy": "token"}
-    group = {"targets": ["Linear"], "format": format, "weights": {"type": "int"} | weights}
-    section = {
-        "config_groups": {"group_0": group | {"input_activations": by_token}},
-        "ignore": ["lm_head"],
-        "format": format,
-        "quant_method": "compressed-tensors",
-    }
-    config = QuantizationConfig(**section, quantization_status=QuantizationStatus.FROZEN)
-    apply_quantization_config(model, config)
-    twin = tiny_llama()
-    for name, module in model.named_modules():
-        if not hasattr(module, "weight_scale"):
-            continue
-        N, K = module.weight.shape
-        size, largest = weights.get("group_size", K), 2 ** (weights["num_bits"] - 1) - 1
-        groups = module.weight.data.view(N, -1, size)
-        scale = groups.abs().amax(-1) / largest
-        module.weight_scale.data = scale.to(module.weight_scale.dtype)
-        codes = (groups / scale[..., None]).round()
-        dense = codes * module.weight_scale.data.float()[..., None]
-        twin.get_submodule(name).weight.data = dense.view(N, K)
-    ModelCompressor(quantization_config=config).compress_model(model)
-    folder.mkdir()
-    save_tensors(folder / "model.safetensors", dict(model.state_dict()))
-    settings = twin.config.to_dict() | {
-        "architectures": ["LlamaForCausalLM"],
-        "dtype": "float32",
-        "quantization_config": section,
-    }
-    (folder / "config.json").write_text(json.dumps(settings))
-    byte_tokenizer().save_pretrained(folder)
-    return folder, twin, bits
-
-
-def rounded(x, bits):
-    """Each token of x [..., K] in 2^bits steps, as compressed-tensors has it."""
-    half = 2 ** (bits - 1)
-    scale = x.abs().amax(-1, keepdim=True) / (half - 0.5)
-    return (x / scale).round().clamp(-half, half - 1) * scale
+    return folder, write_by_library(folder, format, weights, bits), bits
 
 
 @torch.no_grad()
@@ -172,8 +135,10 @@ def test_int_quantized_tensors_both_ways(bits, symmetric):
     zero = torch.randint(2**bits, (20, 2), generator=generator, dtype=torch.uint8)
     scale = torch.rand(20, 2, generator=generator)
     weight = Codes(codes, scale, None if symmetric else zero, bits, 32)
-    tensors = format.write(weight)
-    assert {key: tuple(t.shape) for key, t in tensors.items()} == format.shapes(scheme, (20, 64))
+    tensors = format.write(weight, scheme)
+    shapes = format.shapes(scheme, (20, 64))
+    assert all(tuple(t.shape) == shapes[key] for key, t in tensors.items())
+    assert shapes.keys() - tensors.keys() == {*format.optional}
     # what compressed-tensors makes of them: (q - z) s
     shift = 0 if symmetric else tensors["weight_zero_point"].double().repeat_interleave(32, 1)
     dense = (tensors["weight"].double() - shift) * scale.double().repeat_interleave(32, 1)
@@ -204,9 +169,9 @@ def test_integers_that_the_width_does_not_hold(written, tmp_path):
         pytest.skip("codes in words hold no others")
     config = json.loads((folder / "config.json").read_text())
     weights = config["quantization_config"]["config_groups"]["group_0"]["weights"]
-    weights["num_bits"] = 4
+    weights["num_bits"] -= 1
     save_tensors(tmp_path / "model.safetensors", reader.tensors())
     (tmp_path / "config.json").write_text(json.dumps(config))
     byte_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UnpackableError, match="holds integers of more than 4 bits"):
+    with pytest.raises(UnpackableError, match=f"integers of more than {weights['num_bits']} bits"):
         compress.load(tmp_path)

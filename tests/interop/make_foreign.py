@@ -13,6 +13,9 @@ take an environment of their own that borrows its packages:
     ENV2/bin/pip install --no-deps llmcompressor==0.14.0.1 loguru
     ENV2/bin/python tests/interop/make_foreign.py llmcompressor      # and names of cases, or all
 
+    ENV3/bin/pip install --no-deps llmcompressor==0.13.0 compressed-tensors==0.18.0 loguru
+    ENV3/bin/python tests/interop/make_foreign.py llmcompressor-act-order   # later ones have none
+
 Each case quantises a random Llama of two layers and writes the checkpoint, and beside it
 expected.safetensors: some token ids, and the logits in fp32 that the program itself gives for them.
 """
@@ -22,6 +25,7 @@ import json
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,6 +68,7 @@ COMPRESSED_TENSORS = {
         "re:.*down_proj": (4, 64, False, None),
     },
 }
+ACT_ORDER = {"llmcompressor-w4-act-order": {"Linear": (4, 32, True, None)}}
 
 
 def calibration() -> list[dict[str, torch.Tensor]]:
@@ -89,8 +94,8 @@ def by_gptqmodel(settings: dict, source: Path, target: Path) -> torch.Tensor:
         return loaded.model.float().eval()(input_ids=probe()).logits
 
 
-def by_llmcompressor(groups: dict, source: Path, target: Path) -> torch.Tensor:
-    """Quantises with its GPTQ, saves; the logits of the model in memory, in fp32."""
+def by_llmcompressor(groups: dict, source: Path, target: Path, **options: str) -> torch.Tensor:
+    """Quantises with its GPTQ, given options, saves; the logits of the model in memory, in fp32."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -119,7 +124,7 @@ def by_llmcompressor(groups: dict, source: Path, target: Path) -> torch.Tensor:
         model=model,
         tokenizer=byte_tokenizer(),
         dataset=Dataset.from_list(rows),
-        recipe=GPTQModifier(config_groups=schemes, ignore=["lm_head"]),
+        recipe=GPTQModifier(config_groups=schemes, ignore=["lm_head"], **options),
         max_seq_length=48,
         num_calibration_samples=len(rows),
     )
@@ -162,6 +167,7 @@ def main() -> int:
     programs = {
         "gptqmodel": (by_gptqmodel, GPTQ),
         "llmcompressor": (by_llmcompressor, COMPRESSED_TENSORS),
+        "llmcompressor-act-order": (partial(by_llmcompressor, actorder="group"), ACT_ORDER),
     }
     if sys.argv[1:2] not in [[name] for name in programs]:
         print(f"expected one of {', '.join(programs)}", file=sys.stderr)

@@ -62,6 +62,20 @@ def test_non_contiguous_codes(columns):
     assert torch.equal(pack_rows(codes, 3), pack_rows(codes.contiguous(), 3))
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_words_that_are_part_of_another_tensor(bits, rows):
+    codes = random_codes(rows, 64, bits)
+    words = pack_rows(codes, bits)
+    for first, beyond in ((0, 1), (1, 0), (1, 1), (1, 2)):
+        larger = torch.full((rows + 1, first + words.shape[1] + beyond), -1, dtype=torch.int32)
+        part = larger[1:, first : first + words.shape[1]]
+        part.copy_(words)
+        assert torch.equal(unpack_rows(part, bits, 64), codes)
+        part = larger.T.contiguous().T[1:, first : first + words.shape[1]]
+        assert torch.equal(unpack_rows(part, bits, 64), codes)
+
+
 @pytest.mark.parametrize("bad", [-1, 8])
 def test_a_code_that_does_not_fit_is_refused(bad):
     codes = torch.zeros(2, 32, dtype=torch.int32)
