@@ -19,6 +19,7 @@ from compress.console import (
 from compress.errors import UsageError, did_you_mean
 from compress.eval.report import format_bytes
 from compress.options import (
+    ActivationBitsOption,
     DebugOption,
     DenseOption,
     DeviceOption,
@@ -94,6 +95,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.0,
     dense: DenseOption = False,
+    activation_bits: ActivationBitsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     debug: DebugOption = False,
@@ -108,7 +110,8 @@ def generate(
 
     check_device(device)
     pictures = [open_image(path, f"image {path}") for path in image or ()]
-    loaded, processor = load(model, device=device, packed=False if dense else None)
+    packed = False if dense else None
+    loaded, processor = load(model, device=device, packed=packed, activation_bits=activation_bits)
     tokenizer = getattr(processor, "tokenizer", processor)  # of a multimodal model
     if pictures and tokenizer is processor:
         raise UsageError(f"{model} reads text alone: leave out --image")

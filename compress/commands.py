@@ -34,6 +34,7 @@ from compress.console import (
 from compress.errors import CompressError, UsageError
 from compress.eval.report import format_bytes, quality_table
 from compress.options import (
+    ActivationBitsOption,
     AverageBitsOption,
     BudgetOption,
     DebugOption,
@@ -200,6 +201,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder for pictures of pruned patches.")
     ] = None,
     dense: DenseOption = False,
+    activation_bits: ActivationBitsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     output: OutputFileOption = None,
@@ -217,7 +219,8 @@ def evaluate(
             model, tasks=names, include_path=include_path, perplexity=perplexity, length=length,
             stride=stride, bos=bos, tokens=tokens, per_document=per_document,
             text_field=text_field, baseline=baseline, limit=limit, batch_size=batch_size,
-            num_fewshot=num_fewshot, dense=dense, seed=seed, device=device, pictures=pictures,
+            num_fewshot=num_fewshot, dense=dense, activation_bits=activation_bits, seed=seed,
+            device=device, pictures=pictures,
         )  # fmt: skip
         if emit:
             emit(scores)

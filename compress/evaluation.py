@@ -36,6 +36,7 @@ def evaluate(
     batch_size: int = 8,
     num_fewshot: int | None = None,
     dense: bool = False,
+    activation_bits: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     pictures: str | Path | None = None,
@@ -53,6 +54,7 @@ def evaluate(
         tokens: only the first so many tokens of the text.
         per_document: each document on its own, cut to `length`, instead of one stream.
         dense: whether the model's quantised linears are expanded instead of running packed.
+        activation_bits: to which packed linears round what they read, token by token.
         pictures: a folder for pictures of kept, pruned and recycled patches.
 
     Raises:
@@ -66,7 +68,7 @@ def evaluate(
         device=device,
     )  # fmt: skip
     drawn = None if pictures is None else Path(pictures)
-    return evaluator.measure(model, dense=dense, pictures=drawn)
+    return evaluator.measure(model, dense=dense, activation_bits=activation_bits, pictures=drawn)
 
 
 class Evaluator:
@@ -117,6 +119,7 @@ class Evaluator:
         model: str | Path,
         *,
         dense: bool = False,
+        activation_bits: int | None = None,
         seed: int | None = None,
         pictures: Path | None = None,
     ) -> dict[str, Any]:
@@ -124,15 +127,19 @@ class Evaluator:
 
         Args:
             dense: whether its quantised linears are expanded.
+            activation_bits: to which packed linears round what they read.
             seed: instead of the evaluator's.
             pictures: a folder for pictures of what was pruned, if the model prunes visual tokens.
         """
         from compress.checkpoint.loading import load
 
-        loaded, processor = load(model, self.device, self._dtype(), packed=False if dense else None)
+        loaded, processor = load(
+            model, self.device, self._dtype(), packed=False if dense else None,
+            activation_bits=activation_bits,
+        )  # fmt: skip
         scores = self.measure_loaded(loaded, processor, str(model), seed=seed, pictures=pictures)
-        if dense:
-            scores["conditions"]["dense"] = True
+        chosen = {"dense": dense or None, "activation_bits": activation_bits}
+        scores["conditions"] |= {key: value for key, value in chosen.items() if value is not None}
         return scores
 
     def measure_loaded(

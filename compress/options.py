@@ -60,6 +60,15 @@ DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cu
 DenseOption = Annotated[
     bool, typer.Option("--dense", help="Expand quantised linears: no packed kernels, more memory.")
 ]
+ActivationBitsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--activation-bits",
+        min=2,
+        max=8,
+        help="Round what packed linears read to so many bits, token by token: faster, less exact.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")
 ]

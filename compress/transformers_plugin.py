@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from compress.checkpoint.gptq import FUSED
 from compress.checkpoint.packed import OTHERWISE, PackedLinears, UnpackableError
 from compress.errors import UsageError
+from compress.kernels.activations import BITS as ACTIVATION_BITS
 from compress.kernels.fused import SharedLinear, fuse_linears
 from compress.kernels.layout import Codes
 from compress.kernels.linear import QuantLinear
@@ -76,30 +77,49 @@ class ModelpressConfig(CompressedTensorsConfig, metaclass=_Named):
     packed: keep the linears packed; False expands them to dense ones while loading, exactly, which
     reads GPTQ and asymmetric compressed-tensors without further packages. fuse: run linears that
     read the same input (q/k/v, gate/up) in one launch, where their widths and groups are the same.
+    activation_bits, 2 to 8: packed linears round what they read, token by token, and multiply
+    integers, which is faster with several tokens and less exact; what is saved does not say so.
     """
 
     # A CompressedTensorsConfig because transformers copies loading attributes from a few classes.
 
-    def __init__(self, packed: bool = True, fuse: bool = False, **unused: Any):
+    def __init__(
+        self,
+        packed: bool = True,
+        fuse: bool = False,
+        activation_bits: int | None = None,
+        **unused: Any,
+    ):
         if not isinstance(packed, bool) or not isinstance(fuse, bool):
             raise UsageError(f"packed and fuse are True or False, found {packed!r} and {fuse!r}")
         if fuse and not packed:
             raise UsageError("fuse=True is for packed linears: leave out packed=False")
+        if activation_bits is not None and not packed:
+            raise UsageError("activation_bits is for packed linears: leave it out, or packed=False")
+        known = type(activation_bits) is int and activation_bits in ACTIVATION_BITS
+        if activation_bits is not None and not known:
+            raise UsageError(f"activation_bits are 2 to 8, found {activation_bits!r}")
         if unknown := unused.keys() - {"quant_method"}:
-            raise UsageError(f"ModelpressConfig takes packed and fuse, found {min(unknown)}")
-        self.packed, self.fuse = packed, fuse
+            raise UsageError(
+                f"ModelpressConfig takes packed, fuse and activation_bits, found {min(unknown)}"
+            )
+        self.packed, self.fuse, self.activation_bits = packed, fuse, activation_bits
         self.quant_method = METHOD
         self.dequantize = not packed
         self.checkpoint: dict[str, Any] = {}  # the section of the model that was loaded
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What transformers copies to the checkpoint's own config."""
-        return {"quant_method": METHOD, "packed": self.packed, "fuse": self.fuse}
+        return {"quant_method": METHOD} | self.choices()
+
+    def choices(self) -> dict[str, Any]:
+        """The arguments of this config."""
+        names = ("packed", "fuse", "activation_bits")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """The section of config.json: of a loaded model, that of its checkpoint."""
-        own = {"quant_method": METHOD, "packed": self.packed, "fuse": self.fuse}
-        return dict(self.checkpoint) or own
+        return dict(self.checkpoint) or self.get_loading_attributes()
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same: every key counts."""
@@ -114,8 +134,8 @@ class ModelpressQuantizer(HfQuantizer):
     places: dict[str, str]  # name in the files -> name in the model
 
     def __init__(self, quantization_config: Any, **options: Any):
-        config = ModelpressConfig(quantization_config.packed, quantization_config.fuse)
-        super().__init__(config, **options)
+        choices = ModelpressConfig.choices(quantization_config)  # of a config of any class
+        super().__init__(ModelpressConfig(**choices), **options)
 
     @property
     def is_trainable(self) -> bool:
@@ -141,7 +161,8 @@ class ModelpressQuantizer(HfQuantizer):
                 f"{files[0].name if files else 'a state dict'}"
             )
         with torch.device("cpu"):  # transformers calls this under the meta device
-            self.linears = PackedLinears(files[0].parent)
+            bits = self.quantization_config.activation_bits
+            self.linears = PackedLinears(files[0].parent, bits)
             self.places = find_places(model, self.linears)
         for place in self.places.values():
             _put(model, place, Vacancy(model.get_submodule(place)))

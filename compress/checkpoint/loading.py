@@ -48,6 +48,7 @@ def load(
     prune: bool = True,
     packed: bool | None = None,
     fuse: bool = False,
+    activation_bits: int | None = None,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase | ProcessorMixin"]:
     """A model in evaluation mode on `device`, and its tokenizer, if it is multimodal its processor.
 
@@ -57,6 +58,8 @@ def load(
     keeps compressed-tensors `pack-quantized`, or of integers with integer activations, and GPTQ
     packed, and leaves other formats (AWQ, FP8) to transformers.
     fuse: whether packed linears that read the same input run in one launch.
+    activation_bits: packed linears round what they read to so many bits (2 to 8), token by token,
+    and multiply integers: faster with several tokens, less exact.
 
     Raises UsageError if there is no such folder and no such id can be reached, and CheckpointError
     if what is there is not a whole model that can be loaded so; it names the module.
@@ -72,6 +75,10 @@ def load(
     from compress.pruning.processors import processor_reader
     from compress.pruning.saved import apply_strategy, saved_strategy
 
+    if packed is False and activation_bits is not None:
+        raise UsageError(
+            "activation_bits is for packed linears: leave it out, or packed=False (--dense)"
+        )
     _check_path(path)
     config = guarded(path, AutoConfig.from_pretrained)
     strategy = saved_strategy(config, path) if prune else None
@@ -84,7 +91,7 @@ def load(
     if section and (packed or needs_own_reader(section)):
         from compress.transformers_plugin import ModelpressConfig
 
-        options["quantization_config"] = ModelpressConfig(packed, fuse)
+        options["quantization_config"] = ModelpressConfig(packed, fuse, activation_bits)
         options["config"] = without_section(config)
     elif must_be_compressed(section):
         raise CheckpointError(
@@ -94,6 +101,8 @@ def load(
         )
     elif fuse:
         raise UsageError(f"{path} has no packed linears to fuse: leave out fuse=True")
+    elif activation_bits is not None:
+        raise UsageError(f"{path} has no packed linears: leave out activation_bits")
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}  # or all of it would lie in the host's memory first
     model, report = guarded(path, kind.from_pretrained, output_loading_info=True, **options)

@@ -18,6 +18,7 @@ hold as a plain weight is left to transformers.
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -57,6 +58,9 @@ class UnpackableError(CheckpointError, UsageError):
 class PackedLinears:
     """The packed linears of a folder; opening it reads config.json and headers only.
 
+    activation_bits: rounds the inputs of every linear to so many bits, token by token, whatever
+    the checkpoint says of them; None is as it says.
+
     Attributes:
         folder, reader: where it is, its tensors.
         section: `quantization_config` of its config.json.
@@ -64,18 +68,19 @@ class PackedLinears:
         format: a row of FORMATS.
         schemes: how each packed linear is quantised, by its name in the files.
 
-    Raises UnpackableError for a folder that holds nothing packed, or something else as well;
-    CheckpointError for a damaged one.
+    Raises UnpackableError for a folder that holds nothing packed, or something else as well, and
+    for activation_bits that its weights do not go with; CheckpointError for a damaged one.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, activation_bits: int | None = None):
         self.folder = Path(folder)
+        self.activation_bits = activation_bits
         self.section = checked_section(read_config(self.folder), self.folder / "config.json")
         self.method = str(self.section.get("quant_method"))
         self._refuse_section()
         self.format = FORMATS[format_of(self.section)]
         self.reader = CheckpointReader(self.folder)
-        self.schemes = self._schemes()
+        self.schemes = {name: self._rounded(name, s) for name, s in self._schemes().items()}
         for name, scheme in self.schemes.items():
             self._refuse_scheme(name, scheme)
 
@@ -221,6 +226,15 @@ class PackedLinears:
             act_order=bool(settings["desc_act"]),
         )
 
+    def _rounded(self, name: str, scheme: ModuleScheme) -> ModuleScheme:
+        """The scheme with the activations that were asked for."""
+        wanted, own = self.activation_bits, scheme.activation_bits
+        if wanted is None:
+            return scheme
+        if own not in (None, wanted):
+            raise self._error(f"{name} has activations of {own} bits: leave out activation_bits")
+        return replace(scheme, activation_bits=wanted)
+
     def _refuse_scheme(self, name: str, scheme: ModuleScheme) -> None:
         if scheme.bits not in self.format.widths:
             raise self._error(
@@ -228,16 +242,17 @@ class PackedLinears:
                 f"{', '.join(map(str, self.format.widths))}"
             )
         rounded = scheme.activation_bits is not None
+        otherwise = OTHERWISE if self.activation_bits is None else "leave out activation_bits"
         least = INTEGER_STEP if rounded else LEAST_GROUP
         if scheme.group_size is not None and scheme.group_size % least:
             raise self._error(
                 f"{name} has groups of {scheme.group_size}{' and quantised activations' * rounded},"
-                f" kernels take a multiple of {least} inputs or one group: {OTHERWISE}"
+                f" kernels take a multiple of {least} inputs or one group: {otherwise}"
             )
         if scheme.symmetric and f"{name}.weight_zero_point" in self.reader:
             raise self._error(f"{name} has a weight_zero_point, but config.json says symmetric")
         if rounded and not scheme.symmetric and scheme.bits > WIDEST_SHIFTED:
             raise self._error(
                 f"{name} has {scheme.bits} bits with zero points and quantised activations, which "
-                f"run packed together only up to {WIDEST_SHIFTED} bits"
+                f"run packed together only up to {WIDEST_SHIFTED} bits: {otherwise}"
             )
