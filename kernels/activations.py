@@ -44,8 +44,9 @@ def quantize_tokens(
 
     factors: None for no rotation; else x is rotated first, by the transform of `hadamard_` with
     these factors, () for a plain power of two. full_range: integers down to -2^(bits-1). x is not
-    changed. Raises ValueError for bits outside 2..8, sizes that `hadamard_` refuses, and on a GPU
-    more than 2^15 inputs.
+    changed. A token that holds an infinity or a NaN becomes zeros, and its scale is what it holds:
+    all of its products are NaN. Raises ValueError for bits outside 2..8, sizes that `hadamard_`
+    refuses, and on a GPU more than 2^15 inputs.
     """
     if bits not in BITS:
         raise ValueError(f"activations take 2 to 8 bits, found {bits}")
@@ -119,7 +120,8 @@ def _round_tokens(x: Tensor, steps: float, half: int) -> tuple[Tensor, Tensor]:
     x = x.float()
     scale = x.abs().amax(1) / steps
     values = (x / scale.clamp_min(1e-30)[:, None]).round().clamp(-half, half - 1)
-    return values.to(torch.int8), scale
+    # what a NaN becomes as an integer is not defined
+    return values.where(scale.isfinite()[:, None], 0).to(torch.int8), scale
 
 
 # ---- products -----------------------------------------------------------------------------------
@@ -135,20 +137,26 @@ def integer_matmul(
     """values int8 [..., K] and their scales [...] times the transpose of `weight`: [..., N].
 
     y has `dtype`. Activations of a weight with permuted inputs (act-order) are permuted here. A
-    KernelWeight is for a GPU, a CpuWeight for a CPU. Raises ValueError for another K and for a
-    CpuWeight that was not packed for integers; on a GPU for groups that are no multiple of 32 and 8
-    bits with zero points.
+    KernelWeight is for a GPU, a CpuWeight for a CPU. Raises ValueError for another K, other scales
+    and a CpuWeight that was not packed for integers; on a GPU for groups that are no multiple of 32
+    and 8 bits with zero points.
     """
     K = weight.shape[1]
     if values.shape[-1] != K or values.dtype != torch.int8:
         raise ValueError(
             f"expected int8 activations of {K} features, found {values.dtype} {list(values.shape)}"
         )
+    if token_scale.shape != values.shape[:-1] or token_scale.dtype != torch.float32:
+        raise ValueError(
+            f"expected an fp32 scale for each token {list(values.shape[:-1])}, found "
+            f"{token_scale.dtype} {list(token_scale.shape)}"
+        )
     if isinstance(weight, CpuWeight):
         if weight.kind not in INTEGER_KINDS:
             raise ValueError("this weight was packed for activations in floats, not in int8")
-        if values.device != weight.packed.device:  # its address would be read as one of here
-            raise ValueError(f"expected values on {weight.packed.device}, found {values.device}")
+        for what, given in (("values", values), ("scales", token_scale)):
+            if given.device != weight.packed.device:  # its address would be read as one of here
+                raise ValueError(f"expected {what} on {weight.packed.device}, found {given.device}")
     if weight.order is not None:
         values = values[..., weight.order]
     rows, scales = values.reshape(-1, K).contiguous(), token_scale.reshape(-1).contiguous()

@@ -1,7 +1,8 @@
 """Packed products on a CPU: weights stay packed. Three layouts for floats, two for integers.
 
-`tiles` (every width, dtype and group size). Compiled for this machine by native.py, where it has a
-C++ compiler; 2, 3, 4 and 8 bits take just that. Layout and arithmetic: head of tiles.cpp.
+`tiles` (every width and dtype, groups of an even size). Compiled for this machine by native.py,
+where it has a C++ compiler; 2, 3, 4 and 8 bits take just that. Layout and arithmetic: head of
+tiles.cpp.
 
 Without a compiler:
 `int4` (3 and 4 bits, symmetric, bf16 scales and activations). torch's weight-only int4 operator. It
@@ -30,13 +31,13 @@ from compress.kernels.cpu_integers import (
     unpack_quads,
 )
 from compress.kernels.cpu_rows import pack_table, rows_matmul, unpack_table
-from compress.kernels.layout import Codes, tensors_of
+from compress.kernels.layout import Codes, check_integer_sums, tensors_of
+from compress.kernels.native import LANES, TILE
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of activations
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_OUTPUTS = 16  # the operator wants a multiple
 UNPACK_ROWS = 512  # of the identity that reads an int4 weight back
-LANES = 16  # outputs that lie next to each other in a tile
 INTEGER_KINDS = ("quads", "groups")
 
 
@@ -87,10 +88,8 @@ def pack_cpu(weight: Codes, dtype: torch.dtype, kind: str | None = None) -> CpuW
     """
     N, K = weight.codes.shape
     if kind is None:
-        if native.kernels() is not None and weight.scale.dtype in native.KINDS:
-            kind = "tiles"
-        else:
-            kind = "int4" if takes_int4(weight, dtype) else "rows"
+        without = "int4" if takes_int4(weight, dtype) else "rows"
+        kind = "tiles" if _takes_tiles(weight) else without
     common = {
         "kind": kind,
         "bits": weight.bits,
@@ -107,6 +106,8 @@ def pack_cpu(weight: Codes, dtype: torch.dtype, kind: str | None = None) -> CpuW
         return CpuWeight(packed=packed, scale=scale.contiguous(), zero=None, **common)
     if kind not in ("tiles", "rows", *INTEGER_KINDS):
         raise ValueError(f"CPU layouts are tiles, int4, rows, quads and groups, found {kind!r}")
+    if kind in INTEGER_KINDS:
+        check_integer_sums(K, weight.group_size)
     codes, bits = weight.codes, weight.bits
     pack = {
         "tiles": lambda: _pack_tiles(codes, bits),
@@ -123,9 +124,11 @@ def pack_cpu(weight: Codes, dtype: torch.dtype, kind: str | None = None) -> CpuW
 
 
 def pack_integers(weight: Codes) -> CpuWeight:
-    """The layout that is fastest on this machine for activations rounded to int8."""
-    inputs = weight.group_size or weight.codes.shape[1]
-    kind = "quads" if takes_quads(weight.scale, inputs) else "groups"
+    """The layout that is fastest on this machine for activations rounded to int8.
+
+    Raises ValueError as `check_integer_sums` does.
+    """
+    kind = "quads" if takes_quads(weight.scale, weight.group_size) else "groups"
     return pack_cpu(weight, torch.int8, kind)
 
 
@@ -171,6 +174,11 @@ def cpu_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tens
     return _tiles_matmul(x, weight.packed, weight.scale, weight.zero, bias, weight.bits, size)
 
 
+def _takes_tiles(weight: Codes) -> bool:
+    pairs = (weight.group_size or 2) % 2 == 0
+    return native.kernels() is not None and weight.scale.dtype in native.KINDS and pairs
+
+
 # ---- tiles --------------------------------------------------------------------------------------
 
 
@@ -203,9 +211,7 @@ def _pack_tiles(codes: Tensor, bits: int) -> Tensor:
     """Codes [N, K] -> uint8 [ceil(N / 64), ceil(K / 2), 16 * bits]; padding is 0."""
     N, K = codes.shape
     # outputs are joined where they lie, so that bytes move and not codes
-    lanes = pad(codes, (0, K % 2, 0, -N % native.TILE)).view(
-        -1, native.TILE // LANES, LANES, K + K % 2
-    )
+    lanes = pad(codes, (0, K % 2, 0, -N % TILE)).view(-1, TILE // LANES, LANES, K + K % 2)
     if bits != 3:
         return _of_pairs(_join(lanes, bits))
     high = _join(lanes >> 2, 1).unflatten(-1, (-1, 2))
@@ -239,7 +245,7 @@ def _unpack_tiles(packed: Tensor, bits: int) -> Tensor:
     codes = _part(packed[..., : LANES * low], low)
     if bits == 3:
         codes |= _part(packed[..., LANES * low :], 1) << 2
-    return codes.permute(0, 3, 1, 2).reshape(len(packed) * native.TILE, -1)
+    return codes.permute(0, 3, 1, 2).reshape(len(packed) * TILE, -1)
 
 
 def _part(packed: Tensor, bits: int) -> Tensor:
@@ -247,7 +253,7 @@ def _part(packed: Tensor, bits: int) -> Tensor:
     lanes = packed.unflatten(-1, (-1, 1, LANES))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)[:, None]
     codes = (lanes >> shifts) & (2**bits - 1)
-    return codes.flatten(-3).unflatten(-1, (2, native.TILE))
+    return codes.flatten(-3).unflatten(-1, (2, TILE))
 
 
 # ---- torch's int4 operator ----------------------------------------------------------------------

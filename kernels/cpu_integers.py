@@ -17,18 +17,17 @@ from torch.nn.functional import pad
 
 from compress.kernels import native
 from compress.kernels.cpu_rows import STORED_BITS
+from compress.kernels.native import LANES, QUAD, TILE
 
-LONGEST = 1 << 16  # inputs of a group: 2^15 * LONGEST is what an int32 holds
 
-
-def takes_quads(scale: Tensor, inputs: int) -> bool:
-    """Whether weights with such scales and `inputs` to a group run compiled on this machine."""
+def takes_quads(scale: Tensor, group_size: int | None) -> bool:
+    """Whether weights with such scales and groups run compiled on this machine."""
     library = native.kernels()
     return (
         library is not None
         and library.takes_quads()
         and scale.dtype in native.KINDS
-        and inputs <= LONGEST
+        and (group_size or 0) % QUAD == 0
     )
 
 
@@ -37,9 +36,9 @@ def pack_quads(codes: Tensor, bits: int) -> Tensor:
     stored = STORED_BITS[bits]
     each = 8 // stored
     N, K = codes.shape
-    padded = pad(codes, (0, -K % native.QUAD, 0, -N % native.TILE))
+    padded = pad(codes, (0, -K % QUAD, 0, -N % TILE))
     # tile, vector, part of a byte, lane, step, input
-    parts = padded.view(len(padded) // native.TILE, -1, each, 16, padded.shape[1] // 4, 4)
+    parts = padded.view(len(padded) // TILE, -1, each, LANES, padded.shape[1] // QUAD, QUAD)
     packed = parts[:, :, 0].clone()
     for i in range(1, each):
         packed |= parts[:, :, i] << (i * stored)
@@ -50,16 +49,16 @@ def unpack_quads(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `pack_quads`, with its padding: uint8 [tiles * 64, steps * 4]."""
     stored = STORED_BITS[bits]
     tiles, steps, _ = packed.shape
-    vectors = packed.view(tiles, steps, -1, 1, 16, 4)
+    vectors = packed.view(tiles, steps, -1, 1, LANES, QUAD)
     shifts = torch.arange(0, 8, stored, dtype=torch.uint8, device=packed.device)
     codes = (vectors >> shifts[:, None, None]) & (2**stored - 1)
-    return codes.flatten(2, 4).transpose(1, 2).reshape(tiles * native.TILE, steps * 4)
+    return codes.flatten(2, 4).transpose(1, 2).reshape(tiles * TILE, steps * QUAD)
 
 
 def pack_groups(codes: Tensor, bits: int, group_size: int | None) -> Tensor:
     """Codes [N, K] -> c - 2^(bits-1), int8 [G, N, K / G]; inputs beyond K are 0."""
     N, K = codes.shape
-    size = group_size or K
+    size = group_size or max(K, 2)  # torch._int_mm (2.13) is wrong for one input
     values = (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
     return pad(values, (0, -K % size)).view(N, -1, size).transpose(0, 1).contiguous()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.kernels import triton_activations as kernels
 from compress.kernels.hadamard import hadamard_
-from compress.kernels.layout import KernelWeight, block_columns
+from compress.kernels.layout import KernelWeight, block_columns, check_integer_sums
 from compress.kernels.matmul import (
     MMA_TABLE,
     SMALLEST_CHUNK,
@@ -78,6 +78,7 @@ def launch_product(
     check_launch(values.new_empty(0, dtype=dtype), values, *others)
     if weight.bits == 8 and weight.zero is not None:
         raise ValueError("integer products take 8-bit weights without zero points: symmetric ones")
+    check_integer_sums(weight.columns, weight.group_size)
     if len(values) == 0:
         return values.new_empty(0, weight.shape[0], dtype=dtype)
     tiles = next((tiles for tiles in TILES if tiles.rows >= len(values)), TILES[-1])

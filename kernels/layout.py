@@ -43,6 +43,7 @@ from compress.kernels.packing import pack_rows, packed_columns, unpack_rows
 
 WIDTHS = (2, 3, 4, 8)
 LEAST_GROUP = 16  # the least depth of a tensor-core product: groups are multiples of it
+LONGEST = 1 << 16  # inputs of a group of integer products: 2^15 * LONGEST is what an int32 holds
 WORDS = 16  # of an output and a block: 4 lanes have 16 bytes each
 
 
@@ -372,6 +373,15 @@ def _sorted(weight: Codes, g_idx: Tensor, what: str) -> Codes:
             f"{g_idx.bincount().tolist()[:8]}... inputs in the first groups"
         )
     return replace(weight, codes=weight.codes[:, order], order=order)
+
+
+def check_integer_sums(columns: int, group_size: int | None) -> None:
+    """Raises ValueError for groups of more than LONGEST inputs, whose products may not fit."""
+    inputs = min(group_size or columns, columns)
+    if inputs > LONGEST:
+        raise ValueError(
+            f"sums of integers in int32 take groups of up to {LONGEST} inputs, found {inputs}"
+        )
 
 
 def _check_scheme(

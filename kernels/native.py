@@ -39,6 +39,7 @@ OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
 COMPILE_SECONDS = 120
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in tiles.cpp
 TILE = 64  # outputs
+LANES = 16  # outputs that lie next to each other in a tile
 QUAD = 4  # inputs
 
 
@@ -63,13 +64,10 @@ class Kernels:
         group_size: int | None,
     ) -> Tensor:
         """x [M, K] times the weight's transpose: fp32 [M, N]. Layout: head of tiles.cpp."""
-        M, K = x.shape
-        G, N = scale.shape
-        # The library cannot check what lies behind a pointer.
-        assert packed.shape == (-(-N // TILE), -(-K // 2), 16 * bits), packed.shape
-        assert group_size is None or (group_size % 2 == 0 and -(-K // group_size) == G)
-        assert zero is None or (zero.shape == scale.shape and zero.dtype == torch.uint8)
-        assert all(t.is_contiguous() for t in (packed, scale, zero) if t is not None)
+        (M, K), N = x.shape, scale.shape[1]
+        _require(packed.shape == (-(-N // TILE), -(-K // 2), LANES * bits), "codes in tiles")
+        _require((group_size or 2) % 2 == 0, "pairs of inputs in a group")
+        _check_weight(packed, scale, zero, -(-K // (group_size or K)))
         if x.dtype != torch.bfloat16 or not self.takes_bf16():
             x = x.float()
         x = x.contiguous()
@@ -104,13 +102,12 @@ class Kernels:
         """
         (M, K), (G, N) = values.shape, scale.shape
         steps = -(-K // QUAD)
-        assert packed.shape == (-(-N // TILE), steps, 32 * bits), packed.shape
-        assert group_size is None or (group_size % QUAD == 0 and -(-K // group_size) == G)
-        assert zero is None or (zero.shape == scale.shape and zero.dtype == torch.uint8)
-        assert values.dtype == torch.int8 and token_scale.dtype == torch.float32
-        assert token_scale.shape == (M,)
-        given = (values, token_scale, packed, scale, zero)
-        assert all(t.is_contiguous() for t in given if t is not None)
+        _require(packed.shape == (-(-N // TILE), steps, 2 * LANES * bits), "codes in quads")
+        _require((group_size or QUAD) % QUAD == 0, "fours of inputs in a group")
+        _check_weight(packed, scale, zero, -(-K // (group_size or K)))
+        _require(values.dtype == torch.int8 and values.is_contiguous(), "int8 rows")
+        _require(token_scale.dtype == torch.float32 and token_scale.shape == (M,), "token scales")
+        _require(token_scale.is_contiguous(), "token scales side by side")
         work = torch.empty(M * (steps + G), dtype=torch.int32)
         y = torch.empty(M, N, dtype=torch.float32)
         self.library.modelpress_quads_matmul(
@@ -130,6 +127,20 @@ class Kernels:
             torch.get_num_threads(),
         )  # fmt: skip
         return values, scale
+
+
+def _check_weight(packed: Tensor, scale: Tensor, zero: Tensor | None, groups: int) -> None:
+    _require(packed.dtype == torch.uint8 and packed.is_contiguous(), "packed bytes")
+    _require(len(scale) == groups and scale.is_contiguous(), "a scale for each group")
+    if zero is not None:
+        _require(zero.dtype == torch.uint8 and zero.shape == scale.shape, "zero points like scales")
+        _require(zero.is_contiguous(), "zero points side by side")
+
+
+def _require(holds: bool, what: str) -> None:
+    """The library cannot check what lies behind a pointer."""
+    if not holds:
+        raise ValueError(f"compiled kernels expected {what}, found another tensor")
 
 
 def kernels() -> Kernels | None:
@@ -181,7 +192,7 @@ def compile_library(compiler: str, version: str) -> Path:
     facts = [*sources, compiler, version, *FLAGS, *OPENMP, _processor()]
     key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
     folder = cache_directory("native")
-    path = folder / f"tiles-{key}.so"
+    path = folder / f"kernels-{key}.so"
     if path.exists():
         return path
     with tempfile.TemporaryDirectory(dir=folder) as temporary:

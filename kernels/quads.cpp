@@ -19,17 +19,12 @@ namespace {
 
 constexpr int AHEAD = 4096;  // bytes between what is loaded and what is fetched
 
-struct Integers {
-    const uint32_t* x;  // as `arrange` leaves it
+struct Integers : Weight {
+    const uint32_t* x;    // as `arrange` leaves it
     const int32_t* sums;  // of x: [M, G]
     const float* token_scale;
-    const uint8_t* packed;
-    const void* scale;
-    int scale_kind;
-    const uint8_t* zero;
     float* y;
-    long M, N, K, group;
-    int middle;
+    long M;
 };
 
 // to[64] += the four products of a quad of x and quads of codes
@@ -62,7 +57,7 @@ void block(const Integers& p, long tile, long m) {
     for (long g = 0; g < groups; g++) {
         const long stop = (g + 1) * p.group < p.K ? (g + 1) * p.group : p.K;
         ints part[MR][PARTS], z[PARTS];
-        zero_points(p.zero, p.middle, g * p.N + n, inside(n, p.N), z);
+        p.zeros(g, n, z);
         for (int r = 0; r < MR; r++)
             for (int f = 0; f < PARTS; f++) part[r][f] = z[f] * -p.sums[(m + r) * groups + g];
         for (long k = g * p.group; k < stop; k += 4, x += MR, from += 32 * BITS) {
@@ -72,7 +67,7 @@ void block(const Integers& p, long tile, long m) {
             for (int r = 0; r < MR; r++) add_quads(part[r], x[r], c);
         }
         floats s[PARTS];
-        numbers(p.scale, p.scale_kind, g * p.N + n, inside(n, p.N), s);
+        p.scales(g, n, s);
         for (int r = 0; r < MR; r++)
             for (int f = 0; f < PARTS; f++)
                 total[r][f] += __builtin_convertvector(part[r][f], floats) * s[f];
@@ -142,7 +137,8 @@ inline uint32_t bits_of(const void* x, long i) {
 }
 
 // One token: its scale, largest / steps, and x / scale to the nearest integer in [-half, half).
-// As integers, sizes are in the order of the floats, with infinities and NaN above all others.
+// As integers, sizes are in the order of the floats, with infinities and NaN above all others. A
+// token that holds one of these becomes zeros: times its scale, they make every product NaN.
 template <int KIND>
 void round_token(const void* x, long at, long K, float steps, float half, int8_t* q, float* scale) {
     uint32_t largest = 0;
@@ -151,10 +147,14 @@ void round_token(const void* x, long at, long K, float steps, float half, int8_t
         largest = size > largest ? size : largest;
     }
     *scale = as_float(largest) / steps;
+    if (largest >= 0x7f800000) {
+        std::memset(q + at, 0, K);
+        return;
+    }
     const float divisor = *scale < 1e-30f ? 1e-30f : *scale;
     for (long k = at; k < at + K; k++) {
         float v = __builtin_rintf(number<KIND>(x, k) / divisor);
-        v = v > -half ? v : -half;  // also NaN, whose scale is no number either
+        v = v > -half ? v : -half;
         q[k] = int8_t(int32_t(v < half - 1 ? v : half - 1));
     }
 }
@@ -178,8 +178,8 @@ extern "C" void modelpress_quads_matmul(const int8_t* x, const float* token_scal
                                         long group, int bits, int middle, int threads) {
     int32_t* sums = reinterpret_cast<int32_t*>(work + M * ((K + 3) / 4));
     arrange_all(x, Blocks(M), K, group, work, sums, threads);
-    const Integers p{work, sums, token_scale, packed, scale, scale_kind, zero,
-                     y,    M,    N,           K,      group, middle};
+    const Weight weight{packed, scale, scale_kind, zero, N, K, group, middle};
+    const Integers p{weight, work, sums, token_scale, y, M};
     if (bits == 2) run<2>(p, threads);
     if (bits == 4) run<4>(p, threads);
     if (bits == 8) run<8>(p, threads);

@@ -28,16 +28,11 @@ constexpr int CHUNK = 128;  // inputs expanded at a time: 32 KB in fp32
 constexpr int ROWS = 128;   // rows of x that share an expanded block: 32 KB of sums
 constexpr int AHEAD = 128;  // pairs of inputs between what is loaded and what is fetched
 
-struct Problem {
+struct Problem : Weight {
     const uint32_t* x;  // as `arrange` leaves it
     bool pairs;
-    const uint8_t* packed;
-    const void* scale;
-    int scale_kind;
-    const uint8_t* zero;
     float* y;
-    long M, N, K, group;
-    int middle;
+    long M;
 };
 
 // A plain loop becomes one instruction, where GCC 12 takes a vector conversion apart.
@@ -121,11 +116,6 @@ inline void code_pairs(const uint8_t* from, ints* c) {
     }
 }
 
-// Scales of outputs [n, n + 64) in group g, 0 beyond N.
-inline void group_scale(const Problem& p, long g, long n, floats* v) {
-    numbers(p.scale, p.scale_kind, g * p.N + n, inside(n, p.N), v);
-}
-
 // What turns codes into c - z: the zero points of 64 outputs in group g, or, if TABLE, a table of
 // fp32 and one of bf16.
 template <int BITS, bool TABLE>
@@ -142,7 +132,7 @@ inline void group_zero(const Problem& p, long g, long n, ints* v) {
         std::memcpy(v + 1, upper, sizeof upper);
         return;
     }
-    zero_points(p.zero, p.middle, g * p.N + n, inside(n, p.N), v);
+    p.zeros(g, n, v);
 }
 
 // c - z of two inputs, 64 outputs each, as the bits of fp32.
@@ -241,7 +231,7 @@ void one_row(const Problem& p, long tile) {
                         part[i][f] += as_float(*x) * as_floats(w[i][f]);
             }
         }
-        group_scale(p, start / p.group, tile * WIDE, s);
+        p.scales(start / p.group, tile * WIDE, s);
         for (int f = 0; f < PARTS; f++) total[f] += (part[0][f] + part[1][f]) * s[f];
     }
     std::memcpy(p.y + tile * WIDE, total, inside(tile * WIDE, p.N) * sizeof(float));
@@ -313,7 +303,7 @@ void many_rows(const Problem& p, long tile) {
             const long stop = start + p.group < p.K ? start + p.group : p.K;
             floats s[PARTS];
             ints z[PARTS];
-            group_scale(p, start / p.group, n, s);
+            p.scales(start / p.group, n, s);
             group_zero<BITS, TABLE>(p, start / p.group, n, z);
             for (long k = start; k < stop; k += CHUNK) {
                 const int steps = int((stop - k < CHUNK ? stop - k + 1 : CHUNK) / 2);
@@ -370,7 +360,8 @@ extern "C" void modelpress_tiles_matmul(const void* x, int x_kind, uint32_t* wor
                                         long group, int bits, int middle, int threads) {
     const bool pairs = x_kind == BF16;
     arrange_all(x, pairs, M, K, work, threads);
-    const Problem p{work, pairs, packed, scale, scale_kind, zero, y, M, N, K, group, middle};
+    const Weight weight{packed, scale, scale_kind, zero, N, K, group, middle};
+    const Problem p{weight, work, pairs, y, M};
     if (bits == 2) choose<2>(p, threads);
     if (bits == 3) choose<3>(p, threads);
     if (bits == 4) choose<4>(p, threads);

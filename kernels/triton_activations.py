@@ -76,10 +76,13 @@ def quantize_kernel(
     i = tl.arange(0, SIZE)
     v = tl.load(x + token * stride + i, mask=i < K, other=0).to(tl.float32)
     v = _butterfly(v, SIZE, LOG) * norm
-    largest = tl.max(tl.abs(v), 0)
+    # as integers, sizes are in the order of the floats, and NaN, which a maximum of floats drops,
+    # is above all others
+    largest = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
     # a token of zeros has scale 0 and values 0
     q = (v * (STEPS / tl.maximum(largest, 1e-30)) + ROUND) - ROUND
     q = tl.minimum(tl.maximum(q, -HALF), HALF - 1)
+    q = tl.where(largest < float("inf"), q, 0)
     tl.store(values + token * K + i, q.to(tl.int8), mask=i < K)
     tl.store(scale + token, largest / STEPS)
 

@@ -64,6 +64,26 @@ inline void zero_points(const uint8_t* from, int middle, long at, long count, in
 
 inline long inside(long n, long N) { return N - n < WIDE ? N - n : WIDE; }
 
+// A packed weight [N, K]; scale and zero [G, N], `zero` null where all zero points are `middle`.
+struct Weight {
+    const uint8_t* packed;
+    const void* scale;
+    int scale_kind;
+    const uint8_t* zero;
+    long N, K, group;
+    int middle;
+
+    // Scales of outputs [n, n + 64) in group g, 0 beyond N.
+    void scales(long g, long n, floats* v) const {
+        numbers(scale, scale_kind, g * N + n, inside(n, N), v);
+    }
+
+    // Their zero points.
+    void zeros(long g, long n, ints* v) const {
+        zero_points(zero, middle, g * N + n, inside(n, N), v);
+    }
+};
+
 // How rows are multiplied: blocks of up to MOST of them, whose sizes differ by one at most, the
 // smaller ones first.
 struct Blocks {

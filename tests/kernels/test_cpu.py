@@ -191,6 +191,13 @@ def test_int4_operator_is_taken_only_where_it_is_exact(uncompiled):
             pack_cpu(weight, torch.bfloat16, "int4")
 
 
+def test_groups_of_an_odd_size():
+    weight, x = random_weight(24, 99, 4, 33, dtype=torch.float32), torch.randn(5, 99)
+    packed = pack_cpu(weight, torch.float32)
+    assert packed.kind == "rows"  # in tiles, two inputs of a pair share a scale
+    assert relative_error(cpu_matmul(x, packed), reference_matmul(x, weight)) < 1e-6
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_memory_is_near_the_bits_of_the_codes(bits, kind):
     weight = random_weight(512, 512, bits, 128, dtype=torch.bfloat16)

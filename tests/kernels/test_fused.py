@@ -52,6 +52,17 @@ def test_the_same_products_in_one_launch(symmetric, bias, monkeypatch):
         assert (before is None and after is None) or torch.equal(before, after)
 
 
+def test_linears_that_round_otherwise_stay_apart():
+    one, other = Attention(), Attention()
+    for module, last in ((one, 8), (other, 4)):
+        for name, bits in zip(OUTPUTS, (8, 8, last), strict=True):
+            linear = getattr(module, name)
+            setattr(module, name, QuantLinear(linear.codes(), linear.bias, X.dtype, bits))
+    assert fuse_linears(one, TOGETHER) == ["fused_q_k_v"]
+    assert one.fused_q_k_v.linear.activation_bits == 8
+    assert fuse_linears(other, TOGETHER) == []
+
+
 def test_every_input_gets_its_own_product():
     alone, fused = Attention(), Attention()
     for name in OUTPUTS:

@@ -110,6 +110,28 @@ def test_a_weight_of_compiled_kernels_is_refused_where_there_are_none(monkeypatc
 
 
 @compiled
+def test_what_lies_behind_a_pointer_is_checked():
+    """A tensor that is not what the library takes it for is refused, and never read."""
+    library, weight = native.kernels(), random_weight(64, 128, 4, 32, False, torch.float32)
+    tiles, x = pack_cpu(weight, torch.float32, "tiles"), torch.randn(2, 128)
+    good = {"packed": tiles.packed, "scale": tiles.scale, "zero": tiles.zero, "group_size": 32}
+    library.tiles_matmul(x, **good, bits=4)
+    for name, wrong, said in (
+        ("packed", tiles.packed[:, :-1], "codes in tiles"),
+        ("packed", tiles.packed.to(torch.int16), "packed bytes"),
+        ("packed", tiles.packed.transpose(1, 2).contiguous().transpose(1, 2), "packed bytes"),
+        ("scale", tiles.scale[:-1], "a scale for each group"),
+        ("scale", tiles.scale.T.contiguous().T, "a scale for each group"),
+        ("zero", tiles.zero[:-1], "zero points like scales"),
+        ("zero", tiles.zero.int(), "zero points like scales"),
+        ("zero", tiles.zero.T.contiguous().T, "zero points side by side"),
+        ("group_size", 33, "pairs of inputs in a group"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            library.tiles_matmul(x, **good | {name: wrong}, bits=4)
+
+
+@compiled
 def test_bf16_that_the_processor_cannot_multiply_is_widened(monkeypatch):
     weight = random_weight(70, 66, 8, 32, False, torch.bfloat16)
     x = torch.randn(5, 66).bfloat16()

@@ -386,6 +386,16 @@ def test_the_full_range_of_integers(bits):
     assert different.sum() <= len(x)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factors", [None, ()])
+def test_what_is_no_number_is_not_lost(dtype, factors):
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1, 7], x[2, 200], x[3, 0] = math.inf, math.nan, -math.nan
+    values, scale = (t.cpu() for t in quantize_tokens(x.to(DEVICE), 8, factors, full_range=True))
+    assert scale.isfinite().tolist() == [True, False, False, False]
+    assert values.any(1).tolist() == [True, False, False, False]
+
+
 def test_ties_round_to_even_as_torch_does():
     x = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -2.5, 3.5, 0]]).to(DEVICE)
     values, _ = quantize_tokens(x, 4)
