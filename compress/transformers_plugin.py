@@ -27,7 +27,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from compress.checkpoint.gptq import FUSED
-from compress.checkpoint.packed import OTHERWISE, PackedLinears, UnpackableError
+from compress.checkpoint.packed import PackedLinears, UnpackableError
 from compress.errors import UsageError
 from compress.kernels.activations import BITS as ACTIVATION_BITS
 from compress.kernels.fused import SharedLinear, fuse_linears
@@ -210,11 +210,14 @@ class ModelpressQuantizer(HfQuantizer):
         return dense_linear(codes, vacancy.bias, vacancy.dtype)
 
     def _refuse_dense(self, name: str) -> None:
-        if self.linears.schemes[name].activation_bits is not None:
-            raise UnpackableError(
-                f"{self.linears.folder}: {name} has quantised activations, which a dense linear "
-                f"would leave out: keep it packed, without packed=False (--dense)"
-            )
+        if self.linears.schemes[name].activation_bits is None:
+            return
+        chosen = self.linears.activation_bits is not None
+        otherwise = "load it without activation_bits" if chosen else "keep it packed"
+        raise UnpackableError(
+            f"{self.linears.folder}: {name} has quantised activations, which a dense linear would "
+            f"leave out: {otherwise}, without packed=False (--dense)"
+        )
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name in self.places:
@@ -270,7 +273,7 @@ def find_places(model: Any, linears: PackedLinears) -> dict[str, str]:
             found = "nothing of that name" if linear is None else f"a {type(linear).__name__}"
             raise UnpackableError(
                 f"{linears.folder}: {name} is packed, but the model has {found}, not a plain "
-                f"linear: {OTHERWISE}"
+                f"linear: {linears.otherwise}"
             )
         if f"{place}.weight" in tied:
             raise UnpackableError(
@@ -279,9 +282,8 @@ def find_places(model: Any, linears: PackedLinears) -> dict[str, str]:
             )
         linears.check(name, (linear.out_features, linear.in_features))
         bias = linears.bias(name)  # a NaN in it is told here, wherever it is read later
-        if (
-            bias is not None and linear.bias is None and bias.any()
-        ):  # zeros, as old GPTQ writers leave them, say nothing
+        # zeros, as old GPTQ writers leave them, say nothing
+        if bias is not None and linear.bias is None and bias.any():
             raise UnpackableError(
                 f"{linears.folder}: {name} has a bias, the model's linear has none"
             )

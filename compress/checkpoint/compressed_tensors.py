@@ -102,20 +102,28 @@ def _weight_arguments(scheme: ModuleScheme) -> dict:
 def module_schemes(config: dict, names: Iterable[str]) -> dict[str, ModuleScheme]:
     """The scheme of each linear in `names` that a `quantization_config` quantises.
 
-    Reads what others wrote too: a name wins over a pattern, and a pattern over a class name, which
-    is taken to mean every linear.
+    Reads what others wrote too. As in compressed-tensors, a name wins over a pattern, a pattern
+    over a class name, of several patterns the first in the alphabet, of equal targets the last.
+    Any class name is taken to mean every linear, `Linear` before others.
     """
     targets: dict[str, ModuleScheme] = {}
     for group in groups_of(config):
         if group.get("weights") is not None:
             scheme = _group_scheme(group)
-            targets |= {t: targets.get(t, scheme) for t in group["targets"]}
+            targets |= dict.fromkeys(group["targets"], scheme)
+    patterns = [(_pattern(target), targets[target]) for target in sorted(filter(_is_rule, targets))]
+    classes = sorted(filter(_is_class, targets), key=lambda target: target != "Linear")
+    anything = targets[classes[0]] if classes else None
+    ignore = config.get("ignore") or []
+    ignored = [_pattern(target) for target in ignore if _is_rule(target)]
+    ignored_names = {*ignore}
 
     def scheme_of(name: str) -> ModuleScheme | None:
-        if any(_matches(target, name) for target in config.get("ignore") or []):
+        if name in ignored_names or any(pattern.match(name) for pattern in ignored):
             return None
-        found = [t for t in targets if _matches(t, name)] or [t for t in targets if _is_class(t)]
-        return targets[min(found, key=lambda t: t.startswith("re:"))] if found else None
+        if name in targets:
+            return targets[name]
+        return next((scheme for pattern, scheme in patterns if pattern.match(name)), anything)
 
     return {name: scheme for name in names if (scheme := scheme_of(name)) is not None}
 
@@ -134,14 +142,16 @@ def _group_scheme(group: dict[str, Any]) -> ModuleScheme:
     )
 
 
-def _matches(target: str, name: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), name) is not None
-    return target == name
+def _is_rule(target: str) -> bool:
+    return target.startswith("re:")
+
+
+def _pattern(rule: str) -> re.Pattern[str]:
+    return re.compile(rule.removeprefix("re:"))
 
 
 def _is_class(target: str) -> bool:
-    return not target.startswith("re:") and "." not in target and target[:1].isupper()
+    return not _is_rule(target) and "." not in target and target[:1].isupper()
 
 
 def must_dequantize_on_load(config: dict) -> bool:

@@ -34,6 +34,7 @@ from compress.checkpoint.section import (
     checked_section,
     extras,
     groups_of,
+    has_act_order,
     read_config,
     strategy_of,
 )
@@ -233,8 +234,11 @@ class PackedCheckpoint:
         self.schemes = module_schemes(section, packed)
         unknown = [name for name in packed if name not in self.schemes]
         if unknown or not packed:
-            found = f"{unknown[0]} is packed" if unknown else "no module is packed"
-            raise CheckpointError(f"{folder}: {found}, but config.json does not say so")
+            raise CheckpointError(
+                f"{folder}: {unknown[0]} is packed, but config.json does not say how"
+                if unknown
+                else f"{folder}: no module is packed as pack-quantized, which is what export reads"
+            )
         self._check_names()
         self.shapes = {name: self._checked_shape(name) for name in packed}
 
@@ -291,14 +295,14 @@ def _check_section(folder: Path, section: dict[str, Any]) -> None:
             f"{folder} {found}: export reads packed compressed-tensors, as `run` writes it"
         )
     groups = groups_of(section)
+    weights = [group.get("weights") or {} for group in groups]
     more = extras(section) | {
         "online rotations": bool(section.get("transform_config")),
         "quantised activations": any(
             group.get("input_activations") or group.get("output_activations") for group in groups
         ),
-        "one scale for a whole weight": any(
-            strategy_of(group.get("weights") or {}) == "tensor" for group in groups
-        ),
+        "one scale for a whole weight": any(strategy_of(w) == "tensor" for w in weights),
+        "inputs permuted across groups (act-order)": any(map(has_act_order, weights)),
     }
     for what, found in more.items():
         if found:

@@ -36,11 +36,16 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, None if there is no file; CheckpointError if it holds no such."""
+    """The JSON object in a file, None if there is no file.
+
+    Raises CheckpointError if it cannot be read, or holds no such object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):

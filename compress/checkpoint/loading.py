@@ -25,8 +25,9 @@ from compress.checkpoint.files import read_json
 from compress.checkpoint.safetensors_io import CheckpointReader
 from compress.checkpoint.section import (
     checked_section,
+    format_of,
+    groups_of,
     is_packed,
-    must_be_compressed,
     needs_own_reader,
     read_config,
 )
@@ -93,16 +94,12 @@ def load(
 
         options["quantization_config"] = ModelpressConfig(packed, fuse, activation_bits)
         options["config"] = without_section(config)
-    elif must_be_compressed(section):
-        raise CheckpointError(
-            f"{path} has int-quantized weights, but its quantization_status is "
-            f"{section.get('quantization_status')!r}: transformers would take codes for weights; "
-            f"set it to compressed, or load it with packed=True"
-        )
     elif fuse:
         raise UsageError(f"{path} has no packed linears to fuse: leave out fuse=True")
     elif activation_bits is not None:
         raise UsageError(f"{path} has no packed linears: leave out activation_bits")
+    elif section.get("quant_method") == "compressed-tensors":
+        _check_status(Path(path), section)
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}  # or all of it would lie in the host's memory first
     model, report = guarded(path, kind.from_pretrained, output_loading_info=True, **options)
@@ -147,6 +144,37 @@ def _check_path(path: str | Path) -> None:
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the files of the "
             f"model it was made from"
         )
+
+
+def _check_status(folder: Path, section: dict[str, Any]) -> None:
+    """CheckpointError where transformers would take codes for weights, or weights for codes.
+
+    It goes by quantization_status alone: `compressed` is codes, all else is weights. A folder that
+    is on the hub, whose tensors are not here yet, is refused for a status that says neither.
+    """
+    status = section.get("quantization_status")
+    if not folder.is_dir():
+        formats = {format_of(section, group) for group in groups_of(section)}
+        if "int-quantized" in formats and status not in ("compressed", "decompressed"):
+            raise CheckpointError(
+                f"{folder} has int-quantized weights, but its quantization_status is {status!r}: "
+                f"transformers would take codes for weights; load it with packed=True"
+            )
+        return
+    reader = CheckpointReader(folder)
+    for scale in (name for name in reader.names if name.endswith(".weight_scale")):
+        weight = scale.removesuffix("_scale")
+        if weight not in reader:
+            continue
+        dtype = reader.dtype(weight)
+        has_codes = not dtype.is_floating_point or dtype.itemsize == 1  # fp8
+        if has_codes != (status == "compressed"):
+            found, taken = ("codes", "weights") if has_codes else ("weights", "codes")
+            right = "compressed" if has_codes else "decompressed"
+            raise CheckpointError(
+                f"{folder}: {weight} holds {found}, which transformers would take for {taken}: its "
+                f"quantization_status is {status!r}, set it to {right!r}"
+            )
 
 
 def guarded(path: str | Path, from_pretrained: Any, **options: Any) -> Any:
@@ -227,7 +255,7 @@ def _quantised_modules(reader: CheckpointReader, config: dict) -> dict[str, dict
     scaled = sorted(name for name in names if f"{name}.weight_scale" in reader)
     return {
         name: {
-            "shape": _shape(reader, name),
+            "shape": _shape(reader, name, scheme.bits),
             "bits": scheme.bits,
             "group_size": scheme.group_size,
             "symmetric": scheme.symmetric,
@@ -237,9 +265,12 @@ def _quantised_modules(reader: CheckpointReader, config: dict) -> dict[str, dict
     }
 
 
-def _shape(reader: CheckpointReader, name: str) -> list[int]:
+def _shape(reader: CheckpointReader, name: str, bits: int) -> list[int]:
     if f"{name}.weight_shape" in reader:  # two integers; the packed width alone is ambiguous
         return reader.tensor(f"{name}.weight_shape").tolist()
+    if f"{name}.weight_packed" in reader:  # of small floats, which fill their bytes
+        N, columns = reader.shape(f"{name}.weight_packed")
+        return [N, columns * 8 * reader.dtype(f"{name}.weight_packed").itemsize // bits]
     return list(reader.shape(f"{name}.weight"))
 
 

@@ -34,6 +34,7 @@ from compress.checkpoint.section import (
     extras,
     format_of,
     groups_of,
+    needs_own_reader,
     read_config,
     rule_pattern,
 )
@@ -45,6 +46,7 @@ WIDEST_SHIFTED = 4  # bits of codes whose zero points go with quantised activati
 # Tensors that say: these codes are read in another way than ours.
 FOREIGN = ("weight_global_scale", "input_scale", "input_zero_point", "output_scale")
 OTHERWISE = "load it with packed=False (--dense)"
+NO_OTHERWISE = "it cannot be loaded dense either, serve it with vLLM"
 
 
 class UnpackableError(CheckpointError, UsageError):
@@ -67,6 +69,7 @@ class PackedLinears:
         method: `compressed-tensors` or `gptq`.
         format: a row of FORMATS.
         schemes: how each packed linear is quantised, by its name in the files.
+        otherwise: what to do with a folder that is refused.
 
     Raises UnpackableError for a folder that holds nothing packed, or something else as well, and
     for activation_bits that its weights do not go with; CheckpointError for a damaged one.
@@ -77,6 +80,7 @@ class PackedLinears:
         self.activation_bits = activation_bits
         self.section = checked_section(read_config(self.folder), self.folder / "config.json")
         self.method = str(self.section.get("quant_method"))
+        self.otherwise = NO_OTHERWISE if needs_own_reader(self.section) else OTHERWISE
         self._refuse_section()
         self.format = FORMATS[format_of(self.section)]
         self.reader = CheckpointReader(self.folder)
@@ -159,11 +163,11 @@ class PackedLinears:
         if self.method not in METHODS:
             raise self._error(
                 f"packed loading reads compressed-tensors and GPTQ, found "
-                f"{self.section.get('quant_method')!r}: {OTHERWISE}"
+                f"{self.section.get('quant_method')!r}: {self.otherwise}"
             )
         if self.method == "gptq":
             found = format_of(self.section)
-            words = self.section.get("pack_dtype", "int32")
+            words = self.section.get("pack_dtype") or "int32"
             if found not in ("gptq", "gptq_v2") or words != "int32":
                 raise self._error(
                     f"packed loading reads GPTQ in the formats gptq and gptq_v2 in 32-bit words, "
@@ -175,11 +179,11 @@ class PackedLinears:
             raise self._error(
                 f"packed loading reads compressed-tensors in the format pack-quantized or "
                 f"int-quantized, found {', '.join(sorted(formats)) or 'no config group'}: "
-                f"{OTHERWISE}"
+                f"{self.otherwise}"
             )
         for what, found in extras(self.section).items():
             if found:
-                raise self._error(f"{what} cannot be run packed: {OTHERWISE}")
+                raise self._error(f"{what} cannot be run packed: {self.otherwise}")
 
     def _schemes(self) -> dict[str, ModuleScheme]:
         main = self.format.main
@@ -222,7 +226,7 @@ class PackedLinears:
         return ModuleScheme(
             settings["bits"],
             size if size > 0 else None,
-            bool(settings["sym"]),
+            settings["sym"] is not False,  # where a file says nothing, as its writers have it
             act_order=bool(settings["desc_act"]),
         )
 
@@ -242,7 +246,7 @@ class PackedLinears:
                 f"{', '.join(map(str, self.format.widths))}"
             )
         rounded = scheme.activation_bits is not None
-        otherwise = OTHERWISE if self.activation_bits is None else "leave out activation_bits"
+        otherwise = self.otherwise if self.activation_bits is None else "leave out activation_bits"
         least = INTEGER_STEP if rounded else LEAST_GROUP
         if scheme.group_size is not None and scheme.group_size % least:
             raise self._error(

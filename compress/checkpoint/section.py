@@ -286,6 +286,11 @@ def _by_token(activations: dict[str, Any]) -> bool:
     return found == wanted and activations.get("num_bits", 8) in ACTIVATION_BITS
 
 
+def _is_decompressed(section: dict[str, Any]) -> bool:
+    """Whether weights are dense again: transformers saves them so after a forward."""
+    return section.get("quantization_status") == "decompressed"
+
+
 def needs_own_reader(section: dict[str, Any]) -> bool:
     """Whether transformers alone does not load such weights as dense ones, and `codes` does.
 
@@ -296,6 +301,8 @@ def needs_own_reader(section: dict[str, Any]) -> bool:
         return True
     formats = {format_of(section, group) for group in groups_of(section)}
     if section.get("quant_method") != "compressed-tensors" or not formats <= {*INTEGERS}:
+        return False
+    if _is_decompressed(section):
         return False
     weights = [group["weights"] for group in groups_of(section) if group.get("weights")]
     asymmetric = not all(w.get("symmetric", True) for w in weights)
@@ -311,19 +318,10 @@ def is_packed(section: dict[str, Any]) -> bool:
     method, groups = section.get("quant_method"), groups_of(section)
     if method != "compressed-tensors":
         return method == "gptq"
+    if _is_decompressed(section):
+        return False
     formats = {format_of(section, group) for group in groups}
     if formats == {"int-quantized"}:
         inputs = [group.get("input_activations") for group in groups]
         return all(found is not None and _by_token(found) for found in inputs)
     return formats == {"pack-quantized"}
-
-
-def must_be_compressed(section: dict[str, Any]) -> bool:
-    """Whether transformers would take int8 codes for weights: it goes by quantization_status."""
-    formats = {format_of(section, group) for group in groups_of(section)}
-    status = section.get("quantization_status")
-    return (
-        section.get("quant_method") == "compressed-tensors"
-        and "int-quantized" in formats
-        and status != "compressed"
-    )

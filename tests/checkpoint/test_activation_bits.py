@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from by_library import rounded
+from by_library import rounded, write_by_library
 from calling import call
 from safetensors.torch import load_file
 from tiny_checkpoints import byte_tokenizer, random_ids, relative_error
@@ -15,6 +15,8 @@ import compress
 from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.packed import UnpackableError
 from compress.errors import UsageError
+from compress.kernels import linear as linears
+from compress.kernels.fused import SharedLinear
 from compress.kernels.linear import QuantLinear
 
 # transformers says so of every argument beside a quantised checkpoint's own config.
@@ -63,10 +65,14 @@ def test_every_linear_multiplies_rounded_inputs(written, bits):
 
 
 @torch.no_grad()
-def test_shared_launches_round_alike(written):
+def test_shared_launches_round_alike(tmp_path):
+    schemes = [ModuleScheme(4, 32), ModuleScheme(4, 32, symmetric=False)]
+    folder = write(tmp_path / "model", schemes).folder
     ids = random_ids(2, 12) % 61
-    model, _ = compress.load(written.folder, activation_bits=8)
-    fused, _ = compress.load(written.folder, activation_bits=8, fuse=True)
+    model, _ = compress.load(folder, activation_bits=8)
+    fused, _ = compress.load(folder, activation_bits=8, fuse=True)
+    shared = [m.linear for m in fused.modules() if type(m) is SharedLinear]
+    assert {linear.activation_bits for linear in shared} == {8}
     assert relative_error(fused(ids).logits, model(ids).logits) < 1e-6
 
 
@@ -109,16 +115,35 @@ def test_weights_that_do_not_go_with_them(tmp_path, scheme, said):
         compress.load(folder, activation_bits=8)
 
 
+def test_a_checkpoint_that_rounds_otherwise(tmp_path):
+    weights = {"num_bits": 8, "symmetric": True, "strategy": "channel"}
+    write_by_library(tmp_path, "int-quantized", weights, 8)
+    compress.load(tmp_path, activation_bits=8)
+    with pytest.raises(UnpackableError, match="has activations of 8 bits: leave out activation_b"):
+        compress.load(tmp_path, activation_bits=4)
+
+
 def test_dense_linears_round_nothing(written, checkpoint):
+    model, _ = compress.load(written.folder, activation_bits=8)
+    with pytest.raises(UnpackableError, match="would leave out: load it without activation_bits"):
+        model.dequantize()
     with pytest.raises(UsageError, match="for packed linears: leave it out, or packed=False"):
         compress.load(written.folder, packed=False, activation_bits=8)
     with pytest.raises(UsageError, match="has no packed linears: leave out activation_bits"):
         compress.load(checkpoint(), activation_bits=8)
 
 
-def test_the_command_line(finished, tmp_path, capsys):
+def test_the_command_line(finished, tmp_path, capsys, monkeypatch):
     generate = ["generate", finished, "--prompt", "a", "--max-tokens", 1, "--activation-bits"]
-    assert call(*generate, 8) == 0
+    used, quantize = set(), linears.quantize_tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            linears,
+            "quantize_tokens",
+            lambda x, bits, **k: used.add(bits) or quantize(x, bits, **k),
+        )
+        assert call(*generate, 8) == 0
+    assert used == {8}
     text = tmp_path / "text.txt"
     text.write_text("All happy families are alike. " * 40)
     capsys.readouterr()

@@ -1,8 +1,15 @@
 """The written layout against its own inverse, compressed-tensors, and plain transformers."""
 
+import itertools
+
 import pytest
 import torch
-from tiny_quantised import MIXED, round_weight, write_quantised
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    apply_quantization_config,
+)
+from tiny_quantised import MIXED, round_weight, tiny_llama, write_quantised
 
 from compress.checkpoint.compressed_tensors import (
     ModuleScheme,
@@ -99,6 +106,40 @@ def test_a_name_wins_over_a_pattern_and_a_pattern_over_a_class():
         "b.up": 8,
     }
     assert found["b.up"] == ModuleScheme(8, None)
+
+
+def test_one_of_several_targets_is_chosen_as_by_compressed_tensors():
+    """Patterns that overlap, in every order, beside classes of other modules than linears."""
+    targets = ["re:.*mlp.*", "re:.*down_proj", "re:.*layers.1.*", "Embedding", "Linear"]
+    for order in itertools.permutations(range(len(targets))):
+        groups = {
+            f"group_{i}": {
+                "targets": [targets[i], "model.layers.0.mlp.gate_proj"],
+                "weights": {"num_bits": 2 + i, "strategy": "channel"},
+            }
+            for i in order
+        }
+        section = {"quant_method": "compressed-tensors", "config_groups": groups}
+        model = tiny_llama()
+        apply_quantization_config(model, QuantizationConfig(**section))
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        found = module_schemes(section, linears)
+        expected = {n: m.quantization_scheme.weights.num_bits for n, m in linears.items()}
+        assert {name: scheme.bits for name, scheme in found.items()} == expected
+
+
+def test_what_a_group_does_not_say_is_as_in_compressed_tensors():
+    usual = QuantizationArgs()
+    group = {"targets": ["Linear"], "weights": {}, "input_activations": {}}
+    found = module_schemes({"config_groups": {"group_0": group}}, ["up_proj"])
+    assert found["up_proj"] == ModuleScheme(
+        usual.num_bits,
+        usual.group_size,
+        usual.symmetric,
+        activation_bits=usual.num_bits,
+        per_tensor=usual.strategy == "tensor",
+        act_order=usual.actorder is not None,
+    )
 
 
 # ---- plain transformers -------------------------------------------------------------------------

@@ -264,8 +264,14 @@ def test_checkpoints_that_are_more_than_packed_weights(copy, tmp_path, changes, 
     ("key", "value", "said"),
     [
         ("input_activations", {"num_bits": 8}, "activations"),
+        ("input_activations", {"dynamic": True, "strategy": "token"}, "has quantised activations,"),
         ("weights", {"type": "float", "num_bits": 4, "strategy": "channel"}, "integers"),
         ("weights", {"num_bits": 4, "strategy": "tensor"}, "one scale for a whole weight"),
+        (
+            "weights",
+            {"num_bits": 4, "strategy": "group", "group_size": 32, "actorder": "group"},
+            "act-order",
+        ),
     ],
 )
 def test_groups_that_are_more_than_packed_weights(copy, tmp_path, key, value, said):
@@ -273,6 +279,13 @@ def test_groups_that_are_more_than_packed_weights(copy, tmp_path, key, value, sa
     groups["group_1"][key] = value
     change_section(copy, config_groups=groups)
     assert said in refusal(copy, tmp_path / "out")
+
+
+def test_codes_in_int8(copy, tmp_path):
+    tensors = {n: t for n, t in read_tensors(copy).items() if not n.endswith("weight_packed")}
+    save_tensors(copy / "model.safetensors", tensors)
+    said = refusal(copy, tmp_path / "out", CheckpointError)
+    assert "no module is packed as pack-quantized" in said
 
 
 def test_tensors_that_other_formats_have_no_place_for(copy, tmp_path):
@@ -288,7 +301,7 @@ def test_tensors_that_are_not_what_the_config_says(copy, tmp_path):
     assert name in refusal(copy, tmp_path / "out", CheckpointError)
     group = {"targets": ["lm_head"], "weights": {"num_bits": 4, "strategy": "channel"}}
     change_section(copy, config_groups={"group_0": group})
-    assert "config.json does not say so" in refusal(copy, tmp_path / "out", CheckpointError)
+    assert "config.json does not say how" in refusal(copy, tmp_path / "out", CheckpointError)
     change_section(copy, config_groups=[])
     assert "config.json: quantization_config: config_groups" in refusal(
         copy, tmp_path / "out", CheckpointError

@@ -231,6 +231,27 @@ def test_inspect_a_gptq_folder(tmp_path, bits, groups):
     ]
 
 
+def test_inspect_small_floats(tmp_path):
+    """Two codes of 4 bits to a byte, with no tensor for the shape."""
+    save_tensors(
+        tmp_path / "model.safetensors",
+        {
+            "m.weight_packed": torch.zeros(48, 32, dtype=torch.uint8),
+            "m.weight_scale": torch.ones(48, 4).to(torch.float8_e4m3fn),
+            "m.weight_global_scale": torch.ones(1),
+        },
+    )
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    section = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
+    (module,) = inspect(tmp_path)["modules"]
+    assert module["shape"] == [48, 64]
+    assert (module["bits"], module["group_size"]) == (4, 16)
+
+
 def test_inspect_no_such_folder(tmp_path):
     with pytest.raises(UsageError, match="no such model folder"):
         inspect(tmp_path / "absent")

@@ -265,7 +265,7 @@ def test_a_packed_model_can_be_made_dense(demo):
 
 
 def test_config_says_what_it_takes():
-    with pytest.raises(UsageError, match="packed and fuse, found bits"):
+    with pytest.raises(UsageError, match="fuse and activation_bits, found bits"):
         compress.ModelpressConfig(bits=4)
     with pytest.raises(UsageError, match="True or False, found 1"):
         compress.ModelpressConfig(packed=1)

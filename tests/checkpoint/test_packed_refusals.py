@@ -171,6 +171,15 @@ def groups_of(weights: dict, **group) -> dict:
             "down_proj has no weight_g_idx, though config.json says act-order",
         ),
         (groups_of({}, format="int-quantized"), "down_proj has weight_scale but no weight"),
+        (
+            {
+                "config_groups": {
+                    **groups_of({})["config_groups"],
+                    "group_1": {"targets": ["lm_head"], "format": "int-quantized", "weights": {}},
+                }
+            },
+            "found int-quantized, pack-quantized",
+        ),
         (groups_of({}, format="naive-quantized"), "int-quantized, found naive-quantized"),
         (groups_of({}, input_activations={"num_bits": 8}), "with a scale for each token cannot be"),
         *(
@@ -340,6 +349,21 @@ def test_the_way_out_that_a_refusal_names(tmp_path, capsys):
     assert main(command) == 2
     assert "load it with packed=False (--dense)" in capsys.readouterr().err
     assert main([*command, "--dense"]) == 0
+
+
+@pytest.mark.parametrize("packed", [None, False])
+def test_no_way_out_is_named_where_there_is_none(tmp_path, packed):
+    """Asymmetric weights are dense by the same reader only, which refuses the rest of it."""
+    write_quantised(tmp_path, [ModuleScheme(4, 32, symmetric=False)])
+    byte_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = message_of(tmp_path, packed=packed)
+    assert message.endswith(
+        "a quantised KV cache cannot be run packed: it cannot be loaded dense "
+        "either, serve it with vLLM"
+    )
 
 
 def test_formats_of_others_are_left_to_transformers_unless_packed_is_asked_for(damaged):

@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 from by_library import LINEARS, rounded, write_by_library
-from tiny_checkpoints import byte_tokenizer, random_ids, relative_error
+from tiny_checkpoints import byte_tokenizer, load_whole, random_ids, relative_error
 
 import compress
 from compress.checkpoint.compressed_tensors import ModuleScheme
@@ -112,7 +112,9 @@ def test_dense_weights_alone_are_refused_later_too(written):
     assert sum(type(module) is QuantLinear for module in model.modules()) == LINEARS
 
 
-def test_codes_that_transformers_would_take_for_weights(written, tmp_path):
+def test_codes_that_transformers_would_take_for_weights(written, tmp_path, monkeypatch):
+    from transformers import AutoConfig
+
     folder, _, _ = written
     config = json.loads((folder / "config.json").read_text())
     if config["quantization_config"]["format"] != "int-quantized":
@@ -122,7 +124,38 @@ def test_codes_that_transformers_would_take_for_weights(written, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config))
     compress.load(tmp_path)
-    with pytest.raises(CheckpointError, match="quantization_status is None"):
+    with pytest.raises(CheckpointError, match=r"codes, which .* for weights: .* is None"):
+        compress.load(tmp_path, packed=False)
+    tensors = CheckpointReader(tmp_path).tensors()
+    small = {n: t.view(torch.float8_e4m3fn) for n, t in tensors.items() if t.dtype == torch.int8}
+    save_tensors(tmp_path / "model.safetensors", tensors | small)  # floats, but codes as well
+    with pytest.raises(CheckpointError, match=r"codes, which .* for weights: .* is None"):
+        compress.load(tmp_path, packed=False)
+    config = AutoConfig.from_pretrained(tmp_path)  # the same before any tensor is here
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: config)
+    with pytest.raises(CheckpointError, match=r"status is None: .* codes for weights"):
+        compress.load("someone/model", packed=False, prune=False)
+
+
+@pytest.mark.parametrize(
+    "written", [name for name in SCHEMES if name != "W4A8 with zero points"], indirect=True
+)
+def test_weights_that_transformers_has_saved_dense(written, tmp_path):
+    """After a forward it writes weights, and says `decompressed`; believed only if that is so."""
+    folder, _, _ = written
+    ids = random_ids(1, 8) % 61
+    with torch.no_grad():
+        model = load_whole(folder)
+        expected = model(ids).logits
+        model.save_pretrained(tmp_path)
+        byte_tokenizer().save_pretrained(tmp_path)
+        loaded, _ = compress.load(tmp_path)
+        assert relative_error(loaded(ids).logits, expected) < 1e-5
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization_config"]["quantization_status"] == "decompressed"
+    config["quantization_config"]["quantization_status"] = "compressed"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"holds weights, .* codes: .* 'decompressed'"):
         compress.load(tmp_path, packed=False)
 
 

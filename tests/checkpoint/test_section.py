@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 import pytest
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from tiny_checkpoints import byte_tokenizer
 from tiny_quantised import write_quantised
 
@@ -15,7 +17,12 @@ import compress
 from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.export import export
 from compress.checkpoint.packed import PackedLinears
-from compress.checkpoint.section import checked_section, read_config
+from compress.checkpoint.section import (
+    checked_section,
+    has_act_order,
+    read_config,
+    strategy_of,
+)
 from compress.cli import main
 from compress.errors import CheckpointError, UsageError
 
@@ -161,6 +168,25 @@ def test_loading(folder):
             "Linear",
             "config_groups.group_0.targets: expected a valid list, found",
         ),
+        ("compressed-tensors", ("config_groups",), None, "format pack-quantized needs one, found"),
+        (
+            "compressed-tensors",
+            ("config_groups", "group_0", "weights"),
+            None,
+            "config_groups.group_0.weights: format pack-quantized needs them, found none",
+        ),
+        (
+            "compressed-tensors",
+            ("config_groups", "group_0", "weights", "group_size"),
+            None,
+            "config_groups.group_0.weights.group_size: strategy group needs one, found none",
+        ),
+        (
+            "compressed-tensors",
+            ("config_groups", "group_0", "weights", "strategy"),
+            "channel",
+            "config_groups.group_0.weights.group_size: 32, but strategy is channel",
+        ),
         ("gptq", ("bits",), None, "bits: expected a valid integer, found null"),
         ("gptq", ("bits",), REMOVED, "bits: this key is required and missing"),
         ("gptq", ("dynamic",), {"-:(": {}}, "dynamic.-:(: '-:(' is not a regular expression"),
@@ -186,6 +212,12 @@ def test_a_file_that_is_no_object(folder, text):
         assert f"{folder}/config.json is not valid" in outcome(read, folder)
 
 
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    for read in (PackedLinears, compress.inspect, compress.load):
+        assert f"cannot read {tmp_path}/config.json: Is a directory" in outcome(read, tmp_path)
+
+
 def test_what_others_write_is_right():
     for folder in FOREIGN.iterdir():
         config = config_of(folder)
@@ -194,5 +226,33 @@ def test_what_others_write_is_right():
     assert checked_section({"quantization_config": None}, "here") == {}
     flags = {"load_in_4bit": True}  # bitsandbytes of old, which is transformers' to read
     assert checked_section({"quantization_config": flags}, "here") == flags
+    for scheme in PRESET_SCHEMES.values():
+        parts = {key: part.model_dump(mode="json") for key, part in scheme.items()}
+        group = json.loads(json.dumps({"targets": ["Linear"]} | parts))
+        section = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+        assert checked_section({"quantization_config": section}, "here") == section
     within = {"text_config": {"quantization_config": {"quant_method": "gptq", "bits": 4}}}
     assert checked_section(within, "here")["bits"] == 4
+
+
+def test_null_is_as_good_as_nothing(folder):
+    for key in ("ignore", "sparsity_config", "transform_config", "dynamic", "pack_dtype", "format"):
+        if key in config_of(folder)["quantization_config"]:
+            change(folder, (key,), None)
+    compress.load(folder)
+
+
+@pytest.mark.parametrize("size", [None, -1, 32])
+def test_a_strategy_that_is_not_said(size):
+    assert strategy_of({"group_size": size}) == QuantizationArgs(group_size=size).strategy
+
+
+@pytest.mark.parametrize("value", [None, False, True, "group", "dynamic", "weight", "static"])
+def test_act_order_is_what_compressed_tensors_gave_up(value):
+    try:
+        QuantizationArgs(group_size=32, actorder=value)
+    except ValueError as error:
+        assert "has been removed" in str(error)
+        assert has_act_order({"actorder": value})
+    else:
+        assert not has_act_order({"actorder": value})
