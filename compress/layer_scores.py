@@ -158,6 +158,7 @@ class Scorer:
         model = Model16(self.recipe, self.skeleton, self.device)
         embedded = model.embed(self.windows.input_ids).to(self.device)
         mask = self.windows.mask.to(self.device)
+        V = self.skeleton.config.vocab_size
         by_layer: dict[int, list[Unit]] = {}
         for unit in self.units:
             by_layer.setdefault(_layer_of(unit), []).append(unit)
@@ -175,7 +176,7 @@ class Scorer:
 
         def measure(widths: dict[str, int]) -> float:
             with model.head() as head:
-                total = divergence(head, reference, forward(widths), mask)
+                total = divergence(head, reference, forward(widths), mask, V)
             return total / max(1, int(mask.sum()))
 
         return measure

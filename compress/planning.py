@@ -1,12 +1,8 @@
 """What a run will do, from the recipe, the config and the headers alone: no weight is read.
 
-    plan = make_plan(recipe, skeleton)
-    plan.problems            # what would make the run fail; empty if it can start
-    plan.bytes["total"]      # of the tensors that will be written
-
-Memory is an estimate of the peak on the host: one layer, the statistics of its widest linear, the
-batch in flight, the activations of all calibration windows unless they go to disk, and the fixed
-cost of Python, torch and transformers.
+plan = make_plan(recipe, skeleton)
+plan.problems            # what would make the run fail; empty if it can start
+plan.bytes["total"]      # of the tensors that will be written
 """
 
 import json
@@ -18,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.allocation import Allocation, allocate, check_allocation, find_units
-from compress.calibration.activations import TOKENS_PER_BATCH, activations_on_disk
 from compress.calibration.prompts import (
     CalibrationData,
     ImagePrompts,
@@ -27,16 +22,14 @@ from compress.calibration.prompts import (
 )
 from compress.errors import UsageError, did_you_mean
 from compress.layer_scores import needs_windows
-from compress.pruning.forecast import calibration_tokens, forecast
+from compress.memory_forecast import host_memory
+from compress.pruning.forecast import forecast
 
 if TYPE_CHECKING:
     from compress.models.skeleton import Skeleton
     from compress.recipe import Recipe
     from compress.result import Observer
     from compress.sections import Scheme
-
-FIXED_MEMORY = 500 * 10**6  # Python, torch and transformers, measured on Linux with CPU torch
-SOLVER_COPIES = 3  # of a Hessian while it is factored; as many of a group's weights
 
 
 @dataclass(frozen=True)
@@ -149,12 +142,13 @@ def make_plan(recipe: "Recipe", skeleton: "Skeleton", allocation: Allocation | N
     other = sum(n for n in kept.values()) * dtype.itemsize
     weights = sum(module.weights for module in modules)
     pruning, problems, notes = forecast(recipe, skeleton, len(layers), dtype.itemsize)
+    memory = host_memory(recipe, skeleton, shapes, needs_calibration(recipe))
     plan = Plan(
         modules=modules,
         average_bits=sum(m.bits * m.weights for m in modules) / weights if weights else 0.0,
         bytes={"quantized": quantized, "other": other, "total": quantized + other},
         file_bytes=quantized + other + _header_bytes(modules, kept),
-        peak_memory={"host": _peak_memory(recipe, skeleton, shapes), "device": 0},
+        peak_memory={"host": memory, "device": 0},
         problems=_problems(recipe, skeleton, names, shapes, found) + problems,
         notes=_notes(recipe, skeleton, modules, untied, len(layers)) + notes,
         untied=untied,
@@ -338,26 +332,3 @@ def _split_fusions(
             if len({schemes.get(name) for name in members}) > 1:
                 return [f"{', '.join(members)} differ in scheme; vLLM fuses them and will refuse"]
     return []
-
-
-def _peak_memory(recipe: "Recipe", skeleton: "Skeleton", shapes: dict[str, tuple[int, int]]) -> int:
-    spec, hidden = skeleton.spec, skeleton.config.hidden_size
-    inside = [shapes[f"{spec.layers}.0.{name}"] for name in spec.linears]
-    layer = sum(N * K for N, K in inside)
-    bytes_per_weight = 4 + (16 if recipe.rotate.kind != "none" else skeleton.dtype.itemsize)
-    widest = max(K for _, K in inside)
-    vocabulary = skeleton.config.vocab_size * hidden * 4
-    # The vision tower encodes in fp32, beside its tensors as they are written.
-    tower = sum(skeleton.model.get_parameter(name).numel() for name in skeleton.vision_names())
-    seeing = tower * (4 + skeleton.dtype.itemsize) + (vocabulary if tower else 0)
-    total = FIXED_MEMORY + max(layer * bytes_per_weight, vocabulary, seeing)
-    pruning = recipe.prune_visual_tokens
-    if pruning is not None and pruning.search is not None:
-        total = max(total, FIXED_MEMORY + skeleton.reader.nbytes())
-    if not needs_calibration(recipe):
-        return total
-    activations = calibration_tokens(recipe, skeleton) * (hidden + widest) * 4
-    batch = max(TOKENS_PER_BATCH, recipe.calibration.length) * (hidden + 3 * widest) * 4
-    solver = SOLVER_COPIES * 4 * (widest**2 + max(N * K for N, K in inside))
-    on_disk = activations_on_disk(recipe.calibration.offload, activations)
-    return total + max(batch, solver) + (0 if on_disk else activations)

@@ -9,9 +9,10 @@ from tiny_checkpoints import LAYERS, WINDOWS, recipe_for, write_checkpoint
 
 from compress.checkpoint.loading import inspect
 from compress.errors import CheckpointError, UsageError
+from compress.memory_forecast import FIXED_MEMORY
 from compress.models.skeleton import Skeleton
 from compress.pipeline import run
-from compress.planning import FIXED_MEMORY, make_plan
+from compress.planning import make_plan
 
 
 def plan_of(folder, **sections):
@@ -202,8 +203,9 @@ def test_linears_that_engines_fuse_are_noted_where_their_schemes_differ(checkpoi
 # ---- memory -------------------------------------------------------------------------------------
 
 
-def host_memory(folder, **calibration) -> int:
-    return plan_of(folder, calibration=calibration).peak_memory["host"]
+def host_memory(folder, allocate=None, **calibration) -> int:
+    sections = {} if allocate is None else {"allocate": allocate}
+    return plan_of(folder, calibration=calibration, **sections).peak_memory["host"]
 
 
 def test_peak_memory_of_a_tiny_model_is_little_more_than_the_libraries(checkpoint):
@@ -220,6 +222,25 @@ def test_activations_count_where_they_are_kept(checkpoint):
     }
     assert memory["ram", 2000] - memory["ram", 1000] == tokens * (64 + 128) * 4
     assert memory["disk", 2000] == memory["disk", 1000] < memory["ram", 1000]
+
+
+def test_activations_of_every_unit_at_every_width_count(checkpoint):
+    """Two layers at two widths, and the model itself: five activations travel along."""
+    section = {"importance": "logit_divergence", "method": "knapsack", "average_bits": 3}
+    memory = {
+        (offload, samples): host_memory(
+            checkpoint(), section | {"widths": [4, 2], "samples": samples},
+            samples=2000, length=64, offload=offload,
+        )
+        for offload in ("ram", "disk")
+        for samples in (1500, 2000)
+    }  # fmt: skip
+    assert memory["ram", 2000] - memory["ram", 1500] == 5 * 500 * 64 * 64 * 4
+    assert memory["disk", 2000] == memory["disk", 1500] < memory["ram", 1500]
+    cheap = section | {"importance": "weight_error", "samples": 2000, "widths": [4, 2]}
+    assert host_memory(checkpoint(), cheap, samples=2000, length=64, offload="ram") == host_memory(
+        checkpoint(), samples=2000, length=64, offload="ram"
+    )
 
 
 def test_memory_does_not_grow_with_depth(tmp_path):

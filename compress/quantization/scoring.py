@@ -338,22 +338,30 @@ class ScoreWalk:
     ) -> dict[str, dict[int, float]]:
         errors: dict[str, dict[int, float]] = {unit.name: {} for unit in self.units}
         masks = [mask.to(self.device) for _, mask in self.batches]
+        V = self.skeleton.config.vocab_size
         with self.model.head() as head:
             for (name, bits), store in variants.items():
                 total = sum(
-                    divergence(head, x[i].to(self.device), store[i].to(self.device), mask)
+                    divergence(head, x[i].to(self.device), store[i].to(self.device), mask, V)
                     for i, mask in enumerate(masks)
                 )
                 errors[name][bits] = total / max(1, sum(int(mask.sum()) for mask in masks))
         return errors
 
 
-def divergence(head: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, mask: Tensor) -> float:
-    """sum over counted tokens of KL(head(x) || head(y)), nats; x, y [B, T, d], mask [B, T]."""
+def divergence(
+    head: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, mask: Tensor, vocabulary: int
+) -> float:
+    """sum over counted tokens of KL(head(x) || head(y)), nats; x, y [B, T, d], mask [B, T].
+
+    Logits [tokens, vocabulary] of a few tokens at a time: of whole windows they would take more
+    memory than the layers.
+    """
     from compress.eval.divergence import token_divergence
+    from compress.eval.windows import scored_chunks
 
     total = 0.0
-    for a, b, counted in zip(x, y, mask, strict=True):  # a window's logits at a time
-        kl = token_divergence(head(a), head(b)).double()
-        total += float(kl[counted].sum())
+    for row, at in scored_chunks(mask, vocabulary):
+        kl = token_divergence(head(x[row, at]), head(y[row, at]))
+        total += float(kl.double().sum())
     return total
