@@ -139,7 +139,7 @@ def test_table_fits_a_hopper_multiprocessor():
     for product in compiled_products(HOPPER):
         assert not product.serialized
         assert product.spilled <= 64  # triton 3.6 spills a little of the last entry
-        assert product.programs >= 2 or product.registers * product.tiles.warps * 32 > 1 << 15
+        assert product.programs >= 2 or product.tiles.rows > 64  # large tiles may run alone
         assert product.shared <= SHARED_MEMORY[HOPPER].program
         wanted = WANTED[product.bits].get(product.tiles.rows)
         assert wanted is None or product.instructions * 2.17 < 40.1 / wanted
