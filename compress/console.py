@@ -95,13 +95,16 @@ def module_table(modules: Sequence[Mapping[str, Any]]) -> Table:
 
     def row_of(module: Mapping[str, Any]) -> tuple[str, ...]:
         quantised = module.get("symmetric") is not None
-        group = (module["group_size"] or "channel") if quantised else MISSING
+        whole = "tensor" if module.get("per_tensor") else "channel"
+        group = (module["group_size"] or whole) if quantised else MISSING
         kind = ".".join("*" if part.isdigit() else part for part in module["name"].split("."))
-        offset = {True: "", False: "asymmetric", None: "unquantised"}[module.get("symmetric")]
+        notes = [{True: "", False: "asymmetric", None: "unquantised"}[module.get("symmetric")]]
+        if module.get("act_order"):
+            notes.append("act-order")
         if bits := module.get("activation_bits"):
-            offset = f"{offset} activations {bits} bits".strip()
+            notes.append(f"activations {bits} bits")
         shape = " × ".join(map(str, module["shape"]))
-        return kind, shape, format_number(module["bits"]), str(group), offset
+        return kind, shape, format_number(module["bits"]), str(group), " ".join(filter(None, notes))
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("module")

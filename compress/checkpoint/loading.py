@@ -36,6 +36,7 @@ from compress.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+MORE = ("per_tensor", "act_order", "activation_bits")  # of a scheme, where it has them
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 # ---- a model that runs --------------------------------------------------------------------------
@@ -202,9 +203,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
     "bytes": {"quantized", "other", "total"}, "recipe", "provenance"}. Every matrix is a module;
     one that is not quantised has the bits of its dtype and None for group_size and symmetric.
     group_size None on a quantised module is one scale per output channel, or one in all;
-    `activation_bits` is there where inputs are rounded as well. A GGUF file, or a folder without
-    others, has llama.cpp's names. Raises UsageError if there is no such folder, CheckpointError if
-    it is damaged.
+    `per_tensor`, `act_order` and `activation_bits` are there where they say something. A GGUF file,
+    or a folder without others, has llama.cpp's names. Raises UsageError if there is no such folder,
+    CheckpointError if it is damaged.
     """
     folder = Path(path)
     files = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
@@ -259,7 +260,7 @@ def _quantised_modules(reader: CheckpointReader, config: dict) -> dict[str, dict
             "bits": scheme.bits,
             "group_size": scheme.group_size,
             "symmetric": scheme.symmetric,
-            **({"activation_bits": scheme.activation_bits} if scheme.activation_bits else {}),
+            **{key: value for key in MORE if (value := getattr(scheme, key))},
         }
         for name, scheme in module_schemes(config, scaled).items()
     }
@@ -287,6 +288,7 @@ def _gptq_module(reader: CheckpointReader, name: str, config: dict) -> dict:
         "bits": words * 32 // K,
         "group_size": math.ceil(K / groups) if groups > 1 else None,
         "symmetric": config.get("sym", True),
+        **({"act_order": True} if config.get("desc_act") else {}),
     }
 
 

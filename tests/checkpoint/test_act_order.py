@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from by_library import LINEARS, rounded, write_by_library
+from calling import call
 from tiny_checkpoints import random_ids, relative_error
 from tiny_quantised import tiny_llama
 
@@ -98,3 +99,14 @@ def test_saving_writes_what_was_read(ordered, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(before[name].dtype == after[name].dtype for name in before)
+
+
+def test_inspect_says_so(ordered, capsys):
+    folder, _, bits = ordered
+    modules = [m for m in compress.inspect(folder)["modules"] if m["symmetric"] is not None]
+    assert [m.get("act_order") for m in modules] == [True] * LINEARS
+    assert [m.get("activation_bits") for m in modules] == [bits] * LINEARS
+    assert call("inspect", folder) == 0
+    said = capsys.readouterr().out
+    assert "act-order" in said
+    assert bits is None or f"act-order activations {bits} bits" in said

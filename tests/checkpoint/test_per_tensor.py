@@ -6,6 +6,7 @@ Written by compressed-tensors; the oracle is the dense twin, and transformers wh
 import pytest
 import torch
 from by_library import LINEARS, rounded, write_by_library
+from calling import call
 from tiny_checkpoints import load_whole, random_ids, relative_error
 
 import compress
@@ -67,3 +68,12 @@ def test_transformers_reads_the_same(written):
     ids = random_ids(2, 12) % 61
     model, _ = compress.load(folder, packed=True)
     assert relative_error(model(ids).logits, load_whole(folder)(ids).logits) < 1e-5
+
+
+def test_inspect_says_so(written, capsys):
+    folder, _, _ = written
+    modules = compress.inspect(folder)["modules"]
+    said = [module["name"] for module in modules if module.get("per_tensor")]
+    assert len(said) == LINEARS
+    assert call("inspect", folder) == 0
+    assert " tensor " in capsys.readouterr().out
