@@ -11,10 +11,12 @@ import typer
 from compress.console import bench_table, console, stdout_for, write_json
 from compress.errors import UsageError
 from compress.options import (
+    ActivationBitsOption,
     DebugOption,
     DenseOption,
     DeviceOption,
     JsonOption,
+    ModelArgument,
     OutputFileOption,
     SeedOption,
 )
@@ -194,4 +196,43 @@ def bench_pruning(
             emit(result)
         else:
             console().print(pruning_bench_table(result))
+        write_json(output, result)
+
+
+@bench.command("model")
+def bench_model(
+    model: ModelArgument,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Measured beside it: the 16-bit model.")
+    ] = None,
+    prompts: Annotated[
+        str, typer.Option(metavar="A,B,C", help="Tokens of the prompts.")
+    ] = "1,16,64,256",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Decoded behind the longest.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Samples of each figure.")] = 7,
+    dtype: Annotated[str, typer.Option(help="Of activations: bf16, fp16, fp32.")] = "bf16",
+    dense: DenseOption = False,
+    activation_bits: ActivationBitsOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    output: OutputFileOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Time a model's prefill and decoding, and its memory, beside another one."""
+    from compress.bench_kernels import parse_numbers
+    from compress.bench_model import ModelBench, model_bench_table
+    from compress.bench_model import bench_model as measure
+
+    settings = ModelBench(
+        model=model, baseline=baseline, prompts=tuple(parse_numbers(prompts, "--prompts")),
+        new_tokens=new_tokens, repeats=repeats, dtype=dtype, dense=dense,
+        activation_bits=activation_bits, seed=seed, device=device,
+    )  # fmt: skip
+    with stdout_for(json) as emit:
+        result = measure(settings)
+        if emit:
+            emit(result)
+        else:
+            console().print(model_bench_table(result))
         write_json(output, result)
