@@ -4,7 +4,8 @@ Each model is loaded in a process of its own, as `compress.load` loads it, and a
 a prefill, a forward pass over a prompt of so many random tokens, and decoding, one token after
 another behind the longest prompt, with a cache of keys and values. Beside the times stand floors:
 the bytes of all weights that a pass reads (no embedding table), over the bandwidth of a copy, or
-the operations of its linears, 2 a weight and token, over the best rate of a square product.
+the operations of its linears, 2 a weight and token, over the best rate of a square product, or
+twice that rate where activations are rounded to int8.
 
     bench_model(ModelBench("outputs/demo-lm", baseline="recipes/demo/lm"))["rows"]
 """
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("bf16", "fp16", "fp32")
+INTEGER_SPEED = 2  # products of int8 beside those of 16-bit floats, of the same instruction width
 LEAST_TOKEN = 3  # below are, in most vocabularies, tokens that end or pad
 
 
@@ -94,6 +96,7 @@ def measure(bench: ModelBench) -> dict[str, Any]:
     """One row, in this process."""
     import torch
 
+    import compress.transformers_plugin  # noqa: F401  (its share of memory is not the model's)
     from compress.checkpoint.loading import load
     from compress.pipeline import check_device
     from compress.timing import Clock, conditions, copy_bandwidth, product_rate
@@ -123,7 +126,7 @@ def measure(bench: ModelBench) -> dict[str, Any]:
     clock = Clock(bench.device)
     bandwidth, rates = copy_bandwidth(clock), product_rate(clock)
     weights, read, operations = _sizes(model)
-    rate = max(rates.values())
+    rate = max(rates.values()) * (INTEGER_SPEED if _rounds(model) else 1)
     return {
         "model": bench.model,
         "dense": bench.dense,
@@ -182,6 +185,11 @@ def _sizes(model: Any) -> tuple[int, int, int]:
         if isinstance(m, torch.nn.Linear | QuantLinear)
     )
     return weights, read, operations
+
+
+def _rounds(model: Any) -> bool:
+    """Whether linears multiply integers."""
+    return any(getattr(module, "activation_bits", None) for module in model.modules())
 
 
 def _resident() -> int:

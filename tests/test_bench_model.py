@@ -45,6 +45,7 @@ def test_packed_weights_count_as_they_are_held(finished, rates):
     )
     assert packed["weights"] < dense["weights"] / 2
     assert packed["prefill_floor"] == dense["prefill_floor"]  # the operations are the same
+    assert rounded["prefill_floor"] == {n: t / 2 for n, t in packed["prefill_floor"].items()}
     assert rounded["weights"] == packed["weights"]
     assert (rounded["activation_bits"], packed["activation_bits"]) == (8, None)
 
@@ -105,4 +106,4 @@ def test_one_model_has_no_ratios(checkpoint, rates, monkeypatch):
     monkeypatch.setattr(benchmark, "_alone", measure)
     result = bench_model(ModelBench(str(checkpoint()), **BRIEF))
     assert "ratio" not in result["rows"][0]
-    assert model_bench_table(result).row_count == 8
+    assert model_bench_table(result).row_count == 9
