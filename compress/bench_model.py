@@ -10,20 +10,21 @@ twice that rate where activations are rounded to int8.
     bench_model(ModelBench("outputs/demo-lm", baseline="recipes/demo/lm"))["rows"]
 """
 
-import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from compress import timing
 from compress.errors import CompressError, UsageError
+from compress.timing import spread, wait
 
-if TYPE_CHECKING:
-    import torch
-
-DTYPES = ("bf16", "fp16", "fp32")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGER_SPEED = 2  # products of int8 beside those of 16-bit floats, of the same instruction width
 LEAST_TOKEN = 3  # below are, in most vocabularies, tokens that end or pad
 
@@ -94,20 +95,16 @@ def _alone(bench: ModelBench) -> dict[str, Any]:
 
 def measure(bench: ModelBench) -> dict[str, Any]:
     """One row, in this process."""
-    import torch
-
     import compress.transformers_plugin  # noqa: F401  (its share of memory is not the model's)
     from compress.checkpoint.loading import load
     from compress.pipeline import check_device
-    from compress.timing import Clock, conditions, copy_bandwidth, product_rate
 
     check_device(bench.device)
     before = _resident()
     started = time.perf_counter()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[bench.dtype]
     packed = False if bench.dense else None
     model, _ = load(
-        bench.model, bench.device, dtype, prune=False, packed=packed,
+        bench.model, bench.device, DTYPES[bench.dtype], prune=False, packed=packed,
         activation_bits=bench.activation_bits,
     )  # fmt: skip
     loading = time.perf_counter() - started
@@ -120,11 +117,11 @@ def measure(bench: ModelBench) -> dict[str, Any]:
     with torch.no_grad():
         for length in sorted(bench.prompts):
             taken = [_prefill(model, ids[:, :length], bench) for _ in range(bench.repeats + 1)]
-            prefill[length] = _spread(taken[1:])  # the first warms up
+            prefill[length] = spread(taken[1:])  # the first warms up
         steps = [step for _ in range(bench.repeats) for step in _decode(model, ids, bench)]
     resident = _resident() - before
-    clock = Clock(bench.device)
-    bandwidth, rates = copy_bandwidth(clock), product_rate(clock)
+    clock = timing.Clock(bench.device)
+    bandwidth, rates = timing.copy_bandwidth(clock), timing.product_rate(clock)
     weights, read, operations = _sizes(model)
     rate = max(rates.values()) * (INTEGER_SPEED if _rounds(model) else 1)
     return {
@@ -138,40 +135,38 @@ def measure(bench: ModelBench) -> dict[str, Any]:
         "prefill_floor": {
             length: max(read / bandwidth, operations * length / rate) for length in prefill
         },
-        "decode": _spread(steps),
+        "decode": spread(steps),
         "decode_floor": read / bandwidth,
         "copy_bandwidth": bandwidth,
         "product_rates": rates,
-        "conditions": conditions(clock),
+        "conditions": timing.conditions(clock),
     }
 
 
-def _prefill(model: Any, ids: "torch.Tensor", bench: ModelBench) -> float:
-    _wait(bench.device)
+def _prefill(model: Any, ids: Tensor, bench: ModelBench) -> float:
+    wait(bench.device)
     started = time.perf_counter()
     model(input_ids=ids, logits_to_keep=1)
-    _wait(bench.device)
+    wait(bench.device)
     return time.perf_counter() - started
 
 
-def _decode(model: Any, ids: "torch.Tensor", bench: ModelBench) -> list[float]:
+def _decode(model: Any, ids: Tensor, bench: ModelBench) -> list[float]:
     """Seconds of each new token, greedily."""
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     seconds = []
     for _ in range(bench.new_tokens):
-        _wait(bench.device)
+        wait(bench.device)
         started = time.perf_counter()
         token = output.logits[:, -1:].argmax(-1)
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        _wait(bench.device)
+        wait(bench.device)
         seconds.append(time.perf_counter() - started)
     return seconds
 
 
 def _sizes(model: Any) -> tuple[int, int, int]:
     """Bytes of all weights, bytes that a pass reads of them, and its operations for each token."""
-    import torch
-
     from compress.kernels.linear import QuantLinear
 
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -200,17 +195,6 @@ def _resident() -> int:
 
     release_memory()
     return psutil.Process().memory_info().rss
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.synchronize()
-
-
-def _spread(seconds: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(seconds), "minimum": min(seconds), "maximum": max(seconds)}
 
 
 def model_bench_table(result: dict[str, Any]) -> Any:
@@ -257,6 +241,6 @@ def model_bench_table(result: dict[str, Any]) -> Any:
     return table
 
 
-def _cell(spread: dict[str, float]) -> str:
-    median, low, high = (f"{1e3 * spread[k]:.1f}" for k in ("median", "minimum", "maximum"))
+def _cell(samples: dict[str, float]) -> str:
+    median, low, high = (f"{1e3 * samples[k]:.1f}" for k in ("median", "minimum", "maximum"))
     return f"{median} ({low} to {high})"

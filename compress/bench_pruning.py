@@ -28,6 +28,7 @@ from compress.bench import matmul_rate
 from compress.errors import CompressError, UsageError
 from compress.pruning.costs import kv_bytes, prefill_flops
 from compress.pruning.strategy import Method, PruneStrategy
+from compress.timing import spread, wait
 
 IMAGE_TOKEN = 3  # of the random model, whose vocabulary means nothing
 PATCH, HEAD_SIZE, TOWER_WIDTH, TOWER_LAYERS = 8, 64, 64, 2
@@ -162,7 +163,7 @@ def bench_pruning(bench: PruningBench) -> dict[str, Any]:
     _add_speedups(rows)
     return {
         "rows": rows,
-        "tower": _spread(towers),
+        "tower": spread(towers),
         "conditions": asdict(bench)
         | {
             "prompt_tokens": inputs["input_ids"].shape[1],
@@ -210,10 +211,10 @@ def _image_part(inputs: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _seconds(call: Callable[[], Any], bench: PruningBench) -> float:
-    _wait(bench.device)
+    wait(bench.device)
     started = time.perf_counter()
     call()
-    _wait(bench.device)
+    wait(bench.device)
     return time.perf_counter() - started
 
 
@@ -279,9 +280,9 @@ def _row(
         "keep": keep,
         **{name: first[name] for name in ("average_kept", "kv_bytes", "kv_bytes_predicted")},
         "flops": first["flops"],
-        "prefill": _spread([run["prefill"] for run in runs]),
+        "prefill": spread([run["prefill"] for run in runs]),
         "prefill_floor": flops / rates["flops_per_second"],
-        "decode": _spread([run["decode"] for run in runs]),
+        "decode": spread([run["decode"] for run in runs]),
         "decode_floor": decode_floor,
     }
 
@@ -314,10 +315,6 @@ def _add_speedups(rows: list[dict[str, Any]]) -> None:
         row["kv_ratio"] = whole["kv_bytes"] / row["kv_bytes"]
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "minimum": min(values), "maximum": max(values)}
-
-
 def _rates(device: str) -> dict[str, float]:
     return {"flops_per_second": matmul_rate(device), "bytes_per_second": read_rate(device)}
 
@@ -329,14 +326,9 @@ def read_rate(device: str = "cpu") -> float:
     while time.perf_counter() - started < READ_SECONDS:
         before = time.perf_counter()
         tensor.sum()
-        _wait(device)
+        wait(device)
         best = min(best, time.perf_counter() - before)
     return READ_BYTES / best
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def pruning_bench_table(result: dict[str, Any]) -> Any:
@@ -385,9 +377,9 @@ def pruning_bench_table(result: dict[str, Any]) -> Any:
     return table
 
 
-def _cell(spread: dict[str, float], scale: float) -> str:
+def _cell(samples: dict[str, float], scale: float) -> str:
     digits = 1 if scale > 1 else 3
     median, low, high = (
-        f"{scale * spread[name]:.{digits}f}" for name in ("median", "minimum", "maximum")
+        f"{scale * samples[name]:.{digits}f}" for name in ("median", "minimum", "maximum")
     )
     return f"{median} ({low} to {high})"

@@ -130,6 +130,17 @@ def _run(calls: Sequence[Callable[[], Any]]) -> None:
         call()
 
 
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """{"median", "minimum", "maximum"} of samples."""
+    return {"median": statistics.median(seconds), "minimum": min(seconds), "maximum": max(seconds)}
+
+
+def wait(device: str) -> None:
+    """Returns when the device has done all that it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
 # ---- what the device can do ---------------------------------------------------------------------
 
 

@@ -10,10 +10,11 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
     apply_quantization_config,
 )
-from tiny_checkpoints import byte_tokenizer
+from tiny_checkpoints import byte_tokenizer, relative_error
 from tiny_quantised import tiny_llama
 
 from compress.checkpoint.safetensors_io import save_tensors
+from compress.kernels.linear import QuantLinear
 
 LINEARS = 2 * 7
 
@@ -68,6 +69,18 @@ def _round(module, weights: dict) -> torch.Tensor:
     shift = zero[..., None]
     codes = (groups / scale + shift).round().clamp(-(levels + 1) // 2, levels // 2)
     return ((codes - shift) * scale).view(N, K)
+
+
+@torch.no_grad()
+def check_linears(model: torch.nn.Module, twin: torch.nn.Module, bits: int | None) -> None:
+    """Every packed linear multiplies as its dense twin does, inputs rounded to `bits` if any."""
+    layers = {name: m for name, m in model.named_modules() if type(m) is QuantLinear}
+    assert len(layers) == LINEARS
+    for name, layer in layers.items():
+        dense = twin.get_submodule(name)
+        x = torch.randn(5, dense.in_features, generator=torch.Generator().manual_seed(1))
+        expected = dense(x if bits is None else rounded(x, bits))
+        assert relative_error(layer(x), expected) < 1e-5
 
 
 def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
