@@ -3,8 +3,9 @@
 Every import that needs torch is inside a command.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +23,23 @@ from compress.options import (
 )
 
 bench = typer.Typer(no_args_is_help=True, help="Time and memory, beside what the method needs.")
+
+
+def _report(
+    measure: Callable[[], dict[str, Any]],
+    table: Callable[[dict[str, Any]], Any],
+    output: Path | None,
+    json: bool,
+) -> dict[str, Any]:
+    """Measures, and shows the result as a table or as JSON; also in `output`, if there is one."""
+    with stdout_for(json) as emit:
+        result = measure()
+        if emit:
+            emit(result)
+        else:
+            console().print(table(result))
+        write_json(output, result)
+    return result
 
 
 @bench.command("quantize")
@@ -57,13 +75,10 @@ def bench_quantize(
     from compress.bench import QuantizeBench
     from compress.bench import bench_quantize as measure
 
-    with stdout_for(json) as emit:
-        result = {"runs": [measure(QuantizeBench(**shape)) for _ in range(repeats)]}
-        if emit:
-            emit(result)
-        else:
-            console().print(bench_table(result["runs"]))
-        write_json(output, result)
+    def several() -> dict[str, Any]:
+        return {"runs": [measure(QuantizeBench(**shape)) for _ in range(repeats)]}
+
+    _report(several, lambda result: bench_table(result["runs"]), output, json)
 
 
 @bench.command("kernels")
@@ -111,13 +126,9 @@ def bench_kernels(
         activation_bits=activation_bits,
     )
     errors = console(stderr=True)
-    with stdout_for(json) as emit:
-        result = (tune_kernels if tune else measure)(settings, errors.print)
-        if emit:
-            emit(result)
-        else:
-            console().print((tuning_table if tune else kernels_table)(result))
-        write_json(output, result)
+    run = tune_kernels if tune else measure
+    table = tuning_table if tune else kernels_table
+    result = _report(lambda: run(settings, errors.print), table, output, json)
     if plot is not None and not tune:
         plot_kernels(result, plot)
 
@@ -144,13 +155,7 @@ def bench_compiled(
         group_size=parse_group_size(group_size),
         dtype=dtype,
     )
-    with stdout_for(json) as emit:
-        result = inspect(settings, capability)
-        if emit:
-            emit(result)
-        else:
-            console().print(compiled_table(result))
-        write_json(output, result)
+    _report(lambda: inspect(settings, capability), compiled_table, output, json)
 
 
 @bench.command("pruning")
@@ -190,13 +195,7 @@ def bench_pruning(
         text_tokens=text_tokens, image=image, method=method, keep=parse_shares(keep),
         new_tokens=new_tokens, repeats=repeats, dense=dense, seed=seed, device=device,
     )  # fmt: skip
-    with stdout_for(json) as emit:
-        result = measure(settings)
-        if emit:
-            emit(result)
-        else:
-            console().print(pruning_bench_table(result))
-        write_json(output, result)
+    _report(lambda: measure(settings), pruning_bench_table, output, json)
 
 
 @bench.command("model")
@@ -229,10 +228,4 @@ def bench_model(
         new_tokens=new_tokens, repeats=repeats, dtype=dtype, dense=dense,
         activation_bits=activation_bits, seed=seed, device=device,
     )  # fmt: skip
-    with stdout_for(json) as emit:
-        result = measure(settings)
-        if emit:
-            emit(result)
-        else:
-            console().print(model_bench_table(result))
-        write_json(output, result)
+    _report(lambda: measure(settings), model_bench_table, output, json)

@@ -4,8 +4,8 @@ Each model is loaded in a process of its own, as `compress.load` loads it, and a
 a prefill, a forward pass over a prompt of so many random tokens, and decoding, one token after
 another behind the longest prompt, with a cache of keys and values. Beside the times stand floors:
 the bytes of all weights that a pass reads (no embedding table), over the bandwidth of a copy, or
-the operations of its linears, 2 a weight and token, over the best rate of a square product, or
-twice that rate where activations are rounded to int8.
+the operations of its linears, 2 a weight and token (of the head, for the last token alone), over
+the best rate of a square product, or twice that rate where activations are rounded to int8.
 
     bench_model(ModelBench("outputs/demo-lm", baseline="recipes/demo/lm"))["rows"]
 """
@@ -122,7 +122,8 @@ def measure(bench: ModelBench) -> dict[str, Any]:
     resident = _resident() - before
     clock = timing.Clock(bench.device)
     bandwidth, rates = timing.copy_bandwidth(clock), timing.product_rate(clock)
-    weights, read, operations = _sizes(model)
+    weights, read = _bytes(model)
+    body, head = _operations(model)
     rate = max(rates.values()) * (INTEGER_SPEED if _rounds(model) else 1)
     return {
         "model": bench.model,
@@ -133,7 +134,7 @@ def measure(bench: ModelBench) -> dict[str, Any]:
         "loading": loading,
         "prefill": prefill,
         "prefill_floor": {
-            length: max(read / bandwidth, operations * length / rate) for length in prefill
+            length: max(read / bandwidth, (body * length + head) / rate) for length in prefill
         },
         "decode": spread(steps),
         "decode_floor": read / bandwidth,
@@ -165,21 +166,27 @@ def _decode(model: Any, ids: Tensor, bench: ModelBench) -> list[float]:
     return seconds
 
 
-def _sizes(model: Any) -> tuple[int, int, int]:
-    """Bytes of all weights, bytes that a pass reads of them, and its operations for each token."""
-    from compress.kernels.linear import QuantLinear
-
+def _bytes(model: Any) -> tuple[int, int]:
+    """Of all weights, and of those that a pass reads."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     weights = sum(t.numel() * t.element_size() for t in tensors.values())
     embedding = model.get_input_embeddings().weight
     tied = embedding is getattr(model.get_output_embeddings(), "weight", None)
     read = weights - (0 if tied else embedding.numel() * embedding.element_size())
-    operations = sum(
-        2 * m.in_features * m.out_features
+    return weights, read
+
+
+def _operations(model: Any) -> tuple[int, int]:
+    """Of the linears for each token, and of the head, which is asked for one token alone."""
+    from compress.kernels.linear import QuantLinear
+
+    sizes = {
+        id(m): 2 * m.in_features * m.out_features
         for m in model.modules()
         if isinstance(m, torch.nn.Linear | QuantLinear)
-    )
-    return weights, read, operations
+    }
+    head = sizes.pop(id(model.get_output_embeddings()), 0)
+    return sum(sizes.values()), head
 
 
 def _rounds(model: Any) -> bool:

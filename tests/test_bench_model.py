@@ -29,10 +29,9 @@ def test_what_is_counted_of_a_dense_model(checkpoint, rates):
     assert row["weights"] == 4 * sum(numbers.values()) + buffers
     read = row["weights"] - 4 * numbers["model.embed_tokens.weight"]
     assert row["decode_floor"] == read / 1e9
-    linears = sum(
-        n for name, n in numbers.items() if name.endswith(("_proj.weight", "head.weight"))
-    )
-    assert row["prefill_floor"] == {n: 2 * linears * n / 1e3 for n in (1, 4)}
+    body = sum(n for name, n in numbers.items() if name.endswith("_proj.weight"))
+    head = numbers["lm_head.weight"]  # asked for one token, however long the prompt is
+    assert row["prefill_floor"] == {n: 2 * (body * n + head) / 1e3 for n in (1, 4)}
     assert list(row["prefill"]) == [1, 4]
     for spread in (*row["prefill"].values(), row["decode"]):
         assert 0 < spread["minimum"] <= spread["median"] <= spread["maximum"]
