@@ -14,37 +14,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compress.checkpoint.export import export
     from compress.checkpoint.hub import push
-    from compress.checkpoint.loading import inspect, load
-    from compress.comparison import compare
+    from compress.comparison.compare import compare
     from compress.errors import CompressError, UsageError
-    from compress.evaluation import evaluate
-    from compress.pipeline import run
-    from compress.planning import Plan
+    from compress.loading.load import inspect, load
+    from compress.loading.transformers_plugin import ModelpressConfig
+    from compress.pipeline.evaluation import evaluate
+    from compress.pipeline.plan import Plan
+    from compress.pipeline.result import Observer, RunResult
+    from compress.pipeline.run import run
     from compress.pruning.engine import prune_visual_tokens
     from compress.pruning.pictures import draw_pruning
     from compress.pruning.search import search_strategy
-    from compress.pruning.strategy import PruneStrategy
-    from compress.recipe import Recipe
-    from compress.result import Observer, RunResult
-    from compress.transformers_plugin import ModelpressConfig
+    from compress.recipe.recipe import Recipe
+    from compress.recipe.strategy import PruneStrategy
 
     __version__: str
 
 _HOMES = {
-    "Recipe": "compress.recipe",
-    "run": "compress.pipeline",
-    "RunResult": "compress.result",
-    "load": "compress.checkpoint.loading",
-    "inspect": "compress.checkpoint.loading",
-    "evaluate": "compress.evaluation",
-    "compare": "compress.comparison",
+    "Recipe": "compress.recipe.recipe",
+    "run": "compress.pipeline.run",
+    "RunResult": "compress.pipeline.result",
+    "load": "compress.loading.load",
+    "inspect": "compress.loading.load",
+    "evaluate": "compress.pipeline.evaluation",
+    "compare": "compress.comparison.compare",
     "export": "compress.checkpoint.export",
     "push": "compress.checkpoint.hub",
     "prune_visual_tokens": "compress.pruning.engine",
-    "PruneStrategy": "compress.pruning.strategy",
+    "PruneStrategy": "compress.recipe.strategy",
     "draw_pruning": "compress.pruning.pictures",
     "search_strategy": "compress.pruning.search",
-    "ModelpressConfig": "compress.transformers_plugin",
+    "ModelpressConfig": "compress.loading.transformers_plugin",
     "CompressError": "compress.errors",
     "UsageError": "compress.errors",
 }
@@ -79,7 +79,7 @@ def plan(recipe: "Recipe", *, device: str = "cpu", observer: "Observer | None" =
     `problems`.
     """
     from compress.models.skeleton import Skeleton
-    from compress.planning import allocated_plan
+    from compress.pipeline.plan import allocated_plan
 
     skeleton = Skeleton.open(recipe.model_location(), recipe.model.revision)
     return allocated_plan(recipe, skeleton, device=device, observer=observer)

@@ -22,10 +22,9 @@ import os
 import torch
 from torch import Tensor
 
-from compress.kernels import native
-from compress.kernels.cpu import INTEGER_KINDS, CpuWeight
-from compress.kernels.cpu_integers import integers_matmul
-from compress.kernels.layout import KernelWeight
+from compress.kernels.codes import KernelWeight
+from compress.kernels.cpu.integers import integers_matmul
+from compress.kernels.cpu.weight import INTEGER_KINDS, CpuWeight, native
 
 BITS = range(2, 9)
 LARGEST_POWER = 1 << 15  # of butterflies: one program holds them in registers
@@ -68,7 +67,7 @@ def _quantize_tokens(
         h = _transform(x, factors, power) if factors or power > 1 else x
         library = native.kernels() if h.device.type == "cpu" and h.dtype in native.KINDS else None
         return (library.round_tokens if library else _round_tokens)(h, steps, half)
-    from compress.kernels.integer_launch import launch_quantize
+    from compress.kernels.gpu.integer_launch import launch_quantize
 
     return launch_quantize(x, factors, power, steps, half)
 
@@ -187,7 +186,7 @@ def _integer_matmul(
     dtype: torch.dtype,
 ) -> Tensor:
     """int8 [M, K] -> [M, N]; group_size 0 is one scale per output."""
-    from compress.kernels.integer_launch import launch_product
+    from compress.kernels.gpu.integer_launch import launch_product
 
     weight = KernelWeight(words, high, scale, zero, bits, group_size or None, values.shape[1])
     return launch_product(values, token_scale, weight, bias, dtype)

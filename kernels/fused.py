@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from compress.kernels.layout import Codes, concatenate
+from compress.kernels.codes import Codes, concatenate
 from compress.kernels.linear import QuantLinear
 
 

@@ -18,8 +18,8 @@ from compress.kernels.activations import (
     integer_matmul,
     quantize_tokens,
 )
-from compress.kernels.cpu import CpuWeight, cpu_matmul, pack_cpu, pack_integers, unpack_cpu
-from compress.kernels.layout import Codes, KernelWeight, pack_kernel, unpack_kernel
+from compress.kernels.codes import Codes, KernelWeight, pack_kernel, unpack_kernel
+from compress.kernels.cpu.weight import CpuWeight, cpu_matmul, pack_cpu, pack_integers, unpack_cpu
 from compress.kernels.reference import dequantize
 
 BUFFERS = {
@@ -68,7 +68,7 @@ class QuantLinear(nn.Module):
             values, scale = quantize_tokens(x, self.activation_bits, full_range=True)
             return integer_matmul(values, scale, weight, self.bias, x.dtype)
         if isinstance(weight, KernelWeight):
-            from compress.kernels.matmul import quantized_matmul
+            from compress.kernels.gpu.matmul import quantized_matmul
 
             return quantized_matmul(x, weight, self.bias)
         y = cpu_matmul(x.reshape(-1, x.shape[-1]), weight, self.bias)

@@ -8,7 +8,7 @@ expected = reference_matmul(x, codes, bias)      # x [..., K] -> fp64 [..., N]
 import torch
 from torch import Tensor
 
-from compress.kernels.layout import Codes
+from compress.kernels.codes import Codes
 
 
 def dequantize(weight: Codes) -> Tensor:

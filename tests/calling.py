@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from compress.cli import main
+from compress.cli.main import main
 
 
 def write_recipe(path: Path, model: Path, dataset: Path, **changes) -> Path:

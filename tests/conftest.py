@@ -48,7 +48,7 @@ def finished(checkpoint, tmp_path_factory) -> Path:
     """A finished result in several shards; tests work on copies."""
     from tiny_checkpoints import recipe_for
 
-    from compress.pipeline import run
+    from compress.pipeline.run import run
 
     folder = tmp_path_factory.mktemp("finished") / "out"
     recipe = recipe_for(checkpoint(), quantize={"method": "rtn"}, save={"shard_size": "50KB"})
@@ -61,7 +61,7 @@ def press(tmp_path) -> Callable[..., Path]:
     """`press(recipe, windows)` runs it, on WINDOWS per default, and returns the result's folder."""
     from tiny_checkpoints import WINDOWS
 
-    from compress.pipeline import run
+    from compress.pipeline.run import run
 
     numbers = itertools.count()
 
@@ -76,7 +76,7 @@ def press(tmp_path) -> Callable[..., Path]:
 @pytest.fixture
 def empty_folder(monkeypatch, tmp_path) -> None:
     """An empty working folder for a command; what it sets in the environment is undone."""
-    from compress.cli import QUIET
+    from compress.cli.main import QUIET
 
     monkeypatch.chdir(tmp_path)
     for name, value in QUIET.items():

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from tiny_checkpoints import WINDOWS, every_file
 
-from compress.calibration.windows import CalibrationWindows
+from compress.data.windows import CalibrationWindows
 from compress.errors import CompressError, UsageError
-from compress.pipeline import run
+from compress.pipeline.run import run
 
 
 @dataclass

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tiny_checkpoints import WINDOWS, read_tensors, recipe_for
 
-from compress.allocation import find_units
+from compress.allocation.allocate import find_units
 from compress.models.skeleton import Skeleton
-from compress.planning import allocated_plan, make_plan, storage_dtype
+from compress.pipeline.plan import allocated_plan, make_plan, storage_dtype
 
 DEPTH = 4
 QUICK = {"clip_search": "none", "refine_sweeps": 0}  # where the solver is not the subject

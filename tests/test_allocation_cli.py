@@ -11,9 +11,9 @@ from mixed_widths import DEPTH, widths_in_file
 from tiny_checkpoints import dequantised, every_file, read_tensors, weight_files
 
 from compress.checkpoint.export import CHECKPOINT_FORMATS
-from compress.checkpoint.safetensors_io import CheckpointReader
-from compress.console import BAR
+from compress.cli.console import BAR
 from compress.errors import CompressError
+from compress.storage.safetensors import CheckpointReader
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
@@ -101,7 +101,7 @@ def test_a_budget_on_the_command_line_replaces_the_recipes(allocating, capsys):
 
 
 def test_run_takes_the_same_options_and_prints_the_same_table(allocating, monkeypatch, capsys):
-    pretend(monkeypatch, "compress.pipeline", "reload_and_compare", {})
+    pretend(monkeypatch, "compress.pipeline.run", "reload_and_compare", {})
     argv = [allocating, "--average-bits", 3.5]
     assert call("run", *argv, "--output", "table") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -178,8 +178,8 @@ def test_wrong_options_are_one_line_and_2(recipe, capsys, command, argv, said):
 @pytest.fixture(scope="module")
 def mixed(checkpoint, text, tmp_path_factory) -> Path:
     """A finished result with 4 and 8 bits, which every format holds."""
-    from compress.pipeline import run
-    from compress.recipe import Recipe
+    from compress.pipeline.run import run
+    from compress.recipe.recipe import Recipe
 
     folder = tmp_path_factory.mktemp("mixed")
     recipe = write_recipe(
@@ -272,7 +272,7 @@ def test_what_is_not_quantised_is_not_exported(checkpoint, capsys):
 @pytest.fixture
 def compared(monkeypatch) -> list:
     result = SimpleNamespace(rows=[], conditions="", plot=None, as_dict=dict)
-    return pretend(monkeypatch, "compress.comparison", "compare", result)
+    return pretend(monkeypatch, "compress.comparison.compare", "compare", result)
 
 
 def test_varied_keys_give_every_combination(recipe, allocating, compared):
@@ -298,7 +298,7 @@ def test_varied_keys_give_every_combination(recipe, allocating, compared):
 
 
 def test_results_of_varied_keys_go_to_folders_of_their_own(recipe, compared):
-    from compress.comparison import folder_name
+    from compress.comparison.compare import folder_name
 
     values = "position,random,outlier_weight_count,{name: random, seed: 1},{name: random, seed: 2}"
     argv = ["compare", recipe, "--set", "allocate.narrow=2"]
@@ -336,7 +336,7 @@ def test_one_recipe_varied_is_enough_but_one_run_is_not(recipe, compared, capsys
     ],
 )
 def test_a_bad_vary_is_one_line_and_2(recipe, monkeypatch, capsys, vary, said):
-    runs = pretend(monkeypatch, "compress.pipeline", "run", CompressError("it has run"))
+    runs = pretend(monkeypatch, "compress.pipeline.run", "run", CompressError("it has run"))
     argv = ["compare", recipe, "--vary", vary, "--set", "evaluate.tasks=[demo_code]"]
     assert call(*argv) == 2
     line = only_line(capsys)
@@ -347,7 +347,7 @@ def test_a_bad_vary_is_one_line_and_2(recipe, monkeypatch, capsys, vary, said):
 
 def test_a_comparison_is_written_as_lines_and_as_a_table(recipe, text, monkeypatch, capsys):
     """Really run: two budgets, two seeds. Each figure of the table is the line's."""
-    pretend(monkeypatch, "compress.pipeline", "reload_and_compare", {})
+    pretend(monkeypatch, "compress.pipeline.run", "reload_and_compare", {})
     perplexity = {"dataset": str(text), "length": 32, "tokens": 200}
     argv = ["compare", recipe, "--vary", "allocate.average_bits=2,4", "--seeds", "0,1", "--set",
             "allocate.importance=position", "--output", "made", "--json", "--set",

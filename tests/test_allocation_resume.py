@@ -7,12 +7,12 @@ from mixed_widths import DEPTH
 from test_resume import Watch
 from tiny_checkpoints import WINDOWS, every_file, recipe_for, weight_files
 
-from compress import layer_scores
+from compress.allocation import scores as layer_scores
+from compress.allocation.score_walk import ScoreWalk
 from compress.errors import UsageError
 from compress.models.skeleton import Skeleton
-from compress.pipeline import run
-from compress.planning import allocated_plan
-from compress.quantization.scoring import ScoreWalk
+from compress.pipeline.plan import allocated_plan
+from compress.pipeline.run import run
 
 EVOLVE = {
     "method": "evolve", "generations": 3, "offspring": 3, "samples": 2, "unit": "fused_group",
@@ -45,7 +45,7 @@ class Counts:
             return divergence(*args)
 
         monkeypatch.setattr(ScoreWalk, "run", counted_walk)
-        monkeypatch.setattr("compress.layer_scores.divergence", counted_divergence)
+        monkeypatch.setattr("compress.allocation.scores.divergence", counted_divergence)
 
     def start(self, recipe, output, stop: int | None = None, **options) -> tuple[int, int]:
         """Walks and measured assignments of one run; `stop`: before which it is interrupted."""

@@ -20,11 +20,11 @@ from tiny_checkpoints import (
 )
 
 import compress
-from compress.checkpoint.safetensors_io import CheckpointReader
 from compress.errors import UsageError
-from compress.pipeline import run
-from compress.recipe import shipped_folder
-from compress.sections import LAYER_STRATEGIES
+from compress.pipeline.run import run
+from compress.recipe.recipe import shipped_folder
+from compress.recipe.sections import LAYER_STRATEGIES
+from compress.storage.safetensors import CheckpointReader
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +125,7 @@ def test_several_asymmetric_widths_are_written_and_said_not_to_be_checked(
     checkpoint, tmp_path, monkeypatch, symmetric
 ):
     """transformers cannot load them, so reloading there would throw a good result away."""
-    checks = pretend(monkeypatch, "compress.pipeline", "reload_and_compare", {"tokens": 1})
+    checks = pretend(monkeypatch, "compress.pipeline.run", "reload_and_compare", {"tokens": 1})
     recipe = recipe_for(
         checkpoint(), quantize=QUICK | {"method": "rtn", "symmetric": symmetric},
         allocate={"widths": [8, 3], "narrow": 1, "importance": "position"},

@@ -21,12 +21,12 @@ from tiny_checkpoints import (
     recipe_for,
 )
 
-from compress.calibration.windows import CalibrationWindows
+from compress.allocation.score_walk import ScoreWalk, UnitModules
+from compress.data.windows import CalibrationWindows
 from compress.errors import CompressError, RecipeError
 from compress.importance.layers import LAYER_IMPORTANCE
 from compress.models.skeleton import Skeleton
-from compress.planning import storage_dtype
-from compress.quantization.scoring import ScoreWalk, UnitModules
+from compress.pipeline.plan import storage_dtype
 
 LIM = {"average_bits": 3.25}
 # Some tokens that do not count, the first of a window among them.

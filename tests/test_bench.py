@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from compress.bench import QuantizeBench, bench_quantize, write_synthetic_model
-from compress.checkpoint.safetensors_io import CheckpointReader
+from compress.bench.quantize import QuantizeBench, bench_quantize, write_synthetic_model
 from compress.errors import CompressError
 from compress.models.skeleton import Skeleton
+from compress.storage.safetensors import CheckpointReader
 
 TINY = QuantizeBench(
     hidden=64, mlp=96, layers=2, heads=4, kv_heads=2, vocabulary=128, samples=4, length=32,
@@ -67,7 +67,7 @@ def test_the_same_seed_writes_the_same_model(tmp_path):
 @pytest.fixture
 def brief(monkeypatch):
     """A matmul rate from a tenth of a second."""
-    monkeypatch.setattr("compress.bench.MATMUL_SECONDS", 0.1)
+    monkeypatch.setattr("compress.bench.quantize.MATMUL_SECONDS", 0.1)
 
 
 def test_a_very_small_bench_runs(brief):

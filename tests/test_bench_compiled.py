@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from compress.cli import main
-from compress.kernels.matmul import MMA_TABLE, TABLE
+from compress.cli.main import main
+from compress.kernels.gpu.matmul import MMA_TABLE, TABLE
 
 
 def test_the_command_says_what_was_compiled(tmp_path, capsys):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from calling import call, last_line
 
-from compress.bench_kernels import (
+from compress.bench.clock import Clock, Samples
+from compress.bench.kernels import (
     KernelBench,
     against_floor,
     bench_kernels,
@@ -16,10 +17,9 @@ from compress.bench_kernels import (
     relative_error,
     tune_kernels,
 )
-from compress.bench_kernels_view import dense_name, plot_kernels
+from compress.bench.kernels_view import dense_name, plot_kernels
 from compress.errors import UsageError
 from compress.kernels.reference import reference_matmul
-from compress.timing import Clock, Samples
 
 SMALL = KernelBench(shapes=((64, 96),), rows=(1, 3), bits=(3, 4), group_size=32, rounds=2)
 
@@ -27,7 +27,7 @@ SMALL = KernelBench(shapes=((64, 96),), rows=(1, 3), bits=(3, 4), group_size=32,
 @pytest.fixture
 def small_device(monkeypatch):
     """Rates and caches of a device that is measured in no time."""
-    from compress import timing
+    from compress.bench import clock as timing
 
     monkeypatch.setitem(timing.COPY_BYTES, "cpu", 1 << 12)
     monkeypatch.setitem(timing.PRODUCT_SIZE, "cpu", 16)

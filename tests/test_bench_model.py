@@ -7,8 +7,8 @@ import pytest
 from calling import call, only_line
 from tiny_checkpoints import load_whole
 
-from compress import bench_model as benchmark
-from compress.bench_model import ModelBench, bench_model, measure, model_bench_table
+from compress.bench import model as benchmark
+from compress.bench.model import ModelBench, bench_model, measure, model_bench_table
 from compress.errors import CompressError, UsageError
 
 BRIEF = {"prompts": (1, 4), "new_tokens": 2, "repeats": 2, "dtype": "fp32"}
@@ -16,8 +16,10 @@ BRIEF = {"prompts": (1, 4), "new_tokens": 2, "repeats": 2, "dtype": "fp32"}
 
 @pytest.fixture
 def rates(monkeypatch):
-    monkeypatch.setattr("compress.timing.copy_bandwidth", lambda clock: 1e9)
-    monkeypatch.setattr("compress.timing.product_rate", lambda clock: {"fp32": 1e3, "bf16": 5e2})
+    monkeypatch.setattr("compress.bench.clock.copy_bandwidth", lambda clock: 1e9)
+    monkeypatch.setattr(
+        "compress.bench.clock.product_rate", lambda clock: {"fp32": 1e3, "bf16": 5e2}
+    )
 
 
 def test_what_is_counted_of_a_dense_model(checkpoint, rates):

@@ -6,7 +6,7 @@ import pytest
 from calling import call, only_line
 from tiny_vlm import write_vlm
 
-from compress.bench_pruning import PruningBench, bench_pruning, random_llava, tower_flops
+from compress.bench.pruning import PruningBench, bench_pruning, random_llava, tower_flops
 from compress.errors import UsageError
 
 TINY = PruningBench(
@@ -16,9 +16,9 @@ TINY = PruningBench(
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    monkeypatch.setattr("compress.bench.MATMUL_SECONDS", 0.05)
-    monkeypatch.setattr("compress.bench_pruning.READ_SECONDS", 0.05)
-    monkeypatch.setattr("compress.bench_pruning.READ_BYTES", 2**20)
+    monkeypatch.setattr("compress.bench.quantize.MATMUL_SECONDS", 0.05)
+    monkeypatch.setattr("compress.bench.pruning.READ_SECONDS", 0.05)
+    monkeypatch.setattr("compress.bench.pruning.READ_BYTES", 2**20)
 
 
 def test_what_is_counted_of_a_random_model():

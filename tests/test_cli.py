@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 from calling import call, modelpress, pretend, write_recipe
 
-from compress import bench_commands, checkpoint_commands, commands
-from compress.bench import QuantizeBench
+from compress.bench.quantize import QuantizeBench
+from compress.cli import bench as bench_commands
+from compress.cli import checkpoints as checkpoint_commands
+from compress.cli import run as commands
 from compress.errors import CompressError
-from compress.recipe import Recipe
+from compress.recipe.recipe import Recipe
 
 SCORES = {
     "results": {"demo_code": {"acc": 0.525, "acc_stderr": 0.025}},
@@ -75,8 +77,8 @@ def test_run_in_a_log_shows_one_line_a_layer(finished):
 
 
 def test_run_ends_with_a_table(monkeypatch, recipe, tmp_path, capsys):
-    from compress.planning import Plan
-    from compress.result import RunResult
+    from compress.pipeline.plan import Plan
+    from compress.pipeline.result import RunResult
 
     (tmp_path / "there").mkdir()
     provenance = {"bytes": {"original": 500_000}}
@@ -88,7 +90,7 @@ def test_run_ends_with_a_table(monkeypatch, recipe, tmp_path, capsys):
         peak_memory={"host": 2_000_000, "device": 0}, warnings=["mind"],
         self_check={"relative_error": 1e-6, "tolerance": 1e-4, "tokens": 16},
     )  # fmt: skip
-    (run,) = [pretend(monkeypatch, "compress.pipeline", "run", result)]
+    (run,) = [pretend(monkeypatch, "compress.pipeline.run", "run", result)]
     assert call("run", recipe, "--no-resume", "--overwrite") == 0
     captured = capsys.readouterr()
     for text in (
@@ -106,7 +108,7 @@ def test_run_ends_with_a_table(monkeypatch, recipe, tmp_path, capsys):
 
 
 def test_a_recipes_name_cannot_lead_out_of_outputs(monkeypatch, recipe):
-    runs = pretend(monkeypatch, "compress.pipeline", "run", CompressError("stop"))
+    runs = pretend(monkeypatch, "compress.pipeline.run", "run", CompressError("stop"))
     for name in ("../../there", "a/b", "..", ""):
         call("run", recipe, "--set", f"name={json.dumps(name)}")
         assert runs[-1]["output"].parent == Path("outputs")
@@ -170,7 +172,7 @@ def test_libraries_are_quiet(finished):
 
 
 def test_recipes_are_listed_and_printed(capsys):
-    from compress.recipe import shipped_recipes
+    from compress.recipe.recipe import shipped_recipes
 
     assert call("recipes") == 0
     listed = capsys.readouterr().out
@@ -209,7 +211,7 @@ def test_bench_prints_a_column_a_run(monkeypatch, tmp_path, capsys):
         "seconds": 1.5, "layers_seconds": 1.25, "ratio": 3.0, "mean_error": 0.0125,
         "peak_memory": {"host": 7_000_000, "device": 0},
     }  # fmt: skip
-    benches = pretend(monkeypatch, "compress.bench", "bench_quantize", result)
+    benches = pretend(monkeypatch, "compress.bench.quantize", "bench_quantize", result)
     file = tmp_path / "made" / "bench.json"
     assert call("bench", "quantize", "--hidden", 64, "--group-size", "channel", "--repeats", 2,
                 "--output", file) == 0  # fmt: skip
@@ -221,7 +223,7 @@ def test_bench_prints_a_column_a_run(monkeypatch, tmp_path, capsys):
 
 
 def test_eval_prints_figures_differences_and_conditions(monkeypatch, tmp_path, capsys):
-    calls = pretend(monkeypatch, "compress.evaluation", "evaluate", SCORES)
+    calls = pretend(monkeypatch, "compress.pipeline.evaluation", "evaluate", SCORES)
     file = tmp_path / "scores.json"
     argv = ["eval", "quantised", "--tasks", "demo_code, other", "--perplexity", "wikitext2",
             "--length", 32, "--stride", 16, "--bos", "--limit", 400, "--num-fewshot", 2,
@@ -261,7 +263,7 @@ def test_compare_hands_over_recipes_and_seeds(monkeypatch, recipe, checkpoint, c
         plot=Path("here/plot.png"),
         as_dict=lambda: {"rows": 2},
     )
-    calls = pretend(monkeypatch, "compress.comparison", "compare", compared)
+    calls = pretend(monkeypatch, "compress.comparison.compare", "compare", compared)
     argv = ["compare", recipe, "demo-rtn", "--seeds", "0,3", "--model", checkpoint(),
             "--set", "quantize.bits=2", "--output", "made"]  # fmt: skip
     assert call(*argv) == 0

@@ -145,14 +145,14 @@ def test_missing_tokenizer_is_one_line(checkpoint, tmp_path, capsys):
     ],
 )
 def test_failures_are_one_line_and_1(monkeypatch, raised, said, recipe, capsys):
-    pretend(monkeypatch, "compress.pipeline", "run", raised)
+    pretend(monkeypatch, "compress.pipeline.run", "run", raised)
     assert call("run", recipe) == 1
     assert said in last_line(capsys)
 
 
 @pytest.mark.parametrize("place", [0, 2])
 def test_debug_shows_the_traceback_and_keeps_the_code(place, monkeypatch, recipe, capsys):
-    pretend(monkeypatch, "compress.pipeline", "run", ZeroDivisionError("by nought"))
+    pretend(monkeypatch, "compress.pipeline.run", "run", ZeroDivisionError("by nought"))
     argv = ["run", recipe]
     argv.insert(place, "--debug")
     assert call(*argv) == 1
@@ -167,7 +167,7 @@ def test_debug_of_a_wrong_recipe_still_leaves_with_2(capsys):
 
 
 def test_json_prints_nothing_on_stdout_when_it_fails(monkeypatch, recipe, capsys):
-    pretend(monkeypatch, "compress.pipeline", "run", CompressError("stop"))
+    pretend(monkeypatch, "compress.pipeline.run", "run", CompressError("stop"))
     assert call("run", recipe, "--json") == 1
     assert capsys.readouterr().out == ""
 
@@ -177,7 +177,7 @@ def test_json_keeps_what_libraries_print_off_stdout(monkeypatch, capsys):
         print("here I am")
         return {"perplexity": {"value": float("inf")}}
 
-    monkeypatch.setattr("compress.evaluation.evaluate", talkative)
+    monkeypatch.setattr("compress.pipeline.evaluation.evaluate", talkative)
     assert call("eval", "x", "--perplexity", "y", "--json") == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"perplexity": {"value": None}}
@@ -192,13 +192,13 @@ def test_json_keeps_what_libraries_print_off_stdout(monkeypatch, capsys):
     [([], "run the same command again"), (["--no-resume"], "without --no-resu")],
 )
 def test_interrupted_run_says_how_to_continue(options, said, monkeypatch, recipe, capsys):
-    pretend(monkeypatch, "compress.pipeline", "run", KeyboardInterrupt())
+    pretend(monkeypatch, "compress.pipeline.run", "run", KeyboardInterrupt())
     assert call("run", recipe, *options) == 130
     assert said in last_line(capsys)
 
 
 def test_other_commands_are_interrupted_too(monkeypatch, capsys):
-    pretend(monkeypatch, "compress.recipe", "shipped_recipes", KeyboardInterrupt())
+    pretend(monkeypatch, "compress.recipe.recipe", "shipped_recipes", KeyboardInterrupt())
     assert call("recipes") == 130
     assert only_line(capsys) == "interrupted"
 

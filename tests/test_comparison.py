@@ -20,12 +20,12 @@ from tiny_checkpoints import (
     write_checkpoint,
 )
 
-from compress.comparison import compare
+from compress.comparison.compare import compare
+from compress.comparison.strategies import seeded
 from compress.errors import CompressError, UsageError
-from compress.evaluation import Evaluator, evaluate
-from compress.pruning_comparison import seeded
-from compress.recipe import Recipe
-from compress.result import Observer
+from compress.pipeline.evaluation import Evaluator, evaluate
+from compress.pipeline.result import Observer
+from compress.recipe.recipe import Recipe
 
 TOKENS, LENGTH = 300, 32
 SPREAD = {0: 1.0, 1: 4.0, 5: 5.5}  # what a seed adds to a figure
@@ -34,7 +34,7 @@ SPREAD = {0: 1.0, 1: 4.0, 5: 5.5}  # what a seed adds to a figure
 @pytest.fixture(autouse=True)
 def no_reload(monkeypatch):
     """Results are not reloaded in another process; how that is done has tests of its own."""
-    return pretend(monkeypatch, "compress.pipeline", "reload_and_compare", {})
+    return pretend(monkeypatch, "compress.pipeline.run", "reload_and_compare", {})
 
 
 @pytest.fixture
@@ -343,7 +343,7 @@ def test_a_model_of_the_hub_is_fetched_and_its_results_are_kept(
 def test_what_cannot_be_compared_is_refused_before_anything_runs(
     recipes, checkpoint, text, tmp_path, monkeypatch
 ):
-    runs = pretend(monkeypatch, "compress.pipeline", "run", CompressError("it ran"))
+    runs = pretend(monkeypatch, "compress.pipeline.run", "run", CompressError("it ran"))
     one, two = recipes
     model = shutil.copytree(checkpoint(), tmp_path / "model")
     cases = {

@@ -4,15 +4,15 @@ import pytest
 from calling import pretend
 from test_comparison import recipe_of
 
-from compress.comparison import compare
+from compress.comparison.compare import compare
 from compress.errors import CompressError, UsageError
-from compress.recipe import Recipe
+from compress.recipe.recipe import Recipe
 
 
 @pytest.fixture
 def runs(monkeypatch) -> list:
     """The runs that were started; each fails."""
-    return pretend(monkeypatch, "compress.pipeline", "run", CompressError("it ran"))
+    return pretend(monkeypatch, "compress.pipeline.run", "run", CompressError("it ran"))
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from compress.console import console, module_table, to_json
-from compress.progress import RunProgress
-from compress.result import Observer
+from compress.cli.console import console, module_table, to_json
+from compress.cli.progress import RunProgress
+from compress.pipeline.result import Observer
 
 # ---- drawing ------------------------------------------------------------------------------------
 

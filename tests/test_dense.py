@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`
 @pytest.fixture
 def kinds(monkeypatch):
     """The classes of linears that every model loaded from here on has, in turn."""
-    from compress.checkpoint import loading
+    from compress.loading import load as loading
 
     found, load = [], loading.load
 

@@ -6,16 +6,16 @@ from calling import pretend
 from tiny_checkpoints import load_whole, recipe_for, write_checkpoint
 from transformers import AutoTokenizer
 
-from compress.calibration import windows
-from compress.calibration.text import load_documents
-from compress.calibration.windows import encode, token_stream
-from compress.checkpoint import loading
+from compress.data import windows
+from compress.data.text import load_documents
+from compress.data.windows import encode, token_stream
 from compress.errors import UsageError
 from compress.eval import evaluate as measuring
 from compress.eval.divergence import kl_divergence
 from compress.eval.perplexity import perplexity, perplexity_per_document
-from compress.evaluation import Evaluator, check_evaluation, evaluate, evaluate_recipe
-from compress.recipe import Recipe
+from compress.loading import load as loading
+from compress.pipeline.evaluation import Evaluator, check_evaluation, evaluate, evaluate_recipe
+from compress.recipe.recipe import Recipe
 
 LENGTH, TOKENS = 32, 400
 

@@ -7,12 +7,12 @@ import torch
 from tiny_vlm import LAYERS, write_vlm
 
 import compress
-from compress.checkpoint.loading import load
 from compress.eval.report import write_report
-from compress.evaluation import Evaluator, evaluate
+from compress.loading.load import load
+from compress.pipeline.evaluation import Evaluator, evaluate
 from compress.pruning.pictures import KEY
 from compress.pruning.saved import save_strategy
-from compress.pruning.strategy import PruneStrategy
+from compress.recipe.strategy import PruneStrategy
 from compress.recipes.demo import scenes
 
 LIMIT = 9
@@ -59,7 +59,7 @@ def test_a_baseline_with_a_strategy_of_its_own_is_measured_without_it(folders, m
         loaded.append(real(*args, **kwargs))
         return loaded[-1]
 
-    monkeypatch.setattr("compress.checkpoint.loading.load", noting)
+    monkeypatch.setattr("compress.loading.load.load", noting)
     measure(pruned, baseline=pruned)
     assert [hasattr(model, KEY) for model, _ in loaded] == [True, False]
 

@@ -22,7 +22,7 @@ def errors(result):
 
 
 def test_errors_are_those_of_the_cpu(recipe, tmp_path):
-    from compress.pipeline import run
+    from compress.pipeline.run import run
 
     on_cpu = run(recipe, tmp_path / "cpu", windows=WINDOWS)
     on_gpu = run(recipe, tmp_path / "cuda", windows=WINDOWS, device="cuda")
@@ -41,7 +41,7 @@ def test_the_same_run_gives_the_same_bytes(recipe, press):
 
 
 def test_self_check_holds_against_a_reload_on_the_cpu(recipe, tmp_path):
-    from compress.pipeline import run
+    from compress.pipeline.run import run
 
     checked = run(recipe, tmp_path / "out", windows=WINDOWS, device="cuda").self_check
     assert checked["relative_error"] <= checked["tolerance"]

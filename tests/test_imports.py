@@ -20,11 +20,11 @@ def python(code: str) -> str:
     [
         "import compress",
         "import compress; compress.Recipe, compress.UsageError, compress.__version__",
-        "import compress.cli",
-        "from compress.cli import main; main(['--help'])",
-        "from compress.cli import main; main(['run', '--help'])",
-        "from compress.cli import main; main(['bench', 'quantize', '--help'])",
-        "from compress.cli import main; main(['recipes'])",
+        "import compress.cli.main",
+        "from compress.cli.main import main; main(['--help'])",
+        "from compress.cli.main import main; main(['run', '--help'])",
+        "from compress.cli.main import main; main(['bench', 'quantize', '--help'])",
+        "from compress.cli.main import main; main(['recipes'])",
     ],
 )
 def test_heavy_libraries_wait_until_they_are_needed(statement):
@@ -35,7 +35,10 @@ def test_heavy_libraries_wait_until_they_are_needed(statement):
 
 
 def test_importing_leaves_the_environment_alone():
-    code = "import os; before = dict(os.environ); import compress.cli; print(os.environ == before)"
+    code = (
+        "import os; before = dict(os.environ); import compress.cli.main; "
+        "print(os.environ == before)"
+    )
     assert python(code) == "True"
 
 
@@ -46,8 +49,8 @@ def test_every_name_can_be_had_and_is_listed(name):
 
 
 def test_names_are_those_of_their_modules():
-    from compress.checkpoint.loading import load
-    from compress.pipeline import run
+    from compress.loading.load import load
+    from compress.pipeline.run import run
 
     assert compress.run is run
     assert compress.load is load
@@ -63,11 +66,11 @@ def test_version_is_that_of_the_distribution():
 
 
 @pytest.mark.parametrize(
-    "first", ["import compress.planning", "import compress.pipeline", "compress.plan"]
+    "first", ["import compress.pipeline.plan", "import compress.pipeline.run", "compress.plan"]
 )
 def test_plan_is_the_function_whatever_is_imported_first(first):
     code = (
-        f"import compress; {first}; from compress.planning import make_plan; "
+        f"import compress; {first}; from compress.pipeline.plan import make_plan; "
         "from compress import plan; print(plan.__name__, plan is compress.plan)"
     )
     assert python(code) == "plan True"

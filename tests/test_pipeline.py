@@ -29,11 +29,11 @@ from tiny_checkpoints import (
 )
 from transformers import AutoTokenizer, CompressedTensorsConfig
 
-from compress.calibration.windows import CalibrationWindows, recipe_windows
+from compress.data.windows import CalibrationWindows, recipe_windows
 from compress.models.skeleton import Skeleton
-from compress.pipeline import run
-from compress.recipe import Recipe
-from compress.sections import TOKEN_STRATEGIES
+from compress.pipeline.run import run
+from compress.recipe.recipe import Recipe
+from compress.recipe.sections import TOKEN_STRATEGIES
 
 tied_or_not = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 DOWN = "re:.*down_proj$"
@@ -233,7 +233,7 @@ def test_activations_at_the_end_of_the_walk_are_those_of_the_checkpoint(
         errors.append(relative_error(seen["logits"], logits_of(folder, seen["input_ids"])))
         return {}
 
-    monkeypatch.setattr("compress.pipeline.reload_and_compare", compare)
+    monkeypatch.setattr("compress.pipeline.run.reload_and_compare", compare)
     quantize = {"bits": 3, "ignore": ["lm_head"] if head == "in 16 bits" else []}
     recipe = recipe_for(checkpoint(family, tied=tied), rotate="hadamard", quantize=quantize)
     run(recipe, tmp_path / "out", windows=WINDOWS)
@@ -321,8 +321,8 @@ def test_equal_token_weights_are_plain_gptq(checkpoint, press):
 
 def test_drawn_windows_count_all_their_tokens(checkpoint, text, press):
     """The recipe's own windows are those of its dataset with a mask of ones."""
-    from compress.calibration.text import load_documents
-    from compress.calibration.windows import draw_windows
+    from compress.data.text import load_documents
+    from compress.data.windows import draw_windows
 
     recipe = recipe_for(checkpoint(), text)
     c = recipe.calibration

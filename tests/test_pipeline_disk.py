@@ -17,7 +17,7 @@ from tiny_checkpoints import (
     weight_files,
 )
 
-from compress.pipeline import run
+from compress.pipeline.run import run
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 2, 3, 5, 7])

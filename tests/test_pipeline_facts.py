@@ -19,7 +19,7 @@ from tiny_checkpoints import (
 )
 
 from compress.models.skeleton import Skeleton
-from compress.pipeline import Observer, run
+from compress.pipeline.run import Observer, run
 
 
 class Recorder(Observer):
@@ -114,7 +114,7 @@ def test_a_self_check_that_does_not_fit_in_memory_is_left_out_and_said(
     memory = SimpleNamespace(available=needed - short)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     verdict = {"relative_error": 0.0}
-    checks = pretend(monkeypatch, "compress.pipeline", "reload_and_compare", verdict)
+    checks = pretend(monkeypatch, "compress.pipeline.run", "reload_and_compare", verdict)
     seen, heard = Recorder(), []
     seen.warning = heard.append
     result = run(recipe_for(checkpoint()), tmp_path / "out", windows=WINDOWS, observer=seen)

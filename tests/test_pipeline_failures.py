@@ -27,8 +27,8 @@ from tiny_checkpoints import (
     write_checkpoint,
 )
 
-from compress.calibration.windows import CalibrationWindows
-from compress.pipeline import Observer, run
+from compress.data.windows import CalibrationWindows
+from compress.pipeline.run import Observer, run
 
 
 def damage(tensor: str, value: float) -> Callable[[Path], None]:

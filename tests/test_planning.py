@@ -7,12 +7,12 @@ import torch
 from safetensors import safe_open
 from tiny_checkpoints import LAYERS, WINDOWS, recipe_for, write_checkpoint
 
-from compress.checkpoint.loading import inspect
 from compress.errors import CheckpointError, UsageError
-from compress.memory_forecast import FIXED_MEMORY
+from compress.loading.load import inspect
 from compress.models.skeleton import Skeleton
-from compress.pipeline import run
-from compress.planning import make_plan
+from compress.pipeline.memory_forecast import FIXED_MEMORY
+from compress.pipeline.plan import make_plan
+from compress.pipeline.run import run
 
 
 def plan_of(folder, **sections):

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import WINDOWS, all_count, random_ids, recipe_for, write_checkpoint
 
-from compress import provenance
 from compress.models.skeleton import Skeleton
-from compress.provenance import fingerprint, made_by
+from compress.pipeline import provenance
+from compress.pipeline.provenance import fingerprint, made_by
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ import pytest
 from calling import call
 from tiny_vlm import LAYERS, write_vlm
 
-from compress.comparison import compare
+from compress.comparison.compare import compare
+from compress.comparison.strategies import PruningComparison, only_prunes, seeded
 from compress.errors import UsageError
-from compress.evaluation import Evaluator, evaluate
+from compress.pipeline.evaluation import Evaluator, evaluate
+from compress.pipeline.result import Observer
 from compress.pruning.saved import save_strategy
 from compress.pruning.search import Objective
-from compress.pruning.strategy import PruneStrategy
-from compress.pruning_comparison import PruningComparison, only_prunes, seeded
-from compress.recipe import Recipe, shipped_recipes
-from compress.result import Observer
+from compress.recipe.recipe import Recipe, shipped_recipes
+from compress.recipe.strategy import PruneStrategy
 
 LIMIT = 14
 
@@ -128,7 +128,7 @@ def test_a_search_finds_the_best_of_its_trials_on_the_seeds_prompts(model, tmp_p
     best = max(trials, key=lambda trial: trial["score"])
     assert run["strategy"] == best["strategy"]
     study = PruningComparison(recipe, "cpu", Observer())
-    from compress.pruning.samples import read_samples
+    from compress.data.samples import read_samples
 
     one_by_one = read_samples("demo-scenes", study.processor, 4, seed=1)
     score = Objective(study.model, one_by_one)(PruneStrategy(**best["strategy"]))

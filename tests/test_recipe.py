@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from compress.errors import RecipeError
 from compress.importance.tokens import TOKEN_IMPORTANCE
-from compress.recipe import Recipe, shipped_recipes
-from compress.sections import TOKEN_STRATEGIES, Quantize, Scheme, matches
+from compress.recipe.recipe import Recipe, shipped_recipes
+from compress.recipe.sections import TOKEN_STRATEGIES, Quantize, Scheme, matches
 
 EVERY_SECTION = """\
 # a comment
@@ -103,7 +103,8 @@ def test_a_recipe_cannot_be_changed_behind_its_resolved_values():
 
 def test_reading_a_recipe_needs_no_torch():
     code = (
-        "import sys, compress.recipe as r; r.Recipe.load('demo-lm'); print('torch' in sys.modules)"
+        "import sys, compress.recipe.recipe as r; r.Recipe.load('demo-lm'); "
+        "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

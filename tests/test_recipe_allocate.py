@@ -7,8 +7,8 @@ from calling import call, only_line
 
 from compress.errors import RecipeError
 from compress.importance.layers import LAYER_IMPORTANCE
-from compress.recipe import Recipe
-from compress.sections import LAYER_STRATEGIES
+from compress.recipe.recipe import Recipe
+from compress.recipe.sections import LAYER_STRATEGIES
 
 # Each with what else the method asks for.
 SECTIONS = {

@@ -21,7 +21,7 @@ from tiny_checkpoints import (
 )
 
 from compress.errors import CheckpointError, UsageError
-from compress.pipeline import Observer, run
+from compress.pipeline.run import Observer, run
 
 DEPTH = 4
 RSQ = {"rotate": "hadamard", "quantize": {"bits": 3, "token_importance": "attention_concentration"}}
@@ -117,8 +117,8 @@ def test_a_killed_process_continues_at_its_layer(model, uninterrupted, tmp_path)
         import os, sys
         sys.path.insert(0, sys.argv[1])
         from tiny_checkpoints import WINDOWS
-        from compress.pipeline import Observer, run
-        from compress.recipe import Recipe
+        from compress.pipeline.run import Observer, run
+        from compress.recipe.recipe import Recipe
 
         class Kill(Observer):
             def module(self, name, facts):

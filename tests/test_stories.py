@@ -14,8 +14,8 @@ from tiny_checkpoints import load_whole, logits_of, relative_error
 from transformers import AutoTokenizer
 
 from compress.eval.perplexity import perplexity_per_document
-from compress.pipeline import run
-from compress.recipe import Recipe
+from compress.pipeline.run import run
+from compress.recipe.recipe import Recipe
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODEL = SHARED / "models" / "stories260k"

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from compress.calibration.windows import CalibrationWindows
+from compress.data.windows import CalibrationWindows
 from compress.models.skeleton import Skeleton
-from compress.recipe import Recipe
+from compress.recipe.recipe import Recipe
 
 VOCABULARY = 260  # 256 bytes, BOS, EOS, and two rows that no tokenizer gives
 LAYERS = 2

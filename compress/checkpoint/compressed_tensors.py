@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.checkpoint.section import groups_of, has_act_order, strategy_of
+from compress.checkpoint.quantization_config import groups_of, has_act_order, strategy_of
 from compress.errors import CheckpointError
 from compress.kernels.packing import pack_rows, unpack_rows
 

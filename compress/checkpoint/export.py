@@ -25,12 +25,9 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint.compressed_tensors import PACKED_SUFFIXES, module_schemes
-from compress.checkpoint.files import atomic_write, read_json
-from compress.checkpoint.gguf import GgufFormat
+from compress.checkpoint.gguf.format import GgufFormat
 from compress.checkpoint.gptq import GptqFormat
-from compress.checkpoint.output import COMPANIONS, WORK_FOLDER, check_output, publish
-from compress.checkpoint.safetensors_io import CheckpointReader, parse_size
-from compress.checkpoint.section import (
+from compress.checkpoint.quantization_config import (
     checked_section,
     extras,
     groups_of,
@@ -40,7 +37,10 @@ from compress.checkpoint.section import (
 )
 from compress.errors import CheckpointError, CompressError, UsageError
 from compress.kernels.packing import packed_columns, unpack_rows
+from compress.pipeline.output import COMPANIONS, WORK_FOLDER, check_output, publish
 from compress.registry import Registry
+from compress.storage.files import atomic_write, read_json
+from compress.storage.safetensors import CheckpointReader, parse_size
 
 PROVENANCE = "modelpress.json"
 

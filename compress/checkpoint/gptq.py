@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint.compressed_tensors import ModuleScheme, compress_module
-from compress.checkpoint.safetensors_io import merge_shards, save_tensors
 from compress.errors import UsageError
 from compress.kernels.packing import pack_rows, unpack_rows
+from compress.storage.safetensors import merge_shards, save_tensors
 
 if TYPE_CHECKING:
     from compress.checkpoint.export import PackedCheckpoint

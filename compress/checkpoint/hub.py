@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint.safetensors_io import CheckpointReader
 from compress.errors import CompressError, UsageError
+from compress.storage.safetensors import CheckpointReader
 
 JOURNAL = ".modelpress"
 STAY_HOME = [".*", "*/.*", "*.tmp", "__pycache__/*", "*/__pycache__/*"]

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from compress.checkpoint.compressed_tensors import ModuleScheme, module_schemes
 from compress.checkpoint.packed_formats import FORMATS
-from compress.checkpoint.safetensors_io import CheckpointReader
-from compress.checkpoint.section import (
+from compress.checkpoint.quantization_config import (
     INTEGERS,
     METHODS,
     checked_section,
@@ -39,7 +38,8 @@ from compress.checkpoint.section import (
     rule_pattern,
 )
 from compress.errors import CheckpointError, UsageError
-from compress.kernels.layout import LEAST_GROUP, WIDTHS, Codes, with_bits
+from compress.kernels.codes import LEAST_GROUP, WIDTHS, Codes, with_bits
+from compress.storage.safetensors import CheckpointReader
 
 INTEGER_STEP = 32  # inputs of one product of integers
 WIDEST_SHIFTED = 4  # bits of codes whose zero points go with quantised activations

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint.compressed_tensors import ModuleScheme
-from compress.kernels.layout import (
+from compress.kernels.codes import (
     WIDTHS,
     Codes,
     group_count,

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint.safetensors_io import CheckpointReader
 from compress.errors import CheckpointError, UsageError
-from compress.models.architecture import architecture_of, head_dim_of
+from compress.models.families import architecture_of, head_dim_of
+from compress.storage.safetensors import CheckpointReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -134,7 +134,7 @@ class Skeleton:
 
     def processor(self) -> "ProcessorMixin":
         """A multimodal checkpoint's processor; UsageError if the folder has none."""
-        from compress.pruning.processors import processor_reader
+        from compress.models.pretrained import processor_reader
 
         try:
             return processor_reader(self.model_config)(self.folder)

@@ -29,7 +29,7 @@ from compress.pruning.methods import (
     keep_highest,
 )
 from compress.pruning.recycle import first_of_each, merge_cells
-from compress.pruning.strategy import PruneStrategy
+from compress.recipe.strategy import PruneStrategy
 
 # VisionZip's split of 64 tokens: 54 dominant, 10 contextual.
 CONTEXTUAL_SHARE = 10 / 64

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.errors import CompressError, UsageError
 from compress.pruning.prompt import PromptImage
-from compress.pruning.vision import Inputs, VisionTap, VisualTokens
+from compress.pruning.tower import Inputs, VisionTap, VisualTokens
 
 
 class EncodedImages:

@@ -31,12 +31,12 @@ from compress.errors import UsageError
 from compress.pruning.costs import DecoderShape, PruningStats, prompt_stats
 from compress.pruning.encoding import EncodedImages, ready_features
 from compress.pruning.families import family_of
-from compress.pruning.guards import check_inputs, checked_generate
-from compress.pruning.language import LastTokenAttention, check_decoder
+from compress.pruning.last_token import LastTokenAttention, check_decoder
 from compress.pruning.prompt import PrunedPrompt, take, take_positions
+from compress.pruning.refusals import check_inputs, checked_generate
 from compress.pruning.stages import Stages
-from compress.pruning.strategy import LANGUAGE_ATTENTION, PruneStrategy
-from compress.pruning.vision import Inputs
+from compress.pruning.tower import Inputs
+from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
 
 
 def prune_visual_tokens(

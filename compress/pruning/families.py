@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UsageError
-from compress.pruning.vision import Inputs, MergingTower, PatchTower, TapSettings, VisionTap
+from compress.pruning.tower import Inputs, MergingTower, PatchTower, TapSettings, VisionTap
 
 
 @dataclass(frozen=True)

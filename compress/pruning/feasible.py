@@ -27,8 +27,8 @@ import torch
 
 from compress.errors import UsageError
 from compress.pruning.recycle import grid_cells
-from compress.pruning.strategy import ROUNDING
-from compress.pruning.vision import VisualTokens
+from compress.pruning.tower import VisualTokens
+from compress.recipe.strategy import ROUNDING
 
 # A share at its floor must stand for its whole count, after a few roundings in fp64.
 SHARE_MARGIN = 1e-9

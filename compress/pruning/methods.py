@@ -14,8 +14,8 @@ from torch import Tensor
 
 from compress.errors import UsageError
 from compress.pruning.recycle import grid_cells, keep_with_cells, merge_cells
-from compress.pruning.strategy import PruneStrategy
-from compress.pruning.vision import VisualTokens
+from compress.pruning.tower import VisualTokens
+from compress.recipe.strategy import PruneStrategy
 from compress.registry import Registry
 
 PRUNING_METHODS = Registry("pruning method")

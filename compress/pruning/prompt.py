@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from compress.pruning.vision import VisualTokens
+from compress.pruning.tower import VisualTokens
 
 
 @dataclass

@@ -15,11 +15,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint.files import atomic_write
 from compress.errors import CheckpointError, UsageError
 from compress.pruning.engine import VisualTokenPruning, prune_visual_tokens
 from compress.pruning.families import FAMILIES
-from compress.pruning.strategy import PruneStrategy
+from compress.recipe.strategy import PruneStrategy
+from compress.storage.files import atomic_write
 
 KEY = "visual_token_pruning"  # of config.json, and the name of the model's attribute
 FILE = "pruning.json"

@@ -29,9 +29,9 @@ from torch import Tensor
 from compress.errors import CompressError, UsageError, did_you_mean
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.feasible import FeasibleSet, ratios_of
-from compress.pruning.strategy import PruneStrategy
+from compress.pruning.tower import Inputs, VisualTokens
 from compress.pruning.trials import SearchObserver, Trial, TrialFile
-from compress.pruning.vision import Inputs, VisualTokens
+from compress.recipe.strategy import PruneStrategy
 
 SAMPLERS = ("tpe", "gp")
 STARTUP = 27  # trials drawn at random before the sampler learns from them, as the authors' code has

@@ -16,8 +16,8 @@ from compress.pruning import baselines  # noqa: F401  fills the registry
 from compress.pruning.families import Family
 from compress.pruning.methods import PRUNING_METHODS, Candidates, Selection
 from compress.pruning.prompt import PromptImage, PrunedPrompt, take, take_positions
-from compress.pruning.strategy import PruneStrategy
-from compress.pruning.vision import TapSettings, VisionTap
+from compress.pruning.tower import TapSettings, VisionTap
+from compress.recipe.strategy import PruneStrategy
 
 
 class Stages:

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint.files import atomic_write
 from compress.errors import CheckpointError, UsageError
+from compress.storage.files import atomic_write
 
 KIND = "modelpress-pruning-search"
 VERSION = 1

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.calibration.activations import ActivationStore
+from compress.data.activations import ActivationStore
 from compress.importance.tokens import LayerContext, token_weights
-from compress.models.architecture import ArchitectureSpec
+from compress.models.families import ArchitectureSpec
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
 from compress.quantization.solvers import QuantizedLinear

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError, CompressError
-from compress.models.architecture import ArchitectureSpec, VisionSpec
+from compress.models.families import ArchitectureSpec, VisionSpec
 from compress.registry import Registry
 from compress.rotation.hadamard import HadamardTransform
 

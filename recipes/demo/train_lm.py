@@ -4,7 +4,7 @@
     python recipes/demo/train_lm.py --layers 12 --hidden 128 --mlp 384 --tokens 16e6 --bf16 \
         --output recipes/demo/lm-deep                                         # 1 to 2 h on 1 core
 
-Data: the standard library of the running interpreter (`compress.calibration.stdlib`): one module
+Data: the standard library of the running interpreter (`compress.data.stdlib`): one module
 in twenty is held out by a hash of its path and never seen here. Byte-level BPE of 2,048 tokens.
 
 Optimiser: Muon for the matrices of the decoder layers (its update has an AdamW-like RMS, so one
@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compress.calibration.stdlib import python_stdlib
+from compress.data.stdlib import python_stdlib
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from compress.calibration.stdlib import is_held_out, stdlib_files
-from compress.calibration.text import load_documents
+from compress.data.stdlib import is_held_out, stdlib_files
+from compress.data.text import load_documents
 from compress.errors import CompressError, UsageError
 
 

@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from compress.calibration.text import Corpus
-from compress.calibration.windows import CalibrationWindows, draw_windows, expand, token_stream
+from compress.data.text import Corpus
+from compress.data.windows import CalibrationWindows, draw_windows, expand, token_stream
 from compress.errors import UsageError
 
 BOS, BOS_TEXT = 256, "<s>"

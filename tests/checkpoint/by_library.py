@@ -13,8 +13,8 @@ from compressed_tensors.quantization import (
 from tiny_checkpoints import byte_tokenizer, relative_error
 from tiny_quantised import tiny_llama
 
-from compress.checkpoint.safetensors_io import save_tensors
 from compress.kernels.linear import QuantLinear
+from compress.storage.safetensors import save_tensors
 
 LINEARS = 2 * 7
 

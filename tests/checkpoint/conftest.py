@@ -30,7 +30,7 @@ def packed(checkpoint, tmp_path_factory) -> Callable[..., Packed]:
 
     The second argument is what is special about the model, the others are keys of `quantize`.
     """
-    from compress.pipeline import run
+    from compress.pipeline.run import run
 
     made: dict[str, Packed] = {}
 

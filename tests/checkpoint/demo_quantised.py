@@ -15,7 +15,7 @@ from compress.checkpoint.compressed_tensors import (
     compress_module,
     quantization_config,
 )
-from compress.checkpoint.safetensors_io import CheckpointReader, save_tensors
+from compress.storage.safetensors import CheckpointReader, save_tensors
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "lm"
 

@@ -15,8 +15,8 @@ from tiny_quantised import tiny_llama
 
 import compress
 from compress.checkpoint.packed import PackedLinears, UnpackableError
-from compress.checkpoint.safetensors_io import CheckpointReader, save_tensors
 from compress.kernels.linear import QuantLinear
+from compress.storage.safetensors import CheckpointReader, save_tensors
 
 # transformers says so of every argument beside a quantised checkpoint's own config.
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")

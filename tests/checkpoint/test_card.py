@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from compress.checkpoint.card import bits_summary, model_card
-from compress.checkpoint.loading import inspect
+from compress.loading.load import inspect
+from compress.pipeline.card import bits_summary, model_card
 
 RESULT = {
     "name": "me/tiny-w3",

@@ -17,13 +17,13 @@ import compress
 from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.export import export
 from compress.checkpoint.packed import PackedLinears
-from compress.checkpoint.section import (
+from compress.checkpoint.quantization_config import (
     checked_section,
     has_act_order,
     read_config,
     strategy_of,
 )
-from compress.cli import main
+from compress.cli.main import main
 from compress.errors import CheckpointError, UsageError
 
 # transformers says so of every argument beside a quantised checkpoint's own config.

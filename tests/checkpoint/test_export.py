@@ -12,9 +12,9 @@ from tiny_quantised import MIXED, write_quantised
 
 from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.export import CHECKPOINT_FORMATS, export
-from compress.checkpoint.loading import inspect
-from compress.checkpoint.safetensors_io import save_tensors
 from compress.errors import CheckpointError, CompressError, UsageError
+from compress.loading.load import inspect
+from compress.storage.safetensors import save_tensors
 
 ASYMMETRIC = [ModuleScheme(4, 32, False), ModuleScheme(3, None), ModuleScheme(8, 32, False)]
 

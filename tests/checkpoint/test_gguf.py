@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.checkpoint.export import export
-from compress.checkpoint.safetensors_io import save_tensors
 from compress.errors import CheckpointError, CompressError
-from compress.models.architecture import head_dim_of
+from compress.models.families import head_dim_of
+from compress.storage.safetensors import save_tensors
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.checkpoint.gguf_blocks import BLOCK_TYPES, dequantise, exact_type, pack
+from compress.checkpoint.gguf.blocks import BLOCK_TYPES, dequantise, exact_type, pack
 
 KINDS = list(BLOCK_TYPES.values())
 

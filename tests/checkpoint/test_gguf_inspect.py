@@ -8,9 +8,9 @@ import pytest
 from gguf_files import FILE
 
 from compress.checkpoint.export import export
-from compress.checkpoint.loading import inspect
-from compress.cli import main
+from compress.cli.main import main
 from compress.errors import CheckpointError, UsageError
+from compress.loading.load import inspect
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from transformers import AutoConfig
 
 from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.export import export
-from compress.checkpoint.safetensors_io import save_tensors
 from compress.errors import UsageError
+from compress.storage.safetensors import save_tensors
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_what_no_type_holds_is_rounded_anew_only_if_allowed(packed, tmp_path, qu
 )
 def test_the_remedy_is_one(bits, group_size, symmetric, K, remedy):
     """What is advised is possible with as many columns, and gives a type of its own."""
-    from compress.checkpoint.gguf import _remedy
+    from compress.checkpoint.gguf.format import _remedy
 
     assert _remedy(ModuleScheme(bits, group_size, symmetric), K) == remedy
 

@@ -9,7 +9,7 @@ from tiny_checkpoints import byte_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from compress.checkpoint.gguf_vocabulary import (
+from compress.checkpoint.gguf.vocabulary import (
     BYTE,
     CONTROL,
     NORMAL,

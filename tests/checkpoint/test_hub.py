@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from compress.checkpoint.hub import push
-from compress.checkpoint.safetensors_io import save_tensors
 from compress.errors import CheckpointError, CompressError, UsageError
+from compress.storage.safetensors import save_tensors
 
 TOKEN = "hf_secretsecretsecret"
 

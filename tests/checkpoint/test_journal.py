@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from compress.checkpoint.journal import Journal
-from compress.checkpoint.safetensors_io import merge_shards
 from compress.errors import CheckpointError, UsageError
+from compress.pipeline.journal import Journal
+from compress.storage.safetensors import merge_shards
 
 LAYERS = 3
 

@@ -9,10 +9,10 @@ import torch
 from tiny_quantised import tiny_llama, write_quantised
 
 from compress.checkpoint.compressed_tensors import ModuleScheme
-from compress.checkpoint.loading import inspect, load
 from compress.checkpoint.packed import UnpackableError
-from compress.checkpoint.safetensors_io import CheckpointReader, save_tensors
 from compress.errors import CheckpointError, CompressError, UsageError
+from compress.loading.load import inspect, load
+from compress.storage.safetensors import CheckpointReader, save_tensors
 
 
 def write_tokenizer(folder: Path) -> None:

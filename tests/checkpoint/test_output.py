@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny_checkpoints import every_file, read_tensors, recipe_for, weight_files
 
-from compress.checkpoint.output import WORK_FOLDER, assemble, check_output, publish
-from compress.checkpoint.safetensors_io import save_tensors
 from compress.errors import CompressError, UsageError
 from compress.models.skeleton import Skeleton
-from compress.planning import make_plan
+from compress.pipeline.output import WORK_FOLDER, assemble, check_output, publish
+from compress.pipeline.plan import make_plan
+from compress.storage.safetensors import save_tensors
 
 FINAL = f"{WORK_FOLDER}/final/"
 

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.export import export
-from compress.checkpoint.safetensors_io import CheckpointReader
 from compress.errors import UsageError
 from compress.kernels.linear import QuantLinear
+from compress.storage.safetensors import CheckpointReader
 
 # transformers says so of every argument beside a quantised checkpoint's own config.
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
@@ -334,7 +334,7 @@ def test_a_multimodal_checkpoint(tmp_path):
 
 def quantise_language(source, folder):
     """Only the linears of the language model; the vision tower's stay as they are."""
-    from compress.checkpoint.safetensors_io import save_tensors
+    from compress.storage.safetensors import save_tensors
 
     reader = CheckpointReader(source)
     language = {n: reader.tensor(n) for n in reader.names if "language_model" in n}

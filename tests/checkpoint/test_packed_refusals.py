@@ -15,10 +15,10 @@ import compress
 from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.export import export
 from compress.checkpoint.packed import PackedLinears, UnpackableError
-from compress.checkpoint.safetensors_io import CheckpointReader, save_tensors
-from compress.checkpoint.section import is_packed
-from compress.cli import main
+from compress.checkpoint.quantization_config import is_packed
+from compress.cli.main import main
 from compress.errors import CheckpointError, UsageError
+from compress.storage.safetensors import CheckpointReader, save_tensors
 
 # transformers says so of every argument beside a quantised checkpoint's own config.
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")

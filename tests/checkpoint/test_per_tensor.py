@@ -10,7 +10,7 @@ from calling import call
 from tiny_checkpoints import load_whole, random_ids, relative_error
 
 import compress
-from compress.checkpoint.safetensors_io import CheckpointReader, save_tensors
+from compress.storage.safetensors import CheckpointReader, save_tensors
 
 # transformers says so of every argument beside a quantised checkpoint's own config.
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")

@@ -15,12 +15,12 @@ import compress
 from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.packed import UnpackableError
 from compress.checkpoint.packed_formats import FORMATS
-from compress.checkpoint.safetensors_io import CheckpointReader, save_tensors
-from compress.cli import main
+from compress.cli.main import main
 from compress.errors import CheckpointError
-from compress.kernels.layout import Codes
+from compress.kernels.codes import Codes
 from compress.kernels.linear import QuantLinear
 from compress.kernels.reference import dequantize
+from compress.storage.safetensors import CheckpointReader, save_tensors
 
 # transformers says so of every argument beside a quantised checkpoint's own config.
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")

@@ -9,14 +9,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint.safetensors_io import (
+from compress.errors import CheckpointError, CompressError, UsageError
+from compress.storage.safetensors import (
     DTYPES,
     CheckpointReader,
     merge_shards,
     parse_size,
     save_tensors,
 )
-from compress.errors import CheckpointError, CompressError, UsageError
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:

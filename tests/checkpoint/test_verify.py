@@ -7,9 +7,9 @@ import pytest
 from tiny_quantised import write_quantised
 
 from compress.checkpoint.compressed_tensors import ModuleScheme
-from compress.checkpoint.safetensors_io import CheckpointReader, save_tensors
-from compress.checkpoint.verify import reload_and_compare, write_probe
 from compress.errors import CheckpointError
+from compress.pipeline.verify import reload_and_compare, write_probe
+from compress.storage.safetensors import CheckpointReader, save_tensors
 
 
 @pytest.fixture

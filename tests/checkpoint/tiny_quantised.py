@@ -12,7 +12,7 @@ from compress.checkpoint.compressed_tensors import (
     compress_module,
     quantization_config,
 )
-from compress.checkpoint.safetensors_io import save_tensors
+from compress.storage.safetensors import save_tensors
 
 
 @dataclass

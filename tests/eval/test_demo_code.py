@@ -9,7 +9,7 @@ from tiny_lm import tiny_llama
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from compress.calibration.stdlib import is_held_out
+from compress.data.stdlib import is_held_out
 from compress.eval.harness import LOCAL_TASKS
 
 FOLDER = LOCAL_TASKS / "demo_code"

@@ -9,9 +9,9 @@ import torch
 from tiny_lm import byte_tokenizer, tiny_llama
 from tiny_vlm import write_vlm
 
-from compress.checkpoint.loading import load
 from compress.errors import UsageError
 from compress.eval.harness import LOCAL_TASKS, run_tasks, score_tasks
+from compress.loading.load import load
 from compress.recipes.demo import scenes
 
 LIMIT = 3 * len(scenes.TYPES) + 2

@@ -40,8 +40,8 @@ from tiny_checkpoints import (  # noqa: E402
 )
 
 from compress.checkpoint.export import export  # noqa: E402
-from compress.pipeline import run  # noqa: E402
-from compress.recipe import Recipe  # noqa: E402
+from compress.pipeline.run import run  # noqa: E402
+from compress.recipe.recipe import Recipe  # noqa: E402
 
 DEMO = ROOT / "recipes" / "demo" / "lm"
 DOWN8 = {"match": r"re:.*down_proj$", "bits": 8}

@@ -49,10 +49,10 @@ from tiny_checkpoints import (  # noqa: E402
     write_checkpoint,
 )
 
-from compress.calibration.stdlib import python_stdlib  # noqa: E402
 from compress.checkpoint.export import export  # noqa: E402
-from compress.pipeline import run  # noqa: E402
-from compress.recipe import Recipe  # noqa: E402
+from compress.data.stdlib import python_stdlib  # noqa: E402
+from compress.pipeline.run import run  # noqa: E402
+from compress.recipe.recipe import Recipe  # noqa: E402
 
 DEMO = ROOT / "recipes" / "demo" / "lm"
 POSITIONS, WINDOW = 1000, 500

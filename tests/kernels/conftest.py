@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.kernels import native
+from compress.kernels.cpu import native
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,9 @@ import pytest
 import torch
 from weights import random_weight, relative_error
 
-from compress.kernels import native
 from compress.kernels.activations import integer_matmul, quantize_tokens
-from compress.kernels.cpu import cpu_matmul, pack_cpu, pack_integers, unpack_cpu
-from compress.kernels.layout import LONGEST
+from compress.kernels.codes import LONGEST
+from compress.kernels.cpu.weight import cpu_matmul, native, pack_cpu, pack_integers, unpack_cpu
 from compress.kernels.reference import (
     dequantize,
     reference_hadamard,

@@ -7,18 +7,18 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from compress.kernels import triton_activations as activations  # noqa: E402
-from compress.kernels import triton_kernels as kernels  # noqa: E402
-from compress.kernels.compiled import (  # noqa: E402
+from compress.kernels.codes import block_columns  # noqa: E402
+from compress.kernels.gpu import triton_activations as activations  # noqa: E402
+from compress.kernels.gpu import triton_kernels as kernels  # noqa: E402
+from compress.kernels.gpu.compiled import (  # noqa: E402
     SHARED_MEMORY,
     compile_kernel,
     compile_product,
     compiled_products,
     scheme_constants,
 )
-from compress.kernels.integer_launch import TILES  # noqa: E402
-from compress.kernels.layout import block_columns  # noqa: E402
-from compress.kernels.matmul import (  # noqa: E402
+from compress.kernels.gpu.integer_launch import TILES  # noqa: E402
+from compress.kernels.gpu.matmul import (  # noqa: E402
     EXACT_ROWS,
     FP32_TABLE,
     MMA_TABLE,
@@ -27,7 +27,7 @@ from compress.kernels.matmul import (  # noqa: E402
     interpreted,
     tile_constants,
 )
-from compress.kernels.occupancy import stages  # noqa: E402
+from compress.kernels.gpu.occupancy import stages  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter compiles nothing")
 HOPPER = (9, 0)

@@ -6,9 +6,8 @@ import pytest
 import torch
 from weights import assert_same, random_weight, relative_error
 
-from compress.kernels import native
-from compress.kernels.cpu import cpu_matmul, pack_cpu, takes_int4, unpack_cpu
-from compress.kernels.cpu_rows import BAG_ROWS
+from compress.kernels.cpu.rows import BAG_ROWS
+from compress.kernels.cpu.weight import cpu_matmul, native, pack_cpu, takes_int4, unpack_cpu
 from compress.kernels.reference import dequantize, reference_matmul
 
 WIDTHS = [2, 3, 4, 8]

@@ -15,9 +15,9 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from compress.kernels import matmul, occupancy  # noqa: E402
-from compress.kernels.layout import pack_kernel  # noqa: E402
-from compress.kernels.matmul import TABLE, programs_held, tiled_matmul, tiles_for  # noqa: E402
+from compress.kernels.codes import pack_kernel  # noqa: E402
+from compress.kernels.gpu import matmul, occupancy  # noqa: E402
+from compress.kernels.gpu.matmul import TABLE, programs_held, tiled_matmul, tiles_for  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or matmul.interpreted(), reason="nothing to stand in for"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from weights import assert_same, random_weight
 
-from compress.kernels.layout import (
+from compress.kernels.codes import (
     block_columns,
     concatenate,
     pack_kernel,

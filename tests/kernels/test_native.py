@@ -10,8 +10,7 @@ import pytest
 import torch
 from weights import random_weight, relative_error
 
-from compress.kernels import native
-from compress.kernels.cpu import cpu_matmul, pack_cpu
+from compress.kernels.cpu.weight import cpu_matmul, native, pack_cpu
 from compress.kernels.linear import QuantLinear
 from compress.kernels.reference import reference_matmul
 from compress.kernels.user_cache import cache_directory, cache_path, write_atomically
@@ -170,7 +169,7 @@ import torch
 from dataclasses import replace
 from weights import random_weight, relative_error
 from compress.kernels.activations import integer_matmul, quantize_tokens
-from compress.kernels.cpu import cpu_matmul, pack_cpu, pack_integers
+from compress.kernels.cpu.weight import cpu_matmul, pack_cpu, pack_integers
 from compress.kernels.reference import reference_matmul
 
 mprotect, kept = ctypes.CDLL(None).mprotect, []

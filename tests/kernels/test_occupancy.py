@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from compress.kernels.occupancy import SharedMemory, programs_beside, stages
-from compress.kernels.tuning import Tiles
+from compress.kernels.gpu.occupancy import SharedMemory, programs_beside, stages
+from compress.kernels.gpu.tuning import Tiles
 
 HOPPER = SharedMemory(227 * 1024, 228 * 1024)
 REGISTERS = 1 << 16

@@ -10,13 +10,13 @@ from weights import random_weight, relative_error
 
 pytest.importorskip("triton")
 
-from compress.kernels import tuning
 from compress.kernels.activations import integer_matmul, quantize_tokens
-from compress.kernels.cpu import pack_integers
-from compress.kernels.hadamard import hadamard_
-from compress.kernels.layout import pack_kernel
+from compress.kernels.codes import pack_kernel
+from compress.kernels.cpu.weight import pack_integers
+from compress.kernels.gpu import tuning
+from compress.kernels.gpu.hadamard import hadamard_
+from compress.kernels.gpu.matmul import quantized_matmul, table_of, tiled_matmul
 from compress.kernels.linear import QuantLinear
-from compress.kernels.matmul import quantized_matmul, table_of, tiled_matmul
 from compress.kernels.reference import reference_matmul
 
 pytestmark = [
@@ -122,7 +122,7 @@ def test_another_device_than_the_current_one():
 
 
 def test_the_benchmark_measures_and_tunes(tmp_path, monkeypatch):
-    from compress.bench_kernels import KernelBench, bench_kernels, tune_kernels
+    from compress.bench.kernels import KernelBench, bench_kernels, tune_kernels
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuning.forget()

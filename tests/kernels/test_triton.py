@@ -38,7 +38,7 @@ def test_compiled():
 
 def test_kernels_import_without_a_gpu_and_leave_the_device_alone():
     code = (
-        "import compress.kernels.matmul, compress.kernels.hadamard, torch; "
+        "import compress.kernels.gpu.matmul, compress.kernels.gpu.hadamard, torch; "
         "print(torch.cuda.is_initialized())"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

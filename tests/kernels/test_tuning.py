@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from compress.kernels import tuning
-from compress.kernels.tuning import ACCUMULATORS, CHOICES, Tiles, bucket, neighbours, search
+from compress.kernels.gpu import tuning
+from compress.kernels.gpu.tuning import ACCUMULATORS, CHOICES, Tiles, bucket, neighbours, search
 
 TILES = Tiles(rows=16, block_m=16, block_n=64, warps=4, stages=3, split=None)
 SCHEME = ("Some GPU", 4096, 14336, 4, 128)

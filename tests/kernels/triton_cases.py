@@ -11,12 +11,12 @@ import pytest
 import torch
 from weights import random_weight
 
-from compress.kernels import tuning
 from compress.kernels.activations import integer_matmul, quantize_tokens
-from compress.kernels.hadamard import hadamard_
-from compress.kernels.integer_launch import tiled_integers
-from compress.kernels.layout import pack_kernel
-from compress.kernels.matmul import (
+from compress.kernels.codes import pack_kernel
+from compress.kernels.gpu import tuning
+from compress.kernels.gpu.hadamard import hadamard_
+from compress.kernels.gpu.integer_launch import tiled_integers
+from compress.kernels.gpu.matmul import (
     EXACT_ROWS,
     FP32_TABLE,
     TABLE,
@@ -29,7 +29,7 @@ from compress.kernels.matmul import (
     tiled_matmul,
     tiles_for,
 )
-from compress.kernels.occupancy import split_of
+from compress.kernels.gpu.occupancy import split_of
 from compress.kernels.reference import dequantize, reference_hadamard, reference_matmul
 
 DEVICE = "cpu" if interpreted() else "cuda"

@@ -2,7 +2,7 @@
 
 import torch
 
-from compress.kernels.layout import Codes
+from compress.kernels.codes import Codes
 
 
 def random_weight(

@@ -8,7 +8,7 @@ import torch
 from tiny_checkpoints import FAMILIES, HIDDEN, tiny_model
 
 from compress.errors import UsageError
-from compress.models.architecture import ARCHITECTURES, architecture_of, head_dim_of
+from compress.models.families import ARCHITECTURES, architecture_of, head_dim_of
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from tiny_folders import tiny_folder, write_samples
 from tiny_models import tiny_inputs, tiny_model
 
-from compress.calibration.prompts import ImagePrompts, has_images, probe_prompt, recipe_data
-from compress.calibration.windows import CalibrationWindows
+from compress.data.prompts import ImagePrompts, has_images, probe_prompt, recipe_data
+from compress.data.windows import CalibrationWindows
 from compress.errors import CheckpointError, UsageError
-from compress.models.architecture import architecture_of
+from compress.models.families import architecture_of
 from compress.models.skeleton import Skeleton
-from compress.recipe import Recipe
+from compress.recipe.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

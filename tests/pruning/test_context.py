@@ -19,7 +19,7 @@ from tiny_models import (
 import compress
 from compress.pruning.costs import DecoderShape, kv_bytes, prefill_flops
 from compress.pruning.engine import prune_visual_tokens
-from compress.pruning.strategy import PruneStrategy
+from compress.recipe.strategy import PruneStrategy
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 THREE = PruneStrategy(stages=(0, 1, 3), ratios=(0.6, 0.7, 0.5), threshold=1.1)

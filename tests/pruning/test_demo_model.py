@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import compress
+from compress.data.samples import prompt_inputs
 from compress.pruning.engine import prune_visual_tokens
-from compress.pruning.samples import prompt_inputs
-from compress.pruning.strategy import PruneStrategy
+from compress.recipe.strategy import PruneStrategy
 from compress.recipes.demo import scenes
 
 FOLDER = Path(scenes.__file__).parent / "vlm"
@@ -63,7 +63,7 @@ def test_it_needs_its_visual_tokens(model_and_processor, items):
 
 
 def test_it_answers_from_the_command_line(items, tmp_path, capsys):
-    from compress.cli import main
+    from compress.cli.main import main
 
     asked = ["--prompt", items[0]["question"], "--max-tokens", "3"]
     items[0]["image"].save(tmp_path / "scene.png")

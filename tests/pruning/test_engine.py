@@ -5,7 +5,7 @@ import torch
 from tiny_models import BATCH, LAYERS, SINGLE, generate, masked_run, tiny_inputs, tiny_model
 
 from compress.pruning.engine import prune_visual_tokens
-from compress.pruning.strategy import PruneStrategy
+from compress.recipe.strategy import PruneStrategy
 
 FAMILIES = ("llava", "llava_siglip", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 STAGES = {

@@ -9,8 +9,8 @@ import torch
 from compress.errors import UsageError
 from compress.pruning.feasible import FeasibleSet, Layout, ratios_of
 from compress.pruning.recycle import grid_cells, keep_with_cells
-from compress.pruning.strategy import PruneStrategy, average_kept
-from compress.pruning.vision import VisualTokens
+from compress.pruning.tower import VisualTokens
+from compress.recipe.strategy import PruneStrategy, average_kept
 
 
 def grid(height, width, newlines=False, segment=0):

@@ -8,7 +8,7 @@ from tiny_models import LAYERS, masked_run, tiny_inputs, tiny_model
 
 from compress.errors import CompressError, UsageError
 from compress.pruning.engine import prune_visual_tokens
-from compress.pruning.strategy import PruneStrategy
+from compress.recipe.strategy import PruneStrategy
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 HALF = PruneStrategy(ratios=(0.5,), threshold=1.1)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from compress.pruning import importance
-from compress.pruning.importance import (
+from compress.importance import patches as importance
+from compress.importance.patches import (
     add_entropy,
     cut_patches,
     grey_levels,

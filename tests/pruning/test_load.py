@@ -9,11 +9,11 @@ from tiny_folders import tiny_folder, write_samples
 from tiny_models import LAYERS, generate, tiny_inputs
 
 import compress
+from compress.data.samples import read_samples
 from compress.errors import CheckpointError, CompressError, RecipeError, UsageError
 from compress.pruning.engine import prune_visual_tokens
-from compress.pruning.samples import read_samples
 from compress.pruning.saved import FILE, KEY, save_strategy, stop_pruning
-from compress.pruning.strategy import PruneStrategy
+from compress.recipe.strategy import PruneStrategy
 
 STRATEGY = PruneStrategy(stages=(0, 2), ratios=(0.5, 0.6), threshold=1.1, alpha=0.3)
 
@@ -162,7 +162,7 @@ def test_a_processor_with_videos_reads_images_without_torchvision(tmp_path):
 
 
 def test_text_is_continued_from_the_command_line(folder, capsys):
-    from compress.cli import main
+    from compress.cli.main import main
 
     save_strategy(STRATEGY, folder)
     options = ["--prompt", "w7 w8 w9", "--max-tokens", "3"]
@@ -172,7 +172,7 @@ def test_text_is_continued_from_the_command_line(folder, capsys):
 
 def test_search_saves_with_the_model(folder, tmp_path, empty_folder, capsys):
     pytest.importorskip("optuna")
-    from compress.cli import main
+    from compress.cli.main import main
 
     data = write_samples(tmp_path / "data", 2)
     options = ["--data", str(data), "--keep", "0.5", "--samples", "2", "--trials", "1", "--save"]

@@ -10,8 +10,8 @@ from compress.pruning import baselines
 from compress.pruning.baselines import block_grid, share_out
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.methods import PRUNING_METHODS, Candidates, keep_highest
-from compress.pruning.strategy import METHODS, PruneStrategy
-from compress.pruning.vision import VisualTokens, anyres_places
+from compress.pruning.tower import VisualTokens, anyres_places
+from compress.recipe.strategy import METHODS, PruneStrategy
 
 HEIGHT, WIDTH, D = 6, 8, 16
 N = HEIGHT * WIDTH

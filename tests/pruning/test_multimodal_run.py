@@ -16,7 +16,7 @@ import compress
 from compress.errors import CheckpointError
 from compress.models.skeleton import Skeleton
 from compress.models.vision import vision_at_work, vision_tensors
-from compress.pipeline import Job, run
+from compress.pipeline.run import Job, run
 
 FAMILIES = ("llava", "llava_siglip", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 DOWN = {"overrides": [{"match": "re:.*down_proj$", "bits": 4}]}
@@ -98,7 +98,7 @@ def test_names_of_files_and_of_modules_lead_to_the_modules(folder_of, family):
 
 
 def test_the_self_check_catches_a_projector_that_was_not_rotated(folder_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.pipeline.vision_tensors", unrotated(vision_tensors))
+    monkeypatch.setattr("compress.pipeline.run.vision_tensors", unrotated(vision_tensors))
     # What the walk sees is right; only what is written is not.
     monkeypatch.setattr(Job, "_vision_at_work", right_vision)
     with pytest.raises(CheckpointError, match="gives other logits than the model"):

@@ -19,7 +19,7 @@ from compress.pruning.pictures import (
     pictures_seen,
     watching,
 )
-from compress.pruning.strategy import PruneStrategy
+from compress.recipe.strategy import PruneStrategy
 
 STRATEGY = PruneStrategy(stages=(0, 2), ratios=(0.5, 0.5), threshold=1.1, cell=3)
 GREY = 200

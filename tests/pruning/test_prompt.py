@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.pruning.prompt import PromptImage, PrunedPrompt, compact, take, take_positions
-from compress.pruning.vision import VisualTokens
+from compress.pruning.tower import VisualTokens
 
 
 def image(row, positions):

@@ -12,15 +12,15 @@ from tiny_models import LAYERS, tiny_inputs
 from tiny_recipes import BITS, HALF, images, recipe_of
 
 import compress
+from compress.data.samples import read_samples
 from compress.errors import UsageError
 from compress.models.skeleton import Skeleton
-from compress.pipeline import run
-from compress.planning import make_plan
+from compress.pipeline.plan import make_plan
+from compress.pipeline.result import Observer
+from compress.pipeline.run import run
 from compress.pruning.engine import prune_visual_tokens
-from compress.pruning.samples import read_samples
 from compress.pruning.saved import KEY, save_strategy
-from compress.pruning.strategy import PruneStrategy
-from compress.result import Observer
+from compress.recipe.strategy import PruneStrategy
 
 # ---- the strategy -------------------------------------------------------------------------------
 
@@ -165,7 +165,7 @@ def problem_of(folder, **sections):
 def test_impossible_pruning_is_refused_before_a_weight_is_read(
     folder_of, tmp_path, monkeypatch, section, expected
 ):
-    from compress.checkpoint.safetensors_io import CheckpointReader
+    from compress.storage.safetensors import CheckpointReader
 
     def read(*args, **kwargs):
         raise AssertionError("a weight was read")

@@ -10,13 +10,13 @@ import torch
 from tiny_folders import tiny_folder, write_samples
 from tiny_models import BATCH, LAYERS, SINGLE, masked_run, tiny_inputs, tiny_model
 
-from compress.cli import main
+from compress.cli.main import main
+from compress.data.samples import read_samples
 from compress.errors import CheckpointError, CompressError, UsageError
 from compress.pruning.engine import prune_visual_tokens
-from compress.pruning.samples import read_samples
 from compress.pruning.search import Objective, SearchSpace, search_strategy
-from compress.pruning.strategy import PruneStrategy
 from compress.pruning.trials import SearchObserver
+from compress.recipe.strategy import PruneStrategy
 
 pytest.importorskip("optuna")
 STAGES = (0, 1, 3)

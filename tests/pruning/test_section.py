@@ -5,9 +5,9 @@ import json
 import pytest
 
 from compress.errors import RecipeError, UsageError
-from compress.pruning.section import NAMES, PruneVisualTokens, StrategySettings
-from compress.pruning.strategy import METHODS, PruneStrategy
-from compress.recipe import Recipe
+from compress.recipe.pruning import NAMES, PruneVisualTokens, StrategySettings
+from compress.recipe.recipe import Recipe
+from compress.recipe.strategy import METHODS, PruneStrategy
 
 LAYERS = 28
 

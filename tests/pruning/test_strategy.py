@@ -9,7 +9,7 @@ from operator import mul
 import pytest
 
 from compress.errors import RecipeError, UsageError
-from compress.pruning.strategy import METHODS, PruneStrategy, average_kept
+from compress.recipe.strategy import METHODS, PruneStrategy, average_kept
 
 # LLaVA-OneVision-7B, 28 layers: (kept, R1, R2, R3) as published with arXiv 2508.05211.
 PUBLISHED = [

@@ -5,8 +5,8 @@ import torch
 from tiny_models import BATCH, SINGLE, tiny_inputs, tiny_model
 
 from compress.pruning.engine import prune_visual_tokens
-from compress.pruning.strategy import PruneStrategy
 from compress.pruning.tower_cache import OutputCache, tower_cached
+from compress.recipe.strategy import PruneStrategy
 
 FAMILIES = ("llava", "llava_siglip", "llava_next", "llava_onevision")
 STRATEGIES = [

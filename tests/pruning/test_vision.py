@@ -5,7 +5,7 @@ import torch
 from tiny_models import PATCHES, tiny_inputs, tiny_model
 
 from compress.pruning.families import FAMILIES
-from compress.pruning.vision import TapSettings
+from compress.pruning.tower import TapSettings
 
 LLAVA = ("llava", "llava_siglip", "llava_next", "llava_onevision")
 QWEN = ("qwen2_vl", "qwen2_5_vl")
@@ -193,7 +193,7 @@ def test_entropy_is_that_of_the_8_bit_picture_that_the_processor_was_given(famil
     from PIL import Image
 
     from compress.pruning.engine import prune_visual_tokens
-    from compress.pruning.strategy import PruneStrategy
+    from compress.recipe.strategy import PruneStrategy
 
     kind = hf.CLIPImageProcessorPil if family == "llava" else hf.SiglipImageProcessorPil
     processor = kind(do_resize=False, do_center_crop=False)

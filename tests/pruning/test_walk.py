@@ -10,16 +10,16 @@ from tiny_folders import tiny_folder
 from tiny_models import LAYERS, tiny_inputs
 
 import compress
-from compress.calibration.prompts import ImagePrompts
+from compress.data.prompts import ImagePrompts
 from compress.models.skeleton import Skeleton
-from compress.pipeline import Job, run
-from compress.planning import make_plan
+from compress.pipeline.plan import make_plan
+from compress.pipeline.result import Observer
+from compress.pipeline.run import Job, run
 from compress.pruning.costs import PruningStats
 from compress.pruning.engine import prune_visual_tokens
-from compress.pruning.section import StrategySettings
-from compress.pruning.strategy import PruneStrategy
-from compress.recipe import Recipe
-from compress.result import Observer
+from compress.recipe.pruning import StrategySettings
+from compress.recipe.recipe import Recipe
+from compress.recipe.strategy import PruneStrategy
 from compress.rotation.rotate import make_rotation
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")

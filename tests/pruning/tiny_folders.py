@@ -71,7 +71,7 @@ def _llava_processor(family: str, chat_template: str | None) -> Any:
 
 def _without_videos(kind: Any) -> Any:
     """The class, but for a video processor, which needs torchvision."""
-    from compress.pruning import processors
+    from compress.models import pretrained as processors
 
     return processors._without_videos(kind) if "video" in str(kind.get_attributes()) else kind
 

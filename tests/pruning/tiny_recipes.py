@@ -1,6 +1,6 @@
 """Recipes for tiny multimodal checkpoints: per default nothing is rotated, quantised or pruned."""
 
-from compress.recipe import Recipe
+from compress.recipe.recipe import Recipe
 
 BITS = {"bits": 8, "group_size": "channel", "token_importance": "uniform"}
 HALF = {"keep": 0.5, "stages": [0, 2], "strategy": {"voter_threshold": 1.1}}

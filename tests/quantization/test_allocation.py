@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from unit_tables import byte_budgets, layers, uneven
 
-from compress.errors import CompressError, UsageError
-from compress.quantization import search
-from compress.quantization.allocation import (
+from compress.allocation import search
+from compress.allocation.allocators import (
     ALLOCATORS,
     Assignment,
     Budget,
@@ -21,6 +20,7 @@ from compress.quantization.allocation import (
     keep_top,
     predict_errors,
 )
+from compress.errors import CompressError, UsageError
 
 top_n, knapsack, greedy = (ALLOCATORS[name] for name in ("top_n", "knapsack", "greedy"))
 searches = pytest.mark.parametrize("allocate", [knapsack, greedy], ids=["knapsack", "greedy"])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from unit_tables import byte_budgets, layers, uneven
 
+from compress.allocation.allocators import ALLOCATORS, Budget, Unit, assignment, keep_top
 from compress.errors import CompressError, UsageError
-from compress.quantization.allocation import ALLOCATORS, Budget, Unit, assignment, keep_top
 
 knapsack, evolve = ALLOCATORS["knapsack"], ALLOCATORS["evolve"]
 

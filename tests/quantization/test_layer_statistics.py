@@ -10,7 +10,7 @@ from small_linears import second_moment
 from tiny_checkpoints import FAMILIES, load_whole, random_ids
 from torch import Tensor, nn
 
-from compress.calibration.activations import ActivationStore
+from compress.data.activations import ActivationStore
 from compress.importance.tokens import mean_one, normalise
 from compress.models.skeleton import Skeleton
 from compress.quantization.layer import TokenWeigher, run_layer, without

@@ -12,7 +12,7 @@ from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
 from compress.quantization.layer import solve_group
 from compress.quantization.solvers import SOLVERS, SolverSettings
-from compress.sections import Scheme
+from compress.recipe.sections import Scheme
 
 K = 64
 OUTPUTS = {"q": 24, "k": 8, "v": 8}  # grouped queries

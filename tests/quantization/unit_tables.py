@@ -6,7 +6,7 @@ for budget in byte_budgets(units): ...
 
 import random
 
-from compress.quantization.allocation import Budget, Unit, predict_errors
+from compress.allocation.allocators import Budget, Unit, predict_errors
 
 
 def layers(count: int, widths=(2, 4), seed=0, weights=1000) -> list[Unit]:

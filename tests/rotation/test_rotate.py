@@ -5,7 +5,7 @@ import torch
 from whole_model import logits, relative_error, rotate_model, tiny_model
 
 from compress.errors import CheckpointError, CompressError, UsageError
-from compress.models.architecture import ArchitectureSpec
+from compress.models.families import ArchitectureSpec
 from compress.rotation import rotate
 from compress.rotation.rotate import (
     HadamardRotation,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compress.models.architecture import architecture_of, head_dim_of
+from compress.models.families import architecture_of, head_dim_of
 from compress.rotation.rotate import (
     fuse_and_rotate_head,
     fuse_norms_into_layer,

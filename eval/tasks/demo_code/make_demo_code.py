@@ -26,7 +26,7 @@ import tokenize
 from pathlib import Path
 from typing import Any
 
-from compress.calibration.stdlib import stdlib_files
+from compress.data.stdlib import stdlib_files
 
 CONTEXT_LINES = (8, 15)
 CONTEXT_CHARACTERS = 600

@@ -1,0 +1,1 @@
+"""Bit widths for layers: scores, allocators, search."""

@@ -1,0 +1,268 @@
+"""Bit widths for a recipe with an `allocate` section: score the units, then spend the budget.
+
+    units -> scores of `allocate.importance` -> predicted errors -> allocator -> width per linear
+
+A budget that cannot be met is an error before any weight is read. Linears that an override gives a
+width, or that are ignored, keep it; their bytes count. Scores that are not errors by width are
+turned into predicted errors (`predict_errors`) for the allocators that need them.
+
+    found = allocate(recipe, skeleton, units, fixed_bytes, windows, work)
+    found.schemes["model.layers.0.mlp.up_proj"]
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.allocation.allocators import (
+    ALLOCATORS,
+    NO_UNIT,
+    Assignment,
+    Budget,
+    Unit,
+    check_budget,
+    keep_top,
+    predict_errors,
+)
+from compress.allocation.scores import Scorer
+from compress.data.windows import CalibrationWindows
+from compress.errors import CompressError
+from compress.importance.layers import LAYER_IMPORTANCE
+from compress.models.skeleton import Skeleton
+from compress.pipeline.result import Observer
+from compress.recipe.sections import LAYER_STRATEGIES, MEASURED_SCORES
+from compress.storage.files import atomic_write
+
+if TYPE_CHECKING:
+    from compress.pipeline.plan import PlannedModule
+    from compress.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What was chosen, and why.
+
+    Attributes:
+        scores: unit -> importance, higher = keep more bits.
+        widths: unit -> bits; 0 for a layer that is left out.
+        modules: unit -> the full names of its linears.
+        error: as measured by the score for each unit alone, summed; None if it measures none.
+        fitness: the KL that `evolve` measured for the widths, in nats per token.
+        average_bits: over the weights of the units.
+    """
+
+    scores: dict[str, float]
+    widths: dict[str, int]
+    modules: dict[str, tuple[str, ...]]
+    error: float | None
+    fitness: float | None
+    average_bits: float
+
+    def bits(self) -> dict[str, int]:
+        """Width by full name of a linear."""
+        return {m: self.widths[unit] for unit, names in self.modules.items() for m in names}
+
+    def score_of(self) -> dict[str, float]:
+        """Score by full name of a linear."""
+        return {m: self.scores[unit] for unit, names in self.modules.items() for m in names}
+
+    def removed(self) -> list[int]:
+        """The decoder layers that are left out."""
+        return [int(unit.rpartition(".")[2]) for unit, bits in self.widths.items() if bits == 0]
+
+
+# ---- units and budget ---------------------------------------------------------------------------
+
+
+def find_units(
+    recipe: "Recipe", skeleton: Skeleton, modules: "list[PlannedModule]", scale_bytes: int
+) -> list[Unit]:
+    """The units of a plan at the recipe's own width, with their bytes at each candidate width."""
+    section, spec = recipe.allocate, skeleton.spec
+    if section.method == "remove":
+        return _whole_layers(recipe, skeleton)
+    planned = {module.name: module for module in modules}
+    free = {name for name in planned if not recipe.quantize.has_own_width(name)}
+    widths = sorted(section.widths)
+    units = []
+    for index in range(skeleton.num_layers):
+        prefix = f"{spec.layers}.{index}"
+        groups = [spec.linears] if section.unit == "layer" else spec.groups
+        for group in groups:
+            members = [f"{prefix}.{n}" for n in group if f"{prefix}.{n}" in free]
+            name = prefix if section.unit == "layer" else f"{prefix}.{'+'.join(group)}"
+            if not members:
+                continue
+            sizes = {
+                bits: sum(replace(planned[m], bits=bits).packed_bytes(scale_bytes) for m in members)
+                for bits in widths
+            }
+            weights = sum(planned[m].weights for m in members)
+            units.append(Unit(name, weights, sizes, modules=tuple(members)))
+    return units
+
+
+def _whole_layers(recipe: "Recipe", skeleton: Skeleton) -> list[Unit]:
+    """The decoder layers as what is left out or kept, whatever widths their linears have."""
+    spec, q = skeleton.spec, recipe.quantize
+    sizes = {0: 0, 16 if q.method == "none" else q.bits: 1}  # counted, not weighed
+    units = []
+    for index in range(skeleton.num_layers):
+        prefix = f"{spec.layers}.{index}"
+        names = tuple(f"{prefix}.{name}" for name in spec.linears)
+        weights = sum(skeleton.model.get_submodule(name).weight.numel() for name in names)
+        units.append(Unit(prefix, weights, sizes, modules=names))
+    return units
+
+
+def budget_of(recipe: "Recipe", fixed_bytes: int) -> Budget | None:
+    """The recipe's budget; None where it counts units instead."""
+    section = recipe.allocate
+    if section.narrow is not None:
+        return None
+    return Budget(
+        average_bits=section.average_bits,
+        bytes=section.budget_bytes,
+        error=section.maximum_kl,
+        fixed_bytes=fixed_bytes,
+    )
+
+
+def check_allocation(recipe: "Recipe", units: list[Unit], fixed_bytes: int) -> str | None:
+    """What stands in the way, one line, or None; knows neither scores nor weights."""
+    section = recipe.allocate
+    if not units:
+        return NO_UNIT
+    if recipe.quantize.method == "none" and section.importance.base in MEASURED_SCORES:
+        return (
+            f"allocate.importance: {section.importance.base} measures what quantising costs, but "
+            "quantize.method is none"
+        )
+    base = section.importance.base
+    needs = LAYER_IMPORTANCE[base].needs
+    if base not in LAYER_STRATEGIES and needs not in (None, "weights"):
+        return f"allocate.importance: {base} needs {needs}, a recipe's own may need weights alone"
+    if section.narrow is not None and section.narrow > len(units):
+        return f"allocate.narrow: {section.narrow} of {len(units)} units"
+    if section.method == "remove" and section.narrow == len(units):
+        return f"allocate.narrow: removing all {len(units)} layers leaves no model"
+    budget = budget_of(recipe, fixed_bytes)
+    return None if budget is None else check_budget(units, budget)
+
+
+# ---- the whole ----------------------------------------------------------------------------------
+
+
+def allocate(
+    recipe: "Recipe",
+    skeleton: Skeleton,
+    units: list[Unit],
+    fixed_bytes: int,
+    windows: CalibrationWindows | None,
+    work: Path,
+    *,
+    storage: torch.dtype = torch.bfloat16,
+    identity: str = "",
+    resume: bool = True,
+    device: str = "cpu",
+    observer: Observer | None = None,
+) -> Allocation:
+    """Scores the units and chooses their widths.
+
+    Args:
+        units: of `find_units`; `fixed_bytes`: what is written whatever the widths.
+        windows: needed where `needs_windows`; the first `allocate.samples` are used.
+        work: a folder, in which scores, the candidates and the state of `evolve`, and the finished
+            allocation are kept, and found again under the same `identity`.
+        storage: dtype of scales in the checkpoint.
+        resume: use what is kept; otherwise it is measured again.
+
+    Raises:
+        UsageError: the budget cannot be met.
+        CompressError: a score that is not finite, a Hessian that cannot be factored, a full disk.
+    """
+    mark = hashlib.sha256(f"{identity} {recipe.allocate!r}".encode()).hexdigest()
+    folder = work / f"allocation-{mark[:16]}"
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scorer = Scorer(recipe, skeleton, units, windows, folder, storage, device, observer)
+        return _allocated(recipe, units, fixed_bytes, scorer, mark)
+    except OSError as error:
+        where = error.filename or folder
+        raise CompressError(f"cannot write {where}: {error.strerror or error}") from error
+
+
+def _allocated(
+    recipe: "Recipe", units: list[Unit], fixed_bytes: int, scorer: "Scorer", mark: str
+) -> Allocation:
+    kept = scorer.work / "allocation.json"
+    if kept.is_file():
+        found = json.loads(kept.read_text())
+        found["modules"] = {name: tuple(names) for name, names in found["modules"].items()}
+        return Allocation(**found)
+    scored = _kept_scores(scorer, units)
+    chosen = _choose(recipe, scored, budget_of(recipe, fixed_bytes), scorer, mark)
+    allocation = Allocation(
+        scores={unit.name: unit.score for unit in scored},
+        widths=chosen.widths,
+        modules={unit.name: unit.modules for unit in units},
+        error=chosen.error if scored[0].errors is not None else None,
+        fitness=chosen.fitness,
+        average_bits=chosen.average_bits,
+    )
+    _write(kept, asdict(allocation))
+    scorer.drop_candidates()
+    return allocation
+
+
+def _kept_scores(scorer: "Scorer", units: list[Unit]) -> list[Unit]:
+    """The units with their scores: those of an earlier process, if it got so far."""
+    file = scorer.work / "scores.json"
+    if not file.is_file():
+        scored = scorer.scored()
+        _write(file, {u.name: [u.score, u.errors and list(u.errors.items())] for u in scored})
+        return scored
+    known = json.loads(file.read_text())
+    pairs = [(unit, *known[unit.name]) for unit in units]
+    return [replace(u, score=score, errors=errors and dict(errors)) for u, score, errors in pairs]
+
+
+def _write(file: Path, values: dict[str, Any]) -> None:
+    with atomic_write(file) as stream:
+        stream.write(json.dumps(values).encode())
+
+
+def _choose(
+    recipe: "Recipe", units: list[Unit], budget: Budget | None, scorer: "Scorer", mark: str
+) -> Assignment:
+    section = recipe.allocate
+    if budget is None:
+        if section.method == "remove":  # no width, so no error that was measured for it
+            units = [replace(unit, errors=None) for unit in units]
+        return keep_top(units, len(units) - section.narrow)
+    if section.method != "top_n" and units[0].errors is None:
+        units = predict_errors(units)
+    if section.method != "evolve":
+        return ALLOCATORS[section.method](units, budget)
+    state = scorer.work / "evolve.json"
+    scorer.observer.stage("evolve")
+
+    def save(values: dict[str, Any]) -> None:
+        _write(state, values)
+        history = values["history"]
+        scorer.observer.generation(len(history) - 1, section.generations, history[-1])
+
+    with torch.no_grad():
+        return ALLOCATORS["evolve"](
+            units, budget, fitness=scorer.fitness(), generations=section.generations,
+            offspring=section.offspring, seed=section.seed, identity=mark,
+            state=json.loads(state.read_text()) if state.is_file() else None,
+            save=save,
+        )  # fmt: skip

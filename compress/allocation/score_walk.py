@@ -1,0 +1,367 @@
+"""What each layer would lose at each width, measured on the model itself, one layer in memory.
+
+Every window goes through the 16-bit layers once. On the way a layer's change of its input is taken
+(LIM), its linears are quantised at every candidate width by the recipe's own solver, and the errors
+noted; the layer is left as it was, so each unit is measured alone:
+
+    weight_error       sum ||W - Q||^2 / sum ||W||^2 over the unit's linears
+    output_error       sum over them of tr((W-Q) H (W-Q)^T) / tr(W H W^T), H token-weighted
+    logit_divergence   mean KL(16-bit || model with this unit alone at that width), nats per token
+
+For the divergence, each (unit, width) has activations of its own from its layer on, which travel
+along, so that a layer is still read once: units * widths * tokens * d * 4 bytes, on disk where
+`calibration.offload` says so.
+
+    found = ScoreWalk(recipe, skeleton, windows, units, folder, "cpu").run()
+    found.changes[layer], found.errors["weight_error"]["model.layers.0"][3]
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.data.activations import TOKENS_PER_BATCH, ActivationStore
+from compress.data.windows import CalibrationWindows
+from compress.errors import CompressError
+from compress.importance.layers import EmbeddingChange
+from compress.importance.tokens import count_tokens
+from compress.models.skeleton import Skeleton
+from compress.pipeline.result import Observer
+from compress.quantization.grid import UniformGrid
+from compress.quantization.hessian import Hessian
+from compress.quantization.layer import TokenWeigher
+from compress.quantization.rounding import quadratic
+from compress.quantization.solvers import SOLVERS, QuantizedLinear, SolverSettings
+from compress.rotation.rotate import (
+    fuse_and_rotate_head,
+    fuse_and_rotate_layer,
+    head_rotation,
+    make_rotation,
+    rotate_embedding,
+)
+
+if TYPE_CHECKING:
+    from compress.recipe.recipe import Recipe
+    from compress.recipe.sections import Scheme
+
+# Full name of a linear -> its dequantised weight, put in its place for a while.
+Replaced = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class UnitModules:
+    """A unit of the walk: its name, its layer, and its linears by full name with their schemes."""
+
+    name: str
+    layer: int
+    schemes: "Mapping[str, Scheme]"
+
+
+@dataclass
+class Scores:
+    """What the walk has found: `changes` layer -> LIM; `errors` kind -> unit -> width -> error."""
+
+    changes: dict[int, float] = field(default_factory=dict)
+    errors: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+
+
+class Model16:
+    """The model as the run sees it, before quantisation: rotated if the recipe rotates, fp32."""
+
+    def __init__(self, recipe: "Recipe", skeleton: Skeleton, device: str):
+        self.skeleton, self.spec, self.device = skeleton, skeleton.spec, device
+        kind, seed = recipe.rotate.kind, recipe.rotate.seed
+        self.residual = make_rotation(kind, skeleton.config.hidden_size, seed)
+        self.heads = head_rotation(kind, skeleton.head_dim, seed)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, d]."""
+        embedding = self.skeleton.read(self.spec.embedding)
+        if self.residual is not None:
+            embedding = rotate_embedding(embedding, self.residual, dtype=torch.float32)
+        return embedding[ids].float()
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        tensors = self.skeleton.read_layer(index)
+        if self.residual is not None:
+            tensors = fuse_and_rotate_layer(
+                tensors, self.spec, self.residual, self.heads, self.skeleton.head_dim
+            )
+        for name in list(tensors):
+            tensors[name] = tensors[name].float()
+        with self.skeleton.layer(index, tensors, self.device) as layer:
+            yield layer
+
+    def forward(self, layer: nn.Module, index: int, x: Tensor) -> Tensor:
+        y = layer(x, **self.skeleton.layer_inputs(index, x))
+        return y[0] if isinstance(y, tuple) else y
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What turns the last layer's output [..., d] into logits [..., V]."""
+        spec, skeleton = self.spec, self.skeleton
+        gamma = skeleton.read(spec.final_norm)
+        head = skeleton.read(spec.embedding if skeleton.tied else spec.head)
+        if self.residual is not None:
+            head = fuse_and_rotate_head(head, gamma, self.residual, dtype=torch.float32)
+            gamma = torch.ones_like(gamma)
+        head = head.to(self.device, torch.float32)
+        norm = skeleton.model.get_submodule(spec.final_norm)
+        norm.load_state_dict({"weight": gamma.to(self.device, torch.float32)}, assign=True)
+        try:
+            yield lambda x: norm(x) @ head.T
+        finally:
+            norm.to("meta")
+
+
+@contextmanager
+def replaced(layer: nn.Module, weights: Replaced) -> Iterator[None]:
+    """The layer with some linears' weights exchanged; names are relative to the layer."""
+    before = {name: layer.get_submodule(name).weight for name in weights}
+    try:
+        for name, weight in weights.items():
+            layer.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+        yield
+    finally:
+        for name, weight in before.items():
+            layer.get_submodule(name).weight = weight
+
+
+@contextmanager
+def gathering(
+    layer: nn.Module, hessians: Mapping[tuple[str, ...], Hessian], weights: Tensor | None
+) -> Iterator[None]:
+    """While it lasts, what a group's linears read in a forward pass is added to its Hessian."""
+
+    def adding(H: Hessian) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: H.add_batch(args[0], weights)
+
+    hooks = [
+        layer.get_submodule(group[0]).register_forward_pre_hook(adding(H))
+        for group, H in hessians.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class ScoreWalk:
+    """One pass over the layers; what it measures depends on what is asked of `run`."""
+
+    def __init__(
+        self,
+        recipe: "Recipe",
+        skeleton: Skeleton,
+        windows: CalibrationWindows,
+        units: list[UnitModules],
+        widths: list[int],
+        folder: Path | None,
+        device: str = "cpu",
+        observer: Observer | None = None,
+        storage: torch.dtype = torch.bfloat16,
+    ):
+        """`folder`: where activations go, None for memory; `storage`: dtype of scales."""
+        self.recipe, self.skeleton, self.units, self.widths = recipe, skeleton, units, widths
+        self.folder, self.device = folder, device
+        self.observer, self.storage = observer or Observer(), storage
+        self.model, self.spec = Model16(recipe, skeleton, device), skeleton.spec
+        self.batches = windows.batches(TOKENS_PER_BATCH)
+        q = recipe.quantize
+        settings = SolverSettings(q.clip_search, q.refine_sweeps, q.damping, q.act_order)
+        # Without a solver only the layers' changes can be measured: of layers to be removed.
+        self.solver: Any = None if q.method == "none" else SOLVERS[q.method](settings)
+        t = q.token_importance
+        vocabulary = skeleton.config.vocab_size
+        self.weigher = TokenWeigher(
+            t.name, t.minimum, t.maximum, t.power, self.batches,
+            count_tokens(windows.input_ids, windows.mask, vocabulary),
+        )  # fmt: skip
+
+    def run(
+        self,
+        errors: bool,
+        divergence: bool = False,
+        keep: Callable[[int, int, dict[str, QuantizedLinear]], None] | None = None,
+    ) -> Scores:
+        """Walks once.
+
+        Args:
+            errors: quantise every unit at every width and note weight and output errors.
+            divergence: also the KL of the logits; implies `errors`.
+            keep: given layer, width and that layer's quantised linears by relative name.
+        """
+        scores = Scores()
+        with torch.no_grad():
+            x = self._store("x")
+            for ids, _ in self.batches:
+                x.append(self.model.embed(ids))
+            variants: dict[tuple[str, int], ActivationStore] = {}
+            for index in range(self.skeleton.num_layers):
+                self.observer.layers(index, self.skeleton.num_layers)
+                with self.model.layer(index) as layer:
+                    for store in variants.values():
+                        self._advance(layer, index, store)
+                    if errors or divergence:
+                        solved = self._candidates(layer, index, x, scores)
+                        for bits in self.widths if keep else ():
+                            keep(index, bits, {n: by_width[bits] for n, by_width in solved.items()})
+                        if divergence:
+                            variants |= self._variants(layer, index, x, solved)
+                        del solved
+                    scores.changes[index] = self._change(layer, index, x)
+            if divergence:
+                scores.errors["logit_divergence"] = self._divergences(x, variants)
+        self.observer.layers(self.skeleton.num_layers, self.skeleton.num_layers)
+        return scores
+
+    def _store(self, name: str) -> ActivationStore:
+        return ActivationStore(*((self.folder, name) if self.folder else ()))
+
+    def _advance(self, layer: nn.Module, index: int, store: ActivationStore) -> None:
+        for i in range(len(store)):
+            x = store[i].to(self.device)
+            store[i] = self.model.forward(layer, index, x)
+
+    def _change(self, layer: nn.Module, index: int, x: ActivationStore) -> float:
+        """Moves the activations through the layer; minus the cosine of before and after."""
+        importance = self.recipe.allocate.importance
+        change = EmbeddingChange(importance.average, importance.sink)
+        for i, (_, mask) in enumerate(self.batches):
+            before = x[i].to(self.device)
+            after = self.model.forward(layer, index, before)
+            change.add_batch(before, after, mask)
+            x[i] = after
+        try:
+            return change.score()
+        except CompressError as error:
+            raise CompressError(f"layer {index}: {error}") from error
+
+    # ---- candidates -----------------------------------------------------------------------------
+
+    def _units_of(self, index: int) -> list[UnitModules]:
+        return [unit for unit in self.units if unit.layer == index]
+
+    def _candidates(
+        self, layer: nn.Module, index: int, x: ActivationStore, scores: Scores
+    ) -> dict[str, dict[int, QuantizedLinear]]:
+        """The layer's linears at every width, by relative name; their errors go to `scores`."""
+        prefix = f"{self.spec.layers}.{index}."
+        schemes = {
+            name.removeprefix(prefix): scheme
+            for unit in self._units_of(index)
+            for name, scheme in unit.schemes.items()
+        }
+        solved: dict[str, dict[int, QuantizedLinear]] = {name: {} for name in schemes}
+        lost: dict[tuple[str, int], tuple[float, float]] = {}
+        power: dict[str, float] = {}
+        hessians = self._hessians(layer, index, x, schemes)
+        for group, H in hessians.items():
+            matrix = H.matrix()
+            try:
+                statistics = self.solver.prepare(matrix) if self.solver.needs_hessian else None
+            except CompressError as error:
+                raise CompressError(f"{prefix}{group[0]}: {error}") from error
+            for name in (name for name in group if name in schemes):
+                W = layer.get_submodule(name).weight
+                power[name] = float(W.double().square().sum())
+                for bits in self.widths:
+                    grid = UniformGrid(bits, schemes[name].symmetric, self.storage)
+                    linear = self.solver.solve(W, statistics, grid, schemes[name].group_size)
+                    E = (W - linear.weight()).T.contiguous()
+                    if statistics is None:
+                        linear.error = quadratic(matrix, E)
+                        linear.power = quadratic(matrix, W.T.contiguous())
+                    lost[name, bits] = float(E.double().square().sum()), linear.relative_error()
+                    solved[name][bits] = linear
+        for unit in self._units_of(index):
+            names = [name.removeprefix(prefix) for name in unit.schemes]
+            total = sum(power[name] for name in names) or 1.0
+            for kind, of in (
+                ("weight_error", lambda b, n=names, t=total: sum(lost[m, b][0] for m in n) / t),
+                ("output_error", lambda b, n=names: sum(lost[m, b][1] for m in n)),
+            ):
+                found = scores.errors.setdefault(kind, {})
+                found[unit.name] = {bits: of(bits) for bits in self.widths}
+        return solved
+
+    def _hessians(
+        self, layer: nn.Module, index: int, x: ActivationStore, schemes: Mapping[str, Any]
+    ) -> dict[tuple[str, ...], Hessian]:
+        """The token-weighted Hessian of each group's input, in the 16-bit model."""
+        hessians = {
+            group: Hessian(layer.get_submodule(group[0]).weight.shape[1], self.device)
+            for group in self.spec.groups
+            if any(name in schemes for name in group)
+        }
+        norm = layer.get_submodule(self.spec.input_norm)
+        window = self.skeleton.sliding_window(index)
+        for i in range(len(x)):
+            z = x[i].to(self.device)
+            inputs = self.skeleton.layer_inputs(index, z)
+            weights = self.weigher.weights(i, z, norm(z), layer, self.spec, inputs, window)
+            with gathering(layer, hessians, weights):
+                self.model.forward(layer, index, z)
+        return hessians
+
+    # ---- divergence -----------------------------------------------------------------------------
+
+    def _variants(
+        self,
+        layer: nn.Module,
+        index: int,
+        x: ActivationStore,
+        solved: Mapping[str, Mapping[int, QuantizedLinear]],
+    ) -> dict[tuple[str, int], ActivationStore]:
+        """The layer's outputs with one unit at one width, for each of them."""
+        prefix = f"{self.spec.layers}.{index}."
+        variants = {}
+        for number, unit in enumerate(self._units_of(index)):
+            names = [name.removeprefix(prefix) for name in unit.schemes]
+            for bits in self.widths:
+                store = self._store(f"variant-{index}-{number}-{bits}")
+                with replaced(layer, {name: solved[name][bits].weight() for name in names}):
+                    for i in range(len(x)):
+                        store.append(self.model.forward(layer, index, x[i].to(self.device)))
+                variants[unit.name, bits] = store
+        return variants
+
+    def _divergences(
+        self, x: ActivationStore, variants: Mapping[tuple[str, int], ActivationStore]
+    ) -> dict[str, dict[int, float]]:
+        errors: dict[str, dict[int, float]] = {unit.name: {} for unit in self.units}
+        masks = [mask.to(self.device) for _, mask in self.batches]
+        V = self.skeleton.config.vocab_size
+        with self.model.head() as head:
+            for (name, bits), store in variants.items():
+                total = sum(
+                    divergence(head, x[i].to(self.device), store[i].to(self.device), mask, V)
+                    for i, mask in enumerate(masks)
+                )
+                errors[name][bits] = total / max(1, sum(int(mask.sum()) for mask in masks))
+        return errors
+
+
+def divergence(
+    head: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, mask: Tensor, vocabulary: int
+) -> float:
+    """sum over counted tokens of KL(head(x) || head(y)), nats; x, y [B, T, d], mask [B, T].
+
+    Logits [tokens, vocabulary] of a few tokens at a time: of whole windows they would take more
+    memory than the layers.
+    """
+    from compress.eval.divergence import token_divergence
+    from compress.eval.windows import scored_chunks
+
+    total = 0.0
+    for row, at in scored_chunks(mask, vocabulary):
+        kl = token_divergence(head(x[row, at]), head(y[row, at]))
+        total += float(kl.double().sum())
+    return total

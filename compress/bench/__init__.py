@@ -1,0 +1,1 @@
+"""Benchmarks: kernels, quantising, whole models, pruning."""

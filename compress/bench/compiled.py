@@ -1,0 +1,75 @@
+"""`modelpress bench compiled`: what the compiler makes of the GPU kernels, without a GPU.
+
+What is counted, and how: compress/kernels/compiled.py.
+
+    result = inspect_kernels(KernelBench(bits=(4,)), "9.0")
+    console.print(compiled_table(result))
+"""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from compress.bench.kernels import KernelBench
+from compress.errors import UsageError
+
+
+def inspect_kernels(bench: KernelBench, capability: str) -> dict[str, Any]:
+    """The table's entries for a compute capability: registers, bytes, instructions for each weight.
+
+    Raises UsageError for a capability that is not known, and under TRITON_INTERPRET.
+    """
+    bench = bench.resolved()
+    try:
+        from compress.kernels.gpu.compiled import SHARED_MEMORY, compiled_products
+        from compress.kernels.gpu.matmul import interpreted
+    except ImportError as error:
+        raise UsageError(f"GPU kernels need triton: {error}") from None
+    if interpreted():
+        raise UsageError("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    known = {f"{major}.{minor}": (major, minor) for major, minor in SHARED_MEMORY}
+    if capability not in known:
+        raise UsageError(f"--capability: expected {', '.join(known)}, found {capability!r}")
+    assert bench.dtype is not None  # resolved
+    products = compiled_products(known[capability], bench.bits, bench.dtype, bench.group_size)
+    return {
+        "capability": capability,
+        "dtype": bench.dtype,
+        "group_size": bench.group_size,
+        "versions": {name: version(name) for name in ("torch", "triton")},
+        "python": platform.python_version(),
+        "products": [asdict(product) for product in products],
+    }
+
+
+def compiled_table(result: Mapping[str, Any]) -> Table:
+    """One line for each width and entry of the table."""
+    group = result["group_size"] or "channel"
+    caption = (
+        f"compute capability {result['capability']}, {result['dtype']}, groups of {group}, triton "
+        f"{result['versions']['triton']}; instructions of a thread's loop for each of its weights"
+    )
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    columns = ("bits", "rows", "tile", "warps", "stages", "registers", "spilled", "KiB")
+    for name in (*columns, "programs", "instructions"):
+        table.add_column(name, justify="right")
+    for product in result["products"]:
+        tiles = product["tiles"]
+        table.add_row(
+            str(product["bits"]),
+            f"to {tiles['rows']}",
+            f"{tiles['block_m']} x {tiles['block_n']}",
+            str(tiles["warps"]),
+            str(product["stages"]),
+            str(product["registers"]),
+            str(product["spilled"]),
+            f"{product['shared'] / 1024:.0f}",
+            str(product["programs"]),
+            f"{product['instructions']:.2f}",
+        )
+    return table

@@ -1,0 +1,412 @@
+"""`modelpress bench kernels`: packed products beside dense ones, in the same run on one device.
+
+For each shape [N, K], width and number of rows M: the packed product, torch's dense product in the
+activations' dtype (on a GPU in fp16 and bf16), torch's own int4 operator where it takes the shape,
+gemlite where it is installed. Each reads another copy of its weight every time, together more than
+the last-level cache holds, as the layers of a model do. Contenders take turns, so that whatever
+else the machine does meets all of them. How one product is timed: timing.py.
+
+    floor = max(bytes / bandwidth, operations / rate)       copy bandwidth and the best product rate
+                                                            that this device shows in the same call
+
+    result = bench_kernels(KernelBench(shapes=((4096, 4096),), bits=(4,)))
+"""
+
+import math
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compress.bench.clock import Clock, conditions, copy_bandwidth, product_rate
+from compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from compress.kernels.codes import Codes, KernelWeight
+    from compress.kernels.cpu.weight import CpuWeight
+
+GPU_SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (5120, 27648))
+GPU_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+CPU_SHAPES = ((2048, 8192), (4096, 4096))
+CPU_ROWS = (1, 2, 4, 8, 16, 64, 256)
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+CHECKED_OUTPUTS = 256  # of each weight, against 64-bit floats
+
+Product = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class KernelBench:
+    """What to measure; None takes what is usual for the device."""
+
+    shapes: tuple[tuple[int, int], ...] | None = None
+    rows: tuple[int, ...] | None = None
+    bits: tuple[int, ...] = (2, 3, 4, 8)
+    group_size: int | None = 128
+    dtype: str | None = None
+    device: str = "cpu"
+    rounds: int = 15
+    activation_bits: int | None = None  # products of integers beside the others
+
+    def resolved(self) -> "KernelBench":
+        """With the device's defaults. Raises UsageError for what cannot be measured."""
+        from compress.kernels.codes import WIDTHS
+
+        gpu = self.device.startswith("cuda")
+        if gpu and not torch.cuda.is_available():
+            raise UsageError(f"device {self.device}: torch finds no CUDA device")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {self.dtype!r}")
+        if wrong := [bits for bits in self.bits if bits not in WIDTHS]:
+            raise UsageError(f"bits: kernels take 2, 3, 4 and 8, found {wrong[0]}")
+        if self.activation_bits is not None and self.activation_bits not in range(2, 9):
+            raise UsageError(f"activation bits: expected 2 to 8, found {self.activation_bits}")
+        if self.activation_bits is not None and (self.group_size or 32) % 32:
+            raise UsageError(
+                f"group size: with activation bits a multiple of 32, found {self.group_size}"
+            )
+        if self.group_size is not None and (self.group_size < 16 or self.group_size % 16):
+            raise UsageError(
+                f"group size: expected a multiple of 16 or channel, found {self.group_size}"
+            )
+        return replace(
+            self,
+            shapes=self.shapes or (GPU_SHAPES if gpu else CPU_SHAPES),
+            rows=self.rows or (GPU_ROWS if gpu else CPU_ROWS),
+            dtype=self.dtype or ("fp16" if gpu else "bf16"),
+        )
+
+
+def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """`4096x4096,8192x2048` as (outputs, inputs). Raises UsageError."""
+    shapes = []
+    for part in text.split(","):
+        numbers = parse_numbers(part.lower().replace("x", ","), "--shapes")
+        if len(numbers) != 2:
+            raise UsageError(f"--shapes: expected NxK,... such as 4096x4096, found {part!r}")
+        shapes.append((numbers[0], numbers[1]))
+    return tuple(shapes)
+
+
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    """`1,2,16` as numbers of at least 1. Raises UsageError, naming the option."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"{option}: expected numbers above 0, comma-separated, found {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def parse_group_size(text: str) -> int | None:
+    """`128`, or `channel`: one scale per output, None. Raises UsageError."""
+    return None if text == "channel" else parse_numbers(text, "--group-size")[0]
+
+
+def bench_kernels(
+    bench: KernelBench, progress: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Runs the benchmark; returns its figures and conditions (seconds, bytes, operations).
+
+    progress is told what is measured next. Raises UsageError for what cannot be measured.
+    """
+    bench = bench.resolved()
+    clock = Clock(bench.device, bench.rounds)
+    bandwidth, rates = copy_bandwidth(clock), product_rate(clock)
+    rows = []
+    for N, K in bench.shapes:
+        for bits in bench.bits:
+            progress(f"{N} x {K}, {bits} bits")
+            rows += list(_measure_weight(bench, clock, N, K, bits))
+    for row in rows:
+        row |= against_floor(row, bandwidth, max(rates.values()))
+    from compress.kernels.cpu import native
+
+    return {
+        "conditions": conditions(clock)
+        | {
+            "bench": asdict(bench),
+            "copy_bandwidth": bandwidth,
+            "copy_bandwidth_after": copy_bandwidth(clock),
+            "product_rates": rates,
+            "cpu_kernels": native.reason() if clock.device.type == "cpu" else None,
+            "platform": platform.platform(),
+        },
+        "rows": rows,
+    }
+
+
+def against_floor(row: dict[str, Any], bandwidth: float, rate: float) -> dict[str, Any]:
+    """What follows from a row's times: ratios, bandwidth reached, and the floor (seconds)."""
+    N, K, M = row["shape"][0], row["shape"][1], row["rows"]
+    seconds = row["seconds"]["packed"]
+    moved = row["bytes"]["packed"] + row["bytes"]["activations"]
+    floor = max(moved / bandwidth, 2 * M * N * K / rate)
+    return {
+        "bytes_per_second": moved / seconds,
+        "share_of_bandwidth": moved / seconds / bandwidth,
+        "floor": floor,
+        "times_floor": seconds / floor,
+        "ratio": {name: other / seconds for name, other in row["seconds"].items()},
+        "memory_ratio": row["bytes"]["packed"] / row["bytes"]["bf16"],
+    }
+
+
+def random_codes(
+    N: int, K: int, bits: int, group_size: int | None, dtype: torch.dtype, device: torch.device
+) -> "Codes":
+    """A symmetric weight of random codes, whose entries are about 1 / sqrt(K) in size."""
+    from compress.kernels.codes import Codes, group_count
+
+    generator = torch.Generator(device).manual_seed(N * 31 + K * 7 + bits)
+    shape = (N, group_count(K, group_size))
+    codes = torch.randint(2**bits, (N, K), generator=generator, dtype=torch.uint8, device=device)
+    spread = torch.rand(shape, generator=generator, device=device) + 0.5
+    scale = (spread * 2 ** (1 - bits) / math.sqrt(K)).to(dtype)
+    return Codes(codes, scale, None, bits, group_size)
+
+
+# ---- one weight ---------------------------------------------------------------------------------
+
+
+def _measure_weight(
+    bench: KernelBench, clock: Clock, N: int, K: int, bits: int
+) -> Iterator[dict[str, Any]]:
+    """A row of figures for each M."""
+    dtype = DTYPES[bench.dtype]
+    codes = random_codes(N, K, bits, bench.group_size, dtype, clock.device)
+    contenders = _contenders(codes, dtype, clock)
+    if bench.activation_bits is not None:
+        name = f"packed A{bench.activation_bits}"
+        contenders[name] = _integers(codes, bench.activation_bits, clock)
+    packed_bytes = contenders["packed"].bytes
+    for M in bench.rows:
+        x = torch.randn(M, K, device=clock.device).to(dtype)
+        calls = {
+            name: [entry.bind(x, copy) for copy in entry.copies]
+            for name, entry in contenders.items()
+            if entry.rows is None or entry.rows >= M
+        }
+        samples = clock.take_turns(calls)
+        yield {
+            "shape": [N, K],
+            "bits": bits,
+            "group_size": bench.group_size,
+            "dtype": bench.dtype,
+            "rows": M,
+            "seconds": {name: taken.median for name, taken in samples.items()},
+            "best": {name: taken.best for name, taken in samples.items()},
+            "spread": {name: taken.spread for name, taken in samples.items()},
+            "error": {name: relative_error(each[0](), x, codes) for name, each in calls.items()},
+            "bytes": {
+                "packed": packed_bytes,
+                "bf16": 2 * N * K,
+                "activations": (M * K + M * N) * x.element_size(),
+            },
+        }
+
+
+def relative_error(y: Tensor, x: Tensor, codes: "Codes") -> float:
+    """Of the first outputs, against 64-bit floats: a fast wrong product is no figure."""
+    from compress.kernels.reference import reference_matmul
+
+    first = replace(codes, codes=codes.codes[:CHECKED_OUTPUTS], scale=codes.scale[:CHECKED_OUTPUTS])
+    expected = reference_matmul(x, first)
+    return float((y[:, :CHECKED_OUTPUTS].double() - expected).norm() / expected.norm())
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to multiply: copies of its weight, and what binds one to x. rows: at most, if any."""
+
+    copies: list[Any]
+    bind: Callable[[Tensor, Any], Product]
+    bytes: int
+    rows: int | None = None
+
+
+def _contenders(codes: "Codes", dtype: torch.dtype, clock: Clock) -> dict[str, Contender]:
+    """Every way that this device has, `packed` first."""
+    from compress.kernels.reference import dequantize
+
+    dense = dequantize(codes).float()
+    found = {"packed": _packed(codes, dtype, clock)}
+    others = (torch.float16, torch.bfloat16) if clock.device.type == "cuda" else (dtype,)
+    for other in dict.fromkeys((dtype, *others)):
+        name = next(name for name, value in DTYPES.items() if value == other)
+        weight = dense.to(other)
+        copies = [weight.clone() for _ in range(clock.copies(weight.nbytes))]
+        found[f"dense {name}"] = Contender(copies, _bind_dense, weight.nbytes)
+    found |= _int4_operator(codes, clock)
+    if clock.device.type == "cuda":
+        found |= _gemlite(codes, dtype, clock)
+    return found
+
+
+def _bind_dense(x: Tensor, weight: Tensor) -> Product:
+    same = x.to(weight.dtype)
+    return lambda: torch.nn.functional.linear(same, weight)
+
+
+def _packed(codes: "Codes", dtype: torch.dtype, clock: Clock) -> Contender:
+    from compress.kernels.codes import pack_kernel
+
+    if clock.device.type == "cuda":
+        weight: KernelWeight | CpuWeight = pack_kernel(codes)
+        from compress.kernels.gpu.matmul import quantized_matmul as multiply
+    else:
+        from compress.kernels.cpu.weight import cpu_matmul as multiply
+        from compress.kernels.cpu.weight import pack_cpu
+
+        weight = pack_cpu(codes, dtype)
+    copies = _copies(weight, clock)
+    return Contender(copies, lambda x, copy: lambda: multiply(x, copy), weight.nbytes)
+
+
+def _copies(weight: Any, clock: Clock) -> list[Any]:
+    """A packed weight as often as the cache asks for."""
+    from compress.kernels.codes import tensors_of
+
+    tensors = tensors_of(weight)
+    return [
+        replace(weight, **{name: t.clone() for name, t in tensors.items()})
+        for _ in range(clock.copies(weight.nbytes))
+    ]
+
+
+def _integers(codes: "Codes", bits: int, clock: Clock) -> Contender:
+    """Each token of x rounded to `bits` bits, and a product of integers."""
+    from compress.kernels.activations import integer_matmul, quantize_tokens
+    from compress.kernels.codes import pack_kernel
+    from compress.kernels.cpu.weight import pack_integers
+
+    weight = (pack_kernel if clock.device.type == "cuda" else pack_integers)(codes)
+    copies = _copies(weight, clock)
+
+    def bind(x: Tensor, copy: Any) -> Product:
+        return lambda: integer_matmul(*quantize_tokens(x, bits), copy, None, x.dtype)
+
+    return Contender(copies, bind, weight.nbytes)
+
+
+def _int4_operator(codes: "Codes", clock: Clock) -> dict[str, Contender]:
+    """torch's weight-only int4 operator (on CUDA known as tinygemm): 4 bits, bf16."""
+    N, K = codes.codes.shape
+    size = codes.group_size
+    fits = codes.bits == 4 and size in (32, 64, 128, 256) and K % 128 == 0 and N % 16 == 0
+    if not fits:
+        return {}
+    aten = torch.ops.aten
+    scale = codes.scale.T.bfloat16()
+    both = torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous()
+    if clock.device.type == "cuda":
+        pairs = (codes.codes[:, ::2] << 4) | codes.codes[:, 1::2]
+        packed = aten._convert_weight_to_int4pack(pairs.contiguous(), 8)
+        name, operator = "tinygemm int4", aten._weight_int4pack_mm
+    else:
+        packed = aten._convert_weight_to_int4pack_for_cpu(codes.codes.to(torch.int32), 1)
+        name, operator = "torch int4", aten._weight_int4pack_mm_for_cpu
+    copies = [packed.clone() for _ in range(clock.copies(packed.nbytes))]
+
+    def bind(x: Tensor, copy: Tensor) -> Product:
+        same = x.bfloat16()
+        return lambda: operator(same, copy, size, both)
+
+    return {name: Contender(copies, bind, packed.nbytes + both.nbytes, rows=256)}
+
+
+def _gemlite(codes: "Codes", dtype: torch.dtype, clock: Clock) -> dict[str, Contender]:
+    """gemlite, where it is installed and takes the weight; it is no dependency."""
+    try:
+        from gemlite import DType, GemLiteLinear
+    except ImportError:
+        return {}
+    kinds = {torch.float16: DType.FP16, torch.bfloat16: DType.BF16}
+    if codes.bits == 3 or dtype not in kinds:
+        return {}
+    N, K = codes.codes.shape
+    zero = torch.full_like(codes.scale, 2 ** (codes.bits - 1))
+
+    def make() -> Any:
+        layer = GemLiteLinear(
+            codes.bits, group_size=codes.group_size or K, in_features=K, out_features=N,
+            input_dtype=kinds[dtype], output_dtype=kinds[dtype],
+        )  # fmt: skip
+        layer.pack(codes.codes, codes.scale, zero, None)
+        return layer
+
+    stored = codes.bits * N * K // 8 + codes.scale.nbytes
+    copies = [make() for _ in range(clock.copies(stored))]
+    return {"gemlite": Contender(copies, lambda x, layer: lambda: layer(x), stored)}
+
+
+# ---- tuning -------------------------------------------------------------------------------------
+
+
+def tune_kernels(
+    bench: KernelBench, progress: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Measures tiles for each shape, width and rows, and writes the fastest to the user's cache.
+
+    Returns {"path", "entries": [{key, tiles, seconds, before, tried}]}. Raises UsageError on a CPU,
+    where nothing is tuned, and for fp32 activations, which have tiles of their own.
+    """
+    from compress.kernels.gpu import tuning
+
+    bench = bench.resolved()
+    if not bench.device.startswith("cuda"):
+        raise UsageError("--tune measures GPU tiles: give --device cuda; a CPU has none to choose")
+    if bench.dtype == "fp32":
+        raise UsageError("--tune measures 16-bit activations, found fp32: give --dtype fp16")
+    from compress.kernels.gpu.matmul import device_name, table_of
+
+    clock, entries, tuned = Clock(bench.device, bench.rounds), [], {}
+    most = table_of(DTYPES[bench.dtype], clock.device, bench.group_size)[-1].rows
+    buckets = sorted({tuning.bucket(M) for M in bench.rows if most >= M})
+    for N, K in bench.shapes:
+        for bits in bench.bits:
+            dtype = DTYPES[bench.dtype]
+            codes = random_codes(N, K, bits, bench.group_size, dtype, clock.device)
+            for rows in buckets:
+                name = device_name(clock.device)
+                key = tuning.key(name, N, K, bits, bench.group_size, rows)
+                progress(key)
+                found = _tune(codes, rows, dtype, clock)
+                entries.append({"key": key} | found)
+                tuned[key] = tuning.Tiles(**found["tiles"])
+    return {"path": str(tuning.save(tuned)), "entries": entries}
+
+
+def _tune(codes: "Codes", rows: int, dtype: torch.dtype, clock: Clock) -> dict[str, Any]:
+    """The fastest tiles for one bucket, and the time of the table's."""
+    from triton.runtime.errors import TritonError
+
+    from compress.kernels.gpu import matmul, tuning
+
+    entry = _packed(codes, dtype, clock)
+    x = torch.randn(rows, codes.codes.shape[1], device=clock.device).to(dtype)
+    table = matmul.table_of(dtype, clock.device, codes.group_size)
+    start = replace(next(tiles for tiles in table if tiles.rows >= rows), rows=rows)
+
+    def measure(tiles: "tuning.Tiles") -> float:
+        calls = [
+            lambda copy=copy: matmul.tiled_matmul(x, copy, None, tiles) for copy in entry.copies
+        ]
+        try:
+            return clock.take_turns({"tiles": calls})["tiles"].median
+        except TritonError:
+            return math.inf  # tiles that do not fit this device
+        except RuntimeError as error:
+            if "PassManager" in str(error):  # what Triton raises where one of its passes fails
+                return math.inf
+            raise
+
+    before: dict[tuning.Tiles, float] = {}
+
+    def remembered(tiles: "tuning.Tiles") -> float:
+        before[tiles] = measure(tiles)
+        return before[tiles]
+
+    best, seconds, tried = tuning.search(start, remembered)
+    return {"tiles": asdict(best), "seconds": seconds, "before": before[start], "tried": tried}

@@ -1,1 +1,0 @@
-"""Calibration data: corpora by name (`text`, `stdlib`), and windows cut from them (`windows`)."""

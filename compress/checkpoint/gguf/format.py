@@ -1,0 +1,314 @@
+"""The GGUF file of llama.cpp: a packed checkpoint, its settings and its tokenizer in one file.
+
+Codes keep their values; `gguf_blocks` says how they lie in blocks. Each tensor has a type of its
+own, so widths may be mixed:
+
+    2 bits   Q2_K    groups of a multiple of 256        5 bits   Q5_0    of 32, symmetric
+    3 bits   Q3_K    of 256, symmetric                  6 bits   Q6_K    of 256, symmetric
+    4 bits   Q4_0    of 32, symmetric                   8 bits   Q8_0    of 32, symmetric
+             Q4_K    of 256, or Q4_1 where fp16 holds the offsets: asymmetric
+
+One scale a row is a group of all columns. What has no type of its width is refused, or with
+`requantise` stored in the smallest wider type that holds the same values; where none does, the
+values are rounded anew to Q8_0 or fp16. Notes and metadata say which modules that were.
+
+Matrices that are not quantised keep their dtype, vectors become fp32: llama.cpp adds and scales in
+it. Its Llama turns neighbouring pairs of a head's rows where transformers turns rows half a head
+apart, so rows of q and k change places. Written by the library `gguf`: pip install
+'modelpress[gguf]'.
+
+    export("out", "gguf", "out-gguf")                 # out-gguf/model.gguf
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.checkpoint.compressed_tensors import PACKED_SUFFIXES, ModuleScheme
+from compress.checkpoint.gguf.blocks import (
+    BLOCK_TYPES,
+    SMALL,
+    SUPER,
+    dequantise,
+    exact_type,
+    pack,
+)
+from compress.checkpoint.gguf.settings import add_settings, checked_family, rope_factors
+from compress.checkpoint.gguf.vocabulary import Vocabulary, read_vocabulary
+from compress.errors import UsageError
+from compress.loading.load import guarded
+from compress.models.families import head_dim_of
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from transformers import PretrainedConfig
+
+    from compress.checkpoint.export import PackedCheckpoint, PackedModule
+
+FILE = "model.gguf"
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+EMBEDDING, HEAD, ROPE_FACTORS = "model.embed_tokens.weight", "lm_head", "rope_freqs.weight"
+
+
+class GgufFormat:
+    """Writes a packed checkpoint as GGUF; see the file's head."""
+
+    name = "gguf"
+    companions = False  # settings and tokenizer are inside the file
+    can_requantise = True
+
+    def __init__(self, source: "PackedCheckpoint", requantise: bool = False):
+        self.source = source
+        self.requantise = requantise
+
+    def check(self) -> list[str]:
+        """Notes, a line each; UsageError for what GGUF or llama.cpp cannot hold."""
+        _require_library()
+        from transformers import AutoConfig
+
+        self.config: PretrainedConfig = guarded(self.source.folder, AutoConfig.from_pretrained)
+        self.family = checked_family(self.config)
+        self.names = self._names()
+        self.vocabulary: Vocabulary = read_vocabulary(
+            self.source.folder, self.source.reader.shape(EMBEDDING)[0]
+        )
+        self.types: dict[str, str] = {}
+        self.wider: list[str] = []
+        self.changed: dict[str, float] = {}  # module -> relative error
+        for name in self.source.schemes:
+            self.types[name] = self._type_of(name)
+        self.layout = {name: self._layout(source) for name, source in self.names.items()}
+        return self._notes()
+
+    # ---- what goes where ------------------------------------------------------------------------
+
+    def _names(self) -> dict[str, str]:
+        """The name of each tensor there -> the tensor or the module (`X.weight`) here."""
+        import gguf
+
+        architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+        mapping = gguf.get_tensor_name_map(
+            architectures[self.family.architecture], self.config.num_hidden_layers
+        )
+        names: dict[str, str] = {}
+        for tensor in self.source.reader.names:
+            module, _, key = tensor.rpartition(".")
+            if key == "inv_freq" or (module == HEAD and self.config.tie_word_embeddings):
+                continue  # neither is read by transformers
+            if module in self.source.schemes and key in PACKED_SUFFIXES:
+                tensor = f"{module}.weight"
+            found = mapping.get_name(tensor, try_suffixes=(".weight", ".bias"))
+            allowed, leaf = self.family.biases, module.rpartition(".")[2]
+            unread = key == "bias" and allowed is not None and leaf not in allowed
+            if found is None or unread:
+                raise UsageError(
+                    f"llama.cpp has no place for {tensor} in a {self.config.model_type}: export to "
+                    f"another format"
+                )
+            names[found] = tensor
+        return names
+
+    def _type_of(self, name: str) -> str:
+        """The GGUF type of a quantised module."""
+        scheme, (_, K) = self.source.schemes[name], self.source.shapes[name]
+        size = scheme.group_size or K
+        module = None if scheme.symmetric else self.source.module(name)
+        own = [kind for kind in BLOCK_TYPES.values() if kind.bits == scheme.bits]
+        if kind := exact_type(scheme.bits, size, module, own):
+            return kind.name
+        wider = exact_type(scheme.bits, size, module, BLOCK_TYPES.values())
+        nearest = wider.name if wider else ("F16" if K % SMALL else "Q8_0")
+        if not self.requantise:
+            how = f"{scheme.bits} bits in groups of {size}"
+            how += "" if scheme.symmetric else ", asymmetric"
+            cost = f"exact, {wider.bits_per_weight:g} bits a weight" if wider else "rounded anew"
+            raise UsageError(
+                f"no GGUF type of its width holds {name} ({how}): quantise it "
+                f"{_remedy(scheme, K)}, or allow {nearest} ({cost}; --requantise)"
+            )
+        if wider:
+            self.wider.append(name)
+        else:
+            exact = dequantise(self.source.module(name))
+            error = _values(_rounded(exact, nearest), nearest) - exact.numpy()
+            self.changed[name] = float(np.linalg.norm(error) / max(exact.norm(), 1e-30))
+        return nearest
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.changed:
+            first, worst = next(iter(self.changed)), max(self.changed.values())
+            notes.append(
+                f"{len(self.changed)} of {len(self.types)} modules were re-quantised, the first "
+                f"{first} to {self.types[first]}: their weights moved by up to {worst:.1e}"
+            )
+        if self.wider:
+            first = self.wider[0]
+            notes.append(
+                f"{len(self.wider)} of {len(self.types)} modules are stored in a wider type, the "
+                f"first {first} as {self.types[first]}: the values are the same, the file is larger"
+            )
+        window = getattr(self.config, "sliding_window", None)
+        if window and window < self.config.max_position_embeddings:
+            notes.append(
+                f"llama.cpp does not slide the window of {window:,} tokens: behind it, output "
+                f"differs from that of other engines"
+            )
+        return notes
+
+    # ---- writing --------------------------------------------------------------------------------
+
+    def write(self, folder: Path, shard_bytes: int) -> dict[str, int]:
+        """folder/model.gguf, or model-0000k-of-0000n.gguf if that passes `shard_bytes`."""
+        import gguf
+
+        sizes = {"quantized": 0, "other": 0}
+        layout = {}  # name -> type, shape in bytes
+        for name, (kind, shape) in self.layout.items():
+            block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+            layout[name] = (kind, (*shape[:-1], shape[-1] // block * nbytes))
+            module = self.names[name].removesuffix(".weight")
+            part = "quantized" if module in self.types else "other"
+            sizes[part] += int(np.prod(layout[name][1]))
+        factors = rope_factors(self.config)
+        if factors is not None:
+            layout[ROPE_FACTORS] = ("F32", (factors.nbytes,))
+            sizes["other"] += factors.nbytes
+        split = shard_bytes if sum(sizes.values()) > shard_bytes else 0
+        writer = gguf.GGUFWriter(folder / FILE, self.family.architecture, split_max_size=split)
+        self._add_metadata(writer)
+        for name, (kind, shape) in layout.items():
+            writer.add_tensor_info(
+                name,
+                shape,
+                np.dtype(np.uint8),
+                int(np.prod(shape)),
+                gguf.GGMLQuantizationType[kind],
+            )
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name in layout:
+                source = self.names.get(name)
+                writer.write_tensor_data(self._data(source) if source else factors)
+            for file in writer.fout:
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            writer.close()
+        return sizes
+
+    def _layout(self, source: str) -> tuple[str, tuple[int, ...]]:
+        """The type of a tensor in the file, and its shape in weights."""
+        module = source.removesuffix(".weight")
+        if module in self.types:
+            return self.types[module], self.source.shapes[module]
+        shape, dtype = self.source.reader.shape(source), self.source.reader.dtype(source)
+        if dtype not in DTYPES:
+            raise UsageError(f"{source} is {dtype}: GGUF takes float32, float16 and bfloat16 here")
+        return "F32" if len(shape) == 1 else DTYPES[dtype], shape
+
+    def _data(self, source: str) -> np.ndarray:
+        """The bytes of a tensor as they are written, rows along the first axis."""
+        module_name = source.removesuffix(".weight")
+        rows = self._row_order(source)
+        if module_name not in self.types:
+            tensor = self.source.reader.tensor(source)
+            tensor = tensor.float() if tensor.dim() == 1 else tensor
+            return (tensor if rows is None else tensor[rows]).contiguous().view(torch.uint8).numpy()
+        module, kind = self.source.module(module_name), self.types[module_name]
+        if rows is not None:
+            module = _reordered(module, rows)
+        if module_name in self.changed:
+            return _rounded(dequantise(module), kind)
+        return pack(module, BLOCK_TYPES[kind], self.source.schemes[module_name].bits)
+
+    def _row_order(self, source: str) -> Tensor | None:
+        """Where llama.cpp's Llama looks for the rows of q and k; None: where they are."""
+        config = self.config
+        linear = source.split(".")[-2]
+        if not self.family.pairs or linear not in ("q_proj", "k_proj"):
+            return None
+        heads = config.num_key_value_heads if linear == "k_proj" else config.num_attention_heads
+        rows = torch.arange(heads * head_dim_of(config))
+        return rows.view(heads, 2, -1).transpose(1, 2).flatten()
+
+    def _add_metadata(self, writer: "GGUFWriter") -> None:
+        """Settings of the model, the tokenizer, and who made the file."""
+        from importlib.metadata import version
+
+        import gguf
+
+        writer.add_quantized_by(f"modelpress {version('modelpress')}")
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(_file_type(self._weights_per_type()))
+        writer.add_array("modelpress.requantised", list(self.changed))  # an empty one is left out
+        add_settings(writer, self.config)
+        writer.add_vocab_size(len(self.vocabulary.tokens))
+        self.vocabulary.add_to(writer)
+
+    def _weights_per_type(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for name, kind in self.types.items():
+            counts[kind] = counts.get(kind, 0) + int(np.prod(self.source.shapes[name]))
+        return counts
+
+
+# ---- parts --------------------------------------------------------------------------------------
+
+
+def _require_library() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise UsageError(
+            "GGUF export needs the package gguf: pip install 'modelpress[gguf]'"
+        ) from None
+
+
+def _remedy(scheme: ModuleScheme, K: int) -> str:
+    """How to quantise a module of K columns so that a type of its width holds it, if one can."""
+    own = [kind for kind in BLOCK_TYPES.values() if kind.bits == scheme.bits]
+    offsets = any(kind.offset and kind.size == SUPER for kind in own)
+    if not scheme.symmetric and offsets and K % SUPER == 0:
+        return f"in groups of a multiple of {SUPER}"
+    if kind := exact_type(scheme.bits, K, None, own):
+        how = f"in groups of a multiple of {kind.size}"
+        return how if scheme.symmetric else f"symmetrically, {how}"
+    return "with 4 or 8 bits, symmetrically" if K % SMALL == 0 else "not at all"
+
+
+def _reordered(module: "PackedModule", rows: Tensor) -> "PackedModule":
+    zero_point = None if module.zero_point is None else module.zero_point[rows]
+    return type(module)(module.codes[rows], module.scale[rows], zero_point)
+
+
+def _rounded(weight: Tensor, kind: str) -> np.ndarray:
+    """fp32 values [N, K] rounded to a type, as bytes."""
+    import gguf
+
+    data = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[kind])
+    return data.view(np.uint8)
+
+
+def _values(data: np.ndarray, kind: str) -> np.ndarray:
+    import gguf
+
+    return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+
+
+def _file_type(weights: dict[str, int]) -> int:
+    """What llama.cpp shows as the type of the file: that of most quantised weights."""
+    import gguf
+
+    kind = max(weights, key=lambda name: weights[name])
+    known = gguf.LlamaFileType.__members__
+    return next(
+        (known[f"MOSTLY_{kind}{end}"] for end in ("", "_S") if f"MOSTLY_{kind}{end}" in known),
+        gguf.LlamaFileType.GUESSED,
+    )

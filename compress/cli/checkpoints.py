@@ -1,0 +1,182 @@
+"""`modelpress` on what exists already: checkpoints, and the recipes that come with it.
+
+Every import that needs torch is inside a command.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.cli.console import (
+    console,
+    module_table,
+    pairs_table,
+    print_lines,
+    size_rows,
+    stdout_for,
+)
+from compress.cli.options import (
+    ActivationBitsOption,
+    DebugOption,
+    DenseOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+)
+from compress.errors import UsageError, did_you_mean
+from compress.eval.report import format_bytes
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help="A finished result, packed.")],
+    format_: Annotated[str, typer.Option("--format", help="gptq or gguf.")],
+    output: Annotated[Path, typer.Option(help="Folder of the export.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    round_scales: Annotated[
+        bool, typer.Option("--round-scales", help="Round scales that are no fp16 numbers.")
+    ] = False,
+    requantise: Annotated[
+        bool, typer.Option("--requantise", help="Store what has no place there in the nearest.")
+    ] = False,
+    shard_size: Annotated[str, typer.Option(help="Most that one file of weights holds.")] = "5GB",
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a result in another format: the same codes and scales, packed otherwise."""
+    from compress.checkpoint.export import export as export_folder
+
+    with stdout_for(json) as emit:
+        made = export_folder(
+            model, format_, output, overwrite=overwrite, round_scales=round_scales,
+            requantise=requantise, shard_size=shard_size,
+        )  # fmt: skip
+        if emit:
+            emit(made.as_dict())
+            return
+        notes = [("note", note) for note in made.notes]
+        console().print(
+            pairs_table([("format", made.format), *size_rows(made.bytes), *notes,
+                         ("output", str(made.path))])
+        )  # fmt: skip
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A model folder, or a GGUF file.")],
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what a checkpoint holds: bits, format, bytes, recipe."""
+    from compress.loading.load import inspect as inspect_folder
+
+    with stdout_for(json) as emit:
+        found = inspect_folder(model)
+        if emit:
+            emit(found)
+            return
+        out = console()
+        out.print(module_table(found["modules"]))
+        rows = [("format", found["format"]), *size_rows(found["bytes"])]
+        if found["recipe"]:
+            rows.append(("recipe", f"{found['recipe'].get('name')} ({model / 'recipe.yaml'})"))
+        if found["provenance"]:
+            made = found["provenance"].get("versions", {}).items()
+            rows.append(("made with", ", ".join(f"{name} {version}" for name, version in made)))
+        out.print(pairs_table(rows))
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="The text to continue, or to ask about images.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="For a multimodal model; may be given again.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.0,
+    dense: DenseOption = False,
+    activation_bits: ActivationBitsOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    debug: DebugOption = False,
+) -> None:
+    """Continue a text, or answer about images; what is new is printed as it comes."""
+    import torch
+    from transformers import TextStreamer
+
+    from compress.data.samples import open_image, prompt_inputs
+    from compress.loading.load import load
+    from compress.pipeline.run import check_device
+
+    check_device(device)
+    pictures = [open_image(path, f"image {path}") for path in image or ()]
+    packed = False if dense else None
+    loaded, processor = load(model, device=device, packed=packed, activation_bits=activation_bits)
+    tokenizer = getattr(processor, "tokenizer", processor)  # of a multimodal model
+    if pictures and tokenizer is processor:
+        raise UsageError(f"{model} reads text alone: leave out --image")
+    if pictures:
+        try:
+            inputs = prompt_inputs(processor, prompt, pictures)
+        except ValueError as error:  # image tokens and images that differ in number
+            raise UsageError(f"--prompt: {' '.join(str(error).split())}") from error
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise UsageError("--prompt has no tokens: give some text to continue")
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampled = {"do_sample": True, "temperature": temperature}
+    torch.manual_seed(seed)
+    loaded.generate(
+        **inputs,
+        **(sampled if temperature > 0 else greedy),
+        max_new_tokens=max_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one's YAML.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """List the recipes that come with modelpress, or print one."""
+    from compress.recipe.recipe import shipped_recipes
+
+    shipped = shipped_recipes()
+    if name is None:
+        console().print(pairs_table([(found, line) for found, line, _ in shipped]))
+        return
+    files = {found: file for found, _, file in shipped}
+    if name not in files:
+        near = did_you_mean(name, files)
+        raise UsageError(f"no shipped recipe {name!r}{near}: expected one of {', '.join(files)}")
+    print(files[name].read_text(encoding="utf-8"), end="")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished result.")],
+    repo_id: Annotated[str, typer.Argument(help="owner/name on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private one.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be sent; no network.")
+    ] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Publish a result on the Hugging Face hub, as whoever `hf auth login` has logged in."""
+    from compress.checkpoint.hub import push as push_folder
+
+    with stdout_for(json) as emit:
+        report = push_folder(folder, repo_id, private=private, dry_run=dry_run)
+        if emit:
+            emit(report)
+            return
+        out = console()
+        files = [(file["path"], format_bytes(file["bytes"])) for file in report["files"]]
+        out.print(pairs_table([*files, ("total", format_bytes(report["bytes"]))]))
+        if dry_run:
+            print_lines(out, "", *report["card"], "", f"dry run: nothing was sent to {repo_id}")
+        else:
+            print_lines(out, report["url"])

@@ -1,0 +1,239 @@
+"""Tables and lines that the command line prints. Imports no torch, so that `--help` stays quick.
+
+out = console()
+out.print(module_table(inspect("out")["modules"]))
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from compress.eval.report import (
+    MISSING,
+    flatten,
+    format_bytes,
+    format_number,
+    quality_row,
+    quality_table,
+)
+from compress.storage.files import atomic_write
+
+if TYPE_CHECKING:
+    from compress.allocation.allocate import Allocation
+    from compress.pipeline.result import RunResult
+
+WIDE = 200  # columns where the output is no terminal, whose own 80 would cut tables short
+
+
+def console(stderr: bool = False) -> Console:
+    """A console on stdout or stderr that prints text as it is: no markup, no highlighting."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDE
+    return Console(stderr=stderr, width=width, markup=False, highlight=False)
+
+
+def print_lines(console: Console, *lines: str) -> None:
+    """Each on its own line, however long: the terminal wraps it, so that it can be copied."""
+    for line in lines:
+        console.print(line, soft_wrap=True)
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON of plain values: what is not finite has no number there and becomes null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """Writes a result to a file, if one was asked for; call it after printing, lest it be lost."""
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write(to_json(value).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def stdout_for(json: bool) -> Iterator[Callable[[Any], None] | None]:
+    """With --json, yields what prints the one object; all other printing then goes to stderr."""
+    if not json:
+        yield None
+        return
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield lambda value: print(to_json(value), file=stdout)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def pairs_table(rows: Iterable[tuple[str, str]]) -> Table:
+    """Names left, values right of them; no heading."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def module_table(modules: Sequence[Mapping[str, Any]]) -> Table:
+    """Modules as `inspect` and plans list them, layers collapsed: one row a kind and scheme.
+
+    The layer's number is a * in the name; `count` is how many modules the row stands for.
+    """
+
+    def row_of(module: Mapping[str, Any]) -> tuple[str, ...]:
+        quantised = module.get("symmetric") is not None
+        whole = "tensor" if module.get("per_tensor") else "channel"
+        group = (module["group_size"] or whole) if quantised else MISSING
+        kind = ".".join("*" if part.isdigit() else part for part in module["name"].split("."))
+        notes = [{True: "", False: "asymmetric", None: "unquantised"}[module.get("symmetric")]]
+        if module.get("act_order"):
+            notes.append("act-order")
+        if bits := module.get("activation_bits"):
+            notes.append(f"activations {bits} bits")
+        shape = " × ".join(map(str, module["shape"]))
+        return kind, shape, format_number(module["bits"]), str(group), " ".join(filter(None, notes))
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("module")
+    for column in ("count", "shape", "bits", "group"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for (kind, *rest), count in Counter(map(row_of, modules)).items():
+        table.add_row(kind, str(count), *rest)
+    return table
+
+
+BAR = "█"  # one a bit
+
+
+def allocation_table(allocation: "Allocation") -> Table:
+    """Each unit's score, and its width as a number and a bar."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("unit")
+    table.add_column("score", justify="right")
+    table.add_column("bits", justify="right")
+    table.add_column("")
+    for unit, bits in allocation.widths.items():
+        score = f"{allocation.scores[unit]:.4g}"
+        table.add_row(unit, score, str(bits) if bits else "removed", BAR * bits)
+    return table
+
+
+def allocation_rows(allocation: "Allocation") -> list[tuple[str, str]]:
+    """What the widths are predicted, and were measured, to cost."""
+    rows = []
+    if allocation.error is not None:
+        rows.append(("predicted error", f"{allocation.error:.4g}, summed over units"))
+    if allocation.fitness is not None:
+        rows.append(("KL to 16 bits", f"{allocation.fitness:.4g} nats per token, as searched"))
+    return rows
+
+
+def size_rows(sizes: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The bytes of a plan or of an inspected folder."""
+    return [
+        ("quantised weights", format_bytes(sizes["quantized"])),
+        ("other tensors", format_bytes(sizes["other"])),
+        ("total", format_bytes(sizes["total"])),
+    ]
+
+
+def memory_row(label: str, peak: Mapping[str, int]) -> tuple[str, str]:
+    """Peak memory of the host, and of the device if it was used."""
+    host, device = peak.get("host", 0), peak.get("device", 0)
+    text = f"{format_bytes(host)} host"
+    return label, f"{text}, {format_bytes(device)} device" if device else text
+
+
+def run_table(result: "RunResult") -> Table:
+    """What a run has made and what it took."""
+    provenance = json.loads((result.path / "modelpress.json").read_text(encoding="utf-8"))
+    before, after = provenance["bytes"]["original"], result.plan.bytes["total"]
+    size = f"{format_bytes(before)} before, {format_bytes(after)} after ({before / after:.2f} x)"
+    seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in result.seconds.items())
+    rows = [
+        ("tensors", size),
+        ("average bits", f"{result.plan.average_bits:.2f} over the quantised weights"),
+        ("seconds", f"{sum(result.seconds.values()):.1f} ({seconds})"),
+        memory_row("peak memory", result.peak_memory),
+    ]
+    if check := result.self_check:
+        text = f"relative error {check['relative_error']:.2g}, {check['tolerance']:.0e} allowed"
+        rows.append(("self-check", text))
+    if result.warnings:
+        rows.append(("warnings", str(len(result.warnings))))
+    if result.report:
+        rows.append(("report", str(result.report)))
+    return pairs_table([*rows, ("output", str(result.path))])
+
+
+def print_scores(
+    console: Console, name: str, scores: Mapping[str, Any], baseline: str = "baseline"
+) -> None:
+    """A table of what `evaluate` returns, and below it everything the figures depend on."""
+    rows = [quality_row(name, scores)]
+    if reference := scores.get("baseline"):
+        rows.insert(0, quality_row(baseline, reference))
+    console.print(quality_table(rows))
+    print_lines(console, *_difference_lines(scores.get("difference") or {}))
+    lines = [scores[part]["line"] for part in ("perplexity", "kl") if scores.get(part)]
+    conditions = ", ".join(f"{k} {v}" for k, v in flatten(scores.get("conditions") or {}))
+    print_lines(console, *lines, *([f"conditions: {conditions}"] if conditions else []))
+
+
+def _difference_lines(difference: Mapping[str, Any]) -> list[str]:
+    """Model minus baseline, item by item: the errors that say whether the model is worse."""
+    parts = {
+        f"{task} {metric}": estimate
+        for task, metrics in (difference.get("results") or {}).items()
+        for metric, estimate in metrics.items()
+    }
+    if text := difference.get("mean_nll"):
+        parts["mean NLL (nats per token)"] = text
+    return [
+        f"difference from the baseline, paired: {name} "
+        f"{format_number(estimate['value'], estimate['stderr'])}"
+        for name, estimate in parts.items()
+    ]
+
+
+def bench_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """Repeated runs of `bench quantize`, a column each."""
+    first, last = runs[0], runs[-1]
+    rows: dict[str, list[str]] = {"seconds": [f"{run['seconds']:.2f}" for run in runs]}
+    rows["of which layers"] = [f"{run['layers_seconds']:.2f}" for run in runs]
+    rows["floor seconds"] = [f"{run['floor']['seconds']:.2f}" for run in runs]
+    for part in first["floor"]["parts"]:
+        rows[f"floor, {part}"] = [f"{run['floor']['parts'][part]:.2f}" for run in runs]
+    rows["ratio to the floor"] = [f"{run['ratio']:.2f}" for run in runs]
+    rows["peak memory"] = [memory_row("", run["peak_memory"])[1] for run in runs]
+    rows["one layer in fp32"] = [format_bytes(run["floor"]["layer_bytes"]) for run in runs]
+    rows["mean relative error"] = [format_number(run["mean_error"]) for run in runs]
+    rates = [run["conditions"]["matmul_rate"] for run in runs]
+    rows["fp32 matmul rate"] = [f"{rate / 1e9:.1f} GFLOP/s" for rate in rates]
+    conditions = last["conditions"]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        caption=f"{conditions['threads']} threads, torch {conditions['torch']}, "
+        f"{conditions['device']}",
+        caption_justify="left",
+    )
+    table.add_column("")
+    for i in range(len(runs)):
+        table.add_column(f"run {i + 1}", justify="right")
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    return table

@@ -1,0 +1,107 @@
+"""The program `modelpress`: runs a command line, and turns what it raises into a line and a code.
+
+    main(["run", "demo-rsq", "--output", "out"])
+
+Exit codes: 0 done; 1 the run failed; 2 the command or the recipe is wrong; 130 interrupted. An
+error is one line on stderr; --debug puts its traceback before it. The commands are in `commands`.
+"""
+
+import contextlib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import typer
+
+from compress.cli.options import Settings
+from compress.cli.run import InterruptError, app
+from compress.errors import CompressError
+
+# Libraries under us report to logs and bars of their own; a setting of the user's wins.
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+ParserError = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (None: that of the process) and returns its exit code."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    settings = Settings()
+    try:
+        arguments = None if argv is None else list(argv)
+        with _no_bars():
+            code = app(arguments, prog_name="modelpress", standalone_mode=False, obj=settings)
+        sys.stdout.flush()  # here, where a closed pipe can still be handled
+    except ParserError as error:
+        return _explain_usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", InterruptError.exit_code)
+    except BrokenPipeError:
+        return _leave_quietly()
+    except Exception as error:
+        if settings.debug:
+            traceback.print_exc()
+        return _explain(error, settings.debug)
+    if code == InterruptError.exit_code:  # typer turns the exception into its code
+        return _fail("interrupted", InterruptError.exit_code)
+    return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Switches off the bars that heed no variable: compressed-tensors', lm-eval's."""
+    from tqdm import tqdm
+
+    original = tqdm.__init__
+
+    def disabled(self: tqdm, *args: Any, **options: Any) -> None:
+        original(self, *args, **options | {"disable": True})
+
+    tqdm.__init__ = disabled
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
+
+
+def _explain(error: Exception, debug: bool) -> int:
+    """One line for what a command raised."""
+    if isinstance(error, InterruptError):
+        return _fail(f"interrupted: {error}", error.exit_code)
+    if isinstance(error, CompressError):
+        return _fail(f"error: {error}", error.exit_code)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" for {error.filename}" if error.filename else ""
+        return _fail(f"error: the disk is full{where}: free some space and run this again", 1)
+    hint = "" if debug else " (give --debug for the traceback)"
+    return _fail(f"error: {type(error).__name__}: {error}{hint}", 1)
+
+
+def _explain_usage(error: Any) -> int:
+    """One line for a command that typer cannot parse; nothing where it has printed the help."""
+    message = error.format_message().rstrip(".")
+    if message:
+        command = error.ctx.command_path if error.ctx else "modelpress"
+        _fail(f"error: {message} (see `{command} --help`)", 2)
+    return 2
+
+
+def _fail(message: str, code: int) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _leave_quietly() -> int:
+    """The reader of our output has gone: nothing to say, and nobody to say it to."""
+    with contextlib.suppress(OSError, ValueError):  # a stdout without a descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

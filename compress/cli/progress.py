@@ -1,0 +1,108 @@
+"""What a run shows while it goes on, on stderr.
+
+In a terminal: a bar over the layers, and below it the module that was quantised last. Elsewhere (a
+log file, a pipe): one line a stage and one line a layer, and nothing that moves.
+
+    with RunProgress(console) as progress:
+        run(recipe, "out", observer=progress)
+"""
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from compress.eval.report import format_number
+from compress.pipeline.result import Observer
+
+
+class RunProgress(Observer):
+    """Draws a run, or several one after the other, on a console."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self.task = self.bar.add_task("", total=None, count="")
+        self.last_module = Text("")
+        self.live = Live(Group(self.bar, self.last_module), console=console, transient=True)
+        self.current = ""  # stage
+        self.errors: list[float] = []  # of this layer's modules
+        self.started: float | None = None  # this layer
+
+    def __enter__(self) -> "RunProgress":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.live.stop()
+
+    def stage(self, name: str) -> None:
+        self.current, self.started = name, None
+        self.last_module.plain = ""
+        self.bar.remove_task(self.task)
+        self.task = self.bar.add_task(name, total=None, count="")
+        if not self.console.is_terminal:
+            self._line(name)
+
+    def layers(self, done: int, total: int) -> None:
+        self.bar.update(self.task, completed=done, total=total, count=f"{done}/{total}")
+        now = time.perf_counter()
+        if self.started is None and done:
+            self._line(f"continuing after layer {done}/{total}")
+        elif self.started is not None and not self.console.is_terminal:
+            line = f"layer {done}/{total}  {now - self.started:.1f} s"
+            if self.errors:
+                error = sum(self.errors) / len(self.errors)
+                line += f"  mean relative error {format_number(error)}"
+            self._line(line)
+        self.errors, self.started = [], now
+
+    def module(self, name: str, facts: dict[str, Any]) -> None:
+        if "bits" not in facts:  # no module but a measured model, with its figures
+            figures = (f"{figure} {format_number(value)}" for figure, value in facts.items())
+            self._line(f"{name}: {', '.join(figures)}")
+            return
+        error = facts.get("error")
+        if error is not None:
+            self.errors.append(error)
+        self.last_module.plain = (
+            f"{name}  {facts['bits']} bits  relative error {format_number(error)}  "
+            f"{facts['seconds']:.1f} s"
+        )
+
+    def generation(self, done: int, total: int, fitness: float) -> None:
+        self._searched(done, total, "generation", f"KL {format_number(fitness)} nats per token")
+
+    def trial(self, done: int, total: int, score: float) -> None:
+        self._searched(done, total, "trial", f"best mean cosine {score:.6f}")
+
+    def _searched(self, done: int, total: int, what: str, found: str) -> None:
+        self.bar.update(self.task, completed=done, total=total, count=f"{done}/{total}")
+        line = f"{what} {done}/{total}  {found}"
+        if self.console.is_terminal:
+            self.last_module.plain = line
+        else:
+            self._line(line)
+
+    def warning(self, text: str) -> None:
+        self._line(f"warning: {text}", style="yellow")
+
+    def _line(self, text: str, style: str | None = None) -> None:
+        # Soft: the terminal wraps a long line, not we, so that it can be copied and searched for.
+        self.console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)

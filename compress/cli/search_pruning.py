@@ -1,0 +1,192 @@
+"""`modelpress search-pruning`: finds a strategy for visual-token pruning.
+
+Every import that needs torch is inside the command.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from compress.cli.console import console, pairs_table, print_lines, stdout_for
+from compress.cli.options import (
+    DebugOption,
+    DenseOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+)
+from compress.errors import UsageError
+from compress.pruning.trials import SearchObserver, Trial
+
+if TYPE_CHECKING:
+    from compress.pruning.search import SearchResult
+
+
+def search_pruning(
+    model: ModelArgument,
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE.jsonl", help='Lines {"image": path, "prompt": text}; or demo-scenes.'
+        ),
+    ],
+    keep: Annotated[float, typer.Option(help="Share of visual tokens, averaged over layers.")],
+    output: Annotated[Path, typer.Option(help="The strategy; its trials go beside it.")] = Path(
+        "pruning.json"
+    ),
+    samples: Annotated[int, typer.Option(min=1, help="Prompts, at most.")] = 30,
+    trials: Annotated[int, typer.Option(min=1)] = 50,
+    sampler: Annotated[str, typer.Option(help="tpe or gp.")] = "tpe",
+    stages: Annotated[
+        str | None, typer.Option(metavar="0,9,18", help="Decoder layers; 0: before them.")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="A strategy: what is not searched.")
+    ] = None,
+    variables: Annotated[
+        str | None, typer.Option(help="Of ratios,threshold,alpha,cell; all if absent.")
+    ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the strategy in the model's folder, too.")
+    ] = False,
+    dense: DenseOption = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    resume: Annotated[bool, typer.Option(help="Go on with the trials that are there.")] = True,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Find which visual tokens to prune: the strategy that changes the last state least."""
+    if save and not Path(model).is_dir():
+        raise UsageError(f"--save needs a model folder, {model} is none")
+    if stages is not None and start is not None:
+        raise UsageError("--stages and --start: the strategy of --start has its own stages")
+    from compress.recipe.strategy import PruneStrategy
+
+    given = None if start is None else PruneStrategy.load(start)
+    layers = None if stages is None else _numbers(stages)
+    names = None if variables is None else [name.strip() for name in variables.split(",")]
+    from compress.data.samples import DEMO_SCENES, read_samples
+    from compress.loading.load import load
+    from compress.pipeline.run import check_device
+    from compress.pruning.families import family_of
+    from compress.pruning.saved import save_strategy
+    from compress.pruning.search import check_search, search_strategy
+
+    check_device(device)
+    check_search(keep, trials, sampler)
+    if str(data) != DEMO_SCENES and not data.is_file():
+        raise UsageError(f"--data: no such file: {data}")
+    with stdout_for(json) as emit:
+        packed = False if dense else None
+        loaded, processor = load(model, device=device, prune=False, packed=packed)
+        family_of(loaded)  # refuses a text model, whose tokenizer takes no images
+        prompts = read_samples(data, processor, samples, seed)
+        if layers is not None:
+            depth = loaded.config.get_text_config().num_hidden_layers
+            given = PruneStrategy.for_budget("vflowopt", keep, depth, stages=layers)
+        tried = output.with_suffix(".trials.jsonl")
+        if not resume:
+            tried.unlink(missing_ok=True)
+        err = console(stderr=True)
+        if len(prompts) < samples:
+            print_lines(err, f"{data} has {len(prompts)} prompts, fewer than {samples}")
+        with SearchProgress(err) as progress, _interruptible():
+            found = search_strategy(
+                loaded, prompts, keep, start=given, variables=names, trials=trials,
+                sampler=sampler, seed=seed, path=tried, processor=processor, observer=progress,
+            )  # fmt: skip
+        output.parent.mkdir(parents=True, exist_ok=True)
+        found.strategy.save(output)
+        if save:
+            save_strategy(found.strategy, model)
+        if emit:
+            emit(found.as_dict())
+            return
+        rows = [*_rows(found), ("strategy", str(output)), ("trials", str(tried))]
+        console().print(pairs_table([*rows, *([("saved with", model)] if save else [])]))
+
+
+def _rows(found: "SearchResult") -> list[tuple[str, str]]:
+    strategy, conditions = found.strategy, found.conditions
+    rows = [
+        ("mean cosine", f"{found.score:.6f} over {conditions['prompts']} prompts"),
+        ("kept", f"{found.keep:.4g} of {conditions['visual_tokens']} visual tokens"),
+        ("stages", ", ".join(map(str, strategy.stages))),
+        ("ratios", ", ".join(f"{ratio:.4f}" for ratio in strategy.ratios)),
+    ]
+    searched = [name for name in conditions["variables"] if name != "ratios"]
+    return rows + [(name, f"{getattr(strategy, name):.4g}") for name in searched]
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or any(a >= b for a, b in pairwise((-1, *numbers))):
+        raise UsageError(f"--stages: expected rising layers such as 0,9,18, found {text!r}")
+    return numbers
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lets Ctrl-C say what to do next."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from compress.cli.run import InterruptError  # there, because it imports this module
+
+        raise InterruptError("run the same command again; finished trials are kept") from None
+
+
+class SearchProgress(SearchObserver):
+    """Draws a search: a bar in a terminal; elsewhere a line a trial, and nothing that moves."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+        )
+        self.bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+        self.task = self.bar.add_task("", total=None, count="")
+
+    def __enter__(self) -> "SearchProgress":
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+    def sample(self, done: int, total: int) -> None:
+        self._show("unpruned", done, total)
+
+    def resumed(self, trials: int) -> None:
+        print_lines(self.console, f"continuing after trial {trials}")
+
+    def trial(self, trial: Trial, best: Trial, total: int) -> None:
+        done = trial.trial + 1
+        self._show(f"best cosine {best.score:.6f}", done, total)
+        if not self.console.is_terminal:
+            text = f"trial {done}/{total}  cosine {trial.score:.6f}  best {best.score:.6f}"
+            print_lines(self.console, text)
+
+    def _show(self, description: str, done: int, total: int) -> None:
+        fields = {"description": description, "count": f"{done}/{total}"}
+        self.bar.update(self.task, completed=done, total=total, **fields)

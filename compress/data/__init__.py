@@ -1,0 +1,1 @@
+"""Calibration data: text, windows of tokens, prompts with images, activations."""

@@ -1,0 +1,142 @@
+"""Prompts with images from a file of JSON lines, as a model's forward takes them.
+
+    {"image": "photos/1.png", "prompt": "What is in the picture?"}
+
+`image` may be a list; paths are relative to the file. With `answers`, a line's `answer` follows its
+prompt. A processor with a chat template puts the prompt into a user's turn, images first. Without
+one the prompt is taken as it is, with the image token in front of it for each image if it holds
+none. The name `demo-scenes` stands for questions about training scenes of the demo model, drawn
+from the seed.
+
+    samples = read_samples("samples.jsonl", processor, count=30, seed=0)
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from compress.errors import UsageError
+from compress.pruning.tower import Inputs
+
+DEMO_SCENES = "demo-scenes"
+
+
+def read_samples(
+    path: str | Path, processor: Any, count: int, seed: int = 0, *, answers: bool = False
+) -> list[Inputs]:
+    """At most `count` prompts, a random choice if the file has more, in the order of the file.
+
+    Raises:
+        UsageError: a file that cannot be read, or a line without image or prompt; it is named.
+    """
+    if str(path) == DEMO_SCENES:
+        return _demo_scenes(processor, count, seed, answers)
+    path = Path(path)
+    rows = _rows(path)
+    if len(rows) > count:
+        chosen = random.Random(seed).sample(range(len(rows)), count)  # noqa: S311
+        rows = [rows[i] for i in sorted(chosen)]
+    return [_inputs(f"{path}:{n}", path.parent, row, processor, answers) for n, row in rows]
+
+
+def prompt_inputs(
+    processor: Any, prompt: str, images: list[Any], answer: str | None = None
+) -> Inputs:
+    """Keyword arguments of a forward for one prompt with these images.
+
+    Raises ValueError if the text has not one image token for each image: not every processor does.
+    """
+    text = prompt_text(processor, prompt, len(images), answer)
+    if text.count(processor.image_token) != len(images):
+        raise ValueError(
+            f"expected {len(images)} image tokens ({processor.image_token}), one for each image, "
+            f"found {text.count(processor.image_token)}"
+        )
+    return dict(processor(text=[text], images=images, return_tensors="pt"))
+
+
+def _demo_scenes(processor: Any, count: int, seed: int, answers: bool) -> list[Inputs]:
+    from compress.recipes.demo import scenes
+
+    return [
+        prompt_inputs(
+            processor, item["question"], [item["image"]], item["answer"] if answers else None
+        )
+        for item in scenes.examples("train", seed, count)
+    ]
+
+
+def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The file's objects with the numbers of their lines; empty lines are left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as JSON lines: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path}:{number}: not a line of JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise UsageError(f'{path}:{number}: expected {{"image": path, "prompt": text}}')
+        rows.append((number, row))
+    if not rows:
+        raise UsageError(f"{path}: expected prompts, found an empty file")
+    return rows
+
+
+def open_image(path: Path, called: str) -> Any:
+    """An image in RGB; UsageError, in which it is `called` so, if it cannot be read."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UsageError(f"{called} cannot be opened: {error}") from error
+
+
+def _inputs(place: str, folder: Path, row: dict[str, Any], processor: Any, answers: bool) -> Inputs:
+    image = row.get("image")
+    names = [image] if isinstance(image, str) else image
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise UsageError(f"{place}: expected an image's path, or a list of them, found {image!r}")
+    images = [open_image(folder / name, f"{place}: image {name}") for name in names]
+    answer = row.get("answer") if answers else None
+    if answer is not None and not isinstance(answer, str):
+        raise UsageError(f"{place}: expected an answer as text, found {answer!r}")
+    try:
+        return prompt_inputs(processor, row["prompt"], images, answer)
+    except ValueError as error:  # image tokens and images that differ in number
+        raise UsageError(f"{place}: {' '.join(str(error).split())}") from error
+
+
+def prompt_text(processor: Any, prompt: str, images: int, answer: str | None) -> str:
+    """The text that the model reads, with a placeholder for each image."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+        turns = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    else:
+        token = processor.image_token
+        text = prompt if token in prompt else f"{token} " * images + prompt
+    # Behind the generation prompt, where the model itself would put it.
+    return text if answer is None else text + (answer if text[-1:].isspace() else f" {answer}")
+
+
+def in_batches(samples: list[Inputs]) -> list[Inputs]:
+    """Prompts of equal shapes as one forward, in the order of their first: nothing is padded."""
+    import torch
+
+    groups: dict[Any, list[Inputs]] = {}
+    for sample in samples:
+        shapes = tuple((name, tuple(value.shape)) for name, value in sorted(sample.items()))
+        groups.setdefault(shapes, []).append(sample)
+    return [
+        {name: torch.cat([sample[name] for sample in group]) for name in group[0]}
+        for group in groups.values()
+    ]

@@ -1,0 +1,189 @@
+"""Text corpora by name: for calibration (`train`) and for evaluation (`held_out`).
+
+| name | documents | one stream | source |
+|---|---|---|---|
+| python-stdlib | modules | yes | this interpreter's sources, no network |
+| wikitext2, ptb | the split as one text | yes | hub: train / test |
+| c4 | web pages of one shard | no | hub: first train / first validation shard |
+| pajama | documents of RedPajama's sample | no | hub: train only |
+| FILE.txt | the file | yes | - |
+| FILE.jsonl | one object a line, its `text_field` | yes | - |
+| any hub id | rows | yes | hub: train / test, or validation where there is no test |
+
+In a corpus that is one stream, documents follow each other behind a blank line and a window may
+span several; in the others a window lies inside one document (as GPTQ and RSQ draw them).
+A file is the same text in both splits: name two files where leakage matters.
+
+    corpus = load_documents("python-stdlib", "train")
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.data.stdlib import Split, python_stdlib
+from compress.errors import CompressError, UsageError, did_you_mean
+from compress.registry import Registry
+
+DATASETS = Registry("dataset")
+BLANK_LINE = "\n\n"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents and how windows are cut from them.
+
+    `texts` may be lazy (a column of a memory-mapped table). `one_stream`: joined with blank lines
+    and cut anywhere; otherwise each window lies inside one document.
+    """
+
+    name: str
+    texts: Sequence[str]
+    one_stream: bool
+
+
+def load_documents(dataset: str, split: Split, text_field: str = "text") -> Corpus:
+    """The documents of one split of a name of DATASETS, a FILE.txt, a FILE.jsonl or a hub id.
+
+    `text_field` is the key of a JSON object or the column of a hub dataset that holds the text; the
+    named datasets know theirs. Raises UsageError, one line, for what cannot be read.
+    """
+    if dataset in DATASETS:
+        corpus = DATASETS[dataset](split)
+    elif Path(dataset).suffix in (".txt", ".jsonl"):
+        corpus = _read_file(Path(dataset).expanduser(), text_field)
+    else:
+        corpus = _from_hub(dataset, split, text_field)
+    if len(corpus.texts) == 0:
+        raise UsageError(f"dataset {dataset!r} holds no documents")
+    return corpus
+
+
+@DATASETS.register("python-stdlib")
+def _python_stdlib(split: Split) -> Corpus:
+    return Corpus("python-stdlib", python_stdlib(split), one_stream=True)
+
+
+@DATASETS.register("wikitext2")
+def _wikitext2(split: Split) -> Corpus:
+    column = _hub_column(
+        "wikitext2",
+        "Salesforce/wikitext",
+        "text",
+        name="wikitext-2-raw-v1",
+        split="train" if split == "train" else "test",
+    )
+    # Its rows are lines: joined into one text first, so that perplexities match published ones.
+    return Corpus("wikitext2", [BLANK_LINE.join(column)], one_stream=True)
+
+
+@DATASETS.register("ptb")
+def _ptb(split: Split) -> Corpus:
+    column = _hub_column(
+        "ptb",
+        "ptb-text-only/ptb_text_only",
+        "sentence",
+        name="penn_treebank",
+        split="train" if split == "train" else "test",
+        revision="refs/convert/parquet",  # main holds a loading script, which `datasets` 4 refuses
+    )
+    return Corpus("ptb", [BLANK_LINE.join(column)], one_stream=True)
+
+
+@DATASETS.register("c4")
+def _c4(split: Split) -> Corpus:
+    part = "train" if split == "train" else "validation"
+    shard = {"train": "en/c4-train.00000-of-01024", "validation": "en/c4-validation.00000-of-00008"}
+    column = _hub_column(
+        "c4", "allenai/c4", "text", data_files={part: f"{shard[part]}.json.gz"}, split=part
+    )
+    return Corpus("c4", column, one_stream=False)
+
+
+@DATASETS.register("pajama")
+def _pajama(split: Split) -> Corpus:
+    if split == "held_out":
+        raise UsageError("dataset 'pajama' has no held-out part: evaluate on another one")
+    column = _hub_column(
+        "pajama",
+        "togethercomputer/RedPajama-Data-1T-Sample",
+        "text",
+        split="train",
+        revision="refs/convert/parquet",
+    )
+    return Corpus("pajama", column, one_stream=False)
+
+
+def _read_file(path: Path, text_field: str) -> Corpus:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"dataset {path} cannot be read as UTF-8 text: {error}") from error
+    if path.suffix == ".txt":
+        return Corpus(str(path), [text] if text.strip() else [], one_stream=True)
+    # Not splitlines: a JSON string may hold U+2028 and its like unescaped.
+    lines = enumerate(text.split("\n"), start=1)
+    documents = [_document(f"{path}:{n}", line, text_field) for n, line in lines if line.strip()]
+    return Corpus(str(path), documents, one_stream=True)
+
+
+def _document(place: str, line: str, text_field: str) -> str:
+    """The text of one JSON line."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{place}: not valid JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise UsageError(f"{place}: expected an object, found {type(row).__name__}")
+    if not isinstance(row.get(text_field), str):
+        raise UsageError(
+            f"{place}: no text in field {text_field!r}{did_you_mean(text_field, row)}: "
+            f"found {', '.join(row) or 'no fields'}; name it with text_field"
+        )
+    return row[text_field]
+
+
+def _from_hub(dataset: str, split: Split, text_field: str) -> Corpus:
+    """A dataset by its hub id, in its default configuration."""
+    table = _hub_table(dataset, dataset)
+    wanted = ("train",) if split == "train" else ("test", "validation")
+    part = next((name for name in wanted if name in table), None)
+    if part is None:
+        raise UsageError(
+            f"dataset {dataset!r}: no split {' or '.join(wanted)}: found {', '.join(table)}"
+        )
+    return Corpus(dataset, _column(dataset, table[part], text_field), one_stream=True)
+
+
+def _hub_column(dataset: str, hub_id: str, field: str, **arguments: Any) -> Sequence[str]:
+    return _column(dataset, _hub_table(dataset, hub_id, **arguments), field)
+
+
+def _column(dataset: str, table: Any, field: str) -> Sequence[str]:
+    if field not in table.column_names:
+        raise UsageError(
+            f"dataset {dataset!r}: no column {field!r}{did_you_mean(field, table.column_names)}: "
+            f"found {', '.join(table.column_names)}; name it with text_field"
+        )
+    return table[field]
+
+
+def _hub_table(dataset: str, hub_id: str, **arguments: Any) -> Any:
+    """`datasets.load_dataset`, with every way it can fail turned into one line."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UsageError(
+            f"dataset {dataset!r} needs the package `datasets`: pip install 'modelpress[eval]'"
+        ) from error
+    try:
+        return load_dataset(hub_id, **arguments)
+    except Exception as error:  # the network, the hub and the parsers each raise their own kinds
+        reason = " ".join(str(error).split())[:200]
+        raise CompressError(
+            f"dataset {dataset!r} ({hub_id}) could not be read: {type(error).__name__}: {reason}: "
+            f"check the name{did_you_mean(dataset, DATASETS)} and the network, "
+            "or use python-stdlib, FILE.txt or FILE.jsonl"
+        ) from error

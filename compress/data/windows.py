@@ -1,0 +1,225 @@
+"""Corpora become calibration windows [N, T], and RSQ's dataset expansion of them.
+
+Windows start at random places of the token stream (or, in a corpus of separate documents, of a
+random document that is long enough), drawn by a generator of their own from the recipe's seed.
+Documents are tokenised without special tokens; `bos` puts the tokenizer's BOS in front of each
+window instead, whose length stays T. The published calibration sets have none.
+
+Expansion by M (RSQ, arXiv 2503.01820, figure 1): each window also appears shifted in
+a circle by k * floor(T / M) tokens, k = 1 .. M-1, so that its tokens visit other positions.
+
+    windows = draw_windows(load_documents("python-stdlib", "train"), tokenizer, 128, 512)
+    windows = expand(windows, 8)        # [1024, 512]
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compress.data.text import BLANK_LINE, Corpus, load_documents
+from compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from compress.models.skeleton import Skeleton
+    from compress.recipe.recipe import Recipe
+
+PROBE_TOKENS = 64  # where no calibration gives tokens for the self-check
+BATCH = 64  # documents handed to the tokenizer at once
+
+
+@dataclass(frozen=True)
+class CalibrationWindows:
+    """`input_ids` [N, T] int64 and `mask` [N, T] bool: False = padding or not a target token.
+
+    The first `prefix` tokens of each window (BOS) stay where they are when windows are expanded.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+    prefix: int = 0
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows."""
+        return self.input_ids.numel()
+
+    @property
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        """Ids and masks [B, T], as they are held."""
+        return [(self.input_ids, self.mask)]
+
+    def batches(self, tokens: int) -> list[tuple[Tensor, Tensor]]:
+        """Ids and masks [B, T] of at most so many tokens each, but of one window at least."""
+        size = max(1, tokens // self.input_ids.shape[1])
+        return list(zip(self.input_ids.split(size), self.mask.split(size), strict=True))
+
+    def digest(self) -> bytes:
+        """All that the model reads."""
+        return self.input_ids.numpy().tobytes() + self.mask.numpy().tobytes()
+
+    def facts(self) -> dict[str, Any]:
+        """For modelpress.json."""
+        digest = hashlib.sha256(self.input_ids.numpy().tobytes())
+        return {"windows": list(self.input_ids.shape), "sha256": digest.hexdigest()}
+
+    def first(self, count: int) -> "CalibrationWindows":
+        """The first so many windows, or all."""
+        return CalibrationWindows(self.input_ids[:count], self.mask[:count], self.prefix)
+
+
+def draw_windows(
+    corpus: Corpus,
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: int,
+    length: int,
+    bos: bool = False,
+    seed: int = 0,
+    context: int | None = None,
+) -> CalibrationWindows:
+    """N = `samples` random windows of T = `length` tokens (BOS included); same seed, same windows.
+
+    Raises UsageError: T above the model's `context`, text shorter than one window, no BOS token.
+    """
+    if context is not None and length > context:
+        raise UsageError(
+            f"calibration.length: expected at most the model's context ({context}), found {length}"
+        )
+    if bos and tokenizer.bos_token_id is None:
+        raise UsageError(
+            "calibration.bos: this model's tokenizer has no BOS token: set it to false"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawn = length - int(bos)
+    if corpus.one_stream:
+        stream = token_stream(corpus, tokenizer)
+        if stream.numel() < drawn:
+            raise UsageError(
+                f"dataset {corpus.name!r}: expected at least {drawn} tokens for one window, "
+                f"found {stream.numel()}: use a longer text or a smaller calibration.length"
+            )
+        sources = [stream] * samples
+    else:
+        sources = _long_documents(corpus, tokenizer, samples, drawn, generator)
+    rows = []
+    for ids in sources:
+        start = int(torch.randint(ids.numel() - drawn + 1, (), generator=generator))
+        rows.append(ids[start : start + drawn])
+    input_ids = torch.stack(rows)  # [N, T]
+    if bos:
+        first = torch.full((samples, 1), tokenizer.bos_token_id)
+        input_ids = torch.cat([first, input_ids], dim=1)
+    return CalibrationWindows(input_ids, torch.ones_like(input_ids, dtype=torch.bool), int(bos))
+
+
+def expand(windows: CalibrationWindows, M: int) -> CalibrationWindows:
+    """[N, T] -> [N * M, T]: behind each window its M - 1 circular shifts to the right."""
+    if M == 1:
+        return windows
+    prefix = windows.prefix
+    step = (windows.input_ids.shape[1] - prefix) // M
+
+    def shifted(rows: Tensor) -> Tensor:
+        head, body = rows[:, :prefix], rows[:, prefix:]
+        copies = [torch.cat([head, body.roll(k * step, dims=1)], dim=1) for k in range(M)]
+        return torch.stack(copies, dim=1).flatten(0, 1)
+
+    return CalibrationWindows(shifted(windows.input_ids), shifted(windows.mask), prefix)
+
+
+def token_stream(
+    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", limit: int | None = None
+) -> Tensor:
+    """All documents as one stream of token ids [tokens] int64, blank lines between them, no BOS.
+
+    `limit` stops after so many tokens without reading on.
+    """
+    parts: list[list[int]] = []
+    total, last = 0, len(corpus.texts) - 1
+    for first in range(0, len(corpus.texts), BATCH):
+        batch = [
+            corpus.texts[i] + (BLANK_LINE if i < last else "")
+            for i in range(first, min(first + BATCH, last + 1))
+        ]
+        parts += (encoded := encode(tokenizer, batch))
+        total += sum(map(len, encoded))
+        if limit is not None and total >= limit:
+            break
+    return torch.tensor([i for ids in parts for i in ids], dtype=torch.int64)[:limit]
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    # verbose=False: a stream is longer than the model's context on purpose, no warning about it.
+    return tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+    ).input_ids
+
+
+def _long_documents(
+    corpus: Corpus,
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: int,
+    length: int,
+    generator: torch.Generator,
+) -> list[Tensor]:
+    """`samples` random documents of at least `length` tokens; each once if there are enough."""
+    found: list[Tensor] = []
+    for text in _shuffled(corpus, generator):
+        # A token is at least one byte, so a short text needs no tokenizing.
+        if len(text.encode()) < length:
+            continue
+        ids = encode(tokenizer, [text])[0]
+        if len(ids) >= length:
+            found.append(torch.tensor(ids, dtype=torch.int64))
+        if len(found) == samples:
+            break
+    if not found:
+        raise UsageError(
+            f"dataset {corpus.name!r}: no document has {length} tokens: "
+            "use a smaller calibration.length"
+        )
+    return [found[i % len(found)] for i in range(samples)]
+
+
+def _shuffled(corpus: Corpus, generator: torch.Generator) -> Iterator[str]:
+    for i in torch.randperm(len(corpus.texts), generator=generator).tolist():
+        yield corpus.texts[i]
+
+
+def recipe_windows(recipe: "Recipe", skeleton: "Skeleton", calibrated: bool) -> CalibrationWindows:
+    """The windows that a recipe's `calibration` section asks for.
+
+    Where nothing is calibrated: a few random tokens, which the self-check needs all the same.
+    """
+    c = recipe.calibration
+    if not calibrated:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(skeleton.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+        return CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool))
+    corpus = load_documents(recipe.resolve_path(c.dataset), "train", c.text_field)
+    context = getattr(skeleton.config, "max_position_embeddings", None)
+    windows = draw_windows(
+        corpus, skeleton.tokenizer(), c.samples, c.length, c.bos, c.seed, context
+    )
+    return expand(windows, c.expansion)
+
+
+def check_token_ids(parts: list[tuple[Tensor, Tensor]], vocabulary: int) -> None:
+    """UsageError for ids and masks [B, T] without tokens, or with tokens not in the vocabulary."""
+    shapes = [(list(ids.shape), list(mask.shape)) for ids, mask in parts]
+    if not parts or any(0 in ids or ids != mask for ids, mask in shapes):
+        raise UsageError(f"calibration data: expected ids and a mask [N, T], found {shapes[:1]}")
+    highest = max(int(ids.max()) for ids, _ in parts)
+    if highest >= vocabulary:
+        raise UsageError(
+            f"the tokenizer gives token {highest}, but the model knows {vocabulary}: "
+            "tokenizer and model do not belong together"
+        )

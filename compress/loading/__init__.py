@@ -1,0 +1,1 @@
+"""Checkpoints as models: `compress.load` and the quantiser of transformers."""

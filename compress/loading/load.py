@@ -1,0 +1,316 @@
+"""Opening a checkpoint: as a model that runs, or as a list of what is inside.
+
+`load` is transformers, with three differences. Linears that are packed stay packed, on a GPU and on
+a CPU (transformers makes them dense at the first forward). What it only warns about (a tensor that
+is missing, a quantisation method it does not know) would leave randomly initialised weights in the
+model, so here it is an error; and every error is one line. Code from a checkpoint is never run, and
+pickles are never read. A multimodal model comes with its processor, and prunes visual tokens if a
+strategy was saved with it.
+
+`inspect` reads headers and JSON only, ours or anybody's: compressed-tensors, GPTQ, or 16 bits.
+
+    model, tokenizer = load("out")
+    inspect("out")["modules"][0]      # {"name", "shape", "bits", "group_size", "symmetric"}
+"""
+
+import copy
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.checkpoint.compressed_tensors import module_schemes
+from compress.checkpoint.quantization_config import (
+    checked_section,
+    format_of,
+    groups_of,
+    is_packed,
+    needs_own_reader,
+    read_config,
+)
+from compress.errors import CheckpointError, UsageError
+from compress.storage.files import read_json
+from compress.storage.safetensors import CheckpointReader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+MORE = ("per_tensor", "act_order", "activation_bits")  # of a scheme, where it has them
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+# ---- a model that runs --------------------------------------------------------------------------
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    prune: bool = True,
+    packed: bool | None = None,
+    fuse: bool = False,
+    activation_bits: int | None = None,
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase | ProcessorMixin"]:
+    """A model in evaluation mode on `device`, and its tokenizer, if it is multimodal its processor.
+
+    path: a folder, or a model id on the hub. dtype: None keeps the checkpoint's. prune: whether a
+    strategy saved with the checkpoint is applied; `model.visual_token_pruning` is then its context.
+    packed: whether quantised linears stay packed (QuantLinear); False makes all of them dense; None
+    keeps compressed-tensors `pack-quantized`, or of integers with integer activations, and GPTQ
+    packed, and leaves other formats (AWQ, FP8) to transformers.
+    fuse: whether packed linears that read the same input run in one launch.
+    activation_bits: packed linears round what they read to so many bits (2 to 8), token by token,
+    and multiply integers: faster with several tokens, less exact.
+
+    Raises UsageError if there is no such folder and no such id can be reached, and CheckpointError
+    if what is there is not a whole model that can be loaded so; it names the module.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+    )
+
+    from compress.models.pretrained import processor_reader
+    from compress.pruning.families import FAMILIES
+    from compress.pruning.saved import apply_strategy, saved_strategy
+
+    if packed is False and activation_bits is not None:
+        raise UsageError(
+            "activation_bits is for packed linears: leave it out, or packed=False (--dense)"
+        )
+    _check_path(path)
+    config = guarded(path, AutoConfig.from_pretrained)
+    strategy = saved_strategy(config, path) if prune else None
+    multimodal = config.model_type in FAMILIES
+    kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True}
+    section = checked_section(config.to_dict(), Path(path) / "config.json")
+    if packed is None:
+        packed = is_packed(section)
+    if section and (packed or needs_own_reader(section)):
+        from compress.loading.transformers_plugin import ModelpressConfig
+
+        options["quantization_config"] = ModelpressConfig(packed, fuse, activation_bits)
+        options["config"] = without_section(config)
+    elif fuse:
+        raise UsageError(f"{path} has no packed linears to fuse: leave out fuse=True")
+    elif activation_bits is not None:
+        raise UsageError(f"{path} has no packed linears: leave out activation_bits")
+    elif section.get("quant_method") == "compressed-tensors":
+        _check_status(Path(path), section)
+    if torch.device(device).type != "cpu":
+        options["device_map"] = {"": device}  # or all of it would lie in the host's memory first
+    model, report = guarded(path, kind.from_pretrained, output_loading_info=True, **options)
+    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} tensors that the model needs, or has them in a format "
+            f"that transformers does not know; the first is {missing[0]}"
+        )
+    read = processor_reader(config) if multimodal else AutoTokenizer.from_pretrained
+    processor = guarded(path, read)
+    model = model.eval().to(device)
+    if strategy is not None:
+        apply_strategy(model, strategy, processor)
+    return model, processor
+
+
+def without_section(config: Any) -> Any:
+    """The config of a model whose quantisation is given to transformers apart from it."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
+
+
+def _check_path(path: str | Path) -> None:
+    """Says early and plainly what transformers would say late and in general."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            validate_repo_id(str(path))
+        except HFValidationError:
+            raise UsageError(f"no such model folder: {path}") from None
+        return
+    checked_section(read_config(folder), folder / "config.json")  # before transformers reads it
+    CheckpointReader(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the files of the "
+            f"model it was made from"
+        )
+
+
+def _check_status(folder: Path, section: dict[str, Any]) -> None:
+    """CheckpointError where transformers would take codes for weights, or weights for codes.
+
+    It goes by quantization_status alone: `compressed` is codes, all else is weights. A folder that
+    is on the hub, whose tensors are not here yet, is refused for a status that says neither.
+    """
+    status = section.get("quantization_status")
+    if not folder.is_dir():
+        formats = {format_of(section, group) for group in groups_of(section)}
+        if "int-quantized" in formats and status not in ("compressed", "decompressed"):
+            raise CheckpointError(
+                f"{folder} has int-quantized weights, but its quantization_status is {status!r}: "
+                f"transformers would take codes for weights; load it with packed=True"
+            )
+        return
+    reader = CheckpointReader(folder)
+    for scale in (name for name in reader.names if name.endswith(".weight_scale")):
+        weight = scale.removesuffix("_scale")
+        if weight not in reader:
+            continue
+        dtype = reader.dtype(weight)
+        has_codes = not dtype.is_floating_point or dtype.itemsize == 1  # fp8
+        if has_codes != (status == "compressed"):
+            found, taken = ("codes", "weights") if has_codes else ("weights", "codes")
+            right = "compressed" if has_codes else "decompressed"
+            raise CheckpointError(
+                f"{folder}: {weight} holds {found}, which transformers would take for {taken}: its "
+                f"quantization_status is {status!r}, set it to {right!r}"
+            )
+
+
+def guarded(path: str | Path, from_pretrained: Any, **options: Any) -> Any:
+    """Calls a `from_pretrained`, and turns what it raises into one line."""
+    try:
+        return from_pretrained(path, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, OSError) and not Path(path).is_dir():
+            raise UsageError(
+                f"{str(path)!r} is neither a folder here nor a model id that can be reached "
+                f"({reason}): check the spelling and the network, or log in with `hf auth login` "
+                f"if the model is gated"
+            ) from error
+        raise CheckpointError(f"{path} does not load in transformers: {reason}") from error
+
+
+# ---- what is inside -----------------------------------------------------------------------------
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint folder holds, from its headers and JSON files alone.
+
+    Returns {"format", "modules": [{"name", "shape", "bits", "group_size", "symmetric"}],
+    "bytes": {"quantized", "other", "total"}, "recipe", "provenance"}. Every matrix is a module;
+    one that is not quantised has the bits of its dtype and None for group_size and symmetric.
+    group_size None on a quantised module is one scale per output channel, or one in all;
+    `per_tensor`, `act_order` and `activation_bits` are there where they say something. A GGUF file,
+    or a folder without others, has llama.cpp's names. Raises UsageError if there is no such folder,
+    CheckpointError if it is damaged.
+    """
+    folder = Path(path)
+    files = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
+    if files and files[0].is_file() and not any(folder.glob("*.safetensors")):
+        from compress.checkpoint.gguf.inspect import inspect_gguf
+
+        beside = {
+            "recipe": _read_recipe(files[0].parent),
+            "provenance": read_json(files[0].parent / "modelpress.json"),
+        }
+        found = inspect_gguf(files) | beside
+        found["modules"].sort(key=lambda module: _natural(module["name"]))
+        return found
+    if not folder.is_dir():
+        raise UsageError(f"no such model folder: {path} (download a hub model first: hf download)")
+    config = checked_section(read_config(folder), folder / "config.json")
+    reader = CheckpointReader(folder)
+    quantised = _quantised_modules(reader, config)
+    modules = quantised | {
+        name.removesuffix(".weight"): _plain_module(reader, name)
+        for name in reader.names
+        if name.endswith(".weight")
+        and len(reader.shape(name)) == 2
+        and name.removesuffix(".weight") not in quantised
+    }
+    quantised_bytes = sum(
+        reader.nbytes(name)
+        for name in reader.names
+        if name.rpartition(".")[0] in quantised and not name.endswith(".bias")  # as in the plan
+    )
+    return {
+        "format": config.get("quant_method", "unquantised"),
+        "modules": [{"name": name, **modules[name]} for name in sorted(modules, key=_natural)],
+        "bytes": {
+            "quantized": quantised_bytes,
+            "other": reader.nbytes() - quantised_bytes,
+            "total": reader.nbytes(),
+        },
+        "recipe": _read_recipe(folder),
+        "provenance": read_json(folder / "modelpress.json"),
+    }
+
+
+def _quantised_modules(reader: CheckpointReader, config: dict) -> dict[str, dict]:
+    names = {name.rpartition(".")[0] for name in reader.names}
+    if config.get("quant_method") == "gptq":
+        return {n: _gptq_module(reader, n, config) for n in names if f"{n}.qweight" in reader}
+    scaled = sorted(name for name in names if f"{name}.weight_scale" in reader)
+    return {
+        name: {
+            "shape": _shape(reader, name, scheme.bits),
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "symmetric": scheme.symmetric,
+            **{key: value for key in MORE if (value := getattr(scheme, key))},
+        }
+        for name, scheme in module_schemes(config, scaled).items()
+    }
+
+
+def _shape(reader: CheckpointReader, name: str, bits: int) -> list[int]:
+    if f"{name}.weight_shape" in reader:  # two integers; the packed width alone is ambiguous
+        return reader.tensor(f"{name}.weight_shape").tolist()
+    if f"{name}.weight_packed" in reader:  # of small floats, which fill their bytes
+        N, columns = reader.shape(f"{name}.weight_packed")
+        return [N, columns * 8 * reader.dtype(f"{name}.weight_packed").itemsize // bits]
+    return list(reader.shape(f"{name}.weight"))
+
+
+def _gptq_module(reader: CheckpointReader, name: str, config: dict) -> dict:
+    """Width and group size from the shapes: they hold for mixed widths too."""
+    words, N = reader.shape(f"{name}.qweight")
+    groups = reader.shape(f"{name}.scales")[0]
+    if f"{name}.g_idx" in reader:
+        K = reader.shape(f"{name}.g_idx")[0]
+    else:
+        K = words * 32 // config["bits"]
+    return {
+        "shape": [N, K],
+        "bits": words * 32 // K,
+        "group_size": math.ceil(K / groups) if groups > 1 else None,
+        "symmetric": config.get("sym", True),
+        **({"act_order": True} if config.get("desc_act") else {}),
+    }
+
+
+def _plain_module(reader: CheckpointReader, name: str) -> dict:
+    bits = 8 * reader.dtype(name).itemsize
+    shape = list(reader.shape(name))
+    return {"shape": shape, "bits": bits, "group_size": None, "symmetric": None}
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key under which layer 2 comes before layer 10."""
+    parts = name.split(".")
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+def _read_recipe(folder: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder / 'recipe.yaml'} is not valid YAML: {reason}") from None

@@ -1,0 +1,323 @@
+"""Packed execution inside transformers: a quantisation config and the quantiser that it selects.
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=compress.ModelpressConfig(packed=True)
+    )
+
+works on a folder or hub id that is quantised already, as compressed-tensors `pack-quantized` or
+`int-quantized`, or GPTQ. (`compress.load` also reads sections that compressed-tensors itself, which
+transformers asks first, knows no longer: act-order "group".) Importing this file registers the two
+classes with transformers, by its public functions; it changes nothing in transformers that was
+there before.
+
+How weights get in: linears that the files hold packed are taken out of the empty model, so that
+transformers loads all the rest; then each is read, packed for its device, and put in its place. A
+dense copy of a packed weight never exists. `save_pretrained` writes what was read: the same
+tensors, and the same section of config.json.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import CompressedTensorsConfig
+
+from compress.checkpoint.gptq import FUSED
+from compress.checkpoint.packed import PackedLinears, UnpackableError
+from compress.errors import UsageError
+from compress.kernels.activations import BITS as ACTIVATION_BITS
+from compress.kernels.codes import Codes
+from compress.kernels.fused import SharedLinear, fuse_linears
+from compress.kernels.linear import QuantLinear
+from compress.kernels.reference import dequantize
+from compress.memory import release_memory
+
+METHOD = "modelpress"
+# After so many bytes of codes, what packing needed on the way is given back: often enough to stay
+# small, rarely enough not to spend the time on faulting pages in again.
+RELEASE_BYTES = 1 << 28
+# The transformers configs of the checkpoints that can be read.
+READABLE = ("CompressedTensorsConfig", "GPTQConfig", "ModelpressConfig")
+
+
+class _Name(str):
+    """A class name that equals that of any readable config."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return other in READABLE
+
+    def __ne__(self, other: object) -> bool:
+        return other not in READABLE
+
+
+class _Named(type):
+    """Lets a config of ours stand beside the config of the checkpoint.
+
+    transformers (5.17 to 5.23, AutoHfQuantizer.merge_quantization_configs) takes an argument beside
+    a quantised checkpoint's own config only if their classes have the same name, and then copies
+    the argument's loading attributes over. The quantiser's name is one of them.
+    """
+
+    @property
+    def __name__(cls) -> str:
+        return _Name(super().__name__)
+
+
+@register_quantization_config(METHOD)
+class ModelpressConfig(CompressedTensorsConfig, metaclass=_Named):
+    """How a packed checkpoint is to be loaded.
+
+    packed: keep the linears packed; False expands them to dense ones while loading, exactly, which
+    reads GPTQ and asymmetric compressed-tensors without further packages. fuse: run linears that
+    read the same input (q/k/v, gate/up) in one launch, where their widths and groups are the same.
+    activation_bits, 2 to 8: packed linears round what they read, token by token, and multiply
+    integers, which is faster with several tokens and less exact; what is saved does not say so.
+    """
+
+    # A CompressedTensorsConfig because transformers copies loading attributes from a few classes.
+
+    def __init__(
+        self,
+        packed: bool = True,
+        fuse: bool = False,
+        activation_bits: int | None = None,
+        **unused: Any,
+    ):
+        if not isinstance(packed, bool) or not isinstance(fuse, bool):
+            raise UsageError(f"packed and fuse are True or False, found {packed!r} and {fuse!r}")
+        if fuse and not packed:
+            raise UsageError("fuse=True is for packed linears: leave out packed=False")
+        if activation_bits is not None and not packed:
+            raise UsageError("activation_bits is for packed linears: leave it out, or packed=False")
+        known = type(activation_bits) is int and activation_bits in ACTIVATION_BITS
+        if activation_bits is not None and not known:
+            raise UsageError(f"activation_bits are 2 to 8, found {activation_bits!r}")
+        if unknown := unused.keys() - {"quant_method"}:
+            raise UsageError(
+                f"ModelpressConfig takes packed, fuse and activation_bits, found {min(unknown)}"
+            )
+        self.packed, self.fuse, self.activation_bits = packed, fuse, activation_bits
+        self.quant_method = METHOD
+        self.dequantize = not packed
+        self.checkpoint: dict[str, Any] = {}  # the section of the model that was loaded
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What transformers copies to the checkpoint's own config."""
+        return {"quant_method": METHOD} | self.choices()
+
+    def choices(self) -> dict[str, Any]:
+        """The arguments of this config."""
+        names = ("packed", "fuse", "activation_bits")
+        return {name: getattr(self, name) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section of config.json: of a loaded model, that of its checkpoint."""
+        return dict(self.checkpoint) or self.get_loading_attributes()
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same: every key counts."""
+        return self.to_dict()
+
+
+@register_quantizer(METHOD)
+class ModelpressQuantizer(HfQuantizer):
+    """Takes packed linears out of a model before its weights are loaded, and puts them in after."""
+
+    linears: PackedLinears
+    places: dict[str, str]  # name in the files -> name in the model
+
+    def __init__(self, quantization_config: Any, **options: Any):
+        choices = ModelpressConfig.choices(quantization_config)  # of a config of any class
+        super().__init__(ModelpressConfig(**choices), **options)
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradient."""
+        return not self.quantization_config.packed
+
+    @property
+    def is_compileable(self) -> bool:
+        """All products are custom operators; which tensor a fused one was made of is not traced."""
+        return not self.quantization_config.fuse
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the tensors that were read."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **options: Any
+    ) -> None:
+        files = [Path(file) for file in checkpoint_files or ()]
+        if not files or any(file.suffix != ".safetensors" for file in files):
+            raise UnpackableError(
+                "packed loading reads safetensors files only, found "
+                f"{files[0].name if files else 'a state dict'}"
+            )
+        with torch.device("cpu"):  # transformers calls this under the meta device
+            bits = self.quantization_config.activation_bits
+            self.linears = PackedLinears(files[0].parent, bits)
+            self.places = find_places(model, self.linears)
+        for place in self.places.values():
+            _put(model, place, Vacancy(model.get_submodule(place)))
+        suffixes = self.linears.format.suffixes
+        taken = {rf"\.({'|'.join(suffix for suffix in suffixes if suffix != 'weight')})$"}
+        if "weight" in suffixes:  # not those of other modules
+            places = {*self.places, *self.places.values()}
+            taken |= {rf"^{re.escape(place)}\.weight$" for place in places}
+        model._keys_to_ignore_on_load_unexpected = taken | set(
+            model._keys_to_ignore_on_load_unexpected or ()
+        )
+        self.quantization_config.checkpoint = self.linears.section
+
+    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+        if len(devices) != 1:
+            found = ", ".join(sorted(map(str, devices)))
+            raise UnpackableError(
+                f"{self.linears.folder}: packed linears run on one device, found {found}: load it "
+                f"with a device_map of one device"
+            )
+        (device,) = devices
+        passed = 0
+        for name, place in self.places.items():
+            vacancy = model.get_submodule(place)
+            codes = self.linears.codes(name, device)
+            passed += codes.codes.nbytes
+            _put(model, place, self._linear(name, codes, vacancy))
+            del codes
+            if passed > RELEASE_BYTES:
+                release_memory()
+                passed = 0
+        if self.quantization_config.fuse:
+            fuse_linears(model, FUSED.values())
+        release_memory()  # or the process would stay several times as large as its weights
+        if not self.quantization_config.packed:
+            self.remove_quantization_config(model)
+        return model
+
+    def _linear(self, name: str, codes: Codes, vacancy: "Vacancy") -> nn.Module:
+        bits = self.linears.schemes[name].activation_bits
+        if self.quantization_config.packed:
+            return QuantLinear(codes, vacancy.bias, vacancy.dtype, bits)
+        self._refuse_dense(name)
+        return dense_linear(codes, vacancy.bias, vacancy.dtype)
+
+    def _refuse_dense(self, name: str) -> None:
+        if self.linears.schemes[name].activation_bits is None:
+            return
+        chosen = self.linears.activation_bits is not None
+        otherwise = "load it without activation_bits" if chosen else "keep it packed"
+        raise UnpackableError(
+            f"{self.linears.folder}: {name} has quantised activations, which a dense linear would "
+            f"leave out: {otherwise}, without packed=False (--dense)"
+        )
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name in self.places:
+            self._refuse_dense(name)
+        dtype = dtype or next(model.parameters()).dtype  # model.dtype may be a name after saving
+        for place in self.places.values():
+            layer = model.get_submodule(place)
+            _put(model, place, dense_linear(layer.codes(), layer.bias, dtype))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SharedLinear):
+                parent, _, leaf = name.rpartition(".")
+                delattr(model.get_submodule(parent), leaf)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: packed linears as their files had them."""
+        kinds = (QuantLinear, SharedLinear)
+        own = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, kinds))
+        state = {key: t for key, t in model.state_dict().items() if not key.startswith(own)}
+        for name, place in self.places.items():
+            layer = model.get_submodule(place)
+            tensors = self.linears.tensors(name, layer.codes())
+            if layer.bias is not None:
+                tensors["bias"] = layer.bias
+            state |= {f"{place}.{key}": tensor for key, tensor in tensors.items()}
+        return state, {}
+
+
+class Vacancy(nn.Module):
+    """Where a packed linear will be: its shape, and its bias, which transformers loads."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = linear.weight.dtype
+        self.bias = linear.bias
+
+
+def find_places(model: Any, linears: PackedLinears) -> dict[str, str]:
+    """The linear of the model for each packed one of the files, by name.
+
+    Raises UnpackableError for a module that the model does not have as a plain linear of the right
+    shape with a weight of its own, and for a bias that it has no place for.
+    """
+    modules = dict(model.named_modules())
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    rename = _renamer(model)
+    places = {}
+    for name in linears.schemes:
+        place = name if isinstance(modules.get(name), nn.Linear) else rename(name)
+        linear = modules.get(place)
+        if type(linear) is not nn.Linear:
+            found = "nothing of that name" if linear is None else f"a {type(linear).__name__}"
+            raise UnpackableError(
+                f"{linears.folder}: {name} is packed, but the model has {found}, not a plain "
+                f"linear: {linears.otherwise}"
+            )
+        if f"{place}.weight" in tied:
+            raise UnpackableError(
+                f"{linears.folder}: {name} is packed, but config.json ties its weight to another: "
+                f"set tie_word_embeddings to false"
+            )
+        linears.check(name, (linear.out_features, linear.in_features))
+        bias = linears.bias(name)  # a NaN in it is told here, wherever it is read later
+        # zeros, as old GPTQ writers leave them, say nothing
+        if bias is not None and linear.bias is None and bias.any():
+            raise UnpackableError(
+                f"{linears.folder}: {name} has a bias, the model's linear has none"
+            )
+        places[name] = place
+    return places
+
+
+def dense_linear(codes: Codes, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    """The linear that the codes stand for, with a dense weight [N, K] rounded once to `dtype`."""
+    N, K = codes.codes.shape
+    linear = nn.Linear(K, N, bias is not None, device="meta")
+    linear.weight = nn.Parameter(dequantize(codes).to(dtype))
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(dtype))
+    return linear
+
+
+def _renamer(model: Any) -> Callable[[str], str]:
+    """What transformers calls a module that the files have under another, perhaps older, name."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    state = model.state_dict()
+
+    def rename(name: str) -> str:
+        key = f"{name}.weight"
+        key, _ = rename_source_key(key, renamings, [], model.base_model_prefix, state)
+        return key.removesuffix(".weight")
+
+    return rename
+
+
+def _put(model: nn.Module, place: str, module: nn.Module) -> None:
+    parent, _, leaf = place.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,1 @@
+"""A run: plan, calibration, the walk over the layers, output, evaluation."""

@@ -1,0 +1,278 @@
+"""The walk over the decoder layers: one at a time in memory, quantised as the calibration data
+passes through it.
+
+    for each layer: read, fuse norms, rotate -> token weights -> Hessians -> solve -> pack
+        -> part file, journal -> visual tokens pruned, where a stage lies before the next layer
+
+    walk = LayerWalk(recipe, skeleton, plan, stream, journal, ...)
+    walk.run(first=0); walk.facts
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.checkpoint.compressed_tensors import compress_module
+from compress.errors import CompressError
+from compress.importance.tokens import count_tokens, effective_sample_size
+from compress.memory import release_memory
+from compress.models.skeleton import Skeleton
+from compress.pipeline.journal import Journal
+from compress.pipeline.plan import Plan, storage_dtype
+from compress.pipeline.result import Observer
+from compress.pipeline.stream import CalibrationStream
+from compress.pruning.last_token import LastTokenAttention
+from compress.quantization.hessian import Hessian
+from compress.quantization.layer import TokenWeigher, run_layer, solve_group
+from compress.quantization.solvers import SOLVERS, SolverSettings
+from compress.recipe.recipe import Recipe
+from compress.rotation.rotate import fuse_and_rotate_layer, head_rotation, make_rotation
+
+
+class LayerWalk:
+    """Quantises layer after layer; `facts` are what modelpress.json says about each."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        skeleton: Skeleton,
+        plan: Plan,
+        stream: CalibrationStream,
+        journal: Journal,
+        device: str,
+        observer: Observer,
+        warn: Callable[[str], None],
+    ):
+        self.recipe, self.skeleton, self.plan = recipe, skeleton, plan
+        self.stream, self.journal, self.device = stream, journal, device
+        self.observer, self.warn = observer, warn
+        self.spec = skeleton.spec
+        self.dtype = storage_dtype(recipe, skeleton)
+        kind, seed = recipe.rotate.kind, recipe.rotate.seed
+        self.residual = make_rotation(kind, skeleton.config.hidden_size, seed)
+        self.heads = head_rotation(kind, skeleton.head_dim, seed)
+        self.solver = self._solver()
+        self.facts: list[dict[str, Any]] = journal.facts()
+        for module in (module for layer in self.facts for module in layer["modules"]):
+            self._report_oddities(module)
+
+    def _solver(self) -> Any:
+        q = self.recipe.quantize
+        if q.method == "none":
+            return None
+        settings = SolverSettings(q.clip_search, q.refine_sweeps, q.damping, q.act_order)
+        return SOLVERS[q.method](settings)
+
+    def run(self, first: int) -> None:
+        """All decoder layers from `first`, which is the first that the journal does not have."""
+        t = self.recipe.quantize.token_importance
+        batches, vocabulary = self.stream.batches, self.skeleton.config.vocab_size
+        counts = torch.zeros(vocabulary, dtype=torch.int64)
+        for ids, mask in self.stream.data.parts:
+            counts += count_tokens(ids, mask, vocabulary)
+        # The list itself: where visual tokens are pruned, its batches become shorter.
+        self.weigher = TokenWeigher(t.name, t.minimum, t.maximum, t.power, batches, counts)
+        total = len(self.plan.layers)
+        self.observer.stage("layers")
+        for index in range(first, total):
+            self.observer.layers(index, total)
+            started = time.perf_counter()
+            tensors, facts = self._layer(index)
+            facts["seconds"] = round(time.perf_counter() - started, 3)
+            self.journal.record(index, tensors, facts)
+            self.facts.append(facts)
+        self.observer.layers(total, total)
+
+    def stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor in the dtype of the checkpoint, where its values must fit."""
+        stored = tensor.to(self.dtype)
+        if not stored.isfinite().all():
+            raise CompressError(
+                f"{name}: its values (up to {tensor.abs().max():.3g}) do not fit in "
+                f"{str(self.dtype).removeprefix('torch.')}: choose another model.dtype"
+            )
+        return stored
+
+    # ---- one layer ------------------------------------------------------------------------------
+
+    def _layer(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Quantises layer `index` of the result and moves the activations through it."""
+        skeleton, spec, stream = self.skeleton, self.spec, self.stream
+        prefix = f"{spec.layers}.{index}."
+        schemes = {n: self.plan.schemes[prefix + n] for n in spec.linears}
+        source = self.plan.layers[index]
+        weights = self._weights(source, schemes)
+        written = {
+            prefix + name: tensor.to(self.dtype)
+            for name, tensor in weights.items()
+            if schemes.get(name.removesuffix(".weight")) is None
+        }
+        modules: list[dict[str, Any]] = []
+        sizes: list[float] = []
+        tokens: list[float] = []
+        with ExitStack() as opened:
+            layer = opened.enter_context(skeleton.layer(source, weights, self.device))
+            del weights
+
+            def quantise(group: tuple[str, ...], H: Hessian | None) -> None:
+                written.update(self._solve(prefix, layer, group, schemes, H, modules))
+                # Memory peaks in the MLP: before it and in its middle, what is free goes back.
+                # Doing so more often costs more in page faults than it saves.
+                if group in ((spec.output,), spec.mlp_in):
+                    release_memory()
+
+            y = stream.outputs(index)
+            run_layer(
+                layer, spec, lambda i, x: stream.layer_inputs(source, i, x),
+                stream.x, y, stream.scratch(),
+                quantise=quantise,
+                needs_hessian=lambda group: self._needs_hessian(group, schemes),
+                weigh=lambda i, x, normed: self._weigh(layer, source, i, x, normed, sizes, tokens),
+                counted=len(stream.batches),
+                attended=self._ranking(layer, index, source, opened),
+                device=self.device,
+            )  # fmt: skip
+        stream.advance(y, index + 1)
+        facts = {"layer": index, "modules": modules}
+        if source != index:
+            facts["source_layer"] = source
+        if sizes:
+            facts["effective_sample_size"] = round(sum(sizes) / len(sizes), 1)
+            facts["tokens_per_window"] = round(sum(tokens) / len(tokens), 1)
+        return written, facts
+
+    def _weigh(
+        self,
+        layer: nn.Module,
+        source: int,
+        i: int,
+        x: Tensor,
+        normed: Tensor,
+        sizes: list[float],
+        tokens: list[float],
+    ) -> Tensor | None:
+        """Token weights of a batch, None for uniform; their sample size goes to `sizes`."""
+        if self.solver is None or not self.solver.needs_hessian:
+            return None
+        inputs = self.stream.layer_inputs(source, i, x)
+        window = self.skeleton.sliding_window(source)
+        w = self.weigher.weights(i, x, normed, layer, self.spec, inputs, window)
+        ids, mask = self.stream.batches[i]
+        counted = mask.sum(-1).double().mean().item()
+        sizes.append(counted if w is None else effective_sample_size(w))
+        tokens.append(float(ids.shape[1]))
+        return w
+
+    def _ranking(
+        self, layer: nn.Module, index: int, source: int, opened: ExitStack
+    ) -> Callable[[int], None] | None:
+        """Notes what each prompt's last token attends to, if the stage after this layer asks."""
+        stream = self.stream
+        if not stream.ranks_before(index + 1):
+            return None
+        tap = LastTokenAttention(layer.get_submodule(self.spec.attention))
+        for handle in tap.install():
+            opened.callback(handle.remove)
+
+        def attended(i: int) -> None:
+            if i in stream.prompts:
+                x = stream.x[i].to(self.device)
+                tap.rotary = stream.layer_inputs(source, i, x)["position_embeddings"]
+                valid = stream.prompts[i].views[-1].valid.to(self.device)
+                stream.scores[i] = tap.scores(valid).cpu()
+
+        return attended
+
+    def _weights(self, index: int, schemes: dict[str, Any]) -> dict[str, Tensor]:
+        """The layer's tensors in fp32, rotated; those left unquantised as they will be stored."""
+        tensors = self.skeleton.read_layer(index)
+        if self.residual is not None:
+            tensors = fuse_and_rotate_layer(
+                tensors, self.spec, self.residual, self.heads, self.skeleton.head_dim
+            )
+        for name in list(tensors):
+            tensor = tensors.pop(name)
+            if schemes.get(name.removesuffix(".weight")) is None:
+                tensor = self.stored(f"{self.spec.layers}.{index}.{name}", tensor)
+            tensors[name] = tensor.float()
+        return tensors
+
+    # ---- one group of linears -------------------------------------------------------------------
+
+    def _needs_hessian(self, group: tuple[str, ...], schemes: dict[str, Any]) -> bool:
+        return bool(
+            self.solver
+            and self.solver.needs_hessian
+            and any(schemes[name] is not None for name in group)
+        )
+
+    def _solve(
+        self,
+        prefix: str,
+        layer: nn.Module,
+        group: tuple[str, ...],
+        schemes: dict[str, Any],
+        H: Hessian | None,
+        modules: list[dict[str, Any]],
+    ) -> dict[str, Tensor]:
+        """Quantises the linears of one group in place; their packed tensors, and facts."""
+        started = time.perf_counter()
+        try:
+            solved = solve_group(layer, group, schemes, self.solver, H, self.dtype)
+        except CompressError as error:
+            raise CompressError(f"{prefix}{group[0]}: {error}") from error
+        tensors: dict[str, Tensor] = {}
+        for name, linear in solved.items():
+            bits = schemes[name].bits
+            scale = self.stored(f"{prefix}{name}.weight_scale", linear.scale)
+            packed = compress_module(linear.codes, scale, linear.zero, bits)
+            tensors |= {f"{prefix}{name}.{key}": tensor for key, tensor in packed.items()}
+        seconds = time.perf_counter() - started
+        for name, linear in solved.items():
+            facts = {
+                "name": prefix + name,
+                "bits": schemes[name].bits,
+                "group_size": schemes[name].group_size,
+                "error": linear.relative_error(),
+                "damping": linear.damping,
+                "dead_columns": linear.dead_columns,
+                "changed": [round(share, 6) for share in linear.changed],
+                "seconds": round(seconds / len(solved), 3),
+            }
+            modules.append(facts)
+            self.observer.module(facts["name"], facts)
+            self._report_oddities(facts)
+        return tensors
+
+    def solve_head(
+        self, weight: Tensor, norm: nn.Module, scheme: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Quantises the head like any other linear; its input is the final norm's output.
+
+        Returns its weight as the checkpoint has it, and the packed tensors.
+        """
+        name = self.spec.head
+        holder = nn.Module()
+        setattr(holder, name, nn.Linear(*weight.shape[::-1], bias=False, device="meta"))
+        getattr(holder, name).weight = nn.Parameter(weight.to(self.device), requires_grad=False)
+        H = None
+        if self.solver.needs_hessian:
+            H = Hessian(weight.shape[1], self.device)
+            for i, (_, mask) in enumerate(self.stream.batches):
+                x = self.stream.x[i].to(self.device)
+                H.add_batch(norm(x), mask.to(self.device).float())
+        modules: list[dict[str, Any]] = []
+        packed = self._solve("", holder, (name,), {name: scheme}, H, modules)
+        self.facts.append({"layer": None, "modules": modules, "seconds": modules[0]["seconds"]})
+        return getattr(holder, name).weight, packed
+
+    def _report_oddities(self, facts: dict[str, Any]) -> None:
+        damping = self.recipe.quantize.damping
+        if facts["damping"] is not None and facts["damping"] > damping:
+            self.warn(f"{facts['name']}: damping was raised from {damping} to {facts['damping']}")
+        if facts["dead_columns"]:
+            self.warn(f"{facts['name']}: {facts['dead_columns']} inputs were always zero")

@@ -1,0 +1,100 @@
+"""What a run will need of the host's memory, at its peak, from the recipe and the headers alone.
+
+host_memory(recipe, skeleton, shapes, calibrated=True)
+
+An estimate: one layer, the statistics of its widest linear, the batch in flight, the activations of
+all calibration windows unless they go to disk, and the fixed cost of Python, torch and
+transformers; or, if that is more, what the scores of `allocate` need.
+"""
+
+from typing import TYPE_CHECKING
+
+from compress.allocation.scores import needs_windows
+from compress.data.activations import TOKENS_PER_BATCH, activations_on_disk
+from compress.eval.windows import CHUNK_ELEMENTS
+from compress.pipeline.pruning_forecast import calibration_tokens
+from compress.recipe.sections import MEASURED_SCORES
+
+if TYPE_CHECKING:
+    from compress.models.skeleton import Skeleton
+    from compress.recipe.recipe import Recipe
+
+Shapes = dict[str, tuple[int, int]]  # of linears, by full name
+
+FIXED_MEMORY = 500 * 10**6  # Python, torch and transformers, measured on Linux with CPU torch
+SOLVER_COPIES = 3  # of a Hessian while it is factored; as many of a group's weights
+LOGIT_COPIES = 8  # of a chunk of logits while a divergence is taken of two of them
+
+
+def host_memory(recipe: "Recipe", skeleton: "Skeleton", shapes: Shapes, calibrated: bool) -> int:
+    """Bytes. calibrated: whether the run reads calibration data."""
+    run = _run(recipe, skeleton, shapes, calibrated)
+    return FIXED_MEMORY + max(run, _scores(recipe, skeleton, shapes))
+
+
+def _run(recipe: "Recipe", skeleton: "Skeleton", shapes: Shapes, calibrated: bool) -> int:
+    """Of the walk that rotates and quantises."""
+    inside = _inside(skeleton, shapes)
+    layer = sum(N * K for N, K in inside)
+    bytes_per_weight = 4 + (16 if recipe.rotate.kind != "none" else skeleton.dtype.itemsize)
+    vocabulary = _vocabulary(skeleton)
+    # The vision tower encodes in fp32, beside its tensors as they are written.
+    tower = sum(skeleton.model.get_parameter(name).numel() for name in skeleton.vision_names())
+    seeing = tower * (4 + skeleton.dtype.itemsize) + (vocabulary if tower else 0)
+    total = max(layer * bytes_per_weight, vocabulary, seeing)
+    pruning = recipe.prune_visual_tokens
+    if pruning is not None and pruning.search is not None:
+        total = max(total, skeleton.reader.nbytes())
+    if not calibrated:
+        return total
+    widest = max(K for _, K in inside)
+    hidden = skeleton.config.hidden_size
+    activations = calibration_tokens(recipe, skeleton) * (hidden + widest) * 4
+    on_disk = activations_on_disk(recipe.calibration.offload, activations)
+    return total + _working(recipe, skeleton, inside) + (0 if on_disk else activations)
+
+
+def _scores(recipe: "Recipe", skeleton: "Skeleton", shapes: Shapes) -> int:
+    """Of the walk that measures what each unit would lose, and of a divergence at its end."""
+    if not needs_windows(recipe):
+        return 0
+    section, c, hidden = recipe.allocate, recipe.calibration, skeleton.config.hidden_size
+    inside, groups = _inside(skeleton, shapes), skeleton.spec.groups
+    layer = sum(N * K for N, K in inside)
+    windows = min(section.samples, c.samples * c.expansion)
+    states = windows * c.length * hidden * 4
+    units = skeleton.num_layers * (1 if section.unit == "layer" else len(groups))
+    diverging = section.importance.base == "logit_divergence"
+    stored = states * (1 + (units * len(section.widths) if diverging else 0))
+    if activations_on_disk(c.offload, stored):
+        stored = 0
+    measured = section.method == "evolve" or section.importance.base in MEASURED_SCORES
+    walk = layer * (4 + skeleton.dtype.itemsize) + stored
+    if measured:  # every group's Hessian, and the layer's codes at every width
+        first = f"{skeleton.spec.layers}.0."
+        hessians = sum(shapes[first + group[0]][1] ** 2 * 4 for group in groups)
+        walk += _working(recipe, skeleton, inside) + hessians + layer * len(section.widths)
+    chunk = min(c.length * skeleton.config.vocab_size, CHUNK_ELEMENTS) * 4
+    head = _vocabulary(skeleton) + chunk * LOGIT_COPIES
+    if section.method == "evolve":  # the windows before, after the 16-bit model, and after another
+        return max(walk, head + max(3 * states, stored if diverging else 0))
+    return max(walk, head + stored if diverging else 0)
+
+
+def _inside(skeleton: "Skeleton", shapes: Shapes) -> list[tuple[int, int]]:
+    """The linears of a layer."""
+    return [shapes[f"{skeleton.spec.layers}.0.{name}"] for name in skeleton.spec.linears]
+
+
+def _vocabulary(skeleton: "Skeleton") -> int:
+    """Bytes of the embedding or of the head in fp32."""
+    return skeleton.config.vocab_size * skeleton.config.hidden_size * 4
+
+
+def _working(recipe: "Recipe", skeleton: "Skeleton", inside: list[tuple[int, int]]) -> int:
+    """A batch in flight, or a linear being solved."""
+    widest = max(K for _, K in inside)
+    tokens = max(TOKENS_PER_BATCH, recipe.calibration.length)
+    batch = tokens * (skeleton.config.hidden_size + 3 * widest) * 4
+    solver = SOLVER_COPIES * 4 * (widest**2 + max(N * K for N, K in inside))
+    return max(batch, solver)

@@ -1,0 +1,190 @@
+"""The output folder of a run: put together beside its final place, checked, moved, documented.
+
+    config.json, generation_config.json       the source's, plus quantization_config
+    tokenizer and processor files             the source's
+    pruning.json         how visual tokens are pruned, if they are; also a key of config.json
+    model-0000k-of-0000n.safetensors, model.safetensors.index.json
+    recipe.yaml          every default spelled out, so that the same bytes can be made again
+    modelpress.json      where it came from, what was done, what it took
+    report.html, README.md, eval/results.json
+
+Policy: until the weights are whole and have been reloaded, everything lives in OUT/.modelpress.
+`publish` moves config.json last and removes the old one first, so that OUT holds a whole
+checkpoint or none that any engine would load. What is written afterwards only describes it.
+
+    assemble(final, parts, recipe, skeleton, plan, dtype); publish(final, output); document(result)
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.checkpoint.compressed_tensors import ModuleScheme, quantization_config
+from compress.errors import CompressError, UsageError
+from compress.eval.report import write_report
+from compress.loading.load import inspect
+from compress.pipeline.card import bits_summary, model_card
+from compress.pruning.saved import save_strategy
+from compress.storage.files import atomic_write
+from compress.storage.safetensors import CheckpointReader, merge_shards
+
+if TYPE_CHECKING:
+    from compress.models.skeleton import Skeleton
+    from compress.pipeline.plan import Plan
+    from compress.pipeline.result import RunResult
+    from compress.recipe.recipe import Recipe
+    from compress.recipe.strategy import PruneStrategy
+
+WORK_FOLDER = ".modelpress"
+# What a model folder holds beside weights and config: copied as it is.
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+              "merges.txt", "*.model", "chat_template*", "generation_config.json",
+              "processor_config.json", "preprocessor_config.json",
+              "video_preprocessor_config.json", "pruning.json")  # fmt: skip
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """UsageError if `output` holds anything but an unfinished run, unless it may be replaced."""
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"output {output} is a file; expected a folder")
+    if not output.is_dir() or overwrite:
+        return
+    found = sorted(p.name for p in output.iterdir() if p.name != WORK_FOLDER)
+    # A run that was killed while its files were being moved has left some, but no config.json.
+    publishing = (output / WORK_FOLDER / "final").is_dir() and "config.json" not in found
+    if found and not publishing:
+        raise UsageError(
+            f"output folder {output} exists and holds {found[0]}: "
+            "choose another --output, or give --overwrite"
+        )
+
+
+def assemble(
+    final: Path,
+    parts: list[Path],
+    recipe: "Recipe",
+    skeleton: "Skeleton",
+    plan: "Plan",
+    dtype: torch.dtype,
+    strategy: "PruneStrategy | None" = None,
+) -> None:
+    """Writes the checkpoint to the folder `final` from the tensors in `parts`.
+
+    `strategy`: how it prunes visual tokens, in the place of one that the source had.
+
+    Raises:
+        CompressError: a planned module is missing, or the bytes are not those planned.
+    """
+    shutil.rmtree(final, ignore_errors=True)
+    final.mkdir()
+    merge_shards(parts, final, recipe.save.shard_bytes)
+    config = checkpoint_config(skeleton, plan, dtype)
+    (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for pattern in COMPANIONS:
+        for file in sorted(skeleton.folder.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, final / file.name)
+    if strategy is not None:
+        save_strategy(strategy, final)
+    (final / "recipe.yaml").write_text(recipe.dump())
+    _check_counts(final, plan)
+
+
+def checkpoint_config(skeleton: "Skeleton", plan: "Plan", dtype: torch.dtype) -> dict[str, Any]:
+    """The source's config.json with what the run has changed."""
+    config = json.loads((skeleton.folder / "config.json").read_text())
+    dtype_key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[dtype_key] = str(dtype).removeprefix("torch.")
+    # Of a multimodal model; the older Qwen2-VL files have the decoder's keys at the top.
+    inner = [part for part in config.values() if isinstance(part, dict) and "model_type" in part]
+    for part in inner:  # or one that is not named here would be loaded in another type
+        part |= {key: config[dtype_key] for key in ("dtype", "torch_dtype") if key in part}
+    decoder = config.get("text_config", config)
+    if plan.untied:
+        config["tie_word_embeddings"] = decoder["tie_word_embeddings"] = False
+    if len(plan.layers) < skeleton.num_layers:
+        decoder["num_hidden_layers"] = len(plan.layers)
+        # From the config as transformers reads it: an older file derives them from the depth.
+        if types := getattr(skeleton.config, "layer_types", None):
+            decoder["layer_types"] = [types[index] for index in plan.layers]
+    if plan.modules:
+        modules = {m.name: ModuleScheme(m.bits, m.group_size, m.symmetric) for m in plan.modules}
+        ignored = [name for name in plan.schemes if name not in modules]
+        if vision := skeleton.spec.vision:
+            # Engines put a prefix before the head of a language model inside another.
+            head = skeleton.spec.head
+            ignored = [f"re:.*{name}$" if name == head else name for name in ignored]
+            ignored += vision.ignored
+        config["quantization_config"] = quantization_config(modules, ignored)
+    return config
+
+
+def _check_counts(folder: Path, plan: "Plan") -> None:
+    """Every planned module must be in the file, packed, and the bytes must be the plan's."""
+    reader = CheckpointReader(folder)
+    lost = [m.name for m in plan.modules if f"{m.name}.weight_packed" not in reader]
+    if lost:
+        raise CompressError(f"{len(lost)} modules were planned but not written: {lost[0]}, ...")
+    if reader.nbytes() != plan.bytes["total"]:
+        raise CompressError(
+            f"the tensors take {reader.nbytes():,} bytes, {plan.bytes['total']:,} planned"
+        )
+
+
+def publish(final: Path, output: Path) -> None:
+    """Moves the finished files to `output`, config.json last, and removes the work folder."""
+    files = sorted(final.iterdir(), key=lambda f: f.name == "config.json")
+    new = {file.name for file in files}
+    (output / "config.json").unlink(missing_ok=True)
+    for file in files:
+        file.replace(output / file.name)
+    for file in [*output.glob("*.safetensors*"), *output.glob("*.gguf")]:
+        if file.name not in new:
+            file.unlink()
+    # Reports of a checkpoint that was replaced would be about another one.
+    for name in ("modelpress.json", "report.html", "README.md", "eval"):
+        path = output / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    shutil.rmtree(output / WORK_FOLDER)
+
+
+def document(result: "RunResult", recipe: "Recipe", provenance: dict[str, Any]) -> None:
+    """Writes modelpress.json, report.html, the model card and, if there is one, the evaluation."""
+    output = result.path
+    _write_json(output / "modelpress.json", provenance)
+    if result.metrics:
+        (output / "eval").mkdir(exist_ok=True)
+        _write_json(output / "eval" / "results.json", result.metrics)
+    described = {key: value for key, value in provenance.items() if key != "layers"}
+    facts = {
+        "name": output.resolve().name,
+        "base_model": recipe.model.path,
+        "recipe": recipe.model_dump(),
+        "bits": bits_summary(inspect(output)["modules"]),
+        "bytes": provenance["bytes"],
+        "evaluation": result.metrics,
+        "provenance": described,
+        "multimodal": result.plan.multimodal,
+        "pruning": result.pruning,
+        "layers": module_rows(result.layers),
+    }
+    with atomic_write(output / "README.md") as file:
+        file.write(model_card(facts).encode())
+    result.report = write_report(output / "report.html", facts)
+
+
+def module_rows(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The modules of all layers, each with its layer's effective sample size: for the report."""
+    return [
+        module | {"effective_sample_size": layer.get("effective_sample_size")}
+        for layer in layers
+        for module in layer["modules"]
+    ]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())

@@ -1,0 +1,209 @@
+"""What pruning visual tokens will do in a run, before any weight is read.
+
+The strategy for the depth of the model, what would make it fail, and its costs for one prompt: the
+first of the calibration prompts, or else an image of the size that the vision tower takes.
+
+    planned, problems, notes = forecast(recipe, skeleton, layers=28)
+"""
+
+import math
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from compress.data.samples import DEMO_SCENES, read_samples
+from compress.errors import CompressError, UsageError
+from compress.pruning.costs import DecoderShape, kv_bytes, prefill_flops
+from compress.pruning.families import FAMILIES
+from compress.pruning.last_token import LastTokenAttention, check_decoder
+from compress.pruning.saved import saved_strategy
+from compress.pruning.stages import Stages
+from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
+
+if TYPE_CHECKING:
+    from compress.models.skeleton import Skeleton
+    from compress.recipe.recipe import Recipe
+
+SECTION = "prune_visual_tokens"
+TEXT_TOKENS = 32  # of a prompt that is made up, beside its image
+VISUAL_TOKENS = 1024  # of an image where its size decides, and none is given
+
+
+def strategy_of(recipe: "Recipe", skeleton: "Skeleton", layers: int) -> PruneStrategy | None:
+    """The strategy that the result prunes by: the recipe's, or else the one saved with the source.
+
+    Raises UsageError for one that a model of so many decoder layers cannot follow.
+    """
+    if skeleton.spec.vision is None:
+        if recipe.prune_visual_tokens is None:
+            return None
+        raise UsageError(
+            f"{skeleton.model_config.model_type!r} models see no images: leave the section out"
+        )
+    if recipe.prune_visual_tokens is not None:
+        strategy = recipe.prune_visual_tokens.strategy_for(layers)
+    else:
+        found = saved_strategy(skeleton.model_config, skeleton.folder)
+        if found is None:
+            return None
+        strategy = found
+    strategy.average_kept(layers)  # refuses a stage beyond the last layer
+    base = skeleton.model.model
+    check_decoder(base.language_model)
+    Stages(strategy, layers).tap(base, FAMILIES[skeleton.model_config.model_type])
+    if strategy.method in LANGUAGE_ATTENTION:
+        LastTokenAttention(base.language_model.layers[0].self_attn)
+    return strategy
+
+
+def forecast(
+    recipe: "Recipe", skeleton: "Skeleton", layers: int, element_bytes: int = 2
+) -> tuple[dict[str, Any] | None, list[str], list[str]]:
+    """What is planned (None if nothing is pruned), problems and notes, a line each, of which the
+    first is the plan's `summary`.
+
+    Planned are the strategy and, for one prompt, visual tokens left at each decoder layer, prefill
+    FLOPs and KV-cache bytes, each with its figure without pruning. Never raises.
+    """
+    try:
+        strategy = strategy_of(recipe, skeleton, layers)
+        _check_data(recipe, skeleton)
+        if strategy is None:
+            return None, [], []
+        _check_search(recipe, strategy)
+        planned = _costs(recipe, skeleton, strategy, layers, element_bytes)
+    except CompressError as error:
+        place = "" if str(error).startswith(("calibration", SECTION)) else f"{SECTION}: "
+        return None, [f"{place}{error}"], []
+    planned["summary"] = _summary(planned)
+    return planned, [], [planned["summary"], *_notes(recipe, skeleton, planned)]
+
+
+def calibration_tokens(recipe: "Recipe", skeleton: "Skeleton") -> int:
+    """Tokens of all calibration data: exact for text, estimated from the first prompt of images."""
+    from compress.data.prompts import image_dataset
+
+    c = recipe.calibration
+    if not image_dataset(recipe, skeleton):
+        return c.samples * c.expansion * c.length
+    try:
+        total, _, _ = _prompt(recipe, skeleton)
+    except CompressError:  # the run will say what is wrong with the file
+        total = c.length
+    return c.samples * total
+
+
+def _check_data(recipe: "Recipe", skeleton: "Skeleton") -> None:
+    """UsageError for settings of `calibration` that prompts with images do not have."""
+    from compress.data.prompts import image_dataset
+
+    c, section = recipe.calibration, recipe.prune_visual_tokens
+    images = image_dataset(recipe, skeleton)
+    if section is not None and section.search is not None and not images:
+        raise UsageError(
+            f"search needs prompts with images: expected calibration.dataset to be {DEMO_SCENES} "
+            f'or a FILE.jsonl of lines {{"image": path, "prompt": text}}, found {c.dataset!r}'
+        )
+    if images and (c.expansion > 1 or c.bos):
+        name = "expansion" if c.expansion > 1 else "bos"
+        raise UsageError(
+            f"calibration.{name}: is for windows of text, and {c.dataset} holds prompts with "
+            "images: leave it out"
+        )
+
+
+def _check_search(recipe: "Recipe", strategy: PruneStrategy) -> None:
+    from compress.pruning.search import check_search, search_variables
+
+    section = recipe.prune_visual_tokens
+    if section is not None and section.search is not None:
+        assert section.keep is not None
+        check_search(section.keep, section.search.trials, section.search.sampler)
+        search_variables(strategy, section.search.searched())
+
+
+def _prompt(recipe: "Recipe", skeleton: "Skeleton") -> tuple[int, list[int], str]:
+    """Tokens of one prompt, the visual tokens of each of its images, and what prompt it is."""
+    from compress.data.prompts import answered, image_dataset
+
+    if image_dataset(recipe, skeleton):
+        path = recipe.resolve_path(recipe.calibration.dataset)
+        processor, seed = skeleton.processor(), recipe.calibration.seed
+        answers = answered(recipe)
+        ids = read_samples(path, processor, 1, seed, answers=answers)[0]["input_ids"][0]
+        token = skeleton.model_config.image_token_id
+        runs = [(key, len(list(run))) for key, run in groupby((ids == token).tolist())]
+        images = [length for is_image, length in runs if is_image]
+        return len(ids), images, f"a prompt of {recipe.calibration.dataset}"
+    vision = skeleton.model_config.vision_config
+    if hasattr(vision, "image_size"):
+        count = (vision.image_size // vision.patch_size) ** 2
+        source = f"one crop of {vision.image_size} x {vision.image_size} pixels"
+    else:
+        count, source = VISUAL_TOKENS, "an image"
+    return count + TEXT_TOKENS, [count], f"{source} and {TEXT_TOKENS} tokens of text"
+
+
+def _costs(
+    recipe: "Recipe",
+    skeleton: "Skeleton",
+    strategy: PruneStrategy,
+    layers: int,
+    element_bytes: int,
+) -> dict[str, Any]:
+    total, images, source = _prompt(recipe, skeleton)
+    counts = [sum(c) for c in zip(*(strategy.counts(n, layers) for n in images), strict=True)]
+    visual = sum(images)
+    kept = [visual] * strategy.stages[0]
+    ends = [*strategy.stages[1:], layers]
+    for count, start, end in zip(counts, strategy.stages, ends, strict=True):
+        kept += [count] * (end - start)
+    shape = DecoderShape.of(skeleton.config, element_bytes)
+    tokens = [total - visual + n for n in kept]
+    section = recipe.prune_visual_tokens
+    return {
+        "strategy": strategy.model_dump(mode="json"),
+        "searched": section is not None and section.search is not None,
+        "average_kept": strategy.average_kept(layers),
+        "prompt": {"source": source, "tokens": total, "visual_tokens": visual},
+        "kept": kept,
+        "prefill_flops": prefill_flops(shape, tokens),
+        "prefill_flops_unpruned": prefill_flops(shape, [total] * layers),
+        "kv_bytes": kv_bytes(shape, tokens),
+        "kv_bytes_unpruned": kv_bytes(shape, [total] * layers),
+    }
+
+
+def _summary(planned: dict[str, Any]) -> str:
+    strategy, prompt = planned["strategy"], planned["prompt"]
+    steps = ", ".join(
+        f"{planned['kept'][layer]} from layer {layer}" for layer in strategy["stages"]
+    )
+    flops = planned["prefill_flops"] / planned["prefill_flops_unpruned"]
+    cache = planned["kv_bytes"] / planned["kv_bytes_unpruned"]
+    return (
+        f"visual tokens: {planned['average_kept']:.1%} kept on average by {strategy['method']}; of "
+        f"{prompt['visual_tokens']} ({prompt['source']}) {steps}; prefill takes {flops:.1%} of "
+        f"{_short(planned['prefill_flops_unpruned'])} FLOPs, the KV cache {cache:.1%} of "
+        f"{_short(planned['kv_bytes_unpruned'])}B"
+    )
+
+
+def _notes(recipe: "Recipe", skeleton: "Skeleton", planned: dict[str, Any]) -> list[str]:
+    from compress.data.prompts import image_dataset
+
+    notes = []
+    if recipe.prune_visual_tokens is None:
+        notes.append("the strategy is the one saved with the model; the result keeps it")
+    if planned["searched"]:
+        notes.append("the search for a strategy holds the whole 16-bit model in memory")
+    if not image_dataset(recipe, skeleton) and recipe.quantize.method == "gptq":
+        notes.append(
+            "calibration data holds no images: the Hessians are those of text, which is not pruned"
+        )
+    return notes
+
+
+def _short(number: int) -> str:
+    """1,234,567 as `1.23M`."""
+    power = min(int(math.log10(max(number, 1))) // 3, 5)
+    return f"{number / 1000**power:.3g}{' KMGTP'[power].strip()}"

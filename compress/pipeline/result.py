@@ -1,0 +1,71 @@
+"""What a run tells while it goes on, and what it has made when it is done."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.pipeline.plan import Plan
+
+
+class Observer:
+    """What a run tells while it goes on; the command line draws it. Every method may be ignored."""
+
+    def stage(self, name: str) -> None: ...
+
+    def layers(self, done: int, total: int) -> None: ...
+
+    def module(self, name: str, facts: dict[str, Any]) -> None: ...
+
+    def generation(self, done: int, total: int, fitness: float) -> None: ...
+
+    def trial(self, done: int, total: int, score: float) -> None:
+        """So many trials of a search for a pruning strategy; `score`: the best mean cosine."""
+
+    def warning(self, text: str) -> None: ...
+
+
+@dataclass
+class RunResult:
+    """What a run has made.
+
+    Attributes:
+        path: the output folder.
+        plan: what was planned, and done.
+        metrics: the evaluation, as `compress.evaluate` gives it; empty if the recipe asks for none.
+        layers: for each decoder layer its index, seconds, effective sample size and modules: name,
+            bits, group size, relative error, damping, share of codes that each sweep changed.
+        seconds: by stage.
+        peak_memory: {"host", "device"} in bytes, of this process.
+        self_check: the logits' largest difference after reloading in a fresh process.
+        pruning: the strategy of a checkpoint that prunes visual tokens, what it kept of the
+            calibration prompts, and how it was searched; None for others.
+        warnings: all that was out of the ordinary, one line each.
+        report: the HTML page.
+    """
+
+    path: Path
+    plan: "Plan"
+    metrics: dict[str, Any]
+    layers: list[dict[str, Any]]
+    seconds: dict[str, float]
+    peak_memory: dict[str, int]
+    self_check: dict[str, Any]
+    pruning: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
+    report: Path | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "path": str(self.path),
+            "plan": self.plan.as_dict(),
+            "metrics": self.metrics,
+            "seconds": self.seconds,
+            "peak_memory": self.peak_memory,
+            "self_check": self.self_check,
+            "pruning": self.pruning,
+            "layers": self.layers,
+            "warnings": self.warnings,
+            "report": None if self.report is None else str(self.report),
+        }

@@ -1,0 +1,240 @@
+"""The calibration tokens on their way through the decoder layers, one layer at a time.
+
+Holds what a layer needs of each batch: hidden states (in memory or on disk), position ids, and
+which tokens count. Prompts with images are encoded at the start; where visual tokens are pruned,
+each stage of the strategy shortens the prompts before its layer, so that pruned tokens are neither
+attended to nor counted in any Hessian, and recycled ones are.
+
+A multimodal model's stream ends with a probe: a prompt that is never pruned and never counts, whose
+logits any engine can check.
+
+    stream = CalibrationStream(skeleton, data, stages, folder, on_disk=False)
+    stream.embed(encoder, table); ...; stream.advance(y, layer=1)
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.data.activations import TOKENS_PER_BATCH, ActivationStore
+from compress.data.prompts import CalibrationData, ImagePrompts
+from compress.errors import CheckpointError
+from compress.models.skeleton import Skeleton
+from compress.models.vision import Encoded, encode
+from compress.pruning.costs import DecoderShape, PruningStats, prompt_stats
+from compress.pruning.encoding import EncodedImages
+from compress.pruning.families import FAMILIES
+from compress.pruning.prompt import PrunedPrompt, take
+from compress.pruning.stages import Stages
+from compress.recipe.strategy import LANGUAGE_ATTENTION
+from compress.storage.safetensors import read_tensors, save_tensors
+
+Table = Callable[[], Tensor]  # gives the embedding [vocabulary, d]
+# Opens the vision tower for as long as images are encoded.
+Encoder = Callable[[], AbstractContextManager[None]]
+
+
+class CalibrationStream:
+    """The batches, and where they are.
+
+    Attributes:
+        batches: ids and mask [B, T] of the tokens that are still there, without the probe's.
+        x: the inputs of the next layer, [B, T, d] each; the probe's last.
+        probe: what the probe is made of, None for a text model.
+        scores: attention of prompts' last tokens [1, T] in the layer that has just run, by batch.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        data: CalibrationData,
+        stages: Stages | None,
+        folder: Path,
+        on_disk: bool,
+        *,
+        probe: dict[str, Any] | None = None,
+        processor: Any = None,
+        device: str = "cpu",
+    ):
+        self.skeleton, self.data, self.stages = skeleton, data, stages
+        self.folder, self.on_disk, self.device = folder, on_disk, device
+        self.probe, self.processor = probe, processor
+        self.batches = data.batches(TOKENS_PER_BATCH)
+        self.positions: list[Tensor | None] = []
+        self.prompts: dict[int, PrunedPrompt] = {}  # of batches with images, if any are pruned
+        self.scores: dict[int, Tensor] = {}
+        self.x = ActivationStore()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    # ---- the start ------------------------------------------------------------------------------
+
+    def embed(self, encoder: Encoder, table: Table) -> None:
+        """Puts the first layer's inputs in place."""
+        self.x = ActivationStore(*(self.place(0) if self.on_disk else ()))
+        self.positions = []
+        for encoded in self._encoded(encoder, table()):
+            self.positions.append(encoded.positions)
+            self.x.append(encoded.embeds)
+        self._narrow(0)
+
+    def restore(self, layer: int, encoder: Encoder, table: Table) -> None:
+        """Puts the inputs of `layer` in place, which an earlier process has written.
+
+        Raises CheckpointError if they are not there.
+        """
+        d = self.skeleton.config.hidden_size
+        lengths = [ids.shape for ids, _ in self.batches]
+        self.positions = [None] * len(lengths)
+        if self.probe is not None:  # images are encoded again, for their places and importances
+            self.positions = [e.positions for e in self._encoded(encoder, table())]
+            lengths.append(self.probe["input_ids"].shape)
+        for stage in sorted(self.stages.numbers if self.stages and self.prompts else ()):
+            if stage <= layer:
+                self._narrow_again(stage)
+        lengths[: len(self.batches)] = [ids.shape for ids, _ in self.batches]
+        shapes = [torch.Size([*length, d]) for length in lengths]
+        found = ActivationStore.found(*self.place(layer), shapes)
+        self.x = found if self.on_disk else found.in_memory()
+
+    def _encoded(self, encoder: Encoder, table: Tensor) -> Iterator[Encoded]:
+        """The embeddings of every batch, and of the probe."""
+        if not isinstance(self.data, ImagePrompts):
+            for ids, _ in self.batches:
+                yield Encoded(table[ids].float(), None)
+        if self.probe is None:
+            return
+        with encoder():
+            if isinstance(self.data, ImagePrompts):
+                for i, inputs in enumerate(self.data.inputs):
+                    yield self._encode(i, inputs, table)
+            yield encode(self.skeleton, self.probe, table, self.device)
+
+    def _encode(self, i: int, inputs: dict[str, Any], table: Tensor) -> Encoded:
+        if self.stages is None:
+            return encode(self.skeleton, inputs, table, self.device)
+        base, config = self.skeleton.model.model, self.skeleton.model_config
+        tap = self.stages.tap(base, FAMILIES[config.model_type], self.processor)
+        images = EncodedImages(tap)
+        handles = tap.install()
+        base.get_image_features = images.noting(base.get_image_features)
+        try:
+            encoded = encode(self.skeleton, inputs, table, self.device)
+        finally:
+            del base.get_image_features  # the class's own is there again
+            for handle in handles:
+                handle.remove()
+        _, mask = self.batches[i]
+        self.prompts[i] = PrunedPrompt(mask, _on_cpu(images.placed(inputs, config.image_token_id)))
+        return encoded
+
+    # ---- from layer to layer --------------------------------------------------------------------
+
+    def place(self, layer: int) -> tuple[Path, str]:
+        """Where the inputs of a layer lie. Two sets of files take turns, so that those of a layer
+        stay until the next one's are whole, and files are written over rather than made anew."""
+        return self.folder, f"inputs-{layer % 2}"
+
+    def outputs(self, layer: int) -> ActivationStore:
+        """Where the outputs of `layer` go."""
+        return ActivationStore(*self.place(layer + 1)) if self.on_disk else self.x
+
+    def scratch(self) -> ActivationStore:
+        """An empty store for what waits inside a layer."""
+        return ActivationStore(*((self.folder, "work") if self.on_disk else ()))
+
+    def layer_inputs(self, source: int, i: int, x: Tensor) -> dict[str, Any]:
+        """What the decoder layer `source` of the model needs beside batch i."""
+        return self.skeleton.layer_inputs(source, x, self.positions[i])
+
+    def advance(self, y: ActivationStore, layer: int) -> None:
+        """`y` become the inputs of `layer`, shortened if a stage lies there, and are on disk."""
+        self.x = y
+        self._narrow(layer)
+        self.x.dump(*self.place(layer))
+
+    def ranks_before(self, layer: int) -> bool:
+        """Whether the stage before `layer` asks what the layer before it attends to."""
+        stages = self.stages
+        if stages is None or not self.prompts or layer not in stages.numbers:
+            return False
+        return stages.strategy.method in LANGUAGE_ATTENTION
+
+    def _narrow(self, layer: int) -> None:
+        """Applies the stage before `layer`, and notes which tokens are left, for a resumed run."""
+        if self.stages is None or not self.prompts or layer not in self.stages.numbers:
+            return
+        left = {}
+        for i, prompt in self.prompts.items():
+            generator = torch.Generator().manual_seed(self._seed(i, layer))
+            scores = self.scores.get(i)
+            hidden, order = self.stages.narrow(
+                prompt, layer, self.x[i].cpu(), generator, None if scores is None else scores.cpu()
+            )
+            if order is not None:
+                self._shorten(i, layer, order)
+            self.x[i] = hidden
+            for j, image in enumerate(prompt.images):
+                left[f"{i}.{j}.alive"] = image.alive
+                if image.merged is not None:
+                    left[f"{i}.{j}.merged"] = image.merged
+        self.scores = {}
+        save_tensors(self._left_file(layer), left)
+
+    def _narrow_again(self, layer: int) -> None:
+        """The stage before `layer` as an earlier process has decided it."""
+        assert self.stages is not None
+        file = self._left_file(layer)
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: start again with --no-resume")
+        left = read_tensors(file)
+        for i, prompt in self.prompts.items():
+            for j, image in enumerate(prompt.images):
+                image.alive = left[f"{i}.{j}.alive"]
+                image.merged = left.get(f"{i}.{j}.merged")
+                image.kept.append((layer, len(image.alive)))
+            order = prompt.narrow(layer)
+            if order is not None:
+                self._shorten(i, layer, order)
+
+    def _shorten(self, i: int, layer: int, order: Tensor) -> None:
+        """Batch i without the tokens that are not in `order` [1, T']."""
+        assert self.stages is not None
+        ids, mask = self.batches[i]
+        positions = self.positions[i]
+        if positions is None:
+            positions = torch.arange(ids.shape[1])[None]
+        self.positions[i] = self.stages.positions(self.prompts[i], layer, positions, order)
+        self.batches[i] = take(ids, order), take(mask, order)
+
+    def _left_file(self, layer: int) -> Path:
+        return self.folder / f"visual-{layer:05d}.safetensors"
+
+    def _seed(self, i: int, layer: int) -> int:
+        """Chance of its own for each prompt and stage, so that a resumed run draws the same."""
+        assert self.stages is not None
+        sequence = np.random.SeedSequence([self.stages.strategy.seed, i, layer])
+        return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+    # ---- the end --------------------------------------------------------------------------------
+
+    def pruning_stats(self, element_bytes: int) -> dict[str, Any] | None:
+        """What was kept of the calibration prompts, and their costs; None if none was pruned."""
+        if not self.prompts:
+            return None
+        shape = DecoderShape.of(self.skeleton.config, element_bytes)
+        return PruningStats([prompt_stats(shape, p) for p in self.prompts.values()]).as_dict()
+
+
+def _on_cpu(images: list[Any]) -> list[Any]:
+    """Images whose tokens are told apart on the CPU, where prompts are shortened."""
+    for image in images:
+        fields = {n: v.cpu() for n, v in vars(image.tokens).items() if isinstance(v, Tensor)}
+        image.tokens = replace(image.tokens, **fields)
+        image.positions, image.alive = image.positions.cpu(), image.alive.cpu()
+    return images

@@ -1,0 +1,87 @@
+"""The self-check of a written checkpoint: reload it elsewhere, and compare its logits.
+
+The model in memory writes a probe: a prompt, with an image if the model is multimodal, and its
+logits for it. A fresh Python process that knows only torch, transformers and safetensors loads the
+folder in fp32 on the CPU and runs the same prompt, no visual tokens pruned. A key that is missing
+or left over, or a relative error max|a-b| / max|b| above the tolerance, is a CheckpointError: a
+checkpoint that differs from the model that was measured is not a result.
+
+    write_probe(path, inputs, model(**inputs).logits)
+    reload_and_compare(folder, path)["relative_error"]
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+from compress.checkpoint.compressed_tensors import must_dequantize_on_load
+from compress.errors import CheckpointError
+from compress.storage.safetensors import save_tensors
+
+SCRIPT = Path(__file__).with_name("reload_script.py")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def write_probe(path: str | Path, inputs: dict[str, Tensor], logits: Tensor) -> None:
+    """Writes the arguments of a forward, token ids [B, T] and for a multimodal model its images,
+    and the logits [B, T, V] that the model gave for them, in fp32."""
+    save_tensors(path, inputs | {"logits": logits.float()})
+
+
+def reload_and_compare(
+    folder: str | Path, probe_path: str | Path, tolerance: float = 1e-4
+) -> dict[str, float | int]:
+    """Loads `folder` in a fresh process and compares its logits to those of the probe.
+
+    Returns {"relative_error", "tolerance", "tokens"}; relative_error is max|a-b| / max|b|. Raises
+    CheckpointError if the folder does not load, if keys are missing or left over, or if the error
+    is above the tolerance (a NaN always is).
+    """
+    folder = Path(folder)
+    report = _run(folder, Path(probe_path), _dequantize(folder))
+    if "failure" in report:
+        raise CheckpointError(f"{folder} does not load in transformers: {report['failure']}")
+    if "loading" in report:
+        faults = "; ".join(
+            f"{kind.replace('_', ' ')}: {', '.join(names[:3])}"
+            + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            for kind, names in report["loading"].items()
+        )
+        raise CheckpointError(f"{folder} does not load whole in transformers: {faults}")
+    if "shapes" in report:
+        found, expected = report["shapes"]
+        raise CheckpointError(f"{folder} gives logits of shape {found}, expected {expected}")
+    error = report["relative_error"]
+    if not error <= tolerance:
+        raise CheckpointError(
+            f"{folder}, reloaded, gives other logits than the model that was written: "
+            f"relative error {error:.3g}, tolerance {tolerance:.3g}"
+        )
+    return {"relative_error": error, "tolerance": tolerance, "tokens": report["tokens"]}
+
+
+def _dequantize(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no config.json") from None
+    return must_dequantize_on_load(config.get("quantization_config") or {})
+
+
+def _run(folder: Path, probe: Path, dequantize: bool) -> dict:
+    # -P: this folder must not become the child's first import path, or our compressed_tensors.py
+    # would stand in for the compressed_tensors package.
+    command = [sys.executable, "-P", str(SCRIPT), str(folder.resolve()), str(probe.resolve())]
+    command += ["--dequantize"] if dequantize else []
+    child = subprocess.run(
+        command, env=os.environ | OFFLINE, capture_output=True, text=True, check=False
+    )
+    try:
+        return json.loads(child.stdout)
+    except ValueError:  # killed, for want of memory perhaps, before it could report
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"failure": f"the process left with code {child.returncode}: {last}"}

@@ -1,0 +1,72 @@
+"""What the language model tells: how much the prompt's last token attends to each token.
+
+From the q and k of one decoder layer, with its rotary embedding, so that no attention kernel has to
+give its weights away; only the last token's row is computed.
+
+    tap = LastTokenAttention(layer.self_attn); handles = tap.install(); ...; tap.scores(valid)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from compress.errors import UsageError
+from compress.pruning.tower import rotate
+
+
+class LastTokenAttention:
+    """Hooks on the projections of one decoder layer's attention."""
+
+    def __init__(self, attention: nn.Module):
+        if hasattr(attention, "q_norm"):
+            raise UsageError(
+                f"{type(attention).__name__} normalises its queries, which fastv and pyramiddrop "
+                "do not follow here: choose another method"
+            )
+        self.attention = attention
+        self.rotary: tuple[Tensor, Tensor] | None = None  # cos and sin [B or 1, S, d] it was given
+        self.seen: dict[str, Tensor] = {}
+
+    def install(self) -> list[RemovableHandle]:
+        projections = {"q": self.attention.q_proj, "k": self.attention.k_proj}
+        return [m.register_forward_hook(self._keep(name)) for name, m in projections.items()]
+
+    def _keep(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if output.shape[1] > 1:  # a decoding step has nothing to rank
+                self.seen[name] = output.detach()
+
+        return hook
+
+    def scores(self, valid: Tensor) -> Tensor:
+        """Attention from each row's last valid token, heads averaged: [B, S] fp32.
+
+        `valid` [B, S]: slots that hold a token. Forgets what it saw.
+        """
+        assert self.rotary is not None
+        size = self.attention.head_dim
+        q, k = (self.seen[name].float().unflatten(-1, (-1, size)) for name in "qk")
+        cos, sin = (x.float().unsqueeze(2) for x in self.rotary)  # [B, S, 1, d]
+        numbers = torch.arange(valid.shape[1], device=valid.device)
+        last = (valid * numbers).argmax(dim=1)  # [B]
+        rows = torch.arange(len(last), device=last.device)
+        q, k = rotate(q, cos, sin)[rows, last], rotate(k, cos, sin)  # [B, h, d], [B, S, h_kv, d]
+        k = k.repeat_interleave(q.shape[1] // k.shape[2], dim=2)
+        logits = torch.einsum("bhd,bshd->bhs", q, k) * self.attention.scaling
+        seen = valid & (numbers <= last[:, None])
+        weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1)
+        self.seen, self.rotary = {}, None
+        return weights.mean(dim=1)
+
+
+def check_decoder(text: nn.Module) -> None:
+    """UsageError if a decoder layer attends in a sliding window: its width counts slots."""
+    types = getattr(text.config, "layer_types", None)
+    window = getattr(text.config, "sliding_window", None)
+    if ("sliding_attention" in types) if types else window:
+        raise UsageError(
+            f"{type(text).__name__} has sliding-window layers: visual tokens cannot be pruned, a "
+            "shorter prompt would widen the window"
+        )

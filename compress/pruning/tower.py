@@ -1,0 +1,353 @@
+"""What the vision tower tells: where each visual token lies, and how its patch is attended to.
+
+A tap sits on one ViT layer with hooks on its projections, so whatever attention kernel runs is left
+alone. It gives one `VisualTokens` per image, 1:1 with the image's placeholders in the prompt: the
+maps go through the same packing as the features (the model's own function, for LLaVA), so unpad,
+resize, newline tokens and 2x2 merging cannot put them out of step. arXiv 2508.05211, section 4.1.
+
+    tap = PatchTower(base, settings); handles = tap.install(); ...; images = tap.images(inputs)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from compress.errors import UsageError
+from compress.importance.patches import (
+    add_entropy,
+    cut_patches,
+    grey_levels,
+    patch_entropy,
+    received_attention,
+    voted_attention,
+)
+
+Inputs = dict[str, Any]  # keyword arguments of a forward, or of `get_image_features`
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The n visual tokens of one image, in the order of the prompt.
+
+    `segment` tells grids apart (0: the whole image, 1: its tiles, -1: newline tokens); `row` and
+    `column` are places in that grid, in tokens.
+    """
+
+    segment: Tensor  # [n]
+    row: Tensor  # [n]
+    column: Tensor  # [n]
+    importance: Tensor | None = None  # [n], votes + alpha * softmax(entropy); 0 for newlines
+    attention: Tensor | None = None  # [n], from the CLS token, or received if there is none
+    keys: Tensor | None = None  # [n, d], the tapped layer's keys, heads averaged
+    empty_voters: int = 0  # crops in which no patch reached the voters' threshold
+
+    @property
+    def newline(self) -> Tensor:
+        return self.segment < 0
+
+    def __len__(self) -> int:
+        return self.segment.numel()
+
+    def take(self, index: Tensor) -> "VisualTokens":
+        """The tokens at `index` [m]."""
+        fields = ("segment", "row", "column", "importance", "attention", "keys")
+        parts = {name: getattr(self, name) for name in fields}
+        taken = {name: None if part is None else part[index] for name, part in parts.items()}
+        return VisualTokens(**taken, empty_voters=self.empty_voters)
+
+
+@dataclass(frozen=True)
+class TapSettings:
+    """What is wanted of the tower. `signals`: any of `importance`, `attention`, `keys`."""
+
+    signals: frozenset[str]
+    threshold: float
+    vote: str
+    alpha: float
+    layer: int | None  # None: the layer that the features come from
+    pixel_mean: Tensor | None = None  # [3], of the image processor; None: the tower's usual
+    pixel_std: Tensor | None = None
+
+
+class VisionTap(Protocol):
+    """Hooks on a vision tower, and what they saw in the forward that has just run.
+
+    `images` takes the arguments of `get_image_features`.
+    """
+
+    def install(self) -> list[RemovableHandle]: ...
+    def images(self, inputs: Inputs) -> list[VisualTokens]: ...
+
+
+class PatchTower:
+    """CLIP and SigLIP towers: crops of a fixed size, every patch becomes a token.
+
+    `crops(base, inputs)` is the number of crops of each image, and `pack(base, maps, inputs)` turns
+    maps [crops, N, channels] into [n, channels], newline tokens marked by NaN.
+    """
+
+    def __init__(self, base: nn.Module, settings: TapSettings, crops: Callable, pack: Callable):
+        self.base, self.settings = base, settings
+        self.crops, self.pack = crops, pack
+        vision = base.config.vision_config
+        if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+            raise UsageError(
+                f"expected a CLIP or SigLIP vision tower, found {vision.model_type!r}: its "
+                "attention cannot be read"
+            )
+        self.prefix = int(vision.model_type == "clip_vision_model")  # the CLS token
+        kept = base.config.vision_feature_select_strategy
+        if kept != ("default" if self.prefix else "full"):
+            raise UsageError(
+                f"vision_feature_select_strategy {kept!r} does not fit a {vision.model_type}: "
+                "expected one feature for each patch ('default' drops CLIP's CLS token, 'full' "
+                "keeps all of SigLIP's)"
+            )
+        self.patch_size = vision.patch_size
+        self.side = vision.image_size // vision.patch_size
+        tower = base.vision_tower
+        self.layers = getattr(tower, "vision_model", tower).encoder.layers
+        self.layer = _tapped_layer(self._feature_layer(), settings.layer, len(self.layers))
+        self.seen: dict[str, Tensor] = {}
+
+    def _feature_layer(self) -> int:
+        """The layer whose output is `hidden_states[vision_feature_layer]`, the last if several."""
+        index = self.base.config.vision_feature_layer
+        states = len(self.layers) + 1
+        indices = [index] if isinstance(index, int) else index
+        return max(i % states for i in indices) - 1
+
+    def install(self) -> list[RemovableHandle]:
+        attention = self.layers[self.layer].self_attn
+        self.heads = attention.num_heads
+        handles = [self.base.vision_tower.register_forward_pre_hook(self._before, with_kwargs=True)]
+        if self.settings.signals:
+            handles.append(attention.q_proj.register_forward_hook(self._keep("q")))
+            handles.append(attention.k_proj.register_forward_hook(self._keep("k")))
+        return handles
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
+        self.seen = {"pixels": args[0] if args else kwargs["pixel_values"]}
+
+    def _keep(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            self.seen[name] = output.detach()
+
+        return hook
+
+    def images(self, inputs: Inputs) -> list[VisualTokens]:
+        """One entry per image, in the order of the prompt; forgets what it saw."""
+        pixels = self.seen["pixels"]
+        signals, empty = self._signals(pixels)
+        self.seen = {}
+        crops = self.crops(self.base, inputs)
+        # The first channel exists for its NaNs: they tell which tokens are newlines.
+        flags = torch.zeros(len(pixels), self.side**2, 1, device=pixels.device)
+        maps = torch.cat([flags, *signals.values()], dim=-1).split(crops)
+        packed = self.pack(self.base, list(maps), inputs)
+        result = []
+        for count, tokens, none in zip(crops, packed, empty.split(crops), strict=True):
+            place = anyres_places(tokens[:, 0].isnan(), self.side, several=count > 1)
+            parts = tokens[:, 1:].nan_to_num().split([s.shape[-1] for s in signals.values()], -1)
+            named = dict(zip(signals, parts, strict=True))
+            result.append(
+                VisualTokens(
+                    *place,
+                    importance=named["importance"][:, 0] if "importance" in named else None,
+                    attention=named["attention"][:, 0] if "attention" in named else None,
+                    keys=named.get("keys"),
+                    empty_voters=int(none.sum()),
+                )
+            )
+        return result
+
+    def _signals(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Maps [crops, N, channels] by name, and the crops [crops] without voters."""
+        wanted, settings = self.settings.signals, self.settings
+        empty = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
+        maps: dict[str, Tensor] = {}
+        if not wanted:
+            return maps, empty
+        q, k = (self.seen[x].unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in "qk")
+        scaling = q.shape[-1] ** -0.5
+        if "importance" in wanted:
+            scores, empty = voted_attention(
+                q, k, scaling, threshold=settings.threshold, vote=settings.vote, prefix=self.prefix
+            )
+            if settings.alpha:
+                grey = grey_levels(pixels, *_normalisation(settings, bool(self.prefix)))
+                entropy = patch_entropy(cut_patches(grey, self.patch_size))
+                scores = add_entropy(scores, entropy, settings.alpha)
+            maps["importance"] = scores[..., None]
+        if "attention" in wanted:
+            looking = q[:, :, :1] if self.prefix else q
+            weights = torch.full(looking.shape[::2], 1 / looking.shape[2], device=q.device)
+            received = received_attention(looking, k, scaling, weights)[:, self.prefix :]
+            maps["attention"] = received[..., None]
+        if "keys" in wanted:
+            maps["keys"] = k[:, :, self.prefix :].float().mean(dim=1)
+        return maps, empty
+
+
+class MergingTower:
+    """The Qwen2-VL and Qwen2.5-VL towers: any resolution, 2x2 patches become one token.
+
+    Patches come in merge-unit order. Qwen2.5-VL shuffles the units into windows and attends within
+    them, except in its full-attention blocks, the last of which is tapped.
+    """
+
+    def __init__(self, base: nn.Module, settings: TapSettings):
+        self.settings, self.tower = settings, base.visual
+        self.merge = self.tower.spatial_merge_size
+        depth = len(self.tower.blocks)
+        full = getattr(self.tower, "fullatt_block_indexes", None)
+        self.layer = _tapped_layer(max(full) if full else depth - 1, settings.layer, depth)
+        self.seen: dict[str, Any] = {}
+
+    def install(self) -> list[RemovableHandle]:
+        attention = self.tower.blocks[self.layer].attn
+        self.heads = attention.num_heads
+        handles = [self.tower.register_forward_pre_hook(self._before, with_kwargs=True)]
+        if self.settings.signals:
+            handles.append(attention.register_forward_pre_hook(self._arguments, with_kwargs=True))
+            handles.append(attention.qkv.register_forward_hook(self._projected))
+        return handles
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
+        self.seen = {"pixels": args[0] if args else kwargs["hidden_states"]}
+
+    def _arguments(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
+        self.seen |= {name: kwargs[name] for name in ("cu_seqlens", "position_embeddings")}
+
+    def _projected(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.seen["qkv"] = output.detach()
+
+    def images(self, inputs: Inputs) -> list[VisualTokens]:
+        """One entry per image, in the order of the prompt; forgets what it saw."""
+        grids = inputs["image_grid_thw"]
+        signals, empty = self._signals(grids)
+        self.seen = {}
+        sizes = (grids.prod(-1) // self.merge**2).tolist()
+        parts = {name: signal.split(sizes) for name, signal in signals.items()}
+        result = []
+        for i, (frames, height, width) in enumerate(grids.tolist()):
+            shape = (frames, height // self.merge, width // self.merge)
+            axes = [torch.arange(n, device=grids.device) for n in shape]
+            place = [axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]
+            named = {name: part[i] for name, part in parts.items()}
+            result.append(VisualTokens(*place, **named, empty_voters=int(empty[i])))
+        return result
+
+    def _signals(self, grids: Tensor) -> tuple[dict[str, Tensor], list[int]]:
+        """Maps by name, [tokens of all images] or [tokens, d], and chunks without voters."""
+        wanted, settings = self.settings.signals, self.settings
+        empty = [0] * len(grids)
+        if not wanted:
+            return {}, empty
+        q, k, _ = self.seen["qkv"].float().unflatten(-1, (3, self.heads, -1)).unbind(1)
+        cos, sin = (x.float().unsqueeze(1) for x in self.seen["position_embeddings"])
+        maps: dict[str, Tensor] = {}
+        if "keys" in wanted:
+            maps["keys"] = k.mean(dim=1)  # before the rotary embedding: what, not where
+        q, k = rotate(q, cos, sin).transpose(0, 1), rotate(k, cos, sin).transpose(0, 1)  # [h, N, d]
+        ends = grids.prod(-1).cumsum(0).tolist()
+        chunks: dict[str, list[Tensor]] = {"importance": [], "attention": []}
+        bounds = self.seen["cu_seqlens"].tolist()
+        for start, end in pairwise(bounds):
+            pair = (q[None, :, start:end], k[None, :, start:end], q.shape[-1] ** -0.5)
+            if "importance" in wanted:
+                scores, none = voted_attention(
+                    *pair, threshold=settings.threshold, vote=settings.vote
+                )
+                chunks["importance"].append(scores[0])
+                empty[next(i for i, last in enumerate(ends) if start < last)] += int(none)
+            if "attention" in wanted:
+                weights = torch.full((1, end - start), 1 / (end - start), device=q.device)
+                chunks["attention"].append(received_attention(*pair, weights)[0])
+        maps |= {name: torch.cat(parts) for name, parts in chunks.items() if parts}
+        maps = {name: self._in_prompt_order(signal, grids) for name, signal in maps.items()}
+        if "importance" in wanted and settings.alpha:
+            entropies = self._entropy().split(grids.prod(-1).tolist())
+            scores = maps["importance"].split(grids.prod(-1).tolist())
+            added = [
+                add_entropy(s, e, settings.alpha) for s, e in zip(scores, entropies, strict=True)
+            ]
+            maps["importance"] = torch.cat(added)
+        unit = self.merge**2
+        return {name: m.unflatten(0, (-1, unit)).mean(dim=1) for name, m in maps.items()}, empty
+
+    def _in_prompt_order(self, signal: Tensor, grids: Tensor) -> Tensor:
+        """Undoes Qwen2.5-VL's shuffle of merge units into windows."""
+        if not hasattr(self.tower, "window_size"):
+            return signal
+        from transformers.vision_utils import get_vision_window_index
+
+        index, _ = get_vision_window_index(
+            grids,
+            spatial_merge_size=self.merge,
+            window_size=self.tower.window_size,
+            patch_size=self.tower.patch_size,
+        )
+        units = signal.unflatten(0, (-1, self.merge**2))
+        restored = torch.empty_like(units)
+        restored[index.to(units.device)] = units
+        return restored.flatten(0, 1)
+
+    def _entropy(self) -> Tensor:
+        """[patches], in merge-unit order; the two frames of an image's patch are the same."""
+        patch = self.tower.patch_embed.patch_size
+        pixels = self.seen["pixels"]
+        pixels = pixels.view(len(pixels), 3, -1, patch)  # [patches, 3, frames * patch, patch]
+        grey = grey_levels(pixels, *_normalisation(self.settings, clip=True))
+        return patch_entropy(grey.flatten(1))
+
+
+def anyres_places(newline: Tensor, side: int, several: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Segment, row and column [n] of an image's tokens.
+
+    First `side` x `side` tokens of the whole image; then, if it has several crops, its tiles as
+    one grid with a newline token after each row; otherwise at most one newline token.
+    """
+    index = torch.arange(newline.numel(), device=newline.device)
+    base = index < side**2
+    rest = index - side**2
+    width = side
+    if several:
+        width = int(newline[side**2 :].nonzero()[0]) + 1 if newline.any() else len(index) - side**2
+    segment = torch.where(base, 0, 1).masked_fill(newline, -1)
+    row = torch.where(base, index // side, rest.clamp(min=0) // width)
+    column = torch.where(base, index % side, rest.clamp(min=0) % width)
+    return segment, row, column
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split layout: x cos + (-x_2, x_1) sin."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _tapped_layer(default: int, wanted: int | None, depth: int) -> int:
+    if wanted is None:
+        return default
+    if not -depth <= wanted < depth:
+        raise UsageError(f"vit_layer {wanted}: the vision tower has {depth} layers")
+    return wanted % depth
+
+
+def _normalisation(settings: TapSettings, clip: bool) -> tuple[Tensor, Tensor]:
+    """Mean and std [3] of the pixels: the image processor's, or the tower family's usual ones."""
+    from transformers import image_utils
+
+    usual = (
+        (image_utils.OPENAI_CLIP_MEAN, image_utils.OPENAI_CLIP_STD)
+        if clip
+        else (image_utils.IMAGENET_STANDARD_MEAN, image_utils.IMAGENET_STANDARD_STD)
+    )
+    given = (settings.pixel_mean, settings.pixel_std)
+    mean, std = (torch.tensor(u) if g is None else g for g, u in zip(given, usual, strict=True))
+    return mean, std

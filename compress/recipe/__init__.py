@@ -1,0 +1,1 @@
+"""The recipe: what it may say, and where each value stands in its file."""

@@ -1,0 +1,238 @@
+"""The strategy: which method prunes visual tokens, where, and how many it keeps.
+
+Stage s sits before decoder layer `stages[s]` (0: before the language model) and keeps the share
+`ratios[s]` of the visual tokens that are still there. Over the layers that average is
+
+    R = (l_0 + sum_s L_s * prod_{i<=s} ratios_i) / L
+
+where l_0 layers lie before the first stage and L_s from stage s to the next (arXiv 2508.05211,
+equation 5). Recycled and protected tokens count as kept.
+
+    strategy = PruneStrategy.for_budget("vflowopt", keep=0.25, layers=28)
+    strategy.save("strategy.json"); PruneStrategy.load("strategy.json")
+"""
+
+import json
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import accumulate, pairwise, product
+from operator import mul
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from compress.errors import RecipeError, UsageError, did_you_mean
+from compress.recipe.source import FieldError, Source
+
+Method = Literal[
+    "vflowopt", "random", "uniform", "pooling", "fastv", "visionzip", "divprune", "pyramiddrop"
+]
+METHODS: tuple[str, ...] = get_args(Method)
+# These rank by the attention of the decoder layer before the stage: there is none before layer 0.
+LANGUAGE_ATTENTION = ("fastv", "pyramiddrop")
+# These look at image features as the language model gets them, so only before it.
+BEFORE_LANGUAGE_MODEL = ("pooling", "visionzip", "divprune")
+# Settings that only some methods read; elsewhere they must stay at their defaults.
+OPTIONS = {
+    "threshold": ("vflowopt",),
+    "vote": ("vflowopt",),
+    "alpha": ("vflowopt",),
+    "cell": ("vflowopt",),
+    "vit_layer": ("vflowopt", "visionzip"),
+    "seed": ("random",),
+}
+
+# Shares are products of ratios: whole numbers of tokens come out with an error of this size.
+ROUNDING = 1e-6
+
+Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(strict=False, gt=0, le=1)]
+Layer = Annotated[int, Field(ge=0)]
+
+
+class PruneStrategy(BaseModel):
+    """One setting of a pruning method. Frozen; equal settings are equal objects."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    method: Method = "vflowopt"
+    stages: Annotated[tuple[Layer, ...], Field(strict=False, min_length=1)] = (0,)
+    ratios: Annotated[tuple[Ratio, ...], Field(strict=False, min_length=1)] = (0.5,)
+    threshold: Number = Field(5.0, ge=0)  # t: a voter receives more than t x the mean attention
+    vote: Literal["mean", "sum"] = "mean"  # over the voters; the paper's text sums
+    alpha: Number = Field(0.0, ge=0)  # weight of the entropy term; 0 in the published settings
+    cell: Number | None = Field(None, gt=0)  # side of a recycling cell in tokens; null: none
+    vit_layer: int | None = None  # null: the layer that makes the features (its last global one)
+    positions: Literal["original", "renumbered"] = "original"  # of what is left, for RoPE
+    protect_newlines: bool = True  # the row separators of any-resolution images
+    seed: int = Field(0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _check(self) -> "PruneStrategy":
+        if len(self.ratios) != len(self.stages):
+            raise FieldError(
+                ("ratios",),
+                f"expected one ratio per stage ({len(self.stages)}), found {len(self.ratios)}",
+            )
+        if any(a >= b for a, b in pairwise(self.stages)):
+            raise FieldError(("stages",), f"expected rising layers, found {list(self.stages)}")
+        if self.method in LANGUAGE_ATTENTION and self.stages[0] == 0:
+            raise FieldError(
+                ("stages",),
+                f"{self.method} ranks by a decoder layer's attention: expected stages from 1 on",
+            )
+        if self.method in BEFORE_LANGUAGE_MODEL and self.stages != (0,):
+            raise FieldError(
+                ("stages",), f"{self.method} works before the language model: expected [0]"
+            )
+        for name, methods in OPTIONS.items():
+            default = type(self).model_fields[name].default
+            if self.method not in methods and getattr(self, name) != default:
+                raise FieldError((name,), f"{self.method} does not read it: leave it out")
+        if self.cell is not None and self.stages[0] != 0:
+            raise FieldError(("cell",), "recycling happens before the language model: add stage 0")
+        return self
+
+    @classmethod
+    def for_budget(
+        cls, method: Method, keep: float, layers: int, **settings: Any
+    ) -> "PruneStrategy":
+        """A strategy that keeps the share `keep` of the visual tokens, averaged over `layers`.
+
+        Stages are the papers' unless `settings` has them: VFlowOpt before the language model and at
+        two thirds of its depth (9 and 18 of 28, 10 and 20 of 32), FastV at layer 2, PyramidDrop at
+        the quarters, the others before the language model. Ratios are equal for PyramidDrop; for
+        VFlowOpt the later ones are 0.9, as long as the first then stays below 1.
+
+        Raises UsageError for a budget that these stages cannot meet.
+        """
+        if method not in METHODS:
+            raise UsageError(
+                f"unknown pruning method {method!r}{did_you_mean(method, METHODS)}: "
+                f"expected one of {', '.join(METHODS)}"
+            )
+        stages = tuple(settings.pop("stages", _default_stages(method, layers)))
+        later = 0.9 if method == "vflowopt" else None
+
+        def ratios(x: float) -> tuple[float, ...]:
+            return (x,) * len(stages) if later is None else (x, *(later,) * (len(stages) - 1))
+
+        if keep == 1:
+            found: tuple[float, ...] = (1.0,) * len(stages)
+        else:
+            if later is not None and average_kept(stages, ratios(1.0), layers) < keep:
+                later = None  # a large budget: equal ratios reach it
+            found = ratios(_solve(lambda x: average_kept(stages, ratios(x), layers), keep, stages))
+        return cls(method=method, stages=stages, ratios=found, **settings)
+
+    def average_kept(self, layers: int) -> float:
+        """R: the share of visual tokens kept, averaged over a model's `layers` (equation 5)."""
+        return average_kept(self.stages, self.ratios, layers)
+
+    def with_average(self, keep: float, layers: int) -> "PruneStrategy":
+        """This strategy with its last ratio solved, so that the average is `keep`.
+
+        Raises UsageError, with the range that is possible, if no ratio in (0, 1] gives it.
+        """
+        fixed = self.ratios[:-1]
+        last = _solve(lambda x: average_kept(self.stages, (*fixed, x), layers), keep, self.stages)
+        return PruneStrategy(**self.model_dump() | {"ratios": (*fixed, last)})
+
+    def counts(self, tokens: int, layers: int) -> tuple[int, ...]:
+        """How many of an image's `tokens` are left after each stage, in a model of `layers`.
+
+        Each is its share, rounded up or down so that the sum over layers comes closest to the
+        budget; of equally close ones, those nearest to the shares.
+
+        Raises UsageError if a stage leaves none.
+        """
+        return _whole_tokens(self.stages, self.ratios, tokens, layers)
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON with every setting; `load` gives an equal strategy."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PruneStrategy":
+        """Reads `save`'s JSON. Raises RecipeError: file, field, what was expected and found."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{path}: cannot be read as JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise RecipeError(f"{path}: expected a JSON object with the settings of a strategy")
+        return cls.from_dict(data, str(path))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], source: str = "strategy") -> "PruneStrategy":
+        """A strategy from plain values; RecipeError with `source` as the place."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError(Source(data, {(): source}).one_line(error, cls)) from error
+
+
+def average_kept(stages: tuple[int, ...], ratios: tuple[float, ...], layers: int) -> float:
+    """Equation 5 for stages that may start after layer 0. UsageError beyond the last layer."""
+    if stages[-1] >= layers:
+        raise UsageError(
+            f"a stage before decoder layer {stages[-1]} needs a deeper model: it has {layers}"
+            f" layers, 0 to {layers - 1}"
+        )
+    spans = [b - a for a, b in pairwise((*stages, layers))]
+    shares = accumulate(ratios, mul)
+    return (stages[0] + sum(n * share for n, share in zip(spans, shares, strict=True))) / layers
+
+
+@lru_cache(maxsize=1024)  # images of one size come again and again
+def _whole_tokens(
+    stages: tuple[int, ...], ratios: tuple[float, ...], tokens: int, layers: int
+) -> tuple[int, ...]:
+    exact = [tokens * share for share in accumulate(ratios, mul)]
+    spans = [b - a for a, b in pairwise((*stages, layers))]
+    if exact[-1] < 0.5 - ROUNDING:
+        stage = next(i for i, n in enumerate(exact) if n < 0.5 - ROUNDING)
+        raise UsageError(
+            f"stage {stage} keeps {exact[stage] / tokens:.4g} of an image with {tokens} visual "
+            "tokens, which is none: raise the ratios"
+        )
+    choices = [
+        sorted({max(math.floor(n + ROUNDING), 1), max(math.ceil(n - ROUNDING), 1)}) for n in exact
+    ]
+
+    def distance(counts: tuple[int, ...]) -> tuple[float, float]:
+        misses = [count - n for count, n in zip(counts, exact, strict=True)]
+        total = sum(span * miss for span, miss in zip(spans, misses, strict=True))
+        return round(abs(total), 6), sum(miss * miss for miss in misses)
+
+    falling = (c for c in product(*choices) if all(a >= b for a, b in pairwise(c)))
+    return min(falling, key=distance)
+
+
+def _default_stages(method: str, layers: int) -> tuple[int, ...]:
+    if method == "vflowopt":
+        third = layers // 3
+        return (0, third, 2 * third) if third else (0,)
+    if method == "fastv":
+        return (min(2, layers - 1),)
+    if method == "pyramiddrop":
+        return tuple(sorted({max(1, layers * i // 4) for i in (1, 2, 3)}))
+    return (0,)
+
+
+def _solve(average: Callable[[float], float], keep: float, stages: tuple[int, ...]) -> float:
+    """The x in (0, 1] with average(x) = keep, for a rising function, by bisection."""
+    least, most = average(0.0), average(1.0)
+    if not least < keep <= most * (1 + 1e-12):
+        raise UsageError(
+            f"stages {list(stages)} keep between {least:.4g} and {most:.4g} of the visual tokens "
+            f"on average, not {keep:.4g}: choose another budget or earlier stages"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if average(middle) < keep else (low, middle)
+    return high

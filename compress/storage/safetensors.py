@@ -1,0 +1,430 @@
+"""Reading and writing safetensors files without ever holding more than one tensor.
+
+A safetensors file is an 8-byte little-endian length, that many bytes of JSON naming each tensor's
+dtype, shape and byte range, then the data. A checkpoint is one `model.safetensors`, or shards and
+a `model.safetensors.index.json` that says which shard holds which tensor.
+
+Policy: whatever contradicts the headers (a missing shard, a tensor the index promises and the
+shard lacks, a file shorter than its header says) is a CheckpointError when the folder is opened;
+a NaN or an infinity is one when its tensor is read. Data is read through a plain file handle, not
+a memory map, so what is dropped is gone: reading eighty layers costs the memory of one.
+Files are written under a temporary name, flushed to disk and renamed, and the same tensors give
+the same bytes.
+
+    reader = CheckpointReader("path/to/model")
+    weight = reader.tensor("model.layers.0.mlp.up_proj.weight")
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from compress.errors import CheckpointError, UsageError
+from compress.storage.files import atomic_write
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
+CHUNK = 4 * 2**20  # bytes held at once while copying
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: `start` and `nbytes` count bytes of the file, header included."""
+
+    file: Path
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+class CheckpointReader:
+    """The tensors of a model folder; opening it reads headers only.
+
+    `rename` turns the files' names into those that tensors go by here.
+
+    Raises CheckpointError if the folder holds no safetensors file, lacks a shard or a tensor its
+    index names, or holds a truncated or damaged file.
+    """
+
+    def __init__(self, folder: str | Path, rename: Callable[[str], str] = str):
+        self.folder = Path(folder)
+        self.files = _weight_files(self.folder)
+        headers = {file.name: read_header(file) for file in self.files}
+        if SINGLE_FILE in headers:
+            entries = headers[SINGLE_FILE]
+        else:
+            entries = {}
+            for name, shard in _weight_map(self.folder).items():
+                if name not in headers[shard]:
+                    raise CheckpointError(
+                        f"{self.folder / INDEX_FILE} says that {shard} holds tensor {name!r}, "
+                        f"but it does not: download the checkpoint again"
+                    )
+                entries[name] = headers[shard][name]
+        self._written = {rename(name): name for name in entries}
+        if len(self._written) < len(entries):
+            twice = sorted(set(entries) - set(self._written.values()))
+            raise CheckpointError(
+                f"{self.folder} holds {twice[0]!r} under two names: save it again with transformers"
+            )
+        self._entries = {name: entries[self._written[name]] for name in sorted(self._written)}
+
+    def written_name(self, name: str) -> str:
+        """What the file calls a tensor."""
+        return self._written[name]
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return list(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def entry(self, name: str) -> TensorEntry:
+        """Where a tensor lies; CheckpointError if the checkpoint has no such tensor."""
+        if name not in self._entries:
+            raise CheckpointError(f"{self.folder} has no tensor {name!r}")
+        return self._entries[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return self.entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, from the header; CheckpointError for one torch does not have."""
+        return _torch_dtype(name, self.entry(name))
+
+    def nbytes(self, name: str | None = None) -> int:
+        """Bytes of one tensor's data, or of all tensors together."""
+        if name is not None:
+            return self.entry(name).nbytes
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def tensor(self, name: str, check_finite: bool = True) -> Tensor:
+        """Reads one tensor into memory of its own, in the dtype of the file, on the CPU.
+
+        Raises CheckpointError if it holds a NaN or an infinity, unless `check_finite` is off.
+        """
+        entry = self.entry(name)
+        tensor = _read_tensor(name, entry)
+        if check_finite and tensor.is_floating_point() and tensor.numel():
+            _check_finite(tensor, name, entry.file)
+        return tensor
+
+    def tensors(self, prefix: str = "", check_finite: bool = True) -> dict[str, Tensor]:
+        """All tensors of the module `prefix`, under their full names.
+
+        A prefix ends at a dot: `model.layers.1` does not take in `model.layers.10`.
+        """
+        stem = prefix.removesuffix(".")
+        return {
+            name: self.tensor(name, check_finite)
+            for name in self._entries
+            if not stem or name == stem or name.startswith(stem + ".")
+        }
+
+    def fingerprint(self, full: bool = False) -> str:
+        """A sha256 of the checkpoint, in hexadecimal.
+
+        By default over config.json, the headers, the file sizes and the first KiB of every tensor:
+        cheap at any size, and another set of weights of the same shapes gives another result.
+        `full` reads every byte instead.
+        """
+        digest = hashlib.sha256()
+        config = self.folder / "config.json"
+        digest.update(config.read_bytes() if config.is_file() else b"")
+        for path in sorted(self.files):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                if full:
+                    while chunk := file.read(CHUNK):
+                        digest.update(chunk)
+                    continue
+                entries = sorted(read_header(path).items())
+                digest.update(repr([(n, e.dtype, e.shape, e.start) for n, e in entries]).encode())
+                for _, entry in entries:
+                    file.seek(entry.start)
+                    digest.update(file.read(min(1024, entry.nbytes)))
+        return digest.hexdigest()
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file, checked against the file's size."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(HEADER_LIMIT, size - 8):
+            raise CheckpointError(_damaged(path, "its header does not fit the file"))
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = {
+                name: TensorEntry(
+                    path,
+                    fields["dtype"],
+                    tuple(int(width) for width in fields["shape"]),
+                    8 + length + int(fields["data_offsets"][0]),
+                    int(fields["data_offsets"][1]) - int(fields["data_offsets"][0]),
+                )
+                for name, fields in header.items()
+            }
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            raise CheckpointError(_damaged(path, "its header is not valid")) from None
+    for name, entry in entries.items():
+        end = entry.start + entry.nbytes
+        if end > size:
+            fault = f"the header says {end:,} bytes, the file has {size:,}"
+            raise CheckpointError(_damaged(path, f"truncated: {fault}"))
+        dtype = DTYPES.get(entry.dtype)
+        expected = math.prod(entry.shape) * dtype.itemsize if dtype else entry.nbytes
+        if entry.start < 8 + length or entry.nbytes != expected:
+            raise CheckpointError(_damaged(path, f"the byte range of {name!r} is not valid"))
+    return entries
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, in memory of their own."""
+    return {name: _read_tensor(name, entry) for name, entry in sorted(read_header(path).items())}
+
+
+def _read_tensor(name: str, entry: TensorEntry) -> Tensor:
+    tensor = torch.empty(math.prod(entry.shape), dtype=_torch_dtype(name, entry))
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        if file.readinto(_raw_bytes(tensor)) != entry.nbytes:
+            raise CheckpointError(f"{entry.file} ended while tensor {name!r} was read")
+    return tensor.reshape(entry.shape)
+
+
+def _torch_dtype(name: str, entry: TensorEntry) -> torch.dtype:
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(
+            f"tensor {name!r} in {entry.file} has dtype {entry.dtype}, which torch cannot read"
+        )
+    return DTYPES[entry.dtype]
+
+
+def _damaged(path: Path, fault: str) -> str:
+    return f"{path} is not a whole safetensors file: {fault}; download or write it again"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights; one file wins over an index, as in transformers."""
+    if not folder.is_dir():
+        raise CheckpointError(f"no such model folder: {folder}")
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        shards = [folder / shard for shard in sorted(set(_weight_map(folder).values()))]
+        for shard in shards:
+            if not shard.is_file():
+                raise CheckpointError(
+                    f"{folder / INDEX_FILE} names the shard {shard.name}, which is missing: "
+                    f"download the checkpoint again"
+                )
+        return shards
+    if any(folder.glob("pytorch_model*.bin")):
+        raise CheckpointError(
+            f"{folder} holds pytorch_model.bin only, and only safetensors are read: load it with "
+            f"transformers and save it again with save_pretrained"
+        )
+    raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    path = folder / INDEX_FILE
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        # A shard lies beside its index; anything else is a damaged or a hostile file.
+        valid = bool(weight_map) and all(Path(shard).name == shard for shard in weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        raise CheckpointError(f"{path} has no valid `weight_map` of tensor names to shards")
+    return weight_map
+
+
+def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
+    values = tensor.float() if tensor.element_size() == 1 else tensor
+    low, high = values.aminmax()  # both are NaN if any value is
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        bad = values.numel() - int(torch.isfinite(values).sum())
+        raise CheckpointError(
+            f"tensor {name!r} in {file} holds {bad:,} NaN or infinite values out of "
+            f"{values.numel():,}: the checkpoint is damaged"
+        )
+
+
+def _raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous 1-D CPU tensor, shared, not copied."""
+    return memoryview(tensor.view(torch.uint8).numpy())
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Writes one safetensors file, atomically; the same tensors always give the same bytes."""
+    flat = {name: tensor.detach().reshape(-1) for name, tensor in tensors.items()}
+    entries = {
+        name: TensorEntry(
+            Path(path),
+            DTYPE_NAMES[tensor.dtype],
+            tuple(tensor.shape),
+            0,
+            tensor.numel() * tensor.element_size(),
+        )
+        for name, tensor in tensors.items()
+    }
+    header, order = _layout(entries)
+    with atomic_write(Path(path)) as file:
+        file.write(header)
+        for name in order:
+            file.write(_raw_bytes(flat[name].cpu().contiguous()))
+
+
+def _layout(entries: dict[str, TensorEntry]) -> tuple[bytes, list[str]]:
+    """The header of a file with these tensors, and the order of their data.
+
+    Wide dtypes come first, then names in order, so that every tensor starts at a multiple of its
+    element size, which readers that map the file rely on.
+    """
+
+    def rank(name: str) -> tuple[int, str]:
+        entry = entries[name]
+        return (-entry.nbytes // max(math.prod(entry.shape), 1), name)
+
+    order = sorted(entries, key=rank)
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        entry = entries[name]
+        end = offset + entry.nbytes
+        header[name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def merge_shards(parts: list[Path], folder: str | Path, shard_size_bytes: int) -> list[Path]:
+    """Merges safetensors files into the final shards of a model folder, and returns their paths.
+
+    Tensors keep the order of `parts`; a shard is closed before it would pass `shard_size_bytes`
+    (a tensor larger than that is alone in its shard). All in one shard: `model.safetensors` and no
+    index. Bytes are copied in chunks of 4 MiB. Weight files of an earlier run in `folder` that
+    would be read instead of these are removed. Raises CheckpointError if two parts hold a tensor
+    of the same name.
+    """
+    folder = Path(folder)
+    shards = _plan_shards(parts, shard_size_bytes)
+    count = len(shards)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    paths = [folder / name for name in ([SINGLE_FILE] if count == 1 else names)]
+    for path, entries in zip(paths, shards, strict=True):
+        header, order = _layout(entries)
+        with atomic_write(path) as file:
+            file.write(header)
+            for name in order:
+                _copy_bytes(entries[name], file)
+    if count > 1:
+        size = sum(entry.nbytes for entries in shards for entry in entries.values())
+        weight_map = {
+            name: path.name for path, entries in zip(paths, shards, strict=True) for name in entries
+        }
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        with atomic_write(folder / INDEX_FILE) as file:
+            file.write((json.dumps(index, indent=2) + "\n").encode())
+    _remove_stale(folder, paths, parts)
+    return paths
+
+
+def _plan_shards(parts: list[Path], limit: int) -> list[dict[str, TensorEntry]]:
+    shards: list[dict[str, TensorEntry]] = [{}]
+    origin: dict[str, Path] = {}
+    filled = 0
+    for part in parts:
+        for name, entry in sorted(read_header(Path(part)).items()):
+            if name in origin:
+                raise CheckpointError(f"tensor {name!r} is in both {origin[name]} and {part}")
+            origin[name] = Path(part)
+            if shards[-1] and filled + entry.nbytes > limit:
+                shards.append({})
+                filled = 0
+            shards[-1][name] = entry
+            filled += entry.nbytes
+    return shards
+
+
+def _copy_bytes(entry: TensorEntry, target: IO[bytes]) -> None:
+    with entry.file.open("rb") as source:
+        source.seek(entry.start)
+        left = entry.nbytes
+        while left:
+            chunk = source.read(min(CHUNK, left))
+            if not chunk:
+                raise CheckpointError(f"{entry.file} ended while it was copied")
+            target.write(chunk)
+            left -= len(chunk)
+
+
+def _remove_stale(folder: Path, kept: list[Path], parts: list[Path]) -> None:
+    if len(kept) == 1:
+        (folder / INDEX_FILE).unlink(missing_ok=True)
+    spared = {path.resolve() for path in [*kept, *map(Path, parts)]}
+    for path in [folder / SINGLE_FILE, *folder.glob("model-*-of-*.safetensors")]:
+        if path.resolve() not in spared:
+            path.unlink(missing_ok=True)
+
+
+# ---- sizes --------------------------------------------------------------------------------------
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as "5GB" (10^9), "500 MiB" (2^20) or 1000000; UsageError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
+    size = round(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
+    if size < 1:
+        raise UsageError(f"{text!r} is not a size: expected a number and KB, MB, GB, or GiB")
+    return size

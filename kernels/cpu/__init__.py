@@ -1,0 +1,1 @@
+"""Products on a CPU: packed weights, compiled loops."""
