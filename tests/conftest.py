@@ -4,12 +4,19 @@ Imports are inside the fixtures, so that tests of one part need no more than tha
 """
 
 import itertools
+import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from support.tiny_quantised import Quantised
 
 # Test workers say that a terminal of 80 columns is there; output then wraps.
 os.environ.pop("COLUMNS", None)
@@ -21,7 +28,7 @@ def checkpoint(tmp_path_factory) -> Callable[..., Path]:
 
     Tests must not change it; one that damages a checkpoint writes its own.
     """
-    from tiny_checkpoints import write_checkpoint
+    from support.tiny_checkpoints import write_checkpoint
 
     written: dict[Any, Path] = {}
 
@@ -38,7 +45,7 @@ def checkpoint(tmp_path_factory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
     """A jsonl file of about 4,000 tokens."""
-    from tiny_checkpoints import write_text
+    from support.tiny_checkpoints import write_text
 
     return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
@@ -46,9 +53,8 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def finished(checkpoint, tmp_path_factory) -> Path:
     """A finished result in several shards; tests work on copies."""
-    from tiny_checkpoints import recipe_for
-
     from compress.pipeline.run import run
+    from support.tiny_checkpoints import recipe_for
 
     folder = tmp_path_factory.mktemp("finished") / "out"
     recipe = recipe_for(checkpoint(), quantize={"method": "rtn"}, save={"shard_size": "50KB"})
@@ -59,9 +65,8 @@ def finished(checkpoint, tmp_path_factory) -> Path:
 @pytest.fixture
 def press(tmp_path) -> Callable[..., Path]:
     """`press(recipe, windows)` runs it, on WINDOWS per default, and returns the result's folder."""
-    from tiny_checkpoints import WINDOWS
-
     from compress.pipeline.run import run
+    from support.tiny_checkpoints import WINDOWS
 
     numbers = itertools.count()
 
@@ -81,3 +86,73 @@ def empty_folder(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
+
+
+# ---- checkpoints that packed loading and the formats read ---------
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory) -> "Quantised":
+    """Widths 2, 3, 4 and 8 in groups of 32 and per channel. Tests must not change the folder."""
+    from support.tiny_quantised import MIXED, write_quantised
+
+    return write_quantised(tmp_path_factory.mktemp("mixed"), MIXED)
+
+
+@dataclass
+class Packed:
+    folder: Path
+    weights: "dict[str, Tensor]"  # fp32, as the checkpoint's documented layout says
+
+
+@pytest.fixture(scope="session")
+def packed(checkpoint, tmp_path_factory) -> Callable[..., Packed]:
+    """`packed("qwen2", bits=8)`: a bf16 model, rounded. Tests must not change the folder.
+
+    The second argument is what is special about the model, the others are keys of `quantize`.
+    """
+    import torch
+
+    from compress.pipeline.run import run
+    from support.tiny_checkpoints import WINDOWS, dequantised, read_tensors, recipe_for, widths_of
+
+    made: dict[str, Packed] = {}
+
+    def packed_model(family: str = "llama", model: dict | None = None, **quantize: Any) -> Packed:
+        key = json.dumps([family, model, quantize])
+        if key not in made:
+            source = checkpoint(family, dtype=torch.bfloat16, **model or {})
+            recipe = recipe_for(source, quantize={"method": "rtn"} | quantize)
+            folder = tmp_path_factory.mktemp(family) / "packed"
+            run(recipe, folder, windows=WINDOWS, self_check=False)
+            weights = dequantised(read_tensors(folder), widths_of(recipe, source))
+            made[key] = Packed(folder, weights)
+        return made[key]
+
+    return packed_model
+
+
+# ---- tiny multimodal models ---------
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    from support.tiny_folders import tiny_folder
+
+    written = {}
+
+    def folder_of(family="llava"):
+        if family not in written:
+            written[family] = tiny_folder(
+                tmp_path_factory.mktemp(family) / "model", family, noisy=True
+            )
+        return written[family]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory):
+    from support.tiny_folders import write_samples
+
+    return write_samples(tmp_path_factory.mktemp("samples") / "data")

@@ -9,7 +9,6 @@ from compressed_tensors.quantization import (
     QuantizationConfig,
     apply_quantization_config,
 )
-from tiny_quantised import MIXED, round_weight, tiny_llama, write_quantised
 
 from compress.checkpoint.compressed_tensors import (
     ModuleScheme,
@@ -20,6 +19,7 @@ from compress.checkpoint.compressed_tensors import (
     quantization_config,
 )
 from compress.errors import CheckpointError
+from support.tiny_quantised import MIXED, round_weight, tiny_llama, write_quantised
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gptq_format import read_naively
-from tiny_checkpoints import dequantised, every_file, read_tensors, recipe_for
-from tiny_quantised import MIXED, write_quantised
 
 from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.export import CHECKPOINT_FORMATS, export
 from compress.errors import CheckpointError, CompressError, UsageError
 from compress.loading.load import inspect
 from compress.storage.safetensors import save_tensors
+from support.gptq_reader import read_naively
+from support.tiny_checkpoints import dequantised, every_file, read_tensors, recipe_for
+from support.tiny_quantised import MIXED, write_quantised
 
 ASYMMETRIC = [ModuleScheme(4, 32, False), ModuleScheme(3, None), ModuleScheme(8, 32, False)]
 

@@ -9,14 +9,6 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from gguf_files import FILE, Read, as_checkpoint, assert_same, change_config, refusal
-from tiny_checkpoints import (
-    FAMILIES,
-    LAYERS,
-    every_file,
-    read_tensors,
-    relative_error,
-)
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -24,6 +16,14 @@ from compress.checkpoint.export import export
 from compress.errors import CheckpointError, CompressError
 from compress.models.families import head_dim_of
 from compress.storage.safetensors import save_tensors
+from support.gguf_files import FILE, Read, as_checkpoint, assert_same, change_config, refusal
+from support.tiny_checkpoints import (
+    FAMILIES,
+    LAYERS,
+    every_file,
+    read_tensors,
+    relative_error,
+)
 
 
 @pytest.fixture

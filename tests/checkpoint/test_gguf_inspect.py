@@ -5,12 +5,12 @@ import sys
 import gguf
 import numpy as np
 import pytest
-from gguf_files import FILE
 
 from compress.checkpoint.export import export
 from compress.cli.main import main
 from compress.errors import CheckpointError, UsageError
 from compress.loading.load import inspect
+from support.gguf_files import FILE
 
 
 @pytest.fixture

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_files import FILE, Read, as_checkpoint, assert_same, change_config, refusal
-from tiny_checkpoints import (
-    byte_tokenizer,
-    dequantised,
-    read_tensors,
-)
 from transformers import AutoConfig
 
 from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.export import export
 from compress.errors import UsageError
 from compress.storage.safetensors import save_tensors
+from support.gguf_files import FILE, Read, as_checkpoint, assert_same, change_config, refusal
+from support.tiny_checkpoints import (
+    byte_tokenizer,
+    dequantised,
+    read_tensors,
+)
 
 
 @pytest.fixture

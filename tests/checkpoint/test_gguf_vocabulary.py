@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_checkpoints import byte_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -21,6 +20,7 @@ from compress.checkpoint.gguf.vocabulary import (
     read_vocabulary,
 )
 from compress.errors import UsageError
+from support.tiny_checkpoints import byte_tokenizer
 
 ENDS = dict(zip(("bos_token", "eos_token"), ("<s>", "</s>"), strict=True))
 UNK = dict(zip(("unk_token",), ("<unk>",), strict=True))

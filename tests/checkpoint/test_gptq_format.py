@@ -18,6 +18,7 @@ from compress.checkpoint.gptq import (
     split_fusions,
     unpack_module,
 )
+from support.gptq_reader import fields, read_naively
 
 SHAPES = [(32, 64, 2), (33, 96, 3), (5, 40, 1), (1, 7, 1), (70, 33, 3)]  # N, K, G
 WIDTHS = (2, 3, 4, 8)
@@ -32,28 +33,6 @@ def random_module(bits, N, K, G, asymmetric):
     zero = torch.randint(low, high, (N, G), generator=generator, dtype=torch.int8)
     zero.view(-1)[:2] = torch.tensor([low, high - 1])[: zero.numel()]
     return codes, scale, zero if asymmetric else None
-
-
-def fields(words, bits, count):
-    """`count` numbers of `bits` bits from a list of 32-bit words, as one long little-endian int."""
-    stream = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
-    return [(stream >> (bits * i)) & (2**bits - 1) for i in range(count)]
-
-
-def read_naively(tensors, bits, version):
-    """The weight [N, K] in fp32, one number at a time."""
-    K, N = len(tensors["g_idx"]), tensors["scales"].shape[1]
-    assert tensors["qweight"].dtype == tensors["qzeros"].dtype == torch.int32
-    assert tensors["scales"].dtype == torch.float16
-    columns = [fields(tensors["qweight"][:, n].tolist(), bits, K) for n in range(N)]
-    zeros = [fields(row.tolist(), bits, N) for row in tensors["qzeros"]]
-    scales = tensors["scales"].float()
-    weight = torch.empty(N, K)
-    for n in range(N):
-        for k, g in enumerate(tensors["g_idx"].tolist()):
-            zero = (zeros[g][n] + (version == 1)) % 2**bits
-            weight[n, k] = (columns[n][k] - zero) * scales[g, n]
-    return weight
 
 
 # ---- tensors ------------------------------------------------------------------------------------

@@ -5,12 +5,12 @@ from itertools import pairwise
 from types import ModuleType
 
 import pytest
-from tiny_lm import tiny_llama
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from compress.data.stdlib import is_held_out
 from compress.eval.harness import LOCAL_TASKS
+from support.tiny_lm import tiny_llama
 
 FOLDER = LOCAL_TASKS / "demo_code"
 # Of newer tokenizers: line ends stick to the punctuation before them, digits come in threes.

@@ -6,13 +6,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from tiny_lm import byte_tokenizer, tiny_llama
-from tiny_vlm import write_vlm
 
 from compress.errors import UsageError
 from compress.eval.harness import LOCAL_TASKS, run_tasks, score_tasks
 from compress.loading.load import load
 from compress.recipes.demo import scenes
+from support.tiny_lm import byte_tokenizer, tiny_llama
+from support.tiny_vlm import write_vlm
 
 LIMIT = 3 * len(scenes.TYPES) + 2
 

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from tiny_lm import Bigram, random_bigram, random_ids, tiny_llama
 
 from compress.errors import CompressError, UsageError
 from compress.eval import windows
@@ -12,6 +11,7 @@ from compress.eval.divergence import (
     token_divergence,
 )
 from compress.eval.perplexity import perplexity
+from support.tiny_lm import Bigram, random_bigram, random_ids, tiny_llama
 
 
 def test_a_model_does_not_diverge_from_itself():

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from tiny_lm import byte_tokenizer, random_ids, tiny_llama
 
 from compress.errors import UsageError
 from compress.eval import evaluate as evaluating
 from compress.eval.evaluate import Baseline, evaluate_model
 from compress.eval.perplexity import perplexity
+from support.tiny_lm import byte_tokenizer, random_ids, tiny_llama
 
 
 def test_model_and_baseline_on_the_same_data():

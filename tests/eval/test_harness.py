@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from tiny_lm import byte_tokenizer, tiny_llama
 
 from compress.errors import UsageError
 from compress.eval.harness import LOCAL_TASKS, clean_metrics, run_tasks, score_tasks
+from support.tiny_lm import byte_tokenizer, tiny_llama
 
 LIMIT = 6
 

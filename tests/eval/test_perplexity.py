@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_lm import Bigram, random_bigram, random_ids, tiny_llama
 
 from compress.errors import CompressError, UsageError
 from compress.eval import windows
@@ -14,6 +13,7 @@ from compress.eval.perplexity import (
     perplexity_difference,
     perplexity_per_document,
 )
+from support.tiny_lm import Bigram, random_bigram, random_ids, tiny_llama
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 

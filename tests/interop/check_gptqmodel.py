@@ -30,7 +30,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from tiny_checkpoints import (  # noqa: E402
+from compress.checkpoint.export import export  # noqa: E402
+from compress.pipeline.run import run  # noqa: E402
+from compress.recipe.recipe import Recipe  # noqa: E402
+from support.tiny_checkpoints import (  # noqa: E402
     dequantised,
     random_ids,
     read_tensors,
@@ -38,10 +41,6 @@ from tiny_checkpoints import (  # noqa: E402
     widths_of,
     write_checkpoint,
 )
-
-from compress.checkpoint.export import export  # noqa: E402
-from compress.pipeline.run import run  # noqa: E402
-from compress.recipe.recipe import Recipe  # noqa: E402
 
 DEMO = ROOT / "recipes" / "demo" / "lm"
 DOWN8 = {"match": r"re:.*down_proj$", "bits": 8}

@@ -40,7 +40,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from tiny_checkpoints import (  # noqa: E402
+from compress.checkpoint.export import export  # noqa: E402
+from compress.data.stdlib import python_stdlib  # noqa: E402
+from compress.pipeline.run import run  # noqa: E402
+from compress.recipe.recipe import Recipe  # noqa: E402
+from support.tiny_checkpoints import (  # noqa: E402
     FAMILIES,
     dequantised,
     read_tensors,
@@ -48,11 +52,6 @@ from tiny_checkpoints import (  # noqa: E402
     widths_of,
     write_checkpoint,
 )
-
-from compress.checkpoint.export import export  # noqa: E402
-from compress.data.stdlib import python_stdlib  # noqa: E402
-from compress.pipeline.run import run  # noqa: E402
-from compress.recipe.recipe import Recipe  # noqa: E402
 
 DEMO = ROOT / "recipes" / "demo" / "lm"
 POSITIONS, WINDOW = 1000, 500

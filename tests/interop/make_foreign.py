@@ -1,4 +1,4 @@
-"""Makes the small checkpoints in tests/checkpoint/foreign, with the programs that others use.
+"""Makes the small checkpoints in tests/interop/foreign, with the programs that others use.
 
 Not part of the tests: what it made is. Both programs ask for other versions than this project and
 take an environment of their own that borrows its packages:
@@ -32,10 +32,10 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
-FOREIGN = ROOT / "tests" / "checkpoint" / "foreign"
+FOREIGN = ROOT / "tests" / "interop" / "foreign"
 sys.path.insert(0, str(ROOT / "tests"))
 
-from tiny_checkpoints import byte_tokenizer, random_ids, tiny_model  # noqa: E402
+from support.tiny_checkpoints import byte_tokenizer, random_ids, tiny_model  # noqa: E402
 
 KEPT = ("config.json", "*.safetensors", "tokenizer*.json")
 TOO_LARGE = 300_000  # bytes

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from weights import random_weight, relative_error
 
 from compress.kernels.activations import integer_matmul, quantize_tokens
 from compress.kernels.codes import LONGEST
@@ -14,6 +13,7 @@ from compress.kernels.reference import (
     reference_hadamard,
     reference_matmul,
 )
+from support.weights import random_weight, relative_error
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 library = native.kernels()

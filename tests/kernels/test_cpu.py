@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from weights import assert_same, random_weight, relative_error
 
 from compress.kernels.cpu.rows import BAG_ROWS
 from compress.kernels.cpu.weight import cpu_matmul, native, pack_cpu, takes_int4, unpack_cpu
 from compress.kernels.reference import dequantize, reference_matmul
+from support.weights import assert_same, random_weight, relative_error
 
 WIDTHS = [2, 3, 4, 8]
 ROWS = [1, BAG_ROWS, BAG_ROWS + 1, 16]

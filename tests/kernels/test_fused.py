@@ -6,10 +6,10 @@ import threading
 import pytest
 import torch
 from torch import nn
-from weights import assert_same, random_weight
 
 from compress.kernels.fused import FusedPart, SharedLinear, fuse_linears
 from compress.kernels.linear import QuantLinear
+from support.weights import assert_same, random_weight
 
 TOGETHER = [("q", "k", "v"), ("gate", "up")]
 OUTPUTS = {"q": 48, "k": 16, "v": 32}

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from weights import random_weight
+
+from support.weights import random_weight
 
 triton = pytest.importorskip("triton")
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from weights import assert_same, random_weight
 
 from compress.kernels.codes import (
     block_columns,
@@ -18,6 +17,7 @@ from compress.kernels.codes import (
     write_gptq,
 )
 from compress.kernels.reference import dequantize, reference_matmul
+from support.weights import assert_same, random_weight
 
 WIDTHS = [2, 3, 4, 8]
 GROUPS = [32, 64, 128, 256, None]

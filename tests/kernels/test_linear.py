@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from weights import assert_same, random_weight, relative_error
 
 from compress.kernels.linear import QuantLinear
 from compress.kernels.reference import dequantize, reference_matmul
+from support.weights import assert_same, random_weight, relative_error
 
 WIDTHS = [2, 3, 4, 8]
 

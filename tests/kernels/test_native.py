@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from weights import random_weight, relative_error
 
 from compress.kernels.cpu.weight import cpu_matmul, native, pack_cpu
 from compress.kernels.linear import QuantLinear
 from compress.kernels.reference import reference_matmul
 from compress.kernels.user_cache import cache_directory, cache_path, write_atomically
+from support.weights import random_weight, relative_error
 
 compiled = pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler")
 
@@ -167,7 +167,7 @@ import ctypes, mmap, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from dataclasses import replace
-from weights import random_weight, relative_error
+from support.weights import random_weight, relative_error
 from compress.kernels.activations import integer_matmul, quantize_tokens
 from compress.kernels.cpu.weight import cpu_matmul, pack_cpu, pack_integers
 from compress.kernels.reference import reference_matmul
@@ -216,7 +216,9 @@ print("read", len(kept))
 def test_nothing_is_read_beyond_its_end():
     """Each tensor ends where memory does: one byte more, and the process is gone."""
     child = subprocess.run(
-        [sys.executable, "-c", GUARDED, str(Path(__file__).parent)], capture_output=True, text=True
+        [sys.executable, "-c", GUARDED, str(Path(__file__).parents[1])],
+        capture_output=True,
+        text=True,
     )
     assert child.returncode == 0, child.stderr
     assert child.stdout == "read 384\n"

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from weights import random_weight, relative_error
+
+from support.weights import random_weight, relative_error
 
 pytest.importorskip("triton")
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from weights import random_weight
 
 from compress.kernels.activations import integer_matmul, quantize_tokens
 from compress.kernels.codes import pack_kernel
@@ -31,6 +30,7 @@ from compress.kernels.gpu.matmul import (
 )
 from compress.kernels.gpu.occupancy import split_of
 from compress.kernels.reference import dequantize, reference_hadamard, reference_matmul
+from support.weights import random_weight
 
 DEVICE = "cpu" if interpreted() else "cuda"
 DTYPES = [torch.float16, torch.float32] + ([] if interpreted() else [torch.bfloat16])

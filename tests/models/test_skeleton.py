@@ -8,7 +8,10 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import (
+
+from compress.errors import CheckpointError, UsageError
+from compress.models.skeleton import Skeleton, local_folder
+from support.tiny_checkpoints import (
     FAMILIES,
     HIDDEN,
     LAYERS,
@@ -17,9 +20,6 @@ from tiny_checkpoints import (
     random_ids,
     relative_error,
 )
-
-from compress.errors import CheckpointError, UsageError
-from compress.models.skeleton import Skeleton, local_folder
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 LENGTH = 3 * WINDOW

@@ -5,7 +5,12 @@ import threading
 
 import pytest
 import torch
-from tiny_models import (
+
+import compress
+from compress.pruning.costs import DecoderShape, kv_bytes, prefill_flops
+from compress.pruning.engine import prune_visual_tokens
+from compress.recipe.strategy import PruneStrategy
+from support.tiny_models import (
     BATCH,
     LAYERS,
     PATCHES,
@@ -15,11 +20,6 @@ from tiny_models import (
     tiny_inputs,
     tiny_model,
 )
-
-import compress
-from compress.pruning.costs import DecoderShape, kv_bytes, prefill_flops
-from compress.pruning.engine import prune_visual_tokens
-from compress.recipe.strategy import PruneStrategy
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 THREE = PruneStrategy(stages=(0, 1, 3), ratios=(0.6, 0.7, 0.5), threshold=1.1)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import BATCH, LAYERS, SINGLE, generate, masked_run, tiny_inputs, tiny_model
 
 from compress.pruning.engine import prune_visual_tokens
 from compress.recipe.strategy import PruneStrategy
+from support.tiny_models import BATCH, LAYERS, SINGLE, generate, masked_run, tiny_inputs, tiny_model
 
 FAMILIES = ("llava", "llava_siglip", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 STAGES = {

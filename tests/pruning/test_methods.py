@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_models import tiny_inputs, tiny_model
 from torch.nn.functional import avg_pool2d, normalize
 
 from compress.errors import UsageError
@@ -12,6 +11,7 @@ from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.methods import PRUNING_METHODS, Candidates, keep_highest
 from compress.pruning.tower import VisualTokens, anyres_places
 from compress.recipe.strategy import METHODS, PruneStrategy
+from support.tiny_models import tiny_inputs, tiny_model
 
 HEIGHT, WIDTH, D = 6, 8, 16
 N = HEIGHT * WIDTH

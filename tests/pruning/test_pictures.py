@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import BATCH, SINGLE, tiny_inputs, tiny_model
 
 from compress.errors import UsageError
 from compress.pruning.engine import prune_visual_tokens
@@ -20,6 +19,7 @@ from compress.pruning.pictures import (
     watching,
 )
 from compress.recipe.strategy import PruneStrategy
+from support.tiny_models import BATCH, SINGLE, tiny_inputs, tiny_model
 
 STRATEGY = PruneStrategy(stages=(0, 2), ratios=(0.5, 0.5), threshold=1.1, cell=3)
 GREY = 200

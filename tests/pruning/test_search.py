@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_folders import tiny_folder, write_samples
-from tiny_models import BATCH, LAYERS, SINGLE, masked_run, tiny_inputs, tiny_model
 
 from compress.cli.main import main
 from compress.data.samples import read_samples
@@ -17,6 +15,8 @@ from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.search import Objective, SearchSpace, search_strategy
 from compress.pruning.trials import SearchObserver
 from compress.recipe.strategy import PruneStrategy
+from support.tiny_folders import tiny_folder, write_samples
+from support.tiny_models import BATCH, LAYERS, SINGLE, masked_run, tiny_inputs, tiny_model
 
 pytest.importorskip("optuna")
 STAGES = (0, 1, 3)

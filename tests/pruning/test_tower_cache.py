@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import BATCH, SINGLE, tiny_inputs, tiny_model
 
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.tower_cache import OutputCache, tower_cached
 from compress.recipe.strategy import PruneStrategy
+from support.tiny_models import BATCH, SINGLE, tiny_inputs, tiny_model
 
 FAMILIES = ("llava", "llava_siglip", "llava_next", "llava_onevision")
 STRATEGIES = [

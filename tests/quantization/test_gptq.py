@@ -2,12 +2,18 @@
 
 import pytest
 import torch
-from small_linears import correlated_inputs, in_range, layer_error, random_weight, second_moment
 from torch import Tensor
 
 from compress.quantization.gptq import column_loop, nearest
 from compress.quantization.grid import UniformGrid, search_scale
 from compress.quantization.hessian import factor
+from support.small_linears import (
+    correlated_inputs,
+    in_range,
+    layer_error,
+    random_weight,
+    second_moment,
+)
 
 N, K = 24, 256
 DAMPING = 0.01

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_linears import in_range
 
 from compress.quantization import grid as grids
 from compress.quantization.grid import UniformGrid, search_scale
+from support.small_linears import in_range
 
 BITS = (2, 3, 4, 5, 6, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

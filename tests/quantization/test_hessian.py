@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from small_linears import correlated_inputs, second_moment
 
 from compress.errors import CompressError
 from compress.importance.tokens import mean_one
 from compress.quantization import hessian
 from compress.quantization.hessian import Hessian, factor
+from support.small_linears import correlated_inputs, second_moment
 
 K = 40
 

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from small_linears import second_moment
-from tiny_checkpoints import FAMILIES, load_whole, random_ids
 from torch import Tensor, nn
 
 from compress.data.activations import ActivationStore
 from compress.importance.tokens import mean_one, normalise
 from compress.models.skeleton import Skeleton
 from compress.quantization.layer import TokenWeigher, run_layer, without
+from support.small_linears import second_moment
+from support.tiny_checkpoints import FAMILIES, load_whole, random_ids
 
 LAST = 1  # the layer that is run; in one family the only one with a sliding window
 SIZES = ((2, 12), (1, 12), (3, 12))  # batches [B, T]

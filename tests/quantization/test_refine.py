@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from small_linears import correlated_inputs, in_range, layer_error, random_weight, second_moment
 from torch import Tensor
 
 from compress.quantization import refine as refining
@@ -12,6 +11,13 @@ from compress.quantization.gptq import Levels, column_loop, nearest
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import factor
 from compress.quantization.refine import refine
+from support.small_linears import (
+    correlated_inputs,
+    in_range,
+    layer_error,
+    random_weight,
+    second_moment,
+)
 
 N, K = 16, 160  # more columns than a block has, and not a multiple of it
 EXACT = torch.float64  # of scales

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from small_linears import correlated_inputs, second_moment
 
 from compress.quantization.rounding import RUN, quadratic, round_in_order
+from support.small_linears import correlated_inputs, second_moment
 
 SIZES = (1, 2, RUN - 1, RUN, RUN + 1, 2 * RUN, 3 * RUN + 5)
 N = 5

@@ -5,7 +5,6 @@ from itertools import product
 
 import pytest
 import torch
-from small_linears import correlated_inputs, random_weight
 from torch import nn
 
 from compress.quantization.grid import UniformGrid
@@ -13,6 +12,7 @@ from compress.quantization.hessian import Hessian
 from compress.quantization.layer import solve_group
 from compress.quantization.solvers import SOLVERS, SolverSettings
 from compress.recipe.sections import Scheme
+from support.small_linears import correlated_inputs, random_weight
 
 K = 64
 OUTPUTS = {"q": 24, "k": 8, "v": 8}  # grouped queries

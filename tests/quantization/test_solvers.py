@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from small_linears import correlated_inputs, in_range, layer_error, random_weight, second_moment
 
 from compress.errors import CompressError, UsageError
 from compress.importance.tokens import mean_one
@@ -14,6 +13,13 @@ from compress.quantization.gptq import column_loop
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian, factor
 from compress.quantization.solvers import SOLVERS, QuantizedLinear, SolverSettings
+from support.small_linears import (
+    correlated_inputs,
+    in_range,
+    layer_error,
+    random_weight,
+    second_moment,
+)
 
 N, K = 48, 128
 BITS = (2, 3, 4, 5, 6, 8)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from whole_model import logits, relative_error, rotate_model, tiny_model
 
 from compress.errors import CheckpointError, CompressError, UsageError
 from compress.models.families import ArchitectureSpec
@@ -19,6 +18,7 @@ from compress.rotation.rotate import (
     rotate_embedding,
     rotate_layer,
 )
+from support.whole_model import logits, relative_error, rotate_model, tiny_model
 
 SPEC = ArchitectureSpec()
 

@@ -1,0 +1,213 @@
+"""The command line when things go wrong: one line on stderr, and the right exit code."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress.errors import CompressError
+from support.calling import call, last_line, modelpress, only_line, pretend, write_recipe
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+@pytest.fixture(scope="session")
+def recipe(checkpoint, text, tmp_path_factory) -> Path:
+    """A recipe for the tiny Llama."""
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml", checkpoint(), text)
+
+
+# ---- the command or the recipe is wrong: 2 ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["rnu"], "run"),
+        (["run"], "recipe"),
+        (["run", "demo-lm", "--divice", "cpu"], "--divice"),
+        (["eval", "x", "--perplexity", "y", "--limit", "0"], "--limit"),
+        (["eval", "x"], "--perplexity"),
+        (["compare", "demo-lm"], "two recipes"),
+        (["compare", "demo-lm", "demo-rtn", "--seeds", "0,a"], "0,a"),
+        (["recipes", "demo-lmm"], "did you mean 'demo-lm'"),
+        (["run", "demo-lmm"], "did you mean 'demo-lm'"),
+        (["plan", "./not/here.yaml"], "no such file"),
+        (["plan", "gptq-w4"], "--model"),
+        (["plan", "demo-lm", "--set", "quantize.bitts=3"], "did you mean 'bits'"),
+        (["plan", "demo-lm", "--model", "./not/here"], "./not/here"),
+        (["generate", "./not/here", "--prompt", "x"], "./not/here"),
+        (["generate", "x", "--prompt", "x", "--device", "abacus"], "abacus"),
+        (["inspect", "not/here"], "not/here"),
+        (["push", "not/here", "me/model"], "not/here"),
+    ],
+)
+def test_wrong_commands_are_one_line_and_2(argv, said, capsys):
+    assert call(*argv) == 2
+    line = only_line(capsys)
+    assert line.startswith("error: ")
+    assert said in line
+
+
+def test_unknown_key_names_file_line_and_the_nearest_key(tmp_path):
+    file = tmp_path / "typo.yaml"
+    file.write_text("model: somewhere\nquantize:\n  bits: 4\n  grop_size: 64\n")
+    done = modelpress("run", file)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"{file}:4" in line
+    assert "quantize.grop_size" in line
+    assert "did you mean 'group_size'" in line
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_result_is_not_replaced_unasked(recipe, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    assert call("run", recipe, "--output", tmp_path / "out") == 2
+    assert "--overwrite" in last_line(capsys)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_unreachable_hub_id_is_one_line(recipe):
+    done = modelpress(
+        "run", recipe, "--model", "nobody/nothing", env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 2
+    assert "'nobody/nothing'" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+# ---- the run fails: 1 ---------------------------------------------------------------------------
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def put_nan(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lose_shard(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    shards = dict.fromkeys(tensors, "model-00001-of-00002.safetensors")
+    shards["lm_head.weight"] = "model-00002-of-00002.safetensors"
+    kept = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    save_file(kept, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": shards}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncate, "model.safetensors"),
+        (put_nan, "model.layers.1.mlp.up_proj.weight"),
+        (lose_shard, "model-00002-of-00002.safetensors"),
+    ],
+)
+def test_damaged_checkpoint_is_one_line_and_leaves_no_result(
+    damage, said, checkpoint, recipe, tmp_path, capsys
+):
+    shutil.copytree(checkpoint(), tmp_path / "model")
+    damage(tmp_path / "model")
+    assert call("run", recipe, "--model", tmp_path / "model", "--output", tmp_path / "out") == 1
+    assert said in last_line(capsys)
+    left = list((tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else []
+    assert [path.name for path in left] in ([], [".modelpress"])
+
+
+def test_missing_tokenizer_is_one_line(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint(), folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert call("generate", folder, "--prompt", "x") == 1
+    assert "no tokenizer" in only_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (CompressError("a check\nfailed"), "error: a check failed"),
+        (OSError(errno.ENOSPC, "No space left on device", "big.bin"), "disk is full for big.bin"),
+        (ZeroDivisionError("by nought"), "ZeroDivisionError: by nought (give --debug"),
+    ],
+)
+def test_failures_are_one_line_and_1(monkeypatch, raised, said, recipe, capsys):
+    pretend(monkeypatch, "compress.pipeline.run", "run", raised)
+    assert call("run", recipe) == 1
+    assert said in last_line(capsys)
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_debug_shows_the_traceback_and_keeps_the_code(place, monkeypatch, recipe, capsys):
+    pretend(monkeypatch, "compress.pipeline.run", "run", ZeroDivisionError("by nought"))
+    argv = ["run", recipe]
+    argv.insert(place, "--debug")
+    assert call(*argv) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.splitlines()[-1] == "error: ZeroDivisionError: by nought"
+
+
+def test_debug_of_a_wrong_recipe_still_leaves_with_2(capsys):
+    assert call("plan", "no-such-recipe", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_json_prints_nothing_on_stdout_when_it_fails(monkeypatch, recipe, capsys):
+    pretend(monkeypatch, "compress.pipeline.run", "run", CompressError("stop"))
+    assert call("run", recipe, "--json") == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_json_keeps_what_libraries_print_off_stdout(monkeypatch, capsys):
+    def talkative(*args, **kwargs):
+        print("here I am")
+        return {"perplexity": {"value": float("inf")}}
+
+    monkeypatch.setattr("compress.pipeline.evaluation.evaluate", talkative)
+    assert call("eval", "x", "--perplexity", "y", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"perplexity": {"value": None}}
+    assert "here I am" in captured.err
+
+
+# ---- interrupted, and a reader that has gone ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [([], "run the same command again"), (["--no-resume"], "without --no-resu")],
+)
+def test_interrupted_run_says_how_to_continue(options, said, monkeypatch, recipe, capsys):
+    pretend(monkeypatch, "compress.pipeline.run", "run", KeyboardInterrupt())
+    assert call("run", recipe, *options) == 130
+    assert said in last_line(capsys)
+
+
+def test_other_commands_are_interrupted_too(monkeypatch, capsys):
+    pretend(monkeypatch, "compress.recipe.recipe", "shipped_recipes", KeyboardInterrupt())
+    assert call("recipes") == 130
+    assert only_line(capsys) == "interrupted"
+
+
+@pytest.mark.parametrize("argv", [["recipes"], ["recipes", "demo-lm"], ["--help"]])
+def test_closed_pipe_is_quiet(argv):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "compress", *argv]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert done.stderr == b""

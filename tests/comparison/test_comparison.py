@@ -1,0 +1,392 @@
+"""Comparisons: what is run, what is kept, and how a table is made of what was measured.
+
+Where the figures themselves are the subject, `measure` gives known ones for each result.
+"""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from compress.comparison.compare import compare
+from compress.comparison.strategies import seeded
+from compress.errors import CompressError, UsageError
+from compress.pipeline.evaluation import Evaluator, evaluate
+from compress.pipeline.result import Observer
+from compress.recipe.recipe import Recipe
+from support.calling import pretend
+from support.measured_recipes import LENGTH, TOKENS, recipe_of
+from support.tiny_checkpoints import (
+    every_file,
+    load_whole,
+    weight_files,
+    write_checkpoint,
+)
+
+SPREAD = {0: 1.0, 1: 4.0, 5: 5.5}  # what a seed adds to a figure
+
+
+@pytest.fixture(autouse=True)
+def no_reload(monkeypatch):
+    """Results are not reloaded in another process; how that is done has tests of its own."""
+    return pretend(monkeypatch, "compress.pipeline.run", "reload_and_compare", {})
+
+
+@pytest.fixture
+def recipes(checkpoint, text) -> list[Recipe]:
+    """Two that differ in their width, measured on the first tokens of the text."""
+    return [recipe_of(checkpoint(), text, f"w{bits}", bits=bits) for bits in (4, 2)]
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[Path]:
+    """The folders that were measured; each result's figures follow from its width and seed."""
+    folders: list[Path] = []
+
+    def measure(self, folder):
+        folders.append(Path(folder))
+        facts = json.loads((Path(folder) / "modelpress.json").read_text())
+        figure = 10 * facts["average_bits"] + SPREAD[facts["seeds"]["rotate"]]
+        part = {
+            "results": {"task": {"acc": figure / 100, "acc_stderr": 0.01}},
+            "perplexity": {"value": figure, "value_stderr": 0.5, "tokens": TOKENS}
+            | {"length": LENGTH, "stride": LENGTH},
+        }
+        reference = {"perplexity": part["perplexity"] | {"value": 9.0, "value_stderr": 0.25}}
+        conditions = {"samples": {"task": 7}, "dtype": "float32"}
+        kl = {"mean": figure / 1000, "stderr": 0.001}
+        return part | {"kl": kl, "baseline": reference, "conditions": conditions}
+
+    monkeypatch.setattr(Evaluator, "measure", measure)
+    return folders
+
+
+class Watch(Observer):
+    """Notes the layers that are started, by run; stops at a stage or a layer of it."""
+
+    def __init__(self, stop: tuple[str, int] | None = None):
+        self.stop, self.run, self.started, self.warnings = stop, None, [], []
+
+    def stage(self, name):
+        if ", seed " in name:
+            self.run = name
+
+    def layers(self, done, total):
+        if (self.run, done) == self.stop:
+            raise KeyboardInterrupt
+        if done < total:
+            self.started.append((self.run, done))
+
+    def warning(self, text):
+        self.warnings.append(text)
+
+
+# ---- real figures -------------------------------------------------------------------------------
+
+
+def test_the_figures_are_those_of_evaluating_each_result_on_its_own(
+    recipes, checkpoint, text, tmp_path
+):
+    compared = compare(recipes, tmp_path / "out", seeds=(0,))
+    assert [row["name"] for row in compared.rows] == ["16-bit", "w4", "w2"]
+    settings = {"perplexity": str(text), "length": LENGTH, "tokens": TOKENS}
+    for row, run in zip(compared.rows[1:], compared.runs, strict=True):
+        alone = evaluate(run["folder"], baseline=checkpoint(), **settings)
+        assert row["perplexity"] == alone["perplexity"]["value"]
+        assert row["perplexity_stderr"] == alone["perplexity"]["value_stderr"]
+        assert row["kl"] == alone["kl"]["mean"]
+        weights = Path(run["folder"]).glob("*.safetensors")
+        assert row["bytes"] <= sum(file.stat().st_size for file in weights) < row["bytes"] + 20_000
+    baseline, w4, w2 = compared.rows
+    assert baseline["perplexity"] == evaluate(checkpoint(), **settings)["perplexity"]["value"]
+    assert baseline["bytes"] == sum(p.numel() * 4 for p in load_whole(checkpoint()).parameters())
+    assert w2["kl"] > w4["kl"] > 0
+    assert (w2["bits"], w4["bits"]) == (2, 4)
+    assert w2["bytes"] < w4["bytes"] < baseline["bytes"]
+    scored = TOKENS // LENGTH * (LENGTH - 1)  # whole windows, without the first token of each
+    for words in (str(text), f"{scored} tokens", f"windows of {LENGTH}", "no BOS", "seed 0", "cpu"):
+        assert words in compared.conditions
+
+
+def test_the_16_bit_model_is_left_out_where_the_recipes_say_so(checkpoint, text, tmp_path):
+    """It then has its size, but no figures; nothing is told about a divergence from it."""
+    alone = {"evaluate": {"baseline": False}}
+    recipes = [recipe_of(checkpoint(), text, f"w{b}", **alone, bits=b) for b in (4, 8)]
+    compared = compare(recipes, tmp_path / "out")
+    assert set(compared.rows[0]) == {"name", "bytes"}
+    assert all(row["perplexity"] > 1 and "kl" not in row for row in compared.rows[1:])
+    assert "kl" not in compared.conditions
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def test_with_one_seed_a_row_is_what_was_measured(recipes, measured, tmp_path):
+    compared = compare(recipes, tmp_path / "out", seeds=(1,))
+    for row, bits in zip(compared.rows[1:], (4, 2), strict=True):
+        figure = 10 * bits + SPREAD[1]
+        assert (row["perplexity"], row["perplexity_stderr"]) == (figure, 0.5)
+        assert (row["kl"], row["kl_stderr"]) == (figure / 1000, 0.001)
+        assert (row["task acc"], row["task acc_stderr"]) == (figure / 100, 0.01)
+    assert "standard error over windows or items; seed 1" in compared.conditions
+    assert "task: 7 items" not in compared.conditions  # the recipes ask for no task
+
+
+def test_with_several_seeds_it_is_their_mean_and_sample_standard_deviation(
+    recipes, measured, tmp_path
+):
+    compared = compare(recipes, tmp_path / "out", seeds=(0, 1, 5))
+    mean = (1.0 + 4.0 + 5.5) / 3
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in (1.0, 4.0, 5.5)) / 2)
+    for row, bits in zip(compared.rows[1:], (4, 2), strict=True):
+        assert row["perplexity"] == pytest.approx(10 * bits + mean)
+        assert row["perplexity_stderr"] == pytest.approx(deviation)
+        assert row["task acc_stderr"] == pytest.approx(deviation / 100)
+        assert row["kl_stderr"] == pytest.approx(deviation / 1000)
+        assert row["bits"] == bits
+        mine = [run for run in compared.runs if run["name"] == row["name"]]
+        assert [run["seed"] for run in mine] == [0, 1, 5]
+        assert {run["bytes"] for run in mine} == {row["bytes"]}
+        assert row["seconds"] == pytest.approx(sum(run["seconds"] for run in mine) / 3)
+        assert "seconds_stderr" not in row and "bits_stderr" not in row
+    assert compared.rows[0]["perplexity_stderr"] == 0.25  # measured once
+    assert "sample standard deviation over seeds 0, 1, 5" in compared.conditions
+    assert measured == [tmp_path / "out" / f"w{b}-{seed}" for b in (4, 2) for seed in (0, 1, 5)]
+
+
+def test_the_table_is_written_beside_the_results(recipes, measured, tmp_path):
+    output = tmp_path / "out"
+    compared = compare(recipes, output, seeds=(0, 1))
+    assert json.loads((output / "comparison.json").read_text()) == compared.as_dict()
+    written = (output / "comparison.md").read_text()
+    assert written == compared.markdown()
+    assert compared.conditions in written
+    assert [line.split(" | ")[0] for line in written.splitlines()[2:5]] == [
+        "| 16-bit",
+        "| w4",
+        "| w2",
+    ]
+    assert compared.plot == output / "comparison.png"
+    assert compared.plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_a_table_and_a_warning(
+    recipes, measured, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    watch = Watch()
+    compared = compare(recipes, tmp_path / "out", observer=watch)
+    assert compared.plot is None
+    (warning,) = [w for w in watch.warnings if "no plot" in w]
+    assert "modelpress[eval]" in warning
+    assert compared.as_dict()["warnings"] == [warning]
+    assert (tmp_path / "out" / "comparison.md").is_file()
+
+
+# ---- what is run --------------------------------------------------------------------------------
+
+
+def test_a_seed_draws_windows_and_rotation_of_one_result(recipes, measured, press, tmp_path):
+    compare(recipes, tmp_path / "out", seeds=(0, 1))
+    for recipe in recipes:
+        for seed in (0, 1):
+            seeded = recipe.with_changes(
+                calibration={"seed": seed}, rotate={"seed": seed}, evaluate=None
+            )
+            expected = weight_files(press(seeded, None))
+            assert weight_files(tmp_path / "out" / f"{recipe.name}-{seed}") == expected
+    results = [weight_files(tmp_path / "out" / f"w4-{seed}") for seed in (0, 1)]
+    assert results[0] != results[1]
+
+
+def test_what_is_finished_is_kept(recipes, measured, tmp_path):
+    output = tmp_path / "out"
+    first = compare(recipes, output, seeds=(0,))
+    before = every_file(output / "w4-0")
+    watch = Watch()
+    second = compare(recipes, output, seeds=(0, 1), observer=watch)
+    assert watch.started == [(f"{n}, seed 1", layer) for n in ("w4", "w2") for layer in (0, 1)]
+    assert every_file(output / "w4-0") == before
+    assert second.runs[0] == first.runs[0]
+
+
+def test_what_is_measured_is_kept_with_its_conditions(recipes, measured, tmp_path):
+    output = tmp_path / "out"
+    first = compare(recipes, output)
+    assert len(measured) == 2
+    assert compare(recipes, output).rows == first.rows
+    assert len(measured) == 2
+    other = [r.with_changes(evaluate={"batch_size": 3}) for r in recipes]
+    compare(other, output)
+    assert len(measured) == 4
+    compare(other, output, overwrite=True)
+    assert len(measured) == 6
+
+
+def test_a_random_order_of_layers_and_an_evolving_one_are_drawn_by_the_seed(checkpoint, text):
+    section = {"widths": [4, 2], "narrow": 1}
+    by_chance = recipe_of(checkpoint(), text, "r").with_changes(
+        allocate={"importance": "random"} | section
+    )
+    assert seeded(by_chance, 5).allocate.importance.seed == 5
+    assert seeded(by_chance, 5).allocate.seed == 5
+    by_place = by_chance.with_changes(allocate={"importance": "position"})
+    assert seeded(by_place, 5).allocate.importance == by_place.allocate.importance
+
+
+def test_rows_that_differ_in_a_number_alone_are_lines(checkpoint, text, measured, tmp_path):
+    names = ("a narrow=0", "a narrow=1", "b narrow=0")
+    recipes = [
+        recipe_of(checkpoint(), text, name, bits=bits)
+        for name, bits in zip(names, (8, 4, 3), strict=True)
+    ]
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.eval.curves.plot_lines", lambda *a: drawn.append(a) or Path("x"))
+        compare(recipes, tmp_path / "out", self_check=False)
+    ((lines, baseline, _, x),) = drawn
+    assert {k: [row["name"] for row in v] for k, v in lines.items()} == {
+        "a": ["a narrow=0", "a narrow=1"],
+        "b": ["b narrow=0"],
+    }
+    assert (baseline["name"], x) == ("16-bit", "bytes")
+
+
+def test_an_interrupted_comparison_continues_at_its_layer(recipes, measured, tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        compare(recipes, output, observer=Watch(stop=("w2, seed 0", 1)))
+    watch = Watch()
+    compare(recipes, output, observer=watch)
+    assert watch.started == [("w2, seed 0", 1)]
+
+
+def test_how_it_is_measured_may_change_and_the_results_are_kept(
+    recipes, measured, checkpoint, text, tmp_path
+):
+    compare(recipes, tmp_path / "out")
+    watch, limited = Watch(), {"evaluate": {"limit": 3}}
+    others = [recipe_of(checkpoint(), text, f"w{b}", **limited, bits=b) for b in (4, 2)]
+    compare(others, tmp_path / "out", observer=watch)
+    assert watch.started == []
+
+
+def test_another_recipe_of_the_same_name_replaces_nothing_unasked(
+    recipes, measured, checkpoint, text, tmp_path
+):
+    output = tmp_path / "out"
+    compare(recipes, output)
+    before = {name: every_file(output / name) for name in ("w4-0", "w2-0")}
+    changed = [recipes[0], recipe_of(checkpoint(), text, "w2", bits=3)]
+    watch = Watch()
+    with pytest.raises(UsageError, match=r"w2-0 .*--overwrite"):
+        compare(changed, output, observer=watch)
+    assert watch.started == []
+    assert {name: every_file(output / name) for name in before} == before
+    assert len(measured) == 2
+    compare(recipes, output)
+    assert len(measured) == 2  # the figures are there as well
+    compared = compare(changed, output, overwrite=True, observer=watch)
+    assert [row.get("bits") for row in compared.rows] == [None, 4, 3]
+    assert [name for name, _ in watch.started] == ["w4, seed 0"] * 2 + ["w2, seed 0"] * 2
+
+
+def test_a_model_of_the_hub_is_fetched_and_its_results_are_kept(
+    measured, checkpoint, text, tmp_path, monkeypatch
+):
+    """The folder of a snapshot stands for the id wherever files are read."""
+    fetched = []
+
+    def snapshot_download(name, revision, **_):
+        fetched.append((name, revision))
+        return str(checkpoint())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    baselines = []
+    of_recipe = Evaluator.of_recipe
+    monkeypatch.setattr(
+        Evaluator, "of_recipe", lambda r, path, d: baselines.append(path) or of_recipe(r, path, d)
+    )
+    section = {"model": {"path": "someone/some-model", "revision": "abc"}}
+    recipes = [
+        recipe_of(checkpoint(), text, f"w{bits}", bits=bits).with_changes(**section)
+        for bits in (4, 2)
+    ]
+    compare(recipes, tmp_path / "out")
+    watch = Watch()
+    compare(recipes, tmp_path / "out", observer=watch)
+    assert watch.started == []
+    assert set(fetched) == {("someone/some-model", "abc")}
+    assert baselines == [checkpoint()]  # the second time, all figures are there
+
+
+# ---- what cannot be compared --------------------------------------------------------------------
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_runs(
+    recipes, checkpoint, text, tmp_path, monkeypatch
+):
+    runs = pretend(monkeypatch, "compress.pipeline.run", "run", CompressError("it ran"))
+    one, two = recipes
+    model = shutil.copytree(checkpoint(), tmp_path / "model")
+    cases = {
+        "no recipes": ([], (0,), "at least one recipe"),
+        "no seeds": (recipes, (), "one seed"),
+        "a seed twice": (recipes, (0, 1, 0), "0, 1, 0"),
+        "a name twice": ([one, two, one], (0,), "'w4'"),
+        "a name that is a path": ([one, two.with_changes(name="../up")], (0,), "'../up'"),
+        "two models": ([one, recipe_of(model, text, "b")], (0,), str(model)),
+        "two revisions": ([one, two.with_changes(model={"revision": "abc"})], (0,), "one model"),
+        "two ways to measure": (
+            [one, recipe_of(checkpoint(), text, "b", evaluate={"limit": 2})],
+            (0,),
+            "`evaluate`",
+        ),
+        "nothing measured": (
+            [recipe.with_changes(evaluate=None) for recipe in recipes],
+            (0,),
+            "evaluates nothing",
+        ),
+        "no task and no text": (
+            [recipe.with_changes(evaluate={"perplexity": None}) for recipe in recipes],
+            (0,),
+            "evaluates nothing",
+        ),
+        "no such text": (
+            [r.with_changes(evaluate={"perplexity": "nothing.txt"}) for r in recipes],
+            (0,),
+            "nothing.txt",
+        ),
+    }
+    for name, (compared, seeds, said) in cases.items():
+        with pytest.raises(UsageError) as error:
+            compare(compared, tmp_path / "out", seeds)
+        assert said in str(error.value), name
+        assert "\n" not in str(error.value), name
+    assert runs == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_fails_the_comparison_and_what_was_finished_stays(
+    recipes, measured, text, tmp_path
+):
+    broken = write_checkpoint(tmp_path / "model")
+
+    class Break(Watch):
+        def stage(self, name):
+            if name == "w2, seed 0":
+                (broken / "config.json").rename(tmp_path / "config.json")
+
+    two = [recipe_of(broken, text, f"w{bits}", bits=bits) for bits in (4, 2)]
+    with pytest.raises(CompressError, match=r"config\.json"):
+        compare(two, tmp_path / "out", observer=Break())
+    load_whole(tmp_path / "out" / "w4-0")
+    assert not (tmp_path / "out" / "comparison.md").exists()
+    (tmp_path / "config.json").rename(broken / "config.json")
+    watch = Watch()
+    compare(two, tmp_path / "out", observer=watch)
+    assert {name for name, _ in watch.started} == {"w2, seed 0"}

@@ -1,0 +1,190 @@
+"""Measuring checkpoints: the figures of plain models on the text's own tokens, each read once."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from compress.data import windows
+from compress.data.text import load_documents
+from compress.data.windows import encode, token_stream
+from compress.errors import UsageError
+from compress.eval import evaluate as measuring
+from compress.eval.divergence import kl_divergence
+from compress.eval.perplexity import perplexity, perplexity_per_document
+from compress.loading import load as loading
+from compress.pipeline.evaluation import Evaluator, check_evaluation, evaluate, evaluate_recipe
+from compress.recipe.recipe import Recipe
+from support.calling import pretend
+from support.tiny_checkpoints import load_whole, recipe_for, write_checkpoint
+
+LENGTH, TOKENS = 32, 400
+
+
+def held_out(text, model, tokens=TOKENS) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return token_stream(load_documents(str(text), "held_out"), tokenizer, tokens)
+
+
+@pytest.fixture
+def quantised(checkpoint, press):
+    """Two results of one model: 4 bits and 2."""
+    return [press(recipe_for(checkpoint(), quantize={"bits": bits})) for bits in (4, 2)]
+
+
+class Counts:
+    """How often something was called, and with what first."""
+
+    def __init__(self, monkeypatch, module, name):
+        real, self.first = getattr(module, name), []
+
+        def counted(*arguments, **options):
+            self.first.append(arguments[0])
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
+
+# ---- figures ------------------------------------------------------------------------------------
+
+
+def test_the_figures_are_those_of_the_models_on_the_tokens_of_the_text(checkpoint, text, quantised):
+    found = evaluate(
+        quantised[1], perplexity=str(text), length=LENGTH, stride=16, tokens=TOKENS,
+        baseline=checkpoint(),
+    )  # fmt: skip
+    ids = held_out(text, checkpoint())
+    model, baseline = load_whole(quantised[1]), load_whole(checkpoint())
+    expected = perplexity(model, ids, LENGTH, 16)
+    assert found["perplexity"]["value"] == pytest.approx(expected.value, rel=1e-6)
+    assert found["perplexity"]["tokens"] == expected.tokens
+    reference = perplexity(baseline, ids, LENGTH, 16).value
+    assert found["baseline"]["perplexity"]["value"] == pytest.approx(reference, rel=1e-6)
+    divergence = kl_divergence(model, baseline, ids, LENGTH, 16).mean
+    assert found["kl"]["mean"] == pytest.approx(divergence, rel=1e-5)
+    assert found["conditions"] == {
+        "model": str(quantised[1]),
+        "baseline": str(checkpoint()),
+        "device": "cpu",
+        "dtype": "float32",
+        "perplexity_dataset": f"{text} (held out)",
+    }
+
+
+def test_documents_are_read_one_by_one_until_there_are_enough_tokens(checkpoint, text):
+    """The last one is whole: a document is cut by `length` alone."""
+    model = checkpoint()
+    found = evaluate(
+        model, perplexity=str(text), length=LENGTH, per_document=True, tokens=TOKENS, bos=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    documents = encode(tokenizer, list(load_documents(str(text), "held_out").texts))
+    counts = torch.tensor([len(ids) for ids in documents]).cumsum(0)
+    needed = int((counts < TOKENS).sum()) + 1
+    assert 1 < needed < len(documents)
+    bos = tokenizer.bos_token_id
+    expected = perplexity_per_document(load_whole(model), documents[:needed], LENGTH, bos)
+    assert found["perplexity"]["value"] == pytest.approx(expected.value, rel=1e-6)
+    assert found["perplexity"]["bos"]
+    assert "kl" not in found and "baseline" not in found
+    assert found["conditions"]["baseline"] is None
+
+
+def test_half_precision_is_measured_in_single_on_a_cpu(tmp_path, text):
+    model = write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    found = evaluate(model, perplexity=str(text), length=LENGTH, tokens=TOKENS)
+    assert found["conditions"]["dtype"] == "float32"
+    expected = perplexity(load_whole(model), held_out(text, model), LENGTH)
+    assert found["perplexity"]["value"] == pytest.approx(expected.value, rel=1e-6)
+
+
+# ---- once ---------------------------------------------------------------------------------------
+
+
+def test_text_and_baseline_are_read_and_measured_once(checkpoint, text, quantised, monkeypatch):
+    settings = {"perplexity": str(text), "length": LENGTH, "tokens": TOKENS}
+    apart = [evaluate(folder, baseline=checkpoint(), **settings) for folder in quantised]
+    loads = Counts(monkeypatch, loading, "load")
+    streams = Counts(monkeypatch, windows, "token_stream")
+    measured = Counts(monkeypatch, measuring, "_perplexity")
+    evaluator = Evaluator(tasks=(), baseline=checkpoint(), device="cpu", **settings)
+    assert loads.first == streams.first == []  # nothing is read before it is needed
+    assert [evaluator.measure(folder) for folder in quantised] == apart
+    assert loads.first == [quantised[0], checkpoint(), quantised[1]]
+    assert len(streams.first) == 1
+    assert len(measured.first) == 3  # two results, one baseline
+
+
+# ---- what a recipe asks for ---------------------------------------------------------------------
+
+
+def recipe_with(checkpoint, evaluate):
+    return recipe_for(checkpoint(), evaluate=evaluate)
+
+
+@pytest.mark.parametrize("section", [None, {}, {"tasks": [], "limit": 3}])
+def test_a_recipe_that_asks_for_nothing_gets_nothing(checkpoint, section, monkeypatch):
+    loads = Counts(monkeypatch, loading, "load")
+    recipe = recipe_with(checkpoint, section)
+    check_evaluation(recipe)
+    assert evaluate_recipe(recipe, checkpoint(), checkpoint()) == {}
+    assert loads.first == []
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+def test_a_recipe_is_measured_as_its_section_says(checkpoint, text, quantised, baseline):
+    section = {
+        "perplexity": {"dataset": str(text), "length": LENGTH, "stride": 8, "bos": True}
+        | {"tokens": 200},
+        "baseline": baseline,
+        "batch_size": 3,
+    }
+    recipe = recipe_with(checkpoint, section)
+    found = evaluate_recipe(recipe, quantised[0], checkpoint())
+    expected = evaluate(
+        quantised[0], perplexity=str(text), length=LENGTH, stride=8, bos=True, tokens=200,
+        batch_size=3, baseline=checkpoint() if baseline else None,
+    )  # fmt: skip
+    assert found == expected
+    assert ("kl" in found) == baseline
+
+
+def test_a_recipes_text_is_looked_up_beside_the_recipe(checkpoint, text, tmp_path, monkeypatch):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "recipe" / "mine.jsonl").write_bytes(text.read_bytes())
+    section = {"perplexity": {"dataset": "mine.jsonl", "length": LENGTH, "tokens": 100}}
+    file = tmp_path / "recipe" / "recipe.yaml"
+    file.write_text(recipe_with(checkpoint, section).dump())
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    recipe = Recipe.load(file)
+    check_evaluation(recipe)
+    found = evaluate_recipe(recipe, checkpoint(), checkpoint())
+    expected = evaluate(checkpoint(), perplexity=str(text), length=LENGTH, tokens=100)
+    assert found["perplexity"] == expected["perplexity"]
+
+
+# ---- what cannot be measured --------------------------------------------------------------------
+
+
+def test_what_cannot_be_measured_is_said_before_a_model_is_loaded(checkpoint, monkeypatch):
+    loads = Counts(monkeypatch, loading, "load")
+    asked = pretend(monkeypatch, "compress.eval.harness", "find_tasks", UsageError("no such task"))
+    with pytest.raises(UsageError, match="nothing to evaluate"):
+        evaluate(checkpoint())
+    with pytest.raises(UsageError, match="no such task"):
+        evaluate(checkpoint(), tasks=["demo_cod"], include_path="mine")
+    assert list(asked[0].values())[:2] == [["demo_cod"], "mine"]
+    cases = ({"tasks": ["demo_cod"]}, "no such task"), ({"perplexity": "no.txt"}, r"no\.txt")
+    for section, said in cases:
+        with pytest.raises(UsageError, match=said):
+            check_evaluation(recipe_with(checkpoint, section))
+    assert loads.first == []
+
+
+def test_bos_needs_a_bos_token(text, tmp_path):
+    model = write_checkpoint(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(model)
+    with pytest.raises(UsageError, match="no BOS token"):
+        evaluate(model, perplexity=str(text), length=LENGTH, bos=True)

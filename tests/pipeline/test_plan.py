@@ -1,0 +1,248 @@
+"""The plan: its bytes are those of the files that a run writes, and it reads no weight."""
+
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from compress.errors import CheckpointError, UsageError
+from compress.loading.load import inspect
+from compress.models.skeleton import Skeleton
+from compress.pipeline.memory_forecast import FIXED_MEMORY
+from compress.pipeline.plan import make_plan
+from compress.pipeline.run import run
+from support.tiny_checkpoints import LAYERS, WINDOWS, recipe_for, write_checkpoint
+
+
+def plan_of(folder, **sections):
+    return make_plan(recipe_for(folder, **sections), Skeleton(folder))
+
+
+def bytes_of(folder) -> dict[str, int]:
+    """Tensor bytes of a checkpoint by the safetensors library: of packed weights, of all else."""
+    sizes = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            sizes |= {n: opened.get_tensor(n).nbytes for n in opened.keys()}  # noqa: SIM118
+    packed = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    quantised = sum(size for n, size in sizes.items() if n.rpartition(".")[2] in packed)
+    total = sum(sizes.values())
+    return {"quantized": quantised, "other": total - quantised, "total": total}
+
+
+# ---- bytes --------------------------------------------------------------------------------------
+
+DOWN = {"match": "re:.*down_proj$"}
+SCHEMES = {
+    "2 bits": {"bits": 2, "group_size": 32},
+    "3 bits": {"bits": 3, "group_size": 64},
+    "4 bits": {"bits": 4, "group_size": 64},
+    "5 bits": {"bits": 5, "group_size": 32},
+    "8 bits": {"bits": 8, "group_size": "channel"},
+    "3 bits a row": {"bits": 3, "group_size": "channel"},
+    "asymmetric": {"bits": 3, "group_size": 32, "symmetric": False},
+    "asymmetric rows": {"bits": 4, "group_size": "channel", "symmetric": False},
+    "overrides": {"bits": 3, "overrides": [DOWN | {"bits": 8, "group_size": "channel"}]},
+    "one ignored": {"bits": 4, "overrides": [DOWN | {"ignore": True}]},
+    "head too": {"bits": 4, "ignore": []},
+    "none": {"method": "none"},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("rotate", ["none", "hadamard"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_bytes_are_those_of_the_files(checkpoint, tmp_path, scheme, rotate, tied):
+    recipe = recipe_for(
+        checkpoint(tied=tied, dtype=torch.bfloat16),
+        rotate=rotate,
+        quantize={"method": "rtn"} | SCHEMES[scheme],
+    )
+    result = run(recipe, tmp_path / "out", self_check=False)
+    assert result.plan.bytes == bytes_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["llama-biased", "mistral", "qwen2", "qwen3"])
+def test_bytes_count_biases_norms_and_wide_attention(checkpoint, tmp_path, family):
+    recipe = recipe_for(checkpoint(family), quantize={"method": "rtn"})
+    result = run(recipe, tmp_path / "out", self_check=False)
+    assert result.plan.bytes == bytes_of(tmp_path / "out")
+    assert inspect(tmp_path / "out")["bytes"] == result.plan.bytes
+
+
+def test_bytes_by_hand(checkpoint):
+    """A weight [64, 64] in groups of 32, 3 bits, bf16: 6 words, 2 scales a row; its shape."""
+    plan = plan_of(
+        checkpoint(dtype=torch.bfloat16),
+        quantize={"bits": 3, "ignore": ["lm_head", "re:(?!model.layers.0.self_attn.o_proj)"]},
+    )
+    assert [m.name for m in plan.modules] == ["model.layers.0.self_attn.o_proj"]
+    assert plan.bytes["quantized"] == 64 * (6 * 4 + 2 * 2) + 16
+
+
+def test_average_bits_are_weighted_by_the_weights(checkpoint):
+    """down_proj has 64 * 128 of a layer's 64 * (64 + 2 * 32 + 64 + 3 * 128) weights."""
+    folder = checkpoint()
+    plan = plan_of(folder, quantize={"bits": 3, "overrides": [DOWN | {"bits": 8}]})
+    assert plan.average_bits == pytest.approx(3 + 5 * 128 / (64 + 64 + 64 + 3 * 128))
+    assert plan_of(folder, quantize={"bits": 5}).average_bits == 5
+    assert plan_of(folder, quantize={"method": "none"}).average_bits == 0
+
+
+def test_modules_are_listed_with_their_scheme(checkpoint):
+    plan = plan_of(
+        checkpoint("qwen3"),
+        quantize={
+            "bits": 3,
+            "group_size": 64,
+            "overrides": [{"match": "model.layers.1.mlp.up_proj", "group_size": "channel"}],
+        },
+    )
+    assert len(plan.modules) == 7 * LAYERS
+    modules = {module["name"]: module for module in plan.as_dict()["modules"]}
+    assert modules["model.layers.0.self_attn.q_proj"] == {
+        "name": "model.layers.0.self_attn.q_proj",
+        "shape": (128, 64),
+        "bits": 3,
+        "group_size": 64,
+        "score": None,
+    }
+    assert modules["model.layers.1.mlp.up_proj"]["group_size"] is None
+    assert "lm_head" not in modules
+
+
+# ---- no weight is read --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unreadable(tmp_path):
+    """A checkpoint of whole headers whose data is all NaN: reading any tensor is an error."""
+    folder = write_checkpoint(tmp_path / "unreadable")
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start:] = b"\xff" * (len(data) - start)
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="NaN"):
+        Skeleton(folder).read_layer(0)
+    return folder
+
+
+def test_planning_reads_headers_only(checkpoint, unreadable):
+    sections = {"rotate": "hadamard", "quantize": {"bits": 3}}
+    assert plan_of(unreadable, **sections).bytes == plan_of(checkpoint(), **sections).bytes
+
+
+PROBLEMS = [
+    ({"quantize": {"group_size": 128}}, r"group_size: 128 does not divide the 64 inputs of model"),
+    ({"quantize": {"overrides": [DOWN | {"group_size": 256}]}}, r"256 .* 128 .*down_proj.* 1 more"),
+    ({"quantize": {"ignore": ["lm_haed"]}}, r"'lm_haed' matches no linear.*did you mean 'lm_head'"),
+    ({"quantize": {"overrides": [{"match": "re:.*experts", "bits": 8}]}}, r"re:\.\*experts"),
+    ({"quantize": {"ignore": ["re:.*"]}}, "every linear is ignored"),
+    ({"calibration": {"length": 65}}, r"calibration\.length: 65 .* context of 64"),
+]
+
+
+@pytest.mark.parametrize("sections, expected", PROBLEMS)
+def test_problems_are_found_and_stop_the_run_before_any_weight_is_read(
+    unreadable, tmp_path, sections, expected
+):
+    plan = plan_of(unreadable, **sections)
+    assert len(plan.problems) == 1
+    assert re.search(expected, plan.problems[0])
+    assert "\n" not in plan.problems[0]
+    output = tmp_path / "out"
+    with pytest.raises(UsageError) as caught:
+        run(recipe_for(unreadable, **sections), output, windows=WINDOWS, self_check=False)
+    assert str(caught.value) == plan.problems[0]
+    assert not output.exists()
+
+
+def test_a_group_size_that_fits_is_suggested(checkpoint):
+    (problem,) = plan_of(checkpoint(), quantize={"group_size": 128}).problems
+    suggested = re.search(r"use (.*)$", problem)[1].split(" or ")
+    assert suggested == ["64", "32", "channel"]
+    for size in suggested:
+        size = size if size == "channel" else int(size)
+        assert not plan_of(checkpoint(), quantize={"group_size": size}).problems
+
+
+def test_a_sound_recipe_has_no_problems_and_rtn_needs_no_context(checkpoint):
+    assert not plan_of(checkpoint()).problems
+    rtn = {"quantize": {"method": "rtn"}, "calibration": {"length": 4096}}
+    assert not plan_of(checkpoint(), **rtn).problems
+
+
+# ---- notes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sections, tied, expected",
+    [
+        ({"rotate": "hadamard"}, True, True),
+        ({"quantize": {"ignore": []}}, True, True),
+        ({}, True, False),
+        ({"rotate": "hadamard"}, False, False),
+    ],
+)
+def test_untying_is_announced(checkpoint, sections, tied, expected):
+    plan = plan_of(checkpoint(tied=tied), **sections)
+    assert plan.untied is expected
+    assert any("untied" in note for note in plan.notes) is expected
+
+
+def test_linears_that_engines_fuse_are_noted_where_their_schemes_differ(checkpoint):
+    one = {"overrides": [{"match": "re:.*k_proj", "bits": 8}]}
+    all_three = {"overrides": [{"match": "re:.*[qkv]_proj", "bits": 8}]}
+    notes = ["\n".join(plan_of(checkpoint(), quantize=q).notes) for q in (one, all_three)]
+    assert "differ in scheme" in notes[0]
+    assert "differ in scheme" not in notes[1]
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def host_memory(folder, allocate=None, **calibration) -> int:
+    sections = {} if allocate is None else {"allocate": allocate}
+    return plan_of(folder, calibration=calibration, **sections).peak_memory["host"]
+
+
+def test_peak_memory_of_a_tiny_model_is_little_more_than_the_libraries(checkpoint):
+    assert FIXED_MEMORY < host_memory(checkpoint()) < FIXED_MEMORY + 10e6
+
+
+def test_activations_count_where_they_are_kept(checkpoint):
+    """Twice the samples cost their hidden states and their widest inputs, unless on disk."""
+    folder, tokens = checkpoint(), 1000 * 64
+    memory = {
+        (offload, samples): host_memory(folder, samples=samples, length=64, offload=offload)
+        for offload in ("ram", "disk")
+        for samples in (1000, 2000)
+    }
+    assert memory["ram", 2000] - memory["ram", 1000] == tokens * (64 + 128) * 4
+    assert memory["disk", 2000] == memory["disk", 1000] < memory["ram", 1000]
+
+
+def test_activations_of_every_unit_at_every_width_count(checkpoint):
+    """Two layers at two widths, and the model itself: five activations travel along."""
+    section = {"importance": "logit_divergence", "method": "knapsack", "average_bits": 3}
+    memory = {
+        (offload, samples): host_memory(
+            checkpoint(), section | {"widths": [4, 2], "samples": samples},
+            samples=2000, length=64, offload=offload,
+        )
+        for offload in ("ram", "disk")
+        for samples in (1500, 2000)
+    }  # fmt: skip
+    assert memory["ram", 2000] - memory["ram", 1500] == 5 * 500 * 64 * 64 * 4
+    assert memory["disk", 2000] == memory["disk", 1500] < memory["ram", 1500]
+    cheap = section | {"importance": "weight_error", "samples": 2000, "widths": [4, 2]}
+    assert host_memory(checkpoint(), cheap, samples=2000, length=64, offload="ram") == host_memory(
+        checkpoint(), samples=2000, length=64, offload="ram"
+    )
+
+
+def test_memory_does_not_grow_with_depth(tmp_path):
+    folders = [write_checkpoint(tmp_path / str(n), layers=n) for n in (1, 4)]
+    assert host_memory(folders[0]) == host_memory(folders[1])

@@ -1,0 +1,134 @@
+"""Where a result comes from: what its run wrote down, and whether a recipe has made a folder."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress.models.skeleton import Skeleton
+from compress.pipeline import provenance
+from compress.pipeline.provenance import fingerprint, made_by
+from support.tiny_checkpoints import WINDOWS, all_count, random_ids, recipe_for, write_checkpoint
+
+
+@pytest.fixture
+def recipe(checkpoint, text):
+    return recipe_for(checkpoint(), text, name="mine", rotate={"kind": "hadamard", "seed": 3})
+
+
+@pytest.fixture
+def folder(press, recipe) -> Path:
+    return press(recipe, None)
+
+
+# ---- whether a recipe has made a folder ---------------------------------------------------------
+
+
+def test_a_folder_is_made_by_the_recipe_that_made_it(folder, recipe, checkpoint, tmp_path):
+    assert made_by(folder, recipe, checkpoint(), "cpu")
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    copied = shutil.copytree(checkpoint(), tmp_path / "model")
+    assert made_by(moved, recipe, copied, "cpu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quantize": {"bits": 3}},
+        {"quantize": {"damping": 0.02}},
+        {"rotate": {"seed": 4}},
+        {"calibration": {"seed": 1}},
+        {"name": "yours"},
+    ],
+    ids=str,
+)
+def test_it_is_not_made_by_another_recipe(folder, recipe, checkpoint, change):
+    assert not made_by(folder, recipe.with_changes(**change), checkpoint(), "cpu")
+
+
+def test_it_is_not_made_of_another_model_or_on_another_device(folder, recipe, checkpoint, tmp_path):
+    assert not made_by(folder, recipe, checkpoint(), "cuda")
+    other = shutil.copytree(checkpoint(), tmp_path / "model")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert not made_by(folder, recipe, other, "cpu")
+
+
+@pytest.mark.parametrize("package", ["modelpress", "torch", "safetensors", "python"])
+def test_it_is_not_made_with_other_versions(folder, recipe, checkpoint, monkeypatch, package):
+    now = provenance.versions()
+    assert set(now) > {"modelpress", "torch", "transformers", "python"}
+    monkeypatch.setattr(provenance, "versions", lambda: now | {package: "0.0.1"})
+    assert not made_by(folder, recipe, checkpoint(), "cpu")
+
+
+def test_what_is_not_finished_was_made_by_nobody(folder, recipe, checkpoint, tmp_path):
+    assert not made_by(tmp_path / "nothing", recipe, checkpoint(), "cpu")
+    (folder / "modelpress.json").unlink()
+    assert not made_by(folder, recipe, checkpoint(), "cpu")
+
+
+# ---- what a run that continues must share -------------------------------------------------------
+
+
+def test_equal_runs_have_one_fingerprint_and_others_have_their_own(
+    recipe, checkpoint, text, tmp_path
+):
+    def mark(changes=None, model=None, windows=WINDOWS, device="cpu"):
+        changed = recipe.with_changes(**changes or {})
+        return fingerprint(changed, Skeleton(model or checkpoint()), windows, device)
+
+    same = [
+        mark(),
+        mark({"name": "yours"}),
+        mark({"calibration": {"offload": "disk"}}),
+        mark({"evaluate": {"tasks": ["demo_code"]}}),
+        mark(model=shutil.copytree(checkpoint(), tmp_path / "copy")),
+    ]
+    assert len(set(same)) == 1
+    mask = WINDOWS.mask.clone()
+    mask[0, -1] = False
+    others = [
+        mark({"quantize": {"refine_sweeps": 1}}),
+        mark({"rotate": {"seed": 4}}),
+        mark({"save": {"shard_size": "1MB"}}),
+        mark(model=write_checkpoint(tmp_path / "other", seed=1)),
+        mark(windows=all_count(random_ids(6, 24, seed=1))),
+        mark(windows=type(WINDOWS)(WINDOWS.input_ids, mask)),
+        mark(device="cuda"),
+    ]
+    assert len({same[0], *others}) == 1 + len(others)
+
+
+# ---- what it wrote down -------------------------------------------------------------------------
+
+
+def test_modelpress_json_says_what_was_done_and_from_what(folder, recipe, checkpoint):
+    facts = json.loads((folder / "modelpress.json").read_text())
+    skeleton = Skeleton(checkpoint())
+    assert facts["versions"] == provenance.versions()
+    assert facts["model"]["fingerprint"] == skeleton.reader.fingerprint()
+    assert facts["model"]["path"] == str(checkpoint())
+    assert facts["seeds"] == {"calibration": 0, "rotate": 3}
+    assert facts["bytes"]["original"] == skeleton.reader.nbytes()
+    assert facts["bytes"]["total"] == facts["bytes"]["quantized"] + facts["bytes"]["other"]
+    modules = [module["name"] for layer in facts["layers"] for module in layer["modules"]]
+    assert modules == skeleton.linear_names()[:-1]
+    assert facts["average_bits"] == 4
+    assert all(seconds >= 0 for seconds in facts["seconds"].values())
+    assert facts["peak_memory"]["host"] > 10**7
+
+
+def test_the_tokens_are_known_by_their_hash_where_there_were_any(press, recipe):
+    def calibration(folder):
+        return json.loads((folder / "modelpress.json").read_text())["calibration"]
+
+    digest = hashlib.sha256(WINDOWS.input_ids.to(torch.int64).numpy().tobytes()).hexdigest()
+    expected = {"windows": list(WINDOWS.input_ids.shape), "sha256": digest}
+    assert calibration(press(recipe)) == expected
+    assert calibration(press(recipe.with_changes(quantize={"method": "none"}))) is None

@@ -1,0 +1,85 @@
+"""The reload check passes what is right and stops what is not. Each test starts one process."""
+
+import json
+import shutil
+
+import pytest
+
+from compress.checkpoint.compressed_tensors import ModuleScheme
+from compress.errors import CheckpointError
+from compress.pipeline.verify import reload_and_compare, write_probe
+from compress.storage.safetensors import CheckpointReader, save_tensors
+from support.tiny_quantised import write_quantised
+
+
+@pytest.fixture
+def probe(mixed, tmp_path):
+    write_probe(tmp_path / "probe.safetensors", {"input_ids": mixed.input_ids}, mixed.logits)
+    return tmp_path / "probe.safetensors"
+
+
+@pytest.fixture
+def copy(mixed, tmp_path):
+    """A copy of the mixed checkpoint that a test may damage."""
+    return shutil.copytree(mixed.folder, tmp_path / "copy")
+
+
+def rewrite(folder, change):
+    tensors = CheckpointReader(folder).tensors()
+    change(tensors)
+    save_tensors(folder / "model.safetensors", tensors)
+
+
+def test_a_faithful_checkpoint_passes(mixed, probe, capfd):
+    report = reload_and_compare(mixed.folder, probe)
+    assert report["relative_error"] <= 1e-5
+    assert report["tokens"] == mixed.input_ids.numel()
+    assert capfd.readouterr() == ("", "")  # the child's noise stays in the child
+
+
+def test_one_asymmetric_scheme_passes(tmp_path):
+    made = write_quantised(tmp_path / "model", [ModuleScheme(3, 32, symmetric=False)])
+    write_probe(tmp_path / "probe.safetensors", {"input_ids": made.input_ids}, made.logits)
+    assert reload_and_compare(made.folder, tmp_path / "probe.safetensors")["relative_error"] <= 1e-5
+
+
+def test_asymmetric_faults_are_found(tmp_path):
+    made = write_quantised(tmp_path / "model", [ModuleScheme(3, 32, symmetric=False)])
+    write_probe(tmp_path / "probe.safetensors", {"input_ids": made.input_ids}, made.logits)
+    zeros = "model.layers.1.mlp.up_proj.weight_zero_point"
+    rewrite(made.folder, lambda tensors: tensors[zeros].bitwise_xor_(1))
+    with pytest.raises(CheckpointError, match="relative error"):
+        reload_and_compare(made.folder, tmp_path / "probe.safetensors")
+    rewrite(made.folder, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"missing keys: model\.norm\.weight"):
+        reload_and_compare(made.folder, tmp_path / "probe.safetensors")
+
+
+def test_other_logits_are_an_error_with_the_figure(copy, probe):
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    rewrite(copy, lambda tensors: tensors[name].mul_(1.1))
+    with pytest.raises(CheckpointError, match=r"relative error 0\.\d+, tolerance 0\.0001") as error:
+        reload_and_compare(copy, probe)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_and_a_left_over_tensor_are_named(copy, probe):
+    def swap(tensors):
+        tensors["model.extra.weight"] = tensors.pop("model.norm.weight")
+
+    rewrite(copy, swap)
+    with pytest.raises(CheckpointError, match=r"missing keys: model\.norm\.weight") as error:
+        reload_and_compare(copy, probe)
+    assert "unexpected keys: model.extra.weight" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_does_not_load_is_one_line(copy, probe):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "no-such-model"}))
+    with pytest.raises(CheckpointError, match="does not load in transformers: ") as error:
+        reload_and_compare(copy, probe)
+    assert "\n" not in str(error.value)
+    (copy / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        reload_and_compare(copy, probe)

@@ -1,0 +1,218 @@
+"""The taps: attention as the eager kernel computes it, and maps that stay 1:1 with the tokens."""
+
+import pytest
+import torch
+
+from compress.pruning.families import FAMILIES
+from compress.pruning.tower import TapSettings
+from support.tiny_models import PATCHES, tiny_inputs, tiny_model
+
+LLAVA = ("llava", "llava_siglip", "llava_next", "llava_onevision")
+QWEN = ("qwen2_vl", "qwen2_5_vl")
+ROWS = [[2, (20, 40), 3], [1, (44, 24), 1, (24, 24), 2]]
+ALL = frozenset({"importance", "attention", "keys"})
+
+
+def tap_of(model, signals=ALL, threshold=1.1, alpha=0.0, **options):
+    settings = TapSettings(signals, threshold, "mean", alpha, options.pop("layer", None), **options)
+    return FAMILIES[model.config.model_type].tap(model.model, settings)
+
+
+@torch.no_grad()
+def look(model, inputs, tap):
+    """What the tap saw, and the model's features of the same images."""
+    drop = ("input_ids", "attention_mask", "mm_token_type_ids")
+    arguments = {name: value for name, value in inputs.items() if name not in drop}
+    handles = tap.install()
+    features = model.model.get_image_features(**arguments, return_dict=True).pooler_output
+    images = tap.images(arguments)
+    for handle in handles:
+        handle.remove()
+    return images, features
+
+
+def votes(A, threshold=1.1):
+    """The definition, for one crop's attention [N, N] among its patches."""
+    received = A.mean(0)
+    voters = received > threshold * received.mean()
+    return A[voters].mean(0) if voters.any() else received
+
+
+@pytest.mark.parametrize("family", [*LLAVA, *QWEN])
+@pytest.mark.parametrize("signals", [frozenset(), ALL], ids=["none", "all"])
+def test_one_entry_per_visual_token(family, signals):
+    model = tiny_model(family)
+    images, features = look(model, tiny_inputs(model, ROWS), tap_of(model, signals))
+    assert [len(tokens) for tokens in images] == [len(feature) for feature in features]
+    for tokens in images:
+        places = torch.stack([tokens.segment, tokens.row, tokens.column], dim=1)[~tokens.newline]
+        assert len(places.unique(dim=0)) == len(places)
+        for segment in places[:, 0].unique():
+            grid = places[places[:, 0] == segment][:, 1:]
+            height, width = (grid.max(0).values + 1).tolist()
+            # A full grid in raster order.
+            assert torch.equal(grid[:, 0] * width + grid[:, 1], torch.arange(height * width))
+        if signals:
+            assert tokens.importance.shape == tokens.attention.shape == (len(tokens),)
+            assert torch.isfinite(tokens.importance).all()
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_siglip"])
+@pytest.mark.parametrize("layer", [None, 0, -1])
+def test_patch_towers_agree_with_the_eager_kernel(family, layer):
+    model = tiny_model(family, "eager")
+    inputs = tiny_inputs(model, ROWS)
+    images, _ = look(model, inputs, tap_of(model, layer=layer))
+    with torch.no_grad():
+        output = model.model.vision_tower(inputs["pixel_values"], output_attentions=True)
+    default = 1 if family == "llava" else 2  # the layer that makes the features
+    maps = output.attentions[default if layer is None else layer].mean(1)
+    first = int(family == "llava")
+    for tokens, A in zip(images, maps, strict=True):
+        torch.testing.assert_close(tokens.importance, votes(A[first:, first:]))
+        attention = A[0, 1:] if first else A.mean(0)
+        torch.testing.assert_close(tokens.attention, attention)
+
+
+@pytest.mark.parametrize("family", QWEN)
+def test_merging_towers_agree_with_the_eager_kernel(family, monkeypatch):
+    import importlib
+
+    model = tiny_model(family, "eager")
+    kernel = f"transformers.models.{family}.modeling_{family}"
+    eager = importlib.import_module(kernel).eager_attention_forward
+    seen = []
+
+    def spy(module, *args, **kwargs):
+        output, weights = eager(module, *args, **kwargs)
+        if module is tapped:
+            seen.append(weights[0].mean(0))
+        return output, weights
+
+    monkeypatch.setattr(f"{kernel}.eager_attention_forward", spy)
+    tap = tap_of(model)
+    tapped = model.model.visual.blocks[tap.layer].attn
+    inputs = tiny_inputs(model, ROWS)
+    images, _ = look(model, inputs, tap)
+    assert len(seen) == 3  # one matrix per image: all of it
+    for tokens, A in zip(images, seen, strict=True):
+        expected, received = (x.view(-1, 4).mean(1) for x in (votes(A), A.mean(0)))
+        if family == "qwen2_5_vl":  # the kernel's order is that of the windows
+            expected, received = expected.sort().values, received.sort().values
+            tokens = tokens.take(tokens.importance.argsort())
+            torch.testing.assert_close(tokens.attention.sort().values, received)
+        else:
+            torch.testing.assert_close(tokens.attention, received)
+        torch.testing.assert_close(tokens.importance, expected)
+
+
+def test_the_order_does_not_depend_on_windows_when_all_blocks_attend_everywhere():
+    images = []
+    for window in (8, 16, 1024):
+        model = tiny_model("qwen2_5_vl")
+        model.model.visual.fullatt_block_indexes = [0, 1, 2]
+        model.model.visual.window_size = window
+        found, _ = look(model, tiny_inputs(model, ROWS), tap_of(model))
+        images.append(torch.cat([tokens.importance for tokens in found]))
+    assert images[0].std() > 1e-4
+    torch.testing.assert_close(images[0], images[2])
+    torch.testing.assert_close(images[1], images[2])
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_maps_take_the_way_of_the_features(family):
+    """A map that is one channel of the features comes out as that channel."""
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, ROWS)
+    tap = tap_of(model)
+    projected = []
+    handle = model.model.multi_modal_projector.register_forward_hook(
+        lambda module, args, output: projected.append(output)
+    )
+    tap._signals = lambda pixels: (
+        {"importance": projected[0][..., :1]},
+        torch.zeros(len(pixels), dtype=torch.bool),
+    )
+    images, features = look(model, inputs, tap)
+    handle.remove()
+    for tokens, feature in zip(images, features, strict=True):
+        place = ~tokens.newline
+        torch.testing.assert_close(tokens.importance[place], feature[place, 0])
+        newline = model.model.image_newline
+        assert torch.equal(feature[tokens.newline], newline.expand(int((~place).sum()), -1))
+        assert int(tokens.newline.sum()) > 0
+
+
+def test_onevision_shrinks_large_images_and_their_maps():
+    model = tiny_model("llava_onevision")
+    images, features = look(model, tiny_inputs(model, [[1, (72, 72)]]), tap_of(model))
+    # 3 x 3 crops of 6 x 6 patches are more than 4 crops' worth: 18 x 18 becomes 12 x 12.
+    assert len(features[0]) == PATCHES + 12 * 13 == len(images[0])
+    assert int(images[0].newline.sum()) == 12
+
+
+def noisy_patch(model, inputs, number):
+    """The same images, grey but for one patch (or 2x2 unit) of the last, which is noise."""
+    pixels = torch.zeros_like(inputs["pixel_values"])
+    noise = torch.Generator().manual_seed(0)
+    if pixels.ndim == 2:
+        pixels[-4 * number - 4 : len(pixels) - 4 * number] = torch.randn(
+            4, pixels.shape[1], generator=noise
+        )
+    else:
+        row, column = divmod(PATCHES - 1 - number, 6)
+        pixels[-1, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = torch.randn(
+            3, 4, 4, generator=noise
+        )
+    return inputs | {"pixel_values": pixels}
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_siglip", *QWEN])
+@pytest.mark.parametrize("number", [0, 4])
+def test_entropy_favours_the_patch_that_is_not_flat(family, number):
+    model = tiny_model(family)
+    inputs = noisy_patch(model, tiny_inputs(model, ROWS), number)
+    tap = tap_of(model, frozenset({"importance"}), alpha=100.0)
+    images, _ = look(model, inputs, tap)
+    last = images[-1].importance
+    assert int(last.argmax()) == len(last) - 1 - number
+
+
+def test_entropy_uses_the_processors_statistics():
+    model = tiny_model("llava")
+    inputs = tiny_inputs(model)
+    given = {"pixel_mean": torch.zeros(3), "pixel_std": torch.full((3,), 1e-6)}  # all is black
+    flat, _ = look(model, inputs, tap_of(model, alpha=1.0, **given))
+    plain, _ = look(model, inputs, tap_of(model))
+    torch.testing.assert_close(flat[0].importance, plain[0].importance + 1 / PATCHES)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_siglip"])
+def test_entropy_is_that_of_the_8_bit_picture_that_the_processor_was_given(family):
+    import transformers as hf
+    from PIL import Image
+
+    from compress.pruning.engine import prune_visual_tokens
+    from compress.recipe.strategy import PruneStrategy
+
+    kind = hf.CLIPImageProcessorPil if family == "llava" else hf.SiglipImageProcessorPil
+    processor = kind(do_resize=False, do_center_crop=False)
+    picture = torch.randint(0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(0))
+    picture[:12] //= 16
+    image = Image.fromarray(picture.to(torch.uint8).numpy())
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    model = tiny_model(family)
+    inputs = tiny_inputs(model) | {"pixel_values": pixels}
+    patches = picture.view(6, 4, 6, 4, 3).permute(0, 2, 1, 3, 4).reshape(PATCHES, 16, 3)
+    entropy = []
+    for patch in patches.double().mean(-1).round().long():
+        p = patch.bincount(minlength=256) / 16
+        entropy.append(-(p[p > 0] * p[p > 0].log2()).sum())
+    plain, _ = look(model, inputs, tap_of(model))
+    expected = plain[0].importance + 2 * torch.stack(entropy).softmax(0)
+    for given in (None, processor):  # the tower's usual statistics are this processor's
+        with torch.no_grad():
+            strategy = PruneStrategy(ratios=(0.5,), threshold=1.1, alpha=2.0)
+            with prune_visual_tokens(model, strategy, given) as pruning:
+                model(**inputs)
+        torch.testing.assert_close(pruning.last.images[0].tokens.importance, expected)

@@ -1,0 +1,49 @@
+"""Recipes with a budget in the middle of what is possible, and the widths that a file has.
+
+recipe = with_budget(folder, "budget", 0.5, allocate={"average_bits": 4, "importance": "position"})
+assert widths_in_file(press(recipe)) == plan_of(recipe).allocation.bits()
+"""
+
+from pathlib import Path
+
+from compress.allocation.allocate import find_units
+from compress.models.skeleton import Skeleton
+from compress.pipeline.plan import allocated_plan, make_plan, storage_dtype
+from support.tiny_checkpoints import WINDOWS, read_tensors, recipe_for
+
+DEPTH = 4
+QUICK = {"clip_search": "none", "refine_sweeps": 0}  # where the solver is not the subject
+
+
+def with_budget(folder: Path, kind: str, share: float, **sections):
+    """The recipe's budget, somewhere between all units at the narrowest and at the widest."""
+    recipe = recipe_for(folder, **sections)
+    if kind == "average_bits":
+        widths = recipe.allocate.widths
+        value = min(widths) + share * (max(widths) - min(widths))
+    else:
+        skeleton = Skeleton(folder)
+        plan = make_plan(recipe, skeleton)
+        units = find_units(recipe, skeleton, plan.modules, storage_dtype(recipe, skeleton).itemsize)
+        least, most = (sum(f(u.bytes.values()) for u in units) for f in (min, max))
+        free = {name for unit in units for name in unit.modules}
+        itemsize = storage_dtype(recipe, skeleton).itemsize
+        own = sum(m.packed_bytes(itemsize) for m in plan.modules if m.name in free)
+        value = f"{(plan.file_bytes - own + least + share * (most - least)) / 1000:.3f}KB"
+    section = sections["allocate"] | {"average_bits": None, kind: value}
+    return recipe_for(folder, **sections | {"allocate": section})
+
+
+def plan_of(recipe, windows=WINDOWS):
+    return allocated_plan(recipe, Skeleton(Path(recipe.model.path)), windows)
+
+
+def widths_in_file(folder: Path) -> dict[str, int]:
+    """The width of every packed linear, by the shapes of its tensors alone."""
+    tensors = read_tensors(folder)
+    packed = [name for name in tensors if name.endswith(".weight_packed")]
+    return {
+        name.removesuffix(".weight_packed"): tensors[name].shape[1] * 32
+        // int(tensors[name.replace("packed", "shape")][1])
+        for name in packed
+    }  # fmt: skip
