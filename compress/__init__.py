@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from compress.errors import CompressError, UsageError
     from compress.loading.load import inspect, load
     from compress.loading.transformers_plugin import ModelpressConfig
+    from compress.observer import Observer
     from compress.pipeline.evaluation import evaluate
     from compress.pipeline.plan import Plan
-    from compress.pipeline.result import Observer, RunResult
+    from compress.pipeline.result import RunResult
     from compress.pipeline.run import run
     from compress.pruning.engine import prune_visual_tokens
     from compress.pruning.pictures import draw_pruning

@@ -34,12 +34,12 @@ from compress.data.windows import CalibrationWindows
 from compress.errors import CompressError
 from compress.importance.layers import LAYER_IMPORTANCE
 from compress.models.skeleton import Skeleton
-from compress.pipeline.result import Observer
+from compress.observer import Observer
 from compress.recipe.sections import LAYER_STRATEGIES, MEASURED_SCORES
+from compress.scheme import PlannedModule
 from compress.storage.files import atomic_write
 
 if TYPE_CHECKING:
-    from compress.pipeline.plan import PlannedModule
     from compress.recipe.recipe import Recipe
 
 
@@ -99,12 +99,17 @@ def find_units(
             if not members:
                 continue
             sizes = {
-                bits: sum(replace(planned[m], bits=bits).packed_bytes(scale_bytes) for m in members)
+                bits: sum(_at(planned[m], bits).packed_bytes(scale_bytes) for m in members)
                 for bits in widths
             }
             weights = sum(planned[m].weights for m in members)
             units.append(Unit(name, weights, sizes, modules=tuple(members)))
     return units
+
+
+def _at(module: PlannedModule, bits: int) -> PlannedModule:
+    """The linear at another width."""
+    return replace(module, scheme=replace(module.scheme, bits=bits))
 
 
 def _whole_layers(recipe: "Recipe", skeleton: Skeleton) -> list[Unit]:

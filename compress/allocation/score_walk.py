@@ -31,7 +31,7 @@ from compress.errors import CompressError
 from compress.importance.layers import EmbeddingChange
 from compress.importance.tokens import count_tokens
 from compress.models.skeleton import Skeleton
-from compress.pipeline.result import Observer
+from compress.observer import Observer
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
 from compress.quantization.layer import TokenWeigher
@@ -47,7 +47,7 @@ from compress.rotation.rotate import (
 
 if TYPE_CHECKING:
     from compress.recipe.recipe import Recipe
-    from compress.recipe.sections import Scheme
+    from compress.scheme import Scheme
 
 # Full name of a linear -> its dequantised weight, put in its place for a while.
 Replaced = Mapping[str, Tensor]

@@ -27,13 +27,13 @@ from compress.data.activations import activations_on_disk
 from compress.data.windows import CalibrationWindows
 from compress.importance.layers import LAYER_IMPORTANCE, UnitContext
 from compress.models.skeleton import Skeleton
-from compress.pipeline.result import Observer
+from compress.observer import Observer
 from compress.recipe.sections import MEASURED_SCORES
 
 if TYPE_CHECKING:
     from compress.quantization.solvers import QuantizedLinear
     from compress.recipe.recipe import Recipe
-    from compress.recipe.sections import Scheme
+    from compress.scheme import Scheme
 
 
 def needs_windows(recipe: "Recipe") -> bool:

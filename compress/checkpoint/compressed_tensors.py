@@ -12,12 +12,11 @@ mixture of them is legal; transformers and vLLM read it (transformers: symmetric
 asymmetric scheme with `CompressedTensorsConfig(dequantize=True)`).
 
     tensors = compress_module(codes, scale, None, bits=3)
-    config["quantization_config"] = quantization_config({name: ModuleScheme(3, 128)}, ["lm_head"])
+    config["quantization_config"] = quantization_config({name: Scheme(3, 128)}, ["lm_head"])
 """
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 from compress.checkpoint.quantization_config import groups_of, has_act_order, strategy_of
 from compress.errors import CheckpointError
 from compress.kernels.packing import pack_rows, unpack_rows
+from compress.scheme import Scheme
 
 # The release whose layout this is. 3, 5, 6 and 7 bits were padded to 32 // b codes a word before
 # the dense stream (vllm-project/compressed-tensors#732); older readers misread those widths.
@@ -33,27 +33,10 @@ LAYOUT_VERSION = "0.20.0"
 PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
-@dataclass(frozen=True)
-class ModuleScheme:
-    """How one linear layer is quantised; `group_size` None is one scale per output channel.
-
-    What others may have written, and is never written here:
-    activation_bits: of its input, rounded token by token as the model runs; None leaves it as it
-    is. per_tensor: one scale for all outputs. act_order: each input has a group of its own choice.
-    """
-
-    bits: int
-    group_size: int | None
-    symmetric: bool = True
-    activation_bits: int | None = None
-    per_tensor: bool = False
-    act_order: bool = False
-
-
 # ---- config.json --------------------------------------------------------------------------------
 
 
-def quantization_config(modules: dict[str, ModuleScheme], ignore: list[str]) -> dict:
+def quantization_config(modules: dict[str, Scheme], ignore: list[str]) -> dict:
     """The `quantization_config` section of config.json.
 
     modules: full module name -> scheme, for every quantised linear. ignore: full names (or
@@ -62,7 +45,7 @@ def quantization_config(modules: dict[str, ModuleScheme], ignore: list[str]) -> 
     complete; with several, each group lists its modules by name, since engines take the first
     target that matches and a name wins over a class.
     """
-    groups: dict[ModuleScheme, list[str]] = {}
+    groups: dict[Scheme, list[str]] = {}
     for name, scheme in modules.items():
         groups.setdefault(scheme, []).append(name)
     return {
@@ -88,7 +71,7 @@ def quantization_config(modules: dict[str, ModuleScheme], ignore: list[str]) -> 
     }
 
 
-def _weight_arguments(scheme: ModuleScheme) -> dict:
+def _weight_arguments(scheme: Scheme) -> dict:
     return {
         "num_bits": scheme.bits,
         "type": "int",
@@ -99,14 +82,14 @@ def _weight_arguments(scheme: ModuleScheme) -> dict:
     }
 
 
-def module_schemes(config: dict, names: Iterable[str]) -> dict[str, ModuleScheme]:
+def module_schemes(config: dict, names: Iterable[str]) -> dict[str, Scheme]:
     """The scheme of each linear in `names` that a `quantization_config` quantises.
 
     Reads what others wrote too. As in compressed-tensors, a name wins over a pattern, a pattern
     over a class name, of several patterns the first in the alphabet, of equal targets the last.
     Any class name is taken to mean every linear, `Linear` before others.
     """
-    targets: dict[str, ModuleScheme] = {}
+    targets: dict[str, Scheme] = {}
     for group in groups_of(config):
         if group.get("weights") is not None:
             scheme = _group_scheme(group)
@@ -118,7 +101,7 @@ def module_schemes(config: dict, names: Iterable[str]) -> dict[str, ModuleScheme
     ignored = [_pattern(target) for target in ignore if _is_rule(target)]
     ignored_names = {*ignore}
 
-    def scheme_of(name: str) -> ModuleScheme | None:
+    def scheme_of(name: str) -> Scheme | None:
         if name in ignored_names or any(pattern.match(name) for pattern in ignored):
             return None
         if name in targets:
@@ -128,11 +111,11 @@ def module_schemes(config: dict, names: Iterable[str]) -> dict[str, ModuleScheme
     return {name: scheme for name in names if (scheme := scheme_of(name)) is not None}
 
 
-def _group_scheme(group: dict[str, Any]) -> ModuleScheme:
+def _group_scheme(group: dict[str, Any]) -> Scheme:
     """The scheme of a config group; what it does not say is as compressed-tensors has it."""
     weights, inputs = group["weights"], group.get("input_activations")
     size = weights.get("group_size") or -1  # some write channel as -1, some as null
-    return ModuleScheme(
+    return Scheme(
         weights.get("num_bits", 8),
         size if size > 0 else None,
         weights.get("symmetric", True),

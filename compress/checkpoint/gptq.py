@@ -20,7 +20,7 @@ expressions in `dynamic`. GPTQModel matches them against the names in the file; 
 against the name of the one layer into which they fuse q/k/v and gate/up. Both spellings are given.
 
     tensors = pack_module(codes, scale, None, bits=3)
-    section = quantization_config({"model.layers.0.mlp.up_proj": ModuleScheme(3, 128)}, plain=[])
+    section = quantization_config({"model.layers.0.mlp.up_proj": Scheme(3, 128)}, plain=[])
 """
 
 import json
@@ -33,9 +33,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compress.checkpoint.compressed_tensors import ModuleScheme, compress_module
+from compress.checkpoint.compressed_tensors import compress_module
 from compress.errors import UsageError
 from compress.kernels.packing import pack_rows, unpack_rows
+from compress.scheme import Scheme
 from compress.storage.safetensors import merge_shards, save_tensors
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ VLLM_WIDTHS = {4, 8}  # vLLM 0.33, symmetric only
 MULTIPLE = 32  # of inputs and outputs: what GPTQModel packs and what kernels run
 PART_BYTES = 256 * 10**6  # written at a time, before parts become shards
 
-Schemes = dict[str, ModuleScheme | None]  # None: a linear that stays unquantised
+Schemes = dict[str, Scheme | None]  # None: a linear that stays unquantised
 
 # ---- tensors ------------------------------------------------------------------------------------
 
@@ -113,13 +114,13 @@ def unpack_module(
 # ---- config.json --------------------------------------------------------------------------------
 
 
-def checkpoint_version(modules: dict[str, ModuleScheme]) -> int:
+def checkpoint_version(modules: dict[str, Scheme]) -> int:
     """1 if every module is symmetric, else 2."""
     return 1 if all(scheme.symmetric for scheme in modules.values()) else 2
 
 
 def quantization_config(
-    modules: dict[str, ModuleScheme],
+    modules: dict[str, Scheme],
     plain: Sequence[str] = (),
     weights: dict[str, int] | None = None,
 ) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def split_fusions(schemes: Schemes) -> list[str]:
     return [name for name, parts in _fusions(schemes).items() if len(parts) > 1]
 
 
-def reader_notes(modules: dict[str, ModuleScheme], plain: Sequence[str] = ()) -> list[str]:
+def reader_notes(modules: dict[str, Scheme], plain: Sequence[str] = ()) -> list[str]:
     """One line for each known reader that will not load such a checkpoint."""
     schemes: Schemes = modules | dict.fromkeys(plain)
     widths = {scheme.bits for scheme in modules.values()}
@@ -176,21 +177,21 @@ def reader_notes(modules: dict[str, ModuleScheme], plain: Sequence[str] = ()) ->
     return notes
 
 
-def _settings(scheme: ModuleScheme) -> dict[str, Any]:
+def _settings(scheme: Scheme) -> dict[str, Any]:
     size = -1 if scheme.group_size is None else scheme.group_size
     return {"bits": scheme.bits, "group_size": size, "sym": scheme.symmetric}
 
 
-def _most_common(modules: dict[str, ModuleScheme], weights: dict[str, int]) -> ModuleScheme:
+def _most_common(modules: dict[str, Scheme], weights: dict[str, int]) -> Scheme:
     """The scheme of most weights inside the layers; of two with as many, the one met first."""
     inside = [name for name in modules if name != HEAD] or list(modules)
-    share: dict[ModuleScheme, int] = {}
+    share: dict[Scheme, int] = {}
     for name in inside:
         share[modules[name]] = share.get(modules[name], 0) + weights.get(name, 1)
     return max(share, key=lambda scheme: share[scheme])
 
 
-def _fusions(schemes: Schemes) -> dict[str, set[ModuleScheme | None]]:
+def _fusions(schemes: Schemes) -> dict[str, set[Scheme | None]]:
     """The schemes of the parts of each fused layer, by the name that an engine gives it."""
     fusions = {}
     for name in schemes:
@@ -202,7 +203,7 @@ def _fusions(schemes: Schemes) -> dict[str, set[ModuleScheme | None]]:
     return fusions
 
 
-def _dynamic(schemes: Schemes, base: ModuleScheme) -> dict[str, dict[str, Any]]:
+def _dynamic(schemes: Schemes, base: Scheme) -> dict[str, dict[str, Any]]:
     """Patterns of the modules that `base` does not describe -> what describes them.
 
     No name matches two patterns, so it does not matter that readers differ in which one they try
@@ -212,7 +213,7 @@ def _dynamic(schemes: Schemes, base: ModuleScheme) -> dict[str, dict[str, Any]]:
     for name, parts in _fusions(schemes).items():
         if len(parts) == 1:
             (spelled[name],) = parts
-    others: dict[ModuleScheme | None, list[str]] = {}
+    others: dict[Scheme | None, list[str]] = {}
     for name, scheme in spelled.items():
         if scheme != base and (scheme is not None or name != HEAD):
             others.setdefault(scheme, []).append(name)

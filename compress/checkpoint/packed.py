@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.checkpoint.compressed_tensors import ModuleScheme, module_schemes
+from compress.checkpoint.compressed_tensors import module_schemes
 from compress.checkpoint.packed_formats import FORMATS
 from compress.checkpoint.quantization_config import (
     INTEGERS,
@@ -39,6 +39,7 @@ from compress.checkpoint.quantization_config import (
 )
 from compress.errors import CheckpointError, UsageError
 from compress.kernels.codes import LEAST_GROUP, WIDTHS, Codes, with_bits
+from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader
 
 INTEGER_STEP = 32  # inputs of one product of integers
@@ -185,7 +186,7 @@ class PackedLinears:
             if found:
                 raise self._error(f"{what} cannot be run packed: {self.otherwise}")
 
-    def _schemes(self) -> dict[str, ModuleScheme]:
+    def _schemes(self) -> dict[str, Scheme]:
         main = self.format.main
         packed = self._named(main)
         if main == "weight":  # plain linears have one as well
@@ -213,7 +214,7 @@ class PackedLinears:
         end = "." + suffix
         return [name.removesuffix(end) for name in self.reader.names if name.endswith(end)]
 
-    def _gptq_scheme(self, name: str) -> ModuleScheme:
+    def _gptq_scheme(self, name: str) -> Scheme:
         keys = ("bits", "group_size", "sym", "desc_act")
         settings = {key: self.section.get(key) for key in keys}
         for rule, override in (self.section.get("dynamic") or {}).items():
@@ -223,14 +224,14 @@ class PackedLinears:
                 settings |= {key: override[key] for key in settings if key in override}
                 break
         size = settings["group_size"] or -1
-        return ModuleScheme(
+        return Scheme(
             settings["bits"],
             size if size > 0 else None,
             settings["sym"] is not False,  # where a file says nothing, as its writers have it
             act_order=bool(settings["desc_act"]),
         )
 
-    def _rounded(self, name: str, scheme: ModuleScheme) -> ModuleScheme:
+    def _rounded(self, name: str, scheme: Scheme) -> Scheme:
         """The scheme with the activations that were asked for."""
         wanted, own = self.activation_bits, scheme.activation_bits
         if wanted is None:
@@ -239,7 +240,7 @@ class PackedLinears:
             raise self._error(f"{name} has activations of {own} bits: leave out activation_bits")
         return replace(scheme, activation_bits=wanted)
 
-    def _refuse_scheme(self, name: str, scheme: ModuleScheme) -> None:
+    def _refuse_scheme(self, name: str, scheme: Scheme) -> None:
         if scheme.bits not in self.format.widths:
             raise self._error(
                 f"{name} has {scheme.bits} bits, packed {self.method} runs "

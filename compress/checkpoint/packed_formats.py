@@ -6,7 +6,7 @@ gptq, gptq_v2    codes in 32-bit words along the inputs, 2, 3, 4 and 8 bits
 
 One scale for a whole weight is held as the same scale for every output: kernels know no other.
 
-FORMATS["gptq"].shapes(ModuleScheme(4, 128), (N, K))
+FORMATS["gptq"].shapes(Scheme(4, 128), (N, K))
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.kernels.codes import (
     WIDTHS,
     Codes,
@@ -30,6 +29,7 @@ from compress.kernels.codes import (
 )
 from compress.kernels.packing import WIDTHS as FILE_WIDTHS
 from compress.kernels.packing import packed_columns
+from compress.scheme import Scheme
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -47,9 +47,9 @@ class PackedFormat:
     companions: tuple[str, ...]
     optional: tuple[str, ...]
     widths: tuple[int, ...]
-    shapes: Callable[[ModuleScheme, tuple[int, int]], Shapes]
-    read: Callable[[Mapping[str, Tensor], ModuleScheme, str], Codes]
-    write: Callable[[Codes, ModuleScheme], dict[str, Tensor]]
+    shapes: Callable[[Scheme, tuple[int, int]], Shapes]
+    read: Callable[[Mapping[str, Tensor], Scheme, str], Codes]
+    write: Callable[[Codes, Scheme], dict[str, Tensor]]
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -57,16 +57,14 @@ class PackedFormat:
         return (self.main, *self.companions)
 
 
-def _packed_shapes(scheme: ModuleScheme, shape: tuple[int, int]) -> Shapes:
+def _packed_shapes(scheme: Scheme, shape: tuple[int, int]) -> Shapes:
     (N, K), G = shape, group_count(shape[1], scheme.group_size)
     zeros = (packed_columns(N, scheme.bits), G)
     main = {"weight_packed": (N, packed_columns(K, scheme.bits)), "weight_shape": (2,)}
     return main | _companion_shapes(scheme, shape, zeros)
 
 
-def _companion_shapes(
-    scheme: ModuleScheme, shape: tuple[int, int], zeros: tuple[int, ...]
-) -> Shapes:
+def _companion_shapes(scheme: Scheme, shape: tuple[int, int], zeros: tuple[int, ...]) -> Shapes:
     """Scales, zero points (of shape `zeros`, but for one of the whole weight) and act-order."""
     (N, K), G = shape, group_count(shape[1], scheme.group_size)
     shapes: Shapes = {
@@ -78,7 +76,7 @@ def _companion_shapes(
     return shapes
 
 
-def _read_packed(tensors: Mapping[str, Tensor], scheme: ModuleScheme, name: str) -> Codes:
+def _read_packed(tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
     if not scheme.per_tensor:
         return read_compressed_tensors(tensors, scheme.bits, scheme.group_size, name)
     # one zero point alone is not packed
@@ -90,7 +88,7 @@ def _read_packed(tensors: Mapping[str, Tensor], scheme: ModuleScheme, name: str)
     return replace(weight, zero=shared.get("weight_zero_point"))
 
 
-def _write_packed(codes: Codes, scheme: ModuleScheme) -> dict[str, Tensor]:
+def _write_packed(codes: Codes, scheme: Scheme) -> dict[str, Tensor]:
     zero = codes.zero if scheme.per_tensor else None
     tensors = write_compressed_tensors(codes if zero is None else replace(codes, zero=None))
     if zero is not None:
@@ -98,12 +96,12 @@ def _write_packed(codes: Codes, scheme: ModuleScheme) -> dict[str, Tensor]:
     return _once(tensors) if scheme.per_tensor else tensors
 
 
-def _int8_shapes(scheme: ModuleScheme, shape: tuple[int, int]) -> Shapes:
+def _int8_shapes(scheme: Scheme, shape: tuple[int, int]) -> Shapes:
     groups = (shape[0], group_count(shape[1], scheme.group_size))
     return {"weight": shape} | _companion_shapes(scheme, shape, groups)
 
 
-def _read_int8(tensors: Mapping[str, Tensor], scheme: ModuleScheme, name: str) -> Codes:
+def _read_int8(tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
     codes = _unsigned(tensors["weight"], scheme.bits, f"{name}.weight")
     if scheme.per_tensor:
         shared = _shared(tensors, scheme, name, len(codes))
@@ -116,7 +114,7 @@ def _read_int8(tensors: Mapping[str, Tensor], scheme: ModuleScheme, name: str) -
     return sort_inputs(weight, tensors.get("weight_g_idx"), f"{name}.weight_g_idx")
 
 
-def _write_int8(codes: Codes, scheme: ModuleScheme) -> dict[str, Tensor]:
+def _write_int8(codes: Codes, scheme: Scheme) -> dict[str, Tensor]:
     inputs, g_idx = unsorted_inputs(codes)
     tensors = {"weight": _signed(inputs, codes.bits), "weight_scale": codes.scale}
     if codes.zero is not None:
@@ -138,9 +136,7 @@ def _signed(codes: Tensor, bits: int) -> Tensor:
     return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
 
 
-def _shared(
-    tensors: Mapping[str, Tensor], scheme: ModuleScheme, name: str, N: int
-) -> dict[str, Tensor]:
+def _shared(tensors: Mapping[str, Tensor], scheme: Scheme, name: str, N: int) -> dict[str, Tensor]:
     """The scale of a whole weight, and its zero point, for each of N outputs [N, 1]."""
     found = {"weight_scale": tensors["weight_scale"]}
     if "weight_zero_point" in tensors:
@@ -155,7 +151,7 @@ def _once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: t[:1].reshape(1) if key in shared else t for key, t in tensors.items()}
 
 
-def _gptq_shapes(scheme: ModuleScheme, shape: tuple[int, int]) -> Shapes:
+def _gptq_shapes(scheme: Scheme, shape: tuple[int, int]) -> Shapes:
     (N, K), G = shape, group_count(shape[1], scheme.group_size)
     return {
         "qweight": (packed_columns(K, scheme.bits), N),
@@ -165,13 +161,11 @@ def _gptq_shapes(scheme: ModuleScheme, shape: tuple[int, int]) -> Shapes:
     }
 
 
-def _read_gptq(
-    tensors: Mapping[str, Tensor], scheme: ModuleScheme, name: str, version: int
-) -> Codes:
+def _read_gptq(tensors: Mapping[str, Tensor], scheme: Scheme, name: str, version: int) -> Codes:
     return read_gptq(tensors, scheme.bits, scheme.group_size, version, name)
 
 
-def _write_gptq(codes: Codes, scheme: ModuleScheme, version: int) -> dict[str, Tensor]:
+def _write_gptq(codes: Codes, scheme: Scheme, version: int) -> dict[str, Tensor]:
     return write_gptq(codes, version)
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import typer
 
+from compress.cli.common import InterruptError
 from compress.cli.options import Settings
-from compress.cli.run import InterruptError, app
+from compress.cli.run import app
 from compress.errors import CompressError
 
 # Libraries under us report to logs and bars of their own; a setting of the user's wins.

@@ -17,11 +17,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from compress.eval.report import format_number
-from compress.pipeline.result import Observer
+from compress.observer import Observer
 
 
 class RunProgress(Observer):
-    """Draws a run, or several one after the other, on a console."""
+    """Draws a run, a search, or several one after the other, on a console."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -61,7 +61,7 @@ class RunProgress(Observer):
             self._line(name)
 
     def layers(self, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=total, count=f"{done}/{total}")
+        self._count(done, total)
         now = time.perf_counter()
         if self.started is None and done:
             self._line(f"continuing after layer {done}/{total}")
@@ -89,11 +89,20 @@ class RunProgress(Observer):
     def generation(self, done: int, total: int, fitness: float) -> None:
         self._searched(done, total, "generation", f"KL {format_number(fitness)} nats per token")
 
-    def trial(self, done: int, total: int, score: float) -> None:
-        self._searched(done, total, "trial", f"best mean cosine {score:.6f}")
+    def sample(self, done: int, total: int) -> None:
+        self._count(done, total)
+
+    def resumed(self, trials: int) -> None:
+        self._line(f"continuing after trial {trials}")
+
+    def trial(self, done: int, total: int, score: float, best: float) -> None:
+        self._searched(done, total, "trial", f"cosine {score:.6f}  best {best:.6f}")
+
+    def _count(self, done: int, total: int) -> None:
+        self.bar.update(self.task, completed=done, total=total, count=f"{done}/{total}")
 
     def _searched(self, done: int, total: int, what: str, found: str) -> None:
-        self.bar.update(self.task, completed=done, total=total, count=f"{done}/{total}")
+        self._count(done, total)
         line = f"{what} {done}/{total}  {found}"
         if self.console.is_terminal:
             self.last_module.plain = line

@@ -4,12 +4,10 @@ Every import that needs torch is inside a command, so that `--help` answers at o
 stdout holds one JSON object and all else is on stderr; progress and warnings are there always.
 """
 
-import contextlib
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +15,7 @@ import typer
 
 from compress.cli.bench import bench
 from compress.cli.checkpoints import export, generate, inspect, push, recipes
+from compress.cli.common import integers, interruptible
 from compress.cli.console import (
     allocation_rows,
     allocation_table,
@@ -51,7 +50,7 @@ from compress.cli.options import (
 )
 from compress.cli.progress import RunProgress
 from compress.cli.search_pruning import search_pruning
-from compress.errors import CompressError, UsageError
+from compress.errors import UsageError
 from compress.eval.report import format_bytes, quality_table
 
 if TYPE_CHECKING:
@@ -64,12 +63,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Makes language models smaller and faster, and measures what that cost.",
 )
-
-
-class InterruptError(CompressError):
-    """Ctrl-C in a command that can be continued; the message says how."""
-
-    exit_code = 130
 
 
 @app.callback()
@@ -110,7 +103,7 @@ def run(
         print_lines(err, f"{loaded.name}: the result goes to {output}")
         with (
             RunProgress(err) as progress,
-            _interruptible(lambda: _what_is_left(progress, output, resume)),
+            interruptible(lambda: _what_is_left(progress, output, resume)),
         ):
             result = run_recipe(
                 loaded, output, device=device, resume=resume, overwrite=overwrite, observer=progress
@@ -155,7 +148,7 @@ def plan(
             emit(planned.as_dict())
         else:
             out = console()
-            out.print(module_table([asdict(module) for module in planned.modules]))
+            out.print(module_table([module.as_dict() for module in planned.modules]))
             average = ("average bits", f"{planned.average_bits:.2f} over the quantised weights")
             memory = memory_row("peak memory", planned.peak_memory)
             notes = [("note", note) for note in planned.notes]
@@ -254,7 +247,7 @@ def compare(
     varied = _variations(vary or [])
     if len(recipes) * len(varied) < 2:
         raise UsageError("compare needs two recipes or more; for one there is `run`")
-    numbers = _integers("--seeds", seeds)
+    numbers = integers("--seeds", seeds)
     loaded = []
     for recipe in recipes:
         for assignments in varied:
@@ -264,7 +257,7 @@ def compare(
 
     with stdout_for(json) as emit:
         kept = "run the same command again; what is finished is kept"
-        with RunProgress(console(stderr=True)) as progress, _interruptible(lambda: kept):
+        with RunProgress(console(stderr=True)) as progress, interruptible(lambda: kept):
             compared = compare_recipes(
                 loaded, output, numbers, device=device, overwrite=overwrite,
                 self_check=self_check, observer=progress,
@@ -300,7 +293,7 @@ def _allocation(budget: str | None, average_bits: float | None, widths: str | No
     if average_bits is not None:
         assignments.append(f"allocate.average_bits={average_bits}")
     if widths is not None:
-        chosen = _integers("--widths", widths)
+        chosen = integers("--widths", widths)
         assignments.append(f"allocate.widths=[{', '.join(map(str, chosen))}]")
     return assignments
 
@@ -339,24 +332,6 @@ def _what_is_left(progress: RunProgress, output: Path, resume: bool) -> str:
         return f"the checkpoint in {output} is whole; `modelpress eval` measures it"
     again = "run the same command again" + ("" if resume else " without --no-resume")
     return f"to continue after the last whole layer, {again}"
-
-
-@contextlib.contextmanager
-def _interruptible(advice: Callable[[], str]) -> Iterator[None]:
-    """Lets Ctrl-C say what to do next."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise InterruptError(advice()) from None
-
-
-def _integers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(
-            f"{option}: expected whole numbers such as 0,1,2, found {text!r}"
-        ) from None
 
 
 for command in (export, inspect, generate, recipes, push, search_pruning):

@@ -3,17 +3,13 @@
 Every import that needs torch is inside the command.
 """
 
-import contextlib
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from compress.cli.common import interruptible
 from compress.cli.console import console, pairs_table, print_lines, stdout_for
 from compress.cli.options import (
     DebugOption,
@@ -23,8 +19,8 @@ from compress.cli.options import (
     ModelArgument,
     SeedOption,
 )
+from compress.cli.progress import RunProgress
 from compress.errors import UsageError
-from compress.pruning.trials import SearchObserver, Trial
 
 if TYPE_CHECKING:
     from compress.pruning.search import SearchResult
@@ -99,7 +95,8 @@ def search_pruning(
         err = console(stderr=True)
         if len(prompts) < samples:
             print_lines(err, f"{data} has {len(prompts)} prompts, fewer than {samples}")
-        with SearchProgress(err) as progress, _interruptible():
+        kept = "run the same command again; finished trials are kept"
+        with RunProgress(err) as progress, interruptible(lambda: kept):
             found = search_strategy(
                 loaded, prompts, keep, start=given, variables=names, trials=trials,
                 sampler=sampler, seed=seed, path=tried, processor=processor, observer=progress,
@@ -135,58 +132,3 @@ def _numbers(text: str) -> tuple[int, ...]:
     if not numbers or any(a >= b for a, b in pairwise((-1, *numbers))):
         raise UsageError(f"--stages: expected rising layers such as 0,9,18, found {text!r}")
     return numbers
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Lets Ctrl-C say what to do next."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        from compress.cli.run import InterruptError  # there, because it imports this module
-
-        raise InterruptError("run the same command again; finished trials are kept") from None
-
-
-class SearchProgress(SearchObserver):
-    """Draws a search: a bar in a terminal; elsewhere a line a trial, and nothing that moves."""
-
-    def __init__(self, console: Console):
-        self.console = console
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[count]}"),
-        )
-        self.bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
-        self.task = self.bar.add_task("", total=None, count="")
-
-    def __enter__(self) -> "SearchProgress":
-        if self.console.is_terminal:
-            self.bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.bar.stop()
-
-    def sample(self, done: int, total: int) -> None:
-        self._show("unpruned", done, total)
-
-    def resumed(self, trials: int) -> None:
-        print_lines(self.console, f"continuing after trial {trials}")
-
-    def trial(self, trial: Trial, best: Trial, total: int) -> None:
-        done = trial.trial + 1
-        self._show(f"best cosine {best.score:.6f}", done, total)
-        if not self.console.is_terminal:
-            text = f"trial {done}/{total}  cosine {trial.score:.6f}  best {best.score:.6f}"
-            print_lines(self.console, text)
-
-    def _show(self, description: str, done: int, total: int) -> None:
-        fields = {"description": description, "count": f"{done}/{total}"}
-        self.bar.update(self.task, completed=done, total=total, **fields)

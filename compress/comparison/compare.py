@@ -33,7 +33,7 @@ from compress.comparison.strategies import (
     unpruned_per_prompt,
 )
 from compress.errors import UsageError
-from compress.pipeline.result import Observer
+from compress.observer import Observer
 from compress.recipe.recipe import Recipe
 from compress.recipe.sections import Evaluate
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.comparison.strategies import seeded
 from compress.errors import UsageError
-from compress.pipeline.result import Observer
+from compress.observer import Observer
 from compress.storage.files import atomic_write
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
-from compress.pipeline.result import Observer
+from compress.observer import Observer
 from compress.pruning.tower_cache import OutputCache, tower_cached
 from compress.storage.files import atomic_write
 

@@ -21,9 +21,9 @@ from compress.errors import CompressError
 from compress.importance.tokens import count_tokens, effective_sample_size
 from compress.memory import release_memory
 from compress.models.skeleton import Skeleton
+from compress.observer import Observer
 from compress.pipeline.journal import Journal
 from compress.pipeline.plan import Plan, storage_dtype
-from compress.pipeline.result import Observer
 from compress.pipeline.stream import CalibrationStream
 from compress.pruning.last_token import LastTokenAttention
 from compress.quantization.hessian import Hessian

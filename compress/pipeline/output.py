@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.checkpoint.compressed_tensors import ModuleScheme, quantization_config
+from compress.checkpoint.compressed_tensors import quantization_config
 from compress.errors import CompressError, UsageError
 from compress.eval.report import write_report
 from compress.loading.load import inspect
@@ -111,7 +111,7 @@ def checkpoint_config(skeleton: "Skeleton", plan: "Plan", dtype: torch.dtype) ->
         if types := getattr(skeleton.config, "layer_types", None):
             decoder["layer_types"] = [types[index] for index in plan.layers]
     if plan.modules:
-        modules = {m.name: ModuleScheme(m.bits, m.group_size, m.symmetric) for m in plan.modules}
+        modules = {module.name: module.scheme for module in plan.modules}
         ignored = [name for name in plan.schemes if name not in modules]
         if vision := skeleton.spec.vision:
             # Engines put a prefix before the head of a language model inside another.

@@ -24,35 +24,12 @@ from compress.data.prompts import (
 from compress.errors import UsageError, did_you_mean
 from compress.pipeline.memory_forecast import host_memory
 from compress.pipeline.pruning_forecast import forecast
+from compress.scheme import PlannedModule, Scheme
 
 if TYPE_CHECKING:
     from compress.models.skeleton import Skeleton
-    from compress.pipeline.result import Observer
+    from compress.observer import Observer
     from compress.recipe.recipe import Recipe
-    from compress.recipe.sections import Scheme
-
-
-@dataclass(frozen=True)
-class PlannedModule:
-    """One linear: its weight's shape (out, in), its width and its group size (None: a row)."""
-
-    name: str
-    shape: tuple[int, int]
-    bits: int
-    group_size: int | None
-    symmetric: bool = True
-    score: float | None = None
-
-    def packed_bytes(self, scale_bytes: int) -> int:
-        """Bytes of its tensors in a compressed-tensors file."""
-        N, K = self.shape
-        groups = K // (self.group_size or K)
-        packed = N * -(-K * self.bits // 32) * 4 + N * groups * scale_bytes + 16
-        return packed if self.symmetric else packed + -(-N * self.bits // 32) * groups * 4
-
-    @property
-    def weights(self) -> int:
-        return self.shape[0] * self.shape[1]
 
 
 @dataclass
@@ -76,7 +53,7 @@ class Plan:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     untied: bool = False
-    schemes: "dict[str, Scheme | None]" = field(default_factory=dict)
+    schemes: dict[str, Scheme | None] = field(default_factory=dict)
     layers: list[int] = field(default_factory=list)
     file_bytes: int = 0
     allocation: Allocation | None = None
@@ -86,7 +63,8 @@ class Plan:
     def as_dict(self) -> dict:
         """For `--json`: the keys of the architecture, modules without their `symmetric`."""
         modules = [
-            {k: v for k, v in asdict(module).items() if k != "symmetric"} for module in self.modules
+            {key: value for key, value in module.as_dict().items() if key != "symmetric"}
+            for module in self.modules
         ]
         return {
             "modules": modules,
@@ -127,10 +105,7 @@ def make_plan(recipe: "Recipe", skeleton: "Skeleton", allocation: Allocation | N
     }
     scores = allocation.score_of() if allocation else {}
     modules = [
-        PlannedModule(
-            named[name], shapes[name], scheme.bits, scheme.group_size, scheme.symmetric,
-            scores.get(name),
-        )
+        PlannedModule(named[name], shapes[name], scheme, scores.get(name))
         for name in names
         if (scheme := schemes.get(named[name])) is not None
     ]  # fmt: skip
@@ -237,7 +212,7 @@ def _header_bytes(modules: list[PlannedModule], kept: dict[str, int]) -> int:
     for module in modules:
         keys = ["weight_packed", "weight_scale", "weight_shape"]
         names += [f"{module.name}.{key}" for key in keys]
-        names += [] if module.symmetric else [f"{module.name}.weight_zero_point"]
+        names += [] if module.scheme.symmetric else [f"{module.name}.weight_zero_point"]
     return len(json.dumps(dict.fromkeys(names, entry), separators=(",", ":"))) + 8
 
 
@@ -251,7 +226,7 @@ def _problems(
     skeleton: "Skeleton",
     names: list[str],
     shapes: dict[str, tuple[int, int]],
-    schemes: dict[str, "Scheme | None"],
+    schemes: dict[str, Scheme | None],
 ) -> list[str]:
     problems = []
     for pattern in recipe.quantize.unmatched(names):
@@ -307,14 +282,14 @@ def _notes(
     skipped = head_rotation_skipped(recipe.rotate.kind, skeleton.head_dim)
     if skipped:
         notes.append(skipped)
-    schemes = {(m.bits, m.group_size, m.symmetric) for m in modules}
-    if any(not symmetric for _, _, symmetric in schemes):
+    schemes = {module.scheme for module in modules}
+    if any(not scheme.symmetric for scheme in schemes):
         notes.append(
             "asymmetric weights: vLLM loads them; transformers only with "
             "CompressedTensorsConfig(dequantize=True)"
             + (" and not with several widths" if len(schemes) > 1 else "")
         )
-    odd = sorted({bits for bits, _, _ in schemes} - {4, 8})
+    odd = sorted({scheme.bits for scheme in schemes} - {4, 8})
     if odd:
         widths = ", ".join(map(str, odd))
         notes.append(f"{widths}-bit weights: vLLM needs the `humming` package, SGLang has none")
@@ -325,7 +300,7 @@ def _split_fusions(
     skeleton: "Skeleton", modules: list[PlannedModule], num_layers: int
 ) -> list[str]:
     """vLLM runs q/k/v and gate/up as one matrix each, which then must share one scheme."""
-    schemes = {m.name: (m.bits, m.group_size, m.symmetric) for m in modules}
+    schemes = {module.name: module.scheme for module in modules}
     for i in range(num_layers):
         for group in skeleton.spec.groups:
             members = [f"{skeleton.spec.layers}.{i}.{name}" for name in group]

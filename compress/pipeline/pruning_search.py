@@ -8,9 +8,8 @@ Its trials lie in the run's work folder, so a run that was killed goes on search
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.pipeline.result import Observer
+from compress.observer import Observer
 from compress.pruning.search import SearchResult, search_strategy
-from compress.pruning.trials import SearchObserver, Trial
 from compress.recipe.strategy import PruneStrategy
 
 if TYPE_CHECKING:
@@ -53,15 +52,5 @@ def searched_strategy(
         model, prompts, pruning.keep, start=start, variables=settings.searched(),
         trials=settings.trials,
         sampler=settings.sampler, seed=settings.seed, path=trials, processor=processor,
-        observer=_Telling(observer),
+        observer=observer,
     )  # fmt: skip
-
-
-class _Telling(SearchObserver):
-    """Tells a run's observer what the search tells."""
-
-    def __init__(self, observer: Observer):
-        self.observer = observer
-
-    def trial(self, trial: Trial, best: Trial, total: int) -> None:
-        self.observer.trial(trial.trial + 1, total, best.score)

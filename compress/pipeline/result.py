@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and what it has made when it is done."""
+"""What a run has made when it is done."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,23 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compress.pipeline.plan import Plan
-
-
-class Observer:
-    """What a run tells while it goes on; the command line draws it. Every method may be ignored."""
-
-    def stage(self, name: str) -> None: ...
-
-    def layers(self, done: int, total: int) -> None: ...
-
-    def module(self, name: str, facts: dict[str, Any]) -> None: ...
-
-    def generation(self, done: int, total: int, fitness: float) -> None: ...
-
-    def trial(self, done: int, total: int, score: float) -> None:
-        """So many trials of a search for a pruning strategy; `score`: the best mean cosine."""
-
-    def warning(self, text: str) -> None: ...
 
 
 @dataclass

@@ -28,6 +28,7 @@ from compress.errors import CompressError, UsageError
 from compress.memory import peak_memory, release_memory
 from compress.models.skeleton import Skeleton
 from compress.models.vision import vision_at_work, vision_tensors
+from compress.observer import Observer
 from compress.pipeline.evaluation import check_evaluation, evaluate_recipe
 from compress.pipeline.journal import Journal
 from compress.pipeline.layer_walk import LayerWalk
@@ -36,7 +37,7 @@ from compress.pipeline.plan import Plan, allocated_plan, make_plan, needs_calibr
 from compress.pipeline.provenance import fingerprint, provenance
 from compress.pipeline.pruning_forecast import strategy_of
 from compress.pipeline.pruning_search import searched_strategy
-from compress.pipeline.result import Observer, RunResult
+from compress.pipeline.result import RunResult
 from compress.pipeline.stream import CalibrationStream
 from compress.pipeline.verify import reload_and_compare, write_probe
 from compress.pruning.stages import Stages

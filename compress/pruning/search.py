@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError, UsageError, did_you_mean
+from compress.observer import Observer
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.feasible import FeasibleSet, ratios_of
 from compress.pruning.tower import Inputs, VisualTokens
-from compress.pruning.trials import SearchObserver, Trial, TrialFile
+from compress.pruning.trials import Trial, TrialFile
 from compress.recipe.strategy import PruneStrategy
 
 SAMPLERS = ("tpe", "gp")
@@ -78,7 +79,7 @@ def search_strategy(
     seed: int = 0,
     path: str | Path | None = None,
     processor: Any = None,
-    observer: SearchObserver | None = None,
+    observer: Observer | None = None,
 ) -> SearchResult:
     """Searches the strategy that keeps the share `keep` and changes the last state least.
 
@@ -101,7 +102,7 @@ def search_strategy(
         CompressError: a state is not finite.
     """
     check_search(keep, trials, sampler)
-    observer = observer or SearchObserver()
+    observer = observer or Observer()
     objective = Objective(model, samples, processor, observer)
     space = SearchSpace(objective, keep, start, variables)
     settings = {
@@ -122,7 +123,7 @@ def search_strategy(
         trial = Trial(len(done), parameters, strategy.model_dump(mode="json"), score)
         file.append(trial)
         done.append(trial)
-        observer.trial(trial, _best(done), trials)
+        observer.trial(len(done), trials, trial.score, _best(done).score)
     best = _best(done)
     return SearchResult(
         strategy=PruneStrategy.from_dict(best.strategy, f"trial {best.trial}"),
@@ -171,7 +172,7 @@ class Objective:
         model: Any,
         samples: Sequence[Mapping[str, Any]],
         processor: Any = None,
-        observer: SearchObserver | None = None,
+        observer: Observer | None = None,
     ):
         if not samples:
             raise UsageError("expected samples to search with, found none")

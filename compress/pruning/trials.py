@@ -35,19 +35,6 @@ class Trial:
     score: float
 
 
-class SearchObserver:
-    """What a search tells while it goes on. Every method may be ignored."""
-
-    def sample(self, done: int, total: int) -> None:
-        """So many of the prompts have been run unpruned."""
-
-    def resumed(self, trials: int) -> None:
-        """So many trials of an earlier search are there already."""
-
-    def trial(self, trial: Trial, best: Trial, total: int) -> None:
-        """One more trial is done; `best` is the best of all so far."""
-
-
 class TrialFile:
     """The trials so far, and a place to add to; `path` None keeps them in memory."""
 

@@ -9,7 +9,6 @@ GPTQ (arXiv 2210.17323) for damping and act-order; arXiv 2406.17415 for `allocat
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from compress.errors import did_you_mean
 from compress.recipe.source import FieldError
+from compress.scheme import Scheme
 
 # The strategies of `compress.importance.tokens`: named here, so that a recipe needs no torch.
 TOKEN_STRATEGIES = (
@@ -192,16 +192,6 @@ class Override(Section):
         return self
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """How one linear is quantised. `group_size` None: one scale per output channel."""
-
-    bits: int
-    group_size: int | None
-    symmetric: bool
-    grid: str
-
-
 class Quantize(Section):
     """Which weights become which integers. `method: none` writes the rotated 16-bit model."""
 
@@ -232,7 +222,7 @@ class Quantize(Section):
         bits = hit.bits if hit and hit.bits is not None else self.bits
         size = hit.group_size if hit and hit.group_size is not None else self.group_size
         symmetric = hit.symmetric if hit and hit.symmetric is not None else self.symmetric
-        return Scheme(bits, None if size == "channel" else size, symmetric, self.grid)
+        return Scheme(bits, None if size == "channel" else size, symmetric)
 
     def has_own_width(self, module_name: str) -> bool:
         """Whether an override says how many bits this linear has, so that nothing else may."""

@@ -11,7 +11,6 @@ from compressed_tensors.quantization import (
 )
 
 from compress.checkpoint.compressed_tensors import (
-    ModuleScheme,
     compress_module,
     decompress_module,
     module_schemes,
@@ -19,6 +18,7 @@ from compress.checkpoint.compressed_tensors import (
     quantization_config,
 )
 from compress.errors import CheckpointError
+from compress.scheme import Scheme
 from support.tiny_quantised import MIXED, round_weight, tiny_llama, write_quantised
 
 
@@ -57,7 +57,7 @@ def test_compressed_tensors_reads_the_same_weight(bits, dtype, asymmetric):
 
     codes, scale, zeros = random_module(bits, 3, asymmetric, dtype=dtype)
     tensors = compress_module(codes, scale, zeros, bits)
-    config = quantization_config({"m": ModuleScheme(bits, 32, not asymmetric)}, [])
+    config = quantization_config({"m": Scheme(bits, 32, not asymmetric)}, [])
     scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
     theirs = compressor.decompress(dict(tensors), scheme)["weight"]
@@ -105,7 +105,7 @@ def test_a_name_wins_over_a_pattern_and_a_pattern_over_a_class():
         "b.down": 4,
         "b.up": 8,
     }
-    assert found["b.up"] == ModuleScheme(8, None)
+    assert found["b.up"] == Scheme(8, None)
 
 
 def test_one_of_several_targets_is_chosen_as_by_compressed_tensors():
@@ -132,7 +132,7 @@ def test_what_a_group_does_not_say_is_as_in_compressed_tensors():
     usual = QuantizationArgs()
     group = {"targets": ["Linear"], "weights": {}, "input_activations": {}}
     found = module_schemes({"config_groups": {"group_0": group}}, ["up_proj"])
-    assert found["up_proj"] == ModuleScheme(
+    assert found["up_proj"] == Scheme(
         usual.num_bits,
         usual.group_size,
         usual.symmetric,
@@ -163,14 +163,14 @@ def test_mixed_widths_load_in_plain_transformers(mixed):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_width_for_the_class_linear_loads(tmp_path, tied):
-    made = write_quantised(tmp_path, [ModuleScheme(3, 32)], tie_word_embeddings=tied)
+    made = write_quantised(tmp_path, [Scheme(3, 32)], tie_word_embeddings=tied)
     model, report = load_plain(made.folder)
     assert not any(report.values()), report
     with torch.no_grad():
         assert relative_error(model(made.input_ids).logits, made.logits) <= 1e-5
 
 
-@pytest.mark.parametrize("scheme", [ModuleScheme(3, 32, False), ModuleScheme(4, None, False)])
+@pytest.mark.parametrize("scheme", [Scheme(3, 32, False), Scheme(4, None, False)])
 def test_one_asymmetric_scheme_loads_dequantised(tmp_path, scheme):
     from transformers import CompressedTensorsConfig
 
@@ -186,7 +186,7 @@ def test_one_asymmetric_scheme_loads_dequantised(tmp_path, scheme):
 def test_what_transformers_cannot_load_is_said():
     symmetric = quantization_config(dict(zip("abcde", MIXED, strict=True)), [])
     assert not must_dequantize_on_load(symmetric)
-    mixture = {"a": ModuleScheme(3, 32, False), "b": ModuleScheme(4, 32, False)}
+    mixture = {"a": Scheme(3, 32, False), "b": Scheme(4, 32, False)}
     with pytest.raises(CheckpointError, match="vLLM"):
         must_dequantize_on_load(quantization_config(mixture, []))
 
@@ -194,7 +194,7 @@ def test_what_transformers_cannot_load_is_said():
 def test_rounding_in_these_tests_is_rounding():
     """The oracle above rests on it: no weight moves by more than half a step where none clips."""
     weight = torch.randn(8, 64)
-    scheme = ModuleScheme(4, 32, symmetric=False)
+    scheme = Scheme(4, 32, symmetric=False)
     _, scale, _, rounded = round_weight(weight, scheme)
     step = scale.repeat_interleave(32, dim=1)
     assert ((rounded - weight).abs() <= step * 1.01).all()

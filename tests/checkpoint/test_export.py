@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.export import CHECKPOINT_FORMATS, export
 from compress.errors import CheckpointError, CompressError, UsageError
 from compress.loading.load import inspect
+from compress.scheme import Scheme
 from compress.storage.safetensors import save_tensors
 from support.gptq_reader import read_naively
 from support.tiny_checkpoints import dequantised, every_file, read_tensors, recipe_for
 from support.tiny_quantised import MIXED, write_quantised
 
-ASYMMETRIC = [ModuleScheme(4, 32, False), ModuleScheme(3, None), ModuleScheme(8, 32, False)]
+ASYMMETRIC = [Scheme(4, 32, False), Scheme(3, None), Scheme(8, 32, False)]
 
 
 def write_checkpoint(folder: Path, schemes=MIXED, **model) -> Path:
@@ -107,7 +107,7 @@ def test_asymmetric_checkpoints_keep_every_bit(tmp_path):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_one_width_keeps_every_bit(tmp_path, bits):
-    source = write_checkpoint(tmp_path / "model", [ModuleScheme(bits, 32)])
+    source = write_checkpoint(tmp_path / "model", [Scheme(bits, 32)])
     export(source, "gptq", tmp_path / "out")
     assert_same_weights(tmp_path / "out", source)
 
@@ -152,7 +152,7 @@ def test_history_is_kept_and_the_origin_named(folder, tmp_path):
     assert history["bytes"] == {"original": 10} | result.bytes
     assert history["exported_from"]["format"] == "compressed-tensors"
     assert history["export"]["notes"] == result.notes
-    other = write_checkpoint(tmp_path / "other", [ModuleScheme(4, 32)])
+    other = write_checkpoint(tmp_path / "other", [Scheme(4, 32)])
     export(other, "gptq", tmp_path / "out2")
     second = json.loads((tmp_path / "out2" / "modelpress.json").read_text())
     assert second["exported_from"]["fingerprint"] != history["exported_from"]["fingerprint"]
@@ -183,7 +183,7 @@ def test_scales_are_rounded_only_if_allowed(copy, tmp_path):
 
 def test_the_scale_of_zeros_is_no_rounding(tmp_path):
     """A row of zero weights has a scale too small for fp16, and it does not matter."""
-    source = write_checkpoint(tmp_path / "model", [ModuleScheme(4, 32), ModuleScheme(4, 32, False)])
+    source = write_checkpoint(tmp_path / "model", [Scheme(4, 32), Scheme(4, 32, False)])
     tensors = read_tensors(source)
     symmetric, asymmetric = (f"model.layers.0.self_attn.{part}_proj" for part in "qk")
     for module, zero in ((symmetric, 8), (asymmetric, 5)):  # unsigned
@@ -218,11 +218,11 @@ def refusal(source: Path, output: Path, kind=UsageError, **options) -> str:
 
 
 def test_widths_and_shapes_that_gptq_does_not_have(tmp_path):
-    odd = write_checkpoint(tmp_path / "odd", [ModuleScheme(5, 32)])
+    odd = write_checkpoint(tmp_path / "odd", [Scheme(5, 32)])
     message = refusal(odd, tmp_path / "out")
     assert "model.layers.0" in message
     assert "has 5" in message
-    narrow = write_checkpoint(tmp_path / "narrow", [ModuleScheme(4, None)], head_dim=12)
+    narrow = write_checkpoint(tmp_path / "narrow", [Scheme(4, None)], head_dim=12)
     assert "is [24, 64]" in refusal(narrow, tmp_path / "out")
 
 
@@ -319,7 +319,7 @@ def test_a_damaged_weight_leaves_nothing_behind(copy, tmp_path):
     rewrite(copy, lambda name, t: t * torch.nan if name == "lm_head.weight" else t)
     assert "lm_head.weight" in refusal(copy, tmp_path / "out", CheckpointError)
     assert not (tmp_path / "out").exists()
-    kept = write_checkpoint(tmp_path / "kept", [ModuleScheme(4, 32)])
+    kept = write_checkpoint(tmp_path / "kept", [Scheme(4, 32)])
     refusal(copy, kept, CheckpointError, overwrite=True)
 
 
@@ -333,7 +333,7 @@ def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch):
 
 def test_outputs_that_are_taken(folder, copy, tmp_path):
     assert "the checkpoint itself" in refusal(copy, copy)
-    taken = write_checkpoint(tmp_path / "taken", [ModuleScheme(4, 32)])
+    taken = write_checkpoint(tmp_path / "taken", [Scheme(4, 32)])
     assert "--overwrite" in refusal(folder, taken)
     export(folder, "gptq", taken, overwrite=True)
     assert_same_weights(taken, folder)

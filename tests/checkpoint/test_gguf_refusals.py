@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.export import export
 from compress.errors import UsageError
+from compress.scheme import Scheme
 from compress.storage.safetensors import save_tensors
 from support.gguf_files import FILE, Read, as_checkpoint, assert_same, change_config, refusal
 from support.tiny_checkpoints import (
@@ -85,7 +85,7 @@ def test_the_remedy_is_one(bits, group_size, symmetric, K, remedy):
     """What is advised is possible with as many columns, and gives a type of its own."""
     from compress.checkpoint.gguf.format import _remedy
 
-    assert _remedy(ModuleScheme(bits, group_size, symmetric), K) == remedy
+    assert _remedy(Scheme(bits, group_size, symmetric), K) == remedy
 
 
 def test_a_dtype_that_gguf_does_not_have(copy, tmp_path):

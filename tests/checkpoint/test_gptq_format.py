@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from compress.checkpoint.compressed_tensors import ModuleScheme, compress_module
+from compress.checkpoint.compressed_tensors import compress_module
 from compress.checkpoint.gptq import (
     convert_module,
     pack_module,
@@ -18,6 +18,7 @@ from compress.checkpoint.gptq import (
     split_fusions,
     unpack_module,
 )
+from compress.scheme import Scheme
 from support.gptq_reader import fields, read_naively
 
 SHAPES = [(32, 64, 2), (33, 96, 3), (5, 40, 1), (1, 7, 1), (70, 33, 3)]  # N, K, G
@@ -117,7 +118,7 @@ def test_what_the_layout_cannot_hold_is_refused():
 
 # ---- config.json, read as GPTQModel and vLLM read it --------------------------------------------
 
-A, B, C = ModuleScheme(4, 128), ModuleScheme(2, 64), ModuleScheme(8, None)
+A, B, C = Scheme(4, 128), Scheme(2, 64), Scheme(8, None)
 INNER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 FUSED = {"self_attn.qkv_proj": INNER[:3], "mlp.gate_up_proj": INNER[4:6]}
@@ -134,7 +135,7 @@ def resolve(config, name, rules=None):
             settings |= override
             break
     size = settings["group_size"]
-    return ModuleScheme(settings["bits"], None if size == -1 else size, settings["sym"])
+    return Scheme(settings["bits"], None if size == -1 else size, settings["sym"])
 
 
 def split(schemes):
@@ -150,7 +151,7 @@ def test_every_module_gets_its_scheme_under_every_name(seed):
     schemes = {}
     for layer in range(LAYERS):
         for part in (INNER[:3], INNER[3:4], INNER[4:6], INNER[6:]):
-            chosen = draw.choice([A, A, B, C, ModuleScheme(3, 32, symmetric=False), None])
+            chosen = draw.choice([A, A, B, C, Scheme(3, 32, symmetric=False), None])
             schemes |= {f"model.layers.{layer}.{inner}": chosen for inner in part}
     modules, plain = split(schemes)
     config = quantization_config(modules, plain)
@@ -190,7 +191,7 @@ def test_the_head_is_said_to_be_quantised_only_if_it_is():
 def test_asymmetric_modules_make_it_version_2():
     modules = {"model.layers.0.mlp.up_proj": A, "model.layers.0.mlp.down_proj": B}
     assert quantization_config(modules)["checkpoint_format"] == "gptq"
-    modules["model.layers.1.mlp.up_proj"] = ModuleScheme(4, 128, symmetric=False)
+    modules["model.layers.1.mlp.up_proj"] = Scheme(4, 128, symmetric=False)
     config = quantization_config(modules)
     assert config["checkpoint_format"] == config["format"] == "gptq_v2"
 

@@ -12,7 +12,6 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 
 import compress
-from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.export import export
 from compress.checkpoint.packed import PackedLinears
 from compress.checkpoint.quantization_config import (
@@ -23,6 +22,7 @@ from compress.checkpoint.quantization_config import (
 )
 from compress.cli.main import main
 from compress.errors import CheckpointError, UsageError
+from compress.scheme import Scheme
 from support.tiny_checkpoints import byte_tokenizer
 from support.tiny_quantised import write_quantised
 
@@ -43,7 +43,7 @@ LOCATION = {"apply": [{"location": "weight_input", "targets": ["Linear"]}], "typ
 def folders(tmp_path_factory):
     """A model as compressed-tensors and as GPTQ, with every key that readers know of."""
     root = tmp_path_factory.mktemp("sections")
-    write_quantised(root / "compressed-tensors", [ModuleScheme(4, 32)])
+    write_quantised(root / "compressed-tensors", [Scheme(4, 32)])
     byte_tokenizer().save_pretrained(root / "compressed-tensors")
     export(root / "compressed-tensors", "gptq", root / "gptq", round_scales=True)
     change(root / "compressed-tensors", ("transform_config",), {"config_groups": {"R1": LOCATION}})

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from compress.cli.console import console, module_table, to_json
 from compress.cli.progress import RunProgress
-from compress.pipeline.result import Observer
+from compress.observer import Observer
 
 # ---- drawing ------------------------------------------------------------------------------------
 

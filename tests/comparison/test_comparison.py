@@ -15,8 +15,8 @@ import pytest
 from compress.comparison.compare import compare
 from compress.comparison.strategies import seeded
 from compress.errors import CompressError, UsageError
+from compress.observer import Observer
 from compress.pipeline.evaluation import Evaluator, evaluate
-from compress.pipeline.result import Observer
 from compress.recipe.recipe import Recipe
 from support.calling import pretend
 from support.measured_recipes import LENGTH, TOKENS, recipe_of

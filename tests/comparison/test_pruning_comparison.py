@@ -9,8 +9,8 @@ import pytest
 from compress.comparison.compare import compare
 from compress.comparison.strategies import PruningComparison, only_prunes, seeded
 from compress.errors import UsageError
+from compress.observer import Observer
 from compress.pipeline.evaluation import Evaluator, evaluate
-from compress.pipeline.result import Observer
 from compress.pruning.saved import save_strategy
 from compress.pruning.search import Objective
 from compress.recipe.recipe import Recipe, shipped_recipes

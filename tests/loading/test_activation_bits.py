@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.packed import UnpackableError
 from compress.errors import UsageError
 from compress.kernels import linear as linears
 from compress.kernels.fused import SharedLinear
 from compress.kernels.linear import QuantLinear
+from compress.scheme import Scheme
 from support.by_library import rounded, write_by_library
 from support.calling import call
 from support.tiny_checkpoints import byte_tokenizer, random_ids, relative_error
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`
 
 SCHEMES = {
     "symmetric": [
-        ModuleScheme(2, 32),
-        ModuleScheme(4, 32),
-        ModuleScheme(5, 32),
-        ModuleScheme(8, None),
+        Scheme(2, 32),
+        Scheme(4, 32),
+        Scheme(5, 32),
+        Scheme(8, None),
     ],
-    "asymmetric": [ModuleScheme(4, 32, symmetric=False), ModuleScheme(3, None, symmetric=False)],
+    "asymmetric": [Scheme(4, 32, symmetric=False), Scheme(3, None, symmetric=False)],
 }
 
 
@@ -66,7 +66,7 @@ def test_every_linear_multiplies_rounded_inputs(written, bits):
 
 @torch.no_grad()
 def test_shared_launches_round_alike(tmp_path):
-    schemes = [ModuleScheme(4, 32), ModuleScheme(4, 32, symmetric=False)]
+    schemes = [Scheme(4, 32), Scheme(4, 32, symmetric=False)]
     folder = write(tmp_path / "model", schemes).folder
     ids = random_ids(2, 12) % 61
     model, _ = compress.load(folder, activation_bits=8)
@@ -104,8 +104,8 @@ def test_other_widths(written, bits):
 @pytest.mark.parametrize(
     ("scheme", "said"),
     [
-        (ModuleScheme(8, 32, symmetric=False), "8 bits with zero points and quantised activations"),
-        (ModuleScheme(4, 16), "groups of 16 and quantised activations"),
+        (Scheme(8, 32, symmetric=False), "8 bits with zero points and quantised activations"),
+        (Scheme(4, 16), "groups of 16 and quantised activations"),
     ],
 )
 def test_weights_that_do_not_go_with_them(tmp_path, scheme, said):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.packed import UnpackableError
 from compress.errors import CheckpointError, CompressError, UsageError
 from compress.loading.load import inspect, load
+from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader, save_tensors
 from support.tiny_quantised import tiny_llama, write_quantised
 
@@ -65,7 +65,7 @@ def test_dtype_can_be_chosen(folder):
 
 
 def test_one_asymmetric_scheme_runs(tmp_path, recwarn):
-    made = write_quantised(tmp_path, [ModuleScheme(4, 32, symmetric=False)])
+    made = write_quantised(tmp_path, [Scheme(4, 32, symmetric=False)])
     write_tokenizer(made.folder)
     model, _ = load(made.folder)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_one_asymmetric_scheme_runs(tmp_path, recwarn):
 
 def test_asymmetric_schemes_of_two_widths_run(tmp_path):
     """transformers alone does not load these; packed and dense, they are read without it."""
-    schemes = [ModuleScheme(4, 32, symmetric=False), ModuleScheme(3, 32, symmetric=False)]
+    schemes = [Scheme(4, 32, symmetric=False), Scheme(3, 32, symmetric=False)]
     made = write_quantised(tmp_path, schemes)
     write_tokenizer(made.folder)
     for packed in (True, False):

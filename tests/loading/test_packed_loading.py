@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.export import export
 from compress.errors import UsageError
 from compress.kernels.linear import QuantLinear
+from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader
 from support.demo_quantised import DEMO, quantise_folder
 from support.tiny_checkpoints import (
@@ -30,21 +30,21 @@ from support.tiny_checkpoints import write_checkpoint as write_plain
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 
 SCHEMES = {
-    "2 bits": [ModuleScheme(2, 64)],
-    "3 bits": [ModuleScheme(3, 64)],
-    "4 bits": [ModuleScheme(4, 64)],
-    "8 bits": [ModuleScheme(8, None)],
+    "2 bits": [Scheme(2, 64)],
+    "3 bits": [Scheme(3, 64)],
+    "4 bits": [Scheme(4, 64)],
+    "8 bits": [Scheme(8, None)],
     "mixed": [
-        ModuleScheme(2, 32),
-        ModuleScheme(3, 64),
-        ModuleScheme(4, None),
-        ModuleScheme(8, 64),
-        ModuleScheme(5, 32),
-        ModuleScheme(6, None),
-        ModuleScheme(7, 64),
+        Scheme(2, 32),
+        Scheme(3, 64),
+        Scheme(4, None),
+        Scheme(8, 64),
+        Scheme(5, 32),
+        Scheme(6, None),
+        Scheme(7, 64),
     ],
 }
-ASYMMETRIC = [ModuleScheme(b, 32, symmetric=False) for b in (2, 3, 4, 8, 5)]
+ASYMMETRIC = [Scheme(b, 32, symmetric=False) for b in (2, 3, 4, 8, 5)]
 LINEARS = 6 * 7  # of the demo model
 
 
@@ -110,7 +110,7 @@ def test_16_bit_activations(demo, name, dtype):
 
 @pytest.mark.parametrize("name", ["2 bits", "3 bits", "4 bits", "8 bits", "half"])
 def test_gptq_exports_run_packed(demo, tmp_path, name):
-    schemes = {"half": [ModuleScheme(4, 32), ModuleScheme(8, None, symmetric=False)]}
+    schemes = {"half": [Scheme(4, 32), Scheme(8, None, symmetric=False)]}
     if name in schemes:
         source = quantise_folder(DEMO, tmp_path / "source", schemes[name])
     else:
@@ -139,7 +139,7 @@ def test_generation(demo):
 
 def test_biases_of_packed_linears(tmp_path):
     source = write_plain(tmp_path / "model", "llama-biased", dtype=torch.bfloat16)
-    folder = quantise_folder(source, tmp_path / "out", [ModuleScheme(4, 32)])
+    folder = quantise_folder(source, tmp_path / "out", [Scheme(4, 32)])
     model, _ = compress.load(folder, dtype=torch.float32)
     assert all(module.bias is not None for module in packed_modules(model))
     assert relative_error(logits_of(model), logits_of(load_whole(folder))) < 1e-5
@@ -170,7 +170,7 @@ def test_memory_is_that_of_the_packed_weights(tmp_path, format):
     source = write_plain(
         tmp_path / "model", dtype=torch.bfloat16, hidden_size=256, intermediate_size=1024
     )
-    folder = quantise_folder(source, tmp_path / "out", [ModuleScheme(4, 128)])
+    folder = quantise_folder(source, tmp_path / "out", [Scheme(4, 128)])
     if format == "gptq":
         export(folder, "gptq", tmp_path / "gptq", round_scales=True)
         folder = tmp_path / "gptq"
@@ -185,7 +185,7 @@ def test_memory_is_that_of_the_packed_weights(tmp_path, format):
 def test_no_dense_weight_is_made_while_loading(tmp_path):
     """Of no packed linear, at no time: every result of every operator is seen."""
     source = write_plain(tmp_path / "model", dtype=torch.bfloat16, vocab_size=61)
-    folder = quantise_folder(source, tmp_path / "out", [ModuleScheme(4, 32)])
+    folder = quantise_folder(source, tmp_path / "out", [Scheme(4, 32)])
     sizes = {64 * 64, 64 * 32, 64 * 128}
     with FloatsMade() as made:
         compress.load(folder, packed=False)[0](torch.tensor([[1]]))
@@ -239,7 +239,7 @@ def test_from_pretrained_takes_the_config(demo, tmp_path, format, fuse):
 @pytest.mark.parametrize("fuse", [False, True])
 def test_saving_writes_the_same_tensors(demo, tmp_path, name, fuse):
     if name == "gptq":
-        schemes = [ModuleScheme(4, 64), ModuleScheme(3, 32, symmetric=False)]
+        schemes = [Scheme(4, 64), Scheme(3, 32, symmetric=False)]
         source = quantise_folder(DEMO, tmp_path / "source", schemes)
         folder = tmp_path / "gptq"
         export(source, "gptq", folder, round_scales=True)
@@ -347,6 +347,6 @@ def quantise_language(source, folder):
     rest = {n: reader.tensor(n) for n in reader.names if "language_model" not in n}
     inner = shutil.copytree(source, folder.parent / "language")
     save_tensors(inner / "model.safetensors", language)
-    quantise_folder(inner, folder, [ModuleScheme(4, 32)])
+    quantise_folder(inner, folder, [Scheme(4, 32)])
     save_tensors(folder / "model.safetensors", CheckpointReader(folder).tensors() | rest)
     return folder

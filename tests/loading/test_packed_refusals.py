@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import compress
-from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.export import export
 from compress.checkpoint.packed import PackedLinears, UnpackableError
 from compress.checkpoint.quantization_config import is_packed
 from compress.cli.main import main
 from compress.errors import CheckpointError, UsageError
+from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader, save_tensors
 from support.demo_quantised import quantise_folder
 from support.tiny_checkpoints import byte_tokenizer
@@ -30,7 +30,7 @@ UP = "model.layers.1.mlp.up_proj"
 def whole(tmp_path_factory):
     """Symmetric 4 bits in groups of 32, as compressed-tensors and as GPTQ."""
     folder = tmp_path_factory.mktemp("whole") / "compressed-tensors"
-    write_quantised(folder, [ModuleScheme(4, 32)])
+    write_quantised(folder, [Scheme(4, 32)])
     byte_tokenizer().save_pretrained(folder)
     export(folder, "gptq", folder.parent / "gptq", round_scales=True)
     return folder.parent
@@ -89,7 +89,7 @@ def test_wrong_shapes(damaged, format, key, tensor, expected):
 
 
 def test_a_wrong_shape_of_zero_points(tmp_path):
-    write_quantised(tmp_path, [ModuleScheme(3, 32, symmetric=False)])
+    write_quantised(tmp_path, [Scheme(3, 32, symmetric=False)])
     byte_tokenizer().save_pretrained(tmp_path)
     tensors = CheckpointReader(tmp_path).tensors()
     save_tensors(tmp_path / "model.safetensors", tensors | {f"{UP}.weight_zero_point": ints(8, 2)})
@@ -277,7 +277,7 @@ def test_an_act_order_without_its_order(damaged):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_bias_that_is_no_number(tmp_path, value):
     source = write_plain(tmp_path / "model", "llama-biased", dtype=torch.bfloat16)
-    folder = quantise_folder(source, tmp_path / "out", [ModuleScheme(4, 32)])
+    folder = quantise_folder(source, tmp_path / "out", [Scheme(4, 32)])
     tensors = CheckpointReader(folder).tensors()
     tensors[f"{UP}.bias"][5] = value
     save_tensors(folder / "model.safetensors", tensors)
@@ -343,7 +343,7 @@ def test_the_command_line_leaves_with_2(damaged, capsys):
 
 
 def test_the_way_out_that_a_refusal_names(tmp_path, capsys):
-    write_quantised(tmp_path, [ModuleScheme(4, 8)])
+    write_quantised(tmp_path, [Scheme(4, 8)])
     byte_tokenizer().save_pretrained(tmp_path)
     command = ["generate", str(tmp_path), "--prompt", "0", "--max-tokens", "2"]
     assert main(command) == 2
@@ -354,7 +354,7 @@ def test_the_way_out_that_a_refusal_names(tmp_path, capsys):
 @pytest.mark.parametrize("packed", [None, False])
 def test_no_way_out_is_named_where_there_is_none(tmp_path, packed):
     """Asymmetric weights are dense by the same reader only, which refuses the rest of it."""
-    write_quantised(tmp_path, [ModuleScheme(4, 32, symmetric=False)])
+    write_quantised(tmp_path, [Scheme(4, 32, symmetric=False)])
     byte_tokenizer().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8}

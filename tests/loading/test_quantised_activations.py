@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import compress
-from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.checkpoint.packed import UnpackableError
 from compress.checkpoint.packed_formats import FORMATS
 from compress.cli.main import main
@@ -18,6 +17,7 @@ from compress.errors import CheckpointError
 from compress.kernels.codes import Codes
 from compress.kernels.linear import QuantLinear
 from compress.kernels.reference import dequantize
+from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader, save_tensors
 from support.by_library import LINEARS, rounded, write_by_library
 from support.tiny_checkpoints import byte_tokenizer, load_whole, random_ids, relative_error
@@ -162,7 +162,7 @@ def test_weights_that_transformers_has_saved_dense(written, tmp_path):
 @pytest.mark.parametrize("bits", [3, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_int_quantized_tensors_both_ways(bits, symmetric):
-    format, scheme = FORMATS["int-quantized"], ModuleScheme(bits, 32, symmetric)
+    format, scheme = FORMATS["int-quantized"], Scheme(bits, 32, symmetric)
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(2**bits, (20, 64), generator=generator, dtype=torch.uint8)
     zero = torch.randint(2**bits, (20, 2), generator=generator, dtype=torch.uint8)

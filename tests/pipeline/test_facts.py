@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.models.skeleton import Skeleton
-from compress.pipeline.run import Observer, run
+from compress.observer import Observer
+from compress.pipeline.run import run
 from support.calling import pretend
 from support.tiny_checkpoints import (
     LAYERS,

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.data.windows import CalibrationWindows
-from compress.pipeline.run import Observer, run
+from compress.observer import Observer
+from compress.pipeline.run import run
 from support.failing_runs import Case, failure, visible
 from support.tiny_checkpoints import (
     VOCABULARY,

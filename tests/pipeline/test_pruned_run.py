@@ -13,8 +13,8 @@ import compress
 from compress.data.samples import read_samples
 from compress.errors import UsageError
 from compress.models.skeleton import Skeleton
+from compress.observer import Observer
 from compress.pipeline.plan import make_plan
-from compress.pipeline.result import Observer
 from compress.pipeline.run import run
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.saved import KEY, save_strategy
@@ -90,7 +90,7 @@ class Trials(Observer):
     def __init__(self, stop=None):
         self.stop, self.told = stop, []
 
-    def trial(self, done, total, score):
+    def trial(self, done, total, score, best):
         self.told.append(done)
         if done == self.stop:
             raise KeyboardInterrupt

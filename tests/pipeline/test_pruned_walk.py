@@ -10,8 +10,8 @@ import torch
 import compress
 from compress.data.prompts import ImagePrompts
 from compress.models.skeleton import Skeleton
+from compress.observer import Observer
 from compress.pipeline.plan import make_plan
-from compress.pipeline.result import Observer
 from compress.pipeline.run import Job, run
 from compress.pruning.costs import PruningStats
 from compress.pruning.engine import prune_visual_tokens

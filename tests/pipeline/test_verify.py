@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from compress.checkpoint.compressed_tensors import ModuleScheme
 from compress.errors import CheckpointError
 from compress.pipeline.verify import reload_and_compare, write_probe
+from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader, save_tensors
 from support.tiny_quantised import write_quantised
 
@@ -38,13 +38,13 @@ def test_a_faithful_checkpoint_passes(mixed, probe, capfd):
 
 
 def test_one_asymmetric_scheme_passes(tmp_path):
-    made = write_quantised(tmp_path / "model", [ModuleScheme(3, 32, symmetric=False)])
+    made = write_quantised(tmp_path / "model", [Scheme(3, 32, symmetric=False)])
     write_probe(tmp_path / "probe.safetensors", {"input_ids": made.input_ids}, made.logits)
     assert reload_and_compare(made.folder, tmp_path / "probe.safetensors")["relative_error"] <= 1e-5
 
 
 def test_asymmetric_faults_are_found(tmp_path):
-    made = write_quantised(tmp_path / "model", [ModuleScheme(3, 32, symmetric=False)])
+    made = write_quantised(tmp_path / "model", [Scheme(3, 32, symmetric=False)])
     write_probe(tmp_path / "probe.safetensors", {"input_ids": made.input_ids}, made.logits)
     zeros = "model.layers.1.mlp.up_proj.weight_zero_point"
     rewrite(made.folder, lambda tensors: tensors[zeros].bitwise_xor_(1))

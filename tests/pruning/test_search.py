@@ -11,9 +11,9 @@ import torch
 from compress.cli.main import main
 from compress.data.samples import read_samples
 from compress.errors import CheckpointError, CompressError, UsageError
+from compress.observer import Observer
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.search import Objective, SearchSpace, search_strategy
-from compress.pruning.trials import SearchObserver
 from compress.recipe.strategy import PruneStrategy
 from support.tiny_folders import tiny_folder, write_samples
 from support.tiny_models import BATCH, LAYERS, SINGLE, masked_run, tiny_inputs, tiny_model
@@ -44,7 +44,7 @@ def last_state(model, inputs):
     return model(**inputs, output_hidden_states=True).hidden_states[-1][:, -1].double()
 
 
-class Counter(SearchObserver):
+class Counter(Observer):
     """Counts what it is told."""
 
     def __init__(self, stop: int = -1):
@@ -56,9 +56,9 @@ class Counter(SearchObserver):
     def resumed(self, trials):
         self.found.append(trials)
 
-    def trial(self, trial, best, total):
-        self.done.append((trial.trial, best.score, total))
-        if trial.trial == self.stop:
+    def trial(self, done, total, score, best):
+        self.done.append((done - 1, best, total))
+        if done - 1 == self.stop:
             raise KeyboardInterrupt
 
 

@@ -11,13 +11,13 @@ from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
 from compress.quantization.layer import solve_group
 from compress.quantization.solvers import SOLVERS, SolverSettings
-from compress.recipe.sections import Scheme
+from compress.scheme import Scheme
 from support.small_linears import correlated_inputs, random_weight
 
 K = 64
 OUTPUTS = {"q": 24, "k": 8, "v": 8}  # grouped queries
 GROUP = tuple(OUTPUTS)
-THREE, FOUR = Scheme(3, 32, True, "uniform"), Scheme(4, None, False, "uniform")
+THREE, FOUR = Scheme(3, 32, True), Scheme(4, None, False)
 SCHEMES = {
     "one scheme": dict.fromkeys(GROUP, THREE),
     "two schemes": {"q": THREE, "k": FOUR, "v": THREE},

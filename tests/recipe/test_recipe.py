@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from compress.errors import RecipeError
 from compress.importance.tokens import TOKEN_IMPORTANCE
 from compress.recipe.recipe import Recipe, shipped_recipes
-from compress.recipe.sections import TOKEN_STRATEGIES, Quantize, Scheme, matches
+from compress.recipe.sections import TOKEN_STRATEGIES, Quantize, matches
+from compress.scheme import Scheme
 
 EVERY_SECTION = """\
 # a comment
@@ -181,11 +182,11 @@ def test_first_override_that_matches_wins_and_ignore_comes_first(write):
     layer = "model.layers.0."
     assert quantize.scheme_for("lm_head") is None
     assert quantize.scheme_for(layer + "mlp.gate") is None
-    assert quantize.scheme_for(layer + "mlp.down_proj") == Scheme(4, None, True, "uniform")
+    assert quantize.scheme_for(layer + "mlp.down_proj") == Scheme(4, None, True)
     assert quantize.scheme_for(layer + "self_attn.o_proj") is None
     assert quantize.scheme_for(layer + "self_attn.q_proj") is None
-    assert quantize.scheme_for(layer + "self_attn.k_proj") == Scheme(3, 32, False, "uniform")
-    assert quantize.scheme_for(layer + "self_attn.v_proj") == Scheme(3, None, True, "uniform")
+    assert quantize.scheme_for(layer + "self_attn.k_proj") == Scheme(3, 32, False)
+    assert quantize.scheme_for(layer + "self_attn.v_proj") == Scheme(3, None, True)
 
 
 def test_overrides_in_the_other_order_give_the_other_scheme():

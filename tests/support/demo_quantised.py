@@ -8,18 +8,15 @@ import json
 import shutil
 from pathlib import Path
 
-from compress.checkpoint.compressed_tensors import (
-    ModuleScheme,
-    compress_module,
-    quantization_config,
-)
+from compress.checkpoint.compressed_tensors import compress_module, quantization_config
+from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader, save_tensors
 from support.tiny_quantised import round_weight
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "lm"
 
 
-def quantise_folder(source: Path, folder: Path, schemes: list[ModuleScheme]) -> Path:
+def quantise_folder(source: Path, folder: Path, schemes: list[Scheme]) -> Path:
     """Every linear inside a layer in the next of `schemes`, in turn; scales in its own dtype."""
     reader, tensors, modules = CheckpointReader(source), {}, {}
     turn = itertools.cycle(schemes)

@@ -7,11 +7,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compress.checkpoint.compressed_tensors import (
-    ModuleScheme,
-    compress_module,
-    quantization_config,
-)
+from compress.checkpoint.compressed_tensors import compress_module, quantization_config
+from compress.scheme import Scheme
 from compress.storage.safetensors import save_tensors
 
 
@@ -19,7 +16,7 @@ from compress.storage.safetensors import save_tensors
 class Quantised:
     folder: Path
     twin: LlamaForCausalLM  # its weights are (codes - zero point) * scale, in fp32
-    modules: dict[str, ModuleScheme]
+    modules: dict[str, Scheme]
     input_ids: torch.Tensor
     logits: torch.Tensor  # of the twin
 
@@ -39,7 +36,7 @@ def tiny_llama(**overrides) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def round_weight(weight: torch.Tensor, scheme: ModuleScheme):
+def round_weight(weight: torch.Tensor, scheme: Scheme):
     """Codes [N, K], scales [N, G] and zero points [N, G] (None: symmetric), by min-max rounding."""
     N, K = weight.shape
     groups = weight.view(N, -1, scheme.group_size or K)
@@ -58,7 +55,7 @@ def round_weight(weight: torch.Tensor, scheme: ModuleScheme):
     return codes.view(N, K).to(torch.int8), scale, zero_point, weight.view(N, K)
 
 
-def write_quantised(folder: Path, schemes: list[ModuleScheme], **overrides) -> Quantised:
+def write_quantised(folder: Path, schemes: list[Scheme], **overrides) -> Quantised:
     """Quantises linear i of a tiny Llama with schemes[i % len(schemes)] and writes the folder."""
     model = tiny_llama(**overrides)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -87,9 +84,9 @@ def write_quantised(folder: Path, schemes: list[ModuleScheme], **overrides) -> Q
 
 
 MIXED = [
-    ModuleScheme(2, 32),
-    ModuleScheme(3, 32),
-    ModuleScheme(4, None),
-    ModuleScheme(8, 32),
-    ModuleScheme(3, None),
+    Scheme(2, 32),
+    Scheme(3, 32),
+    Scheme(4, None),
+    Scheme(8, 32),
+    Scheme(3, None),
 ]

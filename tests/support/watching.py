@@ -1,6 +1,6 @@
 """An observer that notes the layers of a run, and stops it where a test says."""
 
-from compress.pipeline.result import Observer
+from compress.observer import Observer
 
 
 class Watch(Observer):

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.checkpoint.compressed_tensors import PACKED_SUFFIXES, ModuleScheme
+from compress.checkpoint.compressed_tensors import PACKED_SUFFIXES
 from compress.checkpoint.gguf.blocks import (
     BLOCK_TYPES,
     SMALL,
@@ -42,6 +42,7 @@ from compress.checkpoint.gguf.vocabulary import Vocabulary, read_vocabulary
 from compress.errors import UsageError
 from compress.loading.load import guarded
 from compress.models.families import head_dim_of
+from compress.scheme import Scheme
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -271,7 +272,7 @@ def _require_library() -> None:
         ) from None
 
 
-def _remedy(scheme: ModuleScheme, K: int) -> str:
+def _remedy(scheme: Scheme, K: int) -> str:
     """How to quantise a module of K columns so that a type of its width holds it, if one can."""
     own = [kind for kind in BLOCK_TYPES.values() if kind.bits == scheme.bits]
     offsets = any(kind.offset and kind.size == SUPER for kind in own)
