@@ -79,11 +79,10 @@ def plan(recipe: "Recipe", *, device: str = "cpu", observer: "Observer | None" =
     Raises UsageError for a model that cannot be opened; what would stop the run itself is in
     `problems`.
     """
-    from compress.models.skeleton import Skeleton
+    from compress.pipeline.inputs import RunInputs
     from compress.pipeline.plan import allocated_plan
 
-    skeleton = Skeleton.open(recipe.model_location(), recipe.model.revision)
-    return allocated_plan(recipe, skeleton, device=device, observer=observer)
+    return allocated_plan(RunInputs.open(recipe, device), observer=observer)
 
 
 def __getattr__(name: str) -> Any:

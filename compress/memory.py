@@ -1,4 +1,4 @@
-"""Memory of this process: the peak so far, and giving back what is free.
+"""The machine under a run: whether a device is there, the peak of memory, giving back what is free.
 
 release_memory(); peak_memory("cpu")["host"]
 """
@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from compress.errors import UsageError
+
 
 def peak_memory(device: str) -> dict[str, int]:
     """The most memory this process has held so far, in bytes: {"host", "device"}."""
@@ -19,6 +21,17 @@ def peak_memory(device: str) -> dict[str, int]:
 
         on_device = torch.cuda.max_memory_allocated()
     return {"host": _peak_resident(), "device": on_device}
+
+
+def check_device(device: str) -> None:
+    """UsageError for a device that torch does not know or does not see."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {device!r} cannot be used here: {reason}") from error
 
 
 def _peak_resident() -> int:

@@ -6,6 +6,9 @@ SOLVERS = Registry("solver")
 class Gptq: ...
 
 SOLVERS["gptq"]       # an unknown name is a UsageError that lists the known ones
+
+Tables whose names a recipe checks before torch is imported stand here, with the names that come
+with the toolkit; the modules that fill them are imported when something is looked up.
 """
 
 from collections.abc import Callable
@@ -17,13 +20,18 @@ T = TypeVar("T")
 
 
 class Registry(dict[str, Any]):
-    """A dict whose missing key is an error a person can act on."""
+    """A dict whose missing key is an error a person can act on.
 
-    def __init__(self, kind: str):
+    `shipped`: names that a module registers once it is imported.
+    """
+
+    def __init__(self, kind: str, shipped: tuple[str, ...] = ()):
         super().__init__()
-        self.kind = kind
+        self.kind, self.shipped = kind, shipped
 
     def register(self, name: str) -> Callable[[T], T]:
+        """Decorates the class or function that `name` stands for."""
+
         def add(entry: T) -> T:
             assert name not in self, f"{self.kind} {name!r} is registered twice"
             self[name] = entry
@@ -31,8 +39,45 @@ class Registry(dict[str, Any]):
 
         return add
 
+    def names(self) -> list[str]:
+        """All that may be asked for: what is shipped, then what others have registered."""
+        return list(dict.fromkeys([*self.shipped, *self]))
+
     def __missing__(self, name: str) -> Any:
-        known = ", ".join(sorted(self))
-        raise UsageError(
-            f"unknown {self.kind} {name!r}{did_you_mean(name, self)}: expected one of {known}"
-        )
+        raise UsageError(self.unknown(name))
+
+    def unknown(self, name: str) -> str:
+        """The line for a name that is not known: what is, and the nearest."""
+        names = self.names()
+        near, known = did_you_mean(name, names), ", ".join(sorted(names))
+        return f"unknown {self.kind} {name!r}{near}: expected one of {known}"
+
+
+# Filled by `compress.importance.tokens`.
+TOKEN_IMPORTANCE = Registry(
+    "token importance",
+    (
+        "uniform",
+        "attention_concentration",
+        "activation_norm",
+        "activation_difference",
+        "token_frequency",
+        "token_similarity",
+        "first_n",
+        "first_last_n",
+    ),
+)
+# Filled by `compress.importance.layers`.
+LAYER_IMPORTANCE = Registry(
+    "layer importance",
+    (
+        "layer_embedding_change",
+        "outlier_weight_count",
+        "weight_error",
+        "output_error",
+        "logit_divergence",
+        "position",
+        "random",
+        "reverse",
+    ),
+)

@@ -6,8 +6,8 @@ A budget that cannot be met is an error before any weight is read. Linears that 
 width, or that are ignored, keep it; their bytes count. Scores that are not errors by width are
 turned into predicted errors (`predict_errors`) for the allocators that need them.
 
-    found = allocate(recipe, skeleton, units, fixed_bytes, windows, work)
-    found.schemes["model.layers.0.mlp.up_proj"]
+    found = allocate(recipe.allocate, recipe.quantize, model, units, fixed_bytes, windows, work)
+    found.bits()["model.layers.0.mlp.up_proj"]
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,15 +32,13 @@ from compress.allocation.allocators import (
 from compress.allocation.scores import Scorer
 from compress.data.windows import CalibrationWindows
 from compress.errors import CompressError
-from compress.importance.layers import LAYER_IMPORTANCE
 from compress.models.skeleton import Skeleton
 from compress.observer import Observer
-from compress.recipe.sections import LAYER_STRATEGIES, MEASURED_SCORES
+from compress.recipe.sections import MEASURED_SCORES, Allocate, Quantize
+from compress.registry import LAYER_IMPORTANCE
+from compress.rotation.model import RotatedModel
 from compress.scheme import PlannedModule
 from compress.storage.files import atomic_write
-
-if TYPE_CHECKING:
-    from compress.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -80,14 +78,18 @@ class Allocation:
 
 
 def find_units(
-    recipe: "Recipe", skeleton: Skeleton, modules: "list[PlannedModule]", scale_bytes: int
+    section: Allocate,
+    quantize: Quantize,
+    skeleton: Skeleton,
+    modules: list[PlannedModule],
+    scale_bytes: int,
 ) -> list[Unit]:
     """The units of a plan at the recipe's own width, with their bytes at each candidate width."""
-    section, spec = recipe.allocate, skeleton.spec
+    spec = skeleton.spec
     if section.method == "remove":
-        return _whole_layers(recipe, skeleton)
+        return _whole_layers(quantize, skeleton)
     planned = {module.name: module for module in modules}
-    free = {name for name in planned if not recipe.quantize.has_own_width(name)}
+    free = {name for name in planned if not quantize.has_own_width(name)}
     widths = sorted(section.widths)
     units = []
     for index in range(skeleton.num_layers):
@@ -103,7 +105,7 @@ def find_units(
                 for bits in widths
             }
             weights = sum(planned[m].weights for m in members)
-            units.append(Unit(name, weights, sizes, modules=tuple(members)))
+            units.append(Unit(name, weights, sizes, modules=tuple(members), layer=index))
     return units
 
 
@@ -112,22 +114,21 @@ def _at(module: PlannedModule, bits: int) -> PlannedModule:
     return replace(module, scheme=replace(module.scheme, bits=bits))
 
 
-def _whole_layers(recipe: "Recipe", skeleton: Skeleton) -> list[Unit]:
+def _whole_layers(quantize: Quantize, skeleton: Skeleton) -> list[Unit]:
     """The decoder layers as what is left out or kept, whatever widths their linears have."""
-    spec, q = skeleton.spec, recipe.quantize
-    sizes = {0: 0, 16 if q.method == "none" else q.bits: 1}  # counted, not weighed
+    spec = skeleton.spec
+    sizes = {0: 0, 16 if quantize.method == "none" else quantize.bits: 1}  # counted, not weighed
     units = []
     for index in range(skeleton.num_layers):
         prefix = f"{spec.layers}.{index}"
         names = tuple(f"{prefix}.{name}" for name in spec.linears)
         weights = sum(skeleton.model.get_submodule(name).weight.numel() for name in names)
-        units.append(Unit(prefix, weights, sizes, modules=names))
+        units.append(Unit(prefix, weights, sizes, modules=names, layer=index))
     return units
 
 
-def budget_of(recipe: "Recipe", fixed_bytes: int) -> Budget | None:
-    """The recipe's budget; None where it counts units instead."""
-    section = recipe.allocate
+def budget_of(section: Allocate, fixed_bytes: int) -> Budget | None:
+    """The section's budget; None where it counts units instead."""
     if section.narrow is not None:
         return None
     return Budget(
@@ -138,25 +139,26 @@ def budget_of(recipe: "Recipe", fixed_bytes: int) -> Budget | None:
     )
 
 
-def check_allocation(recipe: "Recipe", units: list[Unit], fixed_bytes: int) -> str | None:
+def check_allocation(
+    section: Allocate, quantize: Quantize, units: list[Unit], fixed_bytes: int
+) -> str | None:
     """What stands in the way, one line, or None; knows neither scores nor weights."""
-    section = recipe.allocate
     if not units:
         return NO_UNIT
-    if recipe.quantize.method == "none" and section.importance.base in MEASURED_SCORES:
+    if quantize.method == "none" and section.importance.base in MEASURED_SCORES:
         return (
             f"allocate.importance: {section.importance.base} measures what quantising costs, but "
             "quantize.method is none"
         )
     base = section.importance.base
     needs = LAYER_IMPORTANCE[base].needs
-    if base not in LAYER_STRATEGIES and needs not in (None, "weights"):
+    if base not in LAYER_IMPORTANCE.shipped and needs not in (None, "weights"):
         return f"allocate.importance: {base} needs {needs}, a recipe's own may need weights alone"
     if section.narrow is not None and section.narrow > len(units):
         return f"allocate.narrow: {section.narrow} of {len(units)} units"
     if section.method == "remove" and section.narrow == len(units):
         return f"allocate.narrow: removing all {len(units)} layers leaves no model"
-    budget = budget_of(recipe, fixed_bytes)
+    budget = budget_of(section, fixed_bytes)
     return None if budget is None else check_budget(units, budget)
 
 
@@ -164,48 +166,49 @@ def check_allocation(recipe: "Recipe", units: list[Unit], fixed_bytes: int) -> s
 
 
 def allocate(
-    recipe: "Recipe",
-    skeleton: Skeleton,
+    section: Allocate,
+    quantize: Quantize,
+    model: RotatedModel,
     units: list[Unit],
     fixed_bytes: int,
     windows: CalibrationWindows | None,
     work: Path,
     *,
-    storage: torch.dtype = torch.bfloat16,
+    offload: Literal["auto", "ram", "disk"] = "auto",
     identity: str = "",
     resume: bool = True,
-    device: str = "cpu",
     observer: Observer | None = None,
 ) -> Allocation:
     """Scores the units and chooses their widths.
 
     Args:
+        model: whose scales will be stored in its dtype.
         units: of `find_units`; `fixed_bytes`: what is written whatever the widths.
-        windows: needed where `needs_windows`; the first `allocate.samples` are used.
+        windows: needed where the section `reads_windows`; its first `samples` are used.
+        offload: where the activations of measured scores go.
         work: a folder, in which scores, the candidates and the state of `evolve`, and the finished
             allocation are kept, and found again under the same `identity`.
-        storage: dtype of scales in the checkpoint.
         resume: use what is kept; otherwise it is measured again.
 
     Raises:
         UsageError: the budget cannot be met.
         CompressError: a score that is not finite, a Hessian that cannot be factored, a full disk.
     """
-    mark = hashlib.sha256(f"{identity} {recipe.allocate!r}".encode()).hexdigest()
+    mark = hashlib.sha256(f"{identity} {section!r}".encode()).hexdigest()
     folder = work / f"allocation-{mark[:16]}"
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        scorer = Scorer(recipe, skeleton, units, windows, folder, storage, device, observer)
-        return _allocated(recipe, units, fixed_bytes, scorer, mark)
+        scorer = Scorer(section, quantize, model, units, windows, folder, offload, observer)
+        return _allocated(section, units, fixed_bytes, scorer, mark)
     except OSError as error:
         where = error.filename or folder
         raise CompressError(f"cannot write {where}: {error.strerror or error}") from error
 
 
 def _allocated(
-    recipe: "Recipe", units: list[Unit], fixed_bytes: int, scorer: "Scorer", mark: str
+    section: Allocate, units: list[Unit], fixed_bytes: int, scorer: Scorer, mark: str
 ) -> Allocation:
     kept = scorer.work / "allocation.json"
     if kept.is_file():
@@ -213,7 +216,7 @@ def _allocated(
         found["modules"] = {name: tuple(names) for name, names in found["modules"].items()}
         return Allocation(**found)
     scored = _kept_scores(scorer, units)
-    chosen = _choose(recipe, scored, budget_of(recipe, fixed_bytes), scorer, mark)
+    chosen = _choose(section, scored, budget_of(section, fixed_bytes), scorer, mark)
     allocation = Allocation(
         scores={unit.name: unit.score for unit in scored},
         widths=chosen.widths,
@@ -227,7 +230,7 @@ def _allocated(
     return allocation
 
 
-def _kept_scores(scorer: "Scorer", units: list[Unit]) -> list[Unit]:
+def _kept_scores(scorer: Scorer, units: list[Unit]) -> list[Unit]:
     """The units with their scores: those of an earlier process, if it got so far."""
     file = scorer.work / "scores.json"
     if not file.is_file():
@@ -245,9 +248,8 @@ def _write(file: Path, values: dict[str, Any]) -> None:
 
 
 def _choose(
-    recipe: "Recipe", units: list[Unit], budget: Budget | None, scorer: "Scorer", mark: str
+    section: Allocate, units: list[Unit], budget: Budget | None, scorer: Scorer, mark: str
 ) -> Assignment:
-    section = recipe.allocate
     if budget is None:
         if section.method == "remove":  # no width, so no error that was measured for it
             units = [replace(unit, errors=None) for unit in units]

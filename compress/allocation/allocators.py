@@ -48,6 +48,7 @@ class Unit:
         score: importance, higher = keep more bits. Read by `top_n` and `predict_errors`.
         errors: width -> predicted error; None if it is not known.
         modules: the full names of its linears; for the caller.
+        layer: index of the decoder layer that it is, or is a part of; for the caller.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Unit:
     score: float = 0.0
     errors: Mapping[int, float] | None = None
     modules: tuple[str, ...] = ()
+    layer: int = 0
 
     @property
     def widths(self) -> list[int]:

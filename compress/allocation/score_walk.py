@@ -12,54 +12,38 @@ For the divergence, each (unit, width) has activations of its own from its layer
 along, so that a layer is still read once: units * widths * tokens * d * 4 bytes, on disk where
 `calibration.offload` says so.
 
-    found = ScoreWalk(recipe, skeleton, windows, units, folder, "cpu").run()
+    found = ScoreWalk(recipe.allocate, recipe.quantize, model, windows, units, folder).run(True)
     found.changes[layer], found.errors["weight_error"]["model.layers.0"][3]
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from compress.allocation.allocators import Unit
 from compress.data.activations import TOKENS_PER_BATCH, ActivationStore
 from compress.data.windows import CalibrationWindows
 from compress.errors import CompressError
+from compress.eval.divergence import token_divergence
+from compress.eval.windows import scored_chunks
 from compress.importance.layers import EmbeddingChange
 from compress.importance.tokens import count_tokens
-from compress.models.skeleton import Skeleton
 from compress.observer import Observer
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
-from compress.quantization.layer import TokenWeigher
 from compress.quantization.rounding import quadratic
-from compress.quantization.solvers import SOLVERS, QuantizedLinear, SolverSettings
-from compress.rotation.rotate import (
-    fuse_and_rotate_head,
-    fuse_and_rotate_layer,
-    head_rotation,
-    make_rotation,
-    rotate_embedding,
-)
-
-if TYPE_CHECKING:
-    from compress.recipe.recipe import Recipe
-    from compress.scheme import Scheme
+from compress.quantization.solvers import QuantizedLinear, make_solver
+from compress.quantization.token_weights import TokenWeigher
+from compress.recipe.sections import Allocate, Quantize
+from compress.rotation.model import RotatedModel
+from compress.scheme import Scheme
 
 # Full name of a linear -> its dequantised weight, put in its place for a while.
 Replaced = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class UnitModules:
-    """A unit of the walk: its name, its layer, and its linears by full name with their schemes."""
-
-    name: str
-    layer: int
-    schemes: "Mapping[str, Scheme]"
 
 
 @dataclass
@@ -68,56 +52,6 @@ class Scores:
 
     changes: dict[int, float] = field(default_factory=dict)
     errors: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
-
-
-class Model16:
-    """The model as the run sees it, before quantisation: rotated if the recipe rotates, fp32."""
-
-    def __init__(self, recipe: "Recipe", skeleton: Skeleton, device: str):
-        self.skeleton, self.spec, self.device = skeleton, skeleton.spec, device
-        kind, seed = recipe.rotate.kind, recipe.rotate.seed
-        self.residual = make_rotation(kind, skeleton.config.hidden_size, seed)
-        self.heads = head_rotation(kind, skeleton.head_dim, seed)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """[B, T] -> [B, T, d]."""
-        embedding = self.skeleton.read(self.spec.embedding)
-        if self.residual is not None:
-            embedding = rotate_embedding(embedding, self.residual, dtype=torch.float32)
-        return embedding[ids].float()
-
-    @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        tensors = self.skeleton.read_layer(index)
-        if self.residual is not None:
-            tensors = fuse_and_rotate_layer(
-                tensors, self.spec, self.residual, self.heads, self.skeleton.head_dim
-            )
-        for name in list(tensors):
-            tensors[name] = tensors[name].float()
-        with self.skeleton.layer(index, tensors, self.device) as layer:
-            yield layer
-
-    def forward(self, layer: nn.Module, index: int, x: Tensor) -> Tensor:
-        y = layer(x, **self.skeleton.layer_inputs(index, x))
-        return y[0] if isinstance(y, tuple) else y
-
-    @contextmanager
-    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """What turns the last layer's output [..., d] into logits [..., V]."""
-        spec, skeleton = self.spec, self.skeleton
-        gamma = skeleton.read(spec.final_norm)
-        head = skeleton.read(spec.embedding if skeleton.tied else spec.head)
-        if self.residual is not None:
-            head = fuse_and_rotate_head(head, gamma, self.residual, dtype=torch.float32)
-            gamma = torch.ones_like(gamma)
-        head = head.to(self.device, torch.float32)
-        norm = skeleton.model.get_submodule(spec.final_norm)
-        norm.load_state_dict({"weight": gamma.to(self.device, torch.float32)}, assign=True)
-        try:
-            yield lambda x: norm(x) @ head.T
-        finally:
-            norm.to("meta")
 
 
 @contextmanager
@@ -158,32 +92,24 @@ class ScoreWalk:
 
     def __init__(
         self,
-        recipe: "Recipe",
-        skeleton: Skeleton,
+        section: Allocate,
+        quantize: Quantize,
+        model: RotatedModel,
         windows: CalibrationWindows,
-        units: list[UnitModules],
-        widths: list[int],
+        units: Sequence[Unit],
         folder: Path | None,
-        device: str = "cpu",
         observer: Observer | None = None,
-        storage: torch.dtype = torch.bfloat16,
     ):
-        """`folder`: where activations go, None for memory; `storage`: dtype of scales."""
-        self.recipe, self.skeleton, self.units, self.widths = recipe, skeleton, units, widths
-        self.folder, self.device = folder, device
-        self.observer, self.storage = observer or Observer(), storage
-        self.model, self.spec = Model16(recipe, skeleton, device), skeleton.spec
+        """`folder`: where activations go, None for memory."""
+        self.section, self.quantize, self.model, self.units = section, quantize, model, units
+        self.skeleton, self.spec, self.device = model.skeleton, model.spec, model.device
+        self.widths, self.folder = sorted(section.widths), folder
+        self.observer = observer or Observer()
         self.batches = windows.batches(TOKENS_PER_BATCH)
-        q = recipe.quantize
-        settings = SolverSettings(q.clip_search, q.refine_sweeps, q.damping, q.act_order)
         # Without a solver only the layers' changes can be measured: of layers to be removed.
-        self.solver: Any = None if q.method == "none" else SOLVERS[q.method](settings)
-        t = q.token_importance
-        vocabulary = skeleton.config.vocab_size
-        self.weigher = TokenWeigher(
-            t.name, t.minimum, t.maximum, t.power, self.batches,
-            count_tokens(windows.input_ids, windows.mask, vocabulary),
-        )  # fmt: skip
+        self.solver = make_solver(quantize)
+        counts = count_tokens(windows.input_ids, windows.mask, self.skeleton.config.vocab_size)
+        self.weigher = TokenWeigher(quantize.token_importance, self.batches, counts)
 
     def run(
         self,
@@ -232,7 +158,7 @@ class ScoreWalk:
 
     def _change(self, layer: nn.Module, index: int, x: ActivationStore) -> float:
         """Moves the activations through the layer; minus the cosine of before and after."""
-        importance = self.recipe.allocate.importance
+        importance = self.section.importance
         change = EmbeddingChange(importance.average, importance.sink)
         for i, (_, mask) in enumerate(self.batches):
             before = x[i].to(self.device)
@@ -246,7 +172,12 @@ class ScoreWalk:
 
     # ---- candidates -----------------------------------------------------------------------------
 
-    def _units_of(self, index: int) -> list[UnitModules]:
+    def _schemes(self, unit: Unit) -> dict[str, Scheme]:
+        """The unit's linears that are quantised, by full name."""
+        found = {name: self.quantize.scheme_for(name) for name in unit.modules}
+        return {name: scheme for name, scheme in found.items() if scheme}
+
+    def _units_of(self, index: int) -> list[Unit]:
         return [unit for unit in self.units if unit.layer == index]
 
     def _candidates(
@@ -257,7 +188,7 @@ class ScoreWalk:
         schemes = {
             name.removeprefix(prefix): scheme
             for unit in self._units_of(index)
-            for name, scheme in unit.schemes.items()
+            for name, scheme in self._schemes(unit).items()
         }
         solved: dict[str, dict[int, QuantizedLinear]] = {name: {} for name in schemes}
         lost: dict[tuple[str, int], tuple[float, float]] = {}
@@ -273,7 +204,7 @@ class ScoreWalk:
                 W = layer.get_submodule(name).weight
                 power[name] = float(W.double().square().sum())
                 for bits in self.widths:
-                    grid = UniformGrid(bits, schemes[name].symmetric, self.storage)
+                    grid = UniformGrid(bits, schemes[name].symmetric, self.model.dtype)
                     linear = self.solver.solve(W, statistics, grid, schemes[name].group_size)
                     E = (W - linear.weight()).T.contiguous()
                     if statistics is None:
@@ -282,7 +213,7 @@ class ScoreWalk:
                     lost[name, bits] = float(E.double().square().sum()), linear.relative_error()
                     solved[name][bits] = linear
         for unit in self._units_of(index):
-            names = [name.removeprefix(prefix) for name in unit.schemes]
+            names = [name.removeprefix(prefix) for name in self._schemes(unit)]
             total = sum(power[name] for name in names) or 1.0
             for kind, of in (
                 ("weight_error", lambda b, n=names, t=total: sum(lost[m, b][0] for m in n) / t),
@@ -293,7 +224,7 @@ class ScoreWalk:
         return solved
 
     def _hessians(
-        self, layer: nn.Module, index: int, x: ActivationStore, schemes: Mapping[str, Any]
+        self, layer: nn.Module, index: int, x: ActivationStore, schemes: Mapping[str, Scheme]
     ) -> dict[tuple[str, ...], Hessian]:
         """The token-weighted Hessian of each group's input, in the 16-bit model."""
         hessians = {
@@ -324,7 +255,7 @@ class ScoreWalk:
         prefix = f"{self.spec.layers}.{index}."
         variants = {}
         for number, unit in enumerate(self._units_of(index)):
-            names = [name.removeprefix(prefix) for name in unit.schemes]
+            names = [name.removeprefix(prefix) for name in self._schemes(unit)]
             for bits in self.widths:
                 store = self._store(f"variant-{index}-{number}-{bits}")
                 with replaced(layer, {name: solved[name][bits].weight() for name in names}):
@@ -339,7 +270,7 @@ class ScoreWalk:
         errors: dict[str, dict[int, float]] = {unit.name: {} for unit in self.units}
         masks = [mask.to(self.device) for _, mask in self.batches]
         V = self.skeleton.config.vocab_size
-        with self.model.head() as head:
+        with self.model.logits() as head:
             for (name, bits), store in variants.items():
                 total = sum(
                     divergence(head, x[i].to(self.device), store[i].to(self.device), mask, V)
@@ -357,9 +288,6 @@ def divergence(
     Logits [tokens, vocabulary] of a few tokens at a time: of whole windows they would take more
     memory than the layers.
     """
-    from compress.eval.divergence import token_divergence
-    from compress.eval.windows import scored_chunks
-
     total = 0.0
     for row, at in scored_chunks(mask, vocabulary):
         kl = token_divergence(head(x[row, at]), head(y[row, at]))

@@ -97,7 +97,7 @@ def measure(bench: ModelBench) -> dict[str, Any]:
     """One row, in this process."""
     import compress.loading.transformers_plugin  # noqa: F401  (its share of memory is not the model's)
     from compress.loading.load import load
-    from compress.pipeline.run import check_device
+    from compress.memory import check_device
 
     check_device(bench.device)
     before = _resident()

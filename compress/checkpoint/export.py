@@ -37,9 +37,9 @@ from compress.checkpoint.quantization_config import (
 )
 from compress.errors import CheckpointError, CompressError, UsageError
 from compress.kernels.packing import packed_columns, unpack_rows
-from compress.pipeline.output import COMPANIONS, WORK_FOLDER, check_output, publish
 from compress.registry import Registry
 from compress.storage.files import atomic_write, read_json
+from compress.storage.output_folder import COMPANIONS, WORK_FOLDER, check_output, publish
 from compress.storage.safetensors import CheckpointReader, parse_size
 
 PROVENANCE = "modelpress.json"

@@ -187,7 +187,7 @@ def bench_pruning(
         raise UsageError("--model and --random: expected one of them")
     from compress.bench.pruning import PruningBench, parse_shares, pruning_bench_table
     from compress.bench.pruning import bench_pruning as measure
-    from compress.pipeline.run import check_device
+    from compress.memory import check_device
 
     check_device(device)
     settings = PruningBench(

@@ -106,7 +106,7 @@ def generate(
 
     from compress.data.samples import open_image, prompt_inputs
     from compress.loading.load import load
-    from compress.pipeline.run import check_device
+    from compress.memory import check_device
 
     check_device(device)
     pictures = [open_image(path, f"image {path}") for path in image or ()]

@@ -72,7 +72,7 @@ def search_pruning(
     names = None if variables is None else [name.strip() for name in variables.split(",")]
     from compress.data.samples import DEMO_SCENES, read_samples
     from compress.loading.load import load
-    from compress.pipeline.run import check_device
+    from compress.memory import check_device
     from compress.pruning.families import family_of
     from compress.pruning.saved import save_strategy
     from compress.pruning.search import check_search, search_strategy

@@ -35,7 +35,7 @@ class ResultComparison:
         self_check: bool = True,
     ):
         """`recipe`: any of those that are compared; model and evaluation are the same in all."""
-        from compress.models.skeleton import local_folder
+        from compress.models.pretrained import local_folder
 
         self.recipe, self.device, self.observer = recipe, device, observer
         self.overwrite, self.self_check = overwrite, self_check
@@ -112,17 +112,18 @@ class ResultComparison:
 
     def _calibration(self, recipe: "Recipe") -> "CalibrationData | None":
         """What the recipe calibrates on; None where the run is to draw its own few tokens."""
-        from compress.data.prompts import recipe_data
+        from compress.data.prompts import calibration_data
+        from compress.data.source import CalibrationSource
         from compress.models.skeleton import Skeleton
-        from compress.pipeline.plan import needs_calibration
 
-        if not needs_calibration(recipe):
+        if not recipe.calibrates:
             return None
         name = recipe.calibration.model_dump_json(exclude={"offload"})
         if name not in self._data:
             self.observer.stage("calibration data")
             skeleton = Skeleton.open(self.model)
-            self._data[name] = recipe_data(recipe, skeleton, calibrated=True)
+            source = CalibrationSource.of(recipe, skeleton)
+            self._data[name] = calibration_data(source, skeleton)
         return self._data[name]
 
 

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.data.text import locate
 from compress.errors import UsageError
 from compress.observer import Observer
 from compress.pruning.tower_cache import OutputCache, tower_cached
@@ -73,7 +74,7 @@ class PruningComparison:
         import torch
 
         from compress.loading.load import load
-        from compress.models.skeleton import local_folder
+        from compress.models.pretrained import local_folder
         from compress.pipeline.evaluation import Evaluator
         from compress.pruning.families import family_of
         from compress.storage.safetensors import CheckpointReader
@@ -180,12 +181,12 @@ class PruningComparison:
 
     def _visual_tokens(self, recipe: "Recipe") -> int:
         """Of the smallest image of the calibration prompts, or of the tower's own size."""
-        from compress.data.prompts import has_images
         from compress.data.samples import DEMO_SCENES
+        from compress.data.source import has_images
 
         dataset = recipe.calibration.dataset
         if dataset == DEMO_SCENES or (
-            dataset.endswith(".jsonl") and has_images(recipe.resolve_path(dataset))
+            dataset.endswith(".jsonl") and has_images(locate(recipe, dataset))
         ):
             token = self.model.config.image_token_id
             prompts = self._prompts(recipe, 1, recipe.calibration.seed)
@@ -197,7 +198,7 @@ class PruningComparison:
         """So many calibration prompts, those of equal shapes as a batch; read once."""
         from compress.data.samples import in_batches, read_samples
 
-        path = recipe.resolve_path(recipe.calibration.dataset)
+        path = locate(recipe, recipe.calibration.dataset)
         key = (path, count, seed)
         if key not in self._samples:
             self._samples[key] = in_batches(read_samples(path, self.processor, count, seed))

@@ -5,27 +5,22 @@
 A line's `answer`, if there is one, stands behind its prompt. Every token counts, the visual ones as
 well: they are what the language model's linears read.
 
-    data = recipe_data(recipe, skeleton, calibrated=True)    # ImagePrompts, or windows of text
+    data = calibration_data(source, skeleton)                # ImagePrompts, or windows of text
     data.batches(1024); data.digest(); data.facts()
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.data.samples import DEMO_SCENES, prompt_inputs, read_samples
-from compress.data.windows import CalibrationWindows, recipe_windows
+from compress.data.samples import prompt_inputs, read_samples
+from compress.data.source import CalibrationSource
+from compress.data.windows import CalibrationWindows, random_windows, text_windows
 from compress.errors import UsageError
-from compress.recipe.strategy import LANGUAGE_ATTENTION
-
-if TYPE_CHECKING:
-    from compress.models.skeleton import Skeleton
-    from compress.recipe.recipe import Recipe
+from compress.models.skeleton import Skeleton
 
 PROBE_SIDE = 112  # pixels of the probe's image, which processors resize to what they need
 
@@ -76,16 +71,21 @@ class ImagePrompts:
 CalibrationData = CalibrationWindows | ImagePrompts
 
 
-def recipe_data(recipe: "Recipe", skeleton: "Skeleton", calibrated: bool) -> CalibrationData:
-    """What a recipe's `calibration` section asks for: prompts with images, or windows of text.
+def calibration_data(source: CalibrationSource, skeleton: Skeleton) -> CalibrationData:
+    """Reads the calibration data: prompts with images, or windows of text.
+
+    Where the run uses none: a few random tokens, which the self-check needs all the same.
 
     Raises UsageError for what cannot be read, or is longer than the model's context.
     """
-    if not (calibrated and image_dataset(recipe, skeleton)):
-        return recipe_windows(recipe, skeleton, calibrated)
-    c = recipe.calibration
-    path = recipe.resolve_path(c.dataset)
-    read = read_samples(path, skeleton.processor(), c.samples, c.seed, answers=answered(recipe))
+    if not source.used:
+        return random_windows(skeleton.config.vocab_size)
+    if not source.images:
+        return text_windows(source, skeleton)
+    settings, path = source.settings, source.location
+    read = read_samples(
+        path, skeleton.processor(), settings.samples, settings.seed, answers=source.answers
+    )
     context = getattr(skeleton.config, "max_position_embeddings", None)
     for inputs in read:
         length = inputs["input_ids"].shape[1]
@@ -97,35 +97,7 @@ def recipe_data(recipe: "Recipe", skeleton: "Skeleton", calibrated: bool) -> Cal
     return ImagePrompts(tuple(read))
 
 
-def image_dataset(recipe: "Recipe", skeleton: "Skeleton") -> bool:
-    """Whether `calibration.dataset` holds prompts with images, for a model that takes them."""
-
-    if skeleton.spec.vision is not None and recipe.calibration.dataset == DEMO_SCENES:
-        return True
-    dataset = recipe.calibration.dataset
-    if skeleton.spec.vision is None or not dataset.endswith((".jsonl", DEMO_SCENES)):
-        return False
-    return dataset == DEMO_SCENES or has_images(recipe.resolve_path(dataset))
-
-
-def answered(recipe: "Recipe") -> bool:
-    """Whether answers are read: not where the prompt's last token ranks the visual ones."""
-    pruning = recipe.prune_visual_tokens
-    method = pruning.strategy.method if pruning and pruning.strategy else None
-    return method not in LANGUAGE_ATTENTION
-
-
-def has_images(path: str | Path) -> bool:
-    """Whether the first line of a file of JSON lines is a prompt with an image."""
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            row = json.loads(next((line for line in file if line.strip()), "null"))
-    except (OSError, ValueError):  # who reads the whole file says what is wrong with it
-        return False
-    return isinstance(row, dict) and {"image", "prompt"} <= row.keys()
-
-
-def probe_prompt(skeleton: "Skeleton") -> dict[str, Any]:
+def probe_prompt(skeleton: Skeleton) -> dict[str, Any]:
     """A prompt with a picture of noise, the same every time: for the self-check.
 
     Raises UsageError if the checkpoint has no processor that works, or pillow is not installed.

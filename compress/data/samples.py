@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UsageError
-from compress.pruning.tower import Inputs
+from compress.models.vision import Inputs
 
 DEMO_SCENES = "demo-scenes"
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from compress.data.stdlib import Split, python_stdlib
 from compress.errors import CompressError, UsageError, did_you_mean
+from compress.recipe.recipe import Recipe
 from compress.registry import Registry
 
 DATASETS = Registry("dataset")
@@ -42,6 +43,14 @@ class Corpus:
     name: str
     texts: Sequence[str]
     one_stream: bool
+
+
+def locate(recipe: Recipe, dataset: str) -> str:
+    """A dataset of a recipe as somewhere to read it from: its name, a file's path, or a hub id.
+
+    Raises RecipeError for a path that does not exist and cannot be a hub id.
+    """
+    return dataset if dataset in DATASETS else recipe.resolve_path(dataset)
 
 
 def load_documents(dataset: str, split: Split, text_field: str = "text") -> Corpus:

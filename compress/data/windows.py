@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from compress.data.source import CalibrationSource
 from compress.data.text import BLANK_LINE, Corpus, load_documents
 from compress.errors import UsageError
+from compress.models.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from compress.models.skeleton import Skeleton
-    from compress.recipe.recipe import Recipe
 
 PROBE_TOKENS = 64  # where no calibration gives tokens for the self-check
 BATCH = 64  # documents handed to the tokenizer at once
@@ -194,17 +193,17 @@ def _shuffled(corpus: Corpus, generator: torch.Generator) -> Iterator[str]:
         yield corpus.texts[i]
 
 
-def recipe_windows(recipe: "Recipe", skeleton: "Skeleton", calibrated: bool) -> CalibrationWindows:
-    """The windows that a recipe's `calibration` section asks for.
+def random_windows(vocabulary: int) -> CalibrationWindows:
+    """A few random tokens, the same every time: where nothing is calibrated."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
+    return CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool))
 
-    Where nothing is calibrated: a few random tokens, which the self-check needs all the same.
-    """
-    c = recipe.calibration
-    if not calibrated:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(skeleton.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
-        return CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool))
-    corpus = load_documents(recipe.resolve_path(c.dataset), "train", c.text_field)
+
+def text_windows(source: CalibrationSource, skeleton: Skeleton) -> CalibrationWindows:
+    """Windows of text, drawn and expanded as the `calibration` section says."""
+    c = source.settings
+    corpus = load_documents(source.location, "train", c.text_field)
     context = getattr(skeleton.config, "max_position_embeddings", None)
     windows = draw_windows(
         corpus, skeleton.tokenizer(), c.samples, c.length, c.bos, c.seed, context

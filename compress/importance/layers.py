@@ -13,8 +13,8 @@ LIM and ZD: "Variable Layerwise Quantization: A Simple and Effective Approach to
 arXiv 2406.17415, section 3.1. x and y are taken at the layer itself: the model's last hidden state
 comes after the final norm, which would change the last layer's score.
 
-Strategies walk over `UnitContext`s and call no more of them than they need, so that one unit is in
-memory at a time. Where the caller owns the walk, `EmbeddingChange` takes the batches as they pass.
+Who walks over the model measures what a strategy `needs` (`EmbeddingChange` takes the batches as
+they pass) and hands it over as `UnitFacts`.
 
     scores = LAYER_IMPORTANCE["outlier_weight_count"](two_sided=False).scores(units)
 """
@@ -23,59 +23,45 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.registry import Registry
-
-LAYER_IMPORTANCE = Registry("layer importance")
+from compress.registry import LAYER_IMPORTANCE
 
 # Weights looked at in fp64 at a time: bounds the temporaries whatever the size of a matrix.
 CHUNK = 1 << 22
 
-# x, y [B, T, d] and mask [B, T] bool (False = does not count) or None for all tokens
-Batch = tuple[Tensor, Tensor, Tensor | None]
-# name of a linear, its weight W [N, K], bits -> the dequantised weight [N, K]
-Quantise = Callable[[str, Tensor, int], Tensor]
-
 
 @dataclass(frozen=True)
-class UnitContext:
-    """What a strategy may ask about one unit; each callable is paid for only where it is used.
+class UnitFacts:
+    """What is known of one unit when its score is asked for.
 
     Attributes:
         name: of the unit; the key of its score.
         layer: index of the decoder layer that it is, or is a part of.
-        weights: the names and weights [N, K] of its linears.
-        activations: the batches of its layer's input and output.
-        output_errors: bits -> error of the unit's outputs on the calibration data.
-        divergences: bits -> mean KL(16-bit || model with this unit alone quantised), in nats.
+        weights: gives the weights [N, K] of its linears; read when asked for, so that one unit is
+            in memory at a time.
+        change: LIM of its layer, as `EmbeddingChange` gives it.
+        errors: kind of error (`weight_error`, ...) -> width -> what the unit loses at that width.
     """
 
     name: str
     layer: int
-    weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
-    activations: Callable[[], Iterable[Batch]] | None = None
-    output_errors: Callable[[], Mapping[int, float]] | None = None
-    divergences: Callable[[], Mapping[int, float]] | None = None
-
-    def ask(self, what: str) -> Any:
-        """The result of the callable `what`, which the caller must have given."""
-        source = getattr(self, what)
-        assert source is not None, f"{self.name}: this importance needs UnitContext.{what}"
-        return source()
+    weights: Callable[[], Iterable[Tensor]] | None = None
+    change: float | None = None
+    errors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
 
 class LayerImportance(Protocol):
-    """A strategy. `needs` is the field of UnitContext that it calls, None if names are enough."""
+    """A strategy. `needs` is the field of UnitFacts that it reads, None if names are enough."""
 
     needs: str | None
 
-    def scores(self, units: Iterable[UnitContext]) -> dict[str, float]:
+    def scores(self, units: Iterable[UnitFacts]) -> dict[str, float]:
         """Unit name -> score, higher = keep more bits; in the order of the units, finite."""
         ...
 
@@ -83,10 +69,10 @@ class LayerImportance(Protocol):
 class _UnitByUnit:
     """A strategy whose score of a unit does not depend on the others."""
 
-    def score(self, unit: UnitContext) -> float:
+    def score(self, unit: UnitFacts) -> float:
         raise NotImplementedError
 
-    def scores(self, units: Iterable[UnitContext]) -> dict[str, float]:
+    def scores(self, units: Iterable[UnitFacts]) -> dict[str, float]:
         return {unit.name: _finite(unit.name, self.score(unit)) for unit in units}
 
 
@@ -162,27 +148,14 @@ def _cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
 
 
 @LAYER_IMPORTANCE.register("layer_embedding_change")
-class LayerEmbeddingChange:
-    """LIM: a layer that changes its input more matters more. The units of a layer share its score,
-    for which the activations are asked once."""
+class LayerEmbeddingChange(_UnitByUnit):
+    """LIM: a layer that changes its input more matters more. Units of one layer share its score."""
 
-    needs = "activations"
+    needs = "change"
 
-    def __init__(self, average: Literal["token", "flattened"] = "token", sink: bool = True):
-        self.settings = (average, sink)
-
-    def scores(self, units: Iterable[UnitContext]) -> dict[str, float]:
-        by_layer: dict[int, float] = {}
-        scores: dict[str, float] = {}
-        for unit in units:
-            if unit.layer not in by_layer:
-                change = EmbeddingChange(*self.settings)
-                for x, y, mask in unit.ask("activations"):
-                    change.add_batch(x, y, mask)
-                with _naming(f"layer {unit.layer}"):
-                    by_layer[unit.layer] = change.score()
-            scores[unit.name] = by_layer[unit.layer]
-        return scores
+    def score(self, unit: UnitFacts) -> float:
+        assert unit.change is not None, f"{unit.name}: this importance needs UnitFacts.change"
+        return unit.change
 
 
 # From weights
@@ -201,9 +174,10 @@ class OutlierWeightCount(_UnitByUnit):
     def __init__(self, two_sided: bool = False):
         self.two_sided = two_sided
 
-    def score(self, unit: UnitContext) -> float:
+    def score(self, unit: UnitFacts) -> float:
+        assert unit.weights is not None, f"{unit.name}: this importance needs UnitFacts.weights"
         with _naming(unit.name):
-            return -outlier_share([W for _, W in unit.ask("weights")], self.two_sided)
+            return -outlier_share(list(unit.weights()), self.two_sided)
 
 
 def outlier_share(weights: list[Tensor], two_sided: bool = False) -> float:
@@ -241,80 +215,35 @@ class _Measured(_UnitByUnit):
     widest, or the error itself if there is one width only.
     """
 
-    def errors(self, unit: UnitContext) -> Mapping[int, float]:
-        raise NotImplementedError
+    needs = "errors"
+    kind: str
 
-    def score(self, unit: UnitContext) -> float:
-        errors = self.errors(unit)
+    def score(self, unit: UnitFacts) -> float:
+        assert self.kind in unit.errors, f"{unit.name}: this importance needs UnitFacts.errors"
+        errors = unit.errors[self.kind]
         narrow, wide = min(errors), max(errors)
         return errors[narrow] - (errors[wide] if wide != narrow else 0.0)
 
 
 @LAYER_IMPORTANCE.register("weight_error")
 class WeightError(_Measured):
-    """What a quantiser loses of the unit's weights at each of `widths`. Needs no data by itself.
+    """sum ||W - Q||^2 / sum ||W||^2 over the unit's linears, of the solver that will be used."""
 
-    `relative`: sum ||W - Q||^2 / sum ||W||^2 over the unit's linears; otherwise the numerator,
-    in which large units count for more.
-    """
-
-    needs = "weights"
-
-    def __init__(self, quantise: Quantise, widths: Iterable[int], relative: bool = True):
-        self.quantise, self.widths, self.relative = quantise, tuple(widths), relative
-
-    def errors(self, unit: UnitContext) -> dict[int, float]:
-        lost, power = dict.fromkeys(self.widths, 0.0), 0.0
-        for name, W in unit.ask("weights"):
-            power += float(W.double().square().sum())
-            for bits in self.widths:
-                E = W.float() - self.quantise(name, W, bits).float()
-                lost[bits] += float(E.double().square().sum())
-        # A unit of zeros is exact at every width.
-        per = power if self.relative and power > 0 else 1.0
-        return {bits: _finite(unit.name, error / per) for bits, error in lost.items()}
-
-
-def nearest(
-    group_size: int | None,
-    symmetric: bool = True,
-    clip_search: str = "magnitude",
-    scale_dtype: torch.dtype = torch.float32,
-) -> Quantise:
-    """Rounding to nearest as the solver `rtn` does it, for `weight_error`; None = one group a row.
-
-    clip_search: `magnitude` or `none`, see `search_scale`.
-    """
-    from compress.quantization.grid import UniformGrid
-    from compress.quantization.solvers import SOLVERS, SolverSettings
-
-    solver = SOLVERS["rtn"](SolverSettings(clip_search=clip_search))
-
-    def quantise(name: str, W: Tensor, bits: int) -> Tensor:
-        grid = UniformGrid(bits, symmetric, scale_dtype)
-        return solver.solve(W.float(), None, grid, group_size).weight()
-
-    return quantise
+    kind = "weight_error"
 
 
 @LAYER_IMPORTANCE.register("output_error")
 class OutputError(_Measured):
-    """The error tr((W-Q) H (W-Q)^T) that the solver reports for each width."""
+    """The error tr((W-Q) H (W-Q)^T) / tr(W H W^T) that the solver reports, summed over linears."""
 
-    needs = "output_errors"
-
-    def errors(self, unit: UnitContext) -> Mapping[int, float]:
-        return unit.ask("output_errors")
+    kind = "output_error"
 
 
 @LAYER_IMPORTANCE.register("logit_divergence")
 class LogitDivergence(_Measured):
-    """The KL divergence of the logits when this unit alone is quantised, for each width."""
+    """The mean KL divergence of the logits when this unit alone is quantised, nats per token."""
 
-    needs = "divergences"
-
-    def errors(self, unit: UnitContext) -> Mapping[int, float]:
-        return unit.ask("divergences")
+    kind = "logit_divergence"
 
 
 # Controls
@@ -326,7 +255,7 @@ class Position:
 
     needs = None
 
-    def scores(self, units: Iterable[UnitContext]) -> dict[str, float]:
+    def scores(self, units: Iterable[UnitFacts]) -> dict[str, float]:
         layer_of = {unit.name: unit.layer for unit in units}
         first, last = min(layer_of.values()), max(layer_of.values())
         span = last - first
@@ -345,7 +274,7 @@ class Random(_UnitByUnit):
     def __init__(self, seed: int = 0):
         self.seed = seed
 
-    def score(self, unit: UnitContext) -> float:
+    def score(self, unit: UnitFacts) -> float:
         return random.Random(f"{self.seed} {unit.name}").random()  # noqa: S311  not a secret
 
 
@@ -356,5 +285,5 @@ class Reverse:
     def __init__(self, of: LayerImportance):
         self.of, self.needs = of, of.needs
 
-    def scores(self, units: Iterable[UnitContext]) -> dict[str, float]:
+    def scores(self, units: Iterable[UnitFacts]) -> dict[str, float]:
         return {name: -score for name, score in self.of.scores(units).items()}

@@ -24,9 +24,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.registry import Registry
-
-TOKEN_IMPORTANCE = Registry("token importance")
+from compress.registry import TOKEN_IMPORTANCE
 
 
 @dataclass(frozen=True)

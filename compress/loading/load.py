@@ -30,6 +30,7 @@ from compress.checkpoint.quantization_config import (
     read_config,
 )
 from compress.errors import CheckpointError, UsageError
+from compress.models.pretrained import TOKENIZER_FILES, guarded, processor_reader
 from compress.storage.files import read_json
 from compress.storage.safetensors import CheckpointReader
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 MORE = ("per_tensor", "act_order", "activation_bits")  # of a scheme, where it has them
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 # ---- a model that runs --------------------------------------------------------------------------
 
@@ -73,7 +73,6 @@ def load(
         AutoTokenizer,
     )
 
-    from compress.models.pretrained import processor_reader
     from compress.pruning.families import FAMILIES
     from compress.pruning.saved import apply_strategy, saved_strategy
 
@@ -176,21 +175,6 @@ def _check_status(folder: Path, section: dict[str, Any]) -> None:
                 f"{folder}: {weight} holds {found}, which transformers would take for {taken}: its "
                 f"quantization_status is {status!r}, set it to {right!r}"
             )
-
-
-def guarded(path: str | Path, from_pretrained: Any, **options: Any) -> Any:
-    """Calls a `from_pretrained`, and turns what it raises into one line."""
-    try:
-        return from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        if isinstance(error, OSError) and not Path(path).is_dir():
-            raise UsageError(
-                f"{str(path)!r} is neither a folder here nor a model id that can be reached "
-                f"({reason}): check the spelling and the network, or log in with `hf auth login` "
-                f"if the model is gated"
-            ) from error
-        raise CheckpointError(f"{path} does not load in transformers: {reason}") from error
 
 
 # ---- what is inside -----------------------------------------------------------------------------

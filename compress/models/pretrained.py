@@ -1,14 +1,74 @@
-"""A multimodal checkpoint's processor: text and images in, a model's inputs out.
+"""A model folder as transformers reads it: its place, its config, its processor, errors in a line.
 
 Some processors come with one for videos that only torchvision can run. Where torchvision is not
 installed they are read without it, by a class of their own that has the same name; images are then
 prepared by pillow, as transformers does it without torchvision.
 
-    processor = guarded(path, processor_reader(config))
+    folder = local_folder("path/or/hub-id"); config = load_config(folder)
+    processor = guarded(folder, processor_reader(config))
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from compress.errors import CheckpointError, UsageError
+
+NOT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
+
+
+def local_folder(location: str, revision: str | None = None) -> Path:
+    """The folder of a model: itself, or where a hub repository has been downloaded to.
+
+    Raises UsageError if the folder has no config.json or the hub has no such repository.
+    """
+    if Path(location).is_dir():
+        return Path(location)
+    if Path(location).exists():
+        raise UsageError(f"model {location!r} is a file; expected a folder or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(location, revision=revision, allow_patterns=NOT_WEIGHTS))
+    except HFValidationError as error:
+        raise UsageError(f"model {location!r} is neither a folder nor a valid hub id") from error
+    except Exception as error:  # the hub client's errors share no base class
+        raise UsageError(
+            f"model {location!r} is not a folder here and could not be fetched from the hub "
+            f"({type(error).__name__}): check the name, the network and your access"
+        ) from error
+
+
+def load_config(folder: Path) -> Any:
+    """The transformers config of a folder; UsageError in one line if there is none to read."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} has no config.json: expected a transformers model folder")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"{folder / 'config.json'} cannot be read: {reason}") from error
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def guarded(path: str | Path, from_pretrained: Any, **options: Any) -> Any:
+    """Calls a `from_pretrained`, and turns what it raises into one line."""
+    try:
+        return from_pretrained(path, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, OSError) and not Path(path).is_dir():
+            raise UsageError(
+                f"{str(path)!r} is neither a folder here nor a model id that can be reached "
+                f"({reason}): check the spelling and the network, or log in with `hf auth login` "
+                f"if the model is gated"
+            ) from error
+        raise CheckpointError(f"{path} does not load in transformers: {reason}") from error
 
 
 def processor_reader(config: Any) -> Callable[..., Any]:

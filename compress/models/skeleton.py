@@ -20,49 +20,13 @@ from torch import Tensor, nn
 
 from compress.errors import CheckpointError, UsageError
 from compress.models.families import architecture_of, head_dim_of
+from compress.models.pretrained import load_config, local_folder, processor_reader
 from compress.storage.safetensors import CheckpointReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-NOT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
 M_ROPE = ("qwen2_vl_text", "qwen2_5_vl_text")  # decoders with three rows of positions
-
-
-def local_folder(location: str, revision: str | None = None) -> Path:
-    """The folder of a model: itself, or where a hub repository has been downloaded to.
-
-    Raises UsageError if the folder has no config.json or the hub has no such repository.
-    """
-    if Path(location).is_dir():
-        return Path(location)
-    if Path(location).exists():
-        raise UsageError(f"model {location!r} is a file; expected a folder or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(location, revision=revision, allow_patterns=NOT_WEIGHTS))
-    except HFValidationError as error:
-        raise UsageError(f"model {location!r} is neither a folder nor a valid hub id") from error
-    except Exception as error:  # the hub client's errors share no base class
-        raise UsageError(
-            f"model {location!r} is not a folder here and could not be fetched from the hub "
-            f"({type(error).__name__}): check the name, the network and your access"
-        ) from error
-
-
-def load_config(folder: Path) -> Any:
-    """The transformers config of a folder; UsageError in one line if there is none to read."""
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder} has no config.json: expected a transformers model folder")
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"{folder / 'config.json'} cannot be read: {reason}") from error
 
 
 class Skeleton:
@@ -134,8 +98,6 @@ class Skeleton:
 
     def processor(self) -> "ProcessorMixin":
         """A multimodal checkpoint's processor; UsageError if the folder has none."""
-        from compress.models.pretrained import processor_reader
-
         try:
             return processor_reader(self.model_config)(self.folder)
         except (ValueError, OSError, KeyError, ImportError) as error:

@@ -1,10 +1,9 @@
-"""Vision tower and projector of a multimodal model: as they are written, and at work.
+"""Vision tower and projector of a multimodal model at work, and what the language model gets.
 
-They stay in 16 bits. Where the residual stream is rotated, so is what enters it here: the last
-linear of the projector and the newline vectors. Images are encoded once, before the layer walk,
-with the values that are written; then the tower is given back.
+Images are encoded once, before the layer walk, with the values that are written; then the tower is
+given back.
 
-    tensors = vision_tensors(skeleton, residual, stored)
+    tensors = model.vision_tensors()                    # of RotatedModel
     with vision_at_work(skeleton, tensors, "cpu"):
         encoded = encode(skeleton, inputs, table)       # what the language model would get
 """
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.models.skeleton import Skeleton
-from compress.rotation.rotate import Rotation, rotate_vision
+
+Inputs = dict[str, Any]  # keyword arguments of a forward, or of `get_image_features`
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,6 @@ class Encoded:
 
     embeds: Tensor
     positions: Tensor | None
-
-
-def vision_tensors(
-    skeleton: Skeleton, residual: Rotation | None, stored: Callable[[str, Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """The tower's and the projector's tensors by their modules' names, as they are written.
-
-    `stored` brings a tensor into the dtype of the checkpoint, given its name.
-    """
-    assert skeleton.spec.vision is not None
-    tensors = {name: skeleton.reader.tensor(name) for name in skeleton.vision_names()}
-    if residual is not None:
-        tensors = rotate_vision(tensors, skeleton.spec.vision, residual)
-    for name in tensors:
-        tensors[name] = stored(name, tensors[name])
-    return tensors
 
 
 @contextmanager

@@ -107,7 +107,9 @@ class Evaluator:
         text: dict[str, Any] = {"perplexity": None}
         if section.perplexity is not None:
             text = section.perplexity.model_dump()
-            text["perplexity"] = recipe.resolve_path(text.pop("dataset"))
+            from compress.data.text import locate
+
+            text["perplexity"] = locate(recipe, text.pop("dataset"))
         return cls(
             tasks=section.tasks, limit=section.limit, batch_size=section.batch_size,
             seed=section.seed,
@@ -245,7 +247,7 @@ def check_evaluation(recipe: "Recipe") -> None:
         return
     check_tasks(section.tasks)
     if section.perplexity is not None:
-        from compress.data.text import load_documents
+        from compress.data.text import load_documents, locate
 
         p = section.perplexity
-        load_documents(recipe.resolve_path(p.dataset), "held_out", p.text_field)
+        load_documents(locate(recipe, p.dataset), "held_out", p.text_field)

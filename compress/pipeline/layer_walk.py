@@ -4,12 +4,12 @@ passes through it.
     for each layer: read, fuse norms, rotate -> token weights -> Hessians -> solve -> pack
         -> part file, journal -> visual tokens pruned, where a stage lies before the next layer
 
-    walk = LayerWalk(recipe, skeleton, plan, stream, journal, ...)
+    walk = LayerWalk(recipe.quantize, model, plan, stream, journal, ...)
     walk.run(first=0); walk.facts
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,17 +20,20 @@ from compress.checkpoint.compressed_tensors import compress_module
 from compress.errors import CompressError
 from compress.importance.tokens import count_tokens, effective_sample_size
 from compress.memory import release_memory
-from compress.models.skeleton import Skeleton
 from compress.observer import Observer
 from compress.pipeline.journal import Journal
-from compress.pipeline.plan import Plan, storage_dtype
+from compress.pipeline.plan import Plan
 from compress.pipeline.stream import CalibrationStream
 from compress.pruning.last_token import LastTokenAttention
 from compress.quantization.hessian import Hessian
-from compress.quantization.layer import TokenWeigher, run_layer, solve_group
-from compress.quantization.solvers import SOLVERS, SolverSettings
-from compress.recipe.recipe import Recipe
-from compress.rotation.rotate import fuse_and_rotate_layer, head_rotation, make_rotation
+from compress.quantization.layer import run_layer, solve_group
+from compress.quantization.solvers import make_solver
+from compress.quantization.token_weights import TokenWeigher
+from compress.recipe.sections import Quantize
+from compress.rotation.model import RotatedModel
+from compress.scheme import Scheme
+
+Schemes = Mapping[str, Scheme | None]  # of linears by name; None: stays unquantised
 
 
 class LayerWalk:
@@ -38,44 +41,31 @@ class LayerWalk:
 
     def __init__(
         self,
-        recipe: Recipe,
-        skeleton: Skeleton,
+        section: Quantize,
+        model: RotatedModel,
         plan: Plan,
         stream: CalibrationStream,
         journal: Journal,
-        device: str,
         observer: Observer,
         warn: Callable[[str], None],
     ):
-        self.recipe, self.skeleton, self.plan = recipe, skeleton, plan
-        self.stream, self.journal, self.device = stream, journal, device
+        self.section, self.model, self.plan = section, model, plan
+        self.stream, self.journal = stream, journal
         self.observer, self.warn = observer, warn
-        self.spec = skeleton.spec
-        self.dtype = storage_dtype(recipe, skeleton)
-        kind, seed = recipe.rotate.kind, recipe.rotate.seed
-        self.residual = make_rotation(kind, skeleton.config.hidden_size, seed)
-        self.heads = head_rotation(kind, skeleton.head_dim, seed)
-        self.solver = self._solver()
+        self.skeleton, self.spec = model.skeleton, model.spec
+        self.device, self.dtype = model.device, model.dtype
+        self.solver = make_solver(section)
+        counts = torch.zeros(self.skeleton.config.vocab_size, dtype=torch.int64)
+        for ids, mask in stream.data.parts:
+            counts += count_tokens(ids, mask, len(counts))
+        # The list itself: where visual tokens are pruned, its batches become shorter.
+        self.weigher = TokenWeigher(section.token_importance, stream.batches, counts)
         self.facts: list[dict[str, Any]] = journal.facts()
         for module in (module for layer in self.facts for module in layer["modules"]):
-            self._report_oddities(module)
-
-    def _solver(self) -> Any:
-        q = self.recipe.quantize
-        if q.method == "none":
-            return None
-        settings = SolverSettings(q.clip_search, q.refine_sweeps, q.damping, q.act_order)
-        return SOLVERS[q.method](settings)
+            self._warn_of(module)
 
     def run(self, first: int) -> None:
         """All decoder layers from `first`, which is the first that the journal does not have."""
-        t = self.recipe.quantize.token_importance
-        batches, vocabulary = self.stream.batches, self.skeleton.config.vocab_size
-        counts = torch.zeros(vocabulary, dtype=torch.int64)
-        for ids, mask in self.stream.data.parts:
-            counts += count_tokens(ids, mask, vocabulary)
-        # The list itself: where visual tokens are pruned, its batches become shorter.
-        self.weigher = TokenWeigher(t.name, t.minimum, t.maximum, t.power, batches, counts)
         total = len(self.plan.layers)
         self.observer.stage("layers")
         for index in range(first, total):
@@ -86,16 +76,6 @@ class LayerWalk:
             self.journal.record(index, tensors, facts)
             self.facts.append(facts)
         self.observer.layers(total, total)
-
-    def stored(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor in the dtype of the checkpoint, where its values must fit."""
-        stored = tensor.to(self.dtype)
-        if not stored.isfinite().all():
-            raise CompressError(
-                f"{name}: its values (up to {tensor.abs().max():.3g}) do not fit in "
-                f"{str(self.dtype).removeprefix('torch.')}: choose another model.dtype"
-            )
-        return stored
 
     # ---- one layer ------------------------------------------------------------------------------
 
@@ -187,23 +167,19 @@ class LayerWalk:
 
         return attended
 
-    def _weights(self, index: int, schemes: dict[str, Any]) -> dict[str, Tensor]:
+    def _weights(self, index: int, schemes: Schemes) -> dict[str, Tensor]:
         """The layer's tensors in fp32, rotated; those left unquantised as they will be stored."""
-        tensors = self.skeleton.read_layer(index)
-        if self.residual is not None:
-            tensors = fuse_and_rotate_layer(
-                tensors, self.spec, self.residual, self.heads, self.skeleton.head_dim
-            )
+        tensors = self.model.layer_tensors(index)
         for name in list(tensors):
             tensor = tensors.pop(name)
             if schemes.get(name.removesuffix(".weight")) is None:
-                tensor = self.stored(f"{self.spec.layers}.{index}.{name}", tensor)
+                tensor = self.model.stored(f"{self.spec.layers}.{index}.{name}", tensor)
             tensors[name] = tensor.float()
         return tensors
 
     # ---- one group of linears -------------------------------------------------------------------
 
-    def _needs_hessian(self, group: tuple[str, ...], schemes: dict[str, Any]) -> bool:
+    def _needs_hessian(self, group: tuple[str, ...], schemes: Schemes) -> bool:
         return bool(
             self.solver
             and self.solver.needs_hessian
@@ -215,7 +191,7 @@ class LayerWalk:
         prefix: str,
         layer: nn.Module,
         group: tuple[str, ...],
-        schemes: dict[str, Any],
+        schemes: Schemes,
         H: Hessian | None,
         modules: list[dict[str, Any]],
     ) -> dict[str, Tensor]:
@@ -228,7 +204,7 @@ class LayerWalk:
         tensors: dict[str, Tensor] = {}
         for name, linear in solved.items():
             bits = schemes[name].bits
-            scale = self.stored(f"{prefix}{name}.weight_scale", linear.scale)
+            scale = self.model.stored(f"{prefix}{name}.weight_scale", linear.scale)
             packed = compress_module(linear.codes, scale, linear.zero, bits)
             tensors |= {f"{prefix}{name}.{key}": tensor for key, tensor in packed.items()}
         seconds = time.perf_counter() - started
@@ -245,11 +221,11 @@ class LayerWalk:
             }
             modules.append(facts)
             self.observer.module(facts["name"], facts)
-            self._report_oddities(facts)
+            self._warn_of(facts)
         return tensors
 
     def solve_head(
-        self, weight: Tensor, norm: nn.Module, scheme: Any
+        self, weight: Tensor, norm: nn.Module, scheme: Scheme
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Quantises the head like any other linear; its input is the final norm's output.
 
@@ -270,8 +246,9 @@ class LayerWalk:
         self.facts.append({"layer": None, "modules": modules, "seconds": modules[0]["seconds"]})
         return getattr(holder, name).weight, packed
 
-    def _report_oddities(self, facts: dict[str, Any]) -> None:
-        damping = self.recipe.quantize.damping
+    def _warn_of(self, facts: dict[str, Any]) -> None:
+        """Says what was out of the ordinary about a module."""
+        damping = self.section.damping
         if facts["damping"] is not None and facts["damping"] > damping:
             self.warn(f"{facts['name']}: damping was raised from {damping} to {facts['damping']}")
         if facts["dead_columns"]:

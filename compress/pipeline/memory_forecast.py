@@ -1,23 +1,18 @@
 """What a run will need of the host's memory, at its peak, from the recipe and the headers alone.
 
-host_memory(recipe, skeleton, shapes, calibrated=True)
+host_memory(inputs, shapes)
 
 An estimate: one layer, the statistics of its widest linear, the batch in flight, the activations of
 all calibration windows unless they go to disk, and the fixed cost of Python, torch and
 transformers; or, if that is more, what the scores of `allocate` need.
 """
 
-from typing import TYPE_CHECKING
-
-from compress.allocation.scores import needs_windows
 from compress.data.activations import TOKENS_PER_BATCH, activations_on_disk
 from compress.eval.windows import CHUNK_ELEMENTS
+from compress.models.skeleton import Skeleton
+from compress.pipeline.inputs import RunInputs
 from compress.pipeline.pruning_forecast import calibration_tokens
 from compress.recipe.sections import MEASURED_SCORES
-
-if TYPE_CHECKING:
-    from compress.models.skeleton import Skeleton
-    from compress.recipe.recipe import Recipe
 
 Shapes = dict[str, tuple[int, int]]  # of linears, by full name
 
@@ -26,14 +21,14 @@ SOLVER_COPIES = 3  # of a Hessian while it is factored; as many of a group's wei
 LOGIT_COPIES = 8  # of a chunk of logits while a divergence is taken of two of them
 
 
-def host_memory(recipe: "Recipe", skeleton: "Skeleton", shapes: Shapes, calibrated: bool) -> int:
-    """Bytes. calibrated: whether the run reads calibration data."""
-    run = _run(recipe, skeleton, shapes, calibrated)
-    return FIXED_MEMORY + max(run, _scores(recipe, skeleton, shapes))
+def host_memory(inputs: RunInputs, shapes: Shapes) -> int:
+    """Bytes."""
+    return FIXED_MEMORY + max(_run(inputs, shapes), _scores(inputs, shapes))
 
 
-def _run(recipe: "Recipe", skeleton: "Skeleton", shapes: Shapes, calibrated: bool) -> int:
+def _run(inputs: RunInputs, shapes: Shapes) -> int:
     """Of the walk that rotates and quantises."""
+    recipe, skeleton = inputs.recipe, inputs.skeleton
     inside = _inside(skeleton, shapes)
     layer = sum(N * K for N, K in inside)
     bytes_per_weight = 4 + (16 if recipe.rotate.kind != "none" else skeleton.dtype.itemsize)
@@ -45,20 +40,25 @@ def _run(recipe: "Recipe", skeleton: "Skeleton", shapes: Shapes, calibrated: boo
     pruning = recipe.prune_visual_tokens
     if pruning is not None and pruning.search is not None:
         total = max(total, skeleton.reader.nbytes())
-    if not calibrated:
+    if not inputs.source.used:
         return total
     widest = max(K for _, K in inside)
     hidden = skeleton.config.hidden_size
-    activations = calibration_tokens(recipe, skeleton) * (hidden + widest) * 4
+    activations = calibration_tokens(inputs.source, skeleton) * (hidden + widest) * 4
     on_disk = activations_on_disk(recipe.calibration.offload, activations)
-    return total + _working(recipe, skeleton, inside) + (0 if on_disk else activations)
+    return (
+        total
+        + _working(recipe.calibration.length, skeleton, inside)
+        + (0 if on_disk else activations)
+    )
 
 
-def _scores(recipe: "Recipe", skeleton: "Skeleton", shapes: Shapes) -> int:
+def _scores(inputs: RunInputs, shapes: Shapes) -> int:
     """Of the walk that measures what each unit would lose, and of a divergence at its end."""
-    if not needs_windows(recipe):
+    section, c, skeleton = inputs.recipe.allocate, inputs.recipe.calibration, inputs.skeleton
+    if section is None or not section.reads_windows:
         return 0
-    section, c, hidden = recipe.allocate, recipe.calibration, skeleton.config.hidden_size
+    hidden = skeleton.config.hidden_size
     inside, groups = _inside(skeleton, shapes), skeleton.spec.groups
     layer = sum(N * K for N, K in inside)
     windows = min(section.samples, c.samples * c.expansion)
@@ -73,7 +73,7 @@ def _scores(recipe: "Recipe", skeleton: "Skeleton", shapes: Shapes) -> int:
     if measured:  # every group's Hessian, and the layer's codes at every width
         first = f"{skeleton.spec.layers}.0."
         hessians = sum(shapes[first + group[0]][1] ** 2 * 4 for group in groups)
-        walk += _working(recipe, skeleton, inside) + hessians + layer * len(section.widths)
+        walk += _working(c.length, skeleton, inside) + hessians + layer * len(section.widths)
     chunk = min(c.length * skeleton.config.vocab_size, CHUNK_ELEMENTS) * 4
     head = _vocabulary(skeleton) + chunk * LOGIT_COPIES
     if section.method == "evolve":  # the windows before, after the 16-bit model, and after another
@@ -81,20 +81,20 @@ def _scores(recipe: "Recipe", skeleton: "Skeleton", shapes: Shapes) -> int:
     return max(walk, head + stored if diverging else 0)
 
 
-def _inside(skeleton: "Skeleton", shapes: Shapes) -> list[tuple[int, int]]:
+def _inside(skeleton: Skeleton, shapes: Shapes) -> list[tuple[int, int]]:
     """The linears of a layer."""
     return [shapes[f"{skeleton.spec.layers}.0.{name}"] for name in skeleton.spec.linears]
 
 
-def _vocabulary(skeleton: "Skeleton") -> int:
+def _vocabulary(skeleton: Skeleton) -> int:
     """Bytes of the embedding or of the head in fp32."""
     return skeleton.config.vocab_size * skeleton.config.hidden_size * 4
 
 
-def _working(recipe: "Recipe", skeleton: "Skeleton", inside: list[tuple[int, int]]) -> int:
+def _working(length: int, skeleton: Skeleton, inside: list[tuple[int, int]]) -> int:
     """A batch in flight, or a linear being solved."""
     widest = max(K for _, K in inside)
-    tokens = max(TOKENS_PER_BATCH, recipe.calibration.length)
+    tokens = max(TOKENS_PER_BATCH, length)
     batch = tokens * (skeleton.config.hidden_size + 3 * widest) * 4
     solver = SOLVER_COPIES * 4 * (widest**2 + max(N * K for N, K in inside))
     return max(batch, solver)

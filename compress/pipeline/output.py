@@ -12,64 +12,39 @@ Policy: until the weights are whole and have been reloaded, everything lives in 
 `publish` moves config.json last and removes the old one first, so that OUT holds a whole
 checkpoint or none that any engine would load. What is written afterwards only describes it.
 
-    assemble(final, parts, recipe, skeleton, plan, dtype); publish(final, output); document(result)
+    assemble(final, parts, inputs, plan); publish(final, output); document(result)
 """
 
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from compress.checkpoint.compressed_tensors import quantization_config
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError
 from compress.eval.report import write_report
 from compress.loading.load import inspect
+from compress.models.skeleton import Skeleton
 from compress.pipeline.card import bits_summary, model_card
+from compress.pipeline.inputs import RunInputs
+from compress.pipeline.plan import Plan
+from compress.pipeline.result import RunResult
 from compress.pruning.saved import save_strategy
+from compress.recipe.recipe import Recipe
+from compress.recipe.strategy import PruneStrategy
 from compress.storage.files import atomic_write
+from compress.storage.output_folder import COMPANIONS
 from compress.storage.safetensors import CheckpointReader, merge_shards
-
-if TYPE_CHECKING:
-    from compress.models.skeleton import Skeleton
-    from compress.pipeline.plan import Plan
-    from compress.pipeline.result import RunResult
-    from compress.recipe.recipe import Recipe
-    from compress.recipe.strategy import PruneStrategy
-
-WORK_FOLDER = ".modelpress"
-# What a model folder holds beside weights and config: copied as it is.
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-              "merges.txt", "*.model", "chat_template*", "generation_config.json",
-              "processor_config.json", "preprocessor_config.json",
-              "video_preprocessor_config.json", "pruning.json")  # fmt: skip
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """UsageError if `output` holds anything but an unfinished run, unless it may be replaced."""
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"output {output} is a file; expected a folder")
-    if not output.is_dir() or overwrite:
-        return
-    found = sorted(p.name for p in output.iterdir() if p.name != WORK_FOLDER)
-    # A run that was killed while its files were being moved has left some, but no config.json.
-    publishing = (output / WORK_FOLDER / "final").is_dir() and "config.json" not in found
-    if found and not publishing:
-        raise UsageError(
-            f"output folder {output} exists and holds {found[0]}: "
-            "choose another --output, or give --overwrite"
-        )
 
 
 def assemble(
     final: Path,
     parts: list[Path],
-    recipe: "Recipe",
-    skeleton: "Skeleton",
-    plan: "Plan",
-    dtype: torch.dtype,
-    strategy: "PruneStrategy | None" = None,
+    inputs: RunInputs,
+    plan: Plan,
+    strategy: PruneStrategy | None = None,
 ) -> None:
     """Writes the checkpoint to the folder `final` from the tensors in `parts`.
 
@@ -80,8 +55,9 @@ def assemble(
     """
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
+    recipe, skeleton = inputs.recipe, inputs.skeleton
     merge_shards(parts, final, recipe.save.shard_bytes)
-    config = checkpoint_config(skeleton, plan, dtype)
+    config = checkpoint_config(skeleton, plan, inputs.dtype)
     (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for pattern in COMPANIONS:
         for file in sorted(skeleton.folder.glob(pattern)):
@@ -93,7 +69,7 @@ def assemble(
     _check_counts(final, plan)
 
 
-def checkpoint_config(skeleton: "Skeleton", plan: "Plan", dtype: torch.dtype) -> dict[str, Any]:
+def checkpoint_config(skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     """The source's config.json with what the run has changed."""
     config = json.loads((skeleton.folder / "config.json").read_text())
     dtype_key = "torch_dtype" if "torch_dtype" in config else "dtype"
@@ -122,7 +98,7 @@ def checkpoint_config(skeleton: "Skeleton", plan: "Plan", dtype: torch.dtype) ->
     return config
 
 
-def _check_counts(folder: Path, plan: "Plan") -> None:
+def _check_counts(folder: Path, plan: Plan) -> None:
     """Every planned module must be in the file, packed, and the bytes must be the plan's."""
     reader = CheckpointReader(folder)
     lost = [m.name for m in plan.modules if f"{m.name}.weight_packed" not in reader]
@@ -134,24 +110,7 @@ def _check_counts(folder: Path, plan: "Plan") -> None:
         )
 
 
-def publish(final: Path, output: Path) -> None:
-    """Moves the finished files to `output`, config.json last, and removes the work folder."""
-    files = sorted(final.iterdir(), key=lambda f: f.name == "config.json")
-    new = {file.name for file in files}
-    (output / "config.json").unlink(missing_ok=True)
-    for file in files:
-        file.replace(output / file.name)
-    for file in [*output.glob("*.safetensors*"), *output.glob("*.gguf")]:
-        if file.name not in new:
-            file.unlink()
-    # Reports of a checkpoint that was replaced would be about another one.
-    for name in ("modelpress.json", "report.html", "README.md", "eval"):
-        path = output / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    shutil.rmtree(output / WORK_FOLDER)
-
-
-def document(result: "RunResult", recipe: "Recipe", provenance: dict[str, Any]) -> None:
+def document(result: RunResult, recipe: Recipe, provenance: dict[str, Any]) -> None:
     """Writes modelpress.json, report.html, the model card and, if there is one, the evaluation."""
     output = result.path
     _write_json(output / "modelpress.json", provenance)

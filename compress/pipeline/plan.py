@@ -1,6 +1,6 @@
 """What a run will do, from the recipe, the config and the headers alone: no weight is read.
 
-plan = make_plan(recipe, skeleton)
+plan = make_plan(inputs)
 plan.problems            # what would make the run fail; empty if it can start
 plan.bytes["total"]      # of the tensors that will be written
 """
@@ -9,27 +9,19 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from compress.allocation.allocate import Allocation, allocate, check_allocation, find_units
-from compress.allocation.scores import needs_windows
-from compress.data.prompts import (
-    CalibrationData,
-    ImagePrompts,
-    image_dataset,
-    recipe_data,
-)
+from compress.allocation.allocators import Unit
+from compress.data.prompts import CalibrationData, ImagePrompts, calibration_data
 from compress.errors import UsageError, did_you_mean
+from compress.models.skeleton import Skeleton
+from compress.observer import Observer
+from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import host_memory
 from compress.pipeline.pruning_forecast import forecast
+from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
-
-if TYPE_CHECKING:
-    from compress.models.skeleton import Skeleton
-    from compress.observer import Observer
-    from compress.recipe.recipe import Recipe
 
 
 @dataclass
@@ -79,22 +71,18 @@ class Plan:
         }
 
 
-def storage_dtype(recipe: "Recipe", skeleton: "Skeleton") -> torch.dtype:
-    """The dtype of unquantised tensors and scales in the output."""
-    name = recipe.model.dtype
-    return skeleton.dtype if name == "auto" else getattr(torch, name)
-
-
-def make_plan(recipe: "Recipe", skeleton: "Skeleton", allocation: Allocation | None = None) -> Plan:
-    """The plan of a recipe for an opened model. Never raises for what `problems` can say.
+def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
+    """The plan of a run. Never raises for what `problems` can say.
 
     Without the `allocation` that its `allocate` section asks for, every linear is planned at
     `quantize.bits`, and `problems` say whether the budget can be met at all.
     """
+    recipe, skeleton = inputs.recipe, inputs.skeleton
     names = skeleton.linear_names()
     shapes = {name: _shape(skeleton, name) for name in names}
     found = {name: recipe.quantize.scheme_for(name) for name in names}
-    widths = allocation.bits() if allocation and recipe.allocate.method != "remove" else {}
+    removing = recipe.allocate is not None and recipe.allocate.method == "remove"
+    widths = allocation.bits() if allocation and not removing else {}
     removed = allocation.removed() if allocation else []
     layers = [index for index in range(skeleton.num_layers) if index not in removed]
     named = {name: _name_in_result(name, skeleton, layers) for name in names}
@@ -111,21 +99,20 @@ def make_plan(recipe: "Recipe", skeleton: "Skeleton", allocation: Allocation | N
     ]  # fmt: skip
     rotated = recipe.rotate.kind != "none"
     untied = skeleton.tied and (rotated or schemes[skeleton.spec.head] is not None)
-    dtype = storage_dtype(recipe, skeleton)
+    itemsize = inputs.dtype.itemsize
     kept = _unquantised(skeleton, modules, layers, untied)
-    quantized = sum(module.packed_bytes(dtype.itemsize) for module in modules)
-    other = sum(n for n in kept.values()) * dtype.itemsize
+    quantized = sum(module.packed_bytes(itemsize) for module in modules)
+    other = sum(kept.values()) * itemsize
     weights = sum(module.weights for module in modules)
-    pruning, problems, notes = forecast(recipe, skeleton, len(layers), dtype.itemsize)
-    memory = host_memory(recipe, skeleton, shapes, needs_calibration(recipe))
+    pruning, problems, notes = forecast(inputs, len(layers))
     plan = Plan(
         modules=modules,
         average_bits=sum(m.bits * m.weights for m in modules) / weights if weights else 0.0,
         bytes={"quantized": quantized, "other": other, "total": quantized + other},
         file_bytes=quantized + other + _header_bytes(modules, kept),
-        peak_memory={"host": memory, "device": 0},
-        problems=_problems(recipe, skeleton, names, shapes, found) + problems,
-        notes=_notes(recipe, skeleton, modules, untied, len(layers)) + notes,
+        peak_memory={"host": host_memory(inputs, shapes), "device": 0},
+        problems=_problems(inputs, names, shapes, found) + problems,
+        notes=_notes(inputs, modules, untied, len(layers)) + notes,
         untied=untied,
         schemes=schemes,
         layers=layers,
@@ -134,57 +121,64 @@ def make_plan(recipe: "Recipe", skeleton: "Skeleton", allocation: Allocation | N
         multimodal=skeleton.spec.vision is not None,
     )
     if recipe.allocate is not None and allocation is None and not plan.problems:
-        units, fixed = _units(recipe, skeleton, plan)
-        problem = check_allocation(recipe, units, fixed)
+        units, fixed = _units(inputs, plan)
+        problem = check_allocation(recipe.allocate, recipe.quantize, units, fixed)
         plan.problems += [problem] if problem else []
     return plan
 
 
 def allocated_plan(
-    recipe: "Recipe",
-    skeleton: "Skeleton",
+    inputs: RunInputs,
     data: CalibrationData | None = None,
     work: Path | None = None,
     *,
     identity: str = "",
     resume: bool = True,
-    device: str = "cpu",
-    observer: "Observer | None" = None,
+    observer: Observer | None = None,
 ) -> Plan:
     """The plan with widths chosen as the `allocate` section says: reads weights, and text if asked.
 
     The same as `make_plan` where there is no such section, or where problems are in the way.
     `work` keeps what a killed run would otherwise measure again; see `allocate`.
     """
-    plan = make_plan(recipe, skeleton)
-    if recipe.allocate is None or plan.problems:
+    plan, section = make_plan(inputs), inputs.recipe.allocate
+    if section is None or plan.problems:
         return plan
-    units, fixed = _units(recipe, skeleton, plan)
-    if not needs_windows(recipe):
+    units, fixed = _units(inputs, plan)
+    if not section.reads_windows:
         data = None
     elif data is None:
-        data = recipe_data(recipe, skeleton, calibrated=True)
+        data = calibration_data(inputs.source, inputs.skeleton)
     if isinstance(data, ImagePrompts):
         raise UsageError("allocate: these scores are measured on text, not on prompts with images")
     with tempfile.TemporaryDirectory(prefix="modelpress-") as temporary:
         allocation = allocate(
-            recipe, skeleton, units, fixed, data, work or Path(temporary),
-            storage=storage_dtype(recipe, skeleton), identity=identity, resume=resume,
-            device=device, observer=observer,
-        )  # fmt: skip
-    return make_plan(recipe, skeleton, allocation)
+            section,
+            inputs.recipe.quantize,
+            inputs.rotated_model(),
+            units,
+            fixed,
+            data,
+            work or Path(temporary),
+            offload=inputs.source.settings.offload,
+            identity=identity,
+            resume=resume,
+            observer=observer,
+        )
+    return make_plan(inputs, allocation)
 
 
-def _units(recipe: "Recipe", skeleton: "Skeleton", plan: Plan) -> tuple[list[Any], int]:
+def _units(inputs: RunInputs, plan: Plan) -> tuple[list[Unit], int]:
     """The units of `allocate`, and the bytes of the file that no width changes."""
-    itemsize = storage_dtype(recipe, skeleton).itemsize
-    units = find_units(recipe, skeleton, plan.modules, itemsize)
+    recipe, itemsize = inputs.recipe, inputs.dtype.itemsize
+    assert recipe.allocate is not None
+    units = find_units(recipe.allocate, recipe.quantize, inputs.skeleton, plan.modules, itemsize)
     free = {name for unit in units for name in unit.modules}
     changing = sum(m.packed_bytes(itemsize) for m in plan.modules if m.name in free)
     return units, plan.file_bytes - changing
 
 
-def _name_in_result(name: str, skeleton: "Skeleton", layers: list[int]) -> str:
+def _name_in_result(name: str, skeleton: Skeleton, layers: list[int]) -> str:
     """A linear's name once some layers are left out; empty for one that is left out with them."""
     prefix = f"{skeleton.spec.layers}."
     if not name.startswith(prefix):
@@ -194,7 +188,7 @@ def _name_in_result(name: str, skeleton: "Skeleton", layers: list[int]) -> str:
 
 
 def _unquantised(
-    skeleton: "Skeleton", modules: list[PlannedModule], layers: list[int], untied: bool
+    skeleton: Skeleton, modules: list[PlannedModule], layers: list[int], untied: bool
 ) -> dict[str, int]:
     """The tensors that are written as they are: name in the result -> numbers in it."""
     chosen = {f"{module.name}.weight" for module in modules}
@@ -216,18 +210,18 @@ def _header_bytes(modules: list[PlannedModule], kept: dict[str, int]) -> int:
     return len(json.dumps(dict.fromkeys(names, entry), separators=(",", ":"))) + 8
 
 
-def _shape(skeleton: "Skeleton", name: str) -> tuple[int, int]:
+def _shape(skeleton: Skeleton, name: str) -> tuple[int, int]:
     out_features, in_features = skeleton.model.get_submodule(name).weight.shape
     return out_features, in_features
 
 
 def _problems(
-    recipe: "Recipe",
-    skeleton: "Skeleton",
+    inputs: RunInputs,
     names: list[str],
     shapes: dict[str, tuple[int, int]],
     schemes: dict[str, Scheme | None],
 ) -> list[str]:
+    recipe, skeleton, source = inputs.recipe, inputs.skeleton, inputs.source
     problems = []
     for pattern in recipe.quantize.unmatched(names):
         problems.append(
@@ -247,13 +241,13 @@ def _problems(
     if recipe.quantize.method != "none" and not any(schemes.values()):
         problems.append("quantize: every linear is ignored; method none would say so")
     context = getattr(skeleton.config, "max_position_embeddings", None)
-    images = needs_calibration(recipe) and image_dataset(recipe, skeleton)
-    if images and needs_windows(recipe):
+    images = source.used and source.images
+    if images and recipe.reads_windows:
         problems.append(
             "allocate: these scores are measured on text, and calibration.dataset holds prompts "
             "with images: name a text, or use outlier_weight_count or position"
         )
-    windows = needs_calibration(recipe) and not images
+    windows = source.used and not images
     if windows and context and recipe.calibration.length > context:
         problems.append(
             f"calibration.length: {recipe.calibration.length} tokens are more than the model's "
@@ -262,24 +256,16 @@ def _problems(
     return problems
 
 
-def needs_calibration(recipe: "Recipe") -> bool:
-    """Whether the run reads calibration text."""
-    return recipe.quantize.method == "gptq" or needs_windows(recipe)
-
-
 def _notes(
-    recipe: "Recipe",
-    skeleton: "Skeleton",
+    inputs: RunInputs,
     modules: list[PlannedModule],
     untied: bool,
     num_layers: int,
 ) -> list[str]:
-    from compress.rotation.rotate import head_rotation_skipped
-
     notes = []
     if untied:
         notes.append("embedding and head share one tensor in this model; they will be untied")
-    skipped = head_rotation_skipped(recipe.rotate.kind, skeleton.head_dim)
+    skipped = head_rotation_skipped(inputs.recipe.rotate.kind, inputs.skeleton.head_dim)
     if skipped:
         notes.append(skipped)
     schemes = {module.scheme for module in modules}
@@ -293,12 +279,10 @@ def _notes(
     if odd:
         widths = ", ".join(map(str, odd))
         notes.append(f"{widths}-bit weights: vLLM needs the `humming` package, SGLang has none")
-    return notes + _split_fusions(skeleton, modules, num_layers)
+    return notes + _split_fusions(inputs.skeleton, modules, num_layers)
 
 
-def _split_fusions(
-    skeleton: "Skeleton", modules: list[PlannedModule], num_layers: int
-) -> list[str]:
+def _split_fusions(skeleton: Skeleton, modules: list[PlannedModule], num_layers: int) -> list[str]:
     """vLLM runs q/k/v and gate/up as one matrix each, which then must share one scheme."""
     schemes = {module.name: module.scheme for module in modules}
     for i in range(num_layers):

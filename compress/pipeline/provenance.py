@@ -1,6 +1,6 @@
 """Where a checkpoint comes from: versions, hashes of what went in, and what the run has seen.
 
-fingerprint(recipe, skeleton, data, "cpu")    # equal for runs that give the same bytes
+fingerprint(inputs, data)    # equal for runs that give the same bytes
 made_by(out / "modelpress.json", recipe, model)   # whether that run has made this folder
 """
 
@@ -8,54 +8,44 @@ import hashlib
 import json
 import sys
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from compress.data.prompts import CalibrationData
+from compress.pipeline.inputs import RunInputs
+from compress.pipeline.result import RunResult
+from compress.recipe.recipe import Recipe
 from compress.storage.safetensors import CheckpointReader
-
-if TYPE_CHECKING:
-    from compress.data.prompts import CalibrationData
-    from compress.models.skeleton import Skeleton
-    from compress.pipeline.plan import Plan
-    from compress.pipeline.result import RunResult
-    from compress.recipe.recipe import Recipe
 
 
 def versions() -> dict[str, str]:
     """Versions of everything that can change the bytes of a result."""
-    from importlib.metadata import version
-
     names = ("modelpress", "torch", "transformers", "safetensors", "compressed-tensors")
     python = ".".join(map(str, sys.version_info[:3]))
     return {name: version(name) for name in names} | {"python": python}
 
 
-def fingerprint(
-    recipe: "Recipe", skeleton: "Skeleton", data: "CalibrationData", device: str
-) -> str:
+def fingerprint(inputs: RunInputs, data: CalibrationData) -> str:
     """SHA-256 of what a run that continues must share with the one that was killed."""
-    settings = recipe.model_dump(exclude={"evaluate", "name"})
+    settings = inputs.recipe.model_dump(exclude={"evaluate", "name"})
     settings["calibration"].pop("offload")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    digest.update(skeleton.reader.fingerprint().encode())
+    digest.update(inputs.skeleton.reader.fingerprint().encode())
     digest.update(json.dumps(versions(), sort_keys=True).encode())
-    digest.update(device.encode())
+    digest.update(inputs.device.encode())
     digest.update(data.digest())
     return digest.hexdigest()
 
 
 def provenance(
-    result: "RunResult",
-    recipe: "Recipe",
-    skeleton: "Skeleton",
-    data: "CalibrationData | None",
-    device: str,
+    result: RunResult, inputs: RunInputs, data: CalibrationData | None
 ) -> dict[str, Any]:
     """modelpress.json: what was done, from what, and what it took. `data`: None if unused."""
-    plan: Plan = result.plan
+    plan, recipe, skeleton = result.plan, inputs.recipe, inputs.skeleton
     return {
         "versions": versions(),
-        "device": device,
+        "device": inputs.device,
         "model": {
             "path": recipe.model.path,
             "revision": recipe.model.revision,
@@ -75,7 +65,7 @@ def provenance(
     }
 
 
-def made_by(folder: Path, recipe: "Recipe", model: Path, device: str) -> bool:
+def made_by(folder: Path, recipe: Recipe, model: Path, device: str) -> bool:
     """Whether `folder` holds what the recipe would make of this model with these versions."""
     file = folder / "modelpress.json"
     written = folder / "recipe.yaml"

@@ -3,44 +3,47 @@
 The strategy for the depth of the model, what would make it fail, and its costs for one prompt: the
 first of the calibration prompts, or else an image of the size that the vision tower takes.
 
-    planned, problems, notes = forecast(recipe, skeleton, layers=28)
+    planned, problems, notes = forecast(inputs, layers=28)
 """
 
 import math
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compress.data.samples import DEMO_SCENES, read_samples
+from compress.data.source import CalibrationSource
 from compress.errors import CompressError, UsageError
+from compress.models.skeleton import Skeleton
+from compress.pipeline.inputs import RunInputs
 from compress.pruning.costs import DecoderShape, kv_bytes, prefill_flops
 from compress.pruning.families import FAMILIES
 from compress.pruning.last_token import LastTokenAttention, check_decoder
 from compress.pruning.saved import saved_strategy
+from compress.pruning.search import check_search, search_variables
 from compress.pruning.stages import Stages
+from compress.recipe.pruning import PruneVisualTokens
 from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
-
-if TYPE_CHECKING:
-    from compress.models.skeleton import Skeleton
-    from compress.recipe.recipe import Recipe
 
 SECTION = "prune_visual_tokens"
 TEXT_TOKENS = 32  # of a prompt that is made up, beside its image
 VISUAL_TOKENS = 1024  # of an image where its size decides, and none is given
 
 
-def strategy_of(recipe: "Recipe", skeleton: "Skeleton", layers: int) -> PruneStrategy | None:
+def strategy_of(
+    section: PruneVisualTokens | None, skeleton: Skeleton, layers: int
+) -> PruneStrategy | None:
     """The strategy that the result prunes by: the recipe's, or else the one saved with the source.
 
     Raises UsageError for one that a model of so many decoder layers cannot follow.
     """
     if skeleton.spec.vision is None:
-        if recipe.prune_visual_tokens is None:
+        if section is None:
             return None
         raise UsageError(
             f"{skeleton.model_config.model_type!r} models see no images: leave the section out"
         )
-    if recipe.prune_visual_tokens is not None:
-        strategy = recipe.prune_visual_tokens.strategy_for(layers)
+    if section is not None:
+        strategy = section.strategy_for(layers)
     else:
         found = saved_strategy(skeleton.model_config, skeleton.folder)
         if found is None:
@@ -55,9 +58,7 @@ def strategy_of(recipe: "Recipe", skeleton: "Skeleton", layers: int) -> PruneStr
     return strategy
 
 
-def forecast(
-    recipe: "Recipe", skeleton: "Skeleton", layers: int, element_bytes: int = 2
-) -> tuple[dict[str, Any] | None, list[str], list[str]]:
+def forecast(inputs: RunInputs, layers: int) -> tuple[dict[str, Any] | None, list[str], list[str]]:
     """What is planned (None if nothing is pruned), problems and notes, a line each, of which the
     first is the plan's `summary`.
 
@@ -65,39 +66,35 @@ def forecast(
     FLOPs and KV-cache bytes, each with its figure without pruning. Never raises.
     """
     try:
-        strategy = strategy_of(recipe, skeleton, layers)
-        _check_data(recipe, skeleton)
+        section = inputs.recipe.prune_visual_tokens
+        strategy = strategy_of(section, inputs.skeleton, layers)
+        _check_data(section, inputs.source)
         if strategy is None:
             return None, [], []
-        _check_search(recipe, strategy)
-        planned = _costs(recipe, skeleton, strategy, layers, element_bytes)
+        _check_search(section, strategy)
+        planned = _costs(inputs, strategy, layers)
     except CompressError as error:
         place = "" if str(error).startswith(("calibration", SECTION)) else f"{SECTION}: "
         return None, [f"{place}{error}"], []
     planned["summary"] = _summary(planned)
-    return planned, [], [planned["summary"], *_notes(recipe, skeleton, planned)]
+    return planned, [], [planned["summary"], *_notes(inputs, planned)]
 
 
-def calibration_tokens(recipe: "Recipe", skeleton: "Skeleton") -> int:
+def calibration_tokens(source: CalibrationSource, skeleton: Skeleton) -> int:
     """Tokens of all calibration data: exact for text, estimated from the first prompt of images."""
-    from compress.data.prompts import image_dataset
-
-    c = recipe.calibration
-    if not image_dataset(recipe, skeleton):
+    c = source.settings
+    if not source.images:
         return c.samples * c.expansion * c.length
     try:
-        total, _, _ = _prompt(recipe, skeleton)
+        total, _, _ = _prompt(source, skeleton)
     except CompressError:  # the run will say what is wrong with the file
         total = c.length
     return c.samples * total
 
 
-def _check_data(recipe: "Recipe", skeleton: "Skeleton") -> None:
+def _check_data(section: PruneVisualTokens | None, source: CalibrationSource) -> None:
     """UsageError for settings of `calibration` that prompts with images do not have."""
-    from compress.data.prompts import image_dataset
-
-    c, section = recipe.calibration, recipe.prune_visual_tokens
-    images = image_dataset(recipe, skeleton)
+    c, images = source.settings, source.images
     if section is not None and section.search is not None and not images:
         raise UsageError(
             f"search needs prompts with images: expected calibration.dataset to be {DEMO_SCENES} "
@@ -111,55 +108,43 @@ def _check_data(recipe: "Recipe", skeleton: "Skeleton") -> None:
         )
 
 
-def _check_search(recipe: "Recipe", strategy: PruneStrategy) -> None:
-    from compress.pruning.search import check_search, search_variables
-
-    section = recipe.prune_visual_tokens
+def _check_search(section: PruneVisualTokens | None, strategy: PruneStrategy) -> None:
     if section is not None and section.search is not None:
         assert section.keep is not None
         check_search(section.keep, section.search.trials, section.search.sampler)
         search_variables(strategy, section.search.searched())
 
 
-def _prompt(recipe: "Recipe", skeleton: "Skeleton") -> tuple[int, list[int], str]:
+def _prompt(source: CalibrationSource, skeleton: Skeleton) -> tuple[int, list[int], str]:
     """Tokens of one prompt, the visual tokens of each of its images, and what prompt it is."""
-    from compress.data.prompts import answered, image_dataset
-
-    if image_dataset(recipe, skeleton):
-        path = recipe.resolve_path(recipe.calibration.dataset)
-        processor, seed = skeleton.processor(), recipe.calibration.seed
-        answers = answered(recipe)
-        ids = read_samples(path, processor, 1, seed, answers=answers)[0]["input_ids"][0]
+    if source.images:
+        processor, seed = skeleton.processor(), source.settings.seed
+        found = read_samples(source.location, processor, 1, seed, answers=source.answers)
+        ids = found[0]["input_ids"][0]
         token = skeleton.model_config.image_token_id
         runs = [(key, len(list(run))) for key, run in groupby((ids == token).tolist())]
         images = [length for is_image, length in runs if is_image]
-        return len(ids), images, f"a prompt of {recipe.calibration.dataset}"
+        return len(ids), images, f"a prompt of {source.settings.dataset}"
     vision = skeleton.model_config.vision_config
     if hasattr(vision, "image_size"):
         count = (vision.image_size // vision.patch_size) ** 2
-        source = f"one crop of {vision.image_size} x {vision.image_size} pixels"
+        described = f"one crop of {vision.image_size} x {vision.image_size} pixels"
     else:
-        count, source = VISUAL_TOKENS, "an image"
-    return count + TEXT_TOKENS, [count], f"{source} and {TEXT_TOKENS} tokens of text"
+        count, described = VISUAL_TOKENS, "an image"
+    return count + TEXT_TOKENS, [count], f"{described} and {TEXT_TOKENS} tokens of text"
 
 
-def _costs(
-    recipe: "Recipe",
-    skeleton: "Skeleton",
-    strategy: PruneStrategy,
-    layers: int,
-    element_bytes: int,
-) -> dict[str, Any]:
-    total, images, source = _prompt(recipe, skeleton)
+def _costs(inputs: RunInputs, strategy: PruneStrategy, layers: int) -> dict[str, Any]:
+    total, images, source = _prompt(inputs.source, inputs.skeleton)
     counts = [sum(c) for c in zip(*(strategy.counts(n, layers) for n in images), strict=True)]
     visual = sum(images)
     kept = [visual] * strategy.stages[0]
     ends = [*strategy.stages[1:], layers]
     for count, start, end in zip(counts, strategy.stages, ends, strict=True):
         kept += [count] * (end - start)
-    shape = DecoderShape.of(skeleton.config, element_bytes)
+    shape = DecoderShape.of(inputs.skeleton.config, inputs.dtype.itemsize)
     tokens = [total - visual + n for n in kept]
-    section = recipe.prune_visual_tokens
+    section = inputs.recipe.prune_visual_tokens
     return {
         "strategy": strategy.model_dump(mode="json"),
         "searched": section is not None and section.search is not None,
@@ -188,15 +173,13 @@ def _summary(planned: dict[str, Any]) -> str:
     )
 
 
-def _notes(recipe: "Recipe", skeleton: "Skeleton", planned: dict[str, Any]) -> list[str]:
-    from compress.data.prompts import image_dataset
-
+def _notes(inputs: RunInputs, planned: dict[str, Any]) -> list[str]:
     notes = []
-    if recipe.prune_visual_tokens is None:
+    if inputs.recipe.prune_visual_tokens is None:
         notes.append("the strategy is the one saved with the model; the result keeps it")
     if planned["searched"]:
         notes.append("the search for a strategy holds the whole 16-bit model in memory")
-    if not image_dataset(recipe, skeleton) and recipe.quantize.method == "gptq":
+    if not inputs.source.images and inputs.recipe.quantize.method == "gptq":
         notes.append(
             "calibration data holds no images: the Hessians are those of text, which is not pruned"
         )

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from compress.pipeline.plan import Plan
+from compress.pipeline.plan import Plan
 
 
 @dataclass
@@ -28,7 +27,7 @@ class RunResult:
     """
 
     path: Path
-    plan: "Plan"
+    plan: Plan
     metrics: dict[str, Any]
     layers: list[dict[str, Any]]
     seconds: dict[str, float]

@@ -1,7 +1,7 @@
 """The run: a recipe and a model folder go in, a checkpoint that other engines load comes out.
 
     plan -> calibration data -> search of a pruning strategy, if asked for -> embedding, images
-    encoded -> the walk over the decoder layers (`compress.pipeline.layer_walk`)
+    encoded -> the walk over the decoder layers (`layer_walk`)
     -> head -> shards, config, tokenizer, recipe, strategy, provenance -> reload in a fresh process
     and compare logits -> publish -> evaluate -> report and model card
 
@@ -14,6 +14,7 @@ ends with the same bytes.
 
 import time
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,18 @@ import torch
 from torch import Tensor
 
 from compress.data.activations import activations_on_disk
-from compress.data.prompts import CalibrationData, ImagePrompts, probe_prompt, recipe_data
+from compress.data.prompts import CalibrationData, ImagePrompts, calibration_data, probe_prompt
 from compress.data.windows import check_token_ids
 from compress.errors import CompressError, UsageError
-from compress.memory import peak_memory, release_memory
-from compress.models.skeleton import Skeleton
-from compress.models.vision import vision_at_work, vision_tensors
+from compress.memory import check_device, peak_memory, release_memory
+from compress.models.vision import vision_at_work
 from compress.observer import Observer
 from compress.pipeline.evaluation import check_evaluation, evaluate_recipe
+from compress.pipeline.inputs import RunInputs
 from compress.pipeline.journal import Journal
 from compress.pipeline.layer_walk import LayerWalk
-from compress.pipeline.output import WORK_FOLDER, assemble, check_output, document, publish
-from compress.pipeline.plan import Plan, allocated_plan, make_plan, needs_calibration
+from compress.pipeline.output import assemble, document
+from compress.pipeline.plan import Plan, allocated_plan, make_plan
 from compress.pipeline.provenance import fingerprint, provenance
 from compress.pipeline.pruning_forecast import strategy_of
 from compress.pipeline.pruning_search import searched_strategy
@@ -43,7 +44,7 @@ from compress.pipeline.verify import reload_and_compare, write_probe
 from compress.pruning.stages import Stages
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
-from compress.rotation.rotate import fuse_and_rotate_head, rotate_embedding
+from compress.storage.output_folder import WORK_FOLDER, check_output, publish
 from compress.storage.safetensors import save_tensors
 
 
@@ -72,217 +73,222 @@ def run(
         UsageError: the recipe does not fit the model, or `output` holds something else.
         CompressError: a damaged checkpoint, a Hessian that cannot be factored, a failed self-check.
     """
+    output = Path(output)
     observer = observer or Observer()
-    check_output(Path(output), overwrite)
+    check_output(output, overwrite)
     check_device(device)
     check_evaluation(recipe)
     observer.stage("plan")
-    skeleton = Skeleton.open(recipe.model_location(), recipe.model.revision)
-    if skeleton.folder.resolve() == Path(output).resolve():
+    inputs = RunInputs.open(recipe, device)
+    if inputs.skeleton.folder.resolve() == output.resolve():
         raise UsageError(f"output {output} is the model itself: choose another --output")
-    plan = make_plan(recipe, skeleton)
+    plan = make_plan(inputs)
     if plan.problems:
         more = f" (and {len(plan.problems) - 1} more: see `plan`)" if len(plan.problems) > 1 else ""
         raise UsageError(plan.problems[0] + more)
-    started = time.perf_counter()
+    log = RunLog(observer)
     data = windows
     if data is None:
         observer.stage("calibration data")
-        data = recipe_data(recipe, skeleton, needs_calibration(recipe))
-    check_token_ids(data.parts, skeleton.config.vocab_size)
-    mark = fingerprint(recipe, skeleton, data, device)
-    if recipe.allocate is not None:
-        Journal(Path(output) / WORK_FOLDER, mark).open(resume, replace=overwrite)  # or refuse now
-        plan = allocated_plan(
-            recipe, skeleton, data, Path(output) / WORK_FOLDER,
-            identity=mark, resume=resume, device=device, observer=observer,
-        )  # fmt: skip
-    job = Job(recipe, skeleton, plan, Path(output), device, observer)
-    job.started = started  # so that drawing the windows, and the scores, count
+        data = calibration_data(inputs.source, inputs.skeleton)
+    check_token_ids(data.parts, inputs.skeleton.config.vocab_size)
+    mark = fingerprint(inputs, data)
+    journal = Journal(output / WORK_FOLDER, mark)
     try:
+        done = journal.open(resume, replace=overwrite)
+        if recipe.allocate is not None:
+            plan = allocated_plan(
+                inputs, data, journal.folder, identity=mark, resume=resume, observer=observer
+            )
         with torch.no_grad():
-            job.open(resume, overwrite, data, mark)
+            pruning = settle_pruning(inputs, plan, journal, resume, log)
+            job = Job(inputs, plan, data, journal, pruning, output, log)
+            job.start(done)
             for note in plan.notes:
                 if plan.pruning is None or note != plan.pruning["summary"]:
-                    job.warn(note)
-            job.walk()
+                    log.warn(note)
+            job.walk(done)
             job.finish_tensors()
             checked = job.assemble(self_check)
     except OSError as error:
         raise CompressError(f"{error.filename or output}: {error.strerror or error}") from error
     result = RunResult(
-        path=job.output,
+        path=output,
         plan=plan,
         metrics={},
         layers=job.layers.facts,
-        seconds=job.seconds,
+        seconds=log.seconds,
         peak_memory=peak_memory(device),
         self_check=checked,
-        pruning=job.pruning(),
-        warnings=job.warnings,
+        pruning=job.pruning_facts(),
+        warnings=log.warnings,
     )
     job.evaluate(result)
     job.document(result)
     return result
 
 
-def check_device(device: str) -> None:
-    """UsageError for a device that torch does not know or does not see."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device {device!r} cannot be used here: {reason}") from error
+class RunLog:
+    """What a run notes about itself: seconds by stage, and all that was out of the ordinary."""
 
-
-class Job:
-    """One run's state: what is open, where it writes, and what it has seen."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        skeleton: Skeleton,
-        plan: Plan,
-        output: Path,
-        device: str,
-        observer: Observer,
-    ):
-        self.recipe, self.skeleton, self.plan = recipe, skeleton, plan
-        self.output, self.device, self.observer = output, device, observer
-        self.spec = skeleton.spec
-        self.work = output / WORK_FOLDER
-        self.strategy: PruneStrategy | None = None
-        self.search: dict[str, Any] | None = None
+    def __init__(self, observer: Observer):
+        self.observer = observer
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}
-        self.started = time.perf_counter()
+        self._started = time.perf_counter()
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
         self.observer.warning(text)
 
-    def _lap(self, name: str) -> None:
+    def lap(self, name: str) -> None:
+        """Counts the time since the last lap to the stage `name`."""
         now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.started
-        self.started = now
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._started
+        self._started = now
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How the result prunes visual tokens, None for not at all, and how that was searched."""
+
+    strategy: PruneStrategy | None = None
+    search: dict[str, Any] | None = field(default=None)
+
+
+def settle_pruning(
+    inputs: RunInputs, plan: Plan, journal: Journal, resume: bool, log: RunLog
+) -> Pruning:
+    """The recipe's strategy, the one saved with the model, or what a search finds."""
+    section, skeleton = inputs.recipe.prune_visual_tokens, inputs.skeleton
+    strategy = strategy_of(section, skeleton, len(plan.layers))
+    if section is None or section.search is None:
+        return Pruning(strategy)
+    assert strategy is not None
+    log.lap("calibration")
+    log.observer.stage("pruning search")
+    found = searched_strategy(
+        section,
+        inputs.source,
+        skeleton.folder,
+        strategy,
+        journal.folder,
+        journal.fingerprint,
+        resume,
+        inputs.device,
+        log.observer,
+    )
+    release_memory()  # of the whole model
+    log.lap("pruning search")
+    facts = {
+        "score": found.score,
+        "keep": found.keep,
+        "trials": len(found.trials),
+        "conditions": found.conditions,
+    }
+    return Pruning(found.strategy, facts)
+
+
+class Job:
+    """One run from its first tensor to its report: what it reads, where it writes."""
+
+    def __init__(
+        self,
+        inputs: RunInputs,
+        plan: Plan,
+        data: CalibrationData,
+        journal: Journal,
+        pruning: Pruning,
+        output: Path,
+        log: RunLog,
+    ):
+        self.inputs, self.skeleton, self.spec = inputs, inputs.skeleton, inputs.skeleton.spec
+        self.plan, self.data, self.pruning = plan, data, pruning
+        self.journal, self.work, self.output, self.log = journal, journal.folder, output, log
+        self.model = inputs.rotated_model()
+        self.stream = self._stream()
+        self.layers = LayerWalk(
+            inputs.recipe.quantize, self.model, plan, self.stream, journal, log.observer, log.warn
+        )
+        self.parts = [self.work / "embedding.safetensors"]
+        if self.spec.vision is not None:
+            self.parts.append(self.work / "vision.safetensors")
 
     # ---- set up ---------------------------------------------------------------------------------
 
-    def open(self, resume: bool, overwrite: bool, data: CalibrationData, mark: str) -> None:
-        """Opens the journal, settles the strategy and puts the first layer's inputs in place."""
-        recipe, skeleton = self.recipe, self.skeleton
-        self.data = data
-        journal = Journal(self.work, mark)
-        self.done = journal.open(resume, replace=overwrite)
-        self.parts = [self.work / "embedding.safetensors"]
+    def _stream(self) -> CalibrationStream:
         probe = processor = None
-        if skeleton.spec.vision is not None:
-            self._settle_strategy(mark, resume)
-            probe, processor = probe_prompt(skeleton), skeleton.processor()
-            self.parts.append(self.work / "vision.safetensors")
-        depth = len(self.plan.layers)
-        stages = None if self.strategy is None else Stages(self.strategy, depth)
-        hidden = skeleton.config.hidden_size
-        widest = max(module.shape[1] for module in self.plan.modules) if self.plan.modules else 0
-        nbytes = data.tokens * (hidden + widest) * 4
-        self.stream = CalibrationStream(
-            skeleton, data, stages, self.work / "activations",
-            activations_on_disk(recipe.calibration.offload, nbytes),
-            probe=probe, processor=processor, device=self.device,
-        )  # fmt: skip
-        self.layers = LayerWalk(
-            recipe, skeleton, self.plan, self.stream, journal, self.device, self.observer, self.warn
+        if self.spec.vision is not None:
+            probe, processor = probe_prompt(self.skeleton), self.skeleton.processor()
+        depth, strategy = len(self.plan.layers), self.pruning.strategy
+        hidden = self.skeleton.config.hidden_size
+        widest = max((module.shape[1] for module in self.plan.modules), default=0)
+        nbytes = self.data.tokens * (hidden + widest) * 4
+        return CalibrationStream(
+            self.skeleton,
+            self.data,
+            None if strategy is None else Stages(strategy, depth),
+            self.work / "activations",
+            activations_on_disk(self.inputs.source.settings.offload, nbytes),
+            probe=probe,
+            processor=processor,
+            device=self.inputs.device,
         )
-        self.journal, self.dtype = journal, self.layers.dtype
-        if self.done == 0:
+
+    def start(self, done: int) -> None:
+        """Puts the inputs of the first layer that is not `done` in place."""
+        if done == 0:
             self._write_embedding()
             self.stream.embed(self._vision_at_work, self._table)
         else:
-            self.stream.restore(self.done, self._vision_at_work, self._table)
-        self._lap("calibration")
-
-    def _settle_strategy(self, mark: str, resume: bool) -> None:
-        """The recipe's strategy, the one saved with the model, or what a search finds."""
-        self.strategy = strategy_of(self.recipe, self.skeleton, len(self.plan.layers))
-        pruning = self.recipe.prune_visual_tokens
-        if pruning is not None and pruning.search is not None:
-            assert self.strategy is not None
-            self._lap("calibration")
-            self.observer.stage("pruning search")
-            found = searched_strategy(
-                self.recipe, self.skeleton, self.strategy, self.work, mark, resume, self.device,
-                self.observer,
-            )  # fmt: skip
-            release_memory()  # of the whole model
-            self.strategy = found.strategy
-            self.search = {
-                "score": found.score,
-                "keep": found.keep,
-                "trials": len(found.trials),
-                "conditions": found.conditions,
-            }
-            self._lap("pruning search")
+            self.stream.restore(done, self._vision_at_work, self._table)
+        self.log.lap("calibration")
 
     def _table(self) -> Tensor:
         """The embedding as it is written."""
         name = f"{self.spec.embedding}.weight"
-        embedding = self.skeleton.read(self.spec.embedding)
-        if self.layers.residual is not None:
-            embedding = rotate_embedding(embedding, self.layers.residual, dtype=self.dtype)
-        return self.layers.stored(name, embedding)
-
-    def _vision(self) -> dict[str, Tensor]:
-        """Vision tower and projector as they are written, by their modules' names."""
-        return vision_tensors(self.skeleton, self.layers.residual, self.layers.stored)
+        return self.model.stored(name, self.model.embedding(self.model.dtype))
 
     def _vision_at_work(self) -> AbstractContextManager[None]:
-        return vision_at_work(self.skeleton, self._vision(), self.device)
+        return vision_at_work(self.skeleton, self.model.vision_tensors(), self.model.device)
 
     def _write_embedding(self) -> None:
         """What stands before the decoder layers. A tower's tensors keep the names of the source's
         file, since engines differ in what they call the modules."""
         save_tensors(self.parts[0], {f"{self.spec.embedding}.weight": self._table()})
         if self.spec.vision is not None:
-            written = self.skeleton.reader.written_name
-            save_tensors(self.parts[1], {written(n): t for n, t in self._vision().items()})
+            written, tensors = self.skeleton.reader.written_name, self.model.vision_tensors()
+            save_tensors(self.parts[1], {written(n): t for n, t in tensors.items()})
 
     # ---- the walk, and what stands behind the layers --------------------------------------------
 
-    def walk(self) -> None:
+    def walk(self, done: int) -> None:
         """All decoder layers, from the first that the journal does not have."""
-        self.layers.run(self.done)
-        self._lap("layers")
+        self.layers.run(done)
+        self.log.lap("layers")
 
     def finish_tensors(self) -> None:
         """Final norm and head, and the probe for the self-check: logits of a prompt."""
-        self.observer.stage("head")
-        spec, skeleton, residual = self.spec, self.skeleton, self.layers.residual
-        stored = self.layers.stored
-        gamma = skeleton.read(spec.final_norm)
-        head = skeleton.read(spec.embedding if skeleton.tied else spec.head)
+        self.log.observer.stage("head")
+        spec, model, device = self.spec, self.model, self.model.device
         scheme = self.plan.schemes[spec.head]
-        if residual is not None:
-            wide = torch.float32 if scheme else self.dtype
-            head = fuse_and_rotate_head(head, gamma, residual, dtype=wide)
-            gamma = torch.ones_like(gamma)
-        gamma = stored(f"{spec.final_norm}.weight", gamma)
-        norm = skeleton.model.get_submodule(spec.final_norm)
-        norm.load_state_dict({"weight": gamma.to(self.device, torch.float32)}, assign=True)
+        head, gamma = model.head(torch.float32 if scheme else model.dtype)
+        gamma = model.stored(f"{spec.final_norm}.weight", gamma)
         tensors = {f"{spec.final_norm}.weight": gamma}
-        if scheme is not None:
-            head, packed = self.layers.solve_head(head.float(), norm, scheme)
-            tensors.update(packed)
-        elif not skeleton.tied or self.plan.untied:
-            name = f"{spec.head}.weight"
-            head = tensors[name] = stored(name, head)
-        else:
-            head = head.to(self.dtype)
-        save_tensors(self.work / "head.safetensors", tensors)
-        inputs, x = self._probe()
-        logits = norm(x.to(self.device)) @ head.float().to(self.device).T
+        with model.final_norm(gamma) as norm:
+            if scheme is not None:
+                head, packed = self.layers.solve_head(head.float(), norm, scheme)
+                tensors.update(packed)
+            elif not self.skeleton.tied or self.plan.untied:
+                name = f"{spec.head}.weight"
+                head = tensors[name] = model.stored(name, head)
+            else:
+                head = head.to(model.dtype)
+            save_tensors(self.work / "head.safetensors", tensors)
+            inputs, x = self._probe()
+            logits = norm(x.to(device)) @ head.float().to(device).T
         write_probe(self.work / "probe.safetensors", inputs, logits.cpu())
-        norm.to("meta")
-        self._lap("head")
+        self.log.lap("head")
 
     def _probe(self) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs of a forward and the last layer's output for them, [1, T, d]."""
@@ -296,16 +302,16 @@ class Job:
 
     def assemble(self, self_check: bool) -> dict[str, Any]:
         """Shards, config, tokenizer and recipe in OUT/.modelpress/final; then the self-check."""
-        self.observer.stage("writing")
+        self.log.observer.stage("writing")
         parts = [*self.parts, *self.journal.part_files(), self.work / "head.safetensors"]
         final = self.work / "final"
-        assemble(final, parts, self.recipe, self.skeleton, self.plan, self.dtype, self.strategy)
-        self._lap("writing")
+        assemble(final, parts, self.inputs, self.plan, self.pruning.strategy)
+        self.log.lap("writing")
         checked: dict[str, Any] = {}
         if self_check and self._fits_self_check():
-            self.observer.stage("self-check")
+            self.log.observer.stage("self-check")
             checked = reload_and_compare(final, self.work / "probe.safetensors")
-            self._lap("self_check")
+            self.log.lap("self_check")
         publish(final, self.output)
         return checked
 
@@ -314,7 +320,7 @@ class Job:
         never does."""
         schemes = {scheme for scheme in self.plan.schemes.values() if scheme is not None}
         if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
-            self.warn(
+            self.log.warn(
                 "no self-check: transformers cannot load asymmetric modules of several widths or "
                 "group sizes (compress.load does)"
             )
@@ -322,41 +328,41 @@ class Job:
         needed = 4 * sum(p.numel() for p in self.skeleton.model.parameters())
         free = psutil.virtual_memory().available
         if needed > free:
-            self.warn(
+            self.log.warn(
                 f"no self-check: reloading takes {needed / 1e9:.1f} GB of memory, "
                 f"{free / 1e9:.1f} GB are free"
             )
         return needed <= free
 
-    def pruning(self) -> dict[str, Any] | None:
+    def pruning_facts(self) -> dict[str, Any] | None:
         """What modelpress.json says about pruned visual tokens."""
-        if self.strategy is None:
+        if self.pruning.strategy is None:
             return None
         return {
-            "strategy": self.strategy.model_dump(mode="json"),
-            "calibration": self.stream.pruning_stats(self.dtype.itemsize),
-            "search": self.search,
+            "strategy": self.pruning.strategy.model_dump(mode="json"),
+            "calibration": self.stream.pruning_stats(self.model.dtype.itemsize),
+            "search": self.pruning.search,
         }
 
     def evaluate(self, result: RunResult) -> None:
         """Measures the published checkpoint. It stays whatever becomes of its evaluation."""
-        if self.recipe.evaluate is None:
+        recipe = self.inputs.recipe
+        if recipe.evaluate is None:
             return
-        self.observer.stage("evaluation")
+        self.log.observer.stage("evaluation")
         try:
             result.metrics = evaluate_recipe(
-                self.recipe, self.output, self.skeleton.folder, self.device
+                recipe, self.output, self.skeleton.folder, self.model.device
             )
         except BaseException:  # an interrupt as well
             self.document(result)
-            self.warn(f"the checkpoint in {self.output} is complete; its evaluation failed")
+            self.log.warn(f"the checkpoint in {self.output} is complete; its evaluation failed")
             raise
         finally:
-            self._lap("evaluation")
+            self.log.lap("evaluation")
 
     def document(self, result: RunResult) -> None:
         """modelpress.json, the report and the model card."""
-        used = needs_calibration(self.recipe) or isinstance(self.data, ImagePrompts)
-        data = self.data if used else None
-        facts = provenance(result, self.recipe, self.skeleton, data, self.device)
-        document(result, self.recipe, facts)
+        used = self.inputs.source.used or isinstance(self.data, ImagePrompts)
+        facts = provenance(result, self.inputs, self.data if used else None)
+        document(result, self.inputs.recipe, facts)

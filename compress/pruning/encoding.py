@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from compress.errors import CompressError, UsageError
+from compress.models.vision import Inputs
 from compress.pruning.prompt import PromptImage
-from compress.pruning.tower import Inputs, VisionTap, VisualTokens
+from compress.pruning.tower import VisionTap, VisualTokens
 
 
 class EncodedImages:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compress.errors import UsageError
+from compress.models.vision import Inputs
 from compress.pruning.costs import DecoderShape, PruningStats, prompt_stats
 from compress.pruning.encoding import EncodedImages, ready_features
 from compress.pruning.families import family_of
@@ -35,7 +36,6 @@ from compress.pruning.last_token import LastTokenAttention, check_decoder
 from compress.pruning.prompt import PrunedPrompt, take, take_positions
 from compress.pruning.refusals import check_inputs, checked_generate
 from compress.pruning.stages import Stages
-from compress.pruning.tower import Inputs
 from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UsageError
-from compress.pruning.tower import Inputs, MergingTower, PatchTower, TapSettings, VisionTap
+from compress.models.vision import Inputs
+from compress.pruning.tower import MergingTower, PatchTower, TapSettings, VisionTap
 
 
 @dataclass(frozen=True)

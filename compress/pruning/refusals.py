@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from compress.errors import UsageError
-from compress.pruning.tower import Inputs
+from compress.models.vision import Inputs
 
 # Settings of `generate` that a pruned cache cannot follow, with the values that are fine.
 GENERATE_SETTINGS: dict[str, tuple[Any, ...]] = {

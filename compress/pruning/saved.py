@@ -91,7 +91,7 @@ def stop_pruning(model: Any) -> None:
 
 
 def _layers(folder: Path) -> int:
-    from compress.models.skeleton import load_config
+    from compress.models.pretrained import load_config
 
     return load_config(folder).get_text_config().num_hidden_layers
 

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError, UsageError, did_you_mean
+from compress.models.vision import Inputs
 from compress.observer import Observer
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.feasible import FeasibleSet, ratios_of
-from compress.pruning.tower import Inputs, VisualTokens
+from compress.pruning.tower import VisualTokens
 from compress.pruning.trials import Trial, TrialFile
 from compress.recipe.strategy import PruneStrategy
 

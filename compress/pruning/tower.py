@@ -26,8 +26,7 @@ from compress.importance.patches import (
     received_attention,
     voted_attention,
 )
-
-Inputs = dict[str, Any]  # keyword arguments of a forward, or of `get_image_features`
+from compress.models.vision import Inputs
 
 
 @dataclass(frozen=True)

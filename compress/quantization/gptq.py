@@ -30,7 +30,7 @@ BLOCK = 128  # columns a block; GPTQ's B
 
 
 @dataclass
-class Levels:
+class QuantizedColumns:
     """A quantised linear, columns-first. Column k uses row `group_of[k]` of scale and zero.
 
     Attributes:
@@ -48,7 +48,7 @@ class Levels:
     error: Tensor | None = None
 
     @classmethod
-    def empty(cls, Wt: Tensor, grid: UniformGrid, group_size: int | None) -> "Levels":
+    def empty(cls, Wt: Tensor, grid: UniformGrid, group_size: int | None) -> "QuantizedColumns":
         K, N = Wt.shape
         groups = K // (group_size or K)
         return cls(
@@ -72,10 +72,10 @@ class Levels:
 
 def nearest(
     Wt: Tensor, grid: UniformGrid, group_size: int | None, clip: str, importance: Tensor
-) -> Levels:
+) -> QuantizedColumns:
     """Rounding to nearest: every group's scale, then every weight on its own."""
     size = group_size or Wt.shape[0]
-    result = Levels.empty(Wt, grid, group_size)
+    result = QuantizedColumns.empty(Wt, grid, group_size)
     for g in range(result.scale.shape[0]):
         part = slice(g * size, (g + 1) * size)
         _set_scale(result, g, grid, Wt[part], clip, importance[part])
@@ -85,7 +85,7 @@ def nearest(
 
 
 def _set_scale(
-    result: Levels, g: int, grid: UniformGrid, Wt: Tensor, clip: str, importance: Tensor
+    result: QuantizedColumns, g: int, grid: UniformGrid, Wt: Tensor, clip: str, importance: Tensor
 ) -> None:
     result.scale[g], zero = search_scale(grid, Wt, clip, importance)
     if zero is not None:
@@ -102,7 +102,7 @@ def column_loop(
     order: Tensor | None = None,
     block: int = BLOCK,
     pivots: Tensor | None = None,
-) -> Levels:
+) -> QuantizedColumns:
     """Quantises the columns in turn, each making up for what those before it have left.
 
     Args:
@@ -121,7 +121,7 @@ def column_loop(
     if order is not None:
         return _in_another_order(Wt, M, grid, group_size, clip, importance, order, block)
     K = Wt.shape[0]
-    result = Levels.empty(Wt, grid, group_size)
+    result = QuantizedColumns.empty(Wt, grid, group_size)
     if group_size is None:
         _set_scale(result, 0, grid, Wt, clip, importance)
     E = torch.empty_like(Wt)  # W - Q
@@ -161,7 +161,7 @@ def _in_another_order(
     importance: Tensor,
     order: Tensor,
     block: int,
-) -> Levels:
+) -> QuantizedColumns:
     """The loop with act-order: neighbours differ in scale, so it runs on weights, not levels."""
     result = nearest(Wt, grid, group_size, clip, importance)  # for its scales
     W, group_of = Wt[order], result.group_of[order]

@@ -19,7 +19,7 @@ attention and activation functions are never written again here.
     run_layer(layer, spec, inputs, x, y, work, quantise=..., weigh=...)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.activations import ActivationStore
-from compress.importance.tokens import LayerContext, token_weights
 from compress.models.families import ArchitectureSpec
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
-from compress.quantization.solvers import QuantizedLinear
+from compress.quantization.solvers import QuantizedLinear, Solver
+from compress.scheme import Scheme
 
 # Quantises the linears of a group, in place in the layer, given the Hessian of their input; the
 # Hessian is None where no linear of the group needs one.
@@ -145,8 +145,8 @@ def run_layer(
 def solve_group(
     layer: nn.Module,
     group: tuple[str, ...],
-    schemes: dict[str, Any],
-    solver: Any,
+    schemes: Mapping[str, Scheme | None],
+    solver: Solver,
     H: Hessian | None,
     scale_dtype: torch.dtype,
 ) -> dict[str, QuantizedLinear]:
@@ -161,10 +161,10 @@ def solve_group(
     Raises:
         CompressError: the Hessian cannot be factored.
     """
-    stacks: dict[Any, list[str]] = {}
+    stacks: dict[Scheme, list[str]] = {}
     for name in group:
-        if schemes[name] is not None:
-            stacks.setdefault(schemes[name], []).append(name)
+        if (scheme := schemes[name]) is not None:
+            stacks.setdefault(scheme, []).append(name)
     if not stacks:
         return {}
     statistics = None if H is None else solver.prepare(H.matrix())
@@ -183,74 +183,3 @@ def solve_group(
     for name, part in solved.items():
         layer.get_submodule(name).weight = nn.Parameter(part.weight(), requires_grad=False)
     return solved
-
-
-class TokenWeigher:
-    """Token weights of a layer's batches by one strategy, and how concentrated they are."""
-
-    def __init__(
-        self,
-        name: str,
-        minimum: float,
-        maximum: float,
-        power: int,
-        batches: list[tuple[Tensor, Tensor]],  # input ids and masks [B, T] of each batch
-        token_counts: Tensor,
-    ):
-        self.settings = (name, minimum, maximum, power)
-        self.batches, self.token_counts = batches, token_counts
-        self.masked = not all(bool(mask.all()) for _, mask in batches)
-
-    def weights(
-        self,
-        i: int,
-        x: Tensor,
-        normed: Tensor,
-        layer: nn.Module,
-        spec: ArchitectureSpec,
-        inputs: dict[str, Any],
-        sliding_window: int | None,
-    ) -> Tensor | None:
-        """w_hat [B, T] of batch i, or None where every token weighs the same."""
-        if self.settings[0] == "uniform" and not self.masked:
-            return None
-        input_ids, mask = (t.to(x.device) for t in self.batches[i])
-        context = LayerContext(
-            hidden_states=x,
-            input_ids=input_ids,
-            mask=mask,
-            queries_keys=lambda: queries_keys(layer, spec, normed, inputs),
-            output=lambda: _output(layer, x, inputs),
-            sliding_window=sliding_window,
-            token_counts=self.token_counts,
-        )
-        name, minimum, maximum, power = self.settings
-        return token_weights(name, context, minimum, maximum, power)
-
-
-def queries_keys(
-    layer: nn.Module, spec: ArchitectureSpec, normed: Tensor, inputs: dict[str, Any]
-) -> tuple[Tensor, Tensor, float]:
-    """Queries [B, h, T, d_h] and keys [B, h_kv, T, d_h] as attention sees them, and its scaling."""
-    import sys
-
-    attention = layer.get_submodule(spec.attention)
-    # The family's own rotary function stands in the module that defines its attention.
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-
-    def heads(name: str, norm: str) -> Tensor:
-        y = layer.get_submodule(name)(normed)  # [B, T, heads * d_h]
-        y = y.view(*y.shape[:2], -1, attention.head_dim)
-        if hasattr(attention, norm):  # Qwen3
-            y = getattr(attention, norm)(y)
-        return y.transpose(1, 2)
-
-    q, k = rotate(heads(spec.query, "q_norm"), heads(spec.key, "k_norm"),
-                  *inputs["position_embeddings"])  # fmt: skip
-    return q, k, attention.scaling
-
-
-def _output(layer: nn.Module, x: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """The whole layer at full precision: [B, T, d]."""
-    y = layer(x, **inputs)
-    return y[0] if isinstance(y, tuple) else y

@@ -19,7 +19,7 @@ changes within the block are followed by `rounding.py`. One sweep costs 2 N K^2 
 import torch
 from torch import Tensor
 
-from compress.quantization.gptq import BLOCK, Levels
+from compress.quantization.gptq import BLOCK, QuantizedColumns
 from compress.quantization.grid import UniformGrid
 from compress.quantization.rounding import round_in_order
 
@@ -27,7 +27,7 @@ SETTLED = 5e-3  # on the layers tried, what further sweeps gain is under 1 % of 
 
 
 def refine(
-    result: Levels,
+    result: QuantizedColumns,
     Wt: Tensor,
     H: Tensor,
     grid: UniformGrid,
@@ -61,14 +61,22 @@ def refine(
     return changed
 
 
-def _refit_channel(result: Levels, Wt: Tensor, H: Tensor, grid: UniformGrid, E: Tensor) -> None:
+def _refit_channel(
+    result: QuantizedColumns, Wt: Tensor, H: Tensor, grid: UniformGrid, E: Tensor
+) -> None:
     """The best single scale of each row of W for its levels."""
     _refit(result, 0, grid, result.x, H @ result.x, E, swapped=True)
     torch.addcmul(Wt, result.x, result.scale[0], value=-1, out=E)
 
 
 def _refit(
-    result: Levels, g: int, grid: UniformGrid, x: Tensor, Hx: Tensor, G: Tensor, swapped: bool
+    result: QuantizedColumns,
+    g: int,
+    grid: UniformGrid,
+    x: Tensor,
+    Hx: Tensor,
+    G: Tensor,
+    swapped: bool,
 ) -> Tensor:
     """Moves the scale of group g to the minimiser of f; returns the step as stored, [N].
 
@@ -82,7 +90,12 @@ def _refit(
 
 
 def _sweep(
-    result: Levels, Wt: Tensor, H: Tensor, grid: UniformGrid, group_size: int | None, E: Tensor
+    result: QuantizedColumns,
+    Wt: Tensor,
+    H: Tensor,
+    grid: UniformGrid,
+    group_size: int | None,
+    E: Tensor,
 ) -> int:
     """One pass over all columns; E [K, N] is kept up to date. Returns how many levels changed."""
     K = H.shape[0]

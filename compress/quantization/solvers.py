@@ -12,15 +12,17 @@ of `gptq.py`; `refine_sweeps` adds the coordinate descent of `refine.py`.
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from operator import mul
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from compress.quantization.gptq import Levels, column_loop, nearest
+from compress.quantization.gptq import QuantizedColumns, column_loop, nearest
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import factor
 from compress.quantization.refine import refine
 from compress.quantization.rounding import quadratic
+from compress.recipe.sections import Quantize
 from compress.registry import Registry
 
 SOLVERS = Registry("solver")
@@ -98,7 +100,7 @@ class QuantizedLinear:
         return replace(parts[0], **joined, changed=changed)
 
 
-def _finish(result: Levels, grid: UniformGrid) -> QuantizedLinear:
+def _finish(result: QuantizedColumns, grid: UniformGrid) -> QuantizedLinear:
     return QuantizedLinear(
         codes=result.codes().to(torch.int8).T.contiguous(),
         scale=result.scale.T.to(grid.scale_dtype).contiguous(),
@@ -107,7 +109,7 @@ def _finish(result: Levels, grid: UniformGrid) -> QuantizedLinear:
 
 
 @dataclass
-class Statistics:
+class HessianFactor:
     """What a solver keeps of a Hessian that several linears share: computed once for all of them.
 
     Attributes:
@@ -129,6 +131,34 @@ class Statistics:
     added: float
 
 
+class Solver(Protocol):
+    """Codes from weights. `prepare` is asked for only where `needs_hessian`."""
+
+    needs_hessian: bool
+
+    def __init__(self, settings: SolverSettings) -> None: ...
+
+    def prepare(self, H: Tensor) -> HessianFactor:
+        """Factors H [K, K], which it takes over and changes."""
+        ...
+
+    def solve(
+        self, W: Tensor, statistics: HessianFactor | None, grid: UniformGrid, group_size: int | None
+    ) -> QuantizedLinear:
+        """W [N, K] and the statistics of its input -> codes."""
+        ...
+
+
+def make_solver(section: Quantize) -> Solver | None:
+    """The solver that a recipe's `quantize` section names; None for `method: none`."""
+    if section.method == "none":
+        return None
+    settings = SolverSettings(
+        section.clip_search, section.refine_sweeps, section.damping, section.act_order
+    )
+    return SOLVERS[section.method](settings)
+
+
 @SOLVERS.register("rtn")
 class RoundToNearest:
     """Every weight to its nearest level; the clip search sees the weights alone."""
@@ -138,8 +168,11 @@ class RoundToNearest:
     def __init__(self, settings: SolverSettings):
         self.settings = settings
 
+    def prepare(self, H: Tensor) -> HessianFactor:
+        raise NotImplementedError("rounding to nearest reads no Hessian")
+
     def solve(
-        self, W: Tensor, statistics: None, grid: UniformGrid, group_size: int | None
+        self, W: Tensor, statistics: HessianFactor | None, grid: UniformGrid, group_size: int | None
     ) -> QuantizedLinear:
         """W [N, K] -> codes."""
         Wt = W.T.contiguous()
@@ -156,7 +189,7 @@ class Gptq:
     def __init__(self, settings: SolverSettings):
         self.settings = settings
 
-    def prepare(self, H: Tensor) -> Statistics:
+    def prepare(self, H: Tensor) -> HessianFactor:
         """Factors H [K, K], which it takes over and changes.
 
         Raises:
@@ -168,12 +201,13 @@ class Gptq:
         R, damping = factor(H if order is None else H[order][:, order], self.settings.damping)
         diagonal = R.diagonal().clone()
         added = damping * float(H.diagonal().mean())
-        return Statistics(H, dead, R.div_(diagonal), diagonal.square_(), order, damping, added)
+        return HessianFactor(H, dead, R.div_(diagonal), diagonal.square_(), order, damping, added)
 
     def solve(
-        self, W: Tensor, statistics: Statistics, grid: UniformGrid, group_size: int | None
+        self, W: Tensor, statistics: HessianFactor | None, grid: UniformGrid, group_size: int | None
     ) -> QuantizedLinear:
         """W [N, K] and the statistics of its input -> codes."""
+        assert statistics is not None, "gptq needs a Hessian"
         rows = max(LEAST_ROWS, WEIGHTS_AT_A_TIME[W.device.type] // W.shape[1])
         parts = W.chunk(-(-W.shape[0] // rows))
         return QuantizedLinear.join(
@@ -181,7 +215,7 @@ class Gptq:
         )
 
     def _solve_rows(
-        self, W: Tensor, statistics: Statistics, grid: UniformGrid, group_size: int | None
+        self, W: Tensor, statistics: HessianFactor, grid: UniformGrid, group_size: int | None
     ) -> QuantizedLinear:
         H, settings = statistics.H, self.settings
         # A copy even where W.T is contiguous already, as for one row: it is changed below.

@@ -14,13 +14,13 @@ The sections are in `sections.py`.
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import PrivateAttr, ValidationError, model_validator
 
-from compress.data.text import DATASETS
 from compress.errors import RecipeError, did_you_mean
 from compress.recipe.pruning import PruneVisualTokens
 from compress.recipe.sections import (
@@ -156,8 +156,6 @@ class Recipe(Section):
         `recipes/...` also beside the shipped recipes. Raises RecipeError for a path that does not
         exist and cannot be a hub id (`name` or `owner/name`).
         """
-        if path in DATASETS:
-            return path
         given = Path(path).expanduser()
         if given.exists():
             return str(given)
@@ -172,6 +170,16 @@ class Recipe(Section):
             raise RecipeError(f"{path!r} does not exist in {places}, and is not a hub id")
         return path
 
+    @property
+    def reads_windows(self) -> bool:
+        """Whether choosing widths reads calibration text."""
+        return self.allocate is not None and self.allocate.reads_windows
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the run reads calibration data at all."""
+        return self.quantize.method == "gptq" or self.reads_windows
+
     def model_location(self) -> str:
         """The folder or hub id of the model. Raises RecipeError if the recipe names none."""
         if self.model.path is None:
@@ -183,9 +191,7 @@ class Recipe(Section):
 
 def shipped_folder() -> Path:
     """The folder of the recipes that come with the package."""
-    import compress.recipes
-
-    return Path(compress.recipes.__file__).parent
+    return Path(str(files("compress.recipes")))
 
 
 def shipped_recipes() -> list[tuple[str, str, Path]]:

@@ -14,36 +14,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from compress.errors import did_you_mean
 from compress.recipe.source import FieldError
+from compress.registry import LAYER_IMPORTANCE, TOKEN_IMPORTANCE, Registry
 from compress.scheme import Scheme
 
-# The strategies of `compress.importance.tokens`: named here, so that a recipe needs no torch.
-TOKEN_STRATEGIES = (
-    "uniform",
-    "attention_concentration",
-    "activation_norm",
-    "activation_difference",
-    "token_frequency",
-    "token_similarity",
-    "first_n",
-    "first_last_n",
-)
 # Hard masks in the paper: the tokens they leave out count for nothing.
 HARD_MASKS = ("first_n", "first_last_n")
-
-
-# The same for `compress.importance.layers`.
-LAYER_STRATEGIES = (
-    "layer_embedding_change",
-    "outlier_weight_count",
-    "weight_error",
-    "output_error",
-    "logit_divergence",
-    "position",
-    "random",
-    "reverse",
-)
+# Layer scores that are an error for each width.
 MEASURED_SCORES = ("weight_error", "output_error", "logit_divergence")
 
 
@@ -65,31 +42,19 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
-def _check_strategy(name: str) -> str:
-    if name not in TOKEN_STRATEGIES:
-        # Slow import, and only needed for a strategy that somebody else has registered.
-        from compress.importance.tokens import TOKEN_IMPORTANCE
+def _one_of(registry: Registry) -> AfterValidator:
+    """A name that the registry knows: shipped, or registered by somebody else."""
 
-        if name not in TOKEN_IMPORTANCE:
-            known = ", ".join(TOKEN_IMPORTANCE)
-            near = did_you_mean(name, TOKEN_IMPORTANCE)
-            raise ValueError(f"unknown strategy {name!r}{near}: expected one of {known}")
-    return name
+    def check(name: str) -> str:
+        if name not in registry.names():
+            raise ValueError(registry.unknown(name))
+        return name
 
-
-def _check_layer_strategy(name: str) -> str:
-    if name not in LAYER_STRATEGIES:
-        # As above: slow, and only for one that somebody else has registered.
-        from compress.importance.layers import LAYER_IMPORTANCE
-
-        if name not in LAYER_IMPORTANCE:
-            known = ", ".join(LAYER_IMPORTANCE)
-            near = did_you_mean(name, LAYER_IMPORTANCE)
-            raise ValueError(f"unknown layer importance {name!r}{near}: expected one of {known}")
-    return name
+    return AfterValidator(check)
 
 
-LayerStrategyName = Annotated[str, AfterValidator(_check_layer_strategy)]
+TokenStrategyName = Annotated[str, _one_of(TOKEN_IMPORTANCE)]
+LayerStrategyName = Annotated[str, _one_of(LAYER_IMPORTANCE)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
 # Lax, because YAML reads `1e-2` (no point) as text.
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
@@ -162,7 +127,7 @@ class TokenImportance(Section):
     """
 
     short_form = "name"
-    name: Annotated[str, AfterValidator(_check_strategy)] = "attention_concentration"
+    name: TokenStrategyName = "attention_concentration"
     minimum: Number | None = Field(None, ge=0)
     maximum: Number = Field(1.0, gt=0)
     power: Literal[1, 2] = 1  # 1: weights r (the released code); 2: r^2 (the paper's text)
@@ -285,6 +250,12 @@ class Allocate(Section):
     generations: int = Field(50, ge=1)  # evolve
     offspring: int = Field(8, ge=1)
     seed: Seed = 0
+
+    @property
+    def reads_windows(self) -> bool:
+        """Whether the scores, or the search for widths, read calibration text."""
+        walked = ("layer_embedding_change", *MEASURED_SCORES)
+        return self.method == "evolve" or self.importance.base in walked
 
     @property
     def budget_bytes(self) -> int | None:

@@ -7,7 +7,7 @@ import pytest
 from compress.allocation import scores as layer_scores
 from compress.allocation.score_walk import ScoreWalk
 from compress.errors import UsageError
-from compress.models.skeleton import Skeleton
+from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import allocated_plan
 from compress.pipeline.run import run
 from support.mixed_widths import DEPTH
@@ -100,7 +100,7 @@ def test_activations_on_disk_go_when_the_scores_are_there(checkpoint, tmp_path):
     for offload in ("ram", "disk"):
         recipe = recipe_of(checkpoint, **section).with_changes(calibration={"offload": offload})
         work = tmp_path / offload
-        plan = allocated_plan(recipe, Skeleton(Path(recipe.model.path)), WINDOWS, work)
+        plan = allocated_plan(RunInputs.open(recipe), WINDOWS, work)
         found[offload] = plan.allocation
         assert files_in(work) == {"scores.json", "allocation.json"}
     assert found["ram"] == found["disk"]
@@ -108,7 +108,7 @@ def test_activations_on_disk_go_when_the_scores_are_there(checkpoint, tmp_path):
 
 def test_the_candidates_of_a_search_go_when_it_has_ended(checkpoint, tmp_path):
     recipe = recipe_of(checkpoint, **EVOLVE)
-    allocated_plan(recipe, Skeleton(Path(recipe.model.path)), WINDOWS, tmp_path)
+    allocated_plan(RunInputs.open(recipe), WINDOWS, tmp_path)
     assert files_in(tmp_path) == {"scores.json", "evolve.json", "allocation.json"}
 
 

@@ -10,7 +10,7 @@ import compress
 from compress.errors import UsageError
 from compress.pipeline.run import run
 from compress.recipe.recipe import shipped_folder
-from compress.recipe.sections import LAYER_STRATEGIES
+from compress.registry import LAYER_IMPORTANCE
 from compress.storage.safetensors import CheckpointReader
 from support.calling import pretend
 from support.mixed_widths import DEPTH, QUICK, plan_of, widths_in_file, with_budget
@@ -37,7 +37,7 @@ METHODS = ("top_n", "knapsack", "greedy", "evolve")
 SHORT = {"samples": 2, "generations": 1, "offspring": 2}
 
 
-@pytest.mark.parametrize("importance", LAYER_STRATEGIES)
+@pytest.mark.parametrize("importance", LAYER_IMPORTANCE.shipped)
 def test_every_score_with_every_method_is_planned_within_the_budget(deep, importance):
     for method, kind in zip(METHODS, ("average_bits", "budget") * 2, strict=True):
         widths = [4, 2] if method == "top_n" else [4, 3, 2]

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.allocation.score_walk import ScoreWalk, UnitModules
+from compress.allocation.allocators import Unit
+from compress.allocation.score_walk import ScoreWalk
 from compress.data.windows import CalibrationWindows
 from compress.errors import CompressError, RecipeError
 from compress.importance.layers import LAYER_IMPORTANCE
 from compress.models.skeleton import Skeleton
-from compress.pipeline.plan import storage_dtype
+from compress.pipeline.inputs import RunInputs
 from support.mixed_widths import plan_of, widths_in_file
 from support.tiny_checkpoints import (
     FAMILIES,
@@ -84,13 +85,15 @@ def walked(recipe, windows, widths, unit="layer", folder=None, divergence=False)
     spec = skeleton.spec
     groups = [spec.linears] if unit == "layer" else spec.groups
     units = [
-        UnitModules(f"{i} {group[0]}", i, {n: recipe.quantize.scheme_for(n) for n in names})
+        Unit(f"{i} {group[0]}", 1, {}, modules=tuple(names), layer=i)
         for i, group in itertools.product(range(skeleton.num_layers), groups)
         if (names := [f"{spec.layers}.{i}.{name}" for name in group])
     ]
-    storage = storage_dtype(recipe, skeleton)
-    walk = ScoreWalk(recipe, skeleton, windows, units, widths, folder, storage=storage)
-    return walk.run(errors=True, divergence=divergence), {u.name: list(u.schemes) for u in units}
+    section = recipe.allocate.model_copy(update={"widths": widths})
+    model = RunInputs.of(recipe, skeleton).rotated_model()
+    walk = ScoreWalk(section, recipe.quantize, model, windows, units, folder)
+    found = walk.run(errors=True, divergence=divergence)
+    return found, {unit.name: list(unit.modules) for unit in units}
 
 
 @pytest.mark.parametrize("rotate", ["none", "hadamard"])

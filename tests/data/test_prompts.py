@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.data.prompts import ImagePrompts, has_images, probe_prompt, recipe_data
+from compress.data.prompts import ImagePrompts, calibration_data, probe_prompt
+from compress.data.source import CalibrationSource, has_images
 from compress.data.windows import CalibrationWindows
 from compress.errors import CheckpointError, UsageError
 from compress.models.families import architecture_of
@@ -39,7 +40,9 @@ def recipe_of(folder, dataset, method="vflowopt", **calibration):
 
 
 def data_of(folder, dataset, **options):
-    return recipe_data(recipe_of(folder, dataset, **options), Skeleton(folder), calibrated=True)
+    skeleton = Skeleton(folder)
+    recipe = recipe_of(folder, dataset, **options)
+    return calibration_data(CalibrationSource.of(recipe, skeleton), skeleton)
 
 
 def test_prompts_are_drawn_from_the_seed_and_their_hash_tells_them_apart(folder, samples):
@@ -79,7 +82,9 @@ def test_text_stays_text(folder, tmp_path):
 def test_a_text_model_reads_no_images(checkpoint, samples):
     recipe = Recipe.from_dict({"calibration": {"dataset": str(samples), "length": 16}})
     with pytest.raises(UsageError, match="no text in field 'text'"):
-        recipe_data(recipe, Skeleton(checkpoint()), calibrated=True)
+        calibration_data(
+            CalibrationSource.of(recipe, Skeleton(checkpoint())), Skeleton(checkpoint())
+        )
 
 
 def test_a_prompt_beyond_the_context_is_refused(folder, samples, tmp_path):
@@ -134,14 +139,16 @@ def test_a_decoder_that_is_not_supported_is_named(folder):
 
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
 def test_one_layer_is_in_memory_and_the_tower_only_while_it_encodes(family, tmp_path):
-    from compress.models.vision import encode, vision_at_work, vision_tensors
+    from compress.models.vision import encode, vision_at_work
+    from compress.recipe.sections import Rotate
+    from compress.rotation.model import RotatedModel
 
     skeleton = Skeleton(tiny_folder(tmp_path / "model", family, noisy=True))
 
     def real():
         return {name for name, p in skeleton.model.named_parameters() if not p.is_meta}
 
-    tensors = vision_tensors(skeleton, None, lambda name, tensor: tensor)
+    tensors = RotatedModel(skeleton, Rotate(kind="none"), skeleton.dtype, "cpu").vision_tensors()
     table = skeleton.read(skeleton.spec.embedding)
     inputs = tiny_inputs(tiny_model(family))
     assert real() == set()

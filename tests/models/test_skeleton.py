@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.errors import CheckpointError, UsageError
-from compress.models.skeleton import Skeleton, local_folder
+from compress.models.pretrained import local_folder
+from compress.models.skeleton import Skeleton
 from support.tiny_checkpoints import (
     FAMILIES,
     HIDDEN,

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 import compress
 from compress.errors import CheckpointError
 from compress.models.skeleton import Skeleton
-from compress.models.vision import vision_at_work, vision_tensors
+from compress.models.vision import vision_at_work
 from compress.pipeline.run import Job, run
+from compress.recipe.sections import Rotate
+from compress.rotation.model import RotatedModel
 from support.tiny_models import LAYERS, tiny_inputs
 from support.tiny_recipes import BITS, HALF, images, recipe_of
 
@@ -98,7 +100,7 @@ def test_names_of_files_and_of_modules_lead_to_the_modules(folder_of, family):
 
 
 def test_the_self_check_catches_a_projector_that_was_not_rotated(folder_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.pipeline.run.vision_tensors", unrotated(vision_tensors))
+    monkeypatch.setattr(RotatedModel, "vision_tensors", unrotated)
     # What the walk sees is right; only what is written is not.
     monkeypatch.setattr(Job, "_vision_at_work", right_vision)
     with pytest.raises(CheckpointError, match="gives other logits than the model"):
@@ -106,13 +108,16 @@ def test_the_self_check_catches_a_projector_that_was_not_rotated(folder_of, tmp_
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def unrotated(make):
-    return lambda skeleton, residual, stored: make(skeleton, None, stored)
+ROTATED = RotatedModel.vision_tensors
+
+
+def unrotated(model):
+    plain = RotatedModel(model.skeleton, Rotate(kind="none"), model.dtype, model.device)
+    return ROTATED(plain)
 
 
 def right_vision(job):
-    tensors = vision_tensors(job.skeleton, job.layers.residual, job.layers.stored)
-    return vision_at_work(job.skeleton, tensors, job.device)
+    return vision_at_work(job.skeleton, ROTATED(job.model), job.model.device)
 
 
 def old_names(name):

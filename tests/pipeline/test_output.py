@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from compress.errors import CompressError, UsageError
-from compress.models.skeleton import Skeleton
-from compress.pipeline.output import WORK_FOLDER, assemble, check_output, publish
+from compress.pipeline.inputs import RunInputs
+from compress.pipeline.output import assemble
 from compress.pipeline.plan import make_plan
+from compress.storage.output_folder import WORK_FOLDER, check_output, publish
 from compress.storage.safetensors import save_tensors
 from support.tiny_checkpoints import every_file, read_tensors, recipe_for, weight_files
 
@@ -109,16 +110,16 @@ def test_config_is_there_only_while_all_else_is(tmp_path, monkeypatch):
 @pytest.fixture
 def assembled(checkpoint, press, tmp_path):
     """`assembled(change)`: assembles the tensors of a real run after `change(tensors)`."""
-    recipe, skeleton = recipe_for(checkpoint()), Skeleton(checkpoint())
+    recipe = recipe_for(checkpoint())
     published = press(recipe)
 
     def assembled(change=lambda tensors: None, final="final"):
         tensors = read_tensors(published)
         change(tensors)
         save_tensors(tmp_path / "part.safetensors", tensors)
-        plan = make_plan(recipe, skeleton)
+        inputs = RunInputs.open(recipe)
         parts = [tmp_path / "part.safetensors"]
-        assemble(tmp_path / final, parts, recipe, skeleton, plan, torch.float32)
+        assemble(tmp_path / final, parts, inputs, make_plan(inputs))
         return tmp_path / final
 
     assembled.published = published

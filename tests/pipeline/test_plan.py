@@ -9,6 +9,7 @@ from safetensors import safe_open
 from compress.errors import CheckpointError, UsageError
 from compress.loading.load import inspect
 from compress.models.skeleton import Skeleton
+from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import FIXED_MEMORY
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
@@ -16,7 +17,7 @@ from support.tiny_checkpoints import LAYERS, WINDOWS, recipe_for, write_checkpoi
 
 
 def plan_of(folder, **sections):
-    return make_plan(recipe_for(folder, **sections), Skeleton(folder))
+    return make_plan(RunInputs.of(recipe_for(folder, **sections), Skeleton(folder)))
 
 
 def bytes_of(folder) -> dict[str, int]:

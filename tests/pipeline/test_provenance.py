@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.models.skeleton import Skeleton
 from compress.pipeline import provenance
+from compress.pipeline.inputs import RunInputs
 from compress.pipeline.provenance import fingerprint, made_by
 from support.tiny_checkpoints import WINDOWS, all_count, random_ids, recipe_for, write_checkpoint
 
@@ -81,7 +82,7 @@ def test_equal_runs_have_one_fingerprint_and_others_have_their_own(
 ):
     def mark(changes=None, model=None, windows=WINDOWS, device="cpu"):
         changed = recipe.with_changes(**changes or {})
-        return fingerprint(changed, Skeleton(model or checkpoint()), windows, device)
+        return fingerprint(RunInputs.of(changed, Skeleton(model or checkpoint()), device), windows)
 
     same = [
         mark(),

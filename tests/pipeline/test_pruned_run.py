@@ -14,6 +14,7 @@ from compress.data.samples import read_samples
 from compress.errors import UsageError
 from compress.models.skeleton import Skeleton
 from compress.observer import Observer
+from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
 from compress.pruning.engine import prune_visual_tokens
@@ -133,7 +134,7 @@ def test_the_plan_foretells_what_pruning_costs(folder_of, samples, family):
     recipe = recipe_of(
         folder, calibration=images(samples, samples=1), quantize=BITS, prune_visual_tokens=HALF
     )
-    planned = make_plan(recipe, Skeleton(folder)).pruning
+    planned = make_plan(RunInputs.of(recipe, Skeleton(folder))).pruning
     model, processor = compress.load(folder)
     strategy = PruneStrategy.from_dict(planned["strategy"])
     with prune_visual_tokens(model, strategy, processor) as pruning, torch.no_grad():
@@ -146,7 +147,7 @@ def test_the_plan_foretells_what_pruning_costs(folder_of, samples, family):
 
 
 def problem_of(folder, **sections):
-    plan = make_plan(recipe_of(folder, **sections), Skeleton(folder))
+    plan = make_plan(RunInputs.of(recipe_of(folder, **sections), Skeleton(folder)))
     assert plan.problems and "\n" not in plan.problems[0]
     return plan.problems[0]
 

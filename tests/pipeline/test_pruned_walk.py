@@ -9,16 +9,18 @@ import torch
 
 import compress
 from compress.data.prompts import ImagePrompts
-from compress.models.skeleton import Skeleton
 from compress.observer import Observer
+from compress.pipeline.inputs import RunInputs
+from compress.pipeline.journal import Journal
 from compress.pipeline.plan import make_plan
-from compress.pipeline.run import Job, run
+from compress.pipeline.run import Job, RunLog, run, settle_pruning
 from compress.pruning.costs import PruningStats
 from compress.pruning.engine import prune_visual_tokens
 from compress.recipe.pruning import StrategySettings
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
 from compress.rotation.rotate import make_rotation
+from compress.storage.output_folder import WORK_FOLDER
 from support.tiny_folders import tiny_folder
 from support.tiny_models import LAYERS, tiny_inputs
 
@@ -78,12 +80,15 @@ def prompts_for(model):
 @torch.no_grad()
 def walked(recipe, data, output):
     """A run up to behind its last layer."""
-    skeleton = Skeleton.open(recipe.model_location())
-    plan = make_plan(recipe, skeleton)
+    inputs, log = RunInputs.open(recipe), RunLog(Observer())
+    plan = make_plan(inputs)
     assert not plan.problems
-    job = Job(recipe, skeleton, plan, output, "cpu", Observer())
-    job.open(True, False, data, "mark")
-    job.walk()
+    journal = Journal(output / WORK_FOLDER, "mark")
+    done = journal.open(resume=True)
+    pruning = settle_pruning(inputs, plan, journal, True, log)
+    job = Job(inputs, plan, data, journal, pruning, output, log)
+    job.start(done)
+    job.walk(done)
     return job
 
 

@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CompressedTensorsConfig
 
-from compress.data.windows import CalibrationWindows, recipe_windows
+from compress.data.prompts import calibration_data
+from compress.data.source import CalibrationSource
+from compress.data.windows import CalibrationWindows
 from compress.models.skeleton import Skeleton
 from compress.pipeline.run import run
 from compress.recipe.recipe import Recipe
-from compress.recipe.sections import TOKEN_STRATEGIES
+from compress.registry import TOKEN_IMPORTANCE
 from support.tiny_checkpoints import (
     FAMILIES,
     LAYERS,
@@ -337,7 +339,9 @@ def test_an_expanded_recipe_is_calibrated_on_its_windows_and_their_shifts(checkp
         recipe_for(checkpoint(), text, calibration={"expansion": expansion}) for expansion in (1, 3)
     ]
     plain, expanded = (weight_files(press(recipe, None)) for recipe in recipes)
-    drawn = recipe_windows(recipes[0], Skeleton(checkpoint()), calibrated=True)
+    drawn = calibration_data(
+        CalibrationSource.of(recipes[0], Skeleton(checkpoint())), Skeleton(checkpoint())
+    )
     shifts = [drawn.input_ids.roll(8 * k, dims=1) for k in range(3)]  # 24 tokens, a third each
     by_hand = torch.stack(shifts, dim=1).flatten(0, 1)
     assert expanded == weight_files(press(recipes[0], all_count(by_hand)))
@@ -367,7 +371,7 @@ def test_only_the_first_tokens_is_gptq_on_windows_that_end_there(checkpoint, pre
     assert (other == expected).double().mean() < 0.9
 
 
-@pytest.mark.parametrize("importance", TOKEN_STRATEGIES)
+@pytest.mark.parametrize("importance", TOKEN_IMPORTANCE.shipped)
 def test_what_stands_in_padding_changes_nothing(checkpoint, press, importance):
     """Windows end in 0 to 5 padding tokens; whatever they are, the bytes are the same, head too."""
     ids = WINDOWS.input_ids
@@ -406,7 +410,7 @@ def test_every_linear_is_fitted_to_what_the_quantised_ones_before_it_give(checkp
     assert all(torch.equal(third[name], plain[name]) for name in same)
 
 
-@pytest.mark.parametrize("importance", TOKEN_STRATEGIES)
+@pytest.mark.parametrize("importance", TOKEN_IMPORTANCE.shipped)
 def test_no_token_passes_a_linear_more_than_twice(checkpoint, press, importance):
     """Once for the layer itself, and where token importance has to look ahead."""
     tokens: Counter = Counter()  # counts by module; keeping them alive keeps them apart

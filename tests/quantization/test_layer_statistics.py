@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from compress.data.activations import ActivationStore
 from compress.importance.tokens import mean_one, normalise
 from compress.models.skeleton import Skeleton
-from compress.quantization.layer import TokenWeigher, run_layer, without
+from compress.quantization.layer import run_layer, without
+from compress.quantization.token_weights import TokenWeigher
+from compress.recipe.sections import TokenImportance
 from support.small_linears import second_moment
 from support.tiny_checkpoints import FAMILIES, load_whole, random_ids
 
@@ -268,7 +270,9 @@ SOME[0, 15:] = False
 def weighed(skeleton, layer, x, name, mask, minimum=0.01, power=1):
     """Token weights of the last layer for its input x [2, 24, d]."""
     counts = torch.bincount(IDS[mask], minlength=skeleton.config.vocab_size)
-    weigher = TokenWeigher(name, minimum, 1.0, power, [(IDS, mask)], counts)
+    weigher = TokenWeigher(
+        TokenImportance(name=name, minimum=minimum, power=power), [(IDS, mask)], counts
+    )
     inputs, window = skeleton.layer_inputs(LAST, x), skeleton.sliding_window(LAST)
     normed = layer.input_layernorm(x)
     return weigher.weights(0, x, normed, layer, skeleton.spec, inputs, window)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.quantization import refine as refining
-from compress.quantization.gptq import Levels, column_loop, nearest
+from compress.quantization.gptq import QuantizedColumns, column_loop, nearest
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import factor
 from compress.quantization.refine import refine
@@ -37,7 +37,7 @@ def drawn_weight() -> Tensor:
     return random_weight(N, K)
 
 
-def started(start, W, H, grid, group_size) -> Levels:
+def started(start, W, H, grid, group_size) -> QuantizedColumns:
     """Where the descent begins: [K, N], in the dtype of W."""
     Wt, importance = W.T.contiguous(), H.diagonal().to(W.dtype)
     if start == "rtn":

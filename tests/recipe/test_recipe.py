@@ -8,10 +8,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from compress.data.text import locate
 from compress.errors import RecipeError
 from compress.importance.tokens import TOKEN_IMPORTANCE
 from compress.recipe.recipe import Recipe, shipped_recipes
-from compress.recipe.sections import TOKEN_STRATEGIES, Quantize, matches
+from compress.recipe.sections import Quantize, matches
 from compress.scheme import Scheme
 
 EVERY_SECTION = """\
@@ -165,7 +166,7 @@ def test_clip_search_of_rtn_needs_no_data(write):
 
 
 def test_strategies_named_in_the_schema_are_those_registered():
-    assert set(TOKEN_STRATEGIES) == set(TOKEN_IMPORTANCE)
+    assert set(TOKEN_IMPORTANCE.shipped) == set(TOKEN_IMPORTANCE)
 
 
 def test_a_strategy_registered_elsewhere_can_be_named(monkeypatch):
@@ -409,7 +410,7 @@ def test_relative_paths_are_looked_up_from_here_the_recipe_and_its_parent(tmp_pa
 def test_a_dataset_name_is_never_taken_for_a_folder(tmp_path):
     (tmp_path / "c4").mkdir()
     (tmp_path / "r.yaml").write_text("name: r\n")
-    assert Recipe.load(tmp_path / "r.yaml").resolve_path("c4") == "c4"
+    assert locate(Recipe.load(tmp_path / "r.yaml"), "c4") == "c4"
 
 
 def test_shipped_paths_are_found_from_anywhere(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import pytest
 from compress.errors import RecipeError
 from compress.importance.layers import LAYER_IMPORTANCE
 from compress.recipe.recipe import Recipe
-from compress.recipe.sections import LAYER_STRATEGIES
 from support.calling import call, only_line
 
 # Each with what else the method asks for.
@@ -77,7 +76,7 @@ def test_a_budget_is_in_decimal_bytes(load, text, nbytes):
 
 
 def test_the_names_of_the_schema_are_those_of_the_registry():
-    assert set(LAYER_STRATEGIES) == set(LAYER_IMPORTANCE)
+    assert set(LAYER_IMPORTANCE.shipped) == set(LAYER_IMPORTANCE)
 
 
 def test_reverse_is_not_taken_for_a_measured_error(load):

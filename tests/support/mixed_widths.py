@@ -8,7 +8,8 @@ from pathlib import Path
 
 from compress.allocation.allocate import find_units
 from compress.models.skeleton import Skeleton
-from compress.pipeline.plan import allocated_plan, make_plan, storage_dtype
+from compress.pipeline.inputs import RunInputs
+from compress.pipeline.plan import allocated_plan, make_plan
 from support.tiny_checkpoints import WINDOWS, read_tensors, recipe_for
 
 DEPTH = 4
@@ -23,11 +24,11 @@ def with_budget(folder: Path, kind: str, share: float, **sections):
         value = min(widths) + share * (max(widths) - min(widths))
     else:
         skeleton = Skeleton(folder)
-        plan = make_plan(recipe, skeleton)
-        units = find_units(recipe, skeleton, plan.modules, storage_dtype(recipe, skeleton).itemsize)
+        inputs = RunInputs.of(recipe, skeleton)
+        plan, itemsize = make_plan(inputs), inputs.dtype.itemsize
+        units = find_units(recipe.allocate, recipe.quantize, skeleton, plan.modules, itemsize)
         least, most = (sum(f(u.bytes.values()) for u in units) for f in (min, max))
         free = {name for unit in units for name in unit.modules}
-        itemsize = storage_dtype(recipe, skeleton).itemsize
         own = sum(m.packed_bytes(itemsize) for m in plan.modules if m.name in free)
         value = f"{(plan.file_bytes - own + least + share * (most - least)) / 1000:.3f}KB"
     section = sections["allocate"] | {"average_bits": None, kind: value}
@@ -35,7 +36,7 @@ def with_budget(folder: Path, kind: str, share: float, **sections):
 
 
 def plan_of(recipe, windows=WINDOWS):
-    return allocated_plan(recipe, Skeleton(Path(recipe.model.path)), windows)
+    return allocated_plan(RunInputs.open(recipe), windows)
 
 
 def widths_in_file(folder: Path) -> dict[str, int]:

@@ -40,8 +40,8 @@ from compress.checkpoint.gguf.blocks import (
 from compress.checkpoint.gguf.settings import add_settings, checked_family, rope_factors
 from compress.checkpoint.gguf.vocabulary import Vocabulary, read_vocabulary
 from compress.errors import UsageError
-from compress.loading.load import guarded
 from compress.models.families import head_dim_of
+from compress.models.pretrained import guarded
 from compress.scheme import Scheme
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
-from compress.loading.load import TOKENIZER_FILES, guarded
+from compress.models.pretrained import TOKENIZER_FILES, guarded
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

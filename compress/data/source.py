@@ -1,0 +1,72 @@
+"""What a recipe's `calibration` section reads, settled once: where it lies and what it holds.
+
+source = CalibrationSource.of(recipe, skeleton)
+source.images, source.location
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from compress.data.samples import DEMO_SCENES
+from compress.data.text import locate
+from compress.models.skeleton import Skeleton
+from compress.recipe.recipe import Recipe
+from compress.recipe.sections import Calibration
+from compress.recipe.strategy import LANGUAGE_ATTENTION
+
+
+@dataclass(frozen=True)
+class CalibrationSource:
+    """Calibration data before it is read.
+
+    Attributes:
+        settings: the recipe's section.
+        used: whether the run reads it at all.
+        answers: whether a prompt's answer is read behind it: not where the prompt's last token
+            ranks the visual ones.
+        location: a name of DATASETS, a file's path or a hub id; RecipeError for a path that does
+            not exist.
+        images: whether it holds prompts with images, for a model that takes them.
+    """
+
+    settings: Calibration
+    used: bool
+    answers: bool
+    _recipe: Recipe
+    _sees: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, skeleton: Skeleton) -> "CalibrationSource":
+        """What the recipe's `calibration` section means for this model."""
+        pruning = recipe.prune_visual_tokens
+        method = pruning.strategy.method if pruning and pruning.strategy else None
+        return cls(
+            settings=recipe.calibration,
+            used=recipe.calibrates,
+            answers=method not in LANGUAGE_ATTENTION,
+            _recipe=recipe,
+            _sees=skeleton.spec.vision is not None,
+        )
+
+    @cached_property
+    def location(self) -> str:
+        return locate(self._recipe, self.settings.dataset)
+
+    @cached_property
+    def images(self) -> bool:
+        if not self._sees:
+            return False
+        dataset = self.settings.dataset
+        return dataset == DEMO_SCENES or (dataset.endswith(".jsonl") and has_images(self.location))
+
+
+def has_images(path: str | Path) -> bool:
+    """Whether the first line of a file of JSON lines is a prompt with an image."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            row = json.loads(next((line for line in file if line.strip()), "null"))
+    except (OSError, ValueError):  # who reads the whole file says what is wrong with it
+        return False
+    return isinstance(row, dict) and {"image", "prompt"} <= row.keys()

@@ -1,0 +1,138 @@
+"""The model that is quantised: the source with its norms fused and its weights rotated, if the
+recipe rotates, and otherwise the source itself. One layer is in memory at a time.
+
+    model = RotatedModel(skeleton, recipe.rotate, torch.bfloat16, "cpu")
+    x = model.embed(ids)                                 # [B, T, d]
+    with model.layer(0) as layer:
+        x = model.forward(layer, 0, x)
+    with model.logits() as head:
+        head(x)                                          # [B, T, V]
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import CompressError
+from compress.models.skeleton import Skeleton
+from compress.recipe.sections import Model, Rotate
+from compress.rotation.rotate import (
+    fuse_and_rotate_head,
+    fuse_and_rotate_layer,
+    head_rotation,
+    make_rotation,
+    rotate_embedding,
+    rotate_vision,
+)
+
+
+def storage_dtype(section: Model, skeleton: Skeleton) -> torch.dtype:
+    """The dtype of unquantised tensors and scales in the output."""
+    return skeleton.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+
+
+class RotatedModel:
+    """What the recipe's rotation makes of a source model, tensor by tensor.
+
+    Attributes:
+        residual, heads: the rotations R1 and R2, None where there are none.
+        dtype: of what stays unquantised, and of scales, in the output.
+        device: where layers are computed.
+    """
+
+    def __init__(self, skeleton: Skeleton, rotate: Rotate, dtype: torch.dtype, device: str):
+        self.skeleton, self.spec = skeleton, skeleton.spec
+        self.dtype, self.device = dtype, device
+        self.residual = make_rotation(rotate.kind, skeleton.config.hidden_size, rotate.seed)
+        self.heads = head_rotation(rotate.kind, skeleton.head_dim, rotate.seed)
+
+    def stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor in the dtype of the output; CompressError where its values do not fit."""
+        stored = tensor.to(self.dtype)
+        if not stored.isfinite().all():
+            raise CompressError(
+                f"{name}: its values (up to {tensor.abs().max():.3g}) do not fit in "
+                f"{str(self.dtype).removeprefix('torch.')}: choose another model.dtype"
+            )
+        return stored
+
+    # ---- tensors --------------------------------------------------------------------------------
+
+    def embedding(self, dtype: torch.dtype) -> Tensor:
+        """The table [V, d]: in `dtype` where it is rotated, else as the source has it."""
+        table = self.skeleton.read(self.spec.embedding)
+        if self.residual is None:
+            return table
+        return rotate_embedding(table, self.residual, dtype=dtype)
+
+    def layer_tensors(self, index: int) -> dict[str, Tensor]:
+        """A decoder layer's tensors by their names inside it; what is rotated is fp64."""
+        tensors = self.skeleton.read_layer(index)
+        if self.residual is None:
+            return tensors
+        return fuse_and_rotate_layer(
+            tensors, self.spec, self.residual, self.heads, self.skeleton.head_dim
+        )
+
+    def head(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The head's weight [V, d], in `dtype` where it is rotated, and the final norm's gamma."""
+        spec, skeleton = self.spec, self.skeleton
+        gamma = skeleton.read(spec.final_norm)
+        weight = skeleton.read(spec.embedding if skeleton.tied else spec.head)
+        if self.residual is None:
+            return weight, gamma
+        weight = fuse_and_rotate_head(weight, gamma, self.residual, dtype=dtype)
+        return weight, torch.ones_like(gamma)
+
+    def vision_tensors(self) -> dict[str, Tensor]:
+        """The tower's and the projector's tensors by their modules' names, as they are stored.
+
+        They stay in 16 bits. Where the residual stream is rotated, so is what enters it here: the
+        last linear of the projector and the newline vectors.
+        """
+        assert self.spec.vision is not None
+        names = self.skeleton.vision_names()
+        tensors = {name: self.skeleton.reader.tensor(name) for name in names}
+        if self.residual is not None:
+            tensors = rotate_vision(tensors, self.spec.vision, self.residual)
+        return {name: self.stored(name, tensor) for name, tensor in tensors.items()}
+
+    # ---- at work --------------------------------------------------------------------------------
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, d] in fp32."""
+        return self.embedding(torch.float32)[ids].float()
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """The decoder layer in fp32; empty again on leaving."""
+        tensors = self.layer_tensors(index)
+        for name in list(tensors):
+            tensors[name] = tensors[name].float()
+        with self.skeleton.layer(index, tensors, self.device) as layer:
+            yield layer
+
+    def forward(self, layer: nn.Module, index: int, x: Tensor) -> Tensor:
+        """[B, T, d] -> [B, T, d]."""
+        y = layer(x, **self.skeleton.layer_inputs(index, x))
+        return y[0] if isinstance(y, tuple) else y
+
+    @contextmanager
+    def final_norm(self, gamma: Tensor) -> Iterator[nn.Module]:
+        """The norm before the head with this weight, in fp32; empty again on leaving."""
+        norm = self.skeleton.model.get_submodule(self.spec.final_norm)
+        norm.load_state_dict({"weight": gamma.to(self.device, torch.float32)}, assign=True)
+        try:
+            yield norm
+        finally:
+            norm.to("meta")
+
+    @contextmanager
+    def logits(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What turns the last layer's output [..., d] into logits [..., V]."""
+        weight, gamma = self.head(torch.float32)
+        weight = weight.to(self.device, torch.float32)
+        with self.final_norm(gamma) as norm:
+            yield lambda x: norm(x) @ weight.T
