@@ -22,12 +22,12 @@ import os
 import torch
 from torch import Tensor
 
-from compress.kernels.codes import KernelWeight
+from compress.kernels.codes import butterfly_size
 from compress.kernels.cpu.integers import integers_matmul
 from compress.kernels.cpu.weight import INTEGER_KINDS, CpuWeight, native
+from compress.kernels.gpu.layout import KernelWeight
 
 BITS = range(2, 9)
-LARGEST_POWER = 1 << 15  # of butterflies: one program holds them in registers
 
 
 # ---- tokens -------------------------------------------------------------------------------------
@@ -75,23 +75,6 @@ def _quantize_tokens(
 @_quantize_tokens.register_fake
 def _(x, factors, power, bits, full_range):
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-def butterfly_size(n: int, factors: tuple[Tensor, ...]) -> int:
-    """The power of two that Hadamard factors [f, f] leave of n, for butterflies to transform.
-
-    Raises ValueError where the orders do not divide n, or leave no power of two.
-    """
-    orders = [len(factor) for factor in factors]
-    power = n
-    for order in orders:
-        power = power // order if power % order == 0 else 0
-    if power < 1 or power & (power - 1) or power > LARGEST_POWER:
-        raise ValueError(
-            f"a transform of size {n} expected factors that leave a power of two up to "
-            f"{LARGEST_POWER}, found orders {orders}"
-        )
-    return power
 
 
 def _has_kernels(x: Tensor) -> bool:

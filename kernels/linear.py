@@ -18,8 +18,9 @@ from compress.kernels.activations import (
     integer_matmul,
     quantize_tokens,
 )
-from compress.kernels.codes import Codes, KernelWeight, pack_kernel, unpack_kernel
+from compress.kernels.codes import Codes
 from compress.kernels.cpu.weight import CpuWeight, cpu_matmul, pack_cpu, pack_integers, unpack_cpu
+from compress.kernels.gpu.layout import KernelWeight, pack_kernel, unpack_kernel
 from compress.kernels.reference import dequantize
 
 BUFFERS = {

@@ -27,8 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from compress.kernels.codes import block_columns
 from compress.kernels.gpu import triton_kernels as kernels
+from compress.kernels.gpu.layout import block_columns
 from compress.kernels.gpu.matmul import EXACT_ROWS, table_for, tile_constants, weight_constants
 from compress.kernels.gpu.occupancy import SharedMemory, programs_beside, stages
 from compress.kernels.gpu.tuning import Tiles

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from compress.kernels.activations import butterfly_size
+from compress.kernels.codes import butterfly_size
 from compress.kernels.gpu import triton_activations as kernels
 from compress.kernels.gpu.matmul import check_launch, on_its_device
 from compress.kernels.gpu.triton_kernels import FIXED_OPTIONS

@@ -8,9 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
-from compress.kernels.codes import KernelWeight, block_columns, check_integer_sums
+from compress.kernels.codes import check_integer_sums
 from compress.kernels.gpu import triton_activations as kernels
 from compress.kernels.gpu.hadamard import hadamard_
+from compress.kernels.gpu.layout import KernelWeight, block_columns
 from compress.kernels.gpu.matmul import (
     MMA_TABLE,
     SMALLEST_CHUNK,

@@ -30,9 +30,9 @@ import torch
 import triton
 from torch import Tensor
 
-from compress.kernels.codes import KernelWeight, block_columns
 from compress.kernels.gpu import triton_kernels as kernels
 from compress.kernels.gpu import tuning
+from compress.kernels.gpu.layout import KernelWeight, block_columns
 from compress.kernels.gpu.occupancy import (
     LARGEST_CHUNK,
     ceil_div,

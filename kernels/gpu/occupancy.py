@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from compress.kernels.codes import WORDS, KernelWeight, block_columns
+from compress.kernels.gpu.layout import WORDS, KernelWeight, block_columns
 from compress.kernels.gpu.tuning import Tiles
 
 # Warps for each multiprocessor that splitting aims at: enough loads in flight to hide latency.

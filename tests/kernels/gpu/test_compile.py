@@ -7,7 +7,6 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from compress.kernels.codes import block_columns  # noqa: E402
 from compress.kernels.gpu import triton_activations as activations  # noqa: E402
 from compress.kernels.gpu import triton_kernels as kernels  # noqa: E402
 from compress.kernels.gpu.compiled import (  # noqa: E402
@@ -18,6 +17,7 @@ from compress.kernels.gpu.compiled import (  # noqa: E402
     scheme_constants,
 )
 from compress.kernels.gpu.integer_launch import TILES  # noqa: E402
+from compress.kernels.gpu.layout import block_columns  # noqa: E402
 from compress.kernels.gpu.matmul import (  # noqa: E402
     EXACT_ROWS,
     FP32_TABLE,
