@@ -257,8 +257,8 @@ def _packed(codes: "Codes", dtype: torch.dtype, clock: Clock) -> Contender:
         weight: KernelWeight | CpuWeight = pack_kernel(codes)
         from compress.kernels.gpu.matmul import quantized_matmul as multiply
     else:
-        from compress.kernels.cpu.weight import cpu_matmul as multiply
-        from compress.kernels.cpu.weight import pack_cpu
+        from compress.kernels.cpu.products import cpu_matmul as multiply
+        from compress.kernels.cpu.products import pack_cpu
 
         weight = pack_cpu(codes, dtype)
     copies = _copies(weight, clock)
@@ -279,7 +279,7 @@ def _copies(weight: Any, clock: Clock) -> list[Any]:
 def _integers(codes: "Codes", bits: int, clock: Clock) -> Contender:
     """Each token of x rounded to `bits` bits, and a product of integers."""
     from compress.kernels.activations import integer_matmul, quantize_tokens
-    from compress.kernels.cpu.weight import pack_integers
+    from compress.kernels.cpu.products import pack_integers
     from compress.kernels.gpu.layout import pack_kernel
 
     weight = (pack_kernel if clock.device.type == "cuda" else pack_integers)(codes)

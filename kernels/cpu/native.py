@@ -2,7 +2,8 @@
 
 The first product on a CPU looks for a C++ compiler ($CXX, g++, clang++, c++), compiles once (some
 seconds) with -march=native, and keeps the library in the user's cache; later processes load it.
-Where there is none, cpu.py takes torch's operators, which are slower, and a warning says so once.
+Where there is none, torch's operators run, which are slower, and a warning says so once
+(products.py).
 MODELPRESS_NATIVE=0 keeps the compiler out of it.
 
     library = kernels()                # None: `reason()` says why
@@ -32,12 +33,20 @@ from compress.kernels.user_cache import cache_directory
 HERE = Path(__file__).parent
 SOURCES = (HERE / "tiles.cpp", HERE / "quads.cpp")
 HEADERS = (HERE / "vectors.h",)
-# Products and sums may fuse: fewer roundings, and what the figures in the docs were taken with.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared",
-         "-Wno-psabi", "-Wno-unknown-pragmas")  # fmt: skip
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    # Products and sums may fuse: fewer roundings, and what the figures in the docs were taken with.
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-shared",
+    "-Wno-psabi",
+    "-Wno-unknown-pragmas",
+)
 OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
 COMPILE_SECONDS = 120
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in tiles.cpp
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in vectors.h
 TILE = 64  # outputs
 LANES = 16  # outputs that lie next to each other in a tile
 QUAD = 4  # inputs
@@ -236,9 +245,8 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    return "".join(dict.fromkeys(
-        line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))
-    ))  # fmt: skip
+    names = ("flags", "Features", "model name", "CPU part")
+    return "".join(dict.fromkeys(line for line in lines if line.startswith(names)))
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from support.weights import random_weight, relative_error
 pytest.importorskip("triton")
 
 from compress.kernels.activations import integer_matmul, quantize_tokens
-from compress.kernels.cpu.weight import pack_integers
+from compress.kernels.cpu.products import pack_integers
 from compress.kernels.gpu import tuning
 from compress.kernels.gpu.hadamard import hadamard_
 from compress.kernels.gpu.layout import pack_kernel
