@@ -73,7 +73,7 @@ class QuantLinear(nn.Module):
 
     def packed_weight(self) -> KernelWeight | CpuWeight:
         """The weight in the layout of its device; it shares the module's memory."""
-        tensors = {name: getattr(self, name) for name in self._tensors}
+        tensors = {name: self._buffers[name] for name in self._tensors}
         return self._layout(**tensors, **self._facts)
 
     def codes(self) -> Codes:
