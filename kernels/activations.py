@@ -144,9 +144,17 @@ def integer_matmul(
     rows, scales = values.reshape(-1, K).contiguous(), token_scale.reshape(-1).contiguous()
     if isinstance(weight, KernelWeight):
         y = _integer_matmul(
-            rows, scales, weight.words, weight.high, weight.scale, weight.zero, bias,
-            weight.bits, weight.group_size or 0, dtype,
-        )  # fmt: skip
+            rows,
+            scales,
+            weight.words,
+            weight.high,
+            weight.scale,
+            weight.zero,
+            bias,
+            weight.bits,
+            weight.group_size or 0,
+            dtype,
+        )
     else:
         y = weight.matmul(rows, scales, bias, dtype)
     return y.view(*values.shape[:-1], y.shape[-1])

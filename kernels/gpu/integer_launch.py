@@ -59,11 +59,19 @@ def launch_quantize(
         x = hadamard_(x.contiguous().clone(), tuple(factors), butterflies=False)
     x = x if x.stride(-1) == 1 else x.contiguous()
     kernels.quantize_kernel[(M,)](
-        x, values, scale, K, x.stride(0), power**-0.5,
-        STEPS=steps, HALF=half, SIZE=size, LOG=power.bit_length() - 1,
+        x,
+        values,
+        scale,
+        K,
+        x.stride(0),
+        power**-0.5,
+        STEPS=steps,
+        HALF=half,
+        SIZE=size,
+        LOG=power.bit_length() - 1,
         num_warps=min(16, max(1, size // 512)),
         **FIXED_OPTIONS,
-    )  # fmt: skip
+    )
     return values, scale
 
 
