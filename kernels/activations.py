@@ -11,10 +11,10 @@ then lies between two integers, and its last bit decides.
 
 The inner sum is exact, so the only error of y beyond the rounding of q and of the result is that of
 fp32 scales and sums. On a GPU, rotation and rounding are one pass, and int8 tensor cores multiply
-weights that stay packed (integer_launch.py, Triton); CPUs: cpu_integers.py.
+weights that stay packed (gpu/integer_launch.py, Triton); CPUs: cpu/integers.py.
 
     q, a = quantize_tokens(x, bits=4, factors=())
-    y = integer_matmul(q, a, weight, bias, dtype=x.dtype)  # of pack_kernel, or cpu.pack_integers
+    y = integer_matmul(q, a, weight, bias, dtype=x.dtype)  # of pack_kernel, or pack_integers
 """
 
 import os
@@ -22,12 +22,12 @@ import os
 import torch
 from torch import Tensor
 
-from compress.kernels.codes import KernelWeight
-from compress.kernels.cpu.integers import integers_matmul
-from compress.kernels.cpu.weight import INTEGER_KINDS, CpuWeight, native
+from compress.kernels.codes import butterfly_size
+from compress.kernels.cpu import native
+from compress.kernels.cpu.weight import CpuWeight, IntegerWeight
+from compress.kernels.gpu.layout import KernelWeight
 
 BITS = range(2, 9)
-LARGEST_POWER = 1 << 15  # of butterflies: one program holds them in registers
 
 
 # ---- tokens -------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def _quantize_tokens(
         h = _transform(x, factors, power) if factors or power > 1 else x
         library = native.kernels() if h.device.type == "cpu" and h.dtype in native.KINDS else None
         return (library.round_tokens if library else _round_tokens)(h, steps, half)
-    from compress.kernels.gpu.integer_launch import launch_quantize
+    from compress.kernels.gpu.integer_launch import launch_quantize  # needs triton, CPUs do not
 
     return launch_quantize(x, factors, power, steps, half)
 
@@ -75,23 +75,6 @@ def _quantize_tokens(
 @_quantize_tokens.register_fake
 def _(x, factors, power, bits, full_range):
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-def butterfly_size(n: int, factors: tuple[Tensor, ...]) -> int:
-    """The power of two that Hadamard factors [f, f] leave of n, for butterflies to transform.
-
-    Raises ValueError where the orders do not divide n, or leave no power of two.
-    """
-    orders = [len(factor) for factor in factors]
-    power = n
-    for order in orders:
-        power = power // order if power % order == 0 else 0
-    if power < 1 or power & (power - 1) or power > LARGEST_POWER:
-        raise ValueError(
-            f"a transform of size {n} expected factors that leave a power of two up to "
-            f"{LARGEST_POWER}, found orders {orders}"
-        )
-    return power
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -151,7 +134,7 @@ def integer_matmul(
             f"{token_scale.dtype} {list(token_scale.shape)}"
         )
     if isinstance(weight, CpuWeight):
-        if weight.kind not in INTEGER_KINDS:
+        if not isinstance(weight, IntegerWeight):
             raise ValueError("this weight was packed for activations in floats, not in int8")
         for what, given in (("values", values), ("scales", token_scale)):
             if given.device != weight.packed.device:  # its address would be read as one of here
@@ -161,14 +144,19 @@ def integer_matmul(
     rows, scales = values.reshape(-1, K).contiguous(), token_scale.reshape(-1).contiguous()
     if isinstance(weight, KernelWeight):
         y = _integer_matmul(
-            rows, scales, weight.words, weight.high, weight.scale, weight.zero, bias,
-            weight.bits, weight.group_size or 0, dtype,
-        )  # fmt: skip
+            rows,
+            scales,
+            weight.words,
+            weight.high,
+            weight.scale,
+            weight.zero,
+            bias,
+            weight.bits,
+            weight.group_size or 0,
+            dtype,
+        )
     else:
-        y = integers_matmul(
-            rows, scales, weight.packed, weight.scale, weight.zero, bias,
-            weight.bits, weight.group_size or 0, dtype,
-        )  # fmt: skip
+        y = weight.matmul(rows, scales, bias, dtype)
     return y.view(*values.shape[:-1], y.shape[-1])
 
 
@@ -186,7 +174,7 @@ def _integer_matmul(
     dtype: torch.dtype,
 ) -> Tensor:
     """int8 [M, K] -> [M, N]; group_size 0 is one scale per output."""
-    from compress.kernels.gpu.integer_launch import launch_product
+    from compress.kernels.gpu.integer_launch import launch_product  # needs triton, CPUs do not
 
     weight = KernelWeight(words, high, scale, zero, bits, group_size or None, values.shape[1])
     return launch_product(values, token_scale, weight, bias, dtype)

@@ -1,39 +1,21 @@
-"""From the layouts of checkpoint files to the layout that kernels read, exact both ways.
+"""A quantised weight as codes, one byte each: between checkpoint files and the layouts of kernels.
 
-    file tensors  <->  Codes (one byte per weight)  <->  KernelWeight (int32 words)
+    file tensors  <->  Codes  <->  KernelWeight (gpu/layout.py), CpuWeight (cpu/weight.py)
 
 A weight of N outputs and K inputs is w = (c - z) * s, with unsigned codes c of b bits, one scale s
-and zero point z for each output and each group of `group_size` inputs. Files: compressed-tensors
-`pack-quantized` and GPTQ in versions 1 and 2 (packing.py says how the bits lie).
+and zero point z for each output and each group of `group_size` inputs. A symmetric weight,
+z = 2^(b-1) everywhere, has no zero tensor. Every step is exact both ways.
 
-Kernel layout: what a thread of a tensor-core product multiplies lies in its own words, so that
-codes go from memory to the product through registers alone. In a product of 16 x 16 weights, lane
-4n + q of a warp holds inputs 2q, 2q + 1, 2q + 8, 2q + 9 of outputs n and n + 8 (PTX ISA, fragments
-of mma.m16n8k16 and of wgmma). Inputs are cut into blocks of 16 * E, E = 32 // b codes to a word:
-
-    words [blocks, N, 16] int32:   bits [b*t + 16*e, ...) of words[i, n, 4*q + 2*h + j] are the code
-                                   of output n and input (16*i) * E + 32*t + 16*h + 8*j + 2*q + e
-
-with t < E / 2, q < 4 and bits h, j, e. So a thread's share of a block is 16 bytes of each of its
-outputs, the outputs of a tile follow each other without gaps, the same shift of a whole tile gives
-32 neighbouring inputs, and a mask leaves the codes of two neighbours where a register of two 16-bit
-floats has them. 3 bits do not divide a word: they are a plane of 2 bits, laid out as above with
-E = 16, and one of 1 bit,
-
-    high  [blocks, N, 8] int32:    bit 4*(t // 2) + 2*j + t % 2 + 16*e of high[i, n, 2*q + h]
-
-which one shift and one mask move to where four bits hold a code.
-
-Columns beyond K are 0 and meet no input. A symmetric weight, z = 2^(b-1) everywhere, has no zero
-tensor. Act-order permutes inputs: they are sorted by group, and `order` says which input each
+Files: compressed-tensors `pack-quantized` and GPTQ in versions 1 and 2 (packing.py says how the
+bits lie). Act-order permutes inputs: they are sorted by group, and `order` says which input each
 column takes.
 
-    weight = pack_kernel(read_compressed_tensors(tensors, bits=3, group_size=128))
+    weight = read_compressed_tensors(tensors, bits=3, group_size=128)
 """
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -44,11 +26,25 @@ from compress.kernels.packing import pack_rows, packed_columns, unpack_rows
 WIDTHS = (2, 3, 4, 8)
 LEAST_GROUP = 16  # the least depth of a tensor-core product: groups are multiples of it
 LONGEST = 1 << 16  # inputs of a group of integer products: 2^15 * LONGEST is what an int32 holds
-WORDS = 16  # of an output and a block: 4 lanes have 16 bytes each
+LARGEST_POWER = 1 << 15  # of butterflies: one program of a GPU holds them in registers
 
 
 @dataclass(frozen=True)
-class Codes:
+class TensorRecord:
+    """A frozen dataclass of tensors, any of which may be None, and facts about them."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in tensors_of(self).values())
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same record with its tensors on another device."""
+        return replace(self, **{name: t.to(device) for name, t in tensors_of(self).items()})
+
+
+@dataclass(frozen=True)
+class Codes(TensorRecord):
     """A quantised weight, one byte per code.
 
     codes uint8 [N, K]; scale [N, G] in the file's dtype; zero uint8 [N, G], None if symmetric;
@@ -63,56 +59,11 @@ class Codes:
     group_size: int | None
     order: Tensor | None = None
 
-    def to(self, device: torch.device | str) -> "Codes":
-        """The same weight on another device."""
-        return replace(self, **{name: t.to(device) for name, t in tensors_of(self).items()})
 
-
-@dataclass(frozen=True)
-class KernelWeight:
-    """A quantised weight as kernels read it; the tensors are described at the file's head.
-
-    scale [G, N] and zero uint8 [G, N].
-    """
-
-    words: Tensor
-    high: Tensor | None
-    scale: Tensor
-    zero: Tensor | None
-    bits: int
-    group_size: int | None
-    columns: int
-    order: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Outputs and inputs, [N, K]."""
-        return self.words.shape[1], self.columns
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.nbytes for t in tensors_of(self).values())
-
-    def to(self, device: torch.device | str) -> "KernelWeight":
-        """The same weight on another device."""
-        return replace(self, **{name: t.to(device) for name, t in tensors_of(self).items()})
-
-
-def tensors_of(weight: Any) -> dict[str, Tensor]:
-    """The tensors among a dataclass's fields, by name."""
+def tensors_of(weight: TensorRecord) -> dict[str, Tensor]:
+    """The tensors among a dataclass's fields, by name; those that are None are left out."""
     values = {field.name: getattr(weight, field.name) for field in fields(weight)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-
-def block_columns(bits: int) -> int:
-    """Inputs in one block of the kernel layout: 64, 128, 256, 256 for 8, 4, 3, 2 bits."""
-    return WORDS * (32 // word_bits(bits))
-
-
-def word_bits(bits: int) -> int:
-    """Bits of a code that lie in `words`: all, or 2 of 3."""
-    return 2 if bits == 3 else bits
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -128,7 +79,7 @@ def read_compressed_tensors(
     a width other than 2 to 8, and a group size that is no multiple of 16. Kernels run 5, 6 and 7
     bits after `with_bits(codes, 8)`.
     """
-    _check_scheme(bits, group_size, name, FILE_WIDTHS)
+    check_scheme(bits, group_size, name, FILE_WIDTHS)
     packed, scale = _take(tensors, "weight_packed", name), _take(tensors, "weight_scale", name)
     N, K = _take(tensors, "weight_shape", name).tolist()
     G = group_count(K, group_size)
@@ -195,7 +146,7 @@ def read_gptq(
     2^(bits-1) are dropped. Raises ValueError as `read_compressed_tensors` does, and for 5 to 7
     bits, which readers of this format store in ways of their own.
     """
-    _check_scheme(bits, group_size, name)
+    check_scheme(bits, group_size, name)
     if version not in (1, 2):
         raise ValueError(f"{name}: GPTQ has versions 1 and 2, found {version}")
     qweight, qzeros = _take(tensors, "qweight", name), _take(tensors, "qzeros", name)
@@ -256,10 +207,9 @@ def concatenate(weights: Sequence[Codes]) -> Codes:
     if widths, group sizes, inputs or their orders differ.
     """
     first = weights[0]
+    facts = (first.bits, first.group_size, first.codes.shape[1])
     for other in weights[1:]:
-        same = (first.bits, first.group_size, first.codes.shape[1]) == (
-            other.bits, other.group_size, other.codes.shape[1],
-        )  # fmt: skip
+        same = facts == (other.bits, other.group_size, other.codes.shape[1])
         orders = [w.order for w in (first, other) if w.order is not None]
         if not same or len(orders) == 1 or (orders and not torch.equal(*orders)):
             raise ValueError(
@@ -283,76 +233,11 @@ def concatenate(weights: Sequence[Codes]) -> Codes:
     return replace(first, codes=codes, scale=scale, zero=zero)
 
 
-# ---- the kernel layout --------------------------------------------------------------------------
-
-
-def pack_kernel(weight: Codes) -> KernelWeight:
-    """The kernel layout of a weight, on the device that holds it."""
-    _check_scheme(weight.bits, weight.group_size, "weight")
-    codes, bits = weight.codes, weight.bits
-    N, K = codes.shape
-    part, size = word_bits(bits), block_columns(bits)
-    codes = torch.nn.functional.pad(codes, (0, -K % size))
-    # [N, blocks, t, h, j, q, e]
-    fields = codes.view(N, -1, 16 // part, 2, 2, 4, 2).transpose(0, 1)
-    high = None
-    if bits == 3:
-        # [blocks, N, t // 2, t % 2, h, j, q, e] -> [blocks, N, q, h, e, t // 2, j, t % 2]
-        thirds = (fields >> 2).unflatten(2, (4, 2)).permute(0, 1, 6, 4, 7, 2, 5, 3)
-        high = _gather_words(thirds.reshape(-1, N, 8, 32), 1)
-    low = (fields & (2**part - 1)).permute(0, 1, 5, 3, 4, 6, 2)  # [blocks, N, q, h, j, e, t]
-    return KernelWeight(
-        words=_gather_words(low.reshape(-1, N, WORDS, 32 // part), part),
-        high=high,
-        scale=weight.scale.T.contiguous(),
-        zero=None if weight.zero is None else weight.zero.T.contiguous(),
-        bits=bits,
-        group_size=weight.group_size,
-        columns=K,
-        order=weight.order,
-    )
-
-
-def unpack_kernel(weight: KernelWeight) -> Codes:
-    """The inverse of `pack_kernel`."""
-    N, K = weight.shape
-    part = word_bits(weight.bits)
-    blocks = len(weight.words)
-    low = _scatter_words(weight.words, part).view(blocks, N, 4, 2, 2, 2, 16 // part)
-    fields = low.permute(1, 0, 6, 3, 4, 2, 5)  # [N, blocks, t, h, j, q, e]
-    if weight.high is not None:
-        thirds = _scatter_words(weight.high, 1).view(blocks, N, 4, 2, 2, 4, 2, 2)
-        fields = fields | thirds.permute(1, 0, 5, 7, 3, 6, 2, 4).flatten(2, 3) << 2
-    return Codes(
-        codes=fields.reshape(N, -1)[:, :K].contiguous(),
-        scale=weight.scale.T.contiguous(),
-        zero=None if weight.zero is None else weight.zero.T.contiguous(),
-        bits=weight.bits,
-        group_size=weight.group_size,
-        order=weight.order,
-    )
-
-
-def _gather_words(fields: Tensor, bits: int) -> Tensor:
-    """uint8 [..., 32 // bits], field i at bits [bits*i, ...), -> int32 [...]."""
-    words = torch.zeros_like(fields[..., 0], dtype=torch.int64)
-    for i in range(fields.shape[-1]):
-        words |= fields[..., i].to(torch.int64) << (bits * i)
-    # the low half: a cast of 2^31 or more is undefined
-    return words.view(torch.int32)[..., ::2].contiguous()
-
-
-def _scatter_words(words: Tensor, bits: int) -> Tensor:
-    """The inverse of `_gather_words`: uint8 [..., 32 // bits]."""
-    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
-    return ((words[..., None] >> shifts) & (2**bits - 1)).to(torch.uint8)
-
-
 # ---- checks -------------------------------------------------------------------------------------
 
 
 def group_count(columns: int, group_size: int | None) -> int:
-    """Scales of one output."""
+    """Counts the groups G of one output, which has a scale for each."""
     return 1 if group_size is None else -(-columns // group_size)
 
 
@@ -384,9 +269,31 @@ def check_integer_sums(columns: int, group_size: int | None) -> None:
         )
 
 
-def _check_scheme(
+def butterfly_size(n: int, factors: tuple[Tensor, ...]) -> int:
+    """The power of two that Hadamard factors [f, f] leave of n, for butterflies to transform.
+
+    Raises ValueError where the orders do not divide n, leave no power of two, or leave one above
+    2^15.
+    """
+    orders = [len(factor) for factor in factors]
+    power = n
+    for order in orders:
+        power = power // order if power % order == 0 else 0
+    if power < 1 or power & (power - 1) or power > LARGEST_POWER:
+        raise ValueError(
+            f"a transform of size {n} expected factors that leave a power of two up to "
+            f"{LARGEST_POWER}, found orders {orders}"
+        )
+    return power
+
+
+def check_scheme(
     bits: int, group_size: int | None, name: str, widths: Container[int] = WIDTHS
 ) -> None:
+    """Refuses a width that is none of `widths`, and groups that are no multiple of 16 inputs.
+
+    Raises ValueError, naming the module `name`.
+    """
     if bits not in widths:
         expected = "2, 3, 4 and 8" if widths == WIDTHS else "2 to 8"
         raise ValueError(f"{name}: expected {expected} bits, found {bits}: load it unpacked")

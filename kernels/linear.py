@@ -8,24 +8,21 @@ device repacks, which is exact: codes, scales and zero points are the same befor
     layer.dequantize()                # the weight [N, K], dense
 """
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from compress.kernels.activations import (
-    BITS,
-    integer_matmul,
-    quantize_tokens,
-)
-from compress.kernels.codes import Codes, KernelWeight, pack_kernel, unpack_kernel
-from compress.kernels.cpu.weight import CpuWeight, cpu_matmul, pack_cpu, pack_integers, unpack_cpu
+from compress.kernels.activations import BITS, integer_matmul, quantize_tokens
+from compress.kernels.codes import Codes
+from compress.kernels.cpu.products import cpu_matmul, pack_cpu, pack_integers
+from compress.kernels.cpu.weight import CpuWeight
+from compress.kernels.gpu.layout import KernelWeight, pack_kernel, unpack_kernel
 from compress.kernels.reference import dequantize
 
-BUFFERS = {
-    KernelWeight: ("words", "high", "scale", "zero", "order"),
-    CpuWeight: ("packed", "scale", "zero", "order"),
-}
+BUFFERS = ("words", "high", "packed", "scale", "zero", "order")  # of any layout
 
 
 class QuantLinear(nn.Module):
@@ -68,7 +65,7 @@ class QuantLinear(nn.Module):
             values, scale = quantize_tokens(x, self.activation_bits, full_range=True)
             return integer_matmul(values, scale, weight, self.bias, x.dtype)
         if isinstance(weight, KernelWeight):
-            from compress.kernels.gpu.matmul import quantized_matmul
+            from compress.kernels.gpu.matmul import quantized_matmul  # needs triton, CPUs do not
 
             return quantized_matmul(x, weight, self.bias)
         y = cpu_matmul(x.reshape(-1, x.shape[-1]), weight, self.bias)
@@ -76,13 +73,13 @@ class QuantLinear(nn.Module):
 
     def packed_weight(self) -> KernelWeight | CpuWeight:
         """The weight in the layout of its device; it shares the module's memory."""
-        tensors = {name: getattr(self, name) for name in BUFFERS[self._layout]}
+        tensors = {name: self._buffers[name] for name in self._tensors}
         return self._layout(**tensors, **self._facts)
 
     def codes(self) -> Codes:
         """The codes, scales and zero points, as they came."""
         weight = self.packed_weight()
-        return unpack_kernel(weight) if isinstance(weight, KernelWeight) else unpack_cpu(weight)
+        return unpack_kernel(weight) if isinstance(weight, KernelWeight) else weight.unpack()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [out_features, in_features], each entry rounded once."""
@@ -103,22 +100,23 @@ class QuantLinear(nn.Module):
 
     def _hold(self, weight: Codes) -> None:
         """Packs for the device of the codes, and forgets any other layout."""
-        facts: dict[str, Any] = {}
+        packed: KernelWeight | CpuWeight
         if weight.codes.is_cuda:
-            packed: KernelWeight | CpuWeight = pack_kernel(weight)
-            facts = {"columns": self.in_features}
+            packed = pack_kernel(weight)
+        elif self.activation_bits is not None:
+            packed = pack_integers(weight)
         else:
-            rounded = self.activation_bits is not None
-            packed = pack_integers(weight) if rounded else pack_cpu(weight, self.dtype)
-            facts = {"kind": packed.kind, "shape": packed.shape}
-        for name in {name for names in BUFFERS.values() for name in names}:
+            packed = pack_cpu(weight, self.dtype)
+        for name in BUFFERS:
             self._buffers.pop(name, None)
+        names = [field.name for field in fields(packed)]
         self._layout = type(packed)
-        self._facts = facts | {"bits": self.bits, "group_size": self.group_size}
-        for name in BUFFERS[self._layout]:
+        self._tensors = [name for name in names if name in BUFFERS]
+        self._facts = {name: getattr(packed, name) for name in names if name not in BUFFERS}
+        for name in self._tensors:
             self.register_buffer(name, getattr(packed, name))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves or casts; scales keep their dtype, since another would be another weight."""
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device))
         if probe.device.type == self.scale.device.type and probe.dtype == self.dtype:

@@ -1,6 +1,6 @@
 """`modelpress bench compiled`: what the compiler makes of the GPU kernels, without a GPU.
 
-What is counted, and how: compress/kernels/compiled.py.
+What is counted, and how: compress.kernels.gpu.compiled.
 
     result = inspect_kernels(KernelBench(bits=(4,)), "9.0")
     console.print(compiled_table(result))

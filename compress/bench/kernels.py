@@ -25,8 +25,9 @@ from compress.bench.clock import Clock, conditions, copy_bandwidth, product_rate
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
-    from compress.kernels.codes import Codes, KernelWeight
+    from compress.kernels.codes import Codes
     from compress.kernels.cpu.weight import CpuWeight
+    from compress.kernels.gpu.layout import KernelWeight
 
 GPU_SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (5120, 27648))
 GPU_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
@@ -250,14 +251,14 @@ def _bind_dense(x: Tensor, weight: Tensor) -> Product:
 
 
 def _packed(codes: "Codes", dtype: torch.dtype, clock: Clock) -> Contender:
-    from compress.kernels.codes import pack_kernel
+    from compress.kernels.gpu.layout import pack_kernel
 
     if clock.device.type == "cuda":
         weight: KernelWeight | CpuWeight = pack_kernel(codes)
         from compress.kernels.gpu.matmul import quantized_matmul as multiply
     else:
-        from compress.kernels.cpu.weight import cpu_matmul as multiply
-        from compress.kernels.cpu.weight import pack_cpu
+        from compress.kernels.cpu.products import cpu_matmul as multiply
+        from compress.kernels.cpu.products import pack_cpu
 
         weight = pack_cpu(codes, dtype)
     copies = _copies(weight, clock)
@@ -278,8 +279,8 @@ def _copies(weight: Any, clock: Clock) -> list[Any]:
 def _integers(codes: "Codes", bits: int, clock: Clock) -> Contender:
     """Each token of x rounded to `bits` bits, and a product of integers."""
     from compress.kernels.activations import integer_matmul, quantize_tokens
-    from compress.kernels.codes import pack_kernel
-    from compress.kernels.cpu.weight import pack_integers
+    from compress.kernels.cpu.products import pack_integers
+    from compress.kernels.gpu.layout import pack_kernel
 
     weight = (pack_kernel if clock.device.type == "cuda" else pack_integers)(codes)
     copies = _copies(weight, clock)

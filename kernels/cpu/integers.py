@@ -1,4 +1,4 @@
-"""Products of int8 activations with packed weights on a CPU. Two layouts, exact sums in int32.
+"""The layouts `quads` and `groups`, for activations rounded to int8: exact sums in int32.
 
 `quads`. Codes stay packed, four inputs of an output to a lane, for processors that multiply bytes
 in fours; compiled by native.py. 2, 4 and 8 bits lie as they are, 3 bits in 4. Layout and
@@ -7,71 +7,103 @@ arithmetic: head of quads.cpp.
 `groups` (every processor). c - 2^(bits-1) in int8, a byte each whatever their width: torch._int_mm
 reads nothing narrower, and each group of inputs in one piece.
 
-    packed = pack_quads(codes, bits=4)
-    y = integers_matmul(values, token_scale, packed, scale, zero, bias, 4, 128, torch.bfloat16)
+    weight = GroupsWeight.pack(codes)
+    y = weight.matmul(values, token_scale, bias, torch.bfloat16)
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from compress.kernels.codes import Codes
 from compress.kernels.cpu import native
 from compress.kernels.cpu.native import LANES, QUAD, TILE
-from compress.kernels.cpu.rows import STORED_BITS
+from compress.kernels.cpu.weight import STORED_BITS, IntegerWeight
 
 
-def takes_quads(scale: Tensor, group_size: int | None) -> bool:
-    """Whether weights with such scales and groups run compiled on this machine."""
-    library = native.kernels()
-    return (
-        library is not None
-        and library.takes_quads()
-        and scale.dtype in native.KINDS
-        and (group_size or 0) % QUAD == 0
-    )
+class QuadsWeight(IntegerWeight):
+    """A weight in fours of inputs. packed: uint8 [ceil(N / 64), ceil(K / 4), 32 * stored bits]."""
+
+    @classmethod
+    def takes(cls, weight: Codes) -> bool:
+        """Whether this processor multiplies bytes in fours, and a group is made of such."""
+        library = native.kernels()
+        return (
+            library is not None
+            and library.takes_quads()
+            and weight.scale.dtype in native.KINDS
+            and (weight.group_size or 0) % QUAD == 0
+        )
+
+    @staticmethod
+    def pack_codes(codes: Tensor, bits: int, group_size: int | None) -> Tensor:
+        """Lays out codes uint8 [N, K]; padding is 0."""
+        stored = STORED_BITS[bits]
+        each = 8 // stored
+        N, K = codes.shape
+        padded = pad(codes, (0, -K % QUAD, 0, -N % TILE))
+        # tile, vector, part of a byte, lane, step, input
+        parts = padded.view(len(padded) // TILE, -1, each, LANES, padded.shape[1] // QUAD, QUAD)
+        packed = parts[:, :, 0].clone()
+        for i in range(1, each):
+            packed |= parts[:, :, i] << (i * stored)
+        return packed.permute(0, 3, 1, 2, 4).flatten(2).contiguous()
+
+    def unpack_codes(self) -> Tensor:
+        """Gives codes uint8 [tiles * 64, steps * 4] back, the padding included."""
+        stored = STORED_BITS[self.bits]
+        tiles, steps, _ = self.packed.shape
+        vectors = self.packed.view(tiles, steps, -1, 1, LANES, QUAD)
+        shifts = torch.arange(0, 8, stored, dtype=torch.uint8, device=self.packed.device)
+        codes = (vectors >> shifts[:, None, None]) & (2**stored - 1)
+        return codes.flatten(2, 4).transpose(1, 2).reshape(tiles * TILE, steps * QUAD)
+
+    def matmul(
+        self, values: Tensor, token_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Multiplies int8 values [M, K]: [M, N] in `dtype`. Raises ValueError on another CPU."""
+        size = self.group_size or 0
+        return quads_matmul(
+            values, token_scale, self.packed, self.scale, self.zero, bias, self.bits, size, dtype
+        )
 
 
-def pack_quads(codes: Tensor, bits: int) -> Tensor:
-    """Codes [N, K] -> uint8 [ceil(N / 64), ceil(K / 4), 32 * stored bits]; padding is 0."""
-    stored = STORED_BITS[bits]
-    each = 8 // stored
-    N, K = codes.shape
-    padded = pad(codes, (0, -K % QUAD, 0, -N % TILE))
-    # tile, vector, part of a byte, lane, step, input
-    parts = padded.view(len(padded) // TILE, -1, each, LANES, padded.shape[1] // QUAD, QUAD)
-    packed = parts[:, :, 0].clone()
-    for i in range(1, each):
-        packed |= parts[:, :, i] << (i * stored)
-    return packed.permute(0, 3, 1, 2, 4).flatten(2).contiguous()
+class GroupsWeight(IntegerWeight):
+    """A weight in groups of inputs, a byte for each code. packed: int8 [G, N, K / G]."""
+
+    @classmethod
+    def takes(cls, weight: Codes) -> bool:
+        """Every weight."""
+        return True
+
+    @staticmethod
+    def pack_codes(codes: Tensor, bits: int, group_size: int | None) -> Tensor:
+        """Lays out codes uint8 [N, K] as integers around 0; padding is 0."""
+        N, K = codes.shape
+        size = group_size or max(K, 2)  # torch._int_mm (2.13) is wrong for one input
+        values = (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+        return pad(values, (0, -K % size)).view(N, -1, size).transpose(0, 1).contiguous()
+
+    def unpack_codes(self) -> Tensor:
+        """Gives codes uint8 [N, G * inputs] back, the padding included."""
+        values = self.packed.transpose(0, 1).flatten(1).to(torch.int16)
+        return (values + 2 ** (self.bits - 1)).to(torch.uint8)
+
+    def matmul(
+        self, values: Tensor, token_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Multiplies int8 values [M, K]: [M, N] in `dtype`."""
+        return groups_matmul(
+            values, token_scale, self.packed, self.scale, self.zero, bias, self.bits, dtype
+        )
 
 
-def unpack_quads(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack_quads`, with its padding: uint8 [tiles * 64, steps * 4]."""
-    stored = STORED_BITS[bits]
-    tiles, steps, _ = packed.shape
-    vectors = packed.view(tiles, steps, -1, 1, LANES, QUAD)
-    shifts = torch.arange(0, 8, stored, dtype=torch.uint8, device=packed.device)
-    codes = (vectors >> shifts[:, None, None]) & (2**stored - 1)
-    return codes.flatten(2, 4).transpose(1, 2).reshape(tiles * TILE, steps * QUAD)
+# ---- quads --------------------------------------------------------------------------------------
 
 
-def pack_groups(codes: Tensor, bits: int, group_size: int | None) -> Tensor:
-    """Codes [N, K] -> c - 2^(bits-1), int8 [G, N, K / G]; inputs beyond K are 0."""
-    N, K = codes.shape
-    size = group_size or max(K, 2)  # torch._int_mm (2.13) is wrong for one input
-    values = (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
-    return pad(values, (0, -K % size)).view(N, -1, size).transpose(0, 1).contiguous()
-
-
-def unpack_groups(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack_groups`, with its padding: uint8 [N, G * inputs]."""
-    values = packed.transpose(0, 1).flatten(1).to(torch.int16)
-    return (values + 2 ** (bits - 1)).to(torch.uint8)
-
-
-# One operator to torch.compile, which knows neither layout.
-@torch.library.custom_op("modelpress::cpu_integers_matmul", mutates_args=())
-def integers_matmul(
+# One operator to torch.compile, which cannot trace a call by address.
+@torch.library.custom_op("modelpress::cpu_quads_matmul", mutates_args=())
+def quads_matmul(
     values: Tensor,
     token_scale: Tensor,
     packed: Tensor,
@@ -84,26 +116,49 @@ def integers_matmul(
 ) -> Tensor:
     """values int8 [M, K], scales [M] -> [M, N] in `dtype`; group_size 0: one scale per output.
 
-    packed: uint8 as `pack_quads` leaves it, or int8 as `pack_groups` does. Raises ValueError for
-    the former in a process that has no compiled kernels.
+    Raises ValueError in a process that has no compiled kernels, or none for this processor.
     """
-    if packed.dtype == torch.int8:
-        y = _group_products(values, packed, scale, zero, bits) * token_scale[:, None]
-    else:
-        library = native.kernels()
-        if library is None or not library.takes_quads():
-            raise ValueError(f"this weight was packed for AVX512-VNNI, found {native.reason()}")
-        y = library.quads_matmul(
-            values, token_scale, packed, scale, zero, STORED_BITS[bits], group_size or None,
-            2 ** (bits - 1),
-        )  # fmt: skip
+    library = native.kernels()
+    if library is None or not library.takes_quads():
+        raise ValueError(f"this weight was packed for AVX512-VNNI, found {native.reason()}")
+    stored, middle = STORED_BITS[bits], 2 ** (bits - 1)
+    y = library.quads_matmul(
+        values, token_scale, packed, scale, zero, stored, group_size or None, middle
+    )
     if bias is not None:
         y += bias
     return y.to(dtype)
 
 
-@integers_matmul.register_fake
+@quads_matmul.register_fake
 def _(values, token_scale, packed, scale, zero, bias, bits, group_size, dtype):
+    return values.new_empty(values.shape[0], scale.shape[1], dtype=dtype)
+
+
+# ---- groups -------------------------------------------------------------------------------------
+
+
+# One operator to torch.compile, however many groups there are.
+@torch.library.custom_op("modelpress::cpu_groups_matmul", mutates_args=())
+def groups_matmul(
+    values: Tensor,
+    token_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """values int8 [M, K], scales [M] -> [M, N] in `dtype`."""
+    y = _group_products(values, packed, scale, zero, bits) * token_scale[:, None]
+    if bias is not None:
+        y += bias
+    return y.to(dtype)
+
+
+@groups_matmul.register_fake
+def _(values, token_scale, packed, scale, zero, bias, bits, dtype):
     return values.new_empty(values.shape[0], scale.shape[1], dtype=dtype)
 
 

@@ -2,7 +2,8 @@
 
 The first product on a CPU looks for a C++ compiler ($CXX, g++, clang++, c++), compiles once (some
 seconds) with -march=native, and keeps the library in the user's cache; later processes load it.
-Where there is none, cpu.py takes torch's operators, which are slower, and a warning says so once.
+Where there is none, torch's operators run, which are slower, and a warning says so once
+(products.py).
 MODELPRESS_NATIVE=0 keeps the compiler out of it.
 
     library = kernels()                # None: `reason()` says why
@@ -32,12 +33,27 @@ from compress.kernels.user_cache import cache_directory
 HERE = Path(__file__).parent
 SOURCES = (HERE / "tiles.cpp", HERE / "quads.cpp")
 HEADERS = (HERE / "vectors.h",)
-# Products and sums may fuse: fewer roundings, and what the figures in the docs were taken with.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared",
-         "-Wno-psabi", "-Wno-unknown-pragmas")  # fmt: skip
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    # Products and sums may fuse: fewer roundings, and what the figures in the docs were taken with.
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-shared",
+    "-Wno-psabi",
+    "-Wno-unknown-pragmas",
+)
 OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
 COMPILE_SECONDS = 120
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in tiles.cpp
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in vectors.h
+TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
+# What each compiled function takes, in letters of TYPES.
+SIGNATURES = {
+    "tiles_matmul": "pip ppip p llll iii",
+    "quads_matmul": "ppp ppip p llll iii",
+    "round_tokens": "pi ll ff pp i",
+}
 TILE = 64  # outputs
 LANES = 16  # outputs that lie next to each other in a tile
 QUAD = 4  # inputs
@@ -45,10 +61,9 @@ QUAD = 4  # inputs
 
 @dataclass(frozen=True)
 class Kernels:
-    """The compiled library. compiler: what made it, in words."""
+    """The compiled library, and products by it; tensors lie on the CPU."""
 
     library: ctypes.CDLL
-    compiler: str
 
     def takes_bf16(self) -> bool:
         """Whether this processor multiplies bf16; if not, bf16 is widened to fp32."""
@@ -123,9 +138,16 @@ class Kernels:
         x = x.contiguous()
         values, scale = torch.empty(M, K, dtype=torch.int8), torch.empty(M)
         self.library.modelpress_round_tokens(
-            x.data_ptr(), KINDS[x.dtype], M, K, steps, half, values.data_ptr(), scale.data_ptr(),
+            x.data_ptr(),
+            KINDS[x.dtype],
+            M,
+            K,
+            steps,
+            half,
+            values.data_ptr(),
+            scale.data_ptr(),
             torch.get_num_threads(),
-        )  # fmt: skip
+        )
         return values, scale
 
 
@@ -164,7 +186,7 @@ def _outcome() -> tuple[Kernels | None, str]:
         try:
             version = _version(compiler)
             library = load(compile_library(compiler, version))
-            return Kernels(library, version), f"compiled kernels, {version}"
+            return Kernels(library), f"compiled kernels, {version}"
         except (OSError, subprocess.SubprocessError) as error:
             why = f"{compiler} failed: {_first_line(error)}"
     warnings.warn(
@@ -206,20 +228,10 @@ def compile_library(compiler: str, version: str) -> Path:
 def load(path: Path) -> ctypes.CDLL:
     """Loads a compiled library and says what its functions take. Raises OSError."""
     library = ctypes.CDLL(str(path))
-    pointer, long, integer, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-    library.modelpress_tiles_matmul.argtypes = [
-        pointer, integer, pointer, pointer, pointer, integer, pointer, pointer, long, long, long,
-        long, integer, integer, integer,
-    ]  # fmt: skip
-    library.modelpress_quads_matmul.argtypes = [
-        pointer, pointer, pointer, pointer, pointer, integer, pointer, pointer, long, long, long,
-        long, integer, integer, integer,
-    ]  # fmt: skip
-    library.modelpress_round_tokens.argtypes = [
-        pointer, integer, long, long, real, real, pointer, pointer, integer,
-    ]  # fmt: skip
-    for name in ("tiles_matmul", "quads_matmul", "round_tokens"):
-        getattr(library, f"modelpress_{name}").restype = None
+    for name, signature in SIGNATURES.items():
+        function = getattr(library, f"modelpress_{name}")
+        function.argtypes = [TYPES[letter] for letter in signature.replace(" ", "")]
+        function.restype = None
     return library
 
 
@@ -236,9 +248,8 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    return "".join(dict.fromkeys(
-        line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))
-    ))  # fmt: skip
+    names = ("flags", "Features", "model name", "CPU part")
+    return "".join(dict.fromkeys(line for line in lines if line.startswith(names)))
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-// Products of integers: rows of x rounded to int8, weights in the "quads" layout of cpu_integers.py.
+// Products of integers: rows of x rounded to int8, weights in the "quads" layout of integers.py.
 //
 //     packed [tiles, ceil(K / 4), 32 * BITS bytes]: inputs k .. k + 3 of 64 outputs
 //         lane i of a vector is four bytes, byte j is of input k + j

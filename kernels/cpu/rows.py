@@ -1,4 +1,4 @@
-"""Packed products on a CPU by torch's embedding tables: what runs where no compiler is.
+"""The layout `rows`: torch's embedding tables, for every weight where no compiler is.
 
 The weight is stored input by input, a row of N codes at a time, as torch's quantised embedding
 tables are. A weighted sum of table rows is then a product, summed in fp32:
@@ -10,18 +10,62 @@ tables are. A weighted sum of table rows is then a product, summed in fp32:
 a time, so more than BAG_ROWS rows are multiplied by blocks of the weight, expanded one after
 another.
 
-    packed = pack_table(codes.T, bits)                     # uint8 [K, bytes]
-    y = rows_matmul(x, packed, scale, zero, None, bits, group_size, N)
+    weight = RowsWeight.pack(codes)
+    y = weight.matmul(x, bias)
 """
 
 import torch
 from torch import Tensor
 
+from compress.kernels.codes import Codes
+from compress.kernels.cpu.weight import STORED_BITS, FloatWeight
+
 # Above this many rows, expanding the weight costs less than reading it once for each row.
 BAG_ROWS = 8
 BAG_INPUTS = 512  # of one bag where a scale covers more: shorter fp32 sums
 BLOCK_WEIGHTS = 1 << 18  # expanded at a time: 1 MB in fp32 stays in the cache
-STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
+
+
+class RowsWeight(FloatWeight):
+    """A weight as a table with a row of codes for each input.
+
+    packed: uint8 [K, bytes], each row with its own scale 1 and offset -2^(bits-1) at the end.
+    """
+
+    @classmethod
+    def takes(cls, weight: Codes, dtype: torch.dtype) -> bool:
+        """Every weight."""
+        return True
+
+    @staticmethod
+    def pack_codes(codes: Tensor, bits: int, group_size: int | None) -> Tensor:
+        """Lays out codes uint8 [N, K], input by input."""
+        stored = STORED_BITS[bits]
+        each = 8 // stored
+        inputs = torch.nn.functional.pad(codes.T, (0, -len(codes) % each)).contiguous()
+        octets = inputs.view(len(inputs), -1, each)
+        packed = octets[..., 0].clone()
+        for i in range(1, each):
+            packed |= octets[..., i] << (i * stored)
+        tail = torch.float32 if stored == 8 else torch.float16
+        line = torch.tensor([1.0, -(2.0 ** (bits - 1))], dtype=tail, device=codes.device)
+        line = line.view(torch.uint8)
+        return torch.cat([packed, line.expand(len(inputs), -1)], dim=1)
+
+    def unpack_codes(self) -> Tensor:
+        """Gives codes uint8 [N, K] back."""
+        N, bits = self.shape[0], self.bits
+        blocks = self.packed.split(max(1, BLOCK_WEIGHTS // N))
+        middle = 2 ** (bits - 1)
+        inputs = [(_expand(b, bits)[:, :N] + middle).to(torch.uint8) for b in blocks]
+        return torch.cat(inputs).T
+
+    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiplies x [M, K]: [M, N] in x's dtype."""
+        size = self.group_size or 0
+        return rows_matmul(
+            x, self.packed, self.scale, self.zero, bias, self.bits, size, self.shape[0]
+        )
 
 
 # One operator to torch.compile, which cannot trace embedding_bag on packed tables.
@@ -51,28 +95,6 @@ def rows_matmul(
 @rows_matmul.register_fake
 def _(x, packed, scale, zero, bias, bits, group_size, outputs):
     return x.new_empty(x.shape[0], outputs)
-
-
-def pack_table(codes: Tensor, bits: int) -> Tensor:
-    """Codes [K, N] as table rows; each ends in its scale, 1, and offset, -2^(bits-1)."""
-    stored = STORED_BITS[bits]
-    each = 8 // stored
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % each)).contiguous()
-    octets = codes.view(len(codes), -1, each)
-    packed = octets[..., 0].clone()
-    for i in range(1, each):
-        packed |= octets[..., i] << (i * stored)
-    tail = torch.float32 if stored == 8 else torch.float16
-    line = torch.tensor([1.0, -(2.0 ** (bits - 1))], dtype=tail, device=codes.device)
-    line = line.view(torch.uint8)
-    return torch.cat([packed, line.expand(len(codes), -1)], dim=1)
-
-
-def unpack_table(packed: Tensor, bits: int, outputs: int) -> Tensor:
-    """The inverse of `pack_table`: uint8 [K, outputs]."""
-    blocks = packed.split(max(1, BLOCK_WEIGHTS // outputs))
-    middle = 2 ** (bits - 1)
-    return torch.cat([(_expand(b, bits)[:, :outputs] + middle).to(torch.uint8) for b in blocks])
 
 
 def _bag_products(

@@ -1,4 +1,4 @@
-// y = x W^T for weights in the "tiles" layout of cpu.py; native.py compiles it where it runs.
+// y = x W^T for weights in the "tiles" layout of tiles.py; native.py compiles it where it runs.
 //
 //     packed [tiles, ceil(K / 2), 16 * BITS bytes]: inputs k, k + 1 of 64 outputs, low bits first
 //         8 bits   64 bytes of k, then 64 of k + 1

@@ -19,17 +19,16 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime import JITFunction
 
-from compress.kernels.codes import block_columns
 from compress.kernels.gpu import triton_kernels as kernels
-from compress.kernels.gpu.matmul import EXACT_ROWS, table_for, tile_constants, weight_constants
+from compress.kernels.gpu.layout import block_columns
+from compress.kernels.gpu.matmul import EXACT_ROWS, scheme_constants, table_for, tile_constants
 from compress.kernels.gpu.occupancy import SharedMemory, programs_beside, stages
 from compress.kernels.gpu.tuning import Tiles
 
@@ -46,10 +45,15 @@ SHARED_MEMORY = {
 REGISTERS = 1 << 16
 DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4}
 POINTERS = {
-    "words": "*i32", "high": "*i32", "zero": "*u8", "workspace": "*fp32", "values": "*i8",
+    "words": "*i32",
+    "high": "*i32",
+    "zero": "*u8",
+    "workspace": "*fp32",
+    "values": "*i8",
     "token_scale": "*fp32",
-}  # fmt: skip
+}
 FLOATS = {"x", "scale", "bias", "out", "factor"}
+Constant = int | float | bool | None  # that a kernel is compiled for; None: a tensor that is absent
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def compile_product(
     capability: tuple[int, int],
     symmetric: bool = True,
     even: bool = True,
-) -> Any:
+) -> CompiledKernel:
     """matmul_kernel as `tiled_matmul` splits it, into a workspace. even: K is whole blocks."""
     many = tiles.rows > EXACT_ROWS
     return compile_kernel(
@@ -118,7 +122,7 @@ def compile_product(
         dtype,
         tiles.warps,
         stages(tiles, bits, DTYPES[dtype], SHARED_MEMORY[capability]),
-        **scheme_constants(bits, group_size, symmetric, many),
+        **product_constants(bits, group_size, symmetric, many),
         **tile_constants(tiles),
         bias=None,
         HAS_BIAS=False,
@@ -127,19 +131,22 @@ def compile_product(
     )
 
 
-def scheme_constants(
+def product_constants(
     bits: int, group_size: int | None, symmetric: bool = True, many: bool = False
-) -> dict[str, Any]:
+) -> dict[str, Constant]:
     """What a kernel knows of a weight at compile time, and the tensors that it does not have."""
-    weight = SimpleNamespace(bits=bits, group_size=group_size, zero=None if symmetric else True)
     absent = ({} if bits == 3 else {"high": None}) | ({"zero": None} if symmetric else {})
-    return weight_constants(weight, many) | absent
+    return scheme_constants(bits, group_size, symmetric, many) | absent
 
 
 def compile_kernel(
-    kernel: Any, capability: tuple[int, int], dtype: str, warps: int = 4, stages: int = 3,
-    **constants: Any,
-) -> Any:  # fmt: skip
+    kernel: JITFunction,
+    capability: tuple[int, int],
+    dtype: str,
+    warps: int = 4,
+    stages: int = 3,
+    **constants: Constant,
+) -> CompiledKernel:
     """Any kernel with `constants` fixed; other names are pointers, or int32 that 16 divides."""
     signature = {}
     workspace = {"out": "*fp32"} if kernel is kernels.matmul_kernel else {}
@@ -162,7 +169,7 @@ def compile_kernel(
     )
 
 
-def resources(compiled: Any) -> tuple[int, int]:
+def resources(compiled: CompiledKernel) -> tuple[int, int]:
     """Registers of a thread, and the bytes of its stack, which is where registers are spilled."""
     tool = triton.knobs.nvidia.cuobjdump.path
     shown = _shown_by([tool, "--dump-resource-usage"], compiled, "cubin")
@@ -172,7 +179,7 @@ def resources(compiled: Any) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def is_serialized(compiled: Any) -> bool:
+def is_serialized(compiled: CompiledKernel) -> bool:
     """Whether the assembler says so of the kernel's wgmma instructions."""
     arch = compiled.metadata.target.arch
     name = f"sm_{arch}{'a' if arch >= 90 else ''}"  # as Triton assembles it
@@ -180,7 +187,7 @@ def is_serialized(compiled: Any) -> bool:
     return "are serialized" in _shown_by(command, compiled, "ptx")
 
 
-def longest_loop(compiled: Any) -> list[str]:
+def longest_loop(compiled: CompiledKernel) -> list[str]:
     """The machine instructions from a label to a branch back to it, the longest such stretch."""
     shown = _shown_by([triton.knobs.nvidia.nvdisasm.path, "-c"], compiled, "cubin")
     instructions: list[str] = []
@@ -197,7 +204,7 @@ def longest_loop(compiled: Any) -> list[str]:
     return max(loops, key=len)
 
 
-def _shown_by(command: Sequence[str], compiled: Any, stage: str) -> str:
+def _shown_by(command: Sequence[str], compiled: CompiledKernel, stage: str) -> str:
     """What one of Triton's own tools prints of a stage of the compiled kernel."""
     content = compiled.asm[stage]
     with tempfile.NamedTemporaryFile(suffix=f".{stage}") as file:

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from compress.kernels.activations import butterfly_size
+from compress.kernels.codes import butterfly_size
 from compress.kernels.gpu import triton_activations as kernels
 from compress.kernels.gpu.matmul import check_launch, on_its_device
 from compress.kernels.gpu.triton_kernels import FIXED_OPTIONS
@@ -52,17 +52,25 @@ def _launch(x: Tensor, factors: list[Tensor], butterflies: bool) -> None:
         right //= order
         tile = min(FACTOR_TILE, max(16, triton.next_power_of_2(right)))
         kernels.factor_kernel[(left, triton.cdiv(right, tile))](
-            x, factor, order**-0.5, right,
-            ORDER=order, PADDED=max(16, triton.next_power_of_2(order)), BLOCK=tile,
+            x,
+            factor,
+            order**-0.5,
+            right,
+            ORDER=order,
+            PADDED=max(16, triton.next_power_of_2(order)),
+            BLOCK=tile,
             **FIXED_OPTIONS,
-        )  # fmt: skip
+        )
         left *= order
     if butterflies and right > 1:
         kernels.butterfly_kernel[(left,)](
-            x, right**-0.5, SIZE=right, LOG=right.bit_length() - 1,
+            x,
+            right**-0.5,
+            SIZE=right,
+            LOG=right.bit_length() - 1,
             num_warps=min(16, max(1, right // 512)),
             **FIXED_OPTIONS,
-        )  # fmt: skip
+        )
 
 
 @_hadamard.register_fake

@@ -8,9 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
-from compress.kernels.codes import KernelWeight, block_columns, check_integer_sums
+from compress.kernels.codes import check_integer_sums
 from compress.kernels.gpu import triton_activations as kernels
 from compress.kernels.gpu.hadamard import hadamard_
+from compress.kernels.gpu.layout import KernelWeight, block_columns
 from compress.kernels.gpu.matmul import (
     MMA_TABLE,
     SMALLEST_CHUNK,
@@ -58,11 +59,19 @@ def launch_quantize(
         x = hadamard_(x.contiguous().clone(), tuple(factors), butterflies=False)
     x = x if x.stride(-1) == 1 else x.contiguous()
     kernels.quantize_kernel[(M,)](
-        x, values, scale, K, x.stride(0), power**-0.5,
-        STEPS=steps, HALF=half, SIZE=size, LOG=power.bit_length() - 1,
+        x,
+        values,
+        scale,
+        K,
+        x.stride(0),
+        power**-0.5,
+        STEPS=steps,
+        HALF=half,
+        SIZE=size,
+        LOG=power.bit_length() - 1,
         num_warps=min(16, max(1, size // 512)),
         **FIXED_OPTIONS,
-    )  # fmt: skip
+    )
     return values, scale
 
 

@@ -18,21 +18,21 @@ the weight once then costs less than to unpack it for every tile of rows.
 fp16, bf16 and fp32 activations; sums in fp32; y in the dtype of x. `quantized_matmul` is a custom
 operator with a fake implementation: torch.compile and CUDA graphs take it as it is.
 
-    y = quantized_matmul(x, weight, bias)        # weight: layout.KernelWeight
+    y = quantized_matmul(x, weight, bias)        # weight: KernelWeight, of pack_kernel
 """
 
 import math
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
-from compress.kernels.codes import KernelWeight, block_columns
 from compress.kernels.gpu import triton_kernels as kernels
 from compress.kernels.gpu import tuning
+from compress.kernels.gpu.layout import KernelWeight, block_columns
 from compress.kernels.gpu.occupancy import (
     LARGEST_CHUNK,
     ceil_div,
@@ -44,6 +44,9 @@ from compress.kernels.gpu.occupancy import (
     stages,
 )
 from compress.kernels.gpu.tuning import Tiles
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Beyond these rows, scaling sums would take more instructions and registers than scaling weights.
@@ -97,9 +100,15 @@ def quantized_matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None = None
     if rows.stride(-1) != 1 or rows.stride(0) < K:
         rows = rows.contiguous()
     y = _quantized_matmul(
-        rows, weight.words, weight.high, weight.scale, weight.zero, bias,
-        weight.bits, weight.group_size or 0,
-    )  # fmt: skip
+        rows,
+        weight.words,
+        weight.high,
+        weight.scale,
+        weight.zero,
+        bias,
+        weight.bits,
+        weight.group_size or 0,
+    )
     return y.view(*x.shape[:-1], N)
 
 
@@ -162,11 +171,13 @@ def table_for(major: int, fp32: bool, group_size: int | None) -> tuple[Tiles, ..
 # ---- launches -----------------------------------------------------------------------------------
 
 
-def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_device(
+    launch: Callable[Concatenate[Tensor, P], R],
+) -> Callable[Concatenate[Tensor, P], R]:
     """Makes the device of the first tensor current: Triton launches there, whatever it is given."""
 
     @wraps(launch)
-    def launched(x: Tensor, *arguments: Any, **options: Any) -> Any:
+    def launched(x: Tensor, *arguments: P.args, **options: P.kwargs) -> R:
         with torch.cuda.device_of(x):
             return launch(x, *arguments, **options)
 
@@ -252,10 +263,19 @@ def _dequantize(out: Tensor, weight: KernelWeight) -> None:
     N, K = weight.shape
     grid = (ceil_div(N, DENSE_TILE), ceil_div(K, block_columns(weight.bits)))
     kernels.dequantize_kernel[grid](
-        weight.words, weight.high, weight.scale, weight.zero, out, N, K,
-        **weight_constants(weight), BLOCK_N=DENSE_TILE, WARPS=DENSE_TILE // 16,
-        num_warps=DENSE_TILE // 16, **kernels.FIXED_OPTIONS,
-    )  # fmt: skip
+        weight.words,
+        weight.high,
+        weight.scale,
+        weight.zero,
+        out,
+        N,
+        K,
+        **weight_constants(weight),
+        BLOCK_N=DENSE_TILE,
+        WARPS=DENSE_TILE // 16,
+        num_warps=DENSE_TILE // 16,
+        **kernels.FIXED_OPTIONS,
+    )
 
 
 @cache
@@ -265,21 +285,31 @@ def device_name(device: torch.device) -> str:
 
 
 def weight_constants(weight: KernelWeight, many: bool = False) -> dict[str, int | bool]:
-    """The compile-time constants of every kernel that reads a weight."""
-    block = block_columns(weight.bits)
-    group = weight.group_size or 0  # gcd(block, 0, ...) = gcd(block, ...)
+    """The compile-time constants of every kernel that reads a weight.
+
+    many: for more than EXACT_ROWS rows of activations.
+    """
+    return scheme_constants(weight.bits, weight.group_size, weight.zero is None, many)
+
+
+def scheme_constants(
+    bits: int, group_size: int | None, symmetric: bool, many: bool = False
+) -> dict[str, int | bool]:
+    """What `weight_constants` gives, for a weight that need not be there."""
+    block = block_columns(bits)
+    group = group_size or 0  # gcd(block, 0, ...) = gcd(block, ...)
     step = math.gcd(block, group, CHUNKS[many])
     return {
-        "BITS": weight.bits,
+        "BITS": bits,
         "GROUP": group,
         "CHUNK": max(step, SMALLEST_CHUNK),
         "STEP": step,
-        "HAS_ZERO": weight.zero is not None,
+        "HAS_ZERO": not symmetric,
     }
 
 
 def tile_constants(tiles: Tiles) -> dict[str, int]:
-    """Those of every kernel that works on tiles."""
+    """The compile-time constants of every kernel that works on tiles."""
     warps = min(tiles.warps, tiles.block_n // 16)
     return {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "WARPS": warps}
 
@@ -297,9 +327,16 @@ def add_up(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         return parts
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
     kernels.reduce_kernel[(ceil_div(out.numel(), REDUCE_BLOCK),)](
-        parts, bias, out, out.shape[1], out.numel(), len(parts),
-        HAS_BIAS=bias is not None, BLOCK=REDUCE_BLOCK, **kernels.FIXED_OPTIONS,
-    )  # fmt: skip
+        parts,
+        bias,
+        out,
+        out.shape[1],
+        out.numel(),
+        len(parts),
+        HAS_BIAS=bias is not None,
+        BLOCK=REDUCE_BLOCK,
+        **kernels.FIXED_OPTIONS,
+    )
     return out
 
 

@@ -6,11 +6,11 @@ round, in which most of the device idles.
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
-from compress.kernels.codes import WORDS, KernelWeight, block_columns
+from compress.kernels.gpu.layout import WORDS, KernelWeight, block_columns
 from compress.kernels.gpu.tuning import Tiles
 
 # Warps for each multiprocessor that splitting aims at: enough loads in flight to hide latency.
@@ -33,6 +33,12 @@ class SharedMemory(NamedTuple):
 
     program: int
     multiprocessor: int
+
+
+class KernelMetadata(Protocol):
+    """What Triton says of a compiled kernel: bytes of shared memory, among other things."""
+
+    shared: int
 
 
 def stages(tiles: Tiles, bits: int, size: int, memory: SharedMemory) -> int:
@@ -70,7 +76,11 @@ def most_held(tiles: Tiles, device: torch.device) -> int:
 
 
 def programs_beside(
-    registers: int, metadata: Any, warps: int, all_registers: int, memory: SharedMemory
+    registers: int,
+    metadata: KernelMetadata,
+    warps: int,
+    all_registers: int,
+    memory: SharedMemory,
 ) -> int:
     """Programs that one multiprocessor holds, of so many registers a thread.
 
@@ -80,17 +90,18 @@ def programs_beside(
     of_a_warp = 32 * 8 * ceil_div(registers, 8)  # handed out by 8 for each thread
     all_warps = PARTITIONS * (all_registers // PARTITIONS // of_a_warp)
     columns = getattr(metadata, "tmem_size", 0) or 1
-    return max(1, min(
+    held = (
         all_warps // warps,
         memory.multiprocessor // (metadata.shared + SYSTEM_MEMORY),
         TENSOR_COLUMNS // columns,
         WARPS_PER_SM // warps,
-    ))  # fmt: skip
+    )
+    return max(1, min(held))
 
 
 @cache
 def shared_memory(device: torch.device) -> SharedMemory:
-    """Of a device."""
+    """The shared memory of a device; INTERPRETER_MEMORY where there is none."""
     if device.type != "cuda":
         return SharedMemory(INTERPRETER_MEMORY, INTERPRETER_MEMORY)
     has = torch.cuda.get_device_properties(device)
@@ -99,7 +110,7 @@ def shared_memory(device: torch.device) -> SharedMemory:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of the device; the interpreter runs programs one after another."""
+    """The multiprocessors of a device; the interpreter runs programs one after another."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,7 +1,7 @@
 """Triton kernels of integer activations: Hadamard passes, quantisation by token, int8 products.
 
-Launched by hadamard.py and activations.py, which choose and check. Names and the layout of weights
-as in triton_kernels.py.
+Launched by hadamard.py and integer_launch.py, which choose and check. Names, and the layout of
+weights, are those of triton_kernels.py.
 """
 
 import triton
@@ -42,9 +42,14 @@ def butterfly_kernel(x, norm, SIZE: tl.constexpr, LOG: tl.constexpr):
 
 @triton.jit
 def factor_kernel(
-    x, factor, norm, right,
-    ORDER: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    factor,
+    norm,
+    right,
+    ORDER: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """x [left, ORDER, right] in place: factor [ORDER, ORDER] (+-1, of x's dtype) along the middle.
 
     Program (i, j): all of the middle axis for tile j of the right one, so nothing is read that
@@ -64,9 +69,17 @@ def factor_kernel(
 
 @triton.jit
 def quantize_kernel(
-    x, values, scale, K, stride, norm,
-    STEPS: tl.constexpr, HALF: tl.constexpr, SIZE: tl.constexpr, LOG: tl.constexpr,
-):  # fmt: skip
+    x,
+    values,
+    scale,
+    K,
+    stride,
+    norm,
+    STEPS: tl.constexpr,
+    HALF: tl.constexpr,
+    SIZE: tl.constexpr,
+    LOG: tl.constexpr,
+):
     """One token x [K]: transformed in pieces of 2^LOG (0: as it is), then to int8 and its scale.
 
     values int8 [tokens, K] in [-HALF, HALF); scale fp32 [tokens] = max |x| / STEPS. The transformed

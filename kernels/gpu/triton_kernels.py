@@ -184,9 +184,16 @@ def load_zero(
 
 @triton.jit
 def load_activations(
-    x, rows, stride, k0, M, K,
-    CHUNK: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    x,
+    rows,
+    stride,
+    k0,
+    M,
+    K,
+    CHUNK: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """x^T of a tile's rows, [CHUNK, BLOCK_M]: inputs from k0, zero beyond K.
 
     Rows beyond M: the last row again, which spares the mask, or 0 in the smallest tiles, where

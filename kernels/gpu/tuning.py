@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from compress.kernels.user_cache import cache_directory, cache_path, write_atomically
 
@@ -161,7 +160,7 @@ def neighbours(tiles: Tiles) -> Iterator[Tiles]:
                 yield changed
 
 
-def _tiles(entry: Any) -> Tiles | None:
+def _tiles(entry: object) -> Tiles | None:
     """An entry as tiles, or None if it is anything else."""
     if not isinstance(entry, dict) or set(entry) != {"rows", *CHOICES}:
         return None

@@ -1,27 +1,19 @@
-"""4-bit activations on a CPU: nearest steps, exact integer sums, and the same as on a GPU."""
+"""Rounded activations on a CPU: nearest steps, exact products, and nothing taken for another."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from compress.kernels.activations import integer_matmul, quantize_tokens
-from compress.kernels.codes import LONGEST
-from compress.kernels.cpu.weight import cpu_matmul, native, pack_cpu, pack_integers, unpack_cpu
-from compress.kernels.reference import (
-    dequantize,
-    reference_hadamard,
-    reference_matmul,
-)
+from compress.kernels.cpu import native
+from compress.kernels.cpu.products import cpu_matmul, pack_cpu, pack_integers
+from compress.kernels.reference import dequantize, reference_hadamard, reference_matmul
 from support.weights import random_weight, relative_error
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-library = native.kernels()
-compiled = pytest.mark.skipif(library is None, reason="no compiled kernels")
-quads = pytest.mark.skipif(
-    library is None or not library.takes_quads(), reason="no product of four bytes here"
-)
-KINDS = [pytest.param("quads", marks=quads), "groups"]
+compiled = pytest.mark.skipif(native.kernels() is None, reason="no compiled kernels")
 
 
 def signs(order):
@@ -44,62 +36,6 @@ def test_tokens_are_rounded_to_the_nearest_step(power, orders, bits, dtype):
     assert torch.equal(values.abs().amax(-1) == largest, x.abs().amax(-1) > 0)
     error = (values.double() * scale.double()[..., None] - rotated).abs()
     assert bool((error <= scale.double()[..., None] * 0.5 + 1e-5).all())
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group_size", [32, 64, None])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("N", "K"), [(24, 200), (130, 97), (64, 256), (2, 1)])
-def test_integer_products(bits, group_size, symmetric, kind, N, K):
-    weight = random_weight(N, K, bits, group_size, symmetric, torch.float32)
-    packed = pack_cpu(weight, torch.int8, kind)
-    assert torch.equal(unpack_cpu(packed).codes, weight.codes)
-    for M in (0, 1, 5, 7, 16, 40):
-        values = torch.randint(-128, 128, (M, K), dtype=torch.int8)
-        scale, bias = torch.rand(M), torch.randn(N)
-        y = integer_matmul(values, scale, packed, bias, torch.float32)
-        expected = reference_matmul(values.double() * scale.double()[:, None], weight, bias)
-        assert y.shape == (M, N)
-        assert M == 0 or relative_error(y, expected) < 5e-7
-
-
-@quads
-@pytest.mark.parametrize("code", [0, 255])
-def test_the_largest_sums_fit(code):
-    """A group of LONGEST inputs, all at their ends: 2^15 * LONGEST on the way, 2^31 in all."""
-    weight = random_weight(64, LONGEST, 8, None, False, torch.float32)
-    weight.codes.fill_(code)
-    weight.zero.fill_(255 - code)
-    weight.scale.fill_(1)
-    packed = pack_integers(weight)
-    assert packed.kind == "quads"
-    values = torch.full((1, LONGEST), -128, dtype=torch.int8)
-    y = integer_matmul(values, torch.ones(1), packed, dtype=torch.float32)
-    assert torch.equal(y, torch.full((1, 64), -128.0 * (2 * code - 255) * LONGEST))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_sums_that_do_not_fit_are_refused(kind):
-    weight = random_weight(1, LONGEST + 1, 4, None)
-    with pytest.raises(ValueError, match="up to 65536 inputs, found 65537"):
-        pack_cpu(weight, torch.int8, kind)
-
-
-@quads
-def test_the_layout_follows_the_machine(monkeypatch):
-    weight = random_weight(64, 128, 4, 32)
-    assert pack_integers(weight).kind == "quads"
-    assert pack_integers(weight).packed.nbytes == 64 * 128 // 2
-    assert pack_integers(random_weight(16, 60, 4, 6)).kind == "groups"  # a quad is of one group
-    monkeypatch.setattr(native.Kernels, "takes_quads", lambda self: False)
-    packed = pack_integers(weight)
-    assert packed.kind == "groups"
-    values = torch.randint(-128, 128, (3, 128), dtype=torch.int8)
-    y = integer_matmul(values, torch.ones(3), packed, dtype=torch.float32)
-    assert relative_error(y, reference_matmul(values, weight)) < 5e-7
-    with pytest.raises(ValueError, match="packed for AVX512-VNNI, found"):
-        integer_matmul(values, torch.ones(3), pack_cpu(weight, torch.int8, "quads"))
 
 
 def test_a_weight_for_other_activations_is_refused():
@@ -138,16 +74,6 @@ def test_compiled_rounding_is_that_of_torch_to_the_bit(dtype, bits, full_range, 
     assert math.isnan(found[1][4])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_number_makes_its_token_none(kind):
-    """And no other token."""
-    weight, x = random_weight(70, 64, 4, 32), torch.randn(4, 64)
-    x[1, 7], x[2, 9] = -math.inf, math.nan
-    packed = pack_cpu(weight, torch.int8, kind)
-    y = integer_matmul(*quantize_tokens(x, 8), packed, dtype=torch.float32)
-    assert y.isnan().all(1).tolist() == y.isnan().any(1).tolist() == [False, True, True, False]
-
-
 def test_rows_that_do_not_follow_each_other_are_rounded_alike():
     wide = torch.randn(5, 80)
     for x in (wide[:, 3:70], wide.T, wide[:, ::2], wide[:1].expand(5, 80)):
@@ -175,8 +101,6 @@ def test_a_rotation_of_both_sides_changes_only_the_rounding():
 
 
 def test_act_order_permutes_tokens():
-    from dataclasses import replace
-
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     weight = replace(random_weight(16, 64, 4, 32, dtype=torch.float32), order=order)
     values = torch.randint(-7, 8, (2, 64), dtype=torch.int8)

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from compress.kernels.cpu.int4 import Int4Weight
+from compress.kernels.cpu.rows import RowsWeight
 from compress.kernels.linear import QuantLinear
 from compress.kernels.reference import dequantize, reference_matmul
 from support.weights import assert_same, random_weight, relative_error
@@ -46,8 +48,9 @@ def test_casting_changes_the_activations_and_not_the_weight():
 def test_casting_repacks_where_the_layout_depends_on_the_activations(uncompiled):
     weight = random_weight(48, 256, 4, 128, dtype=torch.bfloat16)
     layer = QuantLinear(weight, None, torch.bfloat16)
-    assert [layer.packed_weight().kind, layer.float().packed_weight().kind] == ["int4", "rows"]
-    assert layer.bfloat16().packed_weight().kind == "int4"
+    assert type(layer.packed_weight()) is Int4Weight
+    assert type(layer.float().packed_weight()) is RowsWeight
+    assert type(layer.bfloat16().packed_weight()) is Int4Weight
     assert_same(layer.codes(), weight)
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.kernels.cpu.weight import cpu_matmul, native, pack_cpu
+from compress.kernels.cpu import native
+from compress.kernels.cpu.products import cpu_matmul, pack_cpu
+from compress.kernels.cpu.rows import RowsWeight
+from compress.kernels.cpu.tiles import TilesWeight
 from compress.kernels.linear import QuantLinear
 from compress.kernels.reference import reference_matmul
-from compress.kernels.user_cache import cache_directory, cache_path, write_atomically
+from compress.kernels.user_cache import cache_directory
 from support.weights import random_weight, relative_error
 
 compiled = pytest.mark.skipif(native.find_compiler() is None, reason="no C++ compiler")
@@ -56,7 +59,7 @@ def test_another_source_is_compiled_anew(home, monkeypatch, tmp_path, name):
 def product_without_compiled_kernels():
     weight, x = random_weight(48, 64, 4, 32), torch.randn(2, 64)
     packed = pack_cpu(weight, torch.float32)
-    assert packed.kind == "rows"
+    assert type(packed) is RowsWeight
     assert relative_error(cpu_matmul(x, packed), reference_matmul(x, weight)) < 1e-6
 
 
@@ -101,7 +104,7 @@ def test_a_choice_is_no_warning(uncompiled):
 
 @compiled
 def test_a_weight_of_compiled_kernels_is_refused_where_there_are_none(monkeypatch, fresh):
-    packed = pack_cpu(random_weight(48, 64, 4, 32), torch.float32, "tiles")
+    packed = TilesWeight.pack(random_weight(48, 64, 4, 32))
     monkeypatch.setenv("MODELPRESS_NATIVE", "0")
     native._outcome.cache_clear()
     with pytest.raises(ValueError, match=r"packed for compiled kernels, found .*MODELPRESS"):
@@ -112,7 +115,7 @@ def test_a_weight_of_compiled_kernels_is_refused_where_there_are_none(monkeypatc
 def test_what_lies_behind_a_pointer_is_checked():
     """A tensor that is not what the library takes it for is refused, and never read."""
     library, weight = native.kernels(), random_weight(64, 128, 4, 32, False, torch.float32)
-    tiles, x = pack_cpu(weight, torch.float32, "tiles"), torch.randn(2, 128)
+    tiles, x = TilesWeight.pack(weight), torch.randn(2, 128)
     good = {"packed": tiles.packed, "scale": tiles.scale, "zero": tiles.zero, "group_size": 32}
     library.tiles_matmul(x, **good, bits=4)
     for name, wrong, said in (
@@ -134,7 +137,7 @@ def test_what_lies_behind_a_pointer_is_checked():
 def test_bf16_that_the_processor_cannot_multiply_is_widened(monkeypatch):
     weight = random_weight(70, 66, 8, 32, False, torch.bfloat16)
     x = torch.randn(5, 66).bfloat16()
-    packed = pack_cpu(weight, torch.bfloat16, "tiles")
+    packed = TilesWeight.pack(weight)
     expected = reference_matmul(x, weight)
     for takes in {False, native.kernels().takes_bf16()}:
         monkeypatch.setattr(native.Kernels, "takes_bf16", lambda self, takes=takes: takes)
@@ -152,7 +155,7 @@ def test_a_processor_without_wide_vectors_gets_the_same_products(home, monkeypat
     for bits, rows in ((3, 1), (8, 7)):
         weight = random_weight(70, 66, bits, 32, False, dtype)
         x = torch.randn(rows, 66).to(dtype)
-        y = cpu_matmul(x, pack_cpu(weight, dtype, "tiles"))
+        y = cpu_matmul(x, TilesWeight.pack(weight))
         limit = 1e-6 if dtype == torch.float32 else 2**-8
         assert relative_error(y, reference_matmul(x, weight)) < limit
         layer = QuantLinear(random_weight(70, 66, bits, 32, True, dtype), None, dtype, 8)
@@ -169,7 +172,8 @@ import torch
 from dataclasses import replace
 from support.weights import random_weight, relative_error
 from compress.kernels.activations import integer_matmul, quantize_tokens
-from compress.kernels.cpu.weight import cpu_matmul, pack_cpu, pack_integers
+from compress.kernels.cpu.products import cpu_matmul, pack_integers
+from compress.kernels.cpu.tiles import TilesWeight
 from compress.kernels.reference import reference_matmul
 
 mprotect, kept = ctypes.CDLL(None).mprotect, []
@@ -192,7 +196,7 @@ for bits in (2, 3, 4, 8):
         for dtype in (torch.float32, torch.bfloat16):
             for M, N, K, group in ((1, 1, 63, None), (1, 130, 97, 32), (7, 65, 129, None)):
                 weight = random_weight(N, K, bits, group, symmetric, dtype)
-                packed = pack_cpu(weight, dtype, "tiles")
+                packed = TilesWeight.pack(weight)
                 tensors = {name: last(getattr(packed, name)) for name in ("packed", "scale")}
                 if not symmetric:
                     tensors["zero"] = last(packed.zero)
@@ -216,26 +220,9 @@ print("read", len(kept))
 def test_nothing_is_read_beyond_its_end():
     """Each tensor ends where memory does: one byte more, and the process is gone."""
     child = subprocess.run(
-        [sys.executable, "-c", GUARDED, str(Path(__file__).parents[1])],
+        [sys.executable, "-c", GUARDED, str(Path(__file__).parents[2])],
         capture_output=True,
         text=True,
     )
     assert child.returncode == 0, child.stderr
     assert child.stdout == "read 384\n"
-
-
-def test_the_cache_is_where_the_specification_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_path("a", "b") == tmp_path / "modelpress" / "a" / "b"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_path() == tmp_path / ".cache" / "modelpress"
-
-
-def test_an_atomic_write_leaves_the_old_file_or_the_new_one(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    with pytest.raises(TypeError):
-        write_atomically(path, "no bytes")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]

@@ -12,10 +12,10 @@ from support.weights import random_weight, relative_error
 pytest.importorskip("triton")
 
 from compress.kernels.activations import integer_matmul, quantize_tokens
-from compress.kernels.codes import pack_kernel
-from compress.kernels.cpu.weight import pack_integers
+from compress.kernels.cpu.products import pack_integers
 from compress.kernels.gpu import tuning
 from compress.kernels.gpu.hadamard import hadamard_
+from compress.kernels.gpu.layout import pack_kernel
 from compress.kernels.gpu.matmul import quantized_matmul, table_of, tiled_matmul
 from compress.kernels.linear import QuantLinear
 from compress.kernels.reference import reference_matmul

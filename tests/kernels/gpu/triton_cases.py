@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from compress.kernels.activations import integer_matmul, quantize_tokens
-from compress.kernels.codes import pack_kernel
 from compress.kernels.gpu import tuning
 from compress.kernels.gpu.hadamard import hadamard_
 from compress.kernels.gpu.integer_launch import tiled_integers
+from compress.kernels.gpu.layout import pack_kernel
 from compress.kernels.gpu.matmul import (
     EXACT_ROWS,
     FP32_TABLE,

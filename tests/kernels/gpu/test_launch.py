@@ -16,8 +16,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from compress.kernels.codes import pack_kernel  # noqa: E402
 from compress.kernels.gpu import matmul, occupancy  # noqa: E402
+from compress.kernels.gpu.layout import pack_kernel  # noqa: E402
 from compress.kernels.gpu.matmul import TABLE, programs_held, tiled_matmul, tiles_for  # noqa: E402
 
 pytestmark = pytest.mark.skipif(

@@ -7,7 +7,6 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from compress.kernels.codes import block_columns  # noqa: E402
 from compress.kernels.gpu import triton_activations as activations  # noqa: E402
 from compress.kernels.gpu import triton_kernels as kernels  # noqa: E402
 from compress.kernels.gpu.compiled import (  # noqa: E402
@@ -15,9 +14,10 @@ from compress.kernels.gpu.compiled import (  # noqa: E402
     compile_kernel,
     compile_product,
     compiled_products,
-    scheme_constants,
+    product_constants,
 )
 from compress.kernels.gpu.integer_launch import TILES  # noqa: E402
+from compress.kernels.gpu.layout import block_columns  # noqa: E402
 from compress.kernels.gpu.matmul import (  # noqa: E402
     EXACT_ROWS,
     FP32_TABLE,
@@ -91,7 +91,7 @@ def test_codes_stay_with_their_thread(bits, symmetric, tiles):
 
 
 def test_the_other_kernels_compile():
-    fixed = scheme_constants(3, 128) | {"BLOCK_N": 64, "WARPS": 4}
+    fixed = product_constants(3, 128) | {"BLOCK_N": 64, "WARPS": 4}
     compile_kernel(kernels.dequantize_kernel, HOPPER, "bf16", **fixed)
     compile_kernel(kernels.reduce_kernel, HOPPER, "bf16", HAS_BIAS=True, BLOCK=1024)
     compile_kernel(activations.butterfly_kernel, HOPPER, "bf16", SIZE=4096, LOG=12)
@@ -118,7 +118,7 @@ def test_integers_meet_int8_tensor_cores(bits, group, entry, capability):
         "fp16",
         tiles.warps,
         stages(tiles, bits, 1, memory),
-        **scheme_constants(bits, group),
+        **product_constants(bits, group),
         bias=None,
         HAS_BIAS=False,
         EVEN=True,
