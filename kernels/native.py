@@ -3,7 +3,8 @@
 The first product on a CPU looks for a C++ compiler ($CXX, g++, clang++, c++), compiles once (some
 seconds) with -march=native, and keeps the library in the user's cache; later processes load it.
 Where there is none, cpu.py takes torch's operators, which are slower, and a warning says so once.
-MODELPRESS_NATIVE=0 keeps the compiler out of it.
+MODELPRESS_NATIVE=0 keeps the compiler out of it; MODELPRESS_CPU=avx2 or generic compiles for less
+than this x86-64 processor has (no AVX-512, or its first instructions alone), never for more.
 
     library = kernels()                # None: `reason()` says why
     y = library.tiles_matmul(x, packed, scale, zero, bits=4, group_size=128)
@@ -33,8 +34,13 @@ HERE = Path(__file__).parent
 SOURCES = (HERE / "tiles.cpp", HERE / "quads.cpp")
 HEADERS = (HERE / "vectors.h",)
 # Products and sums may fuse: fewer roundings, and what the figures in the docs were taken with.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared",
-         "-Wno-psabi", "-Wno-unknown-pragmas")  # fmt: skip
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-Wno-psabi",
+         "-Wno-unknown-pragmas")  # fmt: skip
+LEVELS = {  # values of MODELPRESS_CPU
+    "native": ("-march=native",),
+    "avx2": ("-march=native", "-mno-avx512f"),  # without that, no other part of AVX-512 is left
+    "generic": ("-march=x86-64",),
+}
 OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
 COMPILE_SECONDS = 120
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in tiles.cpp
@@ -144,7 +150,10 @@ def _require(holds: bool, what: str) -> None:
 
 
 def kernels() -> Kernels | None:
-    """The library, compiled at the first call; None where that is impossible or unwanted."""
+    """The library, compiled at the first call; None where that is impossible or unwanted.
+
+    Raises ValueError for a MODELPRESS_CPU that names no level of this processor.
+    """
     return _outcome()[0]
 
 
@@ -157,6 +166,7 @@ def reason() -> str:
 def _outcome() -> tuple[Kernels | None, str]:
     if os.environ.get("MODELPRESS_NATIVE") == "0":
         return None, "torch's operators: MODELPRESS_NATIVE=0"
+    level = cpu_level()
     compiler = find_compiler()
     if compiler is None:
         why = "no C++ compiler was found ($CXX, g++, clang++, c++)"
@@ -164,7 +174,8 @@ def _outcome() -> tuple[Kernels | None, str]:
         try:
             version = _version(compiler)
             library = load(compile_library(compiler, version))
-            return Kernels(library, version), f"compiled kernels, {version}"
+            asked = "" if level == "native" else f", MODELPRESS_CPU={level}"
+            return Kernels(library, version), f"compiled kernels, {version}{asked}"
         except (OSError, subprocess.SubprocessError) as error:
             why = f"{compiler} failed: {_first_line(error)}"
     warnings.warn(
@@ -174,6 +185,19 @@ def _outcome() -> tuple[Kernels | None, str]:
         stacklevel=2,
     )
     return None, f"torch's operators: {why}"
+
+
+def cpu_level() -> str:
+    """MODELPRESS_CPU, `native` where it is not set. Raises ValueError for what it cannot be."""
+    level = os.environ.get("MODELPRESS_CPU") or "native"
+    if level not in LEVELS:
+        raise ValueError(f"MODELPRESS_CPU: expected {', '.join(LEVELS)}, found {level!r}")
+    if level != "native" and platform.machine().lower() not in ("x86_64", "amd64"):
+        raise ValueError(
+            f"MODELPRESS_CPU={level} is for x86-64 processors, this one is {platform.machine()}: "
+            f"leave it out"
+        )
+    return level
 
 
 def find_compiler() -> str | None:
@@ -188,8 +212,9 @@ def compile_library(compiler: str, version: str) -> Path:
 
     Raises OSError or subprocess.SubprocessError.
     """
+    flags = (*LEVELS[cpu_level()], *FLAGS, *OPENMP)
     sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
-    facts = [*sources, compiler, version, *FLAGS, *OPENMP, _processor()]
+    facts = [*sources, compiler, version, *flags, _processor()]
     key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
     folder = cache_directory("native")
     path = folder / f"kernels-{key}.so"
@@ -197,7 +222,7 @@ def compile_library(compiler: str, version: str) -> Path:
         return path
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary) / path.name
-        command = [compiler, *FLAGS, *OPENMP, "-o", str(built), *map(str, SOURCES)]
+        command = [compiler, *flags, "-o", str(built), *map(str, SOURCES)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
         built.replace(path)  # whole or not at all, also if two processes compile at once
     return path
