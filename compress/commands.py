@@ -38,12 +38,12 @@ from compress.options import (
     AverageBitsOption,
     BudgetOption,
     DebugOption,
-    DenseOption,
     DeviceOption,
     JsonOption,
     ModelArgument,
     ModelOption,
     OutputFileOption,
+    PackingOption,
     RecipeArgument,
     RecipesArgument,
     SeedOption,
@@ -200,7 +200,7 @@ def evaluate(
     pictures: Annotated[
         Path | None, typer.Option(help="Folder for pictures of pruned patches.")
     ] = None,
-    dense: DenseOption = False,
+    dense: PackingOption = None,
     activation_bits: ActivationBitsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",

@@ -72,7 +72,7 @@ class PruningComparison:
         """`recipe`: any of those that are compared; model and evaluation are the same in all."""
         import torch
 
-        from compress.checkpoint.loading import load
+        from compress.checkpoint.loading import fastest_packing, load
         from compress.checkpoint.safetensors_io import CheckpointReader
         from compress.evaluation import Evaluator
         from compress.models.skeleton import local_folder
@@ -81,7 +81,8 @@ class PruningComparison:
         self.device, self.observer, self.overwrite = device, observer, overwrite
         self.source = local_folder(recipe.model_location(), recipe.model.revision)
         dtype = None if device.startswith("cuda") else torch.float32
-        self.model, self.processor = load(self.source, device, dtype, prune=False)
+        packed = fastest_packing(self.source, device)
+        self.model, self.processor = load(self.source, device, dtype, prune=False, packed=packed)
         family_of(self.model)  # refuses a text model
         self.layers = len(self.model.model.language_model.layers)
         self.fingerprint = CheckpointReader(self.source).fingerprint()
