@@ -19,10 +19,10 @@ from compress.cli.console import (
 from compress.cli.options import (
     ActivationBitsOption,
     DebugOption,
-    DenseOption,
     DeviceOption,
     JsonOption,
     ModelArgument,
+    PackingOption,
     SeedOption,
 )
 from compress.errors import UsageError, did_you_mean
@@ -94,7 +94,7 @@ def generate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.0,
-    dense: DenseOption = False,
+    dense: PackingOption = None,
     activation_bits: ActivationBitsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
@@ -105,12 +105,17 @@ def generate(
     from transformers import TextStreamer
 
     from compress.data.samples import open_image, prompt_inputs
-    from compress.loading.load import load
+    from compress.loading.load import fastest_packing, load
     from compress.memory import check_device
 
     check_device(device)
     pictures = [open_image(path, f"image {path}") for path in image or ()]
-    packed = False if dense else None
+    packed = not dense
+    if dense is None:
+        packed = fastest_packing(model, device, activation_bits)
+        if packed is not None:
+            how = "packed" if packed else "dense, which is faster here (--packed keeps them)"
+            print_lines(console(stderr=True), f"quantised linears run {how}")
     loaded, processor = load(model, device=device, packed=packed, activation_bits=activation_bits)
     tokenizer = getattr(processor, "tokenizer", processor)  # of a multimodal model
     if pictures and tokenizer is processor:

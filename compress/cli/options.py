@@ -60,6 +60,13 @@ DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cu
 DenseOption = Annotated[
     bool, typer.Option("--dense", help="Expand quantised linears: no packed kernels, more memory.")
 ]
+PackingOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--dense/--packed",
+        help="Expand quantised linears, or keep them packed; what is faster here if absent.",
+    ),
+]
 ActivationBitsOption = Annotated[
     int | None,
     typer.Option(

@@ -35,12 +35,12 @@ from compress.cli.options import (
     AverageBitsOption,
     BudgetOption,
     DebugOption,
-    DenseOption,
     DeviceOption,
     JsonOption,
     ModelArgument,
     ModelOption,
     OutputFileOption,
+    PackingOption,
     RecipeArgument,
     RecipesArgument,
     SeedOption,
@@ -193,7 +193,7 @@ def evaluate(
     pictures: Annotated[
         Path | None, typer.Option(help="Folder for pictures of pruned patches.")
     ] = None,
-    dense: DenseOption = False,
+    dense: PackingOption = None,
     activation_bits: ActivationBitsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",

@@ -73,7 +73,7 @@ class PruningComparison:
         """`recipe`: any of those that are compared; model and evaluation are the same in all."""
         import torch
 
-        from compress.loading.load import load
+        from compress.loading.load import fastest_packing, load
         from compress.models.pretrained import local_folder
         from compress.pipeline.evaluation import Evaluator
         from compress.pruning.families import family_of
@@ -82,7 +82,8 @@ class PruningComparison:
         self.device, self.observer, self.overwrite = device, observer, overwrite
         self.source = local_folder(recipe.model_location(), recipe.model.revision)
         dtype = None if device.startswith("cuda") else torch.float32
-        self.model, self.processor = load(self.source, device, dtype, prune=False)
+        packed = fastest_packing(self.source, device)
+        self.model, self.processor = load(self.source, device, dtype, prune=False, packed=packed)
         family_of(self.model)  # refuses a text model
         self.layers = len(self.model.model.language_model.layers)
         self.fingerprint = CheckpointReader(self.source).fingerprint()

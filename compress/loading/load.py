@@ -117,6 +117,28 @@ def load(
     return model, processor
 
 
+def fastest_packing(
+    path: str | Path, device: str | torch.device = "cpu", activation_bits: int | None = None
+) -> bool | None:
+    """What `packed` of `load` takes least time here; None if the checkpoint has nothing packed.
+
+    Where linears round what they read, packed: dense ones would not. Raises as `load` does.
+    """
+    from transformers import AutoConfig
+
+    from compress.kernels.cpu.native import packed_is_faster
+
+    _check_path(path)
+    config = guarded(path, AutoConfig.from_pretrained)
+    section = checked_section(config.to_dict(), Path(path) / "config.json")
+    if not is_packed(section):
+        return None
+    rounds = activation_bits is not None or any(
+        group.get("input_activations") for group in groups_of(section)
+    )
+    return rounds or packed_is_faster(device)
+
+
 def without_section(config: Any) -> Any:
     """The config of a model whose quantisation is given to transformers apart from it."""
     config = copy.deepcopy(config)

@@ -3,7 +3,8 @@
 Loads the model, and the 16-bit baseline beside it, tokenises the text once, and hands all of it to
 `compress.eval`, which knows nothing of checkpoints. On a CPU both models compute in fp32 whatever
 they are stored in: bf16 products are slower there, and their rounding would be noise in the
-comparison; on a GPU they compute in the checkpoint's dtype, as they are served. A model that prunes
+comparison; on a GPU they compute in the checkpoint's dtype, as they are served. Quantised linears
+run packed or dense, whichever is faster here, and the conditions say which. A model that prunes
 visual tokens is measured pruning, its baseline never does.
 
     evaluate("out", tasks=["demo_code"], perplexity="python-stdlib", baseline="recipes/demo/lm")
@@ -35,7 +36,7 @@ def evaluate(
     limit: int | float | None = None,
     batch_size: int = 8,
     num_fewshot: int | None = None,
-    dense: bool = False,
+    dense: bool | None = None,
     activation_bits: int | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -53,7 +54,8 @@ def evaluate(
         bos: put the tokenizer's BOS in front of each window.
         tokens: only the first so many tokens of the text.
         per_document: each document on its own, cut to `length`, instead of one stream.
-        dense: whether the model's quantised linears are expanded instead of running packed.
+        dense: whether the model's quantised linears are expanded instead of running packed; None:
+            whichever is faster on this device.
         activation_bits: to which packed linears round what they read, token by token.
         pictures: a folder for pictures of kept, pruned and recycled patches.
 
@@ -97,6 +99,7 @@ class Evaluator:
         self.windows = {"length": length, "stride": stride}
         self.bos, self.reading = bos, (text_field, tokens, per_document)
         self._baseline: Any = None
+        self._baseline_linears: str | None = None
         self._text: dict[str, Any] | None = None
 
     @classmethod
@@ -120,7 +123,7 @@ class Evaluator:
         self,
         model: str | Path,
         *,
-        dense: bool = False,
+        dense: bool | None = None,
         activation_bits: int | None = None,
         seed: int | None = None,
         pictures: Path | None = None,
@@ -128,20 +131,22 @@ class Evaluator:
         """The figures of one checkpoint, beside the baseline's.
 
         Args:
-            dense: whether its quantised linears are expanded.
+            dense: whether its quantised linears are expanded; None: if that is faster here.
             activation_bits: to which packed linears round what they read.
             seed: instead of the evaluator's.
             pictures: a folder for pictures of what was pruned, if the model prunes visual tokens.
         """
-        from compress.loading.load import load
+        from compress.loading.load import fastest_packing, load
 
+        packed = not dense
+        if dense is None:
+            packed = fastest_packing(model, self.device, activation_bits)
         loaded, processor = load(
-            model, self.device, self._dtype(), packed=False if dense else None,
-            activation_bits=activation_bits,
-        )  # fmt: skip
+            model, self.device, self._dtype(), packed=packed, activation_bits=activation_bits
+        )
         scores = self.measure_loaded(loaded, processor, str(model), seed=seed, pictures=pictures)
-        chosen = {"dense": dense or None, "activation_bits": activation_bits}
-        scores["conditions"] |= {key: value for key, value in chosen.items() if value is not None}
+        if activation_bits is not None:
+            scores["conditions"]["activation_bits"] = activation_bits
         return scores
 
     def measure_loaded(
@@ -158,15 +163,17 @@ class Evaluator:
         If it prunes visual tokens, `pruning` has what that saved in this very measurement.
         """
         from compress.eval.evaluate import Baseline, evaluate_model
-        from compress.loading.load import load
+        from compress.loading.load import fastest_packing, load
         from compress.pruning.pictures import watching
 
         if self._text is None:
             self._text = self._read_text(getattr(processor, "tokenizer", processor))
         if self._baseline is None and self.baseline_path is not None:
-            self._baseline = Baseline(
-                load(self.baseline_path, self.device, self._dtype(), prune=False)[0]
+            packed = fastest_packing(self.baseline_path, self.device)
+            reference, _ = load(
+                self.baseline_path, self.device, self._dtype(), prune=False, packed=packed
             )
+            self._baseline, self._baseline_linears = Baseline(reference), linears_of(reference)
         settings = self.settings if seed is None else self.settings | {"seed": seed}
         with watching(model) as watched:
             scores = evaluate_model(
@@ -181,7 +188,10 @@ class Evaluator:
             "baseline": None if self.baseline_path is None else str(self.baseline_path),
             "device": self.device,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "linears": linears_of(model),
         }
+        if self._baseline_linears is not None:
+            conditions["baseline_linears"] = self._baseline_linears
         if self.dataset is not None:
             conditions["perplexity_dataset"] = f"{self.dataset} (held out)"
         scores["conditions"] = conditions | scores.get("conditions", {})
@@ -214,6 +224,13 @@ class Evaluator:
             documents.append(ids)
             total += len(ids)
         return windows | {"documents": documents}
+
+
+def linears_of(model: Any) -> str:
+    """`packed` where linears of a loaded model are, else `dense`."""
+    from compress.kernels.linear import QuantLinear
+
+    return "packed" if any(isinstance(m, QuantLinear) for m in model.modules()) else "dense"
 
 
 def evaluate_recipe(

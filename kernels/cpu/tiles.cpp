@@ -349,6 +349,15 @@ void choose(const Problem& p, int threads) {
 
 }  // namespace
 
+// Whether a vector of a tile is one register here; if not, four to eight sums of each spill.
+extern "C" int modelpress_takes_wide_vectors() {
+#if defined(__AVX512F__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // Whether bf16 is taken as it is; otherwise x must come as fp32.
 extern "C" int modelpress_takes_bf16() { return BF16_PAIRS; }
 

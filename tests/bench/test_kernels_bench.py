@@ -179,3 +179,20 @@ def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"modelpress\[eval\]"):
         plot_kernels({"rows": []}, tmp_path / "plot.svg")
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(0.5, ["fp32", "bf16"]), (40, ["fp32"])])
+def test_an_emulated_product_is_no_bound(monkeypatch, seconds, kept):
+    """A small one tells, so that no large one is waited for."""
+    from compress import timing
+
+    timed = []
+
+    def take_turns(clock, calls):
+        timed.append({name: len(call()) for name, (call,) in calls.items()})
+        return {name: timing.Samples((seconds if name == "bf16" else 1,)) for name in calls}
+
+    monkeypatch.setattr(timing.Clock, "take_turns", take_turns)
+    monkeypatch.setitem(timing.PRODUCT_SIZE, "cpu", 24)
+    assert list(timing.product_rate(timing.Clock())) == kept
+    assert timed == [{"fp32": 4, "bf16": 4}, dict.fromkeys(kept, 24)]

@@ -4,10 +4,14 @@ import json
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
+import torch
 
 from compress.bench import model as benchmark
 from compress.bench.model import ModelBench, bench_model, measure, model_bench_table
 from compress.errors import CompressError, UsageError
+from compress.kernels.cpu.products import pack_cpu, pack_integers
+from compress.kernels.linear import QuantLinear
+from compress.loading.load import load
 from support.calling import call, only_line
 from support.tiny_checkpoints import load_whole
 
@@ -40,6 +44,7 @@ def test_what_is_counted_of_a_dense_model(checkpoint, rates):
 
 
 def test_packed_weights_count_as_they_are_held(finished, rates):
+    """In the layouts that this processor is given, whichever they are."""
     packed, dense, rounded = (
         measure(ModelBench(str(finished), **BRIEF, **options))
         for options in ({}, {"dense": True}, {"activation_bits": 8})
@@ -47,7 +52,11 @@ def test_packed_weights_count_as_they_are_held(finished, rates):
     assert packed["weights"] < dense["weights"] / 2
     assert packed["prefill_floor"] == dense["prefill_floor"]  # the operations are the same
     assert rounded["prefill_floor"] == {n: t / 2 for n, t in packed["prefill_floor"].items()}
-    assert rounded["weights"] == packed["weights"]
+    model, _ = load(finished, dtype=torch.float32)
+    codes = [m.codes() for m in model.modules() if isinstance(m, QuantLinear)]
+    floats = sum(pack_cpu(c, torch.float32).nbytes for c in codes)
+    integers = sum(pack_integers(c).nbytes for c in codes)
+    assert rounded["weights"] - packed["weights"] == integers - floats
     assert (rounded["activation_bits"], packed["activation_bits"]) == (8, None)
 
 

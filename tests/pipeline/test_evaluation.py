@@ -11,6 +11,7 @@ from compress.errors import UsageError
 from compress.eval import evaluate as measuring
 from compress.eval.divergence import kl_divergence
 from compress.eval.perplexity import perplexity, perplexity_per_document
+from compress.kernels.cpu.native import packed_is_faster
 from compress.loading import load as loading
 from compress.pipeline.evaluation import Evaluator, check_evaluation, evaluate, evaluate_recipe
 from compress.recipe.recipe import Recipe
@@ -66,6 +67,8 @@ def test_the_figures_are_those_of_the_models_on_the_tokens_of_the_text(checkpoin
         "baseline": str(checkpoint()),
         "device": "cpu",
         "dtype": "float32",
+        "linears": "packed" if packed_is_faster("cpu") else "dense",
+        "baseline_linears": "dense",
         "perplexity_dataset": f"{text} (held out)",
     }
 

@@ -25,6 +25,7 @@ compiled = pytest.mark.skipif(native.find_compiler() is None, reason="no C++ com
 def home(tmp_path, monkeypatch, fresh):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("MODELPRESS_NATIVE", raising=False)
+    monkeypatch.delenv("MODELPRESS_CPU", raising=False)
     flags = tuple("-O0" if flag == "-O3" else flag for flag in native.FLAGS)  # compiles sooner
     monkeypatch.setattr(native, "FLAGS", flags)
     return tmp_path / "modelpress" / "native"
@@ -146,10 +147,34 @@ def test_bf16_that_the_processor_cannot_multiply_is_widened(monkeypatch):
 
 @compiled
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 processor")
+@pytest.mark.parametrize("level", ["avx2", "generic"])
+def test_a_lower_level_has_nothing_of_a_higher_one(home, monkeypatch, level):
+    """Each has a library of its own, and nothing of AVX-512 is in either."""
+    native.kernels()
+    monkeypatch.setenv("MODELPRESS_CPU", level)
+    native._outcome.cache_clear()
+    library = native.kernels()
+    assert not any((library.takes_bf16(), library.takes_quads(), library.takes_wide_vectors()))
+    assert len(list(home.iterdir())) == 2
+
+
+def test_a_level_that_is_none_is_one_line(home, monkeypatch):
+    monkeypatch.setenv("MODELPRESS_CPU", "avx3")
+    with pytest.raises(ValueError, match=r"^MODELPRESS_CPU: expected native, avx2, generic, found"):
+        native.kernels()
+    monkeypatch.setenv("MODELPRESS_CPU", "avx2")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(ValueError, match="is for x86-64 processors, this one is aarch64"):
+        native.kernels()
+
+
+@compiled
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 processor")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_processor_without_wide_vectors_gets_the_same_products(home, monkeypatch, dtype):
-    flags = tuple("-march=x86-64" if "-march" in flag else flag for flag in native.FLAGS)
-    monkeypatch.setattr(native, "FLAGS", flags)
+    monkeypatch.setenv("MODELPRESS_CPU", "generic")
+    assert native.kernels() is not None
+    assert native.reason().endswith(", MODELPRESS_CPU=generic")
     assert not native.kernels().takes_bf16()
     assert not native.kernels().takes_quads()
     for bits, rows in ((3, 1), (8, 7)):
