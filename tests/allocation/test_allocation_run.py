@@ -178,7 +178,7 @@ def test_what_a_recipe_fixes_keeps_its_width(deep, press):
     weights = {m.name: m.weights for m in plan.modules}
     bits = sum(found[name] * weights[name] for name in found)
     assert bits <= 3.25 * sum(weights[name] for name in found)
-    groups = {m.name: m.group_size for m in plan.modules}
+    groups = {m.name: m.scheme.group_size for m in plan.modules}
     assert {size for name, size in groups.items() if ".3." in name} == {64}
 
 

@@ -229,7 +229,7 @@ def test_a_score_of_ones_own_is_named_in_a_recipe(checkpoint, monkeypatch):
         needs = "weights"
 
         def scores(self, units):
-            return {u.name: max(float(W.std()) for _, W in u.ask("weights")) for u in units}
+            return {u.name: max(float(W.std()) for W in u.weights()) for u in units}
 
     with pytest.raises(RecipeError, match="unknown layer importance 'spread'"):
         recipe_for(checkpoint(), allocate=LIM | {"importance": "spread"})
@@ -241,9 +241,9 @@ def test_a_score_of_ones_own_is_named_in_a_recipe(checkpoint, monkeypatch):
         expected = max(float(weights[f"{name}.weight"].std()) for name in names)
         assert found.scores[unit] == pytest.approx(expected)
     assert set(found.widths.values()) == {2, 4}
-    monkeypatch.setattr(Spread, "needs", "activations")
+    monkeypatch.setattr(Spread, "needs", "change")
     (problem,) = plan_of(recipe).problems
-    assert "spread needs activations" in problem
+    assert "spread needs change" in problem
 
 
 @pytest.mark.parametrize("of", ["weight_error", "layer_embedding_change", "position", "random"])
@@ -255,3 +255,22 @@ def test_reverse_is_the_same_score_turned_round(checkpoint, of):
         for importance in ({"name": of}, {"name": "reverse", "of": of})
     )
     assert {unit: -score for unit, score in first.items()} == second
+
+
+@pytest.mark.parametrize("importance", LAYER_IMPORTANCE.shipped)
+def test_every_score_comes_from_the_class_that_is_registered_for_it(
+    checkpoint, monkeypatch, importance
+):
+    """Nothing stands in for the registered class: with it broken, there is no allocation."""
+
+    def broken(self, units):
+        raise ZeroDivisionError(importance)
+
+    of = {"of": "position"} if importance == "reverse" else {}
+    recipe = recipe_for(
+        checkpoint(), allocate={"importance": {"name": importance, **of}, "average_bits": 3}
+    )
+    assert plan_of(recipe).allocation is not None
+    monkeypatch.setattr(LAYER_IMPORTANCE[importance], "scores", broken)
+    with pytest.raises(ZeroDivisionError, match=importance):
+        plan_of(recipe)

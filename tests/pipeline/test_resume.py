@@ -96,6 +96,7 @@ def test_a_killed_process_continues_at_its_layer(model, uninterrupted, tmp_path)
         import os, sys
         sys.path.insert(0, sys.argv[1])
         from support.tiny_checkpoints import WINDOWS
+        from compress.observer import Observer
         from compress.pipeline.run import run
         from compress.recipe.recipe import Recipe
 
