@@ -1,6 +1,6 @@
 # make demo   quantises the small model that comes with the project and shows what that cost
 # make test   all tests, JOBS at a time: as many as there are processors
-# make lint   ruff, check and format
+# make lint   ruff, check and format; mypy
 # make gpu    GPU tests, then benchmarks into benchmarks/; needs CUDA, and takes PYTHON as it is
 #             (torch, transformers, triton installed), because no CUDA build is pinned here
 # Each sets up what it needs.
@@ -26,6 +26,10 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build/types/compress
+	for part in compress/* kernels eval recipes; do \
+		ln -sfn ../../../$$part build/types/compress/; done
+	$(BIN)/mypy
 
 gpu:
 	@$(PYTHON) -c "import torch; torch.cuda.is_available() \
