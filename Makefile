@@ -13,11 +13,13 @@ OUTPUT ?= demo-output
 BENCHMARKS ?= benchmarks
 JOBS ?= logical
 DEMO := demo-rtn demo-gptq demo-quarot demo-lm
+# a part of what the recipes measure: enough to tell them apart in a few minutes
+BRIEF := --set evaluate.limit=200 --set evaluate.perplexity.tokens=16384
 
 .PHONY: demo test lint gpu clean
 
 demo: $(READY)
-	$(BIN)/modelpress compare $(DEMO) --output $(OUTPUT)
+	$(BIN)/modelpress compare $(DEMO) $(BRIEF) --output $(OUTPUT)
 	$(BIN)/modelpress generate $(OUTPUT)/RSQ-0 --prompt "import os" --max-tokens 32
 
 test: $(READY)
