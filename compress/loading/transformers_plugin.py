@@ -30,7 +30,7 @@ from compress.checkpoint.gptq import FUSED
 from compress.checkpoint.packed import PackedLinears, UnpackableError
 from compress.errors import UsageError
 from compress.kernels.activations import BITS as ACTIVATION_BITS
-from compress.kernels.codes import Codes
+from compress.kernels.codes import WIDTHS, Codes, with_bits
 from compress.kernels.fused import SharedLinear, fuse_linears
 from compress.kernels.linear import QuantLinear
 from compress.kernels.reference import dequantize
@@ -163,6 +163,7 @@ class ModelpressQuantizer(HfQuantizer):
         with torch.device("cpu"):  # transformers calls this under the meta device
             bits = self.quantization_config.activation_bits
             self.linears = PackedLinears(files[0].parent, bits)
+            self.linears.check_runs()
             self.places = find_places(model, self.linears)
         for place in self.places.values():
             _put(model, place, Vacancy(model.get_submodule(place)))
@@ -205,6 +206,7 @@ class ModelpressQuantizer(HfQuantizer):
     def _linear(self, name: str, codes: Codes, vacancy: "Vacancy") -> nn.Module:
         bits = self.linears.schemes[name].activation_bits
         if self.quantization_config.packed:
+            codes = codes if codes.bits in WIDTHS else with_bits(codes, 8)
             return QuantLinear(codes, vacancy.bias, vacancy.dtype, bits)
         self._refuse_dense(name)
         return dense_linear(codes, vacancy.bias, vacancy.dtype)
@@ -273,7 +275,7 @@ def find_places(model: Any, linears: PackedLinears) -> dict[str, str]:
             found = "nothing of that name" if linear is None else f"a {type(linear).__name__}"
             raise UnpackableError(
                 f"{linears.folder}: {name} is packed, but the model has {found}, not a plain "
-                f"linear: {linears.otherwise}"
+                f"linear: {linears.remedy}"
             )
         if f"{place}.weight" in tied:
             raise UnpackableError(
