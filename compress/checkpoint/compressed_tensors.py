@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from compress.checkpoint.quantization_config import groups_of, has_act_order, strategy_of
-from compress.errors import CheckpointError
 from compress.scheme import Scheme
 
 # The release whose layout this is. 3, 5, 6 and 7 bits were padded to 32 // b codes a word before
@@ -120,21 +119,3 @@ def _pattern(rule: str) -> re.Pattern[str]:
 
 def _is_class(target: str) -> bool:
     return not _is_rule(target) and "." not in target and target[:1].isupper()
-
-
-def must_dequantize_on_load(config: dict) -> bool:
-    """Whether transformers loads a `quantization_config` only with `dequantize=True`.
-
-    That is so for asymmetric modules: transformers 5.23 with compressed-tensors 0.20 makes no room
-    for their packed zero points otherwise. But `dequantize=True` applies the first group's scheme
-    to every module, so asymmetric modules of several schemes do not load at all: CheckpointError.
-    """
-    groups = [g["weights"] for g in config.get("config_groups", {}).values() if g.get("weights")]
-    if all(weights.get("symmetric", True) for weights in groups):
-        return False
-    if len(groups) > 1:
-        raise CheckpointError(
-            "transformers cannot load asymmetric modules of several widths or group sizes: "
-            "serve this checkpoint with vLLM, or quantise with `symmetric: true`"
-        )
-    return True

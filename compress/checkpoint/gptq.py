@@ -15,26 +15,30 @@ against the name of the one layer into which they fuse q/k/v and gate/up. Both s
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from compress.checkpoint.engines import (
+    HEAD,
+    Schemes,
+    fusions,
+    gptq_notes,
+    place_in_layers,
+    same_in_every_layer,
+)
 from compress.checkpoint.packed import PackedLinears
 from compress.checkpoint.packed_formats import FORMATS, with_fp16_scales
 from compress.errors import UsageError
 from compress.scheme import Scheme
 from compress.storage.safetensors import merge_shards, save_tensors
 
-HEAD = "lm_head"
-# The linears that engines run as one, by the name of that one.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-VLLM_WIDTHS = {4, 8}  # vLLM 0.33, symmetric only
 MULTIPLE = 32  # of inputs and outputs: what GPTQModel packs and what kernels run
 PART_BYTES = 256 * 10**6  # written at a time, before parts become shards
 
-Schemes = dict[str, Scheme | None]  # None: a linear that stays unquantised
 
 # ---- config.json --------------------------------------------------------------------------------
 
@@ -55,8 +59,6 @@ def quantization_config(
     layers that are not quantised. weights: how many weights each module has; the scheme of most of
     them is the one that needs no rule in `dynamic`.
     """
-    from importlib.metadata import version
-
     base = _most_common(modules, weights or {})
     written = written_format(modules)
     config = {
@@ -73,33 +75,9 @@ def quantization_config(
     schemes: Schemes = modules | dict.fromkeys(plain)
     if rules := _dynamic(schemes, base):
         config["dynamic"] = rules
-    if same := _same_in_every_layer(schemes):
+    if same := same_in_every_layer(schemes):
         config["modules_in_block_to_quantize"] = [same]
     return config
-
-
-def split_fusions(schemes: Schemes) -> list[str]:
-    """The fused layers whose parts differ in scheme: what fuses them cannot load the checkpoint."""
-    return [name for name, parts in _fusions(schemes).items() if len(parts) > 1]
-
-
-def reader_notes(modules: dict[str, Scheme], plain: Sequence[str] = ()) -> list[str]:
-    """One line for each known reader that will not load such a checkpoint."""
-    schemes: Schemes = modules | dict.fromkeys(plain)
-    widths = {scheme.bits for scheme in modules.values()}
-    notes = []
-    if split := split_fusions(schemes):
-        notes.append(f"vLLM and SGLang will not load this: the parts of {split[0]} differ in width")
-    elif not widths <= VLLM_WIDTHS or written_format(modules) == "gptq_v2":
-        notes.append("vLLM will not load this: its GPTQ takes symmetric 4 and 8 bits only")
-    inside = {scheme for name, scheme in modules.items() if name != HEAD}
-    uneven = bool(plain) and not _same_in_every_layer(schemes)
-    if len(inside) > 1 or HEAD in modules or uneven:
-        notes.append(
-            "transformers will not load this (it takes one scheme for the same linears of every "
-            "layer, and no quantised lm_head): use GPTQModel"
-        )
-    return notes
 
 
 def _settings(scheme: Scheme) -> dict[str, Any]:
@@ -116,18 +94,6 @@ def _most_common(modules: dict[str, Scheme], weights: dict[str, int]) -> Scheme:
     return max(share, key=lambda scheme: share[scheme])
 
 
-def _fusions(schemes: Schemes) -> dict[str, set[Scheme | None]]:
-    """The schemes of the parts of each fused layer, by the name that an engine gives it."""
-    fusions = {}
-    for name in schemes:
-        parent, _, leaf = name.rpartition(".")
-        for fused, leaves in FUSED.items():
-            parts = [f"{parent}.{part}" for part in leaves]
-            if leaf == leaves[0] and all(part in schemes for part in parts):
-                fusions[f"{parent}.{fused}"] = {schemes[part] for part in parts}
-    return fusions
-
-
 def _dynamic(schemes: Schemes, base: Scheme) -> dict[str, dict[str, Any]]:
     """Patterns of the modules that `base` does not describe -> what describes them.
 
@@ -135,9 +101,10 @@ def _dynamic(schemes: Schemes, base: Scheme) -> dict[str, dict[str, Any]]:
     first. A pattern is anchored at both ends: readers anchor it at the start only.
     """
     spelled = dict(schemes)
-    for name, parts in _fusions(schemes).items():
-        if len(parts) == 1:
-            (spelled[name],) = parts
+    for name, parts in fusions(schemes).items():
+        found = {schemes[part] for part in parts}
+        if len(found) == 1:
+            (spelled[name],) = found
     others: dict[Scheme | None, list[str]] = {}
     for name, scheme in spelled.items():
         if scheme != base and (scheme is not None or name != HEAD):
@@ -161,10 +128,10 @@ def _patterns(names: list[str], known: Iterable[str]) -> list[str]:
     every: dict[tuple[str, str], set[int]] = {}
     patterns = []
     for name in known:
-        if part := _split(name):
+        if part := place_in_layers(name):
             every.setdefault(part[::2], set()).add(part[1])
     for name in names:
-        if part := _split(name):
+        if part := place_in_layers(name):
             numbers.setdefault(part[::2], []).append(part[1])
         else:
             patterns.append(f"^{re.escape(name)}$")
@@ -177,29 +144,6 @@ def _patterns(names: list[str], known: Iterable[str]) -> list[str]:
         listed = "|".join(re.escape(name) for name in sorted(inner))
         patterns.append(rf"^{re.escape(stack)}\.{layers}\.(?:{listed})$")
     return patterns
-
-
-def _split(name: str) -> tuple[str, int, str] | None:
-    """("model.layers", 3, "mlp.up_proj") of a module inside a numbered layer, else None."""
-    match = re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name)
-    return (match[1], int(match[2]), match[3]) if match else None
-
-
-def _same_in_every_layer(schemes: Schemes) -> list[str] | None:
-    """The quantised linears by their names inside a layer, if some linears are left out of each.
-
-    It is how transformers is told about linears that stay unquantised. None if there are none, or
-    if they are not the same in every layer.
-    """
-    quantised: dict[str, None] = {}
-    left: set[str] = set()
-    for name, scheme in schemes.items():
-        inner = part[2] if (part := _split(name)) else name
-        if scheme is not None:
-            quantised[inner] = None
-        elif part:
-            left.add(inner)
-    return list(quantised) if left and not left & quantised.keys() else None
 
 
 # ---- the format, as `export` uses it ------------------------------------------------------------
@@ -220,7 +164,7 @@ class GptqFormat:
             for name in source.reader.names
             if name.endswith(".weight") and len(source.reader.shape(name)) == 2
         ]
-        self.plain = [n for n in matrices if n not in source.schemes and _split(n)]
+        self.plain = [n for n in matrices if n not in source.schemes and place_in_layers(n)]
 
     def check(self) -> list[str]:
         """What readers will not load; UsageError for what the format itself cannot hold."""
@@ -241,12 +185,12 @@ class GptqFormat:
                     f"GPTQ readers take multiples of {MULTIPLE} outputs and inputs, {name} is "
                     f"[{N}, {K}]: keep compressed-tensors, or leave that module unquantised"
                 )
-            if name != HEAD and not _split(name):
+            if name != HEAD and not place_in_layers(name):
                 raise UsageError(
                     f"GPTQ holds linears of numbered layers and {HEAD}, {name} is neither: keep "
                     f"compressed-tensors, or leave that module unquantised"
                 )
-        return reader_notes(self.source.schemes, self.plain)
+        return gptq_notes(self.source.schemes, self.plain)
 
     def write(self, folder: Path, shard_bytes: int) -> dict[str, int]:
         """Weights, config.json and quantize_config.json; bytes as {"quantized", "other"}."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from compress.checkpoint.gptq import FUSED
+from compress.checkpoint.engines import FUSED
 from compress.checkpoint.packed import PackedLinears, UnpackableError
 from compress.errors import UsageError
 from compress.kernels.activations import BITS as ACTIVATION_BITS

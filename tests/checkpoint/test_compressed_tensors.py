@@ -10,12 +10,8 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
 )
 
-from compress.checkpoint.compressed_tensors import (
-    module_schemes,
-    must_dequantize_on_load,
-    quantization_config,
-)
-from compress.errors import CheckpointError
+from compress.checkpoint.compressed_tensors import module_schemes, quantization_config
+from compress.checkpoint.engines import must_dequantize_on_load
 from compress.scheme import Scheme
 from support.tiny_quantised import MIXED, round_weight, tiny_llama, write_quantised
 
@@ -125,14 +121,6 @@ def test_one_asymmetric_scheme_loads_dequantised(tmp_path, scheme):
         model, _ = load_plain(made.folder, **options)
     with torch.no_grad():
         assert relative_error(model(made.input_ids).logits, made.logits) <= 1e-5
-
-
-def test_what_transformers_cannot_load_is_said():
-    symmetric = quantization_config(dict(zip("abcde", MIXED, strict=True)), [])
-    assert not must_dequantize_on_load(symmetric)
-    mixture = {"a": Scheme(3, 32, False), "b": Scheme(4, 32, False)}
-    with pytest.raises(CheckpointError, match="vLLM"):
-        must_dequantize_on_load(quantization_config(mixture, []))
 
 
 def test_rounding_in_these_tests_is_rounding():

@@ -5,11 +5,8 @@ import re
 
 import pytest
 
-from compress.checkpoint.gptq import (
-    quantization_config,
-    reader_notes,
-    split_fusions,
-)
+from compress.checkpoint.engines import gptq_notes, split_fusions
+from compress.checkpoint.gptq import quantization_config
 from compress.scheme import Scheme
 
 A, B, C = Scheme(4, 128), Scheme(2, 64), Scheme(8, None)
@@ -98,20 +95,7 @@ def test_transformers_is_told_which_linears_stay():
     (listed,) = config["modules_in_block_to_quantize"]
     replaced = {name for name in schemes if any(name.endswith(part) for part in listed)}
     assert replaced == schemes.keys() - left
-    assert not reader_notes(*split(schemes | left))
+    assert not gptq_notes(*split(schemes | left))
     uneven = schemes | {"model.layers.2.mlp.down_proj": None}
     assert "modules_in_block_to_quantize" not in quantization_config(*split(uneven))
-    assert "transformers" in " ".join(reader_notes(*split(uneven)))
-
-
-def test_readers_that_will_not_load_it_are_named():
-    schemes = {f"model.layers.{i}.{n}": A for i in range(2) for n in INNER}
-    assert reader_notes(schemes) == []
-    mixed = schemes | {"model.layers.1.mlp.down_proj": C}
-    assert [note.split()[0] for note in reader_notes(mixed)] == ["transformers"]
-    narrow = dict.fromkeys(schemes, B)
-    assert [note.split()[0] for note in reader_notes(narrow)] == ["vLLM"]
-    torn = schemes | {"model.layers.1.self_attn.k_proj": C}
-    assert split_fusions(torn) == ["model.layers.1.self_attn.qkv_proj"]
-    assert "model.layers.1.self_attn.qkv_proj" in reader_notes(torn)[0]
-    assert "lm_head" in reader_notes(schemes | {"lm_head": A})[0]
+    assert "transformers" in " ".join(gptq_notes(*split(uneven)))
