@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from compress.checkpoint.export import CHECKPOINT_FORMATS, export
+from compress.checkpoint.inspect import inspect
 from compress.errors import CheckpointError, CompressError, UsageError
-from compress.loading.load import inspect
 from compress.scheme import Scheme
 from compress.storage.safetensors import save_tensors
 from support.gptq_reader import read_naively
