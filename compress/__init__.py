@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compress.checkpoint.export import export
     from compress.checkpoint.hub import push
+    from compress.checkpoint.inspect import inspect
     from compress.comparison.compare import compare
     from compress.errors import CompressError, UsageError
-    from compress.loading.load import inspect, load
+    from compress.loading.load import load
     from compress.loading.transformers_plugin import ModelpressConfig
     from compress.observer import Observer
     from compress.pipeline.evaluation import evaluate
@@ -36,7 +37,7 @@ _HOMES = {
     "run": "compress.pipeline.run",
     "RunResult": "compress.pipeline.result",
     "load": "compress.loading.load",
-    "inspect": "compress.loading.load",
+    "inspect": "compress.checkpoint.inspect",
     "evaluate": "compress.pipeline.evaluation",
     "compare": "compress.comparison.compare",
     "export": "compress.checkpoint.export",

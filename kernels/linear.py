@@ -3,7 +3,7 @@
 The module holds one layout at a time, that of its device, as buffers. Moving it to another kind of
 device repacks, which is exact: codes, scales and zero points are the same before and after.
 
-    layer = QuantLinear(read_compressed_tensors(tensors, 4, 128, name), bias, torch.bfloat16)
+    layer = QuantLinear(codes, bias, torch.bfloat16)
     y = layer.to("cuda")(x)
     layer.dequantize()                # the weight [N, K], dense
 """

@@ -24,23 +24,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compress.checkpoint.compressed_tensors import PACKED_SUFFIXES, module_schemes
 from compress.checkpoint.gguf.format import GgufFormat
 from compress.checkpoint.gptq import GptqFormat
+from compress.checkpoint.packed import PackedLinears, UnpackableError
 from compress.checkpoint.quantization_config import (
     checked_section,
     extras,
+    format_of,
     groups_of,
     has_act_order,
     read_config,
     strategy_of,
 )
 from compress.errors import CheckpointError, CompressError, UsageError
-from compress.kernels.packing import packed_columns, unpack_rows
 from compress.registry import Registry
 from compress.storage.files import atomic_write, read_json
 from compress.storage.output_folder import COMPANIONS, WORK_FOLDER, check_output, publish
-from compress.storage.safetensors import CheckpointReader, parse_size
+from compress.storage.safetensors import parse_size
 
 PROVENANCE = "modelpress.json"
 
@@ -56,7 +56,7 @@ class CheckpointFormat(Protocol):
     companions: bool
     can_requantise: bool
 
-    def __init__(self, source: "PackedCheckpoint"): ...
+    def __init__(self, source: PackedLinears): ...
 
     def check(self) -> list[str]:
         """What a person should know first, a line each; UsageError if the format cannot hold it."""
@@ -126,7 +126,7 @@ def export(
     if (output / WORK_FOLDER / "journal.jsonl").exists():
         raise UsageError(f"output {output} holds an unfinished run: choose another --output")
     shard_bytes = parse_size(shard_size)
-    source = PackedCheckpoint(folder)
+    source = _opened(folder)
     if requantise and not kind.can_requantise:
         raise UsageError(f"{kind.name} holds every module as it is, or not: leave out --requantise")
     exporter: CheckpointFormat = kind(source, True) if requantise else kind(source)
@@ -172,7 +172,7 @@ def _copy_companions(folder: Path, final: Path, patterns: tuple[str, ...]) -> No
                 shutil.copyfile(file, final / file.name)
 
 
-def _provenance(source: "PackedCheckpoint", result: ExportResult) -> dict[str, Any]:
+def _provenance(source: PackedLinears, result: ExportResult) -> dict[str, Any]:
     """The checkpoint's own history, and what it was exported from."""
     history = read_json(source.folder / PROVENANCE) or {}
     return history | {
@@ -193,101 +193,29 @@ def _provenance(source: "PackedCheckpoint", result: ExportResult) -> dict[str, A
 # ---- what is exported ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PackedModule:
-    """One quantised linear: weight = (codes - zero point) * scale.
+def _opened(folder: Path) -> PackedLinears:
+    """The packed linears of a checkpoint, their shapes checked.
 
-    codes [N, K] int16, scale [N, G] float, zero_point [N, G] int16 or None if symmetric; codes and
-    zero points are signed.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-
-
-class PackedCheckpoint:
-    """A compressed-tensors folder, checked, whose modules are read as codes and scales.
-
-    Attributes:
-        folder, config, reader: where it is, its config.json, its tensors.
-        schemes: width and group size of each quantised module, by full name.
-        shapes: (N, K) of each.
-
-    Raises UsageError for a folder that is not such a checkpoint, or that does more than weights in
+    Raises UsageError for a folder that is no such checkpoint, or that does more than weights in
     groups; CheckpointError if its tensors are not what its config.json says.
     """
-
-    def __init__(self, folder: Path):
-        if not folder.is_dir():
-            raise UsageError(f"no such model folder: {folder}")
-        self.folder = folder
-        self.config = read_config(folder)
-        section = checked_section(self.config, folder / "config.json")
-        _check_section(folder, section)
-        self.reader = CheckpointReader(folder)
-        packed = [
-            name.removesuffix(".weight_packed")
-            for name in self.reader.names
-            if name.endswith(".weight_packed")
-        ]
-        self.schemes = module_schemes(section, packed)
-        unknown = [name for name in packed if name not in self.schemes]
-        if unknown or not packed:
-            raise CheckpointError(
-                f"{folder}: {unknown[0]} is packed, but config.json does not say how"
-                if unknown
-                else f"{folder}: no module is packed as pack-quantized, which is what export reads"
-            )
-        self._check_names()
-        self.shapes = {name: self._checked_shape(name) for name in packed}
-
-    def _check_names(self) -> None:
-        """A quantised module holds what its scheme needs, perhaps a bias, and nothing else."""
-        for tensor in self.reader.names:
-            module, _, key = tensor.rpartition(".")
-            scheme = self.schemes.get(module)
-            if scheme is None or key == "bias":
-                continue
-            if key not in PACKED_SUFFIXES or (key == "weight_zero_point" and scheme.symmetric):
-                raise UsageError(
-                    f"{tensor} is more than codes and scales, which no other format can hold"
-                )
-
-    def _checked_shape(self, name: str) -> tuple[int, int]:
-        """N and K of a module whose tensors all have the shapes that its scheme asks for."""
-        scheme, reader = self.schemes[name], self.reader
-        N, K = reader.tensor(f"{name}.weight_shape").tolist()
-        G = 1 if scheme.group_size is None else K // scheme.group_size
-        expected = {
-            "weight_packed": (N, packed_columns(K, scheme.bits)),
-            "weight_scale": (N, G),
-            "weight_shape": (2,),
-        }
-        if not scheme.symmetric:
-            expected["weight_zero_point"] = (packed_columns(N, scheme.bits), G)
-        for key, shape in expected.items():
-            if reader.shape(f"{name}.{key}") != shape:
-                raise CheckpointError(
-                    f"{self.folder}: {name}.{key} has shape {reader.shape(f'{name}.{key}')}, but "
-                    f"{scheme.bits} bits in groups of {scheme.group_size or K} take {shape}"
-                )
-        return N, K
-
-    def module(self, name: str) -> PackedModule:
-        """The codes, scales and zero points of one module."""
-        bits, (N, K) = self.schemes[name].bits, self.shapes[name]
-        middle = 2 ** (bits - 1)
-        packed = self.reader.tensor(f"{name}.weight_packed")
-        zero_point = None
-        if f"{name}.weight_zero_point" in self.reader:
-            words = self.reader.tensor(f"{name}.weight_zero_point")
-            zero_point = unpack_rows(words.T, bits, N).T.to(torch.int16) - middle
-        codes = unpack_rows(packed, bits, K).to(torch.int16) - middle
-        return PackedModule(codes, self.reader.tensor(f"{name}.weight_scale"), zero_point)
+    if not folder.is_dir():
+        raise UsageError(f"no such model folder: {folder}")
+    _refuse_section(folder, checked_section(read_config(folder), folder / "config.json"))
+    try:
+        source = PackedLinears(folder)
+        shapes = source.shapes
+    except UnpackableError as error:  # nobody asked to run it
+        raise CheckpointError(str(error)) from error
+    for name, (_, K) in shapes.items():
+        size = source.schemes[name].group_size
+        if size is not None and K % size:
+            raise CheckpointError(f"{folder}: {name} has {K} inputs, no whole groups of {size}")
+    _refuse_tensors(source)
+    return source
 
 
-def _check_section(folder: Path, section: dict[str, Any]) -> None:
+def _refuse_section(folder: Path, section: dict[str, Any]) -> None:
     method = section.get("quant_method")
     if method != "compressed-tensors":
         found = f"is quantised with {method}" if method else "is not quantised"
@@ -307,12 +235,27 @@ def _check_section(folder: Path, section: dict[str, Any]) -> None:
     for what, found in more.items():
         if found:
             raise UsageError(f"{folder} has {what}, which other formats cannot hold")
+    if {format_of(section, group) for group in groups} != {"pack-quantized"}:
+        raise CheckpointError(
+            f"{folder}: no module is packed as pack-quantized, which is what export reads"
+        )
+
+
+def _refuse_tensors(source: PackedLinears) -> None:
+    """A quantised module holds what its scheme needs, perhaps a bias, and nothing else."""
+    known = {*source.format.suffixes, "bias"} - {source.format.g_idx}
+    for tensor in source.reader.names:
+        module, _, key = tensor.rpartition(".")
+        if module in source.schemes and key not in known:
+            raise UsageError(
+                f"{tensor} is more than codes and scales, which no other format can hold"
+            )
 
 
 # ---- scales -------------------------------------------------------------------------------------
 
 
-def _check_scales(source: PackedCheckpoint, round_scales: bool) -> ScaleRounding:
+def _check_scales(source: PackedLinears, round_scales: bool) -> ScaleRounding:
     """What storing the scales in fp16 changes; UsageError if that is something and not wanted."""
     scales = changed = 0
     largest, first = 0.0, ""
@@ -336,16 +279,14 @@ def _check_scales(source: PackedCheckpoint, round_scales: bool) -> ScaleRounding
     return ScaleRounding(scales, changed, largest)
 
 
-def _rounding_error(source: PackedCheckpoint, name: str, scale: Tensor) -> Tensor | None:
+def _rounding_error(source: PackedLinears, name: str, scale: Tensor) -> Tensor | None:
     """|fp16(s) - s| / |s| of each scale [N, G] that multiplies something; None if all are 0."""
     exact = scale.double()
     error = ((exact.half().double() - exact) / exact).abs().nan_to_num(nan=0.0, posinf=torch.inf)
     if not error.any():
         return None
     # The scale of a group of zeros is arbitrary, and often too small for fp16.
-    module = source.module(name)
-    levels = module.codes.view(*scale.shape, -1)
-    if module.zero_point is not None:
-        levels = levels - module.zero_point.unsqueeze(-1)
-    error *= levels.any(-1)
+    weight = source.codes(name)
+    groups = weight.codes.view(*scale.shape, -1)
+    error *= (groups != weight.zero_points().unsqueeze(-1)).any(-1)
     return error.nan_to_num(nan=0.0, posinf=torch.inf) if error.any() else None

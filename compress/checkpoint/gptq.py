@@ -1,122 +1,51 @@
-"""The GPTQ checkpoint format: what goes into the file, and into config.json.
+"""Export to the GPTQ format: the weights, and what config.json says about them.
 
-For a linear layer with weight [N, K], width b (2, 3, 4 or 8) and G groups of K / G columns:
-
-    qweight  [ceil(K*b/32), N]  int32  codes, packed along K
-    qzeros   [G, ceil(N*b/32)]  int32  zero points, packed along N
-    scales   [G, N]             fp16   weight = (code - zero point) * scale; may be negative
-    g_idx    [K]                int32  the group of each column, k // (K / G)
-
-Codes and zero points are unsigned here, those of compressed-tensors plus 2^(b-1), and packed as the
-dense bit stream of `kernels.packing`, transposed: 3 bits straddle words and need no special case.
-
-Version 1 (`gptq`) stores each zero point less one. Readers disagree about what a zero point of 0
-then becomes, so only symmetric layers, whose zero point is 2^(b-1), are written as version 1; one
-asymmetric layer makes the whole checkpoint version 2 (`gptq_v2`), which stores zero points as they
-are.
+`packed_formats.Gptq` says what lies in the files. Version 1 (`gptq`) stores each zero point less
+one. Readers disagree about what a zero point of 0 then becomes, so only symmetric layers, whose
+zero point is 2^(b-1), are written as version 1; one asymmetric layer makes the whole checkpoint
+version 2 (`gptq_v2`), which stores zero points as they are.
 
 Layers of other widths or group sizes than most, and layers left unquantised, are named by regular
 expressions in `dynamic`. GPTQModel matches them against the names in the file; vLLM and SGLang
 against the name of the one layer into which they fuse q/k/v and gate/up. Both spellings are given.
 
-    tensors = pack_module(codes, scale, None, bits=3)
     section = quantization_config({"model.layers.0.mlp.up_proj": Scheme(3, 128)}, plain=[])
 """
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from compress.checkpoint.compressed_tensors import compress_module
+from compress.checkpoint.engines import (
+    HEAD,
+    Schemes,
+    fusions,
+    gptq_notes,
+    place_in_layers,
+    same_in_every_layer,
+)
+from compress.checkpoint.packed import PackedLinears
+from compress.checkpoint.packed_formats import FORMATS, with_fp16_scales
 from compress.errors import UsageError
-from compress.kernels.packing import pack_rows, unpack_rows
 from compress.scheme import Scheme
 from compress.storage.safetensors import merge_shards, save_tensors
 
-if TYPE_CHECKING:
-    from compress.checkpoint.export import PackedCheckpoint
-
-WIDTHS = (2, 3, 4, 8)  # 5, 6 and 7 bits have no layout that more than one reader knows
-HEAD = "lm_head"
-# The linears that engines run as one, by the name of that one.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-VLLM_WIDTHS = {4, 8}  # vLLM 0.33, symmetric only
 MULTIPLE = 32  # of inputs and outputs: what GPTQModel packs and what kernels run
 PART_BYTES = 256 * 10**6  # written at a time, before parts become shards
-
-Schemes = dict[str, Scheme | None]  # None: a linear that stays unquantised
-
-# ---- tensors ------------------------------------------------------------------------------------
-
-
-def pack_module(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, version: int = 1
-) -> dict[str, Tensor]:
-    """The tensors of one linear layer as GPTQ stores them; shapes are at the file's head.
-
-    codes [N, K] and zero_point [N, G] (None if symmetric) are signed integers in
-    [-2^(bits-1), 2^(bits-1) - 1]; scale [N, G] is rounded to fp16. Raises ValueError for another
-    width than 2, 3, 4 or 8, for codes or zero points outside that range, for a scale beyond fp16,
-    for a G that does not divide K, and for zero points in version 1.
-    """
-    return convert_module(compress_module(codes, scale, zero_point, bits), bits, version)
-
-
-def convert_module(tensors: dict[str, Tensor], bits: int, version: int = 1) -> dict[str, Tensor]:
-    """The same for the tensors of compressed-tensors, which hold the same streams, transposed."""
-    if bits not in WIDTHS:
-        raise ValueError(f"GPTQ has a layout for 2, 3, 4 and 8 bits, got {bits}")
-    if version == 1 and "weight_zero_point" in tensors:
-        raise ValueError("asymmetric layers are written as version 2: see the file's head")
-    N, K = tensors["weight_shape"].tolist()
-    scales = tensors["weight_scale"].T.to(torch.float16).contiguous()  # [G, N]
-    G = len(scales)
-    if not torch.isfinite(scales).all():
-        largest = float(tensors["weight_scale"].abs().max())
-        raise ValueError(f"a scale of {largest:.3g} is beyond fp16")
-    if "weight_zero_point" in tensors:
-        zeros = tensors["weight_zero_point"].T
-    else:
-        middle = torch.full((1, N), 2 ** (bits - 1) - int(version == 1), dtype=torch.int16)
-        zeros = pack_rows(middle, bits).expand(G, -1)
-    return {
-        "qweight": tensors["weight_packed"].T.contiguous(),
-        "qzeros": zeros.contiguous(),
-        "scales": scales,
-        "g_idx": torch.arange(K, dtype=torch.int32) // (K // G),
-    }
-
-
-def unpack_module(
-    tensors: dict[str, Tensor], bits: int, version: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [N, K] int16, scale [N, G] fp16 and zero point [N, G] int16: inverse of `pack_module`.
-
-    Codes and zero points are signed; the zero points of a symmetric layer are 0. A stored zero
-    point of 2^bits - 1 in version 1 is taken to have been 0, as GPTQModel does. Raises ValueError
-    if the shapes do not fit each other, or if columns were permuted (act-order).
-    """
-    K, (G, N) = len(tensors["g_idx"]), tensors["scales"].shape
-    if K % G or not torch.equal(tensors["g_idx"], torch.arange(K, dtype=torch.int32) // (K // G)):
-        raise ValueError("the groups are not runs of equal length: columns were permuted")
-    middle = 2 ** (bits - 1)
-    codes = unpack_rows(tensors["qweight"].T, bits, K).to(torch.int16) - middle
-    zeros = unpack_rows(tensors["qzeros"], bits, N).to(torch.int16) + int(version == 1)
-    return codes, tensors["scales"].T.contiguous(), zeros.T % 2**bits - middle
 
 
 # ---- config.json --------------------------------------------------------------------------------
 
 
-def checkpoint_version(modules: dict[str, Scheme]) -> int:
-    """1 if every module is symmetric, else 2."""
-    return 1 if all(scheme.symmetric for scheme in modules.values()) else 2
+def written_format(modules: dict[str, Scheme]) -> str:
+    """The row of FORMATS that holds the modules: version 1 if every one is symmetric, else 2."""
+    return "gptq" if all(scheme.symmetric for scheme in modules.values()) else "gptq_v2"
 
 
 def quantization_config(
@@ -130,10 +59,8 @@ def quantization_config(
     layers that are not quantised. weights: how many weights each module has; the scheme of most of
     them is the one that needs no rule in `dynamic`.
     """
-    from importlib.metadata import version
-
     base = _most_common(modules, weights or {})
-    written = "gptq" if checkpoint_version(modules) == 1 else "gptq_v2"
+    written = written_format(modules)
     config = {
         "quant_method": "gptq",
         "method": "gptq",
@@ -148,33 +75,9 @@ def quantization_config(
     schemes: Schemes = modules | dict.fromkeys(plain)
     if rules := _dynamic(schemes, base):
         config["dynamic"] = rules
-    if same := _same_in_every_layer(schemes):
+    if same := same_in_every_layer(schemes):
         config["modules_in_block_to_quantize"] = [same]
     return config
-
-
-def split_fusions(schemes: Schemes) -> list[str]:
-    """The fused layers whose parts differ in scheme: what fuses them cannot load the checkpoint."""
-    return [name for name, parts in _fusions(schemes).items() if len(parts) > 1]
-
-
-def reader_notes(modules: dict[str, Scheme], plain: Sequence[str] = ()) -> list[str]:
-    """One line for each known reader that will not load such a checkpoint."""
-    schemes: Schemes = modules | dict.fromkeys(plain)
-    widths = {scheme.bits for scheme in modules.values()}
-    notes = []
-    if split := split_fusions(schemes):
-        notes.append(f"vLLM and SGLang will not load this: the parts of {split[0]} differ in width")
-    elif not widths <= VLLM_WIDTHS or checkpoint_version(modules) == 2:
-        notes.append("vLLM will not load this: its GPTQ takes symmetric 4 and 8 bits only")
-    inside = {scheme for name, scheme in modules.items() if name != HEAD}
-    uneven = bool(plain) and not _same_in_every_layer(schemes)
-    if len(inside) > 1 or HEAD in modules or uneven:
-        notes.append(
-            "transformers will not load this (it takes one scheme for the same linears of every "
-            "layer, and no quantised lm_head): use GPTQModel"
-        )
-    return notes
 
 
 def _settings(scheme: Scheme) -> dict[str, Any]:
@@ -191,18 +94,6 @@ def _most_common(modules: dict[str, Scheme], weights: dict[str, int]) -> Scheme:
     return max(share, key=lambda scheme: share[scheme])
 
 
-def _fusions(schemes: Schemes) -> dict[str, set[Scheme | None]]:
-    """The schemes of the parts of each fused layer, by the name that an engine gives it."""
-    fusions = {}
-    for name in schemes:
-        parent, _, leaf = name.rpartition(".")
-        for fused, leaves in FUSED.items():
-            parts = [f"{parent}.{part}" for part in leaves]
-            if leaf == leaves[0] and all(part in schemes for part in parts):
-                fusions[f"{parent}.{fused}"] = {schemes[part] for part in parts}
-    return fusions
-
-
 def _dynamic(schemes: Schemes, base: Scheme) -> dict[str, dict[str, Any]]:
     """Patterns of the modules that `base` does not describe -> what describes them.
 
@@ -210,9 +101,10 @@ def _dynamic(schemes: Schemes, base: Scheme) -> dict[str, dict[str, Any]]:
     first. A pattern is anchored at both ends: readers anchor it at the start only.
     """
     spelled = dict(schemes)
-    for name, parts in _fusions(schemes).items():
-        if len(parts) == 1:
-            (spelled[name],) = parts
+    for name, parts in fusions(schemes).items():
+        found = {schemes[part] for part in parts}
+        if len(found) == 1:
+            (spelled[name],) = found
     others: dict[Scheme | None, list[str]] = {}
     for name, scheme in spelled.items():
         if scheme != base and (scheme is not None or name != HEAD):
@@ -236,10 +128,10 @@ def _patterns(names: list[str], known: Iterable[str]) -> list[str]:
     every: dict[tuple[str, str], set[int]] = {}
     patterns = []
     for name in known:
-        if part := _split(name):
+        if part := place_in_layers(name):
             every.setdefault(part[::2], set()).add(part[1])
     for name in names:
-        if part := _split(name):
+        if part := place_in_layers(name):
             numbers.setdefault(part[::2], []).append(part[1])
         else:
             patterns.append(f"^{re.escape(name)}$")
@@ -254,48 +146,25 @@ def _patterns(names: list[str], known: Iterable[str]) -> list[str]:
     return patterns
 
 
-def _split(name: str) -> tuple[str, int, str] | None:
-    """("model.layers", 3, "mlp.up_proj") of a module inside a numbered layer, else None."""
-    match = re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name)
-    return (match[1], int(match[2]), match[3]) if match else None
-
-
-def _same_in_every_layer(schemes: Schemes) -> list[str] | None:
-    """The quantised linears by their names inside a layer, if some linears are left out of each.
-
-    It is how transformers is told about linears that stay unquantised. None if there are none, or
-    if they are not the same in every layer.
-    """
-    quantised: dict[str, None] = {}
-    left: set[str] = set()
-    for name, scheme in schemes.items():
-        inner = part[2] if (part := _split(name)) else name
-        if scheme is not None:
-            quantised[inner] = None
-        elif part:
-            left.add(inner)
-    return list(quantised) if left and not left & quantised.keys() else None
-
-
 # ---- the format, as `export` uses it ------------------------------------------------------------
 
 
 class GptqFormat:
-    """Writes a packed checkpoint as GPTQ: the same bit streams, transposed."""
+    """Writes a packed checkpoint as GPTQ."""
 
     name = "gptq"
     companions = True  # tokenizer and generation settings lie beside the weights
     can_requantise = False
 
-    def __init__(self, source: "PackedCheckpoint"):
+    def __init__(self, source: PackedLinears):
         self.source = source
-        self.version = checkpoint_version(source.schemes)
+        self.format = FORMATS[written_format(source.schemes)]
         matrices = [
             name.removesuffix(".weight")
             for name in source.reader.names
             if name.endswith(".weight") and len(source.reader.shape(name)) == 2
         ]
-        self.plain = [n for n in matrices if n not in source.schemes and _split(n)]
+        self.plain = [n for n in matrices if n not in source.schemes and place_in_layers(n)]
 
     def check(self) -> list[str]:
         """What readers will not load; UsageError for what the format itself cannot hold."""
@@ -306,7 +175,7 @@ class GptqFormat:
             )
         for name, scheme in self.source.schemes.items():
             N, K = self.source.shapes[name]
-            if scheme.bits not in WIDTHS:
+            if scheme.bits not in self.format.widths:
                 raise UsageError(
                     f"GPTQ holds 2, 3, 4 and 8 bits, {name} has {scheme.bits}: keep "
                     f"compressed-tensors, or quantise with other widths"
@@ -316,12 +185,12 @@ class GptqFormat:
                     f"GPTQ readers take multiples of {MULTIPLE} outputs and inputs, {name} is "
                     f"[{N}, {K}]: keep compressed-tensors, or leave that module unquantised"
                 )
-            if name != HEAD and not _split(name):
+            if name != HEAD and not place_in_layers(name):
                 raise UsageError(
                     f"GPTQ holds linears of numbered layers and {HEAD}, {name} is neither: keep "
                     f"compressed-tensors, or leave that module unquantised"
                 )
-        return reader_notes(self.source.schemes, self.plain)
+        return gptq_notes(self.source.schemes, self.plain)
 
     def write(self, folder: Path, shard_bytes: int) -> dict[str, int]:
         """Weights, config.json and quantize_config.json; bytes as {"quantized", "other"}."""
@@ -353,10 +222,12 @@ class GptqFormat:
 
     def _modules(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """The tensors of each module as they are written, by their names inside it."""
-        reader, schemes = self.source.reader, self.source.schemes
-        for module, names in groupby(reader.names, lambda name: name.rpartition(".")[0]):
-            tensors = {name.rpartition(".")[2]: reader.tensor(name) for name in names}
-            if module in schemes:
-                converted = convert_module(tensors, schemes[module].bits, self.version)
-                tensors = converted | {k: t for k, t in tensors.items() if k == "bias"}
-            yield module, tensors
+        source = self.source
+        for module, names in groupby(source.reader.names, lambda name: name.rpartition(".")[0]):
+            if module in source.schemes:
+                codes = with_fp16_scales(source.codes(module))
+                tensors = self.format.write(codes, source.schemes[module])
+                names = (name for name in names if name.endswith(".bias"))
+            else:
+                tensors = {}
+            yield module, tensors | {n.rpartition(".")[2]: source.reader.tensor(n) for n in names}

@@ -5,20 +5,22 @@ or rounded token by token) and GPTQ in versions 1 and 2 (2, 3, 4 and 8 bits), al
 columns that act-order has permuted. What a linear is comes from config.json, and must agree with
 the shapes in the files' headers.
 
-Policy: all of it is checked before a weight is read, and what cannot be held packed and run to the
-letter (another format, activations with fixed scales, a scale that is missing) is an
-UnpackableError that names the module. A linear that config.json means to quantise and the files
-hold as a plain weight is left to transformers.
+Policy: all of it is checked before a weight is read, and what cannot be held as codes to the letter
+(another format, activations with fixed scales, a scale that is missing) is an UnpackableError that
+names the module. A linear that config.json means to quantise and the files hold as a plain weight
+is left to transformers. Kernels run less than files hold: whoever means to run a checkpoint asks
+`check_runs` as well.
 
     linears = PackedLinears("out")
     linears.check("model.layers.0.mlp.up_proj", (N, K))
-    codes = linears.codes("model.layers.0.mlp.up_proj")        # layout.Codes, a byte per weight
+    codes = linears.codes("model.layers.0.mlp.up_proj")        # Codes, a byte per weight
     linears.tensors("model.layers.0.mlp.up_proj", codes)       # the file's tensors again
 """
 
 import math
 import re
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -38,7 +40,7 @@ from compress.checkpoint.quantization_config import (
     rule_pattern,
 )
 from compress.errors import CheckpointError, UsageError
-from compress.kernels.codes import LEAST_GROUP, WIDTHS, Codes, with_bits
+from compress.kernels.codes import LEAST_GROUP, Codes, with_bits
 from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader
 
@@ -46,8 +48,8 @@ INTEGER_STEP = 32  # inputs of one product of integers
 WIDEST_SHIFTED = 4  # bits of codes whose zero points go with quantised activations
 # Tensors that say: these codes are read in another way than ours.
 FOREIGN = ("weight_global_scale", "input_scale", "input_zero_point", "output_scale")
-OTHERWISE = "load it with packed=False (--dense)"
-NO_OTHERWISE = "it cannot be loaded dense either, serve it with vLLM"
+LOAD_DENSE = "load it with packed=False (--dense)"
+NOT_EVEN_DENSE = "it cannot be loaded dense either, serve it with vLLM"
 
 
 class UnpackableError(CheckpointError, UsageError):
@@ -65,12 +67,12 @@ class PackedLinears:
     the checkpoint says of them; None is as it says.
 
     Attributes:
-        folder, reader: where it is, its tensors.
+        folder, config, reader: where it is, its config.json, its tensors.
         section: `quantization_config` of its config.json.
         method: `compressed-tensors` or `gptq`.
         format: a row of FORMATS.
         schemes: how each packed linear is quantised, by its name in the files.
-        otherwise: what to do with a folder that is refused.
+        remedy: what to do with a folder that is refused.
 
     Raises UnpackableError for a folder that holds nothing packed, or something else as well, and
     for activation_bits that its weights do not go with; CheckpointError for a damaged one.
@@ -79,15 +81,51 @@ class PackedLinears:
     def __init__(self, folder: str | Path, activation_bits: int | None = None):
         self.folder = Path(folder)
         self.activation_bits = activation_bits
-        self.section = checked_section(read_config(self.folder), self.folder / "config.json")
+        self.config = read_config(self.folder)
+        self.section = checked_section(self.config, self.folder / "config.json")
         self.method = str(self.section.get("quant_method"))
-        self.otherwise = NO_OTHERWISE if needs_own_reader(self.section) else OTHERWISE
+        self.remedy = NOT_EVEN_DENSE if needs_own_reader(self.section) else LOAD_DENSE
         self._refuse_section()
         self.format = FORMATS[format_of(self.section)]
         self.reader = CheckpointReader(self.folder)
         self.schemes = {name: self._rounded(name, s) for name, s in self._schemes().items()}
         for name, scheme in self.schemes.items():
             self._refuse_scheme(name, scheme)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """N and K of each linear, as the files of pack-quantized say them.
+
+        Raises UnpackableError where a linear's tensors do not have the shapes that they ask for.
+        """
+        shapes = {}
+        for name in self.schemes:
+            stored = self.reader.tensor(f"{name}.weight_shape")
+            if stored.shape != (2,):
+                raise self._error(f"{name}.weight_shape has shape {list(stored.shape)}, not [2]")
+            N, K = stored.tolist()
+            self.check(name, (N, K))
+            shapes[name] = (N, K)
+        return shapes
+
+    def check_runs(self) -> None:
+        """Raises UnpackableError for a linear that kernels do not run."""
+        for name, scheme in self.schemes.items():
+            rounded = scheme.activation_bits is not None
+            chosen = self.activation_bits is not None
+            remedy = "leave out activation_bits" if chosen else self.remedy
+            least = INTEGER_STEP if rounded else LEAST_GROUP
+            if scheme.group_size is not None and scheme.group_size % least:
+                also = " and quantised activations" if rounded else ""
+                raise self._error(
+                    f"{name} has groups of {scheme.group_size}{also}, kernels take a multiple of "
+                    f"{least} inputs or one group: {remedy}"
+                )
+            if rounded and not scheme.symmetric and scheme.bits > WIDEST_SHIFTED:
+                raise self._error(
+                    f"{name} has {scheme.bits} bits with zero points and quantised activations, "
+                    f"which run packed together only up to {WIDEST_SHIFTED} bits: {remedy}"
+                )
 
     def check(self, name: str, shape: tuple[int, int]) -> None:
         """Raises UnpackableError unless the files hold a linear of `shape` [N, K] under `name`."""
@@ -96,9 +134,9 @@ class PackedLinears:
         for key, right in self.format.shapes(scheme, shape).items():
             if f"{name}.{key}" not in self.reader:
                 ordered = scheme.act_order and scheme.group_size is not None
-                if key in self.format.optional and not ordered:
+                if key == self.format.g_idx and not ordered:
                     continue
-                why = ", though config.json says act-order" if key in self.format.optional else ""
+                why = ", though config.json says act-order" if key == self.format.g_idx else ""
                 raise self._error(f"{name} has no {key}{why}: the checkpoint is damaged")
             found = self.reader.shape(f"{name}.{key}")
             alone = right == (1,) and math.prod(found) == 1  # however many axes it has
@@ -115,7 +153,7 @@ class PackedLinears:
                 )
 
     def codes(self, name: str, device: str | torch.device = "cpu") -> Codes:
-        """The codes of one linear on `device`, in a width that kernels run: 5, 6 and 7 bits as 8.
+        """The codes of one linear on `device`, whose shapes have been checked.
 
         Raises UnpackableError for inputs permuted across groups in a way that is no act-order,
         CheckpointError for a scale that is no number.
@@ -127,13 +165,15 @@ class PackedLinears:
             if f"{name}.{key}" in self.reader
         }
         try:
-            codes = self.format.read(tensors, scheme, name)
+            return self.format.read(tensors, scheme, name)
         except ValueError as error:
             raise self._error(str(error)) from error
-        return codes if codes.bits in WIDTHS else with_bits(codes, 8)
 
     def tensors(self, name: str, codes: Codes) -> dict[str, Tensor]:
-        """The inverse of `codes`: the tensors of the files, on the CPU, by their names inside."""
+        """The inverse of `codes`, in any width: the tensors of the files, by their names inside.
+
+        They are on the CPU.
+        """
         scheme = self.schemes[name]
         written = self.format.write(with_bits(codes.to("cpu"), scheme.bits), scheme)
         tensors = {}
@@ -164,7 +204,7 @@ class PackedLinears:
         if self.method not in METHODS:
             raise self._error(
                 f"packed loading reads compressed-tensors and GPTQ, found "
-                f"{self.section.get('quant_method')!r}: {self.otherwise}"
+                f"{self.section.get('quant_method')!r}: {self.remedy}"
             )
         if self.method == "gptq":
             found = format_of(self.section)
@@ -180,11 +220,11 @@ class PackedLinears:
             raise self._error(
                 f"packed loading reads compressed-tensors in the format pack-quantized or "
                 f"int-quantized, found {', '.join(sorted(formats)) or 'no config group'}: "
-                f"{self.otherwise}"
+                f"{self.remedy}"
             )
         for what, found in extras(self.section).items():
             if found:
-                raise self._error(f"{what} cannot be run packed: {self.otherwise}")
+                raise self._error(f"{what} cannot be run packed: {self.remedy}")
 
     def _schemes(self) -> dict[str, Scheme]:
         main = self.format.main
@@ -246,18 +286,5 @@ class PackedLinears:
                 f"{name} has {scheme.bits} bits, packed {self.method} runs "
                 f"{', '.join(map(str, self.format.widths))}"
             )
-        rounded = scheme.activation_bits is not None
-        otherwise = self.otherwise if self.activation_bits is None else "leave out activation_bits"
-        least = INTEGER_STEP if rounded else LEAST_GROUP
-        if scheme.group_size is not None and scheme.group_size % least:
-            raise self._error(
-                f"{name} has groups of {scheme.group_size}{' and quantised activations' * rounded},"
-                f" kernels take a multiple of {least} inputs or one group: {otherwise}"
-            )
         if scheme.symmetric and f"{name}.weight_zero_point" in self.reader:
             raise self._error(f"{name} has a weight_zero_point, but config.json says symmetric")
-        if rounded and not scheme.symmetric and scheme.bits > WIDEST_SHIFTED:
-            raise self._error(
-                f"{name} has {scheme.bits} bits with zero points and quantised activations, which "
-                f"run packed together only up to {WIDEST_SHIFTED} bits: {otherwise}"
-            )

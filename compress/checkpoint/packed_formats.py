@@ -4,124 +4,296 @@ pack-quantized   compressed-tensors, codes in 32-bit words, 2 to 8 bits
 int-quantized    compressed-tensors, codes in int8, 2 to 8 bits
 gptq, gptq_v2    codes in 32-bit words along the inputs, 2, 3, 4 and 8 bits
 
-One scale for a whole weight is held as the same scale for every output: kernels know no other.
+Shapes below are of a linear [N, K] of b bits in G groups of inputs (G = 1 for one scale an output);
+`kernels.packing` says how codes lie in words. Every step is exact both ways.
 
-FORMATS["gptq"].shapes(Scheme(4, 128), (N, K))
+    codes = codes_of_signed(q, scale, None, Scheme(4, 128))
+    tensors = FORMATS["gptq"].write(codes, Scheme(4, 128))
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from compress.kernels.codes import (
-    WIDTHS,
-    Codes,
-    group_count,
-    read_compressed_tensors,
-    read_gptq,
-    sort_inputs,
-    unsorted_inputs,
-    write_compressed_tensors,
-    write_gptq,
-)
+from compress.kernels.codes import WIDTHS, Codes, group_count
 from compress.kernels.packing import WIDTHS as FILE_WIDTHS
-from compress.kernels.packing import packed_columns
+from compress.kernels.packing import pack_rows, packed_columns, unpack_rows
 from compress.scheme import Scheme
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class PackedFormat:
-    """One format. `main` is the tensor that holds the codes, and names what is packed.
+class PackedFormat(ABC):
+    """One format.
 
-    shapes(scheme, (N, K)): what one linear consists of. optional: tensors that may be absent.
-    read(tensors, scheme, name) -> Codes, ValueError for what cannot be read; write(codes, scheme)
-    is its inverse, without groups of inputs that follow each other anyway.
+    main: the tensor that holds the codes, and names what is packed. companions: what may lie beside
+    it. g_idx: that of them which says each input's group, absent where groups follow each other.
     """
 
     main: str
     companions: tuple[str, ...]
-    optional: tuple[str, ...]
+    g_idx: str
     widths: tuple[int, ...]
-    shapes: Callable[[Scheme, tuple[int, int]], Shapes]
-    read: Callable[[Mapping[str, Tensor], Scheme, str], Codes]
-    write: Callable[[Codes, Scheme], dict[str, Tensor]]
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         """All tensors that a linear may have."""
         return (self.main, *self.companions)
 
+    @abstractmethod
+    def shapes(self, scheme: Scheme, shape: tuple[int, int]) -> Shapes:
+        """The tensors that a linear of `shape` [N, K] consists of."""
 
-def _packed_shapes(scheme: Scheme, shape: tuple[int, int]) -> Shapes:
-    (N, K), G = shape, group_count(shape[1], scheme.group_size)
-    zeros = (packed_columns(N, scheme.bits), G)
-    main = {"weight_packed": (N, packed_columns(K, scheme.bits)), "weight_shape": (2,)}
-    return main | _companion_shapes(scheme, shape, zeros)
+    @abstractmethod
+    def read(self, tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
+        """The codes of tensors that have those shapes.
 
+        Raises ValueError, naming the linear `name`, for integers that its width does not hold, and
+        for groups of inputs that do not exist or are not of the right size.
+        """
 
-def _companion_shapes(scheme: Scheme, shape: tuple[int, int], zeros: tuple[int, ...]) -> Shapes:
-    """Scales, zero points (of shape `zeros`, but for one of the whole weight) and act-order."""
-    (N, K), G = shape, group_count(shape[1], scheme.group_size)
-    shapes: Shapes = {
-        "weight_scale": (1,) if scheme.per_tensor else (N, G),
-        "weight_g_idx": (K,),
-    }
-    if not scheme.symmetric:
-        shapes["weight_zero_point"] = (1,) if scheme.per_tensor else zeros
-    return shapes
+    @abstractmethod
+    def write(self, codes: Codes, scheme: Scheme) -> dict[str, Tensor]:
+        """The inverse of `read`."""
 
 
-def _read_packed(tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
-    if not scheme.per_tensor:
-        return read_compressed_tensors(tensors, scheme.bits, scheme.group_size, name)
-    # one zero point alone is not packed
-    shared = _shared(tensors, scheme, name, len(tensors["weight_packed"]))
-    rest = {key: tensors[key] for key in tensors if key != "weight_zero_point"}
-    weight = read_compressed_tensors(
-        rest | {"weight_scale": shared["weight_scale"]}, scheme.bits, None, name
+class CompressedTensors(PackedFormat):
+    """What both formats of compressed-tensors have in common.
+
+        weight_scale   [N, G]  float   weight = (code - zero point) * scale
+        weight_g_idx   [K]     int32   the group of each input, where act-order permutes them
+
+    Codes and zero points are signed, in [-2^(b-1), 2^(b-1) - 1]; only asymmetric linears have zero
+    points. One scale for a whole weight, [1], is held as the same scale for every output, since
+    kernels know no other; its zero point is an int8.
+    """
+
+    g_idx = "weight_g_idx"
+    widths = tuple(FILE_WIDTHS)
+
+    @abstractmethod
+    def code_shapes(self, bits: int, shape: tuple[int, int]) -> Shapes:
+        """The tensors that hold the codes."""
+
+    @abstractmethod
+    def zero_shape(self, bits: int, N: int, G: int) -> tuple[int, int]:
+        """The shape of zero points for each group."""
+
+    @abstractmethod
+    def read_codes(self, tensors: Mapping[str, Tensor], bits: int, name: str) -> Tensor:
+        """Codes uint8 [N, K]."""
+
+    @abstractmethod
+    def read_zeros(self, stored: Tensor, bits: int, N: int, name: str) -> Tensor:
+        """Zero points uint8 [N, G]."""
+
+    @abstractmethod
+    def write_codes(self, codes: Tensor, bits: int) -> dict[str, Tensor]:
+        """The inverse of `read_codes`."""
+
+    @abstractmethod
+    def write_zeros(self, zero: Tensor, bits: int) -> Tensor:
+        """The inverse of `read_zeros`."""
+
+    def shapes(self, scheme: Scheme, shape: tuple[int, int]) -> Shapes:
+        (N, K), bits = shape, scheme.bits
+        G = group_count(K, scheme.group_size)
+        shapes = self.code_shapes(bits, shape) | {
+            "weight_scale": (1,) if scheme.per_tensor else (N, G),
+            "weight_g_idx": (K,),
+        }
+        if not scheme.symmetric:
+            zeros = (1,) if scheme.per_tensor else self.zero_shape(bits, N, G)
+            shapes["weight_zero_point"] = zeros
+        return shapes
+
+    def read(self, tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
+        bits = scheme.bits
+        codes = self.read_codes(tensors, bits, name)
+        N, scale, zero = len(codes), tensors["weight_scale"], tensors.get("weight_zero_point")
+        if scheme.per_tensor:
+            scale = scale.reshape(1, 1).repeat(N, 1)
+            if zero is not None:
+                zero = _unsigned(zero, bits, f"{name}.weight_zero_point")
+                zero = zero.reshape(1, 1).repeat(N, 1)
+        elif zero is not None:
+            zero = self.read_zeros(zero, bits, N, name)
+        weight = Codes(codes, scale, zero, bits, scheme.group_size)
+        g_idx = tensors.get(self.g_idx)
+        # -1 everywhere is how compressed-tensors fills it in where groups follow each other
+        if g_idx is None or (len(g_idx) and bool((g_idx == -1).all())):
+            return weight
+        return _sorted_inputs(weight, g_idx, f"{name}.{self.g_idx}")
+
+    def write(self, codes: Codes, scheme: Scheme) -> dict[str, Tensor]:
+        scale, zero, bits = codes.scale, codes.zero, codes.bits
+        inputs, g_idx = _unsorted_inputs(codes)
+        tensors = self.write_codes(inputs, bits)
+        tensors["weight_scale"] = scale[:1].reshape(1) if scheme.per_tensor else scale.contiguous()
+        if zero is not None and scheme.per_tensor:
+            tensors["weight_zero_point"] = _signed(zero[:1].reshape(1), bits)
+        elif zero is not None:
+            tensors["weight_zero_point"] = self.write_zeros(zero, bits)
+        if codes.order is not None:
+            tensors[self.g_idx] = g_idx
+        return tensors
+
+
+class PackQuantized(CompressedTensors):
+    """Codes in words.
+
+    weight_packed      [N, ceil(K*b/32)]  int32   codes + 2^(b-1), packed along K
+    weight_zero_point  [ceil(N*b/32), G]  int32   packed like codes, along N
+    weight_shape       [2]                int64   N, K
+    """
+
+    main = "weight_packed"
+    companions = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+
+    def code_shapes(self, bits: int, shape: tuple[int, int]) -> Shapes:
+        N, K = shape
+        return {"weight_packed": (N, packed_columns(K, bits)), "weight_shape": (2,)}
+
+    def zero_shape(self, bits: int, N: int, G: int) -> tuple[int, int]:
+        return (packed_columns(N, bits), G)
+
+    def read_codes(self, tensors: Mapping[str, Tensor], bits: int, name: str) -> Tensor:
+        return unpack_rows(tensors["weight_packed"], bits, int(tensors["weight_shape"][1]))
+
+    def read_zeros(self, stored: Tensor, bits: int, N: int, name: str) -> Tensor:
+        return unpack_rows(stored.T.contiguous(), bits, N).T.contiguous()
+
+    def write_codes(self, codes: Tensor, bits: int) -> dict[str, Tensor]:
+        shape = torch.tensor(codes.shape)
+        return {"weight_packed": pack_rows(codes, bits), "weight_shape": shape}
+
+    def write_zeros(self, zero: Tensor, bits: int) -> Tensor:
+        return pack_rows(zero.T.contiguous(), bits).T.contiguous()
+
+
+class IntQuantized(CompressedTensors):
+    """Codes as they are.
+
+    weight             [N, K]  int8
+    weight_zero_point  [N, G]  int8
+    """
+
+    main = "weight"
+    companions = ("weight_scale", "weight_zero_point", "weight_g_idx")
+
+    def code_shapes(self, bits: int, shape: tuple[int, int]) -> Shapes:
+        return {"weight": shape}
+
+    def zero_shape(self, bits: int, N: int, G: int) -> tuple[int, int]:
+        return (N, G)
+
+    def read_codes(self, tensors: Mapping[str, Tensor], bits: int, name: str) -> Tensor:
+        return _unsigned(tensors["weight"], bits, f"{name}.weight")
+
+    def read_zeros(self, stored: Tensor, bits: int, N: int, name: str) -> Tensor:
+        return _unsigned(stored, bits, f"{name}.weight_zero_point")
+
+    def write_codes(self, codes: Tensor, bits: int) -> dict[str, Tensor]:
+        return {"weight": _signed(codes, bits)}
+
+    def write_zeros(self, zero: Tensor, bits: int) -> Tensor:
+        return _signed(zero, bits)
+
+
+class Gptq(PackedFormat):
+    """GPTQ: the streams of pack-quantized, transposed, with unsigned codes and zero points.
+
+        qweight  [ceil(K*b/32), N]  int32  codes, packed along K
+        qzeros   [G, ceil(N*b/32)]  int32  zero points, packed along N
+        scales   [G, N]             fp16   weight = (code - zero point) * scale; may be negative
+        g_idx    [K]                int32  the group of each input
+
+    Version 1 (`gptq`) stores zero points less one; a stored 2^b - 1 is then taken to have been 0,
+    as GPTQModel does. Version 2 (`gptq_v2`) stores them as they are. 5, 6 and 7 bits have no layout
+    that more than one reader knows.
+    """
+
+    main = "qweight"
+    companions = ("qzeros", "scales", "g_idx")
+    g_idx = "g_idx"
+    widths = WIDTHS
+
+    def __init__(self, version: int):
+        self.less = int(version == 1)
+
+    def shapes(self, scheme: Scheme, shape: tuple[int, int]) -> Shapes:
+        (N, K), G = shape, group_count(shape[1], scheme.group_size)
+        return {
+            "qweight": (packed_columns(K, scheme.bits), N),
+            "qzeros": (G, packed_columns(N, scheme.bits)),
+            "scales": (G, N),
+            "g_idx": (K,),
+        }
+
+    def read(self, tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
+        bits, qweight, g_idx = scheme.bits, tensors["qweight"], tensors.get("g_idx")
+        K = len(qweight) * 32 // bits if g_idx is None else len(g_idx)
+        zero = unpack_rows(tensors["qzeros"], bits, qweight.shape[1]).to(torch.int16) + self.less
+        zero = (zero % 2**bits).to(torch.uint8).T.contiguous()
+        symmetric = bool((zero == 2 ** (bits - 1)).all())
+        codes = unpack_rows(qweight.T.contiguous(), bits, K)
+        scale = tensors["scales"].T.contiguous()
+        weight = Codes(codes, scale, None if symmetric else zero, bits, scheme.group_size)
+        return weight if g_idx is None else _sorted_inputs(weight, g_idx, f"{name}.g_idx")
+
+    def write(self, codes: Codes, scheme: Scheme) -> dict[str, Tensor]:
+        bits = codes.bits
+        inputs, g_idx = _unsorted_inputs(codes)
+        zero = (codes.zero_points().to(torch.int16) - self.less) % 2**bits
+        return {
+            "qweight": pack_rows(inputs, bits).T.contiguous(),
+            "qzeros": pack_rows(zero.T.contiguous(), bits),
+            "scales": codes.scale.T.contiguous(),
+            "g_idx": g_idx,
+        }
+
+
+FORMATS: dict[str, PackedFormat] = {
+    "pack-quantized": PackQuantized(),
+    "int-quantized": IntQuantized(),
+    "gptq": Gptq(version=1),
+    "gptq_v2": Gptq(version=2),
+}
+
+
+# ---- codes --------------------------------------------------------------------------------------
+
+
+def codes_of_signed(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Codes:
+    """The codes of signed integers [N, K], as solvers give them; scale and zero point [N, G].
+
+    Raises ValueError if there is not one scale for each row and group, or if an integer does not
+    fit the width of the scheme.
+    """
+    (N, K), G = codes.shape, group_count(codes.shape[1], scheme.group_size)
+    if scale.shape != (N, G) or (zero is not None and zero.shape != (N, G)):
+        found = f"scale {list(scale.shape)}"
+        found += "" if zero is None else f" and zero point {list(zero.shape)}"
+        raise ValueError(f"codes [{N}, {K}] take one scale per row and group, {G}; found {found}")
+    return Codes(
+        _unsigned(codes, scheme.bits, "weight"),
+        scale,
+        None if zero is None else _unsigned(zero, scheme.bits, "zero point"),
+        scheme.bits,
+        scheme.group_size,
     )
-    return replace(weight, zero=shared.get("weight_zero_point"))
 
 
-def _write_packed(codes: Codes, scheme: Scheme) -> dict[str, Tensor]:
-    zero = codes.zero if scheme.per_tensor else None
-    tensors = write_compressed_tensors(codes if zero is None else replace(codes, zero=None))
-    if zero is not None:
-        tensors["weight_zero_point"] = _signed(zero, codes.bits)
-    return _once(tensors) if scheme.per_tensor else tensors
+def with_fp16_scales(weight: Codes) -> Codes:
+    """The weight as other formats hold it: scales rounded to fp16.
 
-
-def _int8_shapes(scheme: Scheme, shape: tuple[int, int]) -> Shapes:
-    groups = (shape[0], group_count(shape[1], scheme.group_size))
-    return {"weight": shape} | _companion_shapes(scheme, shape, groups)
-
-
-def _read_int8(tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
-    codes = _unsigned(tensors["weight"], scheme.bits, f"{name}.weight")
-    if scheme.per_tensor:
-        shared = _shared(tensors, scheme, name, len(codes))
-        scale, zero = shared["weight_scale"], shared.get("weight_zero_point")
-    else:
-        scale, zero = tensors["weight_scale"], tensors.get("weight_zero_point")
-        if zero is not None:
-            zero = _unsigned(zero, scheme.bits, f"{name}.weight_zero_point")
-    weight = Codes(codes, scale, zero, scheme.bits, scheme.group_size)
-    return sort_inputs(weight, tensors.get("weight_g_idx"), f"{name}.weight_g_idx")
-
-
-def _write_int8(codes: Codes, scheme: Scheme) -> dict[str, Tensor]:
-    inputs, g_idx = unsorted_inputs(codes)
-    tensors = {"weight": _signed(inputs, codes.bits), "weight_scale": codes.scale}
-    if codes.zero is not None:
-        tensors["weight_zero_point"] = _signed(codes.zero, codes.bits)
-    if codes.order is not None:
-        tensors["weight_g_idx"] = g_idx
-    return _once(tensors) if scheme.per_tensor else tensors
+    Scales beyond fp16, which only groups of zeros may have, become 0.
+    """
+    scale = weight.scale.half()
+    return replace(weight, scale=torch.where(torch.isfinite(scale), scale, 0))
 
 
 def _unsigned(integers: Tensor, bits: int, what: str) -> Tensor:
@@ -136,56 +308,35 @@ def _signed(codes: Tensor, bits: int) -> Tensor:
     return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
 
 
-def _shared(tensors: Mapping[str, Tensor], scheme: Scheme, name: str, N: int) -> dict[str, Tensor]:
-    """The scale of a whole weight, and its zero point, for each of N outputs [N, 1]."""
-    found = {"weight_scale": tensors["weight_scale"]}
-    if "weight_zero_point" in tensors:
-        zero, what = tensors["weight_zero_point"], f"{name}.weight_zero_point"
-        found["weight_zero_point"] = _unsigned(zero, scheme.bits, what)
-    return {key: one.reshape(1, 1).repeat(N, 1) for key, one in found.items()}
+def _sorted_inputs(weight: Codes, g_idx: Tensor, what: str) -> Codes:
+    """The weight of which g_idx [K] says each input's group, its inputs sorted by group.
+
+    It has no `order` if they were sorted already. Raises ValueError, naming the tensor as `what`,
+    for groups that do not exist or are not of the right size: no kernel runs those.
+    """
+    size = len(g_idx) if weight.group_size is None else weight.group_size
+    last = weight.scale.shape[1] - 1
+    outside = g_idx[(g_idx < 0) | (g_idx > last)]
+    if len(outside):
+        raise ValueError(f"{what}: expected groups 0 to {last}, found {outside[0]}")
+    runs = torch.arange(len(g_idx), device=g_idx.device) // size
+    if torch.equal(g_idx.long(), runs):
+        return weight
+    order = g_idx.argsort(stable=True)
+    if not torch.equal(g_idx[order].long(), runs):
+        raise ValueError(
+            f"{what}: expected groups of {size} inputs each, found "
+            f"{g_idx.bincount().tolist()[:8]}... inputs in the first groups"
+        )
+    return replace(weight, codes=weight.codes[:, order], order=order)
 
 
-def _once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `_shared`."""
-    shared = ("weight_scale", "weight_zero_point")
-    return {key: t[:1].reshape(1) if key in shared else t for key, t in tensors.items()}
-
-
-def _gptq_shapes(scheme: Scheme, shape: tuple[int, int]) -> Shapes:
-    (N, K), G = shape, group_count(shape[1], scheme.group_size)
-    return {
-        "qweight": (packed_columns(K, scheme.bits), N),
-        "qzeros": (G, packed_columns(N, scheme.bits)),
-        "scales": (G, N),
-        "g_idx": (K,),
-    }
-
-
-def _read_gptq(tensors: Mapping[str, Tensor], scheme: Scheme, name: str, version: int) -> Codes:
-    return read_gptq(tensors, scheme.bits, scheme.group_size, version, name)
-
-
-def _write_gptq(codes: Codes, scheme: Scheme, version: int) -> dict[str, Tensor]:
-    return write_gptq(codes, version)
-
-
-def _gptq(version: int) -> PackedFormat:
-    """1 stores zero points less one, 2 as they are."""
-    return PackedFormat(
-        "qweight", ("qzeros", "scales", "g_idx"), ("g_idx",), WIDTHS,
-        _gptq_shapes, partial(_read_gptq, version=version), partial(_write_gptq, version=version),
-    )  # fmt: skip
-
-
-FORMATS = {
-    "pack-quantized": PackedFormat(
-        "weight_packed", ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
-        ("weight_g_idx",), tuple(FILE_WIDTHS), _packed_shapes, _read_packed, _write_packed,
-    ),
-    "int-quantized": PackedFormat(
-        "weight", ("weight_scale", "weight_zero_point", "weight_g_idx"), ("weight_g_idx",),
-        tuple(FILE_WIDTHS), _int8_shapes, _read_int8, _write_int8,
-    ),
-    "gptq": _gptq(1),
-    "gptq_v2": _gptq(2),
-}  # fmt: skip
+def _unsorted_inputs(weight: Codes) -> tuple[Tensor, Tensor]:
+    """The inverse of `_sorted_inputs`: codes [N, K] in the order of the inputs, and g_idx [K]."""
+    K = weight.codes.shape[1]
+    size = K if weight.group_size is None else weight.group_size
+    g_idx = (torch.arange(K, device=weight.codes.device) // size).to(torch.int32)
+    if weight.order is None:
+        return weight.codes, g_idx
+    back = weight.order.argsort()
+    return weight.codes[:, back], g_idx[back]

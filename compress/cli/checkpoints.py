@@ -68,7 +68,7 @@ def inspect(
     debug: DebugOption = False,
 ) -> None:
     """Show what a checkpoint holds: bits, format, bytes, recipe."""
-    from compress.loading.load import inspect as inspect_folder
+    from compress.checkpoint.inspect import inspect as inspect_folder
 
     with stdout_for(json) as emit:
         found = inspect_folder(model)

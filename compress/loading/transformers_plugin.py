@@ -26,52 +26,25 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from compress.checkpoint.gptq import FUSED
+from compress.checkpoint.engines import FUSED
 from compress.checkpoint.packed import PackedLinears, UnpackableError
 from compress.errors import UsageError
 from compress.kernels.activations import BITS as ACTIVATION_BITS
-from compress.kernels.codes import Codes
+from compress.kernels.codes import WIDTHS, Codes, with_bits
 from compress.kernels.fused import SharedLinear, fuse_linears
 from compress.kernels.linear import QuantLinear
 from compress.kernels.reference import dequantize
+from compress.loading.config_merge import MergesWithCheckpoint
 from compress.memory import release_memory
 
 METHOD = "modelpress"
 # After so many bytes of codes, what packing needed on the way is given back: often enough to stay
 # small, rarely enough not to spend the time on faulting pages in again.
 RELEASE_BYTES = 1 << 28
-# The transformers configs of the checkpoints that can be read.
-READABLE = ("CompressedTensorsConfig", "GPTQConfig", "ModelpressConfig")
-
-
-class _Name(str):
-    """A class name that equals that of any readable config."""
-
-    __slots__ = ()
-    __hash__ = str.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return other in READABLE
-
-    def __ne__(self, other: object) -> bool:
-        return other not in READABLE
-
-
-class _Named(type):
-    """Lets a config of ours stand beside the config of the checkpoint.
-
-    transformers (5.17 to 5.23, AutoHfQuantizer.merge_quantization_configs) takes an argument beside
-    a quantised checkpoint's own config only if their classes have the same name, and then copies
-    the argument's loading attributes over. The quantiser's name is one of them.
-    """
-
-    @property
-    def __name__(cls) -> str:
-        return _Name(super().__name__)
 
 
 @register_quantization_config(METHOD)
-class ModelpressConfig(CompressedTensorsConfig, metaclass=_Named):
+class ModelpressConfig(CompressedTensorsConfig, metaclass=MergesWithCheckpoint):
     """How a packed checkpoint is to be loaded.
 
     packed: keep the linears packed; False expands them to dense ones while loading, exactly, which
@@ -126,6 +99,16 @@ class ModelpressConfig(CompressedTensorsConfig, metaclass=_Named):
         return self.to_dict()
 
 
+class PackedPlaceholder(nn.Module):
+    """Where a packed linear will be: its shape, and its bias, which transformers loads."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = linear.weight.dtype
+        self.bias = linear.bias
+
+
 @register_quantizer(METHOD)
 class ModelpressQuantizer(HfQuantizer):
     """Takes packed linears out of a model before its weights are loaded, and puts them in after."""
@@ -163,9 +146,10 @@ class ModelpressQuantizer(HfQuantizer):
         with torch.device("cpu"):  # transformers calls this under the meta device
             bits = self.quantization_config.activation_bits
             self.linears = PackedLinears(files[0].parent, bits)
+            self.linears.check_runs()
             self.places = find_places(model, self.linears)
         for place in self.places.values():
-            _put(model, place, Vacancy(model.get_submodule(place)))
+            _put(model, place, PackedPlaceholder(model.get_submodule(place)))
         suffixes = self.linears.format.suffixes
         taken = {rf"\.({'|'.join(suffix for suffix in suffixes if suffix != 'weight')})$"}
         if "weight" in suffixes:  # not those of other modules
@@ -187,10 +171,10 @@ class ModelpressQuantizer(HfQuantizer):
         (device,) = devices
         passed = 0
         for name, place in self.places.items():
-            vacancy = model.get_submodule(place)
+            placeholder = model.get_submodule(place)
             codes = self.linears.codes(name, device)
             passed += codes.codes.nbytes
-            _put(model, place, self._linear(name, codes, vacancy))
+            _put(model, place, self._linear(name, codes, placeholder))
             del codes
             if passed > RELEASE_BYTES:
                 release_memory()
@@ -202,12 +186,13 @@ class ModelpressQuantizer(HfQuantizer):
             self.remove_quantization_config(model)
         return model
 
-    def _linear(self, name: str, codes: Codes, vacancy: "Vacancy") -> nn.Module:
+    def _linear(self, name: str, codes: Codes, placeholder: PackedPlaceholder) -> nn.Module:
         bits = self.linears.schemes[name].activation_bits
         if self.quantization_config.packed:
-            return QuantLinear(codes, vacancy.bias, vacancy.dtype, bits)
+            codes = codes if codes.bits in WIDTHS else with_bits(codes, 8)
+            return QuantLinear(codes, placeholder.bias, placeholder.dtype, bits)
         self._refuse_dense(name)
-        return dense_linear(codes, vacancy.bias, vacancy.dtype)
+        return dense_linear(codes, placeholder.bias, placeholder.dtype)
 
     def _refuse_dense(self, name: str) -> None:
         if self.linears.schemes[name].activation_bits is None:
@@ -246,16 +231,6 @@ class ModelpressQuantizer(HfQuantizer):
         return state, {}
 
 
-class Vacancy(nn.Module):
-    """Where a packed linear will be: its shape, and its bias, which transformers loads."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.dtype = linear.weight.dtype
-        self.bias = linear.bias
-
-
 def find_places(model: Any, linears: PackedLinears) -> dict[str, str]:
     """The linear of the model for each packed one of the files, by name.
 
@@ -273,7 +248,7 @@ def find_places(model: Any, linears: PackedLinears) -> dict[str, str]:
             found = "nothing of that name" if linear is None else f"a {type(linear).__name__}"
             raise UnpackableError(
                 f"{linears.folder}: {name} is packed, but the model has {found}, not a plain "
-                f"linear: {linears.otherwise}"
+                f"linear: {linears.remedy}"
             )
         if f"{place}.weight" in tied:
             raise UnpackableError(

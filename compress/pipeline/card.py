@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from compress.checkpoint.engines import loading_table
 from compress.eval.report import (
     columns_of,
     flatten,
@@ -35,7 +36,6 @@ from compress.eval.report import (
 
 Facts = Mapping[str, Any]
 
-VLLM_OWN_WIDTHS = {4, 8}  # vLLM 0.33: others need its optional `humming` kernels; SGLang has none
 NLL = "mean NLL (nats per token)"
 ROTATIONS = {"hadamard": "a randomised Hadamard matrix", "random": "a random orthogonal matrix"}
 PRUNING = {
@@ -48,11 +48,7 @@ PRUNING = {
     "random": "chance",
     "pooling": "average pooling",
 }
-METHODS = {
-    "gptq": "GPTQ (arXiv 2210.17323)",
-    "rtn": "round to nearest",
-    "ldlq": "LDLQ (arXiv 2307.13304)",
-}
+METHODS = {"gptq": "GPTQ (arXiv 2210.17323)", "rtn": "round to nearest"}
 
 
 def bits_summary(modules: Iterable[Facts]) -> dict[str, Any]:
@@ -151,7 +147,7 @@ def _steps(recipe: Facts, prompts: int | None) -> list[str]:
             f"The weights were rotated by {ROTATIONS.get(rotate, rotate)}, folded into them "
             f"offline: nothing is rotated at inference."
         )
-    if method in ("gptq", "ldlq"):
+    if method == "gptq":
         calibration = recipe.get("calibration") or {}
         windows, length = (calibration.get(key, "?") for key in ("samples", "length"))
         size = f"{windows} windows of {length} tokens"
@@ -262,19 +258,8 @@ def _engine_table(bits: Facts) -> str:
     widths = {row["bits"] for row in bits.get("widths", [])}
     if not widths:
         return ""
-    plain = widths <= VLLM_OWN_WIDTHS
-    if bits.get("symmetric", True):
-        transformers = "yes, on CPU too; weights become dense at the first forward"
-    elif bits.get("schemes", 1) == 1:
-        transformers = "with `CompressedTensorsConfig(dequantize=True)`"
-    else:
-        transformers = "no: asymmetric and of several widths or group sizes"
-    return _table(
-        ("engine", "loads it"),
-        ("transformers, compressed-tensors >= 0.20", transformers),
-        ("vLLM", "yes" if plain else "with the optional `humming` kernels (NVIDIA)"),
-        ("SGLang", "yes" if plain else "no: 4 and 8 bits only"),
-    )
+    rows = loading_table(widths, bits.get("symmetric", True), bits.get("schemes", 1))
+    return _table(("engine", "loads it"), *rows)
 
 
 def _limitations(bits: Facts, evaluation: Facts, pruning: Facts | None) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint.compressed_tensors import compress_module
+from compress.checkpoint.packed_formats import FORMATS, codes_of_signed
 from compress.errors import CompressError
 from compress.importance.tokens import count_tokens, effective_sample_size
 from compress.memory import release_memory
@@ -203,9 +203,9 @@ class LayerWalk:
             raise CompressError(f"{prefix}{group[0]}: {error}") from error
         tensors: dict[str, Tensor] = {}
         for name, linear in solved.items():
-            bits = schemes[name].bits
             scale = self.model.stored(f"{prefix}{name}.weight_scale", linear.scale)
-            packed = compress_module(linear.codes, scale, linear.zero, bits)
+            codes = codes_of_signed(linear.codes, scale, linear.zero, schemes[name])
+            packed = FORMATS["pack-quantized"].write(codes, schemes[name])
             tensors |= {f"{prefix}{name}.{key}": tensor for key, tensor in packed.items()}
         seconds = time.perf_counter() - started
         for name, linear in solved.items():

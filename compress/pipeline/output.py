@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from compress.checkpoint.compressed_tensors import quantization_config
+from compress.checkpoint.inspect import inspect
 from compress.errors import CompressError
 from compress.eval.report import write_report
-from compress.loading.load import inspect
 from compress.models.skeleton import Skeleton
 from compress.pipeline.card import bits_summary, model_card
 from compress.pipeline.inputs import RunInputs

@@ -13,6 +13,7 @@ from typing import Any
 
 from compress.allocation.allocate import Allocation, allocate, check_allocation, find_units
 from compress.allocation.allocators import Unit
+from compress.checkpoint.engines import Schemes, plan_notes
 from compress.data.prompts import CalibrationData, ImagePrompts, calibration_data
 from compress.errors import UsageError, did_you_mean
 from compress.models.skeleton import Skeleton
@@ -112,7 +113,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         file_bytes=quantized + other + _header_bytes(modules, kept),
         peak_memory={"host": host_memory(inputs, shapes), "device": 0},
         problems=_problems(inputs, names, shapes, found) + problems,
-        notes=_notes(inputs, modules, untied, len(layers)) + notes,
+        notes=_notes(inputs, schemes, untied) + notes,
         untied=untied,
         schemes=schemes,
         layers=layers,
@@ -256,38 +257,11 @@ def _problems(
     return problems
 
 
-def _notes(
-    inputs: RunInputs,
-    modules: list[PlannedModule],
-    untied: bool,
-    num_layers: int,
-) -> list[str]:
+def _notes(inputs: RunInputs, schemes: Schemes, untied: bool) -> list[str]:
     notes = []
     if untied:
         notes.append("embedding and head share one tensor in this model; they will be untied")
     skipped = head_rotation_skipped(inputs.recipe.rotate.kind, inputs.skeleton.head_dim)
     if skipped:
         notes.append(skipped)
-    schemes = {module.scheme for module in modules}
-    if any(not scheme.symmetric for scheme in schemes):
-        notes.append(
-            "asymmetric weights: vLLM loads them; transformers only with "
-            "CompressedTensorsConfig(dequantize=True)"
-            + (" and not with several widths" if len(schemes) > 1 else "")
-        )
-    odd = sorted({scheme.bits for scheme in schemes} - {4, 8})
-    if odd:
-        widths = ", ".join(map(str, odd))
-        notes.append(f"{widths}-bit weights: vLLM needs the `humming` package, SGLang has none")
-    return notes + _split_fusions(inputs.skeleton, modules, num_layers)
-
-
-def _split_fusions(skeleton: Skeleton, modules: list[PlannedModule], num_layers: int) -> list[str]:
-    """vLLM runs q/k/v and gate/up as one matrix each, which then must share one scheme."""
-    schemes = {module.name: module.scheme for module in modules}
-    for i in range(num_layers):
-        for group in skeleton.spec.groups:
-            members = [f"{skeleton.spec.layers}.{i}.{name}" for name in group]
-            if len({schemes.get(name) for name in members}) > 1:
-                return [f"{', '.join(members)} differ in scheme; vLLM fuses them and will refuse"]
-    return []
+    return notes + plan_notes(schemes)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compress.checkpoint.compressed_tensors import must_dequantize_on_load
+from compress.checkpoint.engines import must_dequantize_on_load
 from compress.errors import CheckpointError
 from compress.storage.safetensors import save_tensors
 

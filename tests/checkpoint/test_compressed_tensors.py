@@ -1,4 +1,4 @@
-"""The written layout against its own inverse, compressed-tensors, and plain transformers."""
+"""The section of config.json as compressed-tensors and plain transformers read it."""
 
 import itertools
 
@@ -10,74 +10,14 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
 )
 
-from compress.checkpoint.compressed_tensors import (
-    compress_module,
-    decompress_module,
-    module_schemes,
-    must_dequantize_on_load,
-    quantization_config,
-)
-from compress.errors import CheckpointError
+from compress.checkpoint.compressed_tensors import module_schemes, quantization_config
+from compress.checkpoint.engines import must_dequantize_on_load
 from compress.scheme import Scheme
 from support.tiny_quantised import MIXED, round_weight, tiny_llama, write_quantised
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-def random_module(bits, groups, asymmetric, rows=33, columns=96, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(bits)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
-    codes = torch.randint(low, high, (rows, columns), generator=generator, dtype=torch.int8)
-    scale = torch.rand(rows, groups, generator=generator).to(dtype) + 0.1
-    zeros = torch.randint(low, high, (rows, groups), generator=generator, dtype=torch.int8)
-    return codes, scale, zeros if asymmetric else None
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("asymmetric", [False, True])
-def test_decompressing_gives_codes_times_scales(bits, groups, asymmetric):
-    codes, scale, zeros = random_module(bits, groups, asymmetric)
-    tensors = compress_module(codes, scale, zeros, bits)
-    shift = 0 if zeros is None else zeros[..., None].float()
-    expected = ((codes.view(33, groups, -1).float() - shift) * scale[..., None]).view(33, 96)
-    found = decompress_module(tensors, bits, None if groups == 1 else 32)
-    assert torch.equal(found, expected)
-    assert ("weight_zero_point" in tensors) == asymmetric
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("asymmetric", [False, True])
-def test_compressed_tensors_reads_the_same_weight(bits, dtype, asymmetric):
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-
-    codes, scale, zeros = random_module(bits, 3, asymmetric, dtype=dtype)
-    tensors = compress_module(codes, scale, zeros, bits)
-    config = quantization_config({"m": Scheme(bits, 32, not asymmetric)}, [])
-    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
-    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-    theirs = compressor.decompress(dict(tensors), scheme)["weight"]
-    assert torch.equal(decompress_module(tensors, bits, 32), theirs)
-    again = compressor.compress(
-        {"weight": theirs.float(), "weight_scale": scale.float(), "weight_zero_point": zeros},
-        scheme,
-    )
-    if dtype == torch.float32:  # from the exact weight, their writer gives our bytes
-        for key in ("weight_packed", *(["weight_zero_point"] if asymmetric else [])):
-            assert torch.equal(again[key], tensors[key])
-
-
-def test_scales_that_do_not_fit_are_refused():
-    codes, scale, _ = random_module(4, 3, False)
-    with pytest.raises(ValueError, match=r"\[33, 96\].*scale \(33, 5\)"):
-        compress_module(codes, torch.ones(33, 5), None, 4)
-    tensors = compress_module(codes, scale, None, 4)
-    with pytest.raises(CheckpointError, match="groups of 48 takes 2 scales a row"):
-        decompress_module(tensors, 4, 48)
 
 
 def test_modules_of_one_scheme_share_a_group():
@@ -181,14 +121,6 @@ def test_one_asymmetric_scheme_loads_dequantised(tmp_path, scheme):
         model, _ = load_plain(made.folder, **options)
     with torch.no_grad():
         assert relative_error(model(made.input_ids).logits, made.logits) <= 1e-5
-
-
-def test_what_transformers_cannot_load_is_said():
-    symmetric = quantization_config(dict(zip("abcde", MIXED, strict=True)), [])
-    assert not must_dequantize_on_load(symmetric)
-    mixture = {"a": Scheme(3, 32, False), "b": Scheme(4, 32, False)}
-    with pytest.raises(CheckpointError, match="vLLM"):
-        must_dequantize_on_load(quantization_config(mixture, []))
 
 
 def test_rounding_in_these_tests_is_rounding():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from compress.checkpoint.export import CHECKPOINT_FORMATS, export
+from compress.checkpoint.inspect import inspect
 from compress.errors import CheckpointError, CompressError, UsageError
-from compress.loading.load import inspect
 from compress.scheme import Scheme
 from compress.storage.safetensors import save_tensors
 from support.gptq_reader import read_naively
@@ -281,11 +281,34 @@ def test_groups_that_are_more_than_packed_weights(copy, tmp_path, key, value, sa
     assert said in refusal(copy, tmp_path / "out")
 
 
+def test_small_groups_and_groups_that_are_not_whole(tmp_path):
+    """No kernel runs groups of 8, and what is exported need not run here."""
+    small = write_checkpoint(tmp_path / "small", [Scheme(4, 8)])
+    export(small, "gptq", tmp_path / "out")
+    assert_same_weights(tmp_path / "out", small)
+    uneven = write_checkpoint(tmp_path / "uneven", [Scheme(4, None)])
+    groups = json.loads((uneven / "config.json").read_text())["quantization_config"][
+        "config_groups"
+    ]
+    groups["group_0"]["weights"] |= {"strategy": "group", "group_size": 128}
+    change_section(uneven, config_groups=groups)
+    assert "no whole groups of 128" in refusal(uneven, tmp_path / "no", CheckpointError)
+
+
 def test_codes_in_int8(copy, tmp_path):
+    section = json.loads((copy / "config.json").read_text())["quantization_config"]
+    for group in section["config_groups"].values():
+        group["format"] = "int-quantized"
+    change_section(copy, **section)
+    said = refusal(copy, tmp_path / "out", CheckpointError)
+    assert "no module is packed as pack-quantized" in said
+
+
+def test_codes_that_are_missing(copy, tmp_path):
     tensors = {n: t for n, t in read_tensors(copy).items() if not n.endswith("weight_packed")}
     save_tensors(copy / "model.safetensors", tensors)
     said = refusal(copy, tmp_path / "out", CheckpointError)
-    assert "no module is packed as pack-quantized" in said
+    assert "no weight_packed" in said
 
 
 def test_tensors_that_other_formats_have_no_place_for(copy, tmp_path):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from compress.checkpoint.export import export
+from compress.checkpoint.inspect import inspect
 from compress.cli.main import main
 from compress.errors import CheckpointError, UsageError
-from compress.loading.load import inspect
 from support.gguf_files import FILE
 
 

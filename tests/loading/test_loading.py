@@ -1,4 +1,4 @@
-"""Loading gives the model that was written, or one line that says why not; inspecting counts."""
+"""Loading gives the model that was written, or one line that says why not."""
 
 import json
 import shutil
@@ -9,10 +9,10 @@ import torch
 
 from compress.checkpoint.packed import UnpackableError
 from compress.errors import CheckpointError, CompressError, UsageError
-from compress.loading.load import inspect, load
+from compress.loading.load import load
 from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader, save_tensors
-from support.tiny_quantised import tiny_llama, write_quantised
+from support.tiny_quantised import write_quantised
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -44,9 +44,6 @@ def message_of(path, kind: type[CompressError], **options) -> str:
 def change_config(folder: Path, **changes) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
-
-
-# ---- load ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -139,119 +136,3 @@ def test_code_in_a_checkpoint_is_not_run(folder):
     change_config(folder, model_type="evil", auto_map={"AutoConfig": "evil.Evil"})
     message_of(folder, CheckpointError)
     assert not canary.exists()
-
-
-# ---- inspect ------------------------------------------------------------------------------------
-
-
-def test_inspect_lists_every_matrix_and_every_byte(mixed):
-    found = inspect(mixed.folder)
-    assert found["format"] == "compressed-tensors"
-    modules = {module["name"]: module for module in found["modules"]}
-    assert set(modules) == {*mixed.modules, "lm_head", "model.embed_tokens"}
-    for name, scheme in mixed.modules.items():
-        assert modules[name] == {
-            "name": name,
-            "shape": list(mixed.twin.get_submodule(name).weight.shape),
-            "bits": scheme.bits,
-            "group_size": scheme.group_size,
-            "symmetric": True,
-        }
-    assert modules["lm_head"]["bits"] == 32
-    assert modules["lm_head"]["symmetric"] is None
-    size = found["bytes"]
-    assert (
-        size["quantized"] + size["other"]
-        == size["total"]
-        == CheckpointReader(mixed.folder).nbytes()
-    )
-    packed = sum(
-        module["shape"][0] * -(-module["shape"][1] * module["bits"] // 32) * 4
-        for name, module in modules.items()
-        if name in mixed.modules
-    )
-    assert packed < size["quantized"] < 1.5 * packed
-    assert found["recipe"] is None
-    assert found["provenance"] is None
-
-
-def test_inspect_reads_recipe_and_provenance(folder):
-    (folder / "recipe.yaml").write_text("quantize: {bits: 3}\n")
-    (folder / "modelpress.json").write_text('{"seed": 7}')
-    found = inspect(folder)
-    assert found["recipe"] == {"quantize": {"bits": 3}}
-    assert found["provenance"] == {"seed": 7}
-    (folder / "recipe.yaml").write_text("a: [")
-    with pytest.raises(CheckpointError, match=r"recipe\.yaml is not valid YAML") as error:
-        inspect(folder)
-    assert "\n" not in str(error.value)
-
-
-def test_inspect_a_plain_folder(tmp_path):
-    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
-    found = inspect(tmp_path)
-    assert found["format"] == "unquantised"
-    assert {module["bits"] for module in found["modules"]} == {16}
-    assert found["bytes"]["quantized"] == 0
-    names = [module["name"] for module in found["modules"]]
-    assert len(names) == 2 * 7 + 2
-
-
-def test_layers_are_listed_in_the_order_of_their_numbers(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    weights = {f"layers.{i}.weight": torch.zeros(2, 2) for i in range(12)}
-    save_tensors(tmp_path / "model.safetensors", weights)
-    names = [module["name"] for module in inspect(tmp_path)["modules"]]
-    assert names == [f"layers.{i}" for i in range(12)]
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("groups", [1, 3])
-def test_inspect_a_gptq_folder(tmp_path, bits, groups):
-    N, K = 32, 96
-    save_tensors(
-        tmp_path / "model.safetensors",
-        {
-            "m.qweight": torch.zeros(K * bits // 32, N, dtype=torch.int32),
-            "m.qzeros": torch.zeros(groups, N * bits // 32, dtype=torch.int32),
-            "m.scales": torch.ones(groups, N, dtype=torch.float16),
-            "m.g_idx": torch.zeros(K, dtype=torch.int32),
-        },
-    )
-    change = {"quant_method": "gptq", "bits": 4, "sym": False}
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": change}))
-    assert inspect(tmp_path)["modules"] == [
-        {
-            "name": "m",
-            "shape": [N, K],
-            "bits": bits,
-            "group_size": 32 if groups == 3 else None,
-            "symmetric": False,
-        }
-    ]
-
-
-def test_inspect_small_floats(tmp_path):
-    """Two codes of 4 bits to a byte, with no tensor for the shape."""
-    save_tensors(
-        tmp_path / "model.safetensors",
-        {
-            "m.weight_packed": torch.zeros(48, 32, dtype=torch.uint8),
-            "m.weight_scale": torch.ones(48, 4).to(torch.float8_e4m3fn),
-            "m.weight_global_scale": torch.ones(1),
-        },
-    )
-    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
-    section = {
-        "quant_method": "compressed-tensors",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-    }
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
-    (module,) = inspect(tmp_path)["modules"]
-    assert module["shape"] == [48, 64]
-    assert (module["bits"], module["group_size"]) == (4, 16)
-
-
-def test_inspect_no_such_folder(tmp_path):
-    with pytest.raises(UsageError, match="no such model folder"):
-        inspect(tmp_path / "absent")

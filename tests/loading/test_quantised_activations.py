@@ -171,7 +171,7 @@ def test_int_quantized_tensors_both_ways(bits, symmetric):
     tensors = format.write(weight, scheme)
     shapes = format.shapes(scheme, (20, 64))
     assert all(tuple(t.shape) == shapes[key] for key, t in tensors.items())
-    assert shapes.keys() - tensors.keys() == {*format.optional}
+    assert shapes.keys() - tensors.keys() == {format.g_idx}
     # what compressed-tensors makes of them: (q - z) s
     shift = 0 if symmetric else tensors["weight_zero_point"].double().repeat_interleave(32, 1)
     dense = (tensors["weight"].double() - shift) * scale.double().repeat_interleave(32, 1)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from compress.loading.load import inspect
+from compress.checkpoint.inspect import inspect
 from compress.pipeline.card import bits_summary, model_card
 
 RESULT = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from compress.checkpoint.inspect import inspect
 from compress.errors import CheckpointError, UsageError
-from compress.loading.load import inspect
 from compress.models.skeleton import Skeleton
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import FIXED_MEMORY

@@ -8,7 +8,8 @@ import json
 import shutil
 from pathlib import Path
 
-from compress.checkpoint.compressed_tensors import compress_module, quantization_config
+from compress.checkpoint.compressed_tensors import quantization_config
+from compress.checkpoint.packed_formats import FORMATS, codes_of_signed
 from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader, save_tensors
 from support.tiny_quantised import round_weight
@@ -28,7 +29,8 @@ def quantise_folder(source: Path, folder: Path, schemes: list[Scheme]) -> Path:
         module = name.removesuffix(".weight")
         modules[module] = scheme = next(turn)
         codes, scale, zero_point, _ = round_weight(tensor.float(), scheme)
-        packed = compress_module(codes, scale.to(tensor.dtype), zero_point, scheme.bits)
+        weight = codes_of_signed(codes, scale.to(tensor.dtype), zero_point, scheme)
+        packed = FORMATS["pack-quantized"].write(weight, scheme)
         tensors |= {f"{module}.{key}": value for key, value in packed.items()}
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     save_tensors(folder / "model.safetensors", tensors)

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compress.checkpoint.compressed_tensors import compress_module, quantization_config
+from compress.checkpoint.compressed_tensors import quantization_config
+from compress.checkpoint.packed_formats import FORMATS, codes_of_signed
 from compress.scheme import Scheme
 from compress.storage.safetensors import save_tensors
 
@@ -67,7 +68,8 @@ def write_quantised(folder: Path, schemes: list[Scheme], **overrides) -> Quantis
     for name, scheme in modules.items():
         codes, scale, zero_point, weight = round_weight(linears[name].weight.detach(), scheme)
         linears[name].weight.data = weight
-        compressed = compress_module(codes, scale, zero_point, scheme.bits)
+        packed = codes_of_signed(codes, scale, zero_point, scheme)
+        compressed = FORMATS["pack-quantized"].write(packed, scheme)
         tensors |= {f"{name}.{key}": value for key, value in compressed.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "model.safetensors", tensors)

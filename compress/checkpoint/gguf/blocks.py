@@ -14,26 +14,20 @@ blocks, its codes or levels are in range, and d (and m) are fp16 numbers. Sub-sc
 would be integer multiples of one d, which scales of a search are not: hence groups of 256.
 
     kind = exact_type(4, 32, None, BLOCK_TYPES.values())    # Q4_0
-    data = pack(module, kind, bits=4)                       # [N, bytes of a row] uint8
+    data = pack(weight, kind)                               # [N, bytes of a row] uint8
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from compress.checkpoint.packed_formats import with_fp16_scales
+from compress.kernels.codes import Codes
+
 SMALL, SUPER = 32, 256  # weights of a block: of the plain types, and of those with sub-scales
-
-
-class Codes(Protocol):
-    """A quantised linear: codes [N, K], scale [N, G], zero_point [N, G] or None; all signed."""
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -61,17 +55,17 @@ class BlockType:
 
 
 def exact_type(
-    bits: int, group_size: int, module: Codes | None, kinds: Iterable[BlockType]
+    bits: int, group_size: int, weight: Codes | None, kinds: Iterable[BlockType]
 ) -> BlockType | None:
     """The smallest of `kinds` that holds codes of `bits` bits without loss; None if none does.
 
-    group_size: columns that share a scale. module: asymmetric codes, whose values matter as well;
+    group_size: columns that share a scale. weight: asymmetric codes, whose values matter as well;
     None for symmetric ones, of which only width and group size do. Scales count as fp16.
     """
     for kind in sorted(kinds, key=lambda kind: kind.bits_per_weight):
         if kind.bits < bits or group_size % kind.size:
             continue
-        if _holds_symmetric(kind) if module is None else _holds(kind, module, bits):
+        if _holds_symmetric(kind) if weight is None else _holds(kind, weight):
             return kind
     return None
 
@@ -81,64 +75,44 @@ def _holds_symmetric(kind: BlockType) -> bool:
     return not kind.offset or kind.size == SUPER
 
 
-def _holds(kind: BlockType, module: Codes, bits: int) -> bool:
+def _holds(kind: BlockType, weight: Codes) -> bool:
     """Whether the values are in range, and offsets, where stored in fp16, are fp16 numbers."""
-    if module.zero_point is None:
+    if weight.zero is None:
         return _holds_symmetric(kind)
     if not kind.offset:
-        low, high = (int(value) for value in levels_of(module).aminmax())
+        low, high = (int(value) for value in _levels(weight).aminmax())
         return -(2 ** (kind.bits - 1)) <= low and high < 2 ** (kind.bits - 1)
     if kind.size == SUPER:
         return True  # a zero point is a whole number, and a sub-offset has more bits than it
-    offset = half_scale(module).double() * (module.zero_point.double() + 2 ** (bits - 1))
+    offset = with_fp16_scales(weight).scale.double() * weight.zero.double()
     return bool((offset.half().double() == offset).all())
 
 
-def levels_of(module: Codes) -> Tensor:
+def _levels(weight: Codes) -> Tensor:
     """code - zero point [N, K] int16."""
-    codes = module.codes.to(torch.int16)
-    if module.zero_point is None:
-        return codes
-    N, G = module.zero_point.shape
-    shifted = codes.view(N, G, -1) - module.zero_point.to(torch.int16).unsqueeze(-1)
-    return shifted.view(codes.shape)
-
-
-def half_scale(module: Codes) -> Tensor:
-    """The scales [N, G] in fp16; those beyond it, which only groups of zeros may have, become 0."""
-    scale = module.scale.half()
-    return torch.where(torch.isfinite(scale), scale, 0)
-
-
-def dequantise(module: Codes) -> Tensor:
-    """(code - zero point) * scale [N, K] in fp32, with scales rounded to fp16."""
-    scale = half_scale(module).float()
-    groups = levels_of(module).float().view(*scale.shape, -1) * scale.unsqueeze(-1)
-    return groups.view(module.codes.shape)
+    zero = weight.zero_points().to(torch.int16).unsqueeze(-1)  # [N, G, 1]
+    groups = weight.codes.to(torch.int16).view(*weight.scale.shape, -1)
+    return (groups - zero).view(weight.codes.shape)
 
 
 # ---- packing ------------------------------------------------------------------------------------
 
 
-def pack(module: Codes, kind: BlockType, bits: int) -> np.ndarray:
-    """The module as rows of blocks [N, K / kind.size * kind.nbytes] uint8.
+def pack(weight: Codes, kind: BlockType) -> np.ndarray:
+    """The weight as rows of blocks [N, K / kind.size * kind.nbytes] uint8, scales in fp16.
 
     Raises ValueError if `kind` does not hold it.
     """
-    N, K = module.codes.shape
-    if kind.bits < bits or K // module.scale.shape[1] % kind.size or not _holds(kind, module, bits):
+    (N, K), G = weight.codes.shape, weight.scale.shape[1]
+    if kind.bits < weight.bits or K // G % kind.size or not _holds(kind, weight):
         raise ValueError(f"{kind.name} does not hold these codes: ask exact_type for one that does")
-    repeats = K // kind.size // module.scale.shape[1]
-    scale = half_scale(module).repeat_interleave(repeats, 1).reshape(-1)
-    zero = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.int16)
-    if not kind.offset:
-        codes = levels_of(module) + 2 ** (kind.bits - 1)
-    else:
-        codes = module.codes.to(torch.int16) + 2 ** (bits - 1)
-        if module.zero_point is not None:
-            zero += module.zero_point.to(torch.int16).repeat_interleave(repeats, 1).reshape(-1)
+    scale, zero = (
+        of_groups.repeat_interleave(K // G // kind.size, 1).flatten()  # of each block
+        for of_groups in (with_fp16_scales(weight).scale, weight.zero_points())
+    )
+    codes = weight.codes if kind.offset else _levels(weight) + 2 ** (kind.bits - 1)
     blocks = codes.to(torch.uint8).numpy().reshape(-1, kind.size)
-    return kind.encode(blocks, scale.numpy(), zero.numpy().astype(np.uint8)).reshape(N, -1)
+    return kind.encode(blocks, scale.numpy(), zero.numpy()).reshape(N, -1)
 
 
 def _octets(numbers: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ apart, so rows of q and k change places. Written by the library `gguf`: pip inst
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,18 +29,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.checkpoint.compressed_tensors import PACKED_SUFFIXES
 from compress.checkpoint.gguf.blocks import (
     BLOCK_TYPES,
     SMALL,
     SUPER,
-    dequantise,
     exact_type,
     pack,
 )
 from compress.checkpoint.gguf.settings import add_settings, checked_family, rope_factors
 from compress.checkpoint.gguf.vocabulary import Vocabulary, read_vocabulary
+from compress.checkpoint.packed import PackedLinears
+from compress.checkpoint.packed_formats import with_fp16_scales
 from compress.errors import UsageError
+from compress.kernels.codes import Codes
+from compress.kernels.reference import dequantize
 from compress.models.families import head_dim_of
 from compress.models.pretrained import guarded
 from compress.scheme import Scheme
@@ -47,8 +50,6 @@ from compress.scheme import Scheme
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import PretrainedConfig
-
-    from compress.checkpoint.export import PackedCheckpoint, PackedModule
 
 FILE = "model.gguf"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -62,7 +63,7 @@ class GgufFormat:
     companions = False  # settings and tokenizer are inside the file
     can_requantise = True
 
-    def __init__(self, source: "PackedCheckpoint", requantise: bool = False):
+    def __init__(self, source: PackedLinears, requantise: bool = False):
         self.source = source
         self.requantise = requantise
 
@@ -100,7 +101,7 @@ class GgufFormat:
             module, _, key = tensor.rpartition(".")
             if key == "inv_freq" or (module == HEAD and self.config.tie_word_embeddings):
                 continue  # neither is read by transformers
-            if module in self.source.schemes and key in PACKED_SUFFIXES:
+            if module in self.source.schemes and key in self.source.format.suffixes:
                 tensor = f"{module}.weight"
             found = mapping.get_name(tensor, try_suffixes=(".weight", ".bias"))
             allowed, leaf = self.family.biases, module.rpartition(".")[2]
@@ -117,11 +118,11 @@ class GgufFormat:
         """The GGUF type of a quantised module."""
         scheme, (_, K) = self.source.schemes[name], self.source.shapes[name]
         size = scheme.group_size or K
-        module = None if scheme.symmetric else self.source.module(name)
+        weight = None if scheme.symmetric else self.source.codes(name)
         own = [kind for kind in BLOCK_TYPES.values() if kind.bits == scheme.bits]
-        if kind := exact_type(scheme.bits, size, module, own):
+        if kind := exact_type(scheme.bits, size, weight, own):
             return kind.name
-        wider = exact_type(scheme.bits, size, module, BLOCK_TYPES.values())
+        wider = exact_type(scheme.bits, size, weight, BLOCK_TYPES.values())
         nearest = wider.name if wider else ("F16" if K % SMALL else "Q8_0")
         if not self.requantise:
             how = f"{scheme.bits} bits in groups of {size}"
@@ -134,7 +135,7 @@ class GgufFormat:
         if wider:
             self.wider.append(name)
         else:
-            exact = dequantise(self.source.module(name))
+            exact = _dense(self.source.codes(name))
             error = _values(_rounded(exact, nearest), nearest) - exact.numpy()
             self.changed[name] = float(np.linalg.norm(error) / max(exact.norm(), 1e-30))
         return nearest
@@ -222,12 +223,13 @@ class GgufFormat:
             tensor = self.source.reader.tensor(source)
             tensor = tensor.float() if tensor.dim() == 1 else tensor
             return (tensor if rows is None else tensor[rows]).contiguous().view(torch.uint8).numpy()
-        module, kind = self.source.module(module_name), self.types[module_name]
+        weight, kind = self.source.codes(module_name), self.types[module_name]
         if rows is not None:
-            module = _reordered(module, rows)
+            zero = None if weight.zero is None else weight.zero[rows]
+            weight = replace(weight, codes=weight.codes[rows], scale=weight.scale[rows], zero=zero)
         if module_name in self.changed:
-            return _rounded(dequantise(module), kind)
-        return pack(module, BLOCK_TYPES[kind], self.source.schemes[module_name].bits)
+            return _rounded(_dense(weight), kind)
+        return pack(weight, BLOCK_TYPES[kind])
 
     def _row_order(self, source: str) -> Tensor | None:
         """Where llama.cpp's Llama looks for the rows of q and k; None: where they are."""
@@ -284,9 +286,9 @@ def _remedy(scheme: Scheme, K: int) -> str:
     return "with 4 or 8 bits, symmetrically" if K % SMALL == 0 else "not at all"
 
 
-def _reordered(module: "PackedModule", rows: Tensor) -> "PackedModule":
-    zero_point = None if module.zero_point is None else module.zero_point[rows]
-    return type(module)(module.codes[rows], module.scale[rows], zero_point)
+def _dense(weight: Codes) -> Tensor:
+    """The weight [N, K] in fp32, with scales rounded to fp16."""
+    return dequantize(with_fp16_scales(weight)).float()
 
 
 def _rounded(weight: Tensor, kind: str) -> np.ndarray:

@@ -1,0 +1,160 @@
+"""Which engine loads what: the one table of what is known of vLLM, SGLang and transformers.
+
+                             vLLM 0.33               SGLang 0.5      transformers 5.23
+    compressed-tensors
+        4 and 8 bits         yes                     yes             yes
+        other widths         with `humming` kernels  no              yes
+        asymmetric           yes                     not known       one scheme, dequantize=True
+        parts that differ    no                      not known       yes
+    GPTQ
+        widths               symmetric 4 and 8 bits  not known       one scheme, in every layer
+        parts that differ    no                      no              no
+        quantised lm_head    yes                     yes             no
+
+Parts: vLLM and SGLang run q/k/v, and gate/up, as one matrix, which has one scheme.
+
+    plan_notes(plan.schemes), gptq_notes(modules), loading_table({3, 4}, True, 2)
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compress.checkpoint.quantization_config import groups_of
+from compress.errors import CheckpointError
+from compress.scheme import Scheme
+
+OWN_WIDTHS = {4, 8}  # of vLLM 0.33 and SGLang, without further packages
+HEAD = "lm_head"
+# The linears that engines run as one, by the name of that one.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+Schemes = Mapping[str, Scheme | None]  # of linears by name; None: stays unquantised
+
+
+# ---- what they go by ----------------------------------------------------------------------------
+
+
+def fusions(schemes: Schemes) -> dict[str, tuple[str, ...]]:
+    """The parts of each fused layer, by the name that an engine gives it."""
+    found = {}
+    for name in schemes:
+        parent, _, leaf = name.rpartition(".")
+        for fused, leaves in FUSED.items():
+            parts = tuple(f"{parent}.{part}" for part in leaves)
+            if leaf == leaves[0] and all(part in schemes for part in parts):
+                found[f"{parent}.{fused}"] = parts
+    return found
+
+
+def split_fusions(schemes: Schemes) -> dict[str, tuple[str, ...]]:
+    """Those whose parts differ in scheme: what fuses them cannot load the checkpoint."""
+    return {
+        name: parts
+        for name, parts in fusions(schemes).items()
+        if len({schemes[part] for part in parts}) > 1
+    }
+
+
+def place_in_layers(name: str) -> tuple[str, int, str] | None:
+    """("model.layers", 3, "mlp.up_proj") of a module inside a numbered layer, else None."""
+    match = re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name)
+    return (match[1], int(match[2]), match[3]) if match else None
+
+
+def same_in_every_layer(schemes: Schemes) -> list[str] | None:
+    """The quantised linears by their names inside a layer, if some linears are left out of each.
+
+    It is how transformers is told about linears that stay unquantised. None if there are none, or
+    if they are not the same in every layer.
+    """
+    quantised: dict[str, None] = {}
+    left: set[str] = set()
+    for name, scheme in schemes.items():
+        inner = place[2] if (place := place_in_layers(name)) else name
+        if scheme is not None:
+            quantised[inner] = None
+        elif place:
+            left.add(inner)
+    return list(quantised) if left and not left & quantised.keys() else None
+
+
+# ---- compressed-tensors -------------------------------------------------------------------------
+
+
+def plan_notes(schemes: Schemes) -> list[str]:
+    """What a person should know before a run: a line for each engine that will want more."""
+    notes = []
+    found = {scheme for scheme in schemes.values() if scheme is not None}
+    if any(not scheme.symmetric for scheme in found):
+        notes.append(
+            "asymmetric weights: vLLM loads them; transformers only with "
+            "CompressedTensorsConfig(dequantize=True)"
+            + (" and not with several widths" if len(found) > 1 else "")
+        )
+    if odd := sorted({scheme.bits for scheme in found} - OWN_WIDTHS):
+        widths = ", ".join(map(str, odd))
+        notes.append(f"{widths}-bit weights: vLLM needs the `humming` package, SGLang has none")
+    if split := split_fusions(schemes):
+        parts = ", ".join(next(iter(split.values())))
+        notes.append(f"{parts} differ in scheme; vLLM fuses them and will refuse")
+    return notes
+
+
+def loading_table(widths: set[int], symmetric: bool, schemes: int) -> list[tuple[str, str]]:
+    """(engine, how it loads) a checkpoint of these widths, in so many different schemes."""
+    if symmetric:
+        transformers = "yes, on CPU too; weights become dense at the first forward"
+    elif schemes == 1:
+        transformers = "with `CompressedTensorsConfig(dequantize=True)`"
+    else:
+        transformers = "no: asymmetric and of several widths or group sizes"
+    own = widths <= OWN_WIDTHS
+    return [
+        ("transformers, compressed-tensors >= 0.20", transformers),
+        ("vLLM", "yes" if own else "with the optional `humming` kernels (NVIDIA)"),
+        ("SGLang", "yes" if own else "no: 4 and 8 bits only"),
+    ]
+
+
+def must_dequantize_on_load(section: dict[str, Any]) -> bool:
+    """Whether transformers loads a `quantization_config` only with `dequantize=True`.
+
+    That is so for asymmetric modules: transformers 5.23 with compressed-tensors 0.20 makes no room
+    for their packed zero points otherwise. But `dequantize=True` applies the first group's scheme
+    to every module, so asymmetric modules of several schemes do not load at all: CheckpointError.
+    """
+    weights = [group["weights"] for group in groups_of(section) if group.get("weights")]
+    if all(arguments.get("symmetric", True) for arguments in weights):
+        return False
+    if len(weights) > 1:
+        raise CheckpointError(
+            "transformers cannot load asymmetric modules of several widths or group sizes: "
+            "serve this checkpoint with vLLM, or quantise with `symmetric: true`"
+        )
+    return True
+
+
+# ---- GPTQ ---------------------------------------------------------------------------------------
+
+
+def gptq_notes(modules: Mapping[str, Scheme], plain: Sequence[str] = ()) -> list[str]:
+    """One line for each known reader that will not load such a checkpoint as GPTQ.
+
+    plain: the linears inside the decoder layers that are not quantised.
+    """
+    schemes: Schemes = {**modules, **dict.fromkeys(plain)}
+    notes = []
+    if split := split_fusions(schemes):
+        first = next(iter(split))
+        notes.append(f"vLLM and SGLang will not load this: the parts of {first} differ in width")
+    elif any(s.bits not in OWN_WIDTHS or not s.symmetric for s in modules.values()):
+        notes.append("vLLM will not load this: its GPTQ takes symmetric 4 and 8 bits only")
+    inside = {scheme for name, scheme in modules.items() if name != HEAD}
+    uneven = bool(plain) and not same_in_every_layer(schemes)
+    if len(inside) > 1 or HEAD in modules or uneven:
+        notes.append(
+            "transformers will not load this (it takes one scheme for the same linears of every "
+            "layer, and no quantised lm_head): use GPTQModel"
+        )
+    return notes

@@ -1,0 +1,138 @@
+"""What a checkpoint holds, from its headers and JSON files alone.
+
+Ours or anybody's: compressed-tensors, GPTQ, GGUF, or 16 bits.
+
+    inspect("out")["modules"][0]      # {"name", "shape", "bits", "group_size", "symmetric"}
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.checkpoint.compressed_tensors import module_schemes
+from compress.checkpoint.gguf.inspect import inspect_gguf
+from compress.checkpoint.quantization_config import checked_section, read_config
+from compress.errors import CheckpointError, UsageError
+from compress.storage.files import read_json
+from compress.storage.safetensors import CheckpointReader
+
+# Fields of a scheme that are listed where they say something.
+RARE_FIELDS = ("per_tensor", "act_order", "activation_bits")
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint folder holds, from its headers and JSON files alone.
+
+    Returns {"format", "modules": [{"name", "shape", "bits", "group_size", "symmetric"}],
+    "bytes": {"quantized", "other", "total"}, "recipe", "provenance"}. Every matrix is a module;
+    one that is not quantised has the bits of its dtype and None for group_size and symmetric.
+    group_size None on a quantised module is one scale per output channel, or one in all;
+    `per_tensor`, `act_order` and `activation_bits` are there where they say something. A GGUF file,
+    or a folder without others, has llama.cpp's names. Raises UsageError if there is no such folder,
+    CheckpointError if it is damaged.
+    """
+    folder = Path(path)
+    files = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
+    if files and files[0].is_file() and not any(folder.glob("*.safetensors")):
+        beside = {
+            "recipe": _read_recipe(files[0].parent),
+            "provenance": read_json(files[0].parent / "modelpress.json"),
+        }
+        found = inspect_gguf(files) | beside
+        found["modules"].sort(key=lambda module: _natural(module["name"]))
+        return found
+    if not folder.is_dir():
+        raise UsageError(f"no such model folder: {path} (download a hub model first: hf download)")
+    section = checked_section(read_config(folder), folder / "config.json")
+    reader = CheckpointReader(folder)
+    quantised = _quantised_modules(reader, section)
+    modules = quantised | {
+        name.removesuffix(".weight"): _plain_module(reader, name)
+        for name in reader.names
+        if name.endswith(".weight")
+        and len(reader.shape(name)) == 2
+        and name.removesuffix(".weight") not in quantised
+    }
+    quantised_bytes = sum(
+        reader.nbytes(name)
+        for name in reader.names
+        if name.rpartition(".")[0] in quantised and not name.endswith(".bias")  # as in the plan
+    )
+    return {
+        "format": section.get("quant_method", "unquantised"),
+        "modules": [{"name": name, **modules[name]} for name in sorted(modules, key=_natural)],
+        "bytes": {
+            "quantized": quantised_bytes,
+            "other": reader.nbytes() - quantised_bytes,
+            "total": reader.nbytes(),
+        },
+        "recipe": _read_recipe(folder),
+        "provenance": read_json(folder / "modelpress.json"),
+    }
+
+
+def _quantised_modules(reader: CheckpointReader, section: dict[str, Any]) -> dict[str, Any]:
+    names = {name.rpartition(".")[0] for name in reader.names}
+    if section.get("quant_method") == "gptq":
+        return {n: _gptq_module(reader, n, section) for n in names if f"{n}.qweight" in reader}
+    scaled = sorted(name for name in names if f"{name}.weight_scale" in reader)
+    return {
+        name: {
+            "shape": _shape(reader, name, scheme.bits),
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "symmetric": scheme.symmetric,
+            **{key: value for key in RARE_FIELDS if (value := getattr(scheme, key))},
+        }
+        for name, scheme in module_schemes(section, scaled).items()
+    }
+
+
+def _shape(reader: CheckpointReader, name: str, bits: int) -> list[int]:
+    if f"{name}.weight_shape" in reader:  # two integers; the packed width alone is ambiguous
+        return reader.tensor(f"{name}.weight_shape").tolist()
+    if f"{name}.weight_packed" in reader:  # of small floats, which fill their bytes
+        N, columns = reader.shape(f"{name}.weight_packed")
+        return [N, columns * 8 * reader.dtype(f"{name}.weight_packed").itemsize // bits]
+    return list(reader.shape(f"{name}.weight"))
+
+
+def _gptq_module(reader: CheckpointReader, name: str, section: dict[str, Any]) -> dict[str, Any]:
+    """Width and group size from the shapes: they hold for mixed widths too."""
+    words, N = reader.shape(f"{name}.qweight")
+    groups = reader.shape(f"{name}.scales")[0]
+    if f"{name}.g_idx" in reader:
+        K = reader.shape(f"{name}.g_idx")[0]
+    else:
+        K = words * 32 // section["bits"]
+    return {
+        "shape": [N, K],
+        "bits": words * 32 // K,
+        "group_size": math.ceil(K / groups) if groups > 1 else None,
+        "symmetric": section.get("sym", True),
+        **({"act_order": True} if section.get("desc_act") else {}),
+    }
+
+
+def _plain_module(reader: CheckpointReader, name: str) -> dict[str, Any]:
+    bits = 8 * reader.dtype(name).itemsize
+    shape = list(reader.shape(name))
+    return {"shape": shape, "bits": bits, "group_size": None, "symmetric": None}
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key under which layer 2 comes before layer 10."""
+    parts = name.split(".")
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+def _read_recipe(folder: Path) -> Any:
+    try:
+        return yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder / 'recipe.yaml'} is not valid YAML: {reason}") from None
