@@ -184,7 +184,7 @@ def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("seconds", "kept"), [(0.5, ["fp32", "bf16"]), (40, ["fp32"])])
 def test_an_emulated_product_is_no_bound(monkeypatch, seconds, kept):
     """A small one tells, so that no large one is waited for."""
-    from compress import timing
+    from compress.bench import clock as timing
 
     timed = []
 
