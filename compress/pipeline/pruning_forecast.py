@@ -112,7 +112,7 @@ def _check_search(section: PruneVisualTokens | None, strategy: PruneStrategy) ->
     if section is not None and section.search is not None:
         assert section.keep is not None
         check_search(section.keep, section.search.trials, section.search.sampler)
-        search_variables(strategy, section.search.searched())
+        search_variables(strategy, section.search.variables)
 
 
 def _prompt(source: CalibrationSource, skeleton: Skeleton) -> tuple[int, list[int], str]:

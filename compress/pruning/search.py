@@ -4,7 +4,7 @@ For prompts x, h(x) the last token's state after the last layer (and final norm)
 
     maximise  mean_x cos( h(x), h_s(x) )
 
-over the shares of the stages, the voters' threshold t, the entropy's weight alpha and the recycling
+over the shares of the stages, the voters' threshold t, the entropy's weight and the recycling
 cell a, at one budget, which every trial keeps exactly (`compress.pruning.feasible`). h(x) is
 computed once. No labels are needed. arXiv 2508.05211, section 3.3, algorithm 1: 30 prompts, 50
 trials.
@@ -33,16 +33,17 @@ from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.feasible import FeasibleSet, ratios_of
 from compress.pruning.tower import VisualTokens
 from compress.pruning.trials import Trial, TrialFile
-from compress.recipe.strategy import PruneStrategy
+from compress.recipe.strategy import NEW_NAMES, PruneStrategy
 
 SAMPLERS = ("tpe", "gp")
 STARTUP = 27  # trials drawn at random before the sampler learns from them, as the authors' code has
-VARIABLES = ("ratios", "threshold", "alpha", "cell")
 # Multiples of the mean attention: at 0.25 nearly every patch votes, at 50 a few of 729; the
 # published strategies have 29 to 39 there, and smaller towers need less, hence a log scale.
-THRESHOLDS = (0.25, 50.0)
+VOTER_THRESHOLDS = (0.25, 50.0)
 # Votes and softmax of the entropies both sum to 1 over a crop, so 1 weighs them the same.
-ALPHAS = (0.0, 1.0)
+ENTROPY_WEIGHTS = (0.0, 1.0)
+# optuna's GP sampler orders its dimensions by name: under these it proposes what it always has.
+OPTUNA_NAMES = {new: old for old, new in NEW_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def search_strategy(
             rows and must be padded on the left.
         keep: share of the visual tokens that stay, averaged over layers.
         start: what is not searched, stages above all; None: `PruneStrategy.for_budget`'s.
-        variables: which of VARIABLES are searched; None: all that the method reads.
+        variables: which of ratios, voter_threshold, entropy_weight, cell are searched; None: all
+            that the method reads.
         trials: how many in all, those of an earlier search in `path` included.
         sampler: `tpe` or `gp` of optuna.
         seed: of the sampler.
@@ -226,7 +228,8 @@ class SearchSpace:
     """What is searched: parameters of the sampler become a strategy that keeps the budget.
 
     Parameters are `share_s`, where the share after stage s lies between the least and the most that
-    the budget allows, `cell` likewise, both in [0, 1], and `threshold` and `alpha` as they are.
+    the budget allows, `cell` likewise, both in [0, 1]; `voter_threshold` and `entropy_weight` as
+    they are.
     """
 
     def __init__(
@@ -269,10 +272,10 @@ class SearchSpace:
         if "ratios" in self.variables:
             for stage in range(self.feasible.dimensions):
                 found[f"share_{stage}"] = FloatDistribution(0, 1)
-        if "threshold" in self.variables:
-            found["threshold"] = FloatDistribution(*THRESHOLDS, log=True)
-        if "alpha" in self.variables:
-            found["alpha"] = FloatDistribution(*ALPHAS)
+        if "voter_threshold" in self.variables:
+            found["voter_threshold"] = FloatDistribution(*VOTER_THRESHOLDS, log=True)
+        if "entropy_weight" in self.variables:
+            found["entropy_weight"] = FloatDistribution(*ENTROPY_WEIGHTS)
         if "cell" in self.variables:
             found["cell"] = FloatDistribution(0, 1)
         return found
@@ -287,14 +290,13 @@ class SearchSpace:
             settings["ratios"] = ratios_of(shares)
         if "cell" in self.variables:
             settings["cell"] = self.feasible.cell(parameters["cell"], shares[0])
-        settings |= {
-            name: parameters[name] for name in ("threshold", "alpha") if name in parameters
-        }
+        as_they_are = ("voter_threshold", "entropy_weight")
+        settings |= {name: parameters[name] for name in as_they_are if name in parameters}
         return PruneStrategy(**self.start.model_dump() | settings)
 
 
 def search_variables(start: PruneStrategy, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Those of VARIABLES that are searched, in their order; `wanted` None: all that can be.
+    """The variables that are searched, in a fixed order; `wanted` None: all that can be.
 
     Raises UsageError if one of `wanted` cannot be searched, or there is nothing to search.
     """
@@ -302,8 +304,8 @@ def search_variables(start: PruneStrategy, wanted: Sequence[str] | None) -> tupl
         name
         for name, there in {
             "ratios": len(start.stages) > 1,
-            "threshold": start.method == "vflowopt",
-            "alpha": start.method == "vflowopt",
+            "voter_threshold": start.method == "vflowopt",
+            "entropy_weight": start.method == "vflowopt",
             "cell": start.method == "vflowopt" and start.stages[0] == 0,
         }.items()
         if there
@@ -332,7 +334,8 @@ def _propose(
     # A seed each: a sampler that has drawn before cannot be had again when a search is resumed.
     number = int(np.random.SeedSequence([seed, len(done)]).generate_state(1)[0])
     kind = {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}[sampler]
-    distributions = space.distributions()
+    names = {name: OPTUNA_NAMES.get(name, name) for name in space.distributions()}
+    distributions = {names[name]: value for name, value in space.distributions().items()}
     with _quiet(optuna):
         study = optuna.create_study(
             direction="maximize", sampler=kind(seed=number, n_startup_trials=STARTUP)
@@ -340,10 +343,13 @@ def _propose(
         for trial in done:
             study.add_trial(
                 optuna.trial.create_trial(
-                    params=trial.parameters, distributions=distributions, value=trial.score
+                    params={names[name]: value for name, value in trial.parameters.items()},
+                    distributions=distributions,
+                    value=trial.score,
                 )
             )
-        return study.ask(distributions).params
+        proposed = study.ask(distributions).params
+    return {name: proposed[theirs] for name, theirs in names.items()}
 
 
 def _best(trials: Sequence[Trial]) -> Trial:

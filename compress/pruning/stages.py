@@ -38,9 +38,9 @@ class Stages:
         """
         settings = TapSettings(
             signals=self.method.signals,
-            threshold=self.strategy.threshold,
+            voter_threshold=self.strategy.voter_threshold,
             vote=self.strategy.vote,
-            alpha=self.strategy.alpha,
+            entropy_weight=self.strategy.entropy_weight,
             layer=self.strategy.vit_layer,
             **_pixel_statistics(processor),
         )

@@ -40,7 +40,7 @@ class VisualTokens:
     segment: Tensor  # [n]
     row: Tensor  # [n]
     column: Tensor  # [n]
-    importance: Tensor | None = None  # [n], votes + alpha * softmax(entropy); 0 for newlines
+    importance: Tensor | None = None  # [n], votes + weight * softmax(entropy); 0 for newlines
     attention: Tensor | None = None  # [n], from the CLS token, or received if there is none
     keys: Tensor | None = None  # [n, d], the tapped layer's keys, heads averaged
     empty_voters: int = 0  # crops in which no patch reached the voters' threshold
@@ -65,9 +65,9 @@ class TapSettings:
     """What is wanted of the tower. `signals`: any of `importance`, `attention`, `keys`."""
 
     signals: frozenset[str]
-    threshold: float
+    voter_threshold: float
     vote: str
-    alpha: float
+    entropy_weight: float
     layer: int | None  # None: the layer that the features come from
     pixel_mean: Tensor | None = None  # [3], of the image processor; None: the tower's usual
     pixel_std: Tensor | None = None
@@ -176,12 +176,17 @@ class PatchTower:
         scaling = q.shape[-1] ** -0.5
         if "importance" in wanted:
             scores, empty = voted_attention(
-                q, k, scaling, threshold=settings.threshold, vote=settings.vote, prefix=self.prefix
+                q,
+                k,
+                scaling,
+                threshold=settings.voter_threshold,
+                vote=settings.vote,
+                prefix=self.prefix,
             )
-            if settings.alpha:
+            if settings.entropy_weight:
                 grey = grey_levels(pixels, *_normalisation(settings, bool(self.prefix)))
                 entropy = patch_entropy(cut_patches(grey, self.patch_size))
-                scores = add_entropy(scores, entropy, settings.alpha)
+                scores = add_entropy(scores, entropy, settings.entropy_weight)
             maps["importance"] = scores[..., None]
         if "attention" in wanted:
             looking = q[:, :, :1] if self.prefix else q
@@ -261,7 +266,7 @@ class MergingTower:
             pair = (q[None, :, start:end], k[None, :, start:end], q.shape[-1] ** -0.5)
             if "importance" in wanted:
                 scores, none = voted_attention(
-                    *pair, threshold=settings.threshold, vote=settings.vote
+                    *pair, threshold=settings.voter_threshold, vote=settings.vote
                 )
                 chunks["importance"].append(scores[0])
                 empty[next(i for i, last in enumerate(ends) if start < last)] += int(none)
@@ -270,11 +275,12 @@ class MergingTower:
                 chunks["attention"].append(received_attention(*pair, weights)[0])
         maps |= {name: torch.cat(parts) for name, parts in chunks.items() if parts}
         maps = {name: self._in_prompt_order(signal, grids) for name, signal in maps.items()}
-        if "importance" in wanted and settings.alpha:
+        if "importance" in wanted and settings.entropy_weight:
             entropies = self._entropy().split(grids.prod(-1).tolist())
             scores = maps["importance"].split(grids.prod(-1).tolist())
             added = [
-                add_entropy(s, e, settings.alpha) for s, e in zip(scores, entropies, strict=True)
+                add_entropy(s, e, settings.entropy_weight)
+                for s, e in zip(scores, entropies, strict=True)
             ]
             maps["importance"] = torch.cat(added)
         unit = self.merge**2

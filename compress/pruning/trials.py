@@ -2,7 +2,8 @@
 
 The first line holds the settings and a fingerprint of the model's answers, each further line one
 trial: {"trial", "parameters", "strategy", "score"}. A line is on disk before the next trial begins;
-one that was cut short by a kill is dropped. What optuna needs is rebuilt from the lines.
+one that was cut short by a kill is dropped. What optuna needs is rebuilt from the lines. Names of
+settings that earlier versions wrote are replaced where a file is opened.
 
     file = TrialFile.open(path, settings, fingerprint)
     file.trials; file.append(trial)
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CheckpointError, UsageError
+from compress.recipe.strategy import with_new_names
 from compress.storage.files import atomic_write
 
 KIND = "modelpress-pruning-search"
@@ -104,7 +106,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
             raise CheckpointError(f"{path}:{number}: not a line of JSON: {error}") from error
         if not isinstance(value, dict):
             raise CheckpointError(f"{path}:{number}: expected a JSON object")
-        lines.append(value)
+        lines.append(with_new_names(value))
     return lines
 
 

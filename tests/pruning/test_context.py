@@ -22,8 +22,8 @@ from support.tiny_models import (
 )
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
-THREE = PruneStrategy(stages=(0, 1, 3), ratios=(0.6, 0.7, 0.5), threshold=1.1)
-HALF = PruneStrategy(ratios=(0.5,), threshold=1.1)
+THREE = PruneStrategy(stages=(0, 1, 3), ratios=(0.6, 0.7, 0.5), voter_threshold=1.1)
+HALF = PruneStrategy(ratios=(0.5,), voter_threshold=1.1)
 
 
 def close(actual, expected):
