@@ -21,19 +21,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from compress.errors import CompressError, UsageError, did_you_mean
 from compress.models.vision import Inputs
 from compress.observer import Observer
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.feasible import FeasibleSet, ratios_of
-from compress.pruning.tower import VisualTokens
+from compress.pruning.tower import Processor, VisualTokens
 from compress.pruning.trials import Trial, TrialFile
 from compress.recipe.strategy import NEW_NAMES, PruneStrategy
+
+if TYPE_CHECKING:
+    from optuna.distributions import FloatDistribution  # of the extra `vision`
 
 SAMPLERS = ("tpe", "gp")
 STARTUP = 27  # trials drawn at random before the sampler learns from them, as the authors' code has
@@ -46,6 +52,21 @@ ENTROPY_WEIGHTS = (0.0, 1.0)
 OPTUNA_NAMES = {new: old for old, new in NEW_NAMES.items()}
 
 
+class SearchConditions(TypedDict):
+    """What a score depends on."""
+
+    model: str
+    layers: int
+    prompts: int
+    images: int
+    visual_tokens: int
+    dtype: str
+    device: str
+    variables: list[str]
+    sampler: str
+    seed: int
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """What a search has found.
@@ -55,23 +76,22 @@ class SearchResult:
         score: its mean cosine.
         keep: the budget that all trials keep.
         trials: all of them, in order.
-        conditions: what the score depends on: prompts, visual tokens, sampler, seed, layers.
     """
 
     strategy: PruneStrategy
     score: float
     keep: float
     trials: list[Trial] = field(repr=False)
-    conditions: dict[str, Any]
+    conditions: SearchConditions
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""
         return asdict(self) | {"strategy": self.strategy.model_dump(mode="json")}
 
 
 def search_strategy(
-    model: Any,
-    samples: Sequence[Mapping[str, Any]],
+    model: PreTrainedModel,
+    samples: Sequence[Inputs],
     keep: float,
     *,
     start: PruneStrategy | None = None,
@@ -80,7 +100,7 @@ def search_strategy(
     sampler: str = "tpe",
     seed: int = 0,
     path: str | Path | None = None,
-    processor: Any = None,
+    processor: Processor | None = None,
     observer: Observer | None = None,
 ) -> SearchResult:
     """Searches the strategy that keeps the share `keep` and changes the last state least.
@@ -172,9 +192,9 @@ class Objective:
 
     def __init__(
         self,
-        model: Any,
-        samples: Sequence[Mapping[str, Any]],
-        processor: Any = None,
+        model: PreTrainedModel,
+        samples: Sequence[Inputs],
+        processor: Processor | None = None,
         observer: Observer | None = None,
     ):
         if not samples:
@@ -264,11 +284,11 @@ class SearchSpace:
             self.shares = [math.prod(ratios[: i + 1]) for i in range(len(ratios))]
             self.feasible.check(self.shares)
 
-    def distributions(self) -> dict[str, Any]:
+    def distributions(self) -> "dict[str, FloatDistribution]":
         """optuna's, by parameter; the order is fixed."""
-        from optuna.distributions import FloatDistribution
+        from optuna.distributions import FloatDistribution  # of the extra `vision`
 
-        found: dict[str, Any] = {}
+        found: dict[str, FloatDistribution] = {}
         if "ratios" in self.variables:
             for stage in range(self.feasible.dimensions):
                 found[f"share_{stage}"] = FloatDistribution(0, 1)
@@ -282,7 +302,7 @@ class SearchSpace:
 
     def strategy(self, parameters: Mapping[str, float]) -> PruneStrategy:
         """The strategy at a point of the space; it keeps the budget, and fits every sample."""
-        settings: dict[str, Any] = {}
+        settings: dict[str, object] = {}
         shares = self.shares
         if shares is None:
             positions = [parameters[f"share_{s}"] for s in range(self.feasible.dimensions)]
@@ -328,8 +348,6 @@ def _propose(
     space: SearchSpace, done: Sequence[Trial], sampler: str, seed: int
 ) -> dict[str, float]:
     """The next parameters: they depend on the trials so far, the seed and the trial's number."""
-    import numpy as np
-
     optuna = _optuna()
     # A seed each: a sampler that has drawn before cannot be had again when a search is resumed.
     number = int(np.random.SeedSequence([seed, len(done)]).generate_state(1)[0])
@@ -356,11 +374,11 @@ def _best(trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda trial: (trial.score, -trial.trial))
 
 
-def _on(device: torch.device, sample: Mapping[str, Any]) -> Inputs:
+def _on(device: torch.device, sample: Inputs) -> Inputs:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in sample.items()}
 
 
-def _optuna() -> Any:
+def _optuna() -> ModuleType:
     try:
         import optuna
     except ImportError:
@@ -371,7 +389,7 @@ def _optuna() -> Any:
 
 
 @contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
+def _quiet(optuna: ModuleType) -> Iterator[None]:
     """Without what optuna logs: new studies, and a package that would make `gp` faster."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

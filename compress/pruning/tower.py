@@ -8,14 +8,16 @@ resize, newline tokens and 2x2 merging cannot put them out of step. arXiv 2508.0
     tap = PatchTower(base, settings); handles = tap.install(); ...; images = tap.images(inputs)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import BaseImageProcessor, ProcessorMixin, image_utils
+from transformers.vision_utils import get_vision_window_index
 
 from compress.errors import UsageError
 from compress.importance.patches import (
@@ -27,6 +29,8 @@ from compress.importance.patches import (
     voted_attention,
 )
 from compress.models.vision import Inputs
+
+Processor = ProcessorMixin | BaseImageProcessor  # both have, or hold, the pixels' statistics
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ class VisionTap(Protocol):
     def images(self, inputs: Inputs) -> list[VisualTokens]: ...
 
 
+Crops = Callable[[nn.Module, Inputs], list[int]]
+Pack = Callable[[nn.Module, list[Tensor], Inputs], Sequence[Tensor]]
+
+
 class PatchTower:
     """CLIP and SigLIP towers: crops of a fixed size, every patch becomes a token.
 
@@ -90,7 +98,7 @@ class PatchTower:
     maps [crops, N, channels] into [n, channels], newline tokens marked by NaN.
     """
 
-    def __init__(self, base: nn.Module, settings: TapSettings, crops: Callable, pack: Callable):
+    def __init__(self, base: nn.Module, settings: TapSettings, crops: Crops, pack: Pack):
         self.base, self.settings = base, settings
         self.crops, self.pack = crops, pack
         vision = base.config.vision_config
@@ -133,7 +141,7 @@ class PatchTower:
     def _before(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
         self.seen = {"pixels": args[0] if args else kwargs["pixel_values"]}
 
-    def _keep(self, name: str) -> Callable:
+    def _keep(self, name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             self.seen[name] = output.detach()
 
@@ -211,7 +219,7 @@ class MergingTower:
         depth = len(self.tower.blocks)
         full = getattr(self.tower, "fullatt_block_indexes", None)
         self.layer = _tapped_layer(max(full) if full else depth - 1, settings.layer, depth)
-        self.seen: dict[str, Any] = {}
+        self.seen: Inputs = {}  # what reached the tower, and its attention
 
     def install(self) -> list[RemovableHandle]:
         attention = self.tower.blocks[self.layer].attn
@@ -290,8 +298,6 @@ class MergingTower:
         """Undoes Qwen2.5-VL's shuffle of merge units into windows."""
         if not hasattr(self.tower, "window_size"):
             return signal
-        from transformers.vision_utils import get_vision_window_index
-
         index, _ = get_vision_window_index(
             grids,
             spatial_merge_size=self.merge,
@@ -346,8 +352,6 @@ def _tapped_layer(default: int, wanted: int | None, depth: int) -> int:
 
 def _normalisation(settings: TapSettings, clip: bool) -> tuple[Tensor, Tensor]:
     """Mean and std [3] of the pixels: the image processor's, or the tower family's usual ones."""
-    from transformers import image_utils
-
     usual = (
         (image_utils.OPENAI_CLIP_MEAN, image_utils.OPENAI_CLIP_STD)
         if clip
