@@ -16,10 +16,13 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from compress.errors import UsageError
 
 CACHES = 2  # times the last-level cache that all copies together fill
 MOST_COPIES = 64
@@ -28,6 +31,7 @@ CPU_CACHE = 32 << 20  # where the system does not say
 PASS_SECONDS = 0.002  # a pass shorter than that is repeated within a sample
 COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
 PRODUCT_SIZE = {"cpu": 1536, "cuda": 8192}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SMALLER = 6  # times, the product that says which dtypes are emulated: 256
 
 
@@ -71,7 +75,7 @@ class Clock:
         wanted = -(-CACHES * self.cache // max(size, 1))
         return max(2, min(wanted, MOST_COPIES, MOST_BYTES // max(size, 1)))
 
-    def take_turns(self, calls: Mapping[str, Sequence[Callable[[], Any]]]) -> dict[str, Samples]:
+    def take_turns(self, calls: Mapping[str, Sequence[Callable[[], object]]]) -> dict[str, Samples]:
         """Samples of each contender, which is a list of calls that differ in their operands.
 
         Every round times one pass over each contender's calls; what runs first changes.
@@ -85,7 +89,7 @@ class Clock:
                 taken[name].append(passes[name]())
         return {name: Samples(tuple(seconds)) for name, seconds in taken.items()}
 
-    def _prepare(self, calls: Sequence[Callable[[], Any]]) -> Callable[[], float]:
+    def _prepare(self, calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
         """What times one pass, in seconds per call; kernels are compiled and warm."""
         run = self._graph(calls) if self.device.type == "cuda" else lambda: _run(calls)
         self._time(run)
@@ -113,7 +117,7 @@ class Clock:
             last.synchronize()
             return first.elapsed_time(last) / 1000
 
-    def _graph(self, calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:
+    def _graph(self, calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
         with torch.cuda.device(self.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -126,7 +130,7 @@ class Clock:
         return graph.replay
 
 
-def _run(calls: Sequence[Callable[[], Any]]) -> None:
+def _run(calls: Sequence[Callable[[], object]]) -> None:
     for call in calls:
         call()
 
@@ -140,6 +144,12 @@ def wait(device: str) -> None:
     """Returns when the device has done all that it was given."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+
+
+def check_dtype(name: str) -> None:
+    """UsageError for a name that is not one of DTYPES."""
+    if name not in DTYPES:
+        raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {name!r}")
 
 
 # ---- what the device can do ---------------------------------------------------------------------
@@ -166,26 +176,24 @@ def copy_bandwidth(clock: Clock) -> float:
     return 2 * source.nbytes / samples["copy"].best
 
 
-def product_rate(clock: Clock) -> dict[str, float]:
+def product_rate(clock: Clock, *dtypes: str) -> dict[str, float]:
     """Operations a second of square products by dtype, the best of all rounds each.
 
-    On a CPU bf16 is left out where a small product of it is slower than one in fp32: it is emulated
-    then, as fp16 is everywhere, takes seconds for a large one, and is no bound to anything.
+    dtypes: of DTYPES; none given: those in which this device may be fastest. On a CPU bf16 is then
+    left out where a small product of it is slower than one in fp32: it is emulated, as fp16 is
+    everywhere, takes seconds for a large one, and is no bound to anything.
     """
     n = PRODUCT_SIZE[clock.device.type]
-    if clock.device.type != "cpu":
-        return _product_rates(clock, n, {"fp16": torch.float16, "bf16": torch.bfloat16})
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    small = _product_rates(clock, -(-n // SMALLER), dtypes)
-    if small["bf16"] < small["fp32"]:
-        del dtypes["bf16"]
-    return _product_rates(clock, n, dtypes)
+    if not dtypes and clock.device.type == "cpu":
+        small = _product_rates(clock, -(-n // SMALLER), ("fp32", "bf16"))
+        dtypes = ("fp32", "bf16") if small["bf16"] >= small["fp32"] else ("fp32",)
+    return _product_rates(clock, n, dtypes or ("fp16", "bf16"))
 
 
-def _product_rates(clock: Clock, n: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, float]:
+def _product_rates(clock: Clock, n: int, dtypes: Sequence[str]) -> dict[str, float]:
     calls = {}
-    for name, dtype in dtypes.items():
-        a = torch.randn(n, n, device=clock.device).to(dtype)
+    for name in dtypes:
+        a = torch.randn(n, n, device=clock.device).to(DTYPES[name])
         calls[name] = [lambda a=a: a @ a]
     samples = clock.take_turns(calls)
     return {name: 2 * n**3 / taken.best for name, taken in samples.items()}
@@ -220,9 +228,8 @@ def conditions(clock: Clock) -> dict[str, Any]:
 def _clocks(index: int) -> dict[str, str] | None:
     """Clocks, power limit and driver as nvidia-smi gives them; None where it does not."""
     fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "driver_version")
-    command = [
-        "nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader",
-    ]  # fmt: skip
+    query = f"--query-gpu={','.join(fields)}"
+    command = ["nvidia-smi", f"--id={index}", query, "--format=csv,noheader"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
@@ -240,9 +247,7 @@ def _cpu_name() -> str:
 
 
 def _version(package: str) -> str | None:
-    import importlib.metadata
-
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return version(package)
+    except PackageNotFoundError:
         return None

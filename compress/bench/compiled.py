@@ -2,8 +2,7 @@
 
 What is counted, and how: compress.kernels.gpu.compiled.
 
-    result = inspect_kernels(KernelBench(bits=(4,)), "9.0")
-    console.print(compiled_table(result))
+    console.print(bench_compiled(CompiledBench("9.0", bits=(4,))).table())
 """
 
 import platform
@@ -12,19 +11,20 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
-from compress.bench.kernels import KernelBench
+from compress.bench.kernels import check_scheme
+from compress.bench.report import Report, table_of
+from compress.bench.settings import CompiledBench
 from compress.errors import UsageError
 
 
-def inspect_kernels(bench: KernelBench, capability: str) -> dict[str, Any]:
+def bench_compiled(bench: CompiledBench) -> Report:
     """The table's entries for a compute capability: registers, bytes, instructions for each weight.
 
     Raises UsageError for a capability that is not known, and under TRITON_INTERPRET.
     """
-    bench = bench.resolved()
+    check_scheme(bench.bits, bench.group_size, bench.dtype)
     try:
         from compress.kernels.gpu.compiled import SHARED_MEMORY, compiled_products
         from compress.kernels.gpu.matmul import interpreted
@@ -33,18 +33,19 @@ def inspect_kernels(bench: KernelBench, capability: str) -> dict[str, Any]:
     if interpreted():
         raise UsageError("TRITON_INTERPRET is set: the interpreter compiles nothing")
     known = {f"{major}.{minor}": (major, minor) for major, minor in SHARED_MEMORY}
-    if capability not in known:
-        raise UsageError(f"--capability: expected {', '.join(known)}, found {capability!r}")
-    assert bench.dtype is not None  # resolved
-    products = compiled_products(known[capability], bench.bits, bench.dtype, bench.group_size)
-    return {
-        "capability": capability,
+    if bench.capability not in known:
+        raise UsageError(f"--capability: expected {', '.join(known)}, found {bench.capability!r}")
+    capability = known[bench.capability]
+    products = compiled_products(capability, bench.bits, bench.dtype, bench.group_size)
+    values = {
+        "capability": bench.capability,
         "dtype": bench.dtype,
         "group_size": bench.group_size,
         "versions": {name: version(name) for name in ("torch", "triton")},
         "python": platform.python_version(),
         "products": [asdict(product) for product in products],
     }
+    return Report(values, compiled_table)
 
 
 def compiled_table(result: Mapping[str, Any]) -> Table:
@@ -54,10 +55,8 @@ def compiled_table(result: Mapping[str, Any]) -> Table:
         f"compute capability {result['capability']}, {result['dtype']}, groups of {group}, triton "
         f"{result['versions']['triton']}; instructions of a thread's loop for each of its weights"
     )
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     columns = ("bits", "rows", "tile", "warps", "stages", "registers", "spilled", "KiB")
-    for name in (*columns, "programs", "instructions"):
-        table.add_column(name, justify="right")
+    table = table_of(caption, (*columns, "programs", "instructions"))
     for product in result["products"]:
         tiles = product["tiles"]
         table.add_row(

@@ -4,7 +4,7 @@ For each shape [N, K], width and number of rows M: the packed product, torch's d
 activations' dtype (on a GPU in fp16 and bf16), torch's own int4 operator where it takes the shape,
 gemlite where it is installed. Each reads another copy of its weight every time, together more than
 the last-level cache holds, as the layers of a model do. Contenders take turns, so that whatever
-else the machine does meets all of them. How one product is timed: timing.py.
+else the machine does meets all of them. How one product is timed: clock.py.
 
     floor = max(bytes / bandwidth, operations / rate)       copy bandwidth and the best product rate
                                                             that this device shows in the same call
@@ -14,105 +14,81 @@ else the machine does meets all of them. How one product is timed: timing.py.
 
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from compress.bench.clock import Clock, conditions, copy_bandwidth, product_rate
+from compress.bench.clock import (
+    DTYPES,
+    Clock,
+    check_dtype,
+    conditions,
+    copy_bandwidth,
+    product_rate,
+)
+from compress.bench.kernels_view import kernels_table, tuning_table
+from compress.bench.report import Report
+from compress.bench.settings import KernelBench
 from compress.errors import UsageError
-
-if TYPE_CHECKING:
-    from compress.kernels.codes import Codes
-    from compress.kernels.cpu.weight import CpuWeight
-    from compress.kernels.gpu.layout import KernelWeight
+from compress.kernels.activations import integer_matmul, quantize_tokens
+from compress.kernels.codes import WIDTHS, Codes, TensorRecord, group_count, tensors_of
+from compress.kernels.cpu import native
+from compress.kernels.cpu.products import cpu_matmul, pack_cpu, pack_integers
+from compress.kernels.gpu import tuning
+from compress.kernels.gpu.layout import pack_kernel
+from compress.kernels.reference import dequantize, reference_matmul
 
 GPU_SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (5120, 27648))
 GPU_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 CPU_SHAPES = ((2048, 8192), (4096, 4096))
 CPU_ROWS = (1, 2, 4, 8, 16, 64, 256)
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 CHECKED_OUTPUTS = 256  # of each weight, against 64-bit floats
 
 Product = Callable[[], Tensor]
+Progress = Callable[[str], None]
+T = TypeVar("T")
+Weight = TypeVar("Weight", bound=TensorRecord)
 
 
-@dataclass(frozen=True)
-class KernelBench:
-    """What to measure; None takes what is usual for the device."""
-
-    shapes: tuple[tuple[int, int], ...] | None = None
-    rows: tuple[int, ...] | None = None
-    bits: tuple[int, ...] = (2, 3, 4, 8)
-    group_size: int | None = 128
-    dtype: str | None = None
-    device: str = "cpu"
-    rounds: int = 15
-    activation_bits: int | None = None  # products of integers beside the others
-
-    def resolved(self) -> "KernelBench":
-        """With the device's defaults. Raises UsageError for what cannot be measured."""
-        from compress.kernels.codes import WIDTHS
-
-        gpu = self.device.startswith("cuda")
-        if gpu and not torch.cuda.is_available():
-            raise UsageError(f"device {self.device}: torch finds no CUDA device")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {self.dtype!r}")
-        if wrong := [bits for bits in self.bits if bits not in WIDTHS]:
-            raise UsageError(f"bits: kernels take 2, 3, 4 and 8, found {wrong[0]}")
-        if self.activation_bits is not None and self.activation_bits not in range(2, 9):
-            raise UsageError(f"activation bits: expected 2 to 8, found {self.activation_bits}")
-        if self.activation_bits is not None and (self.group_size or 32) % 32:
-            raise UsageError(
-                f"group size: with activation bits a multiple of 32, found {self.group_size}"
-            )
-        if self.group_size is not None and (self.group_size < 16 or self.group_size % 16):
-            raise UsageError(
-                f"group size: expected a multiple of 16 or channel, found {self.group_size}"
-            )
-        return replace(
-            self,
-            shapes=self.shapes or (GPU_SHAPES if gpu else CPU_SHAPES),
-            rows=self.rows or (GPU_ROWS if gpu else CPU_ROWS),
-            dtype=self.dtype or ("fp16" if gpu else "bf16"),
+def resolved(bench: KernelBench) -> KernelBench:
+    """With the device's defaults. Raises UsageError for what cannot be measured."""
+    gpu = bench.device.startswith("cuda")
+    if gpu and not torch.cuda.is_available():
+        raise UsageError(f"device {bench.device}: torch finds no CUDA device")
+    dtype = bench.dtype or ("fp16" if gpu else "bf16")
+    check_scheme(bench.bits, bench.group_size, dtype)
+    if bench.activation_bits is not None and bench.activation_bits not in range(2, 9):
+        raise UsageError(f"activation bits: expected 2 to 8, found {bench.activation_bits}")
+    if bench.activation_bits is not None and (bench.group_size or 32) % 32:
+        raise UsageError(
+            f"group size: with activation bits a multiple of 32, found {bench.group_size}"
         )
+    return replace(
+        bench,
+        shapes=bench.shapes or (GPU_SHAPES if gpu else CPU_SHAPES),
+        rows=bench.rows or (GPU_ROWS if gpu else CPU_ROWS),
+        dtype=dtype,
+    )
 
 
-def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
-    """`4096x4096,8192x2048` as (outputs, inputs). Raises UsageError."""
-    shapes = []
-    for part in text.split(","):
-        numbers = parse_numbers(part.lower().replace("x", ","), "--shapes")
-        if len(numbers) != 2:
-            raise UsageError(f"--shapes: expected NxK,... such as 4096x4096, found {part!r}")
-        shapes.append((numbers[0], numbers[1]))
-    return tuple(shapes)
+def check_scheme(bits: Sequence[int], group_size: int | None, dtype: str) -> None:
+    """UsageError for weights or activations that no kernel takes."""
+    check_dtype(dtype)
+    if wrong := [b for b in bits if b not in WIDTHS]:
+        raise UsageError(f"bits: kernels take 2, 3, 4 and 8, found {wrong[0]}")
+    if group_size is not None and (group_size < 16 or group_size % 16):
+        raise UsageError(f"group size: expected a multiple of 16 or channel, found {group_size}")
 
 
-def parse_numbers(text: str, option: str) -> tuple[int, ...]:
-    """`1,2,16` as numbers of at least 1. Raises UsageError, naming the option."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"{option}: expected numbers above 0, comma-separated, found {text!r}")
-    return tuple(int(part) for part in parts)
-
-
-def parse_group_size(text: str) -> int | None:
-    """`128`, or `channel`: one scale per output, None. Raises UsageError."""
-    return None if text == "channel" else parse_numbers(text, "--group-size")[0]
-
-
-def bench_kernels(
-    bench: KernelBench, progress: Callable[[str], None] = lambda line: None
-) -> dict[str, Any]:
-    """Runs the benchmark; returns its figures and conditions (seconds, bytes, operations).
+def bench_kernels(bench: KernelBench, progress: Progress = lambda line: None) -> Report:
+    """Runs the benchmark; reports its figures and conditions (seconds, bytes, operations).
 
     progress is told what is measured next. Raises UsageError for what cannot be measured.
     """
-    bench = bench.resolved()
+    bench = resolved(bench)
     clock = Clock(bench.device, bench.rounds)
     bandwidth, rates = copy_bandwidth(clock), product_rate(clock)
     rows = []
@@ -122,20 +98,15 @@ def bench_kernels(
             rows += list(_measure_weight(bench, clock, N, K, bits))
     for row in rows:
         row |= against_floor(row, bandwidth, max(rates.values()))
-    from compress.kernels.cpu import native
-
-    return {
-        "conditions": conditions(clock)
-        | {
-            "bench": asdict(bench),
-            "copy_bandwidth": bandwidth,
-            "copy_bandwidth_after": copy_bandwidth(clock),
-            "product_rates": rates,
-            "cpu_kernels": native.reason() if clock.device.type == "cpu" else None,
-            "platform": platform.platform(),
-        },
-        "rows": rows,
+    found = {
+        "bench": asdict(bench),
+        "copy_bandwidth": bandwidth,
+        "copy_bandwidth_after": copy_bandwidth(clock),
+        "product_rates": rates,
+        "cpu_kernels": native.reason() if clock.device.type == "cpu" else None,
+        "platform": platform.platform(),
     }
+    return Report({"conditions": conditions(clock) | found, "rows": rows}, kernels_table)
 
 
 def against_floor(row: dict[str, Any], bandwidth: float, rate: float) -> dict[str, Any]:
@@ -156,10 +127,8 @@ def against_floor(row: dict[str, Any], bandwidth: float, rate: float) -> dict[st
 
 def random_codes(
     N: int, K: int, bits: int, group_size: int | None, dtype: torch.dtype, device: torch.device
-) -> "Codes":
+) -> Codes:
     """A symmetric weight of random codes, whose entries are about 1 / sqrt(K) in size."""
-    from compress.kernels.codes import Codes, group_count
-
     generator = torch.Generator(device).manual_seed(N * 31 + K * 7 + bits)
     shape = (N, group_count(K, group_size))
     codes = torch.randint(2**bits, (N, K), generator=generator, dtype=torch.uint8, device=device)
@@ -185,7 +154,7 @@ def _measure_weight(
     for M in bench.rows:
         x = torch.randn(M, K, device=clock.device).to(dtype)
         calls = {
-            name: [entry.bind(x, copy) for copy in entry.copies]
+            name: entry.bind(x)
             for name, entry in contenders.items()
             if entry.rows is None or entry.rows >= M
         }
@@ -208,10 +177,8 @@ def _measure_weight(
         }
 
 
-def relative_error(y: Tensor, x: Tensor, codes: "Codes") -> float:
+def relative_error(y: Tensor, x: Tensor, codes: Codes) -> float:
     """Of the first outputs, against 64-bit floats: a fast wrong product is no figure."""
-    from compress.kernels.reference import reference_matmul
-
     first = replace(codes, codes=codes.codes[:CHECKED_OUTPUTS], scale=codes.scale[:CHECKED_OUTPUTS])
     expected = reference_matmul(x, first)
     return float((y[:, :CHECKED_OUTPUTS].double() - expected).norm() / expected.norm())
@@ -219,18 +186,24 @@ def relative_error(y: Tensor, x: Tensor, codes: "Codes") -> float:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to multiply: copies of its weight, and what binds one to x. rows: at most, if any."""
+    """A way to multiply: what binds every copy of its weight to x, and a copy's bytes.
 
-    copies: list[Any]
-    bind: Callable[[Tensor, Any], Product]
+    rows: at most, if any.
+    """
+
+    bind: Callable[[Tensor], list[Product]]
     bytes: int
     rows: int | None = None
 
 
-def _contenders(codes: "Codes", dtype: torch.dtype, clock: Clock) -> dict[str, Contender]:
-    """Every way that this device has, `packed` first."""
-    from compress.kernels.reference import dequantize
+def _each(
+    copies: Sequence[T], bind: Callable[[Tensor, T], Product]
+) -> Callable[..., list[Product]]:
+    return lambda x: [bind(x, copy) for copy in copies]
 
+
+def _contenders(codes: Codes, dtype: torch.dtype, clock: Clock) -> dict[str, Contender]:
+    """Every way that this device has, `packed` first."""
     dense = dequantize(codes).float()
     found = {"packed": _packed(codes, dtype, clock)}
     others = (torch.float16, torch.bfloat16) if clock.device.type == "cuda" else (dtype,)
@@ -238,7 +211,7 @@ def _contenders(codes: "Codes", dtype: torch.dtype, clock: Clock) -> dict[str, C
         name = next(name for name, value in DTYPES.items() if value == other)
         weight = dense.to(other)
         copies = [weight.clone() for _ in range(clock.copies(weight.nbytes))]
-        found[f"dense {name}"] = Contender(copies, _bind_dense, weight.nbytes)
+        found[f"dense {name}"] = Contender(_each(copies, _bind_dense), weight.nbytes)
     found |= _int4_operator(codes, clock)
     if clock.device.type == "cuda":
         found |= _gemlite(codes, dtype, clock)
@@ -250,25 +223,20 @@ def _bind_dense(x: Tensor, weight: Tensor) -> Product:
     return lambda: torch.nn.functional.linear(same, weight)
 
 
-def _packed(codes: "Codes", dtype: torch.dtype, clock: Clock) -> Contender:
-    from compress.kernels.gpu.layout import pack_kernel
-
+def _packed(codes: Codes, dtype: torch.dtype, clock: Clock) -> Contender:
     if clock.device.type == "cuda":
-        weight: KernelWeight | CpuWeight = pack_kernel(codes)
-        from compress.kernels.gpu.matmul import quantized_matmul as multiply
+        from compress.kernels.gpu.matmul import quantized_matmul  # needs triton
+
+        weight = pack_kernel(codes)
+        bind = _each(_copies(weight, clock), lambda x, copy: lambda: quantized_matmul(x, copy))
     else:
-        from compress.kernels.cpu.products import cpu_matmul as multiply
-        from compress.kernels.cpu.products import pack_cpu
-
         weight = pack_cpu(codes, dtype)
-    copies = _copies(weight, clock)
-    return Contender(copies, lambda x, copy: lambda: multiply(x, copy), weight.nbytes)
+        bind = _each(_copies(weight, clock), lambda x, copy: lambda: cpu_matmul(x, copy))
+    return Contender(bind, weight.nbytes)
 
 
-def _copies(weight: Any, clock: Clock) -> list[Any]:
+def _copies(weight: Weight, clock: Clock) -> list[Weight]:
     """A packed weight as often as the cache asks for."""
-    from compress.kernels.codes import tensors_of
-
     tensors = tensors_of(weight)
     return [
         replace(weight, **{name: t.clone() for name, t in tensors.items()})
@@ -276,22 +244,17 @@ def _copies(weight: Any, clock: Clock) -> list[Any]:
     ]
 
 
-def _integers(codes: "Codes", bits: int, clock: Clock) -> Contender:
+def _integers(codes: Codes, bits: int, clock: Clock) -> Contender:
     """Each token of x rounded to `bits` bits, and a product of integers."""
-    from compress.kernels.activations import integer_matmul, quantize_tokens
-    from compress.kernels.cpu.products import pack_integers
-    from compress.kernels.gpu.layout import pack_kernel
-
     weight = (pack_kernel if clock.device.type == "cuda" else pack_integers)(codes)
-    copies = _copies(weight, clock)
+    bind = _each(
+        _copies(weight, clock),
+        lambda x, copy: lambda: integer_matmul(*quantize_tokens(x, bits), copy, None, x.dtype),
+    )
+    return Contender(bind, weight.nbytes)
 
-    def bind(x: Tensor, copy: Any) -> Product:
-        return lambda: integer_matmul(*quantize_tokens(x, bits), copy, None, x.dtype)
 
-    return Contender(copies, bind, weight.nbytes)
-
-
-def _int4_operator(codes: "Codes", clock: Clock) -> dict[str, Contender]:
+def _int4_operator(codes: Codes, clock: Clock) -> dict[str, Contender]:
     """torch's weight-only int4 operator (on CUDA known as tinygemm): 4 bits, bf16."""
     N, K = codes.codes.shape
     size = codes.group_size
@@ -314,10 +277,10 @@ def _int4_operator(codes: "Codes", clock: Clock) -> dict[str, Contender]:
         same = x.bfloat16()
         return lambda: operator(same, copy, size, both)
 
-    return {name: Contender(copies, bind, packed.nbytes + both.nbytes, rows=256)}
+    return {name: Contender(_each(copies, bind), packed.nbytes + both.nbytes, rows=256)}
 
 
-def _gemlite(codes: "Codes", dtype: torch.dtype, clock: Clock) -> dict[str, Contender]:
+def _gemlite(codes: Codes, dtype: torch.dtype, clock: Clock) -> dict[str, Contender]:
     """gemlite, where it is installed and takes the weight; it is no dependency."""
     try:
         from gemlite import DType, GemLiteLinear
@@ -329,38 +292,38 @@ def _gemlite(codes: "Codes", dtype: torch.dtype, clock: Clock) -> dict[str, Cont
     N, K = codes.codes.shape
     zero = torch.full_like(codes.scale, 2 ** (codes.bits - 1))
 
-    def make() -> Any:
+    def make() -> torch.nn.Module:
         layer = GemLiteLinear(
-            codes.bits, group_size=codes.group_size or K, in_features=K, out_features=N,
-            input_dtype=kinds[dtype], output_dtype=kinds[dtype],
-        )  # fmt: skip
+            codes.bits,
+            group_size=codes.group_size or K,
+            in_features=K,
+            out_features=N,
+            input_dtype=kinds[dtype],
+            output_dtype=kinds[dtype],
+        )
         layer.pack(codes.codes, codes.scale, zero, None)
         return layer
 
     stored = codes.bits * N * K // 8 + codes.scale.nbytes
     copies = [make() for _ in range(clock.copies(stored))]
-    return {"gemlite": Contender(copies, lambda x, layer: lambda: layer(x), stored)}
+    return {"gemlite": Contender(_each(copies, lambda x, layer: lambda: layer(x)), stored)}
 
 
 # ---- tuning -------------------------------------------------------------------------------------
 
 
-def tune_kernels(
-    bench: KernelBench, progress: Callable[[str], None] = lambda line: None
-) -> dict[str, Any]:
+def tune_kernels(bench: KernelBench, progress: Progress = lambda line: None) -> Report:
     """Measures tiles for each shape, width and rows, and writes the fastest to the user's cache.
 
-    Returns {"path", "entries": [{key, tiles, seconds, before, tried}]}. Raises UsageError on a CPU,
+    Reports {"path", "entries": [{key, tiles, seconds, before, tried}]}. Raises UsageError on a CPU,
     where nothing is tuned, and for fp32 activations, which have tiles of their own.
     """
-    from compress.kernels.gpu import tuning
-
-    bench = bench.resolved()
+    bench = resolved(bench)
     if not bench.device.startswith("cuda"):
         raise UsageError("--tune measures GPU tiles: give --device cuda; a CPU has none to choose")
     if bench.dtype == "fp32":
         raise UsageError("--tune measures 16-bit activations, found fp32: give --dtype fp16")
-    from compress.kernels.gpu.matmul import device_name, table_of
+    from compress.kernels.gpu.matmul import device_name, table_of  # needs triton
 
     clock, entries, tuned = Clock(bench.device, bench.rounds), [], {}
     most = table_of(DTYPES[bench.dtype], clock.device, bench.group_size)[-1].rows
@@ -376,24 +339,22 @@ def tune_kernels(
                 found = _tune(codes, rows, dtype, clock)
                 entries.append({"key": key} | found)
                 tuned[key] = tuning.Tiles(**found["tiles"])
-    return {"path": str(tuning.save(tuned)), "entries": entries}
+    return Report({"path": str(tuning.save(tuned)), "entries": entries}, tuning_table)
 
 
-def _tune(codes: "Codes", rows: int, dtype: torch.dtype, clock: Clock) -> dict[str, Any]:
+def _tune(codes: Codes, rows: int, dtype: torch.dtype, clock: Clock) -> dict[str, Any]:
     """The fastest tiles for one bucket, and the time of the table's."""
     from triton.runtime.errors import TritonError
 
-    from compress.kernels.gpu import matmul, tuning
+    from compress.kernels.gpu import matmul
 
-    entry = _packed(codes, dtype, clock)
+    copies = _copies(pack_kernel(codes), clock)
     x = torch.randn(rows, codes.codes.shape[1], device=clock.device).to(dtype)
     table = matmul.table_of(dtype, clock.device, codes.group_size)
     start = replace(next(tiles for tiles in table if tiles.rows >= rows), rows=rows)
 
-    def measure(tiles: "tuning.Tiles") -> float:
-        calls = [
-            lambda copy=copy: matmul.tiled_matmul(x, copy, None, tiles) for copy in entry.copies
-        ]
+    def measure(tiles: tuning.Tiles) -> float:
+        calls = [lambda copy=copy: matmul.tiled_matmul(x, copy, None, tiles) for copy in copies]
         try:
             return clock.take_turns({"tiles": calls})["tiles"].median
         except TritonError:
@@ -405,7 +366,7 @@ def _tune(codes: "Codes", rows: int, dtype: torch.dtype, clock: Clock) -> dict[s
 
     before: dict[tuning.Tiles, float] = {}
 
-    def remembered(tiles: "tuning.Tiles") -> float:
+    def remembered(tiles: tuning.Tiles) -> float:
         before[tiles] = measure(tiles)
         return before[tiles]
 

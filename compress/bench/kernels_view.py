@@ -8,25 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
+from compress.bench.report import table_of
 from compress.errors import UsageError
 from compress.eval.report import format_bytes
 
-Rows = list[Mapping[str, Any]]
 STYLES = ("-", "--", ":", "-.")
 
 
 def kernels_table(result: Mapping[str, Any]) -> Table:
     """One line for each shape, width and M: time, bandwidth, floor, and how others compare."""
-    others = list(dict.fromkeys(
-        name for row in result["rows"] for name in row["ratio"] if name != "packed"
-    ))  # fmt: skip
-    table = Table(box=box.SIMPLE_HEAD, caption=_caption(result), caption_justify="left")
+    ratios = [name for row in result["rows"] for name in row["ratio"] if name != "packed"]
+    others = list(dict.fromkeys(ratios))
     columns = ("N x K", "bits", "M", "µs", "± %", "GB/s", "of copy", "x floor", "error")
-    for name in (*columns, *(f"{other} /" for other in others), "bytes", "of bf16"):
-        table.add_column(name, justify="right")
+    compared = (f"{other} /" for other in others)
+    table = table_of(_caption(result), (*columns, *compared, "bytes", "of bf16"))
     for row in result["rows"]:
         table.add_row(
             " x ".join(map(str, row["shape"])),
@@ -47,8 +44,7 @@ def kernels_table(result: Mapping[str, Any]) -> Table:
 
 def tuning_table(result: Mapping[str, Any]) -> Table:
     """One line for each entry that was written."""
-    caption = f"written to {result['path']}"
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    table = table_of(f"written to {result['path']}", ())
     for name in ("entry", "tiles", "µs", "before", "tried"):
         table.add_column(name)
     for entry in result["entries"]:

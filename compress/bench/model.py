@@ -11,62 +11,54 @@ the best rate of a square product, or twice that rate where activations are roun
 """
 
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
+import psutil
 import torch
+from rich.table import Table
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from compress.bench import clock as timing
-from compress.bench.clock import spread, wait
-from compress.errors import CompressError, UsageError
+import compress.loading.transformers_plugin  # noqa: F401  (its share of memory is not the model's)
+from compress.bench.alone import alone
+from compress.bench.clock import (
+    DTYPES,
+    Clock,
+    check_dtype,
+    conditions,
+    copy_bandwidth,
+    product_rate,
+    spread,
+    wait,
+)
+from compress.bench.report import Report, spread_cell, table_of
+from compress.bench.settings import ModelBench
+from compress.errors import UsageError
+from compress.eval.report import format_bytes
+from compress.kernels.linear import QuantLinear
+from compress.loading.load import load
+from compress.memory import check_device, release_memory
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGER_SPEED = 2  # products of int8 beside those of 16-bit floats, of the same instruction width
 LEAST_TOKEN = 3  # below are, in most vocabularies, tokens that end or pad
+MILLI = 1e3
 
 
-@dataclass(frozen=True)
-class ModelBench:
-    """What is measured.
-
-    model, baseline: folders or hub ids; dense and activation_bits are those of `compress.load`, and
-    of `model` alone. prompts: lengths of prompts. new_tokens: decoded behind the longest.
-    """
-
-    model: str
-    baseline: str | None = None
-    prompts: tuple[int, ...] = (1, 16, 64, 256)
-    new_tokens: int = 16
-    repeats: int = 7
-    dtype: str = "bf16"
-    dense: bool = False
-    activation_bits: int | None = None
-    seed: int = 0
-    device: str = "cpu"
-
-    def check(self) -> None:
-        """UsageError for values that measure nothing."""
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {self.dtype!r}")
-        if not self.prompts or min(self.prompts) < 1:
-            raise UsageError(f"prompts: expected lengths from 1 on, found {list(self.prompts)}")
-
-
-def bench_model(bench: ModelBench) -> dict[str, Any]:
+def bench_model(bench: ModelBench) -> Report:
     """Figures (seconds, bytes) and conditions as plain values, a row for each model.
 
-    Raises UsageError and CheckpointError as `compress.load` does, and CompressError if a process
-    dies, of too little memory perhaps.
+    Raises UsageError and CheckpointError as `compress.load` does, UsageError for values that
+    measure nothing, and CompressError if a process dies, of too little memory perhaps.
     """
-    bench.check()
-    rows = [_alone(bench)]
+    check_dtype(bench.dtype)
+    if not bench.prompts or min(bench.prompts) < 1:
+        raise UsageError(f"prompts: expected lengths from 1 on, found {list(bench.prompts)}")
+    rows = [alone(measure, bench)]
     if bench.baseline is not None:
         plain = replace(bench, model=bench.baseline, dense=False, activation_bits=None)
-        rows.append(_alone(plain))
+        rows.append(alone(measure, plain))
     last = rows[-1]
     for row in rows if bench.baseline is not None else ():
         row["ratio"] = {
@@ -79,34 +71,23 @@ def bench_model(bench: ModelBench) -> dict[str, Any]:
             },
         }
     found = [row.pop("conditions") for row in rows]
-    return {"rows": rows, "conditions": asdict(bench) | found[0]}
-
-
-def _alone(bench: ModelBench) -> dict[str, Any]:
-    """One model in a fresh process: what another one left in memory is not counted."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(measure, bench).result()
-        except BrokenProcessPool as error:
-            raise CompressError(
-                f"the process that measured {bench.model} was ended, for want of memory perhaps"
-            ) from error
+    values = {"rows": rows, "conditions": asdict(bench) | found[0]}
+    return Report(values, model_bench_table)
 
 
 def measure(bench: ModelBench) -> dict[str, Any]:
     """One row, in this process."""
-    import compress.loading.transformers_plugin  # noqa: F401  (its share of memory is not the model's)
-    from compress.loading.load import load
-    from compress.memory import check_device
-
     check_device(bench.device)
     before = _resident()
     started = time.perf_counter()
-    packed = False if bench.dense else None
     model, _ = load(
-        bench.model, bench.device, DTYPES[bench.dtype], prune=False, packed=packed,
+        bench.model,
+        bench.device,
+        DTYPES[bench.dtype],
+        prune=False,
+        packed=False if bench.dense else None,
         activation_bits=bench.activation_bits,
-    )  # fmt: skip
+    )
     loading = time.perf_counter() - started
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(bench.seed)
@@ -120,8 +101,8 @@ def measure(bench: ModelBench) -> dict[str, Any]:
             prefill[length] = spread(taken[1:])  # the first warms up
         steps = [step for _ in range(bench.repeats) for step in _decode(model, ids, bench)]
     resident = _resident() - before
-    clock = timing.Clock(bench.device)
-    bandwidth, rates = timing.copy_bandwidth(clock), timing.product_rate(clock)
+    clock = Clock(bench.device)
+    bandwidth, rates = copy_bandwidth(clock), product_rate(clock)
     weights, read = _bytes(model)
     body, head = _operations(model)
     rate = max(rates.values()) * (INTEGER_SPEED if _rounds(model) else 1)
@@ -140,11 +121,11 @@ def measure(bench: ModelBench) -> dict[str, Any]:
         "decode_floor": read / bandwidth,
         "copy_bandwidth": bandwidth,
         "product_rates": rates,
-        "conditions": timing.conditions(clock),
+        "conditions": conditions(clock),
     }
 
 
-def _prefill(model: Any, ids: Tensor, bench: ModelBench) -> float:
+def _prefill(model: PreTrainedModel, ids: Tensor, bench: ModelBench) -> float:
     wait(bench.device)
     started = time.perf_counter()
     model(input_ids=ids, logits_to_keep=1)
@@ -152,7 +133,7 @@ def _prefill(model: Any, ids: Tensor, bench: ModelBench) -> float:
     return time.perf_counter() - started
 
 
-def _decode(model: Any, ids: Tensor, bench: ModelBench) -> list[float]:
+def _decode(model: PreTrainedModel, ids: Tensor, bench: ModelBench) -> list[float]:
     """Seconds of each new token, greedily."""
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     seconds = []
@@ -166,7 +147,7 @@ def _decode(model: Any, ids: Tensor, bench: ModelBench) -> list[float]:
     return seconds
 
 
-def _bytes(model: Any) -> tuple[int, int]:
+def _bytes(model: PreTrainedModel) -> tuple[int, int]:
     """Of all weights, and of those that a pass reads."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     weights = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -176,10 +157,8 @@ def _bytes(model: Any) -> tuple[int, int]:
     return weights, read
 
 
-def _operations(model: Any) -> tuple[int, int]:
+def _operations(model: PreTrainedModel) -> tuple[int, int]:
     """Of the linears for each token, and of the head, which is asked for one token alone."""
-    from compress.kernels.linear import QuantLinear
-
     sizes = {
         id(m): 2 * m.in_features * m.out_features
         for m in model.modules()
@@ -189,45 +168,30 @@ def _operations(model: Any) -> tuple[int, int]:
     return sum(sizes.values()), head
 
 
-def _rounds(model: Any) -> bool:
+def _rounds(model: PreTrainedModel) -> bool:
     """Whether linears multiply integers."""
     return any(getattr(module, "activation_bits", None) for module in model.modules())
 
 
 def _resident() -> int:
     """Bytes of this process that lie in memory."""
-    import psutil
-
-    from compress.memory import release_memory
-
     release_memory()
     return psutil.Process().memory_info().rss
 
 
-def model_bench_table(result: dict[str, Any]) -> Any:
-    """The result as a table for a terminal: a column for each model."""
-    from rich import box
-    from rich.table import Table
-
-    from compress.eval.report import format_bytes
-
+def model_bench_table(result: Mapping[str, Any]) -> Table:
+    """A column for each model."""
     rows, conditions = result["rows"], result["conditions"]
     rates = ", ".join(f"{k} {v / 1e9:.0f}" for k, v in rows[0]["product_rates"].items())
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        caption=f"{conditions['dtype']}; median (minimum to maximum) of {conditions['repeats']}; "
+    caption = (
+        f"{conditions['dtype']}; median (minimum to maximum) of {conditions['repeats']}; "
         f"copy {rows[0]['copy_bandwidth'] / 1e9:.1f} GB/s, products {rates} GFLOP/s; "
         f"{conditions.get('threads', 1)} threads, torch {conditions['torch']}, "
-        f"{conditions['device']}",
-        caption_justify="left",
+        f"{conditions['device']}"
     )
-    table.add_column("")
-    for row in rows:
-        how = [f"activations {row['activation_bits']} bits"] if row["activation_bits"] else []
-        table.add_column(" ".join([row["model"], *how, *(["dense"] if row["dense"] else [])]),
-                         justify="right")  # fmt: skip
+    table = table_of(caption, map(_heading, rows), names="")
 
-    def line(name: str, cell: Any, ratio: Any) -> None:
+    def line(name: str, cell: Callable[[Any], str], ratio: Callable[[Any], float]) -> None:
         table.add_row(
             name, *(cell(r) + (f"  {ratio(r['ratio']):.2f}x" if "ratio" in r else "") for r in rows)
         )
@@ -238,16 +202,19 @@ def model_bench_table(result: dict[str, Any]) -> Any:
     for length in rows[0]["prefill"]:
         line(
             f"prefill of {length}, ms",
-            lambda r, n=length: _cell(r["prefill"][n]),
+            lambda r, n=length: spread_cell(r["prefill"][n], MILLI),
             lambda r, n=length: r["prefill"][n],
         )
-        floors = (f"{1e3 * r['prefill_floor'][length]:.1f}" for r in rows)
-        table.add_row("  floor", *floors)
-    line("decode, ms per token", lambda r: _cell(r["decode"]), lambda r: r["decode"])
-    table.add_row("  floor", *(f"{1e3 * r['decode_floor']:.1f}" for r in rows))
+        table.add_row("  floor", *(f"{MILLI * r['prefill_floor'][length]:.1f}" for r in rows))
+    line(
+        "decode, ms per token",
+        lambda r: spread_cell(r["decode"], MILLI),
+        lambda r: r["decode"],
+    )
+    table.add_row("  floor", *(f"{MILLI * r['decode_floor']:.1f}" for r in rows))
     return table
 
 
-def _cell(samples: dict[str, float]) -> str:
-    median, low, high = (f"{1e3 * samples[k]:.1f}" for k in ("median", "minimum", "maximum"))
-    return f"{median} ({low} to {high})"
+def _heading(row: Mapping[str, Any]) -> str:
+    how = [f"activations {row['activation_bits']} bits"] if row["activation_bits"] else []
+    return " ".join([row["model"], *how, *(["dense"] if row["dense"] else [])])

@@ -5,9 +5,9 @@ one prompt with one image is prefilled and decoded at several shares of kept tok
 predicted (`compress.pruning.costs`):
 
     prefill   seconds of one forward: tower, choice of tokens, language model, last token's logits;
-              floor: the FLOPs of tower, language model and head at this machine's matmul rate
+              floor: the FLOPs of tower, language model and head at this machine's product rate
     decode    seconds per token with the cache that the prefill left;
-              floor: bytes of the language model's weights and of the cache, at the memory's rate
+              floor: bytes of the language model's weights and of the cache, at the rate of a copy
     KV bytes  counted in the cache's tensors; predicted from the tokens of each layer
 
 The shares take turns, so that a machine that slows down slows all of them down.
@@ -17,76 +17,51 @@ The shares take turns, so that a machine that slows down slows all of them down.
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
+import transformers as hf
+from rich.table import Table
 from torch import Tensor
 
-from compress.bench.clock import spread, wait
-from compress.bench.quantize import matmul_rate
+from compress.bench.clock import DTYPES, Clock, copy_bandwidth, product_rate, spread, wait
+from compress.bench.report import Report, spread_cell, table_of
+from compress.bench.settings import PruningBench
+from compress.data.samples import prompt_inputs
 from compress.errors import CompressError, UsageError
+from compress.eval.report import format_bytes
+from compress.loading.load import load
 from compress.pruning.costs import kv_bytes, prefill_flops
-from compress.recipe.strategy import Method, PruneStrategy
+from compress.pruning.engine import prune_visual_tokens
+from compress.pruning.families import family_of
+from compress.recipe.strategy import PruneStrategy
 
 IMAGE_TOKEN = 3  # of the random model, whose vocabulary means nothing
 PATCH, HEAD_SIZE, TOWER_WIDTH, TOWER_LAYERS = 8, 64, 64, 2
 PROMPT = "Describe the image."  # given to a checkpoint
-READ_BYTES, READ_SECONDS = 2**28, 1.0
 
 
-@dataclass(frozen=True)
-class PruningBench:
-    """What is measured: a checkpoint in `model`, or a random LLaVA of the given sizes.
-
-    `visual_tokens` is a square number, `image` the side in pixels of a checkpoint's image; `dense`
-    expands a checkpoint's quantised linears.
-    """
-
-    model: str | None = None
-    width: int = 1024
-    layers: int = 8
-    visual_tokens: int = 1024
-    text_tokens: int = 32
-    vocabulary: int = 512
-    image: int = 336
-    method: Method = "vflowopt"
-    keep: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
-    new_tokens: int = 16
-    repeats: int = 5
-    dense: bool = False
-    seed: int = 0
-    device: str = "cpu"
-
-    def check(self) -> None:
-        """UsageError for values that make no model or no measurement."""
-        if not self.keep or not all(0 < keep <= 1 for keep in self.keep):
-            raise UsageError(f"keep: expected shares in (0, 1], found {list(self.keep)}")
-        if self.model is None and self.dense:
-            raise UsageError("a random model has no quantised linears: leave out --dense")
-        if self.model is None and self.width % HEAD_SIZE:
-            raise UsageError(
-                f"width {self.width}: expected a multiple of {HEAD_SIZE}, the size of a head"
-            )
-        if self.model is None and round(self.visual_tokens**0.5) ** 2 != self.visual_tokens:
-            raise UsageError(
-                f"visual tokens {self.visual_tokens}: expected a square number such as 1024"
-            )
+def check(bench: PruningBench) -> None:
+    """UsageError for values that make no model or no measurement."""
+    if not bench.keep or not all(0 < keep <= 1 for keep in bench.keep):
+        raise UsageError(f"keep: expected shares in (0, 1], found {list(bench.keep)}")
+    if bench.model is None and bench.dense:
+        raise UsageError("a random model has no quantised linears: leave out --dense")
+    if bench.model is None and bench.width % HEAD_SIZE:
+        raise UsageError(
+            f"width {bench.width}: expected a multiple of {HEAD_SIZE}, the size of a head"
+        )
+    if bench.model is None and round(bench.visual_tokens**0.5) ** 2 != bench.visual_tokens:
+        raise UsageError(
+            f"visual tokens {bench.visual_tokens}: expected a square number such as 1024"
+        )
 
 
-def parse_shares(text: str) -> tuple[float, ...]:
-    """`1,0.25` as numbers. UsageError for what are none."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--keep: expected shares such as 1,0.25, found {text!r}") from None
-
-
-def random_llava(bench: PruningBench) -> Any:
+def random_llava(bench: PruningBench) -> hf.LlavaForConditionalGeneration:
     """A LLaVA with random fp32 weights: SigLIP tower, Llama with half as many key-value heads."""
-    import transformers as hf
-
     torch.manual_seed(bench.seed)
     heads = bench.width // HEAD_SIZE
     config = hf.LlavaConfig(
@@ -121,26 +96,27 @@ def random_prompt(bench: PruningBench) -> dict[str, Tensor]:
     """Inputs of the random model: the image's placeholders, then words."""
     generator = torch.Generator().manual_seed(bench.seed)
     side = PATCH * round(bench.visual_tokens**0.5)
-    words = torch.randint(IMAGE_TOKEN + 1, bench.vocabulary, (bench.text_tokens,),
-                          generator=generator)  # fmt: skip
+    count = (bench.text_tokens,)
+    words = torch.randint(IMAGE_TOKEN + 1, bench.vocabulary, count, generator=generator)
     ids = torch.cat([torch.full((bench.visual_tokens,), IMAGE_TOKEN), words])[None]
     pixels = torch.randn(1, 3, side, side, generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     return {name: value.to(bench.device) for name, value in inputs.items()}
 
 
-def bench_pruning(bench: PruningBench) -> dict[str, Any]:
-    """Runs the benchmark; figures and conditions as plain values (seconds, bytes, FLOPs).
+def bench_pruning(bench: PruningBench) -> Report:
+    """Runs the benchmark; reports its figures and conditions (seconds, bytes, FLOPs).
 
     Raises:
         UsageError: a budget that cannot be met, sizes that make no model.
         CompressError: the cache does not have the predicted size.
     """
-    bench.check()
+    check(bench)
     model, processor, inputs = _subject(bench)
     depth = len(model.model.language_model.layers)
     strategies = {keep: PruneStrategy.for_budget(bench.method, keep, depth) for keep in bench.keep}
-    before = _rates(bench.device)
+    clock = Clock(bench.device)
+    before = _rates(clock, model.dtype)
     runs: dict[float, list[dict[str, Any]]] = {keep: [] for keep in bench.keep}
     towers = []
     for round_ in range(bench.repeats + 1):  # the first warms up
@@ -151,7 +127,7 @@ def bench_pruning(bench: PruningBench) -> dict[str, Any]:
                 runs[keep].append(run)
         if round_:
             towers.append(tower)
-    after = _rates(bench.device)
+    after = _rates(clock, model.dtype)
     rates = {name: max(before[name], after[name]) for name in before}
     rows = [_row(keep, runs[keep], model, rates) for keep in bench.keep]
     for row in rows:
@@ -161,34 +137,28 @@ def bench_pruning(bench: PruningBench) -> dict[str, Any]:
                 f"{row['kv_bytes_predicted']:,}"
             )
     _add_speedups(rows)
-    return {
-        "rows": rows,
-        "tower": spread(towers),
-        "conditions": asdict(bench)
-        | {
-            "prompt_tokens": inputs["input_ids"].shape[1],
-            "visual_tokens": runs[bench.keep[0]][0]["visual_tokens"],
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "rates": rates,
-            "rates_before": before,
-            "rates_after": after,
-        },
+    conditions = asdict(bench) | {
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        "visual_tokens": runs[bench.keep[0]][0]["visual_tokens"],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rates": rates,
+        "rates_before": before,
+        "rates_after": after,
     }
+    values = {"rows": rows, "tower": spread(towers), "conditions": conditions}
+    return Report(values, pruning_bench_table)
 
 
-def _subject(bench: PruningBench) -> tuple[Any, Any, dict[str, Any]]:
+def _subject(
+    bench: PruningBench,
+) -> tuple[hf.PreTrainedModel, hf.ProcessorMixin | None, dict[str, Tensor]]:
     """The model, its processor if it has one, and a prompt with one image."""
     if bench.model is None:
         return random_llava(bench), None, random_prompt(bench)
-    import numpy as np
-    from PIL import Image
-
-    from compress.data.samples import prompt_inputs
-    from compress.loading.load import load
-    from compress.pruning.families import family_of
+    from PIL import Image  # of the extra `vision`
 
     dtype = None if bench.device.startswith("cuda") else torch.float32
     packed = False if bench.dense else None
@@ -197,20 +167,20 @@ def _subject(bench: PruningBench) -> tuple[Any, Any, dict[str, Any]]:
     draw = np.random.default_rng(bench.seed)
     picture = Image.fromarray(draw.integers(0, 256, (bench.image, bench.image, 3), dtype=np.uint8))
     inputs = prompt_inputs(processor, PROMPT, [picture])
-    return model, processor, {
+    placed = {
         name: value.to(bench.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
-    }  # fmt: skip
+    }
+    return model, processor, placed
 
 
-def _image_part(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes")} | (
-        {"image_grid_thw": inputs["image_grid_thw"]} if "image_grid_thw" in inputs else {}
-    )
+def _image_part(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = ("pixel_values", "image_sizes", "image_grid_thw")
+    return {name: inputs[name] for name in names if name in inputs}
 
 
 @torch.no_grad()
-def _seconds(call: Callable[[], Any], bench: PruningBench) -> float:
+def _seconds(call: Callable[[], object], bench: PruningBench) -> float:
     wait(bench.device)
     started = time.perf_counter()
     call()
@@ -220,14 +190,14 @@ def _seconds(call: Callable[[], Any], bench: PruningBench) -> float:
 
 @torch.no_grad()
 def _one_run(
-    model: Any, processor: Any, inputs: dict[str, Any], strategy: PruneStrategy, bench: PruningBench
+    model: hf.PreTrainedModel,
+    processor: hf.ProcessorMixin | None,
+    inputs: dict[str, Tensor],
+    strategy: PruneStrategy,
+    bench: PruningBench,
 ) -> dict[str, Any]:
     """One prefill and `new_tokens` greedy steps; 1.0 kept runs through the same hooks."""
-    from transformers import DynamicCache
-
-    from compress.pruning.engine import prune_visual_tokens
-
-    cache = DynamicCache(config=model.config.get_text_config())
+    cache = hf.DynamicCache(config=model.config.get_text_config())
     with prune_visual_tokens(model, strategy, processor) as pruning:
         output: Any = None
 
@@ -266,7 +236,7 @@ def _one_run(
 
 
 def _row(
-    keep: float, runs: list[dict[str, Any]], model: Any, rates: dict[str, float]
+    keep: float, runs: list[dict[str, Any]], model: hf.PreTrainedModel, rates: dict[str, float]
 ) -> dict[str, Any]:
     """Medians and spread of one share, beside what is predicted and the floors."""
     first = runs[0]
@@ -287,7 +257,7 @@ def _row(
     }
 
 
-def tower_flops(model: Any, visual_tokens: int) -> int:
+def tower_flops(model: hf.PreTrainedModel, visual_tokens: int) -> int:
     """FLOPs of vision tower and projector by their linears, 2 a weight and token.
 
     Every linear is counted at the number of visual tokens, and no attention: what is left out makes
@@ -315,56 +285,40 @@ def _add_speedups(rows: list[dict[str, Any]]) -> None:
         row["kv_ratio"] = whole["kv_bytes"] / row["kv_bytes"]
 
 
-def _rates(device: str) -> dict[str, float]:
-    return {"flops_per_second": matmul_rate(device), "bytes_per_second": read_rate(device)}
+def _rates(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
+    """What the machine does of a model's products, and of copies."""
+    name = next(name for name, value in DTYPES.items() if value == dtype)
+    return {
+        "flops_per_second": product_rate(clock, name)[name],
+        "bytes_per_second": copy_bandwidth(clock),
+    }
 
 
-def read_rate(device: str = "cpu") -> float:
-    """Bytes a second of summing a tensor far larger than the caches, the best of many."""
-    tensor = torch.ones(READ_BYTES // 4, device=device)
-    best, started = float("inf"), time.perf_counter()
-    while time.perf_counter() - started < READ_SECONDS:
-        before = time.perf_counter()
-        tensor.sum()
-        wait(device)
-        best = min(best, time.perf_counter() - before)
-    return READ_BYTES / best
-
-
-def pruning_bench_table(result: dict[str, Any]) -> Any:
-    """The result as a table for a terminal: a column for each share of kept tokens."""
-    from rich import box
-    from rich.table import Table
-
-    from compress.eval.report import format_bytes
-
-    conditions = result["conditions"]
-    rows, tower = result["rows"], result["tower"]
+def pruning_bench_table(result: Mapping[str, Any]) -> Table:
+    """A column for each share of kept tokens."""
+    conditions, rows, tower = result["conditions"], result["rows"], result["tower"]
     subject = conditions["model"] or (
         f"random LLaVA, width {conditions['width']}, {conditions['layers']} layers"
     )
     rates = conditions["rates"]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        caption=f"{subject}; {conditions['parameters'] / 1e6:.1f}M parameters in "
+    caption = (
+        f"{subject}; {conditions['parameters'] / 1e6:.1f}M parameters in "
         f"{conditions['dtype']}; {conditions['visual_tokens']} visual of "
         f"{conditions['prompt_tokens']} prompt tokens; {conditions['method']}; median "
         f"(minimum to maximum) of {conditions['repeats']}; tower {tower['median']:.3f} s of each "
         f"prefill; {rates['flops_per_second'] / 1e9:.1f} GFLOP/s, "
         f"{rates['bytes_per_second'] / 1e9:.1f} GB/s; {conditions['threads']} threads, torch "
-        f"{conditions['torch']}, {conditions['device']}",
-        caption_justify="left",
+        f"{conditions['torch']}, {conditions['device']}"
     )
-    table.add_column("visual tokens kept")
-    for row in rows:
-        table.add_column(f"{100 * row['keep']:g} %", justify="right")
+    shares = (f"{100 * row['keep']:g} %" for row in rows)
+    table = table_of(caption, shares, names="visual tokens kept")
 
     def line(name: str, cell: Callable[[dict[str, Any]], str]) -> None:
         table.add_row(name, *map(cell, rows))
 
-    line("prefill, s", lambda r: _cell(r["prefill"], 1))
+    line("prefill, s", lambda r: spread_cell(r["prefill"]))
     line("  floor", lambda r: f"{r['prefill_floor']:.3f}")
-    line("decode, ms per token", lambda r: _cell(r["decode"], 1e3))
+    line("decode, ms per token", lambda r: spread_cell(r["decode"], 1e3))
     line("  floor", lambda r: f"{1e3 * r['decode_floor']:.1f}")
     line("KV cache", lambda r: format_bytes(r["kv_bytes"]))
     line("  predicted", lambda r: format_bytes(r["kv_bytes_predicted"]))
@@ -375,11 +329,3 @@ def pruning_bench_table(result: dict[str, Any]) -> Any:
         line("decode faster by", lambda r: f"{r['decode_speedup']:.2f} x")
         line("cache smaller by", lambda r: f"{r['kv_ratio']:.2f} x")
     return table
-
-
-def _cell(samples: dict[str, float], scale: float) -> str:
-    digits = 1 if scale > 1 else 3
-    median, low, high = (
-        f"{scale * samples[name]:.{digits}f}" for name in ("median", "minimum", "maximum")
-    )
-    return f"{median} ({low} to {high})"

@@ -14,111 +14,80 @@ own; importing libraries and the reload in the self-check are not timed.
     bench_quantize(QuantizeBench(bits=4, group_size=128))
 """
 
-import json
-import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  (imports are not timed)
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from compress.bench.alone import alone
+from compress.bench.clock import Clock, product_rate
+from compress.bench.report import Report, table_of
+from compress.bench.settings import QuantizeBench
+from compress.data.windows import CalibrationWindows
 from compress.errors import CompressError
-
-if TYPE_CHECKING:
-    from compress.recipe.recipe import Recipe
-
-MATMUL_SIZE = 2048
-MATMUL_SECONDS = 1.5
+from compress.eval.report import format_bytes, format_number
+from compress.pipeline.run import run
+from compress.recipe.recipe import Recipe
 
 
-@dataclass(frozen=True)
-class QuantizeBench:
-    """The synthetic model (a random Llama, bf16 on disk), the calibration and the method."""
+def linears(bench: QuantizeBench) -> list[tuple[int, int]]:
+    """(out, in) of a decoder layer's linears, grouped by input: stacked outputs."""
+    kv = bench.hidden // bench.heads * bench.kv_heads
+    return [
+        (bench.hidden + 2 * kv, bench.hidden),
+        (bench.hidden, bench.hidden),
+        (2 * bench.mlp, bench.hidden),
+        (bench.hidden, bench.mlp),
+    ]
 
-    hidden: int = 1024
-    mlp: int = 2816
-    layers: int = 8
-    heads: int = 16
-    kv_heads: int = 8
-    vocabulary: int = 512
-    samples: int = 32
-    length: int = 512
-    bits: int = 4
-    group_size: int | str = 128
-    refine_sweeps: int = 5
-    rotate: str = "none"
-    token_importance: str = "uniform"
-    offload: str = "disk"
-    device: str = "cpu"
 
-    def linears(self) -> list[tuple[int, int]]:
-        """(out, in) of a decoder layer's linears, grouped by input: stacked outputs."""
-        kv = self.hidden // self.heads * self.kv_heads
-        return [
-            (self.hidden + 2 * kv, self.hidden),
-            (self.hidden, self.hidden),
-            (2 * self.mlp, self.hidden),
-            (self.hidden, self.mlp),
-        ]
+def floor_operations(bench: QuantizeBench) -> dict[str, float]:
+    """Floating-point operations of the whole run, by part."""
+    tokens = bench.samples * bench.length
+    shapes = linears(bench)
+    attention = 2 * bench.length * bench.hidden * tokens
+    parts = {
+        "forward": sum(2 * N * K * tokens for N, K in shapes) + attention,
+        "hessians": sum(K * K * tokens for _, K in shapes),
+        "solves": sum(K**3 / 3 + N * K * K for N, K in shapes),
+    }
+    return {name: float(bench.layers * value) for name, value in parts.items()}
 
-    def floor_operations(self) -> dict[str, float]:
-        """Floating-point operations of the whole run, by part."""
-        tokens = self.samples * self.length
-        linears = self.linears()
-        attention = 2 * self.length * self.hidden * tokens
-        parts = {
-            "forward": sum(2 * N * K * tokens for N, K in linears) + attention,
-            "hessians": sum(K * K * tokens for _, K in linears),
-            "solves": sum(K**3 / 3 + N * K * K for N, K in linears),
+
+def layer_bytes(bench: QuantizeBench) -> int:
+    """One layer in fp32."""
+    return sum(N * K for N, K in linears(bench)) * 4
+
+
+def recipe_of(bench: QuantizeBench, model: Path) -> Recipe:
+    """The recipe of the run; RecipeError where a value is not one that recipes know."""
+    calibration = {"samples": bench.samples, "length": bench.length, "offload": bench.offload}
+    quantize = {
+        "bits": bench.bits,
+        "group_size": bench.group_size,
+        "refine_sweeps": bench.refine_sweeps,
+        "token_importance": bench.token_importance,
+    }
+    return Recipe.from_dict(
+        {
+            "name": "bench",
+            "model": str(model),
+            "calibration": calibration,
+            "rotate": bench.rotate,
+            "quantize": quantize,
         }
-        return {name: float(self.layers * value) for name, value in parts.items()}
-
-    def recipe(self, model: Path) -> "Recipe":
-        """The recipe of the run; RecipeError where a value is not one that recipes know."""
-        from compress.recipe.recipe import Recipe
-
-        calibration = {"samples": self.samples, "length": self.length, "offload": self.offload}
-        quantize = {
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "refine_sweeps": self.refine_sweeps,
-            "token_importance": self.token_importance,
-        }
-        return Recipe.from_dict(
-            {
-                "name": "bench",
-                "model": str(model),
-                "calibration": calibration,
-                "rotate": self.rotate,
-                "quantize": quantize,
-            }
-        )
-
-    def layer_bytes(self) -> int:
-        """One layer in fp32."""
-        return sum(N * K for N, K in self.linears()) * 4
-
-
-def matmul_rate(device: str = "cpu") -> float:
-    """Floating-point operations a second of a square fp32 product, the best of many."""
-    a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device)
-    best, started = float("inf"), time.perf_counter()
-    while time.perf_counter() - started < MATMUL_SECONDS:
-        before = time.perf_counter()
-        a @ a
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - before)
-    return 2 * MATMUL_SIZE**3 / best
+    )
 
 
 def write_synthetic_model(folder: Path, bench: QuantizeBench, seed: int = 0) -> None:
     """A random Llama of the given shape, bf16, with no tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=bench.hidden,
@@ -133,56 +102,53 @@ def write_synthetic_model(folder: Path, bench: QuantizeBench, seed: int = 0) -> 
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def bench_quantize(bench: QuantizeBench) -> dict[str, Any]:
-    """Runs the benchmark; returns its figures and conditions (times in seconds, sizes in bytes)."""
+def bench_quantize(bench: QuantizeBench, repeats: int = 1) -> Report:
+    """Runs the benchmark, one run after the other; reports each (times in seconds, sizes in bytes).
+
+    Raises RecipeError where a value is none that recipes know, CompressError if a run fails.
+    """
+    return Report({"runs": [_one_run(bench) for _ in range(repeats)]}, quantize_bench_table)
+
+
+def _one_run(bench: QuantizeBench) -> dict[str, Any]:
+    clock = Clock(bench.device)
     with tempfile.TemporaryDirectory(prefix="modelpress-bench-") as temporary:
         folder = Path(temporary)
-        bench.recipe(folder / "model")  # a wrong value shows here, not in another process
+        recipe_of(bench, folder / "model")  # a wrong value shows here, not in another process
         write_synthetic_model(folder / "model", bench)
-        rate_before = matmul_rate(bench.device)
-        measured = _run_child(folder, bench)
-        rate_after = matmul_rate(bench.device)
-    rate = max(rate_before, rate_after)
-    operations = bench.floor_operations()
+        before = product_rate(clock, "fp32")["fp32"]
+        try:
+            measured = alone(measure, folder, bench)
+        except CompressError as error:
+            raise CompressError(f"the benchmark's run failed: {error}") from error
+        after = product_rate(clock, "fp32")["fp32"]
+    rate = max(before, after)
+    operations = floor_operations(bench)
     floor = sum(operations.values()) / rate
+    conditions = {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "matmul_rate": rate,
+        "matmul_rates": [before, after],
+    }
     return {
-        "conditions": asdict(bench) | {
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "matmul_rate": rate,
-            "matmul_rates": [rate_before, rate_after],
-        },
+        "conditions": asdict(bench) | conditions,
         "floor": {
             "seconds": floor,
             "parts": {name: value / rate for name, value in operations.items()},
-            "layer_bytes": bench.layer_bytes(),
+            "layer_bytes": layer_bytes(bench),
         },
         "seconds": measured["seconds"],
         "layers_seconds": measured["layers_seconds"],
         "ratio": measured["seconds"] / floor,
         "peak_memory": measured["peak_memory"],
         "mean_error": measured["mean_error"],
-    }  # fmt: skip
+    }
 
 
-def _run_child(folder: Path, bench: QuantizeBench) -> dict[str, Any]:
-    job = json.dumps({"folder": str(folder), "bench": asdict(bench)})
-    command = [sys.executable, "-m", "compress.bench.quantize", job]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    if child.returncode:
-        last = (child.stderr.strip().splitlines() or [f"code {child.returncode}"])[-1]
-        raise CompressError(f"the benchmark's run failed: {last}")
-    return json.loads(child.stdout.splitlines()[-1])
-
-
-def _child(folder: Path, bench: QuantizeBench) -> dict[str, Any]:
+def measure(folder: Path, bench: QuantizeBench) -> dict[str, Any]:
     """One run in this process: random tokens, nothing evaluated, no self-check."""
-    import transformers.models.llama.modeling_llama  # noqa: F401  (imports are not timed)
-
-    from compress.data.windows import CalibrationWindows
-    from compress.pipeline.run import run
-
-    recipe = bench.recipe(folder / "model")
+    recipe = recipe_of(bench, folder / "model")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(bench.vocabulary, (bench.samples, bench.length), generator=generator)
     windows = CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool))
@@ -197,6 +163,31 @@ def _child(folder: Path, bench: QuantizeBench) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
-    print(json.dumps(_child(Path(job["folder"]), QuantizeBench(**job["bench"]))))
+def quantize_bench_table(result: Mapping[str, Any]) -> Table:
+    """A column for each run."""
+    runs = result["runs"]
+    conditions = runs[-1]["conditions"]
+    caption = (
+        f"{conditions['threads']} threads, torch {conditions['torch']}, {conditions['device']}"
+    )
+    table = table_of(caption, (f"run {i + 1}" for i in range(len(runs))), names="")
+
+    def line(name: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(name, *map(cell, runs))
+
+    line("seconds", lambda run: f"{run['seconds']:.2f}")
+    line("of which layers", lambda run: f"{run['layers_seconds']:.2f}")
+    line("floor seconds", lambda run: f"{run['floor']['seconds']:.2f}")
+    for part in runs[0]["floor"]["parts"]:
+        line(f"floor, {part}", lambda run, part=part: f"{run['floor']['parts'][part]:.2f}")
+    line("ratio to the floor", lambda run: f"{run['ratio']:.2f}")
+    line("peak memory", lambda run: _memory(run["peak_memory"]))
+    line("one layer in fp32", lambda run: format_bytes(run["floor"]["layer_bytes"]))
+    line("mean relative error", lambda run: format_number(run["mean_error"]))
+    line("fp32 matmul rate", lambda run: f"{run['conditions']['matmul_rate'] / 1e9:.1f} GFLOP/s")
+    return table
+
+
+def _memory(peak: Mapping[str, int]) -> str:
+    host, device = format_bytes(peak["host"]), peak["device"]
+    return f"{host} host, {format_bytes(device)} device" if device else f"{host} host"

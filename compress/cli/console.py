@@ -208,32 +208,3 @@ def _difference_lines(difference: Mapping[str, Any]) -> list[str]:
         f"{format_number(estimate['value'], estimate['stderr'])}"
         for name, estimate in parts.items()
     ]
-
-
-def bench_table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """Repeated runs of `bench quantize`, a column each."""
-    first, last = runs[0], runs[-1]
-    rows: dict[str, list[str]] = {"seconds": [f"{run['seconds']:.2f}" for run in runs]}
-    rows["of which layers"] = [f"{run['layers_seconds']:.2f}" for run in runs]
-    rows["floor seconds"] = [f"{run['floor']['seconds']:.2f}" for run in runs]
-    for part in first["floor"]["parts"]:
-        rows[f"floor, {part}"] = [f"{run['floor']['parts'][part]:.2f}" for run in runs]
-    rows["ratio to the floor"] = [f"{run['ratio']:.2f}" for run in runs]
-    rows["peak memory"] = [memory_row("", run["peak_memory"])[1] for run in runs]
-    rows["one layer in fp32"] = [format_bytes(run["floor"]["layer_bytes"]) for run in runs]
-    rows["mean relative error"] = [format_number(run["mean_error"]) for run in runs]
-    rates = [run["conditions"]["matmul_rate"] for run in runs]
-    rows["fp32 matmul rate"] = [f"{rate / 1e9:.1f} GFLOP/s" for rate in rates]
-    conditions = last["conditions"]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        caption=f"{conditions['threads']} threads, torch {conditions['torch']}, "
-        f"{conditions['device']}",
-        caption_justify="left",
-    )
-    table.add_column("")
-    for i in range(len(runs)):
-        table.add_column(f"run {i + 1}", justify="right")
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    return table

@@ -48,7 +48,8 @@ def search_pruning(
         Path | None, typer.Option(metavar="FILE.json", help="A strategy: what is not searched.")
     ] = None,
     variables: Annotated[
-        str | None, typer.Option(help="Of ratios,threshold,alpha,cell; all if absent.")
+        str | None,
+        typer.Option(help="Of ratios,voter_threshold,entropy_weight,cell; all if absent."),
     ] = None,
     save: Annotated[
         bool, typer.Option("--save", help="Keep the strategy in the model's folder, too.")
@@ -65,11 +66,12 @@ def search_pruning(
         raise UsageError(f"--save needs a model folder, {model} is none")
     if stages is not None and start is not None:
         raise UsageError("--stages and --start: the strategy of --start has its own stages")
-    from compress.recipe.strategy import PruneStrategy
+    from compress.recipe.strategy import PruneStrategy, with_new_names
 
     given = None if start is None else PruneStrategy.load(start)
     layers = None if stages is None else _numbers(stages)
     names = None if variables is None else [name.strip() for name in variables.split(",")]
+    names = with_new_names(names)
     from compress.data.samples import DEMO_SCENES, read_samples
     from compress.loading.load import load
     from compress.memory import check_device

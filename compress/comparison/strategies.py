@@ -149,7 +149,7 @@ class PruningComparison:
             found = search_strategy(
                 self.model, self._prompts(recipe, section.search.samples, section.search.seed),
                 section.keep,
-                start=section.strategy_for(self.layers), variables=section.search.searched(),
+                start=section.strategy_for(self.layers), variables=section.search.variables,
                 trials=section.search.trials, sampler=section.search.sampler,
                 seed=section.search.seed, path=folder / "trials.jsonl", processor=self.processor,
             )  # fmt: skip

@@ -9,7 +9,6 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from compress.allocation.allocate import Allocation, allocate, check_allocation, find_units
 from compress.allocation.allocators import Unit
@@ -20,7 +19,7 @@ from compress.models.skeleton import Skeleton
 from compress.observer import Observer
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import host_memory
-from compress.pipeline.pruning_forecast import forecast
+from compress.pipeline.pruning_forecast import PlannedPruning, forecast
 from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
 
@@ -50,7 +49,7 @@ class Plan:
     layers: list[int] = field(default_factory=list)
     file_bytes: int = 0
     allocation: Allocation | None = None
-    pruning: dict[str, Any] | None = None
+    pruning: PlannedPruning | None = None
     multimodal: bool = False
 
     def as_dict(self) -> dict:

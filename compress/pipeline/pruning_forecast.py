@@ -8,7 +8,7 @@ first of the calibration prompts, or else an image of the size that the vision t
 
 import math
 from itertools import groupby
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from compress.data.samples import DEMO_SCENES, read_samples
 from compress.data.source import CalibrationSource
@@ -27,6 +27,29 @@ from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
 SECTION = "prune_visual_tokens"
 TEXT_TOKENS = 32  # of a prompt that is made up, beside its image
 VISUAL_TOKENS = 1024  # of an image where its size decides, and none is given
+
+
+class PlannedPrompt(TypedDict):
+    """The prompt that costs are told of, and where it comes from."""
+
+    source: str
+    tokens: int
+    visual_tokens: int
+
+
+class PlannedPruning(TypedDict):
+    """What pruning will do to one prompt; `kept`: visual tokens at each decoder layer."""
+
+    strategy: dict[str, object]
+    searched: bool
+    average_kept: float
+    prompt: PlannedPrompt
+    kept: list[int]
+    prefill_flops: int
+    prefill_flops_unpruned: int
+    kv_bytes: int
+    kv_bytes_unpruned: int
+    summary: NotRequired[str]  # a line for people
 
 
 def strategy_of(
@@ -58,12 +81,9 @@ def strategy_of(
     return strategy
 
 
-def forecast(inputs: RunInputs, layers: int) -> tuple[dict[str, Any] | None, list[str], list[str]]:
+def forecast(inputs: RunInputs, layers: int) -> tuple[PlannedPruning | None, list[str], list[str]]:
     """What is planned (None if nothing is pruned), problems and notes, a line each, of which the
-    first is the plan's `summary`.
-
-    Planned are the strategy and, for one prompt, visual tokens left at each decoder layer, prefill
-    FLOPs and KV-cache bytes, each with its figure without pruning. Never raises.
+    first is the plan's `summary`. Never raises.
     """
     try:
         section = inputs.recipe.prune_visual_tokens
@@ -112,7 +132,7 @@ def _check_search(section: PruneVisualTokens | None, strategy: PruneStrategy) ->
     if section is not None and section.search is not None:
         assert section.keep is not None
         check_search(section.keep, section.search.trials, section.search.sampler)
-        search_variables(strategy, section.search.searched())
+        search_variables(strategy, section.search.variables)
 
 
 def _prompt(source: CalibrationSource, skeleton: Skeleton) -> tuple[int, list[int], str]:
@@ -134,7 +154,7 @@ def _prompt(source: CalibrationSource, skeleton: Skeleton) -> tuple[int, list[in
     return count + TEXT_TOKENS, [count], f"{described} and {TEXT_TOKENS} tokens of text"
 
 
-def _costs(inputs: RunInputs, strategy: PruneStrategy, layers: int) -> dict[str, Any]:
+def _costs(inputs: RunInputs, strategy: PruneStrategy, layers: int) -> PlannedPruning:
     total, images, source = _prompt(inputs.source, inputs.skeleton)
     counts = [sum(c) for c in zip(*(strategy.counts(n, layers) for n in images), strict=True)]
     visual = sum(images)
@@ -158,7 +178,7 @@ def _costs(inputs: RunInputs, strategy: PruneStrategy, layers: int) -> dict[str,
     }
 
 
-def _summary(planned: dict[str, Any]) -> str:
+def _summary(planned: PlannedPruning) -> str:
     strategy, prompt = planned["strategy"], planned["prompt"]
     steps = ", ".join(
         f"{planned['kept'][layer]} from layer {layer}" for layer in strategy["stages"]
@@ -173,7 +193,7 @@ def _summary(planned: dict[str, Any]) -> str:
     )
 
 
-def _notes(inputs: RunInputs, planned: dict[str, Any]) -> list[str]:
+def _notes(inputs: RunInputs, planned: PlannedPruning) -> list[str]:
     notes = []
     if inputs.recipe.prune_visual_tokens is None:
         notes.append("the strategy is the one saved with the model; the result keeps it")

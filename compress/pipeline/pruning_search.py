@@ -45,8 +45,15 @@ def searched_strategy(
     if not resume:
         trials.unlink(missing_ok=True)
     return search_strategy(
-        model, prompts, section.keep, start=start, variables=settings.searched(),
+        model,
+        prompts,
+        section.keep,
+        start=start,
+        variables=settings.variables,
         trials=settings.trials,
-        sampler=settings.sampler, seed=settings.seed, path=trials, processor=processor,
+        sampler=settings.sampler,
+        seed=settings.seed,
+        path=trials,
+        processor=processor,
         observer=observer,
-    )  # fmt: skip
+    )

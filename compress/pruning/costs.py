@@ -14,7 +14,9 @@ and the head are not counted.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, TypedDict
+
+from transformers import PretrainedConfig
 
 from compress.pruning.prompt import PrunedPrompt
 
@@ -33,7 +35,7 @@ class DecoderShape:
     element_bytes: int
 
     @classmethod
-    def of(cls, config: Any, element_bytes: int) -> "DecoderShape":
+    def of(cls, config: PretrainedConfig, element_bytes: int) -> "DecoderShape":
         """From a transformers text config."""
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -84,18 +86,38 @@ class PromptStats:
     slots: tuple[int, ...]  # cache entries of each layer: rows x (tokens + padding)
     slots_unpruned: int
 
-    def flops(self, formula: Formula = "gqa") -> int:
-        return sum(prefill_flops(self.shape, row, formula) for row in self.tokens)
+    @property
+    def flops(self) -> int:
+        return sum(prefill_flops(self.shape, row) for row in self.tokens)
 
-    def flops_unpruned(self, formula: Formula = "gqa") -> int:
+    @property
+    def flops_unpruned(self) -> int:
         rows = ([n] * self.shape.layers for n in self.tokens_unpruned)
-        return sum(prefill_flops(self.shape, row, formula) for row in rows)
+        return sum(prefill_flops(self.shape, row) for row in rows)
 
-    def kv_bytes(self, formula: Formula = "gqa") -> int:
-        return kv_bytes(self.shape, self.slots, formula)
+    @property
+    def kv_bytes(self) -> int:
+        return kv_bytes(self.shape, self.slots)
 
-    def kv_bytes_unpruned(self, formula: Formula = "gqa") -> int:
-        return kv_bytes(self.shape, [self.slots_unpruned] * self.shape.layers, formula)
+    @property
+    def kv_bytes_unpruned(self) -> int:
+        return kv_bytes(self.shape, [self.slots_unpruned] * self.shape.layers)
+
+
+class CostTotals(TypedDict):
+    """`PruningStats` as plain values, for JSON."""
+
+    prompts: int
+    text_only_batches: int
+    images: int
+    visual_tokens: int
+    average_kept: float
+    merged_tokens: int
+    crops_without_voters: int
+    prefill_flops: int
+    prefill_flops_unpruned: int
+    kv_bytes: int
+    kv_bytes_unpruned: int
 
 
 @dataclass
@@ -121,14 +143,13 @@ class PruningStats:
 
     @property
     def flops(self) -> int:
-        return sum(prompt.flops() for prompt in self.prompts)
+        return sum(prompt.flops for prompt in self.prompts)
 
     @property
     def kv_bytes(self) -> int:
-        return sum(prompt.kv_bytes() for prompt in self.prompts)
+        return sum(prompt.kv_bytes for prompt in self.prompts)
 
-    def as_dict(self, formula: Formula = "gqa") -> dict[str, Any]:
-        """Totals as plain values, for JSON."""
+    def as_dict(self) -> CostTotals:
         return {
             "prompts": sum(len(prompt.tokens) for prompt in self.prompts),
             "text_only_batches": self.text_only,
@@ -137,10 +158,10 @@ class PruningStats:
             "average_kept": self.average_kept,
             "merged_tokens": sum(image.merged for image in self.images),
             "crops_without_voters": sum(image.empty_voters for image in self.images),
-            "prefill_flops": sum(p.flops(formula) for p in self.prompts),
-            "prefill_flops_unpruned": sum(p.flops_unpruned(formula) for p in self.prompts),
-            "kv_bytes": sum(p.kv_bytes(formula) for p in self.prompts),
-            "kv_bytes_unpruned": sum(p.kv_bytes_unpruned(formula) for p in self.prompts),
+            "prefill_flops": self.flops,
+            "prefill_flops_unpruned": sum(p.flops_unpruned for p in self.prompts),
+            "kv_bytes": self.kv_bytes,
+            "kv_bytes_unpruned": sum(p.kv_bytes_unpruned for p in self.prompts),
         }
 
 

@@ -10,14 +10,18 @@ tap there, and the features themselves lead from the forward back to what the ta
 from collections.abc import Callable
 from functools import wraps
 from inspect import signature
-from typing import Any
+from typing import ParamSpec
 
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from compress.errors import CompressError, UsageError
 from compress.models.vision import Inputs
 from compress.pruning.prompt import PromptImage
 from compress.pruning.tower import VisionTap, VisualTokens
+
+P = ParamSpec("P")
+Encoder = Callable[P, BaseModelOutputWithPooling | tuple]
 
 
 class EncodedImages:
@@ -27,11 +31,13 @@ class EncodedImages:
         self.tap = tap
         self.latest: list[tuple[Tensor, VisualTokens]] = []
 
-    def noting(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(self, encode: Encoder[P]) -> Encoder[P]:
         """`encode`, which also notes what became of each image."""
 
         @wraps(encode)
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        def get_image_features(
+            *args: P.args, **kwargs: P.kwargs
+        ) -> BaseModelOutputWithPooling | tuple:
             inputs = signature(encode).bind_partial(*args, **kwargs).arguments
             output = encode(*args, **kwargs)
             features = output.pooler_output if hasattr(output, "pooler_output") else output[1]
@@ -69,7 +75,7 @@ class EncodedImages:
             images.append(PromptImage(int(place[0, 0]), place[:, 1], tokens))
         return images
 
-    def _tokens(self, ready: Any) -> list[VisualTokens]:
+    def _tokens(self, ready: BaseModelOutputWithPooling | None) -> list[VisualTokens]:
         if ready is None:
             return [tokens for _, tokens in self.latest]
         # `generate` may have repeated the features, for several answers to one prompt.
@@ -82,6 +88,6 @@ class EncodedImages:
         return [known[id(features)] for features in ready.pooler_output]
 
 
-def ready_features(inputs: Inputs) -> Any:
+def ready_features(inputs: Inputs) -> BaseModelOutputWithPooling | None:
     """The image encoder's output that a forward is given, if any."""
     return (inputs.get("mm_encoder_outputs") or {}).get("image")

@@ -17,15 +17,18 @@ Not for: beam search, assisted decoding, static and sliding-window caches, promp
 prefilled in pieces. Each is refused.
 """
 
+from collections.abc import Callable
 from functools import partial
 from inspect import signature
 from types import TracebackType
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.hooks import RemovableHandle
+from transformers import Cache, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
 from compress.errors import UsageError
 from compress.models.vision import Inputs
@@ -36,11 +39,14 @@ from compress.pruning.last_token import LastTokenAttention, check_decoder
 from compress.pruning.prompt import PrunedPrompt, take, take_positions
 from compress.pruning.refusals import check_inputs, checked_generate
 from compress.pruning.stages import Stages
+from compress.pruning.tower import Processor
 from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
+
+Changed = tuple[tuple, Inputs] | None  # arguments that a hook puts in place of a forward's
 
 
 def prune_visual_tokens(
-    model: Any, strategy: PruneStrategy, processor: Any = None
+    model: PreTrainedModel, strategy: PruneStrategy, processor: Processor | None = None
 ) -> "VisualTokenPruning":
     """A context in which `model` prunes the visual tokens of its prompts.
 
@@ -62,7 +68,7 @@ class _Step:
     def __init__(self, prompt: PrunedPrompt | None, inputs: Inputs, prefill: bool):
         self.prompt, self.inputs, self.prefill = prompt, inputs, prefill
         self.override: Inputs = {}
-        self.cache: Any = None
+        self.cache: Cache | None = None
         self.appended: Tensor | None = None  # [B, new] mask of the tokens after the prompt
         self.final_positions: Tensor | None = None  # [..., B, 1] of the prompt, once shortened
 
@@ -70,7 +76,9 @@ class _Step:
 class VisualTokenPruning:
     """The context of `prune_visual_tokens`: `stats` over all prompts, `last` the latest one."""
 
-    def __init__(self, model: Any, strategy: PruneStrategy, processor: Any = None):
+    def __init__(
+        self, model: PreTrainedModel, strategy: PruneStrategy, processor: Processor | None = None
+    ):
         family = family_of(model)
         self.model, self.strategy = model, strategy
         self.base, self.text = model.model, model.model.language_model
@@ -96,8 +104,8 @@ class VisualTokenPruning:
         self._step: _Step | None = None
         self.encoded = EncodedImages(self.tap)
         # By cache, so that generations on one model may take turns.
-        self._prompts: WeakKeyDictionary[Any, PrunedPrompt] = WeakKeyDictionary()
-        self._final: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()  # last position ids
+        self._prompts: WeakKeyDictionary[Cache, PrunedPrompt] = WeakKeyDictionary()
+        self._final: WeakKeyDictionary[Cache, Tensor] = WeakKeyDictionary()  # last position ids
         self._generator = torch.Generator().manual_seed(self.strategy.seed)
         self._handles = self.tap.install()
         before = partial(self._hook, with_kwargs=True)
@@ -125,14 +133,14 @@ class VisualTokenPruning:
         del self.model.generate, self.base.get_image_features  # the classes' own are there again
         self._step, self.encoded.latest = None, []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
         # The copy would hold this model's hooks, and answer for this model.
         raise UsageError(
             "a model cannot be copied while its visual tokens are pruned: leave the context, or "
             "call stop_pruning, first"
         )
 
-    def _hook(self, module: nn.Module, hook: Any, **options: Any) -> None:
+    def _hook(self, module: nn.Module, hook: Callable[..., Changed], **options: bool) -> None:
         self._handles.append(module.register_forward_pre_hook(hook, **options))
 
     def _before_head(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
@@ -142,7 +150,7 @@ class VisualTokenPruning:
                 "pruning.last.kept(layer) of the last layer"
             )
 
-    def _before_model(self, module: nn.Module, args: tuple, kwargs: Inputs) -> Any:
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: Inputs) -> Changed:
         """Finds out what this forward is: a new prompt, or the next tokens of one."""
         names = list(signature(type(module).forward).parameters)[1:]
         inputs = dict(zip(names, args, strict=False)) | kwargs
@@ -177,7 +185,7 @@ class VisualTokenPruning:
         inputs["position_ids"] = final + torch.arange(new - count + 1, new + 1, device=final.device)
         return (), inputs
 
-    def _unpruned_length(self, cache: Any) -> int | None:
+    def _unpruned_length(self, cache: Cache | None) -> int | None:
         """Tokens that a cache stands for, if a stage before the first layer made it shorter."""
         past = int(cache.get_seq_length()) if cache in self._prompts else 0
         if past == 0:
@@ -186,7 +194,7 @@ class VisualTokenPruning:
         pruned = prompt.length - prompt.view(0).index.shape[1]
         return past + pruned if pruned else None
 
-    def _before_text(self, module: nn.Module, args: tuple, kwargs: Inputs) -> Any:
+    def _before_text(self, module: nn.Module, args: tuple, kwargs: Inputs) -> Changed:
         """Opens a new prompt and applies stage 0; while decoding, replaces the mask."""
         step = self._step
         if step is None:
@@ -219,7 +227,7 @@ class VisualTokenPruning:
         mask = prompt.view(0).valid.long()
         return {"inputs_embeds": hidden, "position_ids": positions, "attention_mask": mask}
 
-    def _before_layer(self, number: int, module: nn.Module, args: tuple, kwargs: Inputs) -> Any:
+    def _before_layer(self, number: int, module: nn.Module, args: tuple, kwargs: Inputs) -> Changed:
         """Applies the stage before this layer; the layers after it get its masks and positions."""
         step = self._step
         if step is None or step.prompt is None:
@@ -244,7 +252,7 @@ class VisualTokenPruning:
             return (hidden, *args[1:]), kwargs
         return args, kwargs | {"hidden_states": hidden}
 
-    def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _after_model(self, module: nn.Module, args: tuple, output: object) -> None:
         """Remembers the prompt by its cache, and what it cost."""
         step, self._step = self._step, None
         if step is None or not step.prefill or step.prompt is None:
@@ -284,10 +292,10 @@ class VisualTokenPruning:
             "position_ids": None if positions is None else take_positions(positions, order),
         }
 
-    def _mask(self, hidden: Tensor, valid: Tensor, cache: Any, layer: int) -> Any:
+    def _mask(
+        self, hidden: Tensor, valid: Tensor, cache: Cache | None, layer: int
+    ) -> Tensor | BlockMask | None:
         """The attention mask of `layer`, in the form that the model's attention kernel wants."""
-        from transformers.masking_utils import create_causal_mask
-
         return create_causal_mask(
             config=self.text.config,
             inputs_embeds=hidden,

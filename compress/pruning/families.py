@@ -6,14 +6,13 @@ tap = family_of(model).tap(model.model, settings)
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import UsageError
 from compress.models.vision import Inputs
-from compress.pruning.tower import MergingTower, PatchTower, TapSettings, VisionTap
+from compress.pruning.tower import Crops, MergingTower, Pack, PatchTower, TapSettings, VisionTap
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ def _as_they_are(base: nn.Module, maps: list[Tensor], inputs: Inputs) -> list[Te
 
 def _tiles(base: nn.Module, inputs: Inputs) -> list[int]:
     """Crops per image: the whole image and its tiles; of several images in a prompt, see below."""
+    # Its own import: only these families need that model's code.
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     sizes, config = inputs["image_sizes"], base.config
@@ -69,7 +69,7 @@ def _nan_newline(maps: list[Tensor]) -> Tensor:
     return torch.full(maps[0].shape[-1:], torch.nan, device=maps[0].device)
 
 
-def _patches(crops: Callable, pack: Callable) -> Callable[[nn.Module, TapSettings], VisionTap]:
+def _patches(crops: Crops, pack: Pack) -> Callable[[nn.Module, TapSettings], VisionTap]:
     return partial(PatchTower, crops=crops, pack=pack)
 
 
@@ -85,7 +85,7 @@ FAMILIES = {
 }
 
 
-def family_of(model: Any) -> Family:
+def family_of(model: object) -> Family:
     """The row of a model. Raises UsageError, naming the supported ones, if it has none."""
     found = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if found not in FAMILIES:

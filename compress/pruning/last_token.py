@@ -6,7 +6,7 @@ give its weights away; only the last token's row is computed.
     tap = LastTokenAttention(layer.self_attn); handles = tap.install(); ...; tap.scores(valid)
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class LastTokenAttention:
         projections = {"q": self.attention.q_proj, "k": self.attention.k_proj}
         return [m.register_forward_hook(self._keep(name)) for name, m in projections.items()]
 
-    def _keep(self, name: str) -> Any:
+    def _keep(self, name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             if output.shape[1] > 1:  # a decoding step has nothing to rank
                 self.seen[name] = output.detach()

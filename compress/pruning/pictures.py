@@ -16,19 +16,22 @@ from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from compress.errors import UsageError
-from compress.pruning.costs import PruningStats
+from compress.models.vision import Inputs
+from compress.pruning.costs import CostTotals, PruningStats
 from compress.pruning.engine import VisualTokenPruning
 from compress.pruning.prompt import PromptImage, PrunedPrompt
 from compress.pruning.saved import KEY
+from compress.pruning.tower import Processor
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # of the extra `vision`, as in the functions below
     from PIL.Image import Image
 
 DIMMED = 0.25  # of a pruned patch's brightness
@@ -57,14 +60,12 @@ def draw_pruning(picture: "Image", prompt: PrunedPrompt, number: int = 0) -> "Im
             continue
         here = image.tokens.segment == segment
         grid = _grid(image, here, number)
-        rows.append([
-            _panel(picture, image, here, grid, _kept(prompt, image, layer), layer)
-            for layer, _ in image.kept
-        ])  # fmt: skip
+        stages = ((_kept(prompt, image, layer), layer) for layer, _ in image.kept)
+        rows.append([_panel(picture, image, here, grid, *stage) for stage in stages])
     return _sheet(rows)
 
 
-def pictures_seen(inputs: dict[str, Any], processor: Any) -> list["Image"]:
+def pictures_seen(inputs: Inputs, processor: Processor) -> list["Image"]:
     """The pictures of a forward's inputs as the vision tower sees them: cropped, resized, in RGB.
 
     Args:
@@ -86,7 +87,7 @@ def pictures_seen(inputs: dict[str, Any], processor: Any) -> list["Image"]:
     return pictures
 
 
-def _planes(inputs: dict[str, Any], merge: int) -> list[Tensor]:
+def _planes(inputs: Inputs, merge: int) -> list[Tensor]:
     """[3, H, W] of each image, normalised."""
     pixels: Tensor = inputs["pixel_values"]
     if pixels.ndim == 4:  # LLaVA-1.5: [images, 3, H, W]
@@ -192,20 +193,26 @@ def _sheet(rows: list[list["Image"]]) -> "Image":
     return sheet
 
 
+class WatchedFigures(CostTotals):
+    """Costs, and the settings of the strategy that they are of."""
+
+    strategy: dict[str, object]
+
+
 class Watched:
     """What `watching` saw: the costs of all prompts, and the first prompt with an image."""
 
     def __init__(self, pruning: VisualTokenPruning):
         self.pruning, self.before = pruning, len(pruning.stats.prompts)
-        self.inputs: dict[str, Any] | None = None
+        self.inputs: Inputs | None = None
         self.prompt: PrunedPrompt | None = None
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> WatchedFigures:
         """`PruningStats.as_dict` of the prompts since, and the strategy."""
         stats = PruningStats(self.pruning.stats.prompts[self.before :])
         return stats.as_dict() | {"strategy": self.pruning.strategy.model_dump(mode="json")}
 
-    def draw(self, folder: str | Path, processor: Any, count: int = 3) -> list[str]:
+    def draw(self, folder: str | Path, processor: Processor, count: int = 3) -> list[str]:
         """Writes visual-tokens-N.png of the first prompt's first images; gives the files' paths.
 
         None were seen: none are written. Raises UsageError as `draw_pruning` does.
@@ -224,7 +231,9 @@ class Watched:
 
 
 @contextmanager
-def watching(model: Any, pruning: VisualTokenPruning | None = None) -> Iterator[Watched | None]:
+def watching(
+    model: PreTrainedModel, pruning: VisualTokenPruning | None = None
+) -> Iterator[Watched | None]:
     """Watches a model prune; None if it does not.
 
     `pruning`: the open context; None: the one of the strategy that the checkpoint came with.
@@ -237,12 +246,12 @@ def watching(model: Any, pruning: VisualTokenPruning | None = None) -> Iterator[
     encode = base.get_image_features  # the pruning context's, on this one model
 
     @wraps(encode)
-    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+    def get_image_features(*args: object, **kwargs: object) -> object:
         if watched.prompt is None:
             watched.inputs = dict(signature(encode).bind_partial(*args, **kwargs).arguments)
         return encode(*args, **kwargs)
 
-    def after(module: torch.nn.Module, args: tuple, output: Any) -> None:
+    def after(module: torch.nn.Module, args: tuple, output: object) -> None:
         if watched.prompt is None and pruning.last is not None and pruning.last.images:
             watched.prompt = pruning.last
 

@@ -6,15 +6,18 @@ check_inputs(inputs); model.generate = checked_generate(model, unpruned_length)
 import functools
 from collections.abc import Callable
 from inspect import signature
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
+from transformers import Cache, PreTrainedModel
 
 from compress.errors import UsageError
 from compress.models.vision import Inputs
 
+P, T = ParamSpec("P"), TypeVar("T")
+
 # Settings of `generate` that a pruned cache cannot follow, with the values that are fine.
-GENERATE_SETTINGS: dict[str, tuple[Any, ...]] = {
+GENERATE_SETTINGS: dict[str, tuple[str | int | None, ...]] = {
     "num_beams": (None, 1),
     "cache_implementation": (None, "dynamic", "dynamic_full"),
     "assistant_model": (None,),
@@ -42,15 +45,17 @@ def check_inputs(inputs: Inputs) -> None:
         )
 
 
-def checked_generate(model: Any, unpruned_length: Callable[[Any], int | None]) -> Any:
+def checked_generate(
+    model: PreTrainedModel, unpruned_length: Callable[[Cache | None], int | None]
+) -> Callable[P, T]:
     """`model.generate`, which refuses what a pruned cache cannot follow.
 
     unpruned_length: of a cache that holds fewer tokens than were given, how many were; else None.
     """
-    original = model.generate
+    original: Callable[P, T] = model.generate
 
     @functools.wraps(original)
-    def generate(*args: Any, **kwargs: Any) -> Any:
+    def generate(*args: P.args, **kwargs: P.kwargs) -> T:
         given = signature(original).bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         _check_settings(model, given)
@@ -60,7 +65,7 @@ def checked_generate(model: Any, unpruned_length: Callable[[Any], int | None]) -
     return generate
 
 
-def _check_settings(model: Any, given: dict[str, Any]) -> None:
+def _check_settings(model: PreTrainedModel, given: Inputs) -> None:
     # As `generate` does: what a given config leaves open is the model's own.
     configs = [given.get("generation_config"), model.generation_config]
     for name, fine in GENERATE_SETTINGS.items():
@@ -75,7 +80,7 @@ def _check_settings(model: Any, given: dict[str, Any]) -> None:
 
 
 def _check_continuation(
-    given: dict[str, Any], unpruned_length: Callable[[Any], int | None]
+    given: Inputs, unpruned_length: Callable[[Cache | None], int | None]
 ) -> None:
     """`generate` takes the cache's length for the number of tokens that it need not read again."""
     length = unpruned_length(given.get("past_key_values"))

@@ -13,11 +13,14 @@ held by it as `model.visual_token_pruning`; no class is changed.
 
 import json
 from pathlib import Path
-from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
 
 from compress.errors import CheckpointError, UsageError
+from compress.models.pretrained import load_config
 from compress.pruning.engine import VisualTokenPruning, prune_visual_tokens
 from compress.pruning.families import FAMILIES
+from compress.pruning.tower import Processor
 from compress.recipe.strategy import PruneStrategy
 from compress.storage.files import atomic_write
 
@@ -41,13 +44,14 @@ def save_strategy(strategy: PruneStrategy, folder: str | Path) -> None:
             f"visual tokens of {config.get('model_type')!r} models cannot be pruned: expected one "
             f"of {', '.join(FAMILIES)}"
         )
-    strategy.average_kept(_layers(folder))  # refuses a stage beyond the last layer
+    depth = load_config(folder).get_text_config().num_hidden_layers
+    strategy.average_kept(depth)  # refuses a stage beyond the last layer
     settings = strategy.model_dump(mode="json")
     _write(folder / FILE, settings)
     _write(path, config | {KEY: settings})
 
 
-def saved_strategy(config: Any, path: str | Path) -> PruneStrategy | None:
+def saved_strategy(config: PretrainedConfig, path: str | Path) -> PruneStrategy | None:
     """The strategy of a checkpoint, None if it has none.
 
     Args:
@@ -73,7 +77,9 @@ def saved_strategy(config: Any, path: str | Path) -> PruneStrategy | None:
     return strategy
 
 
-def apply_strategy(model: Any, strategy: PruneStrategy, processor: Any = None) -> None:
+def apply_strategy(
+    model: PreTrainedModel, strategy: PruneStrategy, processor: Processor | None = None
+) -> None:
     """Prunes all prompts of this model from now on, until `stop_pruning`.
 
     Raises UsageError as `prune_visual_tokens` does.
@@ -81,7 +87,7 @@ def apply_strategy(model: Any, strategy: PruneStrategy, processor: Any = None) -
     setattr(model, KEY, prune_visual_tokens(model, strategy, processor).__enter__())
 
 
-def stop_pruning(model: Any) -> None:
+def stop_pruning(model: PreTrainedModel) -> None:
     """Undoes `apply_strategy`: the model is as it was. UsageError if nothing was applied."""
     context = getattr(model, KEY, None)
     if not isinstance(context, VisualTokenPruning):
@@ -90,12 +96,6 @@ def stop_pruning(model: Any) -> None:
     delattr(model, KEY)
 
 
-def _layers(folder: Path) -> int:
-    from compress.models.pretrained import load_config
-
-    return load_config(folder).get_text_config().num_hidden_layers
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
+def _write(path: Path, value: dict[str, object]) -> None:
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())

@@ -4,7 +4,7 @@ For prompts x, h(x) the last token's state after the last layer (and final norm)
 
     maximise  mean_x cos( h(x), h_s(x) )
 
-over the shares of the stages, the voters' threshold t, the entropy's weight alpha and the recycling
+over the shares of the stages, the voters' threshold t, the entropy's weight and the recycling
 cell a, at one budget, which every trial keeps exactly (`compress.pruning.feasible`). h(x) is
 computed once. No labels are needed. arXiv 2508.05211, section 3.3, algorithm 1: 30 prompts, 50
 trials.
@@ -21,28 +21,50 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from compress.errors import CompressError, UsageError, did_you_mean
 from compress.models.vision import Inputs
 from compress.observer import Observer
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.feasible import FeasibleSet, ratios_of
-from compress.pruning.tower import VisualTokens
+from compress.pruning.tower import Processor, VisualTokens
 from compress.pruning.trials import Trial, TrialFile
-from compress.recipe.strategy import PruneStrategy
+from compress.recipe.strategy import NEW_NAMES, PruneStrategy
+
+if TYPE_CHECKING:
+    from optuna.distributions import FloatDistribution  # of the extra `vision`
 
 SAMPLERS = ("tpe", "gp")
 STARTUP = 27  # trials drawn at random before the sampler learns from them, as the authors' code has
-VARIABLES = ("ratios", "threshold", "alpha", "cell")
 # Multiples of the mean attention: at 0.25 nearly every patch votes, at 50 a few of 729; the
 # published strategies have 29 to 39 there, and smaller towers need less, hence a log scale.
-THRESHOLDS = (0.25, 50.0)
+VOTER_THRESHOLDS = (0.25, 50.0)
 # Votes and softmax of the entropies both sum to 1 over a crop, so 1 weighs them the same.
-ALPHAS = (0.0, 1.0)
+ENTROPY_WEIGHTS = (0.0, 1.0)
+# optuna's GP sampler orders its dimensions by name: under these it proposes what it always has.
+OPTUNA_NAMES = {new: old for old, new in NEW_NAMES.items()}
+
+
+class SearchConditions(TypedDict):
+    """What a score depends on."""
+
+    model: str
+    layers: int
+    prompts: int
+    images: int
+    visual_tokens: int
+    dtype: str
+    device: str
+    variables: list[str]
+    sampler: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -54,23 +76,22 @@ class SearchResult:
         score: its mean cosine.
         keep: the budget that all trials keep.
         trials: all of them, in order.
-        conditions: what the score depends on: prompts, visual tokens, sampler, seed, layers.
     """
 
     strategy: PruneStrategy
     score: float
     keep: float
     trials: list[Trial] = field(repr=False)
-    conditions: dict[str, Any]
+    conditions: SearchConditions
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""
         return asdict(self) | {"strategy": self.strategy.model_dump(mode="json")}
 
 
 def search_strategy(
-    model: Any,
-    samples: Sequence[Mapping[str, Any]],
+    model: PreTrainedModel,
+    samples: Sequence[Inputs],
     keep: float,
     *,
     start: PruneStrategy | None = None,
@@ -79,7 +100,7 @@ def search_strategy(
     sampler: str = "tpe",
     seed: int = 0,
     path: str | Path | None = None,
-    processor: Any = None,
+    processor: Processor | None = None,
     observer: Observer | None = None,
 ) -> SearchResult:
     """Searches the strategy that keeps the share `keep` and changes the last state least.
@@ -90,7 +111,8 @@ def search_strategy(
             rows and must be padded on the left.
         keep: share of the visual tokens that stay, averaged over layers.
         start: what is not searched, stages above all; None: `PruneStrategy.for_budget`'s.
-        variables: which of VARIABLES are searched; None: all that the method reads.
+        variables: which of ratios, voter_threshold, entropy_weight, cell are searched; None: all
+            that the method reads.
         trials: how many in all, those of an earlier search in `path` included.
         sampler: `tpe` or `gp` of optuna.
         seed: of the sampler.
@@ -170,9 +192,9 @@ class Objective:
 
     def __init__(
         self,
-        model: Any,
-        samples: Sequence[Mapping[str, Any]],
-        processor: Any = None,
+        model: PreTrainedModel,
+        samples: Sequence[Inputs],
+        processor: Processor | None = None,
         observer: Observer | None = None,
     ):
         if not samples:
@@ -226,7 +248,8 @@ class SearchSpace:
     """What is searched: parameters of the sampler become a strategy that keeps the budget.
 
     Parameters are `share_s`, where the share after stage s lies between the least and the most that
-    the budget allows, `cell` likewise, both in [0, 1], and `threshold` and `alpha` as they are.
+    the budget allows, `cell` likewise, both in [0, 1]; `voter_threshold` and `entropy_weight` as
+    they are.
     """
 
     def __init__(
@@ -261,25 +284,25 @@ class SearchSpace:
             self.shares = [math.prod(ratios[: i + 1]) for i in range(len(ratios))]
             self.feasible.check(self.shares)
 
-    def distributions(self) -> dict[str, Any]:
+    def distributions(self) -> "dict[str, FloatDistribution]":
         """optuna's, by parameter; the order is fixed."""
-        from optuna.distributions import FloatDistribution
+        from optuna.distributions import FloatDistribution  # of the extra `vision`
 
-        found: dict[str, Any] = {}
+        found: dict[str, FloatDistribution] = {}
         if "ratios" in self.variables:
             for stage in range(self.feasible.dimensions):
                 found[f"share_{stage}"] = FloatDistribution(0, 1)
-        if "threshold" in self.variables:
-            found["threshold"] = FloatDistribution(*THRESHOLDS, log=True)
-        if "alpha" in self.variables:
-            found["alpha"] = FloatDistribution(*ALPHAS)
+        if "voter_threshold" in self.variables:
+            found["voter_threshold"] = FloatDistribution(*VOTER_THRESHOLDS, log=True)
+        if "entropy_weight" in self.variables:
+            found["entropy_weight"] = FloatDistribution(*ENTROPY_WEIGHTS)
         if "cell" in self.variables:
             found["cell"] = FloatDistribution(0, 1)
         return found
 
     def strategy(self, parameters: Mapping[str, float]) -> PruneStrategy:
         """The strategy at a point of the space; it keeps the budget, and fits every sample."""
-        settings: dict[str, Any] = {}
+        settings: dict[str, object] = {}
         shares = self.shares
         if shares is None:
             positions = [parameters[f"share_{s}"] for s in range(self.feasible.dimensions)]
@@ -287,14 +310,13 @@ class SearchSpace:
             settings["ratios"] = ratios_of(shares)
         if "cell" in self.variables:
             settings["cell"] = self.feasible.cell(parameters["cell"], shares[0])
-        settings |= {
-            name: parameters[name] for name in ("threshold", "alpha") if name in parameters
-        }
+        as_they_are = ("voter_threshold", "entropy_weight")
+        settings |= {name: parameters[name] for name in as_they_are if name in parameters}
         return PruneStrategy(**self.start.model_dump() | settings)
 
 
 def search_variables(start: PruneStrategy, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Those of VARIABLES that are searched, in their order; `wanted` None: all that can be.
+    """The variables that are searched, in a fixed order; `wanted` None: all that can be.
 
     Raises UsageError if one of `wanted` cannot be searched, or there is nothing to search.
     """
@@ -302,8 +324,8 @@ def search_variables(start: PruneStrategy, wanted: Sequence[str] | None) -> tupl
         name
         for name, there in {
             "ratios": len(start.stages) > 1,
-            "threshold": start.method == "vflowopt",
-            "alpha": start.method == "vflowopt",
+            "voter_threshold": start.method == "vflowopt",
+            "entropy_weight": start.method == "vflowopt",
             "cell": start.method == "vflowopt" and start.stages[0] == 0,
         }.items()
         if there
@@ -326,13 +348,12 @@ def _propose(
     space: SearchSpace, done: Sequence[Trial], sampler: str, seed: int
 ) -> dict[str, float]:
     """The next parameters: they depend on the trials so far, the seed and the trial's number."""
-    import numpy as np
-
     optuna = _optuna()
     # A seed each: a sampler that has drawn before cannot be had again when a search is resumed.
     number = int(np.random.SeedSequence([seed, len(done)]).generate_state(1)[0])
     kind = {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}[sampler]
-    distributions = space.distributions()
+    names = {name: OPTUNA_NAMES.get(name, name) for name in space.distributions()}
+    distributions = {names[name]: value for name, value in space.distributions().items()}
     with _quiet(optuna):
         study = optuna.create_study(
             direction="maximize", sampler=kind(seed=number, n_startup_trials=STARTUP)
@@ -340,21 +361,24 @@ def _propose(
         for trial in done:
             study.add_trial(
                 optuna.trial.create_trial(
-                    params=trial.parameters, distributions=distributions, value=trial.score
+                    params={names[name]: value for name, value in trial.parameters.items()},
+                    distributions=distributions,
+                    value=trial.score,
                 )
             )
-        return study.ask(distributions).params
+        proposed = study.ask(distributions).params
+    return {name: proposed[theirs] for name, theirs in names.items()}
 
 
 def _best(trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda trial: (trial.score, -trial.trial))
 
 
-def _on(device: torch.device, sample: Mapping[str, Any]) -> Inputs:
+def _on(device: torch.device, sample: Inputs) -> Inputs:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in sample.items()}
 
 
-def _optuna() -> Any:
+def _optuna() -> ModuleType:
     try:
         import optuna
     except ImportError:
@@ -365,7 +389,7 @@ def _optuna() -> Any:
 
 
 @contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
+def _quiet(optuna: ModuleType) -> Iterator[None]:
     """Without what optuna logs: new studies, and a package that would make `gp` faster."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

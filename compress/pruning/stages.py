@@ -7,16 +7,14 @@ memory at a time, prune with the same stages.
     hidden, order = stages.narrow(prompt, layer, hidden, generator)
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from compress.pruning import baselines  # noqa: F401  fills the registry
 from compress.pruning.families import Family
-from compress.pruning.methods import PRUNING_METHODS, Candidates, Selection
+from compress.pruning.methods import PRUNING_METHODS, Candidates, PruningMethod, Selection
 from compress.pruning.prompt import PromptImage, PrunedPrompt, take, take_positions
-from compress.pruning.tower import TapSettings, VisionTap
+from compress.pruning.tower import Processor, TapSettings, VisionTap
 from compress.recipe.strategy import PruneStrategy
 
 
@@ -28,19 +26,19 @@ class Stages:
 
     def __init__(self, strategy: PruneStrategy, layers: int):
         self.strategy, self.layers = strategy, layers
-        self.method = PRUNING_METHODS[strategy.method](strategy)
+        self.method: PruningMethod = PRUNING_METHODS[strategy.method](strategy)
         self.numbers = {layer: stage for stage, layer in enumerate(strategy.stages)}
 
-    def tap(self, base: nn.Module, family: Family, processor: Any = None) -> VisionTap:
+    def tap(self, base: nn.Module, family: Family, processor: Processor | None = None) -> VisionTap:
         """What reads the strategy's signals off the vision tower of `base`.
 
         processor: only the entropy term asks it, for the pixels' mean and deviation.
         """
         settings = TapSettings(
             signals=self.method.signals,
-            threshold=self.strategy.threshold,
+            voter_threshold=self.strategy.voter_threshold,
             vote=self.strategy.vote,
-            alpha=self.strategy.alpha,
+            entropy_weight=self.strategy.entropy_weight,
             layer=self.strategy.vit_layer,
             **_pixel_statistics(processor),
         )
@@ -114,7 +112,7 @@ def _with_merged(hidden: Tensor, image: PromptImage, here: Tensor, selection: Se
     return hidden
 
 
-def _pixel_statistics(processor: Any) -> dict[str, Tensor]:
+def _pixel_statistics(processor: Processor | None) -> dict[str, Tensor]:
     if processor is None:
         return {}
     images = getattr(processor, "image_processor", processor)

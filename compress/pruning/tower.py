@@ -8,14 +8,16 @@ resize, newline tokens and 2x2 merging cannot put them out of step. arXiv 2508.0
     tap = PatchTower(base, settings); handles = tap.install(); ...; images = tap.images(inputs)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import BaseImageProcessor, ProcessorMixin, image_utils
+from transformers.vision_utils import get_vision_window_index
 
 from compress.errors import UsageError
 from compress.importance.patches import (
@@ -27,6 +29,8 @@ from compress.importance.patches import (
     voted_attention,
 )
 from compress.models.vision import Inputs
+
+Processor = ProcessorMixin | BaseImageProcessor  # both have, or hold, the pixels' statistics
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class VisualTokens:
     segment: Tensor  # [n]
     row: Tensor  # [n]
     column: Tensor  # [n]
-    importance: Tensor | None = None  # [n], votes + alpha * softmax(entropy); 0 for newlines
+    importance: Tensor | None = None  # [n], votes + weight * softmax(entropy); 0 for newlines
     attention: Tensor | None = None  # [n], from the CLS token, or received if there is none
     keys: Tensor | None = None  # [n, d], the tapped layer's keys, heads averaged
     empty_voters: int = 0  # crops in which no patch reached the voters' threshold
@@ -65,9 +69,9 @@ class TapSettings:
     """What is wanted of the tower. `signals`: any of `importance`, `attention`, `keys`."""
 
     signals: frozenset[str]
-    threshold: float
+    voter_threshold: float
     vote: str
-    alpha: float
+    entropy_weight: float
     layer: int | None  # None: the layer that the features come from
     pixel_mean: Tensor | None = None  # [3], of the image processor; None: the tower's usual
     pixel_std: Tensor | None = None
@@ -83,6 +87,10 @@ class VisionTap(Protocol):
     def images(self, inputs: Inputs) -> list[VisualTokens]: ...
 
 
+Crops = Callable[[nn.Module, Inputs], list[int]]
+Pack = Callable[[nn.Module, list[Tensor], Inputs], Sequence[Tensor]]
+
+
 class PatchTower:
     """CLIP and SigLIP towers: crops of a fixed size, every patch becomes a token.
 
@@ -90,7 +98,7 @@ class PatchTower:
     maps [crops, N, channels] into [n, channels], newline tokens marked by NaN.
     """
 
-    def __init__(self, base: nn.Module, settings: TapSettings, crops: Callable, pack: Callable):
+    def __init__(self, base: nn.Module, settings: TapSettings, crops: Crops, pack: Pack):
         self.base, self.settings = base, settings
         self.crops, self.pack = crops, pack
         vision = base.config.vision_config
@@ -133,7 +141,7 @@ class PatchTower:
     def _before(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
         self.seen = {"pixels": args[0] if args else kwargs["pixel_values"]}
 
-    def _keep(self, name: str) -> Callable:
+    def _keep(self, name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             self.seen[name] = output.detach()
 
@@ -176,12 +184,17 @@ class PatchTower:
         scaling = q.shape[-1] ** -0.5
         if "importance" in wanted:
             scores, empty = voted_attention(
-                q, k, scaling, threshold=settings.threshold, vote=settings.vote, prefix=self.prefix
+                q,
+                k,
+                scaling,
+                threshold=settings.voter_threshold,
+                vote=settings.vote,
+                prefix=self.prefix,
             )
-            if settings.alpha:
+            if settings.entropy_weight:
                 grey = grey_levels(pixels, *_normalisation(settings, bool(self.prefix)))
                 entropy = patch_entropy(cut_patches(grey, self.patch_size))
-                scores = add_entropy(scores, entropy, settings.alpha)
+                scores = add_entropy(scores, entropy, settings.entropy_weight)
             maps["importance"] = scores[..., None]
         if "attention" in wanted:
             looking = q[:, :, :1] if self.prefix else q
@@ -206,7 +219,7 @@ class MergingTower:
         depth = len(self.tower.blocks)
         full = getattr(self.tower, "fullatt_block_indexes", None)
         self.layer = _tapped_layer(max(full) if full else depth - 1, settings.layer, depth)
-        self.seen: dict[str, Any] = {}
+        self.seen: Inputs = {}  # what reached the tower, and its attention
 
     def install(self) -> list[RemovableHandle]:
         attention = self.tower.blocks[self.layer].attn
@@ -261,7 +274,7 @@ class MergingTower:
             pair = (q[None, :, start:end], k[None, :, start:end], q.shape[-1] ** -0.5)
             if "importance" in wanted:
                 scores, none = voted_attention(
-                    *pair, threshold=settings.threshold, vote=settings.vote
+                    *pair, threshold=settings.voter_threshold, vote=settings.vote
                 )
                 chunks["importance"].append(scores[0])
                 empty[next(i for i, last in enumerate(ends) if start < last)] += int(none)
@@ -270,11 +283,12 @@ class MergingTower:
                 chunks["attention"].append(received_attention(*pair, weights)[0])
         maps |= {name: torch.cat(parts) for name, parts in chunks.items() if parts}
         maps = {name: self._in_prompt_order(signal, grids) for name, signal in maps.items()}
-        if "importance" in wanted and settings.alpha:
+        if "importance" in wanted and settings.entropy_weight:
             entropies = self._entropy().split(grids.prod(-1).tolist())
             scores = maps["importance"].split(grids.prod(-1).tolist())
             added = [
-                add_entropy(s, e, settings.alpha) for s, e in zip(scores, entropies, strict=True)
+                add_entropy(s, e, settings.entropy_weight)
+                for s, e in zip(scores, entropies, strict=True)
             ]
             maps["importance"] = torch.cat(added)
         unit = self.merge**2
@@ -284,8 +298,6 @@ class MergingTower:
         """Undoes Qwen2.5-VL's shuffle of merge units into windows."""
         if not hasattr(self.tower, "window_size"):
             return signal
-        from transformers.vision_utils import get_vision_window_index
-
         index, _ = get_vision_window_index(
             grids,
             spatial_merge_size=self.merge,
@@ -340,8 +352,6 @@ def _tapped_layer(default: int, wanted: int | None, depth: int) -> int:
 
 def _normalisation(settings: TapSettings, clip: bool) -> tuple[Tensor, Tensor]:
     """Mean and std [3] of the pixels: the image processor's, or the tower family's usual ones."""
-    from transformers import image_utils
-
     usual = (
         (image_utils.OPENAI_CLIP_MEAN, image_utils.OPENAI_CLIP_STD)
         if clip

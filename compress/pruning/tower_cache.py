@@ -10,10 +10,13 @@ Results are the same to the bit.
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress.models.vision import Inputs
 
 MOST_BYTES = 2**30
 
@@ -32,8 +35,16 @@ class OutputCache:
             self.left -= size
 
 
+@dataclass
+class _Forward:
+    """The forward that goes on: its pixels' hash, and what is known of them."""
+
+    name: str = ""
+    known: Tensor | None = None
+
+
 @contextmanager
-def tower_cached(model: Any, cache: OutputCache) -> Iterator[None]:
+def tower_cached(model: PreTrainedModel, cache: OutputCache) -> Iterator[None]:
     """A context in which a LLaVA's tower reads what it has seen from `cache`; others run as usual.
 
     Only for the layer that the features come from: no strategy may tap an earlier one.
@@ -44,20 +55,20 @@ def tower_cached(model: Any, cache: OutputCache) -> Iterator[None]:
     if not layers:
         yield
         return
-    now: dict[str, Any] = {}  # of the forward that goes on: its pixels' hash, and what is known
+    now = _Forward()
 
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(module: nn.Module, args: tuple, kwargs: Inputs) -> None:
         pixels = args[0] if args else kwargs["pixel_values"]
-        now["name"] = _digest(pixels)
-        now["known"] = cache.kept.get(now["name"])
+        now.name = _digest(pixels)
+        now.known = cache.kept.get(now.name)
 
     def reading(forward: Callable[..., Tensor], first: bool, last: bool) -> Callable[..., Tensor]:
-        def layer(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if now["known"] is not None:
-                return now["known"] if first else hidden
+        def layer(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+            if now.known is not None:
+                return now.known if first else hidden
             output = forward(hidden, *args, **kwargs)
             if last:
-                cache.put(now["name"], output.detach())
+                cache.put(now.name, output.detach())
             return output
 
         return layer
@@ -73,7 +84,7 @@ def tower_cached(model: Any, cache: OutputCache) -> Iterator[None]:
             del layer.forward  # the class's own is there again
 
 
-def _below_the_features(model: Any, tower: nn.Module | None) -> list[nn.Module]:
+def _below_the_features(model: PreTrainedModel, tower: nn.Module | None) -> list[nn.Module]:
     """The tower's layers before the one whose output becomes features; [] if that is not one."""
     index = getattr(model.config, "vision_feature_layer", None)
     if tower is None or not isinstance(index, int):

@@ -2,7 +2,8 @@
 
 The first line holds the settings and a fingerprint of the model's answers, each further line one
 trial: {"trial", "parameters", "strategy", "score"}. A line is on disk before the next trial begins;
-one that was cut short by a kill is dropped. What optuna needs is rebuilt from the lines.
+one that was cut short by a kill is dropped. What optuna needs is rebuilt from the lines. Names of
+settings that earlier versions wrote are replaced where a file is opened.
 
     file = TrialFile.open(path, settings, fingerprint)
     file.trials; file.append(trial)
@@ -14,9 +15,9 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from compress.errors import CheckpointError, UsageError
+from compress.recipe.strategy import with_new_names
 from compress.storage.files import atomic_write
 
 KIND = "modelpress-pruning-search"
@@ -31,7 +32,7 @@ class Trial:
 
     trial: int
     parameters: dict[str, float]
-    strategy: dict[str, Any]
+    strategy: dict[str, object]
     score: float
 
 
@@ -43,7 +44,7 @@ class TrialFile:
 
     @classmethod
     def open(
-        cls, path: str | Path | None, settings: dict[str, Any], fingerprint: Sequence[float]
+        cls, path: str | Path | None, settings: dict[str, object], fingerprint: Sequence[float]
     ) -> "TrialFile":
         """Reads what an earlier search has left, or starts a new file.
 
@@ -79,16 +80,16 @@ class TrialFile:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from error
 
 
-def _write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+def _write(path: Path, lines: Iterable[dict[str, object]]) -> None:
     with atomic_write(path) as file:
         file.write("".join(map(_line, lines)).encode())
 
 
-def _line(value: dict[str, Any]) -> str:
+def _line(value: dict[str, object]) -> str:
     return json.dumps(value, allow_nan=False) + "\n"
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def _whole_lines(path: Path) -> list[dict[str, object]]:
     """The file's lines as objects, without a last one that has no end; [] if there is no file."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -104,12 +105,12 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
             raise CheckpointError(f"{path}:{number}: not a line of JSON: {error}") from error
         if not isinstance(value, dict):
             raise CheckpointError(f"{path}:{number}: expected a JSON object")
-        lines.append(value)
+        lines.append(with_new_names(value))
     return lines
 
 
 def _check_header(
-    path: Path, found: dict[str, Any], header: dict[str, Any], fingerprint: Sequence[float]
+    path: Path, found: dict[str, object], header: dict[str, object], fingerprint: Sequence[float]
 ) -> None:
     if found.get("kind") != KIND or found.get("version") != VERSION:
         raise CheckpointError(f"{path} is not a file of trials: name another one")
@@ -130,7 +131,7 @@ def _check_header(
         raise UsageError(f"{path} is of another model or other samples: {remedy}")
 
 
-def _trial(path: Path, number: int, line: dict[str, Any]) -> Trial:
+def _trial(path: Path, number: int, line: dict[str, object]) -> Trial:
     try:
         trial = Trial(**line)
     except TypeError:

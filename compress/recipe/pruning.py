@@ -6,8 +6,7 @@
       strategy: {method: vflowopt, voter_threshold: 5.0}       # or FILE.json of search-pruning
       search: {samples: 30, trials: 50}                        # null: none
 
-A strategy is `PruneStrategy`, whose `threshold` and `alpha` have speaking names here. It is settled
-once the depth of the model is known:
+A strategy is `PruneStrategy`, settled once the depth of the model is known:
 
     strategy = section.strategy_for(layers=28)
 """
@@ -22,8 +21,6 @@ from compress.recipe.sections import Number, Section, Seed
 from compress.recipe.source import FieldError
 from compress.recipe.strategy import Layer, Method, PruneStrategy, Ratio
 
-# Keys of a recipe -> those of PruneStrategy, where they differ.
-NAMES = {"voter_threshold": "threshold", "entropy_weight": "alpha"}
 # Given ratios may miss a given `keep` by the rounding of a person who wrote three digits.
 KEEP_TOLERANCE = 2e-3
 
@@ -39,9 +36,9 @@ class StrategySettings(Section):
     file: str | None = None  # JSON that `modelpress search-pruning` wrote; read with the recipe
     method: Method = "vflowopt"
     ratios: Annotated[list[Ratio], Field(min_length=1)] | None = None  # kept at each stage
-    voter_threshold: Number = Field(_default("threshold"), ge=0)
+    voter_threshold: Number = Field(_default("voter_threshold"), ge=0)
     vote: Literal["mean", "sum"] = "mean"
-    entropy_weight: Number = Field(_default("alpha"), ge=0)
+    entropy_weight: Number = Field(_default("entropy_weight"), ge=0)
     cell: Number | None = Field(None, gt=0)  # side of a recycling cell in tokens
     vit_layer: int | None = None
     positions: Literal["original", "renumbered"] = "original"
@@ -56,16 +53,12 @@ class StrategySettings(Section):
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of PruneStrategy, but for method, stages and ratios."""
-        own = self.model_dump(exclude={"file", "method", "ratios"})
-        return {NAMES.get(name, name): value for name, value in own.items()}
+        return self.model_dump(exclude={"file", "method", "ratios"})
 
     @classmethod
     def of(cls, strategy: PruneStrategy) -> "StrategySettings":
-        """The same settings under the recipe's names."""
-        back = {theirs: ours for ours, theirs in NAMES.items()}
-        settings = strategy.model_dump(exclude={"stages"})
-        settings["ratios"] = list(settings["ratios"])
-        return cls(**{back.get(name, name): value for name, value in settings.items()})
+        """The settings of a strategy, without its stages."""
+        return cls(**strategy.model_dump(exclude={"stages"}) | {"ratios": list(strategy.ratios)})
 
 
 class PruningSearch(Section):
@@ -77,12 +70,6 @@ class PruningSearch(Section):
     sampler: Literal["tpe", "gp"] = "tpe"
     # null: all that the strategy reads
     variables: list[Literal["ratios", "voter_threshold", "entropy_weight", "cell"]] | None = None
-
-    def searched(self) -> list[str] | None:
-        """`variables` by the names of PruneStrategy."""
-        if self.variables is None:
-            return None
-        return [NAMES.get(name, name) for name in self.variables]
 
 
 class PruneVisualTokens(Section):
@@ -116,10 +103,10 @@ class PruneVisualTokens(Section):
             cause = error.errors(include_url=False)[0].get("ctx", {}).get("error")
             if not isinstance(cause, FieldError):
                 raise
-            own = cause.field[0] in ("stages",)
-            back = {theirs: ours for ours, theirs in NAMES.items()}
-            name = back.get(str(cause.field[0]), cause.field[0])
-            raise FieldError((name,) if own else ("strategy", name), str(cause)) from None
+            own = cause.field == ("stages",)
+            raise FieldError(
+                cause.field if own else ("strategy", *cause.field), str(cause)
+            ) from None
         return self
 
     def _strategy(self, keep: float, layers: int) -> PruneStrategy:

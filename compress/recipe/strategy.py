@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise, product
 from operator import mul
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -36,17 +36,21 @@ LANGUAGE_ATTENTION = ("fastv", "pyramiddrop")
 BEFORE_LANGUAGE_MODEL = ("pooling", "visionzip", "divprune")
 # Settings that only some methods read; elsewhere they must stay at their defaults.
 OPTIONS = {
-    "threshold": ("vflowopt",),
+    "voter_threshold": ("vflowopt",),
     "vote": ("vflowopt",),
-    "alpha": ("vflowopt",),
+    "entropy_weight": ("vflowopt",),
     "cell": ("vflowopt",),
     "vit_layer": ("vflowopt", "visionzip"),
     "seed": ("random",),
 }
 
+# Names in JSON that earlier versions saved: strategies, trials of a search.
+NEW_NAMES = {"threshold": "voter_threshold", "alpha": "entropy_weight"}
+
 # Shares are products of ratios: whole numbers of tokens come out with an error of this size.
 ROUNDING = 1e-6
 
+T = TypeVar("T")
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(strict=False, gt=0, le=1)]
 Layer = Annotated[int, Field(ge=0)]
@@ -60,9 +64,11 @@ class PruneStrategy(BaseModel):
     method: Method = "vflowopt"
     stages: Annotated[tuple[Layer, ...], Field(strict=False, min_length=1)] = (0,)
     ratios: Annotated[tuple[Ratio, ...], Field(strict=False, min_length=1)] = (0.5,)
-    threshold: Number = Field(5.0, ge=0)  # t: a voter receives more than t x the mean attention
+    # t: a voter receives more than t x the mean attention
+    voter_threshold: Number = Field(5.0, ge=0)
     vote: Literal["mean", "sum"] = "mean"  # over the voters; the paper's text sums
-    alpha: Number = Field(0.0, ge=0)  # weight of the entropy term; 0 in the published settings
+    # alpha, the weight of the entropy term; 0 in the published settings
+    entropy_weight: Number = Field(0.0, ge=0)
     cell: Number | None = Field(None, gt=0)  # side of a recycling cell in tokens; null: none
     vit_layer: int | None = None  # null: the layer that makes the features (its last global one)
     positions: Literal["original", "renumbered"] = "original"  # of what is left, for RoPE
@@ -169,10 +175,21 @@ class PruneStrategy(BaseModel):
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str = "strategy") -> "PruneStrategy":
         """A strategy from plain values; RecipeError with `source` as the place."""
+        data = with_new_names(data)
         try:
             return cls.model_validate(data)
         except ValidationError as error:
             raise RecipeError(Source(data, {(): source}).one_line(error, cls)) from error
+
+
+def with_new_names(saved: T) -> T:
+    """Plain values of saved JSON with today's names, as keys and in lists of names."""
+    if isinstance(saved, dict):
+        names = {old: new for old, new in NEW_NAMES.items() if new not in saved}
+        return {names.get(key, key): with_new_names(value) for key, value in saved.items()}
+    if isinstance(saved, list):
+        return [NEW_NAMES.get(v, v) if isinstance(v, str) else with_new_names(v) for v in saved]
+    return saved
 
 
 def average_kept(stages: tuple[int, ...], ratios: tuple[float, ...], layers: int) -> float:

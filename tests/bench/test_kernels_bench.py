@@ -5,18 +5,17 @@ import json
 import pytest
 import torch
 
+from compress.bench import clock as timing
 from compress.bench.clock import Clock, Samples
 from compress.bench.kernels import (
-    KernelBench,
     against_floor,
     bench_kernels,
-    parse_numbers,
-    parse_shapes,
     random_codes,
     relative_error,
     tune_kernels,
 )
 from compress.bench.kernels_view import dense_name, plot_kernels
+from compress.bench.settings import KernelBench, parse_numbers, parse_shapes
 from compress.errors import UsageError
 from compress.kernels.reference import reference_matmul
 from support.calling import call, last_line
@@ -27,8 +26,6 @@ SMALL = KernelBench(shapes=((64, 96),), rows=(1, 3), bits=(3, 4), group_size=32,
 @pytest.fixture
 def small_device(monkeypatch):
     """Rates and caches of a device that is measured in no time."""
-    from compress.bench import clock as timing
-
     monkeypatch.setitem(timing.COPY_BYTES, "cpu", 1 << 12)
     monkeypatch.setitem(timing.PRODUCT_SIZE, "cpu", 16)
     monkeypatch.setattr(timing, "PASS_SECONDS", 0.0)
@@ -105,7 +102,7 @@ def test_figures_of_small_products(small_device):
         assert measured["bytes"]["bf16"] == 2 * 64 * 96
         assert measured["ratio"]["packed"] == 1
     assert result["conditions"]["bench"]["dtype"] == "bf16"
-    assert dense_name(result) in result["rows"][0]["ratio"]
+    assert dense_name(result.values) in result["rows"][0]["ratio"]
 
 
 def test_torch_own_operator_is_measured_where_it_takes_the_weight(small_device):
@@ -115,7 +112,7 @@ def test_torch_own_operator_is_measured_where_it_takes_the_weight(small_device):
 
 
 def test_products_of_integers_are_measured_when_asked_for(small_device):
-    bench = KernelBench(((32, 128),), (2,), (4,), group_size=64, rounds=1, activation_bits=8)
+    bench = KernelBench(((32, 128),), (2,), (4,), group_size=64, activation_bits=8, rounds=1)
     (measured,) = bench_kernels(bench)["rows"]
     # 127 steps to the largest value of a token: a step is about 2 % of the typical one
     assert 1e-3 < measured["error"]["packed A8"] < 3e-2
@@ -162,7 +159,7 @@ def test_wrong_options_are_usage_errors(arguments, message, capsys):
 
 
 def test_shapes_and_numbers():
-    assert parse_shapes("4096x14336, 8X16") == ((4096, 14336), (8, 16))
+    assert parse_shapes("4096x14336, 8X16", "--shapes") == ((4096, 14336), (8, 16))
     assert parse_numbers("1, 16", "--m") == (1, 16)
     with pytest.raises(UsageError, match="found '0'"):
         parse_numbers("0", "--m")
@@ -184,8 +181,6 @@ def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("seconds", "kept"), [(0.5, ["fp32", "bf16"]), (40, ["fp32"])])
 def test_an_emulated_product_is_no_bound(monkeypatch, seconds, kept):
     """A small one tells, so that no large one is waited for."""
-    from compress import timing
-
     timed = []
 
     def take_turns(clock, calls):
@@ -195,4 +190,5 @@ def test_an_emulated_product_is_no_bound(monkeypatch, seconds, kept):
     monkeypatch.setattr(timing.Clock, "take_turns", take_turns)
     monkeypatch.setitem(timing.PRODUCT_SIZE, "cpu", 24)
     assert list(timing.product_rate(timing.Clock())) == kept
-    assert timed == [{"fp32": 4, "bf16": 4}, dict.fromkeys(kept, 24)]
+    assert list(timing.product_rate(timing.Clock(), "fp32")) == ["fp32"]
+    assert timed == [{"fp32": 4, "bf16": 4}, dict.fromkeys(kept, 24), {"fp32": 24}]

@@ -6,8 +6,10 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 import torch
 
+from compress.bench import alone
 from compress.bench import model as benchmark
-from compress.bench.model import ModelBench, bench_model, measure, model_bench_table
+from compress.bench.model import bench_model, measure
+from compress.bench.settings import ModelBench
 from compress.errors import CompressError, UsageError
 from compress.kernels.cpu.products import pack_cpu, pack_integers
 from compress.kernels.linear import QuantLinear
@@ -20,10 +22,8 @@ BRIEF = {"prompts": (1, 4), "new_tokens": 2, "repeats": 2, "dtype": "fp32"}
 
 @pytest.fixture
 def rates(monkeypatch):
-    monkeypatch.setattr("compress.bench.clock.copy_bandwidth", lambda clock: 1e9)
-    monkeypatch.setattr(
-        "compress.bench.clock.product_rate", lambda clock: {"fp32": 1e3, "bf16": 5e2}
-    )
+    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda clock: 1e9)
+    monkeypatch.setattr(benchmark, "product_rate", lambda clock: {"fp32": 1e3, "bf16": 5e2})
 
 
 def test_what_is_counted_of_a_dense_model(checkpoint, rates):
@@ -98,14 +98,14 @@ def test_a_process_that_dies_is_named(monkeypatch, checkpoint):
         def submit(self, *_):
             raise BrokenProcessPool
 
-    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Dead)
-    with pytest.raises(CompressError, match="the process that measured here was ended"):
+    monkeypatch.setattr(alone, "ProcessPoolExecutor", Dead)
+    with pytest.raises(CompressError, match="the process that measured was ended"):
         bench_model(ModelBench("here"))
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"dtype": "int8"}, "dtype: expected bf16"), ({"prompts": (0,)}, "expected lengths from 1")],
+    [({"dtype": "int8"}, "dtype: expected fp16"), ({"prompts": (0,)}, "expected lengths from 1")],
 )
 def test_what_measures_nothing_is_refused(change, said):
     with pytest.raises(UsageError, match=said):
@@ -113,7 +113,7 @@ def test_what_measures_nothing_is_refused(change, said):
 
 
 def test_one_model_has_no_ratios(checkpoint, rates, monkeypatch):
-    monkeypatch.setattr(benchmark, "_alone", measure)
+    monkeypatch.setattr(benchmark, "alone", lambda measure, bench: measure(bench))
     result = bench_model(ModelBench(str(checkpoint()), **BRIEF))
     assert "ratio" not in result["rows"][0]
-    assert model_bench_table(result).row_count == 9
+    assert result.table().row_count == 9

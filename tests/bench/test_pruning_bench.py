@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from compress.bench.pruning import PruningBench, bench_pruning, random_llava, tower_flops
+from compress.bench import clock
+from compress.bench.pruning import bench_pruning, random_llava, tower_flops
+from compress.bench.settings import PruningBench
 from compress.errors import UsageError
 from support.calling import call, only_line
 from support.tiny_vlm import write_vlm
@@ -16,9 +18,8 @@ TINY = PruningBench(
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    monkeypatch.setattr("compress.bench.quantize.MATMUL_SECONDS", 0.05)
-    monkeypatch.setattr("compress.bench.pruning.READ_SECONDS", 0.05)
-    monkeypatch.setattr("compress.bench.pruning.READ_BYTES", 2**20)
+    monkeypatch.setitem(clock.PRODUCT_SIZE, "cpu", 256)
+    monkeypatch.setitem(clock.COPY_BYTES, "cpu", 2**20)
 
 
 def test_what_is_counted_of_a_random_model():

@@ -6,7 +6,15 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from compress.bench.quantize import QuantizeBench, bench_quantize, write_synthetic_model
+from compress.bench import clock
+from compress.bench.quantize import (
+    bench_quantize,
+    floor_operations,
+    layer_bytes,
+    linears,
+    write_synthetic_model,
+)
+from compress.bench.settings import QuantizeBench
 from compress.errors import CompressError
 from compress.models.skeleton import Skeleton
 from compress.storage.safetensors import CheckpointReader
@@ -27,7 +35,7 @@ def test_floor_by_hand():
     )
     tokens = 15
     weights = 8 * 8 + 2 * 4 * 8 + 8 * 8 + 2 * 12 * 8 + 8 * 12
-    operations = bench.floor_operations()
+    operations = floor_operations(bench)
     # q K^T and the average of V, each 2 * T^2 * d for a window
     attention = 5 * 2 * 2 * 3 * 3 * 8 / 2  # half of it: causal
     assert operations["forward"] == 3 * (2 * weights * tokens + attention)
@@ -35,7 +43,7 @@ def test_floor_by_hand():
     cholesky = 3 * 8**3 / 3 + 12**3 / 3
     loops = (8 + 4 + 4) * 64 + 8 * 64 + 24 * 64 + 8 * 144
     assert operations["solves"] == pytest.approx(3 * (cholesky + loops))
-    assert bench.layer_bytes() == 4 * weights
+    assert layer_bytes(bench) == 4 * weights
 
 
 def test_the_floor_counts_the_linears_of_the_synthetic_model(tmp_path):
@@ -43,16 +51,16 @@ def test_the_floor_counts_the_linears_of_the_synthetic_model(tmp_path):
     skeleton = Skeleton(tmp_path)
     shapes = [skeleton.model.get_submodule(name).weight.shape for name in skeleton.linear_names()]
     assert shapes.pop() == (TINY.vocabulary, TINY.hidden)  # the head
-    assert sum(s.numel() for s in shapes) == TINY.layers * sum(N * K for N, K in TINY.linears())
+    assert sum(s.numel() for s in shapes) == TINY.layers * sum(N * K for N, K in linears(TINY))
     assert skeleton.dtype is torch.bfloat16
     assert AutoConfig.from_pretrained(tmp_path).max_position_embeddings == TINY.length
 
 
 def test_the_floor_is_linear_in_depth_and_samples():
-    base = TINY.floor_operations()
-    deeper = dataclasses.replace(TINY, layers=2 * TINY.layers).floor_operations()
+    base = floor_operations(TINY)
+    deeper = floor_operations(dataclasses.replace(TINY, layers=2 * TINY.layers))
     assert deeper == {name: 2 * value for name, value in base.items()}
-    longer = dataclasses.replace(TINY, samples=2 * TINY.samples).floor_operations()
+    longer = floor_operations(dataclasses.replace(TINY, samples=2 * TINY.samples))
     assert longer == base | {n: 2 * base[n] for n in ("forward", "hessians")}
 
 
@@ -66,17 +74,17 @@ def test_the_same_seed_writes_the_same_model(tmp_path):
 
 @pytest.fixture
 def brief(monkeypatch):
-    """A matmul rate from a tenth of a second."""
-    monkeypatch.setattr("compress.bench.quantize.MATMUL_SECONDS", 0.1)
+    """A matmul rate from small products."""
+    monkeypatch.setitem(clock.PRODUCT_SIZE, "cpu", 512)
 
 
 def test_a_very_small_bench_runs(brief):
-    found = bench_quantize(TINY)
+    (found,) = bench_quantize(TINY)["runs"]
     assert found["conditions"].items() >= dataclasses.asdict(TINY).items()
     rate = found["conditions"]["matmul_rate"]
     assert rate == max(found["conditions"]["matmul_rates"]) > 1e8
     floor = found["floor"]
-    assert floor["seconds"] == pytest.approx(sum(TINY.floor_operations().values()) / rate)
+    assert floor["seconds"] == pytest.approx(sum(floor_operations(TINY).values()) / rate)
     assert sum(floor["parts"].values()) == pytest.approx(floor["seconds"])
     assert found["ratio"] == pytest.approx(found["seconds"] / floor["seconds"])
     assert found["ratio"] > 1

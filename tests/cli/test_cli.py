@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from compress.bench.quantize import QuantizeBench
+from compress.bench.quantize import quantize_bench_table
+from compress.bench.report import Report
+from compress.bench.settings import QuantizeBench
 from compress.cli import bench as bench_commands
 from compress.cli import checkpoints as checkpoint_commands
 from compress.cli import run as commands
@@ -212,14 +214,16 @@ def test_bench_prints_a_column_a_run(monkeypatch, tmp_path, capsys):
         "seconds": 1.5, "layers_seconds": 1.25, "ratio": 3.0, "mean_error": 0.0125,
         "peak_memory": {"host": 7_000_000, "device": 0},
     }  # fmt: skip
-    benches = pretend(monkeypatch, "compress.bench.quantize", "bench_quantize", result)
+    report = Report({"runs": [result, result]}, quantize_bench_table)
+    benches = pretend(monkeypatch, "compress.bench.quantize", "bench_quantize", report)
     file = tmp_path / "made" / "bench.json"
     assert call("bench", "quantize", "--hidden", 64, "--group-size", "channel", "--repeats", 2,
                 "--output", file) == 0  # fmt: skip
     out = capsys.readouterr().out
     for text in ("run 2", "0.38", "3.00", "7.00 MB", "0.0125", "5.0 GFLOP/s", "2 threads", "9.9"):
         assert text in out
-    assert benches[0]["bench"] == QuantizeBench(hidden=64, group_size="channel")
+    bench = QuantizeBench(hidden=64, group_size="channel")
+    assert benches == [{"bench": bench, "repeats": 2}]
     assert json.loads(file.read_text()) == {"runs": [result, result]}
 
 

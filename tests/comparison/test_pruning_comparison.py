@@ -144,8 +144,8 @@ def test_the_variables_of_a_search_are_the_recipes(model, tmp_path):
     header, *trials = map(
         json.loads, (Path(run["folder"]) / "trials.jsonl").read_text().splitlines()
     )
-    assert header["settings"]["variables"] == ["ratios", "alpha"]
-    assert all(trial["strategy"]["threshold"] == 0 for trial in trials)
+    assert header["settings"]["variables"] == ["ratios", "entropy_weight"]
+    assert all(trial["strategy"]["voter_threshold"] == 0 for trial in trials)
     assert all(trial["strategy"]["cell"] is None for trial in trials)
 
 

@@ -15,7 +15,7 @@ from compress.recipe.strategy import PruneStrategy
 from support.tiny_folders import tiny_folder, write_samples
 from support.tiny_models import LAYERS, generate, tiny_inputs
 
-STRATEGY = PruneStrategy(stages=(0, 2), ratios=(0.5, 0.6), threshold=1.1, alpha=0.3)
+STRATEGY = PruneStrategy(stages=(0, 2), ratios=(0.5, 0.6), voter_threshold=1.1, entropy_weight=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,20 @@ def test_one_of_the_two_is_enough(folder, missing):
     assert compress.load(folder)[0].visual_token_pruning.strategy == STRATEGY
 
 
+def test_names_of_earlier_versions_are_read(folder):
+    def age(config):
+        settings = config[KEY]
+        settings["threshold"] = settings.pop("voter_threshold")
+        settings["alpha"] = settings.pop("entropy_weight")
+
+    save_strategy(STRATEGY, folder)
+    change_config(folder, age)
+    assert compress.load(folder)[0].visual_token_pruning.strategy == STRATEGY  # as the file beside
+    change_config(folder, lambda config: config[KEY].update(alpha=0.9))
+    with pytest.raises(CheckpointError, match="two strategies"):
+        compress.load(folder)
+
+
 def test_a_strategy_outlives_saving_the_loaded_model(folder, tmp_path):
     """By transformers itself, which knows nothing of it: it only keeps the config's keys."""
     save_strategy(STRATEGY, folder)
@@ -154,7 +168,7 @@ def test_a_processor_with_videos_reads_images_without_torchvision(tmp_path):
     for sample in samples:
         placeholders = int((sample["input_ids"] == model.config.image_token_id).sum())
         assert placeholders == int(sample["image_grid_thw"].prod()) // 4
-    save_strategy(STRATEGY.model_copy(update={"alpha": 0.0}), folder)
+    save_strategy(STRATEGY.model_copy(update={"entropy_weight": 0.0}), folder)
     model, _ = compress.load(folder)
     with torch.no_grad():
         model(**samples[0])

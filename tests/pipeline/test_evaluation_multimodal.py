@@ -16,7 +16,7 @@ from compress.recipes.demo import scenes
 from support.tiny_vlm import LAYERS, write_vlm
 
 LIMIT = 9
-STRATEGY = PruneStrategy(stages=(0, 1), ratios=(0.5, 0.25), threshold=1.2, cell=4)
+STRATEGY = PruneStrategy(stages=(0, 1), ratios=(0.5, 0.25), voter_threshold=1.2, cell=4)
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def test_pruning_alone_changes_no_weight_and_is_applied_on_loading(folder_of, tm
     model, processor = compress.load(tmp_path / "out")
     strategy = model.visual_token_pruning.strategy
     assert strategy.average_kept(LAYERS) == pytest.approx(0.5)
-    assert (strategy.stages, strategy.threshold) == ((0, 2), 1.1)
+    assert (strategy.stages, strategy.voter_threshold) == ((0, 2), 1.1)
     assert result.pruning["strategy"] == strategy.model_dump(mode="json")
     plain, _ = compress.load(folder)
     inputs = tiny_inputs(plain)
@@ -48,7 +48,7 @@ def test_pruning_alone_changes_no_weight_and_is_applied_on_loading(folder_of, tm
 
 def test_a_saved_strategy_stays_and_calibration_follows_it(folder_of, samples, tmp_path):
     folder = shutil.copytree(folder_of(), tmp_path / "pruned")
-    strategy = PruneStrategy(ratios=(0.5,), threshold=1.1)
+    strategy = PruneStrategy(ratios=(0.5,), voter_threshold=1.1)
     save_strategy(strategy, folder)
     recipe = recipe_of(folder, calibration=images(samples), quantize=BITS)
     result = run(recipe, tmp_path / "out", self_check=False)

@@ -27,12 +27,14 @@ from support.tiny_models import LAYERS, tiny_inputs
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 PROMPTS = ([[3, (20, 40), 5]], [[2, (44, 24), 1, (24, 24), 4]])  # the second has two images
 STRATEGIES = {
-    "before": PruneStrategy(ratios=(0.5,), threshold=1.1),
-    "stages": PruneStrategy(stages=(0, 1, 3), ratios=(0.6, 0.7, 0.5), threshold=1.1, alpha=0.3),
-    "late": PruneStrategy(stages=(2,), ratios=(0.4,), threshold=1.1),
-    "recycled": PruneStrategy(stages=(0, 2), ratios=(0.6, 0.7), threshold=1.1, cell=3.0),
+    "before": PruneStrategy(ratios=(0.5,), voter_threshold=1.1),
+    "stages": PruneStrategy(
+        stages=(0, 1, 3), ratios=(0.6, 0.7, 0.5), voter_threshold=1.1, entropy_weight=0.3
+    ),
+    "late": PruneStrategy(stages=(2,), ratios=(0.4,), voter_threshold=1.1),
+    "recycled": PruneStrategy(stages=(0, 2), ratios=(0.6, 0.7), voter_threshold=1.1, cell=3.0),
     "renumbered": PruneStrategy(
-        stages=(0, 2), ratios=(0.5, 0.5), threshold=1.1, positions="renumbered"
+        stages=(0, 2), ratios=(0.5, 0.5), voter_threshold=1.1, positions="renumbered"
     ),
     "pyramiddrop": PruneStrategy(method="pyramiddrop", stages=(1, 3), ratios=(0.6, 0.5)),
     "divprune": PruneStrategy(method="divprune", ratios=(0.4,)),

@@ -22,8 +22,8 @@ from support.tiny_models import (
 )
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
-THREE = PruneStrategy(stages=(0, 1, 3), ratios=(0.6, 0.7, 0.5), threshold=1.1)
-HALF = PruneStrategy(ratios=(0.5,), threshold=1.1)
+THREE = PruneStrategy(stages=(0, 1, 3), ratios=(0.6, 0.7, 0.5), voter_threshold=1.1)
+HALF = PruneStrategy(ratios=(0.5,), voter_threshold=1.1)
 
 
 def close(actual, expected):
@@ -155,7 +155,7 @@ def test_keeping_everything_is_bit_identical(family, method):
     with prune_visual_tokens(model, PruneStrategy.for_budget(method, 1.0, LAYERS)) as pruning:
         assert same(model, inputs, before)
     assert pruning.stats.average_kept == 1.0
-    assert pruning.stats.kv_bytes == pruning.stats.prompts[0].kv_bytes_unpruned()
+    assert pruning.stats.kv_bytes == pruning.stats.prompts[0].kv_bytes_unpruned
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -274,7 +274,7 @@ def test_kv_bytes_are_those_of_the_cache(family, rows, dtype):
     assert pruning.stats.kv_bytes == measured
     full = model(**inputs, use_cache=True).past_key_values
     measured = sum(x.nbytes for layer in full.layers for x in (layer.keys, layer.values))
-    assert pruning.stats.prompts[0].kv_bytes_unpruned() == measured
+    assert pruning.stats.prompts[0].kv_bytes_unpruned == measured
 
 
 @torch.no_grad()

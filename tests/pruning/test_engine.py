@@ -9,10 +9,12 @@ from support.tiny_models import BATCH, LAYERS, SINGLE, generate, masked_run, tin
 
 FAMILIES = ("llava", "llava_siglip", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 STAGES = {
-    "before": PruneStrategy(ratios=(0.4,), threshold=1.1),
-    "inside": PruneStrategy(stages=(2,), ratios=(0.3,), threshold=1.1),
-    "three": PruneStrategy(stages=(0, 1, 3), ratios=(0.6, 0.7, 0.4), threshold=1.1, alpha=0.1),
-    "recycled": PruneStrategy(stages=(0, 2), ratios=(0.5, 0.5), threshold=1.1, cell=2.5),
+    "before": PruneStrategy(ratios=(0.4,), voter_threshold=1.1),
+    "inside": PruneStrategy(stages=(2,), ratios=(0.3,), voter_threshold=1.1),
+    "three": PruneStrategy(
+        stages=(0, 1, 3), ratios=(0.6, 0.7, 0.4), voter_threshold=1.1, entropy_weight=0.1
+    ),
+    "recycled": PruneStrategy(stages=(0, 2), ratios=(0.5, 0.5), voter_threshold=1.1, cell=2.5),
 }
 MERGING = ("pooling", "visionzip")
 BASELINES = {

@@ -21,7 +21,7 @@ from compress.pruning.pictures import (
 from compress.recipe.strategy import PruneStrategy
 from support.tiny_models import BATCH, SINGLE, tiny_inputs, tiny_model
 
-STRATEGY = PruneStrategy(stages=(0, 2), ratios=(0.5, 0.5), threshold=1.1, cell=3)
+STRATEGY = PruneStrategy(stages=(0, 2), ratios=(0.5, 0.5), voter_threshold=1.1, cell=3)
 GREY = 200
 SIDE = 6  # of a crop's grid
 

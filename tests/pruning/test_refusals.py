@@ -11,9 +11,9 @@ from compress.recipe.strategy import PruneStrategy
 from support.tiny_models import LAYERS, masked_run, tiny_inputs, tiny_model
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
-HALF = PruneStrategy(ratios=(0.5,), threshold=1.1)
-THREE = PruneStrategy(stages=(0, 1, 3), ratios=(0.6, 0.7, 0.5), threshold=1.1)
-INSIDE = PruneStrategy(stages=(2,), ratios=(0.3,), threshold=1.1)
+HALF = PruneStrategy(ratios=(0.5,), voter_threshold=1.1)
+THREE = PruneStrategy(stages=(0, 1, 3), ratios=(0.6, 0.7, 0.5), voter_threshold=1.1)
+INSIDE = PruneStrategy(stages=(2,), ratios=(0.3,), voter_threshold=1.1)
 
 
 REFUSED = {

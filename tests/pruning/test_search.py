@@ -69,7 +69,7 @@ class Counter(Observer):
 def test_score_is_the_cosine_with_a_run_in_which_the_pruned_keys_are_masked(family):
     model = tiny_model(family)
     inputs = tiny_inputs(model, TWO)
-    strategy = START.model_copy(update={"threshold": 1.1})
+    strategy = START.model_copy(update={"voter_threshold": 1.1})
     score = Objective(model, [inputs])(strategy)
     with torch.no_grad(), prune_visual_tokens(model, strategy) as pruning:
         model(**inputs)
@@ -135,7 +135,7 @@ def test_corners_of_the_space_run_on_every_kind_of_image(family):
     found = space(model, [inputs])
     for corner in itertools.product((0.0, 1.0), repeat=3):
         shares = dict(zip(("share_0", "share_1", "cell"), corner, strict=True))
-        strategy = found.strategy({"threshold": 1.1, "alpha": 0.5} | shares)
+        strategy = found.strategy({"voter_threshold": 1.1, "entropy_weight": 0.5} | shares)
         with torch.no_grad(), prune_visual_tokens(model, strategy) as pruning:
             model(**inputs)
         for image in pruning.stats.images:
@@ -163,6 +163,24 @@ def test_an_interrupted_search_ends_as_one_that_was_not(model, samples, sampler,
     assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
     # Fewer than there are: those of the shorter search, and no new one.
     assert search(model, samples, path=path, sampler=sampler, trials=4).trials == whole.trials[:4]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_trials_of_earlier_versions_are_gone_on_from_and_written_anew(
+    model, samples, sampler, tmp_path
+):
+    path = tmp_path / "t.jsonl"
+    options = {"sampler": sampler, "path": path}
+    whole = search(model, samples, trials=4, **options)
+    today = path.read_text()
+    start = "".join(today.splitlines(keepends=True)[:3])
+    for old, new in (("threshold", "voter_threshold"), ("alpha", "entropy_weight")):
+        start = start.replace(f'"{new}"', f'"{old}"')
+    path.write_text(start)
+    counter = Counter()
+    assert search(model, samples, trials=4, observer=counter, **options) == whole
+    assert counter.found == [2]
+    assert path.read_text() == today
 
 
 def test_observer_sees_samples_trials_and_the_best_so_far(model, samples):
@@ -222,12 +240,12 @@ def space(model, samples, keep=0.4, start=START, variables=None):
 
 
 def test_only_what_is_named_is_searched(model, samples):
-    found = space(model, samples, variables=["threshold", "ratios"])
-    assert list(found.distributions()) == ["share_0", "share_1", "threshold"]
-    strategy = found.strategy({"share_0": 0.3, "share_1": 0.7, "threshold": 3.0})
-    rest = {"method", "stages", "alpha", "cell", "vote", "positions", "protect_newlines"}
+    found = space(model, samples, variables=["voter_threshold", "ratios"])
+    assert list(found.distributions()) == ["share_0", "share_1", "voter_threshold"]
+    strategy = found.strategy({"share_0": 0.3, "share_1": 0.7, "voter_threshold": 3.0})
+    rest = {"method", "stages", "entropy_weight", "cell", "vote", "positions", "protect_newlines"}
     assert strategy.model_dump(include=rest) == START.model_dump(include=rest)
-    assert strategy.threshold == 3 and strategy.ratios != START.ratios
+    assert strategy.voter_threshold == 3 and strategy.ratios != START.ratios
 
 
 def test_every_variable_decides_something(model, samples):
@@ -239,16 +257,16 @@ def test_every_variable_decides_something(model, samples):
 
 def test_given_ratios_must_keep_the_budget(model, samples):
     kept = PruneStrategy(stages=STAGES, ratios=(0.75, 0.8, 0.75))  # (0.75 + 2 * 0.6 + 0.45) / 4
-    found = space(model, samples, 0.6, kept, ["threshold"])
-    assert found.strategy({"threshold": 2.0}).ratios == kept.ratios
+    found = space(model, samples, 0.6, kept, ["voter_threshold"])
+    assert found.strategy({"voter_threshold": 2.0}).ratios == kept.ratios
     with pytest.raises(UsageError, match=r"given ratios keep 0\.6 on average, not 0\.4"):
-        space(model, samples, 0.4, kept, ["threshold"])
+        space(model, samples, 0.4, kept, ["voter_threshold"])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variables": ["treshold"]}, r"'treshold' cannot be .*\(did you mean 'threshold'\?\)"),
+        ({"variables": ["voter_treshold"]}, "did you mean 'voter_threshold'"),
         ({"start": PruneStrategy(method="random"), "keep": 0.5}, "nothing to search for random"),
         ({"start": PruneStrategy(stages=(9,)), "keep": 0.5}, "needs a deeper model"),
         ({"keep": 0.001}, "allow budgets from"),
@@ -309,8 +327,11 @@ def test_command_writes_a_strategy_and_goes_on(folder, data, empty_folder, capsy
     assert command(folder, data, "--start", "found.json", "--output", "found.json") == 2
     assert "of a search with start" in capsys.readouterr().err
     again = ("--start", "found.json", "--output", "found.json", "--no-resume")
-    assert command(folder, data, *again, "--variables", "threshold,alpha") == 0
-    assert PruneStrategy.load("found.json").ratios == strategy.ratios
+    for variables in ("voter_threshold,entropy_weight", "threshold,alpha"):  # the old names too
+        assert command(folder, data, *again, "--variables", variables, "--json") == 0
+        conditions = json.loads(capsys.readouterr().out)["conditions"]
+        assert conditions["variables"] == ["voter_threshold", "entropy_weight"]
+        assert PruneStrategy.load("found.json").ratios == strategy.ratios
 
 
 def test_command_takes_the_demo_scenes(folder, empty_folder, capsys):

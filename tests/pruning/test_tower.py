@@ -13,8 +13,9 @@ ROWS = [[2, (20, 40), 3], [1, (44, 24), 1, (24, 24), 2]]
 ALL = frozenset({"importance", "attention", "keys"})
 
 
-def tap_of(model, signals=ALL, threshold=1.1, alpha=0.0, **options):
-    settings = TapSettings(signals, threshold, "mean", alpha, options.pop("layer", None), **options)
+def tap_of(model, signals=ALL, threshold=1.1, weight=0.0, **options):
+    layer = options.pop("layer", None)
+    settings = TapSettings(signals, threshold, "mean", weight, layer, **options)
     return FAMILIES[model.config.model_type].tap(model.model, settings)
 
 
@@ -172,7 +173,7 @@ def noisy_patch(model, inputs, number):
 def test_entropy_favours_the_patch_that_is_not_flat(family, number):
     model = tiny_model(family)
     inputs = noisy_patch(model, tiny_inputs(model, ROWS), number)
-    tap = tap_of(model, frozenset({"importance"}), alpha=100.0)
+    tap = tap_of(model, frozenset({"importance"}), weight=100.0)
     images, _ = look(model, inputs, tap)
     last = images[-1].importance
     assert int(last.argmax()) == len(last) - 1 - number
@@ -182,7 +183,7 @@ def test_entropy_uses_the_processors_statistics():
     model = tiny_model("llava")
     inputs = tiny_inputs(model)
     given = {"pixel_mean": torch.zeros(3), "pixel_std": torch.full((3,), 1e-6)}  # all is black
-    flat, _ = look(model, inputs, tap_of(model, alpha=1.0, **given))
+    flat, _ = look(model, inputs, tap_of(model, weight=1.0, **given))
     plain, _ = look(model, inputs, tap_of(model))
     torch.testing.assert_close(flat[0].importance, plain[0].importance + 1 / PATCHES)
 
@@ -212,7 +213,7 @@ def test_entropy_is_that_of_the_8_bit_picture_that_the_processor_was_given(famil
     expected = plain[0].importance + 2 * torch.stack(entropy).softmax(0)
     for given in (None, processor):  # the tower's usual statistics are this processor's
         with torch.no_grad():
-            strategy = PruneStrategy(ratios=(0.5,), threshold=1.1, alpha=2.0)
+            strategy = PruneStrategy(ratios=(0.5,), voter_threshold=1.1, entropy_weight=2.0)
             with prune_visual_tokens(model, strategy, given) as pruning:
                 model(**inputs)
         torch.testing.assert_close(pruning.last.images[0].tokens.importance, expected)

@@ -10,7 +10,9 @@ from support.tiny_models import BATCH, SINGLE, tiny_inputs, tiny_model
 
 FAMILIES = ("llava", "llava_siglip", "llava_next", "llava_onevision")
 STRATEGIES = [
-    PruneStrategy(stages=(0, 2), ratios=(0.5, 0.5), threshold=1.1, alpha=0.2, cell=3),
+    PruneStrategy(
+        stages=(0, 2), ratios=(0.5, 0.5), voter_threshold=1.1, entropy_weight=0.2, cell=3
+    ),
     PruneStrategy(method="visionzip", ratios=(0.4,)),
     PruneStrategy(method="divprune", ratios=(0.4,)),
 ]

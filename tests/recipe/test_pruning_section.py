@@ -5,7 +5,7 @@ import json
 import pytest
 
 from compress.errors import RecipeError, UsageError
-from compress.recipe.pruning import NAMES, PruneVisualTokens, StrategySettings
+from compress.recipe.pruning import PruneVisualTokens, StrategySettings
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import METHODS, PruneStrategy
 
@@ -38,16 +38,22 @@ def test_a_budget_alone_is_the_strategy_of_the_method(method):
 def test_every_setting_of_a_strategy_has_a_key_with_the_same_default():
     keys = StrategySettings.model_fields
     settings = {name for name in PruneStrategy.model_fields if name != "stages"}
-    assert {NAMES.get(name, name) for name in keys} == settings | {"file"}
-    for name in keys.keys() - {"file", "ratios"}:
-        theirs = PruneStrategy.model_fields[NAMES.get(name, name)]
-        assert keys[name].default == theirs.default, name
+    assert keys.keys() == settings | {"file"}
+    for name in settings - {"ratios"}:
+        assert keys[name].default == PruneStrategy.model_fields[name].default, name
 
 
 FULL = PruneStrategy(
-    stages=(0, 9, 18), ratios=(0.5, 0.9, 0.7), threshold=3.0, vote="sum", alpha=0.2, cell=2.5,
-    vit_layer=-2, positions="renumbered", protect_newlines=False,
-)  # fmt: skip
+    stages=(0, 9, 18),
+    ratios=(0.5, 0.9, 0.7),
+    voter_threshold=3.0,
+    vote="sum",
+    entropy_weight=0.2,
+    cell=2.5,
+    vit_layer=-2,
+    positions="renumbered",
+    protect_newlines=False,
+)
 
 
 def test_settings_and_strategies_turn_into_each_other():

@@ -101,7 +101,8 @@ def test_json_round_trip(tmp_path, method):
         ({"method": "divprune", "stages": [2]}, "stages: divprune works before the language model"),
         ({"method": "random", "cell": 3}, "cell: random does not read it"),
         ({"stages": [2], "cell": 3}, "cell: recycling happens before the language model"),
-        ({"alpha": -1}, "alpha: expected greater than or equal to 0"),
+        ({"entropy_weight": -1}, "entropy_weight: expected greater than or equal to 0"),
+        ({"alpha": 0.1, "entropy_weight": 0.1}, "alpha: unknown key"),
         ({"method": "vflow"}, "method: expected 'vflowopt'"),
     ],
 )
@@ -110,6 +111,15 @@ def test_wrong_settings_name_file_and_field(tmp_path, settings, message):
     path.write_text(json.dumps(settings))
     with pytest.raises(RecipeError, match=f"^{path}: {message}"):
         PruneStrategy.load(path)
+
+
+def test_files_of_earlier_versions_are_read_and_written_anew(tmp_path):
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps({"threshold": 3.0, "alpha": 0.2}))
+    strategy = PruneStrategy.load(path)
+    assert strategy == PruneStrategy(voter_threshold=3.0, entropy_weight=0.2)
+    strategy.save(path)
+    assert not {"threshold", "alpha"} & json.loads(path.read_text()).keys()
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", ""])

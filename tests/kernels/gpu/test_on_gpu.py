@@ -123,7 +123,8 @@ def test_another_device_than_the_current_one():
 
 
 def test_the_benchmark_measures_and_tunes(tmp_path, monkeypatch):
-    from compress.bench.kernels import KernelBench, bench_kernels, tune_kernels
+    from compress.bench.kernels import bench_kernels, tune_kernels
+    from compress.bench.settings import KernelBench
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuning.forget()
