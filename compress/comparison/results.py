@@ -46,11 +46,12 @@ class ResultComparison:
     def check(self, recipes: "Sequence[Recipe]") -> None:
         """UsageError for a recipe that does not fit the model; reads headers, not weights."""
         from compress.models.skeleton import Skeleton
+        from compress.pipeline.inputs import RunInputs
         from compress.pipeline.plan import make_plan
 
         skeleton = Skeleton.open(self.model)
         for recipe in recipes:
-            for problem in make_plan(recipe, skeleton).problems:
+            for problem in make_plan(RunInputs.of(recipe, skeleton)).problems:
                 raise UsageError(f"{recipe.name}: {problem}")
 
     def run(self, recipe: "Recipe", seed: int, folder: Path) -> dict[str, Any]:
