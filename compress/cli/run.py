@@ -321,7 +321,7 @@ def _label(name: str, assignments: list[str]) -> str:
 
 def _default_output(name: str) -> Path:
     """outputs/NAME, where a recipe's name may be any text."""
-    from compress.comparison.compare import folder_name
+    from compress.comparison.study import folder_name
 
     return Path("outputs") / folder_name(name)
 

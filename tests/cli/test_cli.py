@@ -13,6 +13,7 @@ from compress.cli import bench as bench_commands
 from compress.cli import checkpoints as checkpoint_commands
 from compress.cli import run as commands
 from compress.errors import CompressError
+from compress.eval.report import Row
 from compress.recipe.recipe import Recipe
 from support.calling import call, modelpress, pretend, write_recipe
 
@@ -259,7 +260,7 @@ def test_eval_of_the_tiny_model_against_itself(checkpoint, text, capsys):
 
 def test_compare_hands_over_recipes_and_seeds(monkeypatch, recipe, checkpoint, capsys):
     compared = SimpleNamespace(
-        rows=[{"name": "16 bits", "perplexity": 10.5}, {"name": "tiny", "perplexity": 11.25}],
+        rows=[Row("16 bits", {"perplexity": 10.5}), Row("tiny", {"perplexity": 11.25})],
         conditions="two runs, 16 tokens",
         plot=Path("here/plot.png"),
         as_dict=lambda: {"rows": 2},
