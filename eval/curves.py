@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UsageError
-from compress.eval.report import COLOURS, ERROR, Row, columns_of
+from compress.eval.report import COLOURS, Row, columns_of
 
 MARKERS = "osD^vP*X<>"
 ACCURACIES = ("acc", "exact_match")
@@ -44,7 +44,7 @@ def plot_lines(
     """Draws the rows' metrics over their `x`, with error bars, and the baseline as a line.
 
     Args:
-        lines: by label, rows as `report.quality_row` makes them, each with `x`.
+        lines: by label, rows, each with `x`.
         baseline: the row of the model as it was.
         path: of the picture; its suffix says the format (png, svg, pdf).
         x: one of COSTS.
@@ -64,7 +64,7 @@ def plot_lines(
     columns = columns_of(rows)
     if metrics is None:
         metrics = [c for c in columns if c.split(" ")[-1] in cost.metrics]
-    metrics = [m for m in metrics if any(row.get(m) is not None for row in rows)]
+    metrics = [m for m in metrics if any(row.values.get(m) is not None for row in rows)]
     if not metrics:
         raise UsageError(
             f"nothing to plot over {x}: no row has {' or '.join(cost.metrics)}; columns are "
@@ -76,11 +76,12 @@ def plot_lines(
         axes = figure.add_subplot(1, len(metrics), i + 1)
         _draw_baseline(axes, metric, baseline)
         for number, (label, line) in enumerate(lines.items()):
-            points = sorted((r for r in line if r.get(metric) is not None), key=lambda r: r[x])
-            places = [cost.factor * row[x] for row in points]
+            drawn = [row for row in line if row.values.get(metric) is not None]
+            points = sorted(drawn, key=lambda row: row.values[x])
+            places = [cost.factor * row.values[x] for row in points]
             _draw_line(axes, metric, label, points, places, number)
         if x == "kept":
-            _logarithmic(axes, sorted({round(cost.factor * row[x]) for row in rows}))
+            _logarithmic(axes, sorted({round(cost.factor * row.values[x]) for row in rows}))
         axes.set_xlabel(cost.label)
         lower = metric == "perplexity"
         if lower:
@@ -97,10 +98,10 @@ def plot_lines(
 
 
 def _draw_baseline(axes: Any, metric: str, baseline: Row) -> None:
-    value, error = baseline.get(metric), baseline.get(metric + ERROR)
+    value, error = baseline.values.get(metric), baseline.errors.get(metric)
     if value is None:
         return
-    axes.axhline(value, color="black", linestyle="--", linewidth=1, label=baseline.get("name", ""))
+    axes.axhline(value, color="black", linestyle="--", linewidth=1, label=baseline.name)
     if error:
         axes.axhspan(value - error, value + error, color="black", alpha=0.08)
 
@@ -110,10 +111,10 @@ def _draw_line(
 ) -> None:
     if not points:
         return
-    errors = [row.get(metric + ERROR) or 0 for row in points]
+    errors = [row.errors.get(metric) or 0 for row in points]
     axes.errorbar(
         places,
-        [row[metric] for row in points],
+        [row.values[metric] for row in points],
         yerr=errors if any(errors) else None,
         label=label,
         marker=MARKERS[number % len(MARKERS)],

@@ -1,6 +1,7 @@
 """One call that measures a model and its 16-bit baseline on the same data, with all conditions.
 
-    evaluate_model(model, tokenizer, tasks=["demo_code"], text_ids=ids, length=512, baseline=fp)
+    settings = EvaluationSettings(tasks=["demo_code"])
+    evaluate_model(model, tokenizer, settings, Text(ids, length=512), baseline=Baseline(fp))
 
 gives (parts that were not asked for are absent)
 
@@ -19,8 +20,8 @@ one that says whether the model is worse, and it is far smaller than either figu
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,10 +35,54 @@ from compress.eval.perplexity import (
     perplexity_difference,
     perplexity_per_document,
 )
+from compress.eval.settings import EvaluationSettings
 from compress.eval.statistics import paired_difference
 
-# What is compared by value in the key of a kept measurement; texts are compared by identity.
-KEYS = (str, int, float, tuple, Path, type(None))
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Token ids and how they are cut: one stream in windows, or documents on their own.
+
+    Attributes:
+        ids: [tokens], one stream; or
+        documents: lists of ids, each scored on its own, cut to `length`.
+        length, stride: see `perplexity`. Documents take no stride.
+        bos: id put in front of each window or document; None for none.
+
+    Raises UsageError for a stream and documents at once, and for documents with a stride.
+    """
+
+    ids: Tensor | Sequence[int] = ()
+    documents: Sequence[Sequence[int]] | None = None
+    length: int = 512
+    stride: int | None = None
+    bos: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.documents is None:
+            return
+        if len(self.ids):
+            raise UsageError("ids and documents were both given: expected one stream or the other")
+        if self.stride is not None:
+            raise UsageError(f"stride {self.stride}: documents are not cut in windows")
+
+    def perplexity(self, model: torch.nn.Module, batch_size: int) -> PerplexityResult:
+        if self.documents is not None:
+            return perplexity_per_document(model, self.documents, self.length, self.bos, batch_size)
+        return perplexity(model, self.ids, self.length, self.stride, self.bos, batch_size)
+
+    def divergence(
+        self, model: torch.nn.Module, baseline: torch.nn.Module, batch_size: int
+    ) -> DivergenceResult:
+        if self.documents is not None:
+            return kl_divergence_per_document(
+                model, baseline, self.documents, self.length, self.bos, batch_size
+            )
+        return kl_divergence(
+            model, baseline, self.ids, self.length, self.stride, self.bos, batch_size
+        )
 
 
 class Baseline:
@@ -45,26 +90,23 @@ class Baseline:
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
-        self._kept: list[tuple[tuple, Any]] = []
+        self._kept: list[tuple[tuple[object, ...], Any]] = []
 
-    def scores(self, tokenizer: Any, arguments: tuple) -> TaskScores:
+    def scores(self, tokenizer: Any, settings: EvaluationSettings) -> TaskScores:
         """Its `score_tasks`, item by item."""
+        return self._once(
+            (tokenizer.__class__, settings),
+            lambda: score_tasks(self.model, tokenizer, settings, per_item=True),
+        )
 
-        def measure() -> TaskScores:
-            return score_tasks(self.model, tokenizer, *arguments, per_item=True)
+    def perplexity(self, text: Text, batch_size: int) -> PerplexityResult:
+        """Its perplexity on this very text."""
+        return self._once((text, batch_size), lambda: text.perplexity(self.model, batch_size))
 
-        return self._once(("tasks", tokenizer.__class__, *arguments), measure)
-
-    def perplexity(self, text: tuple) -> PerplexityResult:
-        """Its perplexity on a text and with conditions as `_perplexity` takes them."""
-        return self._once(("text", *text), lambda: _perplexity(self.model, *text))
-
-    def _once(self, key: tuple, measure: Callable[[], Any]) -> Any:
-        """The kept result of an equal key: texts are the same object, the rest is equal."""
+    def _once(self, key: tuple[object, ...], measure: Callable[[], Result]) -> Result:
+        """The kept result of an equal key, or a new one."""
         for known, result in self._kept:
-            if len(known) == len(key) and all(
-                a is b or (isinstance(a, KEYS) and a == b) for a, b in zip(known, key, strict=True)
-            ):
+            if known == key:
                 return result
         result = measure()
         self._kept.append((key, result))
@@ -74,67 +116,44 @@ class Baseline:
 def evaluate_model(
     model: torch.nn.Module,
     tokenizer: Any,
-    *,
-    tasks: Sequence[str] = (),
-    include_path: str | Path | Sequence[str | Path] | None = None,
-    text_ids: Tensor | Sequence[int] | None = None,
-    documents: Sequence[Sequence[int]] | None = None,
-    length: int = 512,
-    stride: int | None = None,
-    bos: int | None = None,
-    limit: int | float | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-    num_fewshot: int | None = None,
-    baseline: "torch.nn.Module | Baseline | None" = None,
+    settings: EvaluationSettings,
+    text: Text | None = None,
+    baseline: Baseline | None = None,
 ) -> dict[str, Any]:
     """Tasks, perplexity and divergence of a model, as one JSON object (keys at the file's head).
 
     Args:
         model, tokenizer: as loaded; the tokenizer, or a multimodal model's processor, is only
             used by the tasks.
-        tasks, include_path, limit, num_fewshot, seed: see `harness.score_tasks`.
-        text_ids: [tokens], one stream, scored in windows; or
-        documents: lists of ids, each scored on its own, cut to `length`. One of the two at most.
-        length, stride, bos: see `perplexity`. Documents take no stride.
-        batch_size: windows, documents or requests in a forward pass.
-        baseline: the 16-bit model, loaded: measured on the same data in this same call, and the
-            reference of KL and of the paired differences. Wrapped in `Baseline`, its own figures
-            are kept for the next model that is compared with it.
+        settings: tasks and how they are put; of the text, only `batch_size`.
+        text: what `settings.perplexity` names, read and tokenised.
+        baseline: the 16-bit model: measured on the same data in this same call, and the reference
+            of KL and of the paired differences. Its figures are kept for the next model.
 
     Raises:
-        UsageError: nothing to evaluate, both texts at once, or what the parts raise.
+        UsageError: nothing to evaluate, or what the parts raise.
     """
-    if not tasks and text_ids is None and documents is None:
+    if not settings.tasks and text is None:
         raise UsageError("nothing to evaluate: give tasks, a text, or both")
-    if text_ids is not None and documents is not None:
-        raise UsageError("text_ids and documents were both given: expected one stream or the other")
-    if documents is not None and stride is not None:
-        raise UsageError(f"stride {stride} was given with documents, which are not cut in windows")
     report: dict[str, Any] = {}
-    if isinstance(baseline, torch.nn.Module):
-        baseline = Baseline(baseline)
     if baseline is not None:
         report["baseline"], report["difference"] = {}, {}
-    if tasks:
-        arguments = (tasks, include_path, limit, batch_size, seed, num_fewshot)
-        scores = score_tasks(model, tokenizer, *arguments, per_item=baseline is not None)
+    if settings.tasks:
+        scores = score_tasks(model, tokenizer, settings, per_item=baseline is not None)
         report["results"] = scores.results
-        report["conditions"] = _conditions(scores, limit, seed, num_fewshot)
+        report["conditions"] = _conditions(scores, settings)
         if baseline is not None:
-            reference = baseline.scores(tokenizer, arguments)
+            reference = baseline.scores(tokenizer, settings)
             report["baseline"]["results"] = reference.results
             report["difference"]["results"] = task_differences(scores, reference)
-    if text_ids is not None or documents is not None:
-        text = (text_ids, documents, length, stride, bos, batch_size)
-        measured = _perplexity(model, *text)
+    if text is not None:
+        measured = text.perplexity(model, settings.batch_size)
         report["perplexity"] = measured.to_dict() | {"line": measured.line()}
         if baseline is not None:
-            reference = baseline.perplexity(text)
-            report["baseline"]["perplexity"] = reference.to_dict() | {"line": reference.line()}
-            difference = perplexity_difference(measured, reference)
-            report["difference"]["mean_nll"] = difference.to_dict()
-            divergence = _divergence(model, baseline.model, *text)
+            before = baseline.perplexity(text, settings.batch_size)
+            report["baseline"]["perplexity"] = before.to_dict() | {"line": before.line()}
+            report["difference"]["mean_nll"] = perplexity_difference(measured, before).to_dict()
+            divergence = text.divergence(model, baseline.model, settings.batch_size)
             report["kl"] = divergence.to_dict() | {"line": divergence.line()}
     return report
 
@@ -153,13 +172,11 @@ def task_differences(
     }
 
 
-def _conditions(
-    scores: TaskScores, limit: float | None, seed: int, num_fewshot: int | None
-) -> dict[str, Any]:
+def _conditions(scores: TaskScores, settings: EvaluationSettings) -> dict[str, Any]:
     return {
-        "limit": limit,
-        "seed": seed,
-        "num_fewshot": num_fewshot,
+        "limit": settings.limit,
+        "seed": settings.seed,
+        "num_fewshot": settings.num_fewshot,
         "samples": scores.samples,
         "shots": scores.shots,
         "task_versions": scores.versions,
@@ -167,32 +184,3 @@ def _conditions(
         "chat_template": scores.chat_template,
         "warnings": scores.warnings,
     }
-
-
-def _perplexity(
-    model: torch.nn.Module,
-    text_ids: Tensor | Sequence[int] | None,
-    documents: Sequence[Sequence[int]] | None,
-    length: int,
-    stride: int | None,
-    bos: int | None,
-    batch_size: int,
-) -> PerplexityResult:
-    if documents is not None:
-        return perplexity_per_document(model, documents, length, bos, batch_size)
-    return perplexity(model, text_ids, length, stride, bos, batch_size)
-
-
-def _divergence(
-    model: torch.nn.Module,
-    baseline: torch.nn.Module,
-    text_ids: Tensor | Sequence[int] | None,
-    documents: Sequence[Sequence[int]] | None,
-    length: int,
-    stride: int | None,
-    bos: int | None,
-    batch_size: int,
-) -> DivergenceResult:
-    if documents is not None:
-        return kl_divergence_per_document(model, baseline, documents, length, bos, batch_size)
-    return kl_divergence(model, baseline, text_ids, length, stride, bos, batch_size)

@@ -4,7 +4,8 @@ The tasks folder beside this file is always known, `include_path` adds others, a
 own tasks are looked up only where a name is in neither (its index takes ten seconds to read).
 Metrics keep the harness's names without its filter suffix: `acc,none` is `acc`, with `acc_stderr`.
 
-    run_tasks(model, tokenizer, ["demo_code"], limit=100)
+    settings = EvaluationSettings(tasks=["demo_code"], limit=100)
+    score_tasks(model, tokenizer, settings).results
     # {"demo_code": {"acc": 0.52, "acc_stderr": 0.0502, "acc_norm": 0.55, "acc_norm_stderr": ...}}
 
 A multimodal model comes with its processor in the tokenizer's place; tasks with images then get
@@ -28,6 +29,7 @@ from typing import Any, TextIO
 
 from compress.errors import UsageError, did_you_mean
 from compress.eval.multimodal import is_multimodal, multimodal_model
+from compress.eval.settings import EvaluationSettings
 from compress.eval.windows import measuring
 
 LOCAL_TASKS = Path(__file__).with_name("tasks")
@@ -77,35 +79,8 @@ class TaskScores:
     items: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
 
-def run_tasks(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    include_path: str | Path | Sequence[str | Path] | None = None,
-    limit: int | float | None = None,
-    batch_size: int | str = 8,
-    seed: int = 0,
-    num_fewshot: int | None = None,
-) -> dict[str, Metrics]:
-    """Scores of a loaded model: task -> {metric: value, metric_stderr: value}.
-
-    Takes the arguments of `score_tasks` and gives the figures alone.
-    """
-    return score_tasks(
-        model, tokenizer, tasks, include_path, limit, batch_size, seed, num_fewshot
-    ).results
-
-
 def score_tasks(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    include_path: str | Path | Sequence[str | Path] | None = None,
-    limit: int | float | None = None,
-    batch_size: int | str = 8,
-    seed: int = 0,
-    num_fewshot: int | None = None,
-    per_item: bool = False,
+    model: Any, tokenizer: Any, settings: EvaluationSettings, per_item: bool = False
 ) -> TaskScores:
     """Scores of a loaded model, with how they were taken and, on request, each item's own.
 
@@ -113,14 +88,7 @@ def score_tasks(
         model: a transformers model, on its device.
         tokenizer: its tokenizer, of a multimodal model its processor; left as it is (the harness
             gives a copy its padding token).
-        tasks: names of tasks, groups or tags, glob patterns, or paths of task files.
-        include_path: further folders of task files.
-        limit: items of each task, or a share of them if below 1; None for all.
-        batch_size: a number, or "auto".
-        seed: of Python's, numpy's and torch's generators, of the choice of examples, and of the
-            items of DRAWN_TASKS.
-        num_fewshot: examples in front of each item; None for what the task says. Tasks that are
-            defined with none stay so.
+        settings: all but those of the text.
         per_item: keep each item's metrics, for paired differences.
 
     Raises:
@@ -129,22 +97,22 @@ def score_tasks(
     """
     lm_eval = import_harness()
     with _quiet() as warnings, measuring(model):
-        names, manager = find_tasks(tasks, include_path, _drawing(seed, limit))
+        names, manager = find_tasks(settings, _drawing(settings.seed, settings.limit))
         chat = is_multimodal(tokenizer) and bool(tokenizer.chat_template)
         with _images_need_a_multimodal_model(names):
             output = lm_eval.simple_evaluate(
-                model=_harness_model(model, tokenizer, batch_size),
+                model=_harness_model(model, tokenizer, settings.batch_size),
                 tasks=names,
                 task_manager=manager,
                 apply_chat_template=chat,
-                num_fewshot=num_fewshot,
-                limit=limit,
+                num_fewshot=settings.num_fewshot,
+                limit=settings.limit,
                 bootstrap_iters=BOOTSTRAP_ITERATIONS,
                 log_samples=per_item,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
+                random_seed=settings.seed,
+                numpy_random_seed=settings.seed,
+                torch_random_seed=settings.seed,
+                fewshot_random_seed=settings.seed,
             )
     figures = output["results"] | output.get("groups", {})
     return TaskScores(
@@ -198,9 +166,7 @@ def _drawing(seed: int, limit: int | float | None) -> dict[str, int]:
 
 
 def find_tasks(
-    tasks: Sequence[str],
-    include_path: str | Path | Sequence[str | Path] | None = None,
-    metadata: dict[str, Any] | None = None,
+    settings: EvaluationSettings, metadata: dict[str, Any] | None = None
 ) -> tuple[list[str], Any]:
     """The names the harness will run, patterns expanded, and a TaskManager that knows them.
 
@@ -211,8 +177,8 @@ def find_tasks(
     """
     from lm_eval.tasks import TaskManager
 
-    if isinstance(tasks, str):
-        tasks = [tasks]
+    include_path = settings.include_path
+    tasks = [settings.tasks] if isinstance(settings.tasks, str) else settings.tasks
     if not tasks:
         raise UsageError("no task to evaluate: name at least one, for example demo_code")
     given = [include_path] if isinstance(include_path, str | Path) else (include_path or [])

@@ -1,12 +1,7 @@
 """What a run did and what it cost, for people: tables, one HTML page, one picture.
 
-A row of the tables and of the picture is flat: a name, sizes, and figures with their errors
-
-    {"name": "RSQ 3 bit", "bytes": 1_900_000, "bits": 3.25, "seconds": 41.0,
-     "perplexity": 9.31, "perplexity_stderr": 0.21, "demo_code acc": 0.52, ...}
-
-`quality_row` makes one from what `evaluate_model` returns; `x_stderr` is shown behind x, never as a
-column. The page takes one dict, of which every key but `name` may be missing:
+The tables and the picture have a `Row` a model, made of what `evaluate_model` returns. The page
+takes one dict, of which every key but `name` may be missing:
 
     name         of the model
     recipe       the resolved recipe, nested
@@ -25,21 +20,23 @@ import base64
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import box
+from rich.table import Table
 
 from compress.errors import UsageError
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 ERROR = "_stderr"
+NLL = "mean NLL (nats per token)"
 MISSING = "–"
 LAYER_COLUMNS = ("name", "bits", "group_size", "error", "effective_sample_size", "seconds")
 # Okabe and Ito's colours, told apart with every kind of colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
-Row = Mapping[str, Any]
+Facts = Mapping[str, Any]
 
 
 # ---------------------------------------------------------------------------- numbers as text
@@ -66,59 +63,97 @@ def format_number(value: Any, error: float | None = None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def format_cell(row: Row, column: str) -> str:
-    value = row.get(column)
-    if column in ("bytes", "kv_bytes") and value is not None:
-        return format_bytes(value)
-    return format_number(value, row.get(column + ERROR))
-
-
 # ---------------------------------------------------------------------------- tables
 
 
-def quality_row(name: str, evaluation: Row, **facts: Any) -> dict[str, Any]:
-    """A row from the result of `evaluate_model`, or from its `baseline` part.
+@dataclass(frozen=True)
+class Row:
+    """A model in a table: what it takes, and figures with their errors.
 
-    `facts` are put first: bytes, bits, seconds. A model that prunes visual tokens has `kept`, the
-    share of them that its layers saw on average.
+    Attributes:
+        values: by column, in order: bytes, bits, seconds, then `perplexity`, `kl`, `TASK METRIC`.
+        errors: of those that are measured; None where one item or one window gives none.
     """
-    row: dict[str, Any] = {"name": name, **facts}
-    if pruning := evaluation.get("pruning"):
-        row.setdefault("kept", pruning["average_kept"])
-    if text := evaluation.get("perplexity"):
-        row |= {"perplexity": text["value"], "perplexity" + ERROR: text.get("value_stderr")}
-    if kl := evaluation.get("kl"):
-        row |= {"kl": kl["mean"], "kl" + ERROR: kl.get("stderr")}
-    for task, metrics in (evaluation.get("results") or {}).items():
-        row |= {f"{task} {metric}": value for metric, value in metrics.items()}
-    return row
+
+    name: str
+    values: dict[str, float | None]
+    errors: dict[str, float | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, evaluation: Facts, **facts: float) -> "Row":
+        """From the result of `evaluate_model`, or from its `baseline` part.
+
+        `facts` are put first: bytes, bits, seconds. A model that prunes visual tokens has `kept`,
+        the share of them that its layers saw on average.
+        """
+        row = cls(name, dict(facts))
+        if pruning := evaluation.get("pruning"):
+            row.values.setdefault("kept", pruning["average_kept"])
+        if text := evaluation.get("perplexity"):
+            row.put("perplexity", text["value"], text.get("value_stderr"))
+        if kl := evaluation.get("kl"):
+            row.put("kl", kl["mean"], kl.get("stderr"))
+        for task, metrics in (evaluation.get("results") or {}).items():
+            for metric, value in metrics.items():
+                if metric.endswith(ERROR):
+                    row.errors[f"{task} {metric.removesuffix(ERROR)}"] = value
+                else:
+                    row.values[f"{task} {metric}"] = value
+        return row
+
+    def put(self, column: str, value: float | None, error: float | None) -> None:
+        self.values[column], self.errors[column] = value, error
+
+    def cell(self, column: str) -> str:
+        """A figure as text, with its error."""
+        value = self.values.get(column)
+        if column in ("bytes", "kv_bytes") and value is not None:
+            return format_bytes(value)
+        return format_number(value, self.errors.get(column))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, for JSON: the error of `x` is `x_stderr`, behind it."""
+        flat: dict[str, Any] = {"name": self.name}
+        for column, value in self.values.items():
+            flat[column] = value
+            if column in self.errors:
+                flat[column + ERROR] = self.errors[column]
+        return flat
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
-    """Columns in order of first appearance; errors belong to their value's column."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return [key for key in keys if not (key.endswith(ERROR) and key.removesuffix(ERROR) in keys)]
+    """All columns, in order of first appearance."""
+    return list(dict.fromkeys(column for row in rows for column in row.values))
 
 
-def quality_table(rows: Sequence[Row], conditions: str | None = None) -> "Table":
+def paired_differences(evaluation: Facts) -> dict[str, Facts]:
+    """Model minus baseline by column, {"value", "stderr", "count"} each; that of the text last."""
+    difference = evaluation.get("difference") or {}
+    paired = {
+        f"{task} {metric}": estimate
+        for task, metrics in (difference.get("results") or {}).items()
+        for metric, estimate in metrics.items()
+    }
+    return paired | ({NLL: nll} if (nll := difference.get("mean_nll")) else {})
+
+
+def quality_table(rows: Sequence[Row], conditions: str | None = None) -> Table:
     """The rows for a terminal; `conditions` (context, stride, BOS, items) stand below."""
-    from rich import box
-    from rich.table import Table
-
     table = Table(caption=conditions, caption_justify="left", box=box.SIMPLE_HEAD)
     columns = columns_of(rows)
+    table.add_column("name")
     for column in columns:
-        table.add_column(column, justify="left" if column == "name" else "right")
+        table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*(format_cell(row, column) for column in columns))
+        table.add_row(row.name, *map(row.cell, columns))
     return table
 
 
 def markdown_table(rows: Sequence[Row], conditions: str | None = None) -> str:
     """The same rows as a Markdown table, with the conditions in a line below it."""
     columns = columns_of(rows)
-    lines = [columns, ["---" if column == "name" else "---:" for column in columns]]
-    lines += [[format_cell(row, column) for column in columns] for row in rows]
+    lines = [["name", *columns], ["---", *("---:" for _ in columns)]]
+    lines += [[row.name, *map(row.cell, columns)] for row in rows]
     text = "\n".join(
         "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
     )
@@ -173,50 +208,36 @@ def flatten(nested: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, MISSING if nested is None else str(nested)
 
 
-def _sizes(sizes: Row) -> list[tuple[str, str]]:
+def _sizes(sizes: Facts) -> list[tuple[str, str]]:
     shown = [(key, format_bytes(value)) for key, value in sizes.items() if value is not None]
     if sizes.get("original") and sizes.get("total"):
         shown.append(("smaller by", f"{sizes['original'] / sizes['total']:.2f} x"))
     return shown
 
 
-def _quality(evaluation: Row, baseline: Row) -> list[dict[str, str]]:
+def _quality(evaluation: Facts, baseline: Facts) -> list[dict[str, str]]:
     """One line a metric: the model, the baseline, and the paired difference of the two."""
-    ours, theirs = (quality_row("", part) for part in (evaluation, baseline))
-    differences = evaluation.get("difference") or {}
-    paired = {
-        f"{task} {metric}": difference
-        for task, metrics in (differences.get("results") or {}).items()
-        for metric, difference in metrics.items()
-    }
+    ours, theirs = Row.of("", evaluation), Row.of("", baseline)
+    paired = paired_differences(evaluation)
+    for part, row in ((evaluation, ours), (baseline, theirs)):
+        if NLL in paired:
+            text = part.get("perplexity") or {}
+            row.put(NLL, text.get("mean_nll"), text.get("stderr"))
     lines = []
-    for column in columns_of([ours, theirs])[1:]:
+    for column in columns_of([ours, theirs]):
         difference = paired.get(column, {})
         lines.append(
             {
                 "metric": column,
-                "model": format_cell(ours, column),
-                "baseline": format_cell(theirs, column),
+                "model": ours.cell(column),
+                "baseline": theirs.cell(column),
                 "difference": format_number(difference.get("value"), difference.get("stderr")),
-            }
-        )
-    if nll := differences.get("mean_nll"):
-        model, reference = (
-            format_number(text.get("mean_nll"), text.get("stderr"))
-            for text in (part.get("perplexity") or {} for part in (evaluation, baseline))
-        )
-        lines.append(
-            {
-                "metric": "mean NLL (nats per token)",
-                "model": model,
-                "baseline": reference,
-                "difference": format_number(nll["value"], nll["stderr"]),
             }
         )
     return lines
 
 
-def _conditions(evaluation: Row) -> list[tuple[str, str]]:
+def _conditions(evaluation: Facts) -> list[tuple[str, str]]:
     lines = [
         (part, evaluation[part]["line"])
         for part in ("perplexity", "kl")
@@ -230,14 +251,14 @@ def _conditions(evaluation: Row) -> list[tuple[str, str]]:
     ]
 
 
-def _pictures(evaluation: Row) -> list[str]:
+def _pictures(evaluation: Facts) -> list[str]:
     """The PNG files that the evaluation of a pruning model names, as data URIs."""
     files = (evaluation.get("pruning") or {}).get("pictures") or []
     contents = [base64.b64encode(Path(file).read_bytes()).decode() for file in files]
     return [f"data:image/png;base64,{content}" for content in contents]
 
 
-def _layer_columns(layers: Sequence[Row]) -> list[str]:
+def _layer_columns(layers: Sequence[Facts]) -> list[str]:
     """The usual columns that any layer has, then whatever else is there."""
     keys = dict.fromkeys(key for layer in layers for key in layer)
     return [c for c in LAYER_COLUMNS if c in keys] + [k for k in keys if k not in LAYER_COLUMNS]
@@ -247,7 +268,7 @@ def _layer_columns(layers: Sequence[Row]) -> list[str]:
 
 
 def error_plot(
-    layers: Sequence[Row], width: int = 900, height: int = 260, margin: int = 48
+    layers: Sequence[Facts], width: int = 900, height: int = 260, margin: int = 48
 ) -> dict[str, Any] | None:
     """Coordinates for the page's SVG: error (logarithmic) by place in the model, coloured by bits.
 
@@ -323,7 +344,10 @@ def plot_quality(
     columns = columns_of(rows)
     if metrics is None:
         metrics = [c for c in columns if c == "perplexity" or c.split(" ")[-1] == "acc"]
-    panels = {m: [r for r in rows if None not in (r.get("bytes"), r.get(m))] for m in metrics}
+    panels = {
+        m: [r for r in rows if None not in (r.values.get("bytes"), r.values.get(m))]
+        for m in metrics
+    }
     panels = {metric: points for metric, points in panels.items() if points}
     if not panels:
         raise UsageError(
@@ -332,7 +356,7 @@ def plot_quality(
         )
     figure = Figure(figsize=(5.6 * len(panels), 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    colours = {row["name"]: COLOURS[i % len(COLOURS)] for i, row in enumerate(rows)}
+    colours = {row.name: COLOURS[i % len(COLOURS)] for i, row in enumerate(rows)}
     drawn = []
     for i, (metric, points) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), i + 1)
@@ -352,14 +376,14 @@ def plot_quality(
 def _draw_panel(axes: Any, metric: str, points: Sequence[Row], colours: Mapping[str, str]) -> None:
     for row in points:
         axes.errorbar(
-            row["bytes"] / 1e6,
-            row[metric],
-            yerr=row.get(metric + ERROR),
+            row.values["bytes"] / 1e6,
+            row.values[metric],
+            yerr=row.errors.get(metric),
             fmt="o",
             capsize=3,
-            color=colours[row["name"]],
+            color=colours[row.name],
         )
-    values = [row[metric] for row in points]
+    values = [row.values[metric] for row in points]
     if min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
     better = "lower" if metric in ("perplexity", "kl") else "higher"
@@ -375,16 +399,17 @@ def _label_points(
     """Names beside the points, lifted where they would cover the name of a point below."""
     points_per_pixel = 72 / axes.figure.dpi
     placed: list[tuple[float, float]] = []  # of the names so far, in points from the corner
-    for row in sorted(points, key=lambda row: (row[metric], row["name"])):
-        x, y = axes.transData.transform((row["bytes"] / 1e6, row[metric])) * points_per_pixel
+    for row in sorted(points, key=lambda row: (row.values[metric], row.name)):
+        place = row.values["bytes"] / 1e6, row.values[metric]
+        x, y = axes.transData.transform(place) * points_per_pixel
         near = [top for left, top in placed if abs(left - x) < 60]
         lifted = max([y - 3.0, *(top + 10.0 for top in near)])
         placed.append((x, lifted))
         axes.annotate(
-            row["name"],
-            (row["bytes"] / 1e6, row[metric]),
+            row.name,
+            place,
             xytext=(8, lifted - y),
             textcoords="offset points",
             fontsize=8,
-            color=colours[row["name"]],
+            color=colours[row.name],
         )

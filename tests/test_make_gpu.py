@@ -10,7 +10,7 @@ import pytest
 import torch
 import typer
 
-from compress.cli.run import app
+from compress.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(

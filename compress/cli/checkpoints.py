@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
+from compress.cli.common import Answer
 from compress.cli.console import (
     console,
     module_table,
     pairs_table,
     print_lines,
     size_rows,
-    stdout_for,
 )
 from compress.cli.options import (
     ActivationBitsOption,
-    DebugOption,
     DeviceOption,
-    JsonOption,
     ModelArgument,
     PackingOption,
     SeedOption,
@@ -41,41 +40,33 @@ def export(
         bool, typer.Option("--requantise", help="Store what has no place there in the nearest.")
     ] = False,
     shard_size: Annotated[str, typer.Option(help="Most that one file of weights holds.")] = "5GB",
-    json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
+) -> Answer:
     """Write a result in another format: the same codes and scales, packed otherwise."""
     from compress.checkpoint.export import export as export_folder
 
-    with stdout_for(json) as emit:
-        made = export_folder(
-            model, format_, output, overwrite=overwrite, round_scales=round_scales,
-            requantise=requantise, shard_size=shard_size,
-        )  # fmt: skip
-        if emit:
-            emit(made.as_dict())
-            return
-        notes = [("note", note) for note in made.notes]
-        console().print(
-            pairs_table([("format", made.format), *size_rows(made.bytes), *notes,
-                         ("output", str(made.path))])
-        )  # fmt: skip
+    made = export_folder(
+        model,
+        format_,
+        output,
+        overwrite=overwrite,
+        round_scales=round_scales,
+        requantise=requantise,
+        shard_size=shard_size,
+    )
+    notes = [("note", note) for note in made.notes]
+    rows = [("format", made.format), *size_rows(made.bytes), *notes, ("output", str(made.path))]
+    return Answer(made.as_dict(), lambda out: out.print(pairs_table(rows)))
 
 
 def inspect(
     model: Annotated[Path, typer.Argument(help="A model folder, or a GGUF file.")],
-    json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
+) -> Answer:
     """Show what a checkpoint holds: bits, format, bytes, recipe."""
     from compress.checkpoint.inspect import inspect as inspect_folder
 
-    with stdout_for(json) as emit:
-        found = inspect_folder(model)
-        if emit:
-            emit(found)
-            return
-        out = console()
+    found = inspect_folder(model)
+
+    def draw(out: Console) -> None:
         out.print(module_table(found["modules"]))
         rows = [("format", found["format"]), *size_rows(found["bytes"])]
         if found["recipe"]:
@@ -84,6 +75,8 @@ def inspect(
             made = found["provenance"].get("versions", {}).items()
             rows.append(("made with", ", ".join(f"{name} {version}" for name, version in made)))
         out.print(pairs_table(rows))
+
+    return Answer(found, draw)
 
 
 def generate(
@@ -98,7 +91,6 @@ def generate(
     activation_bits: ActivationBitsOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
-    debug: DebugOption = False,
 ) -> None:
     """Continue a text, or answer about images; what is new is printed as it comes."""
     import torch
@@ -144,7 +136,6 @@ def generate(
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one's YAML.")] = None,
-    debug: DebugOption = False,
 ) -> None:
     """List the recipes that come with modelpress, or print one."""
     from compress.recipe.recipe import shipped_recipes
@@ -167,21 +158,18 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be sent; no network.")
     ] = False,
-    json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
+) -> Answer:
     """Publish a result on the Hugging Face hub, as whoever `hf auth login` has logged in."""
     from compress.checkpoint.hub import push as push_folder
 
-    with stdout_for(json) as emit:
-        report = push_folder(folder, repo_id, private=private, dry_run=dry_run)
-        if emit:
-            emit(report)
-            return
-        out = console()
+    report = push_folder(folder, repo_id, private=private, dry_run=dry_run)
+
+    def draw(out: Console) -> None:
         files = [(file["path"], format_bytes(file["bytes"])) for file in report["files"]]
         out.print(pairs_table([*files, ("total", format_bytes(report["bytes"]))]))
         if dry_run:
             print_lines(out, "", *report["card"], "", f"dry run: nothing was sent to {repo_id}")
         else:
             print_lines(out, report["url"])
+
+    return Answer(report, draw)

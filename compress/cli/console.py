@@ -20,10 +20,11 @@ from rich.table import Table
 
 from compress.eval.report import (
     MISSING,
+    Row,
     flatten,
     format_bytes,
     format_number,
-    quality_row,
+    paired_differences,
     quality_table,
 )
 from compress.storage.files import atomic_write
@@ -184,27 +185,14 @@ def print_scores(
     console: Console, name: str, scores: Mapping[str, Any], baseline: str = "baseline"
 ) -> None:
     """A table of what `evaluate` returns, and below it everything the figures depend on."""
-    rows = [quality_row(name, scores)]
+    rows = [Row.of(name, scores)]
     if reference := scores.get("baseline"):
-        rows.insert(0, quality_row(baseline, reference))
+        rows.insert(0, Row.of(baseline, reference))
     console.print(quality_table(rows))
-    print_lines(console, *_difference_lines(scores.get("difference") or {}))
+    # Model minus baseline, item by item: the errors that say whether the model is worse.
+    for column, estimate in paired_differences(scores).items():
+        figure = format_number(estimate["value"], estimate["stderr"])
+        print_lines(console, f"difference from the baseline, paired: {column} {figure}")
     lines = [scores[part]["line"] for part in ("perplexity", "kl") if scores.get(part)]
     conditions = ", ".join(f"{k} {v}" for k, v in flatten(scores.get("conditions") or {}))
     print_lines(console, *lines, *([f"conditions: {conditions}"] if conditions else []))
-
-
-def _difference_lines(difference: Mapping[str, Any]) -> list[str]:
-    """Model minus baseline, item by item: the errors that say whether the model is worse."""
-    parts = {
-        f"{task} {metric}": estimate
-        for task, metrics in (difference.get("results") or {}).items()
-        for metric, estimate in metrics.items()
-    }
-    if text := difference.get("mean_nll"):
-        parts["mean NLL (nats per token)"] = text
-    return [
-        f"difference from the baseline, paired: {name} "
-        f"{format_number(estimate['value'], estimate['stderr'])}"
-        for name, estimate in parts.items()
-    ]

@@ -3,7 +3,10 @@
     main(["run", "demo-rsq", "--output", "out"])
 
 Exit codes: 0 done; 1 the run failed; 2 the command or the recipe is wrong; 130 interrupted. An
-error is one line on stderr; --debug puts its traceback before it. The commands are in `commands`.
+error is one line on stderr; --debug puts its traceback before it. With --json, stdout holds one
+JSON object and all else is on stderr; progress and warnings are there always.
+
+A command parses, calls the library and prints; it decides nothing. Each group has its file.
 """
 
 import contextlib
@@ -16,9 +19,13 @@ from typing import Any
 
 import typer
 
-from compress.cli.common import InterruptError
-from compress.cli.options import Settings
-from compress.cli.run import app
+from compress.cli.bench import bench
+from compress.cli.checkpoints import export, generate, inspect, push, recipes
+from compress.cli.common import InterruptError, add_command
+from compress.cli.measure import compare, evaluate
+from compress.cli.options import DebugOption, Settings, VersionOption
+from compress.cli.run import plan, run
+from compress.cli.search_pruning import search_pruning
 from compress.errors import CompressError
 
 # Libraries under us report to logs and bars of their own; a setting of the user's wins.
@@ -30,6 +37,27 @@ QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 ParserError = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
+
+app = typer.Typer(
+    name="modelpress",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Makes language models smaller and faster, and measures what that cost.",
+)
+
+
+@app.callback()
+def _top(version: VersionOption = False, debug: DebugOption = False) -> None:
+    pass  # the options' callbacks do it; the help is that of `app`
+
+
+add_command(app, run)
+add_command(app, plan)
+add_command(app, evaluate, "eval")
+for command in (compare, export, inspect, generate, recipes, push, search_pruning):
+    add_command(app, command)
+app.add_typer(bench, name="bench")  # last in the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compress.cli.common import interruptible
-from compress.cli.console import console, pairs_table, print_lines, stdout_for
+from compress.cli.common import Answer, integers, interruptible, names
+from compress.cli.console import console, pairs_table, print_lines
 from compress.cli.options import (
-    DebugOption,
     DenseOption,
     DeviceOption,
-    JsonOption,
     ModelArgument,
     SeedOption,
 )
@@ -58,9 +56,7 @@ def search_pruning(
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     resume: Annotated[bool, typer.Option(help="Go on with the trials that are there.")] = True,
-    json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
+) -> Answer:
     """Find which visual tokens to prune: the strategy that changes the last state least."""
     if save and not Path(model).is_dir():
         raise UsageError(f"--save needs a model folder, {model} is none")
@@ -69,9 +65,8 @@ def search_pruning(
     from compress.recipe.strategy import PruneStrategy, with_new_names
 
     given = None if start is None else PruneStrategy.load(start)
-    layers = None if stages is None else _numbers(stages)
-    names = None if variables is None else [name.strip() for name in variables.split(",")]
-    names = with_new_names(names)
+    layers = None if stages is None else _rising("--stages", stages)
+    searched = None if variables is None else with_new_names(names(variables))
     from compress.data.samples import DEMO_SCENES, read_samples
     from compress.loading.load import load
     from compress.memory import check_device
@@ -83,35 +78,42 @@ def search_pruning(
     check_search(keep, trials, sampler)
     if str(data) != DEMO_SCENES and not data.is_file():
         raise UsageError(f"--data: no such file: {data}")
-    with stdout_for(json) as emit:
-        packed = False if dense else None
-        loaded, processor = load(model, device=device, prune=False, packed=packed)
-        family_of(loaded)  # refuses a text model, whose tokenizer takes no images
-        prompts = read_samples(data, processor, samples, seed)
-        if layers is not None:
-            depth = loaded.config.get_text_config().num_hidden_layers
-            given = PruneStrategy.for_budget("vflowopt", keep, depth, stages=layers)
-        tried = output.with_suffix(".trials.jsonl")
-        if not resume:
-            tried.unlink(missing_ok=True)
-        err = console(stderr=True)
-        if len(prompts) < samples:
-            print_lines(err, f"{data} has {len(prompts)} prompts, fewer than {samples}")
-        kept = "run the same command again; finished trials are kept"
-        with RunProgress(err) as progress, interruptible(lambda: kept):
-            found = search_strategy(
-                loaded, prompts, keep, start=given, variables=names, trials=trials,
-                sampler=sampler, seed=seed, path=tried, processor=processor, observer=progress,
-            )  # fmt: skip
-        output.parent.mkdir(parents=True, exist_ok=True)
-        found.strategy.save(output)
-        if save:
-            save_strategy(found.strategy, model)
-        if emit:
-            emit(found.as_dict())
-            return
-        rows = [*_rows(found), ("strategy", str(output)), ("trials", str(tried))]
-        console().print(pairs_table([*rows, *([("saved with", model)] if save else [])]))
+    packed = False if dense else None
+    loaded, processor = load(model, device=device, prune=False, packed=packed)
+    family_of(loaded)  # refuses a text model, whose tokenizer takes no images
+    prompts = read_samples(data, processor, samples, seed)
+    if layers is not None:
+        depth = loaded.config.get_text_config().num_hidden_layers
+        given = PruneStrategy.for_budget("vflowopt", keep, depth, stages=layers)
+    tried = output.with_suffix(".trials.jsonl")
+    if not resume:
+        tried.unlink(missing_ok=True)
+    err = console(stderr=True)
+    if len(prompts) < samples:
+        print_lines(err, f"{data} has {len(prompts)} prompts, fewer than {samples}")
+    kept = "run the same command again; finished trials are kept"
+    with RunProgress(err) as progress, interruptible(lambda: kept):
+        found = search_strategy(
+            loaded,
+            prompts,
+            keep,
+            start=given,
+            variables=searched,
+            trials=trials,
+            sampler=sampler,
+            seed=seed,
+            path=tried,
+            processor=processor,
+            observer=progress,
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    found.strategy.save(output)
+    if save:
+        save_strategy(found.strategy, model)
+    rows = [*_rows(found), ("strategy", str(output)), ("trials", str(tried))]
+    if save:
+        rows.append(("saved with", model))
+    return Answer(found.as_dict(), lambda out: out.print(pairs_table(rows)))
 
 
 def _rows(found: "SearchResult") -> list[tuple[str, str]]:
@@ -126,11 +128,9 @@ def _rows(found: "SearchResult") -> list[tuple[str, str]]:
     return rows + [(name, f"{getattr(strategy, name):.4g}") for name in searched]
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or any(a >= b for a, b in pairwise((-1, *numbers))):
-        raise UsageError(f"--stages: expected rising layers such as 0,9,18, found {text!r}")
-    return numbers
+def _rising(option: str, text: str) -> tuple[int, ...]:
+    expected = "rising layers such as 0,9,18"
+    layers = integers(option, text, expected)
+    if any(a >= b for a, b in pairwise((-1, *layers))):
+        raise UsageError(f"{option}: expected {expected}, found {text!r}")
+    return tuple(layers)

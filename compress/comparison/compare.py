@@ -13,32 +13,24 @@ evaluation (`compress.comparison.strategies`), and a second plot shows accuracy 
     print(comparison.markdown())
 """
 
-import csv
-import io
 import json
 import re
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress.comparison.results import ResultComparison
-from compress.comparison.strategies import (
-    PruningComparison,
-    kept_per_prompt,
-    only_prunes,
-    retained,
-    seeded,
-    unpruned_per_prompt,
-)
+from compress.comparison.results import ResultComparison, drawn_by_seed
+from compress.comparison.strategies import PruningComparison, only_prunes
+from compress.comparison.study import Entry, Run, Study, folder_name, seeded
+from compress.comparison.table import conditions_line, csv_of, rows_of
 from compress.errors import UsageError
+from compress.eval.curves import plot_lines
+from compress.eval.report import Row, markdown_table, plot_quality
 from compress.observer import Observer
+from compress.pipeline.evaluation import check_evaluation
 from compress.recipe.recipe import Recipe
 from compress.recipe.sections import Evaluate
-
-BASELINE = "16-bit"
-ERROR = "_stderr"
 
 
 @dataclass
@@ -53,27 +45,33 @@ class Comparison:
             missing or nothing can be drawn.
     """
 
-    rows: list[dict[str, Any]]
-    runs: list[dict[str, Any]]
+    rows: list[Row]
+    runs: list[Run]
     conditions: str
     plot: Path | None = None
     warnings: list[str] = field(default_factory=list)
 
     def markdown(self) -> str:
         """The table as Markdown, with its conditions."""
-        from compress.eval.report import markdown_table
-
         return markdown_table(self.rows, self.conditions)
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
         return {
-            "rows": self.rows,
+            "rows": [row.as_dict() for row in self.rows],
             "runs": self.runs,
             "conditions": self.conditions,
             "plot": None if self.plot is None else str(self.plot),
             "warnings": self.warnings,
         }
+
+    def write(self, folder: Path) -> None:
+        """The table as Markdown and JSON, the runs as lines of JSON and as CSV."""
+        (folder / "comparison.md").write_text(self.markdown())
+        (folder / "comparison.json").write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+        lines = [json.dumps(run) + "\n" for run in self.runs]
+        (folder / "comparison.jsonl").write_text("".join(lines))
+        (folder / "comparison.csv").write_text(csv_of(self.runs))
 
 
 def compare(
@@ -96,87 +94,32 @@ def compare(
             does not fit the model, as `plan` would say. Nothing has run then.
         CompressError: a run failed.
     """
-    from compress.pipeline.evaluation import check_evaluation
-
     observer = observer or Observer()
     output = Path(output)
     section = _check_recipes(recipes, seeds)
     check_evaluation(recipes[0])
-    runs = []
+    study: Study
     if all(only_prunes(recipe) for recipe in recipes):
         study = PruningComparison(recipes[0], device, observer, overwrite)
-        for recipe in recipes:
-            for seed in seeds:
-                observer.stage(f"{recipe.name}, seed {seed}")
-                runs.append(study.run(recipe, seed, _folder(output, recipe, seed)))
-                _tell(observer, runs[-1])
     else:
-        results = ResultComparison(recipes[0], device, observer, overwrite, self_check)
-        results.check(recipes)
-        finished = []
-        for recipe in recipes:
-            for seed in seeds:
-                observer.stage(f"{recipe.name}, seed {seed}")
-                folder = _folder(output, recipe, seed)
-                finished.append((recipe, seed, results.run(recipe, seed, folder)))
-        observer.stage("evaluation")
-        for recipe, seed, facts in finished:
-            runs.append(results.measure(recipe, seed, facts, _drawn(section)))
-            _tell(observer, runs[-1])
-    comparison = Comparison(_rows(runs, section), runs, _conditions(section, runs, device))
+        study = ResultComparison(recipes[0], device, observer, overwrite, self_check)
+    entries = [
+        Entry(recipe, seed, output / folder_name(f"{recipe.name}-{seed}"))
+        for recipe in recipes
+        for seed in seeds
+    ]
+    runs: list[Run] = []
+    for entry, run in zip(entries, study.runs(entries), strict=True):
+        runs.append(run)
+        observer.module(entry.title, Row.of(entry.recipe.name, run["evaluation"]).values)
+    rows = rows_of(runs, drawn_by_seed(section))
+    comparison = Comparison(rows, runs, conditions_line(section, runs, device))
     for warning in _unmet(runs):
         comparison.warnings.append(warning)
         observer.warning(warning)
     _plot(comparison, output / "comparison.png", observer)
-    (output / "comparison.md").write_text(comparison.markdown())
-    (output / "comparison.json").write_text(json.dumps(comparison.as_dict(), indent=2) + "\n")
-    lines = [json.dumps(run) + "\n" for run in comparison.runs]
-    (output / "comparison.jsonl").write_text("".join(lines))
-    (output / "comparison.csv").write_text(_csv(comparison.runs))
+    comparison.write(output)
     return comparison
-
-
-def _folder(output: Path, recipe: Recipe, seed: int) -> Path:
-    return output / folder_name(f"{recipe.name}-{seed}")
-
-
-def folder_name(name: str) -> str:
-    """A recipe's name, which may be any text, as the name of a folder."""
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "recipe"
-
-
-def _csv(runs: list[dict[str, Any]]) -> str:
-    """A line a run: what was set, its size, every figure, and each one's paired difference."""
-    table = []
-    for run in runs:
-        scores = run["evaluation"]
-        facts = ("name", "seed", "bits", "bytes", "seconds")
-        row = {k: run[k] for k in facts if k in run} | kept_per_prompt(scores) | retained(scores)
-        row |= {k: v for k, v in quality(scores).items() if k != "name"}
-        difference = scores.get("difference", {})
-        pairs = {"nll": difference.get("mean_nll")} | {
-            f"{task} {metric}": found
-            for task, metrics in difference.get("results", {}).items()
-            for metric, found in metrics.items()
-        }
-        for key, found in pairs.items():
-            if found is not None:
-                row[f"{key} difference"] = found["value"]
-                row[f"{key} difference_stderr"] = found["stderr"]
-        table.append(row)
-    columns = list(dict.fromkeys(key for row in table for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return text.getvalue()
-
-
-def quality(scores: dict[str, Any]) -> dict[str, Any]:
-    """The figures of one evaluation by name, with their errors."""
-    from compress.eval.report import quality_row
-
-    return quality_row("", scores)
 
 
 def _check_recipes(recipes: Sequence[Recipe], seeds: Sequence[int]) -> Evaluate:
@@ -228,57 +171,7 @@ def _check_distinct(recipes: Sequence[Recipe], seed: int) -> None:
             )
 
 
-def _drawn(section: Evaluate) -> bool:
-    """Whether a task draws its items, so that each seed has its own."""
-    from compress.eval.harness import DRAWN_TASKS
-
-    return any(task in DRAWN_TASKS for task in section.tasks)
-
-
-def _tell(observer: Observer, run: dict[str, Any]) -> None:
-    observer.module(f"{run['name']}, seed {run['seed']}", _figures(run["evaluation"]))
-
-
-def _rows(runs: list[dict[str, Any]], section: Evaluate) -> list[dict[str, Any]]:
-    """One for the 16-bit model and one a recipe: means over the seeds."""
-    from compress.eval.report import quality_row
-
-    first = runs[0]
-    seeds = [run for run in runs if run["name"] == first["name"]] if _drawn(section) else [first]
-    rows = [
-        _mean_row([
-            quality_row(
-                BASELINE, run["evaluation"].get("baseline", {}),
-                **({"bytes": run["original"]} if "original" in run else {}),
-                **unpruned_per_prompt(run["evaluation"]),
-            )
-            for run in seeds
-        ])
-    ]  # fmt: skip
-    for name in dict.fromkeys(run["name"] for run in runs):
-        rows.append(
-            _mean_row([
-                quality_row(
-                    name, run["evaluation"],
-                    **{key: run[key] for key in ("bits", "bytes", "seconds") if key in run},
-                    **kept_per_prompt(run["evaluation"]),
-                )
-                | (_retained_row(run["evaluation"]))
-                for run in runs if run["name"] == name
-            ])
-        )  # fmt: skip
-    return rows
-
-
-def _retained_row(scores: dict[str, Any]) -> dict[str, Any]:
-    """What pruning left of the accuracy; one seed has no error for it."""
-    if "pruning" not in scores:
-        return {}
-    shares = retained(scores)
-    return shares | {name + ERROR: None for name in shares}
-
-
-def _unmet(runs: list[dict[str, Any]]) -> list[str]:
+def _unmet(runs: Sequence[Run]) -> list[str]:
     """A line for each recipe whose method cannot keep as little as was asked."""
     lines = []
     for run in {run["name"]: run for run in runs if run.get("asked") is not None}.values():
@@ -291,63 +184,7 @@ def _unmet(runs: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean over seeds; behind each measured figure their sample standard deviation."""
-    if len(rows) == 1:
-        return rows[0]
-    merged: dict[str, Any] = {"name": rows[0]["name"]}
-    for key in rows[0]:
-        if key == "name" or key.endswith(ERROR) or not all(key in row for row in rows):
-            continue
-        values = [row[key] for row in rows]
-        mean = statistics.fmean(values)
-        merged[key] = int(mean) if key == "bytes" else mean
-        if key + ERROR in rows[0]:
-            merged[key + ERROR] = statistics.stdev(values)
-    return merged
-
-
-def _figures(scores: dict[str, Any]) -> dict[str, Any]:
-    from compress.eval.report import quality_row
-
-    row = quality_row("", scores)
-    return {key: value for key, value in row.items() if key != "name" and not key.endswith(ERROR)}
-
-
-def _conditions(section: Evaluate, runs: list[dict[str, Any]], device: str) -> str:
-    """How it was measured, in one line."""
-    scores = runs[0]["evaluation"]
-    parts = []
-    if section.perplexity is not None:
-        p, text = section.perplexity, scores["perplexity"]
-        parts.append(
-            f"perplexity per token on {p.dataset} (held out): {text['tokens']} tokens, windows of "
-            f"{text['length']}, stride {text['stride']}, {'BOS' if p.bos else 'no BOS'}"
-        )
-        if "kl" in scores:
-            parts.append("kl: nats per token from the 16-bit model")
-    if section.tasks:
-        samples = scores["conditions"]["samples"]
-        each = " a seed, drawn from it" if _drawn(section) else ""
-        parts.append(", ".join(f"{task}: {count} items{each}" for task, count in samples.items()))
-    seeds = list(dict.fromkeys(run["seed"] for run in runs))
-    if len(seeds) > 1:
-        of_baseline = "" if _drawn(section) else " (of the 16-bit model: standard error)"
-        numbers = ", ".join(map(str, seeds))
-        parts.append(f"± sample standard deviation over seeds {numbers}{of_baseline}")
-    else:
-        parts.append(f"± standard error over windows or items; seed {seeds[0]}")
-    if "pruning" in scores:
-        parts.append("kept: visual tokens, averaged over layers and images; kv_bytes and "
-                     "prefill_flops: of a prompt")  # fmt: skip
-    parts.append(f"{device}, {scores['conditions']['dtype']}")
-    return "; ".join(parts)
-
-
 def _plot(comparison: Comparison, path: Path, observer: Observer) -> None:
-    from compress.eval.curves import plot_lines
-    from compress.eval.report import plot_quality
-
     baseline, *rows = comparison.rows
     sized, kept = _lines(rows, "bytes"), _lines(rows, "kept")
     try:
@@ -364,10 +201,10 @@ def _plot(comparison: Comparison, path: Path, observer: Observer) -> None:
         observer.warning(comparison.warnings[-1])
 
 
-def _lines(rows: list[dict[str, Any]], x: str) -> dict[str, list[dict[str, Any]]]:
+def _lines(rows: Sequence[Row], x: str) -> dict[str, list[Row]]:
     """Rows with `x`; those that differ in the number behind their last `=` alone are one line."""
-    lines: dict[str, list[dict[str, Any]]] = {}
+    lines: dict[str, list[Row]] = {}
     for row in rows:
-        if x in row:
-            lines.setdefault(re.sub(r" \w+=[\d.e-]+$", "", row["name"]), []).append(row)
+        if x in row.values:
+            lines.setdefault(re.sub(r" \w+=[\d.e-]+$", "", row.name), []).append(row)
     return lines

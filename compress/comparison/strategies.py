@@ -11,29 +11,39 @@ measured and taken off again. Of each recipe and seed the folder keeps
 
 and what is there already is not done again.
 
-    study = PruningComparison(recipes[0], device="cpu", observer=observer)
-    run = study.run(recipe, seed=0, folder=Path("out/prune-random-0"))
+    study = PruningComparison(recipes[0], "cpu", observer)
+    runs = list(study.runs([Entry(recipe, 0, Path("out/prune-random-0"))]))
 """
 
 import contextlib
-import json
-import math
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from compress.data.text import locate
+import torch
+
+from compress.comparison.study import Entry, Run, conditions_of, keep, kept, seeded
+from compress.data.samples import in_batches, read_samples
+from compress.data.source import CalibrationSource
 from compress.errors import UsageError
+from compress.loading.load import fastest_packing, load
+from compress.models.pretrained import local_folder
+from compress.models.skeleton import Skeleton
+from compress.models.vision import Inputs
 from compress.observer import Observer
+from compress.pipeline.evaluation import Evaluator
+from compress.pruning.families import family_of
+from compress.pruning.saved import apply_strategy, stop_pruning
+from compress.pruning.search import search_strategy
 from compress.pruning.tower_cache import OutputCache, tower_cached
+from compress.recipe.pruning import PruneVisualTokens
+from compress.recipe.recipe import Recipe
+from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
 from compress.storage.files import atomic_write
 
-if TYPE_CHECKING:
-    from compress.recipe.recipe import Recipe
-    from compress.recipe.strategy import PruneStrategy
 
-
-def only_prunes(recipe: "Recipe") -> bool:
+def only_prunes(recipe: Recipe) -> bool:
     """Whether the recipe prunes visual tokens and changes no weight."""
     return (
         recipe.prune_visual_tokens is not None
@@ -43,73 +53,47 @@ def only_prunes(recipe: "Recipe") -> bool:
     )
 
 
-def seeded(recipe: "Recipe", seed: int) -> "Recipe":
-    """The recipe with this seed for all that it draws.
-
-    Calibration, rotation, a random order of layers, an evolving allocation, a pruning strategy and
-    its search.
-    """
-    changes: dict[str, Any] = {"calibration": {"seed": seed}, "rotate": {"seed": seed}}
-    if recipe.allocate is not None:
-        changes["allocate"] = {"seed": seed}
-        if recipe.allocate.importance.base == "random":
-            score = recipe.allocate.importance.model_dump() | {"seed": seed}
-            changes["allocate"]["importance"] = score
-    section = recipe.prune_visual_tokens
-    if section is not None:
-        parts: dict[str, Any] = {}
-        if section.strategy is not None and section.strategy.method == "random":
-            parts["strategy"] = section.strategy.model_dump() | {"seed": seed}
-        if section.search is not None:
-            parts["search"] = section.search.model_dump() | {"seed": seed}
-        changes["prune_visual_tokens"] = parts
-    return recipe.with_changes(**changes)
-
-
 class PruningComparison:
     """One loaded model, under one strategy after the other."""
 
-    def __init__(self, recipe: "Recipe", device: str, observer: Observer, overwrite: bool = False):
+    def __init__(self, recipe: Recipe, device: str, observer: Observer, overwrite: bool = False):
         """`recipe`: any of those that are compared; model and evaluation are the same in all."""
-        import torch
-
-        from compress.loading.load import fastest_packing, load
-        from compress.models.pretrained import local_folder
-        from compress.pipeline.evaluation import Evaluator
-        from compress.pruning.families import family_of
-        from compress.storage.safetensors import CheckpointReader
-
         self.device, self.observer, self.overwrite = device, observer, overwrite
-        self.source = local_folder(recipe.model_location(), recipe.model.revision)
+        folder = local_folder(recipe.model_location(), recipe.model.revision)
         dtype = None if device.startswith("cuda") else torch.float32
-        packed = fastest_packing(self.source, device)
-        self.model, self.processor = load(self.source, device, dtype, prune=False, packed=packed)
+        packed = fastest_packing(folder, device)
+        self.model, self.processor = load(folder, device, dtype, prune=False, packed=packed)
         family_of(self.model)  # refuses a text model
         self.layers = len(self.model.model.language_model.layers)
-        self.fingerprint = CheckpointReader(self.source).fingerprint()
-        self.evaluator = Evaluator.of_recipe(recipe, self.source, device)
-        self._samples: dict[tuple, list[Any]] = {}
+        self.skeleton = Skeleton.open(folder)
+        self.evaluator = Evaluator.of_recipe(recipe, folder, device)
+        self._samples: dict[tuple[str, int, int], list[Inputs]] = {}
         self._tower = OutputCache()
 
-    def run(self, recipe: "Recipe", seed: int, folder: Path) -> dict[str, Any]:
-        """Settles and measures one recipe under one seed, or reads what is there.
+    def runs(self, entries: Sequence[Entry]) -> Iterator[Run]:
+        """See `Study`: each entry's strategy is settled and measured before the next one's."""
+        for entry in entries:
+            self.observer.stage(entry.title)
+            yield self.run(entry)
 
-        Returns {"name", "seed", "folder", "seconds", "strategy", "asked", "evaluation"}; `asked` is
-        the recipe's `keep` where no strategy of this method can keep so little.
+    def run(self, entry: Entry) -> Run:
+        """Settles and measures one recipe under one seed, or reads what is there.
 
         Raises UsageError if the folder holds the result of another recipe.
         """
-        from compress.pruning.saved import apply_strategy, stop_pruning
-
-        recipe = seeded(recipe, seed)
-        begun = self._begin(recipe, folder)
-        conditions = self._conditions(recipe)
-        found = _read(folder / "measured.json") if begun else None
-        if found is not None and found["conditions"] == conditions:
-            return found["run"]
-        with self._same_pictures(recipe):
+        recipe, seed, folder = seeded(entry.recipe, entry.seed), entry.seed, entry.folder
+        section = recipe.prune_visual_tokens
+        assert section is not None and recipe.evaluate is not None
+        file, begun = folder / "measured.json", self._begin(recipe, folder)
+        model = self.skeleton.reader.fingerprint()
+        conditions = conditions_of(recipe.evaluate, self.device, model=model)
+        found = kept(file, conditions, "run") if begun else None
+        if found is not None:
+            return found
+        with self._same_pictures(section):
             started = time.perf_counter()
-            strategy, asked = self.strategy(recipe, folder)
+            source = CalibrationSource.of(recipe, self.skeleton)
+            strategy, asked = self._settle(section, source, folder / "trials.jsonl")
             searched = time.perf_counter() - started
             strategy.save(folder / "pruning.json")
             apply_strategy(self.model, strategy, self.processor)
@@ -119,7 +103,7 @@ class PruningComparison:
                 )
             finally:
                 stop_pruning(self.model)
-        run = {
+        run: Run = {
             "name": recipe.name,
             "seed": seed,
             "folder": str(folder),
@@ -128,84 +112,10 @@ class PruningComparison:
             "asked": asked,
             "evaluation": scores,
         }
-        _write(folder / "measured.json", {"conditions": conditions, "run": run})
+        keep(file, conditions, "run", run)
         return run
 
-    def _same_pictures(self, recipe: "Recipe") -> Any:
-        """All recipes are asked about the same pictures: the tower need not look at them again."""
-        section = recipe.prune_visual_tokens
-        if section.strategy is not None and section.strategy.vit_layer is not None:
-            return contextlib.nullcontext()
-        return tower_cached(self.model, self._tower)
-
-    def strategy(self, recipe: "Recipe", folder: Path) -> tuple["PruneStrategy", float | None]:
-        """The recipe's strategy on this model; with it the budget that was asked for, if no
-        strategy of this method meets it and the nearest is taken instead."""
-        section = recipe.prune_visual_tokens
-        assert section is not None
-        if section.search is not None:
-            from compress.pruning.search import search_strategy
-
-            found = search_strategy(
-                self.model, self._prompts(recipe, section.search.samples, section.search.seed),
-                section.keep,
-                start=section.strategy_for(self.layers), variables=section.search.variables,
-                trials=section.search.trials, sampler=section.search.sampler,
-                seed=section.search.seed, path=folder / "trials.jsonl", processor=self.processor,
-            )  # fmt: skip
-            return found.strategy, None
-        try:
-            strategy = section.strategy_for(self.layers)
-            strategy.counts(self._visual_tokens(recipe), self.layers)
-        except UsageError:
-            nearest = self._least(recipe)
-            if nearest is None:
-                raise
-            return nearest, section.keep
-        return strategy, None
-
-    def _least(self, recipe: "Recipe") -> "PruneStrategy | None":
-        """Of a method that ranks inside the language model, the strategy that keeps least: all
-        tokens before its first stage, and one in the end. None for others: they can keep less."""
-        from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
-
-        section = recipe.prune_visual_tokens
-        given = section.strategy
-        if given is None or given.method not in LANGUAGE_ATTENTION or given.ratios is not None:
-            return None
-        options = given.options() | ({"stages": section.stages} if section.stages else {})
-        whole = PruneStrategy.for_budget(given.method, 1.0, self.layers, **options)
-        stages = len(whole.stages)
-        ratio = (1 / self._visual_tokens(recipe)) ** (1 / stages)
-        least = PruneStrategy(**whole.model_dump() | {"ratios": (ratio,) * stages})
-        return least if least.average_kept(self.layers) > section.keep else None
-
-    def _visual_tokens(self, recipe: "Recipe") -> int:
-        """Of the smallest image of the calibration prompts, or of the tower's own size."""
-        from compress.data.samples import DEMO_SCENES
-        from compress.data.source import has_images
-
-        dataset = recipe.calibration.dataset
-        if dataset == DEMO_SCENES or (
-            dataset.endswith(".jsonl") and has_images(locate(recipe, dataset))
-        ):
-            token = self.model.config.image_token_id
-            prompts = self._prompts(recipe, 1, recipe.calibration.seed)
-            return min(int((p["input_ids"] == token).sum(dim=1).min()) for p in prompts)
-        vision = self.model.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2
-
-    def _prompts(self, recipe: "Recipe", count: int, seed: int) -> list[Any]:
-        """So many calibration prompts, those of equal shapes as a batch; read once."""
-        from compress.data.samples import in_batches, read_samples
-
-        path = locate(recipe, recipe.calibration.dataset)
-        key = (path, count, seed)
-        if key not in self._samples:
-            self._samples[key] = in_batches(read_samples(path, self.processor, count, seed))
-        return self._samples[key]
-
-    def _begin(self, recipe: "Recipe", folder: Path) -> bool:
+    def _begin(self, recipe: Recipe, folder: Path) -> bool:
         """Prepares the folder; whether it was begun by this very recipe."""
         text = recipe.with_changes(evaluate=None).dump()
         file = folder / "recipe.yaml"
@@ -224,62 +134,75 @@ class PruningComparison:
             written.write(text.encode())
         return False
 
-    def _conditions(self, recipe: "Recipe") -> dict[str, Any]:
-        """What a measurement depends on beside the recipe that is written in the folder."""
-        from compress.pipeline.provenance import versions
+    def _same_pictures(self, section: PruneVisualTokens) -> AbstractContextManager[None]:
+        """All recipes are asked about the same pictures: the tower need not look at them again."""
+        if section.strategy is not None and section.strategy.vit_layer is not None:
+            return contextlib.nullcontext()
+        return tower_cached(self.model, self._tower)
 
-        assert recipe.evaluate is not None
-        return {
-            "evaluate": recipe.evaluate.model_dump(mode="json"),
-            "model": self.fingerprint,
-            "device": self.device,
-            "versions": versions(),
-        }
+    def _settle(
+        self, section: PruneVisualTokens, source: CalibrationSource, trials: Path
+    ) -> tuple[PruneStrategy, float | None]:
+        """The section's strategy on this model; with it the budget that was asked for, if no
+        strategy of this method meets it and the nearest is taken instead.
 
+        Args:
+            source: of the prompts that a search runs on, and whose images are pruned.
+            trials: where a search keeps its trials.
+        """
+        if section.search is not None:
+            assert section.keep is not None
+            search = section.search
+            found = search_strategy(
+                self.model,
+                self._prompts(source, search.samples, search.seed),
+                section.keep,
+                start=section.strategy_for(self.layers),
+                variables=search.variables,
+                trials=search.trials,
+                sampler=search.sampler,
+                seed=search.seed,
+                path=trials,
+                processor=self.processor,
+            )
+            return found.strategy, None
+        try:
+            strategy = section.strategy_for(self.layers)
+            strategy.counts(self._visual_tokens(source), self.layers)
+        except UsageError:
+            nearest = self._least(section, source)
+            if nearest is None:
+                raise
+            return nearest, section.keep
+        return strategy, None
 
-def kept_per_prompt(scores: dict[str, Any]) -> dict[str, float]:
-    """The averages of an evaluation's `pruning`: share kept, FLOPs and KV bytes of a prompt."""
-    pruning = scores.get("pruning")
-    if not pruning or not pruning["prompts"]:
-        return {}
-    return {
-        "kept": pruning["average_kept"],
-        "kv_bytes": pruning["kv_bytes"] / pruning["prompts"],
-        "prefill_flops": pruning["prefill_flops"] / pruning["prompts"],
-    }
+    def _least(self, section: PruneVisualTokens, source: CalibrationSource) -> PruneStrategy | None:
+        """Of a method that ranks inside the language model, the strategy that keeps least: all
+        tokens before its first stage, and one in the end. None for others: they can keep less."""
+        given = section.strategy
+        if given is None or given.method not in LANGUAGE_ATTENTION or given.ratios is not None:
+            return None
+        assert section.keep is not None
+        options = given.options() | ({"stages": section.stages} if section.stages else {})
+        whole = PruneStrategy.for_budget(given.method, 1.0, self.layers, **options)
+        stages = len(whole.stages)
+        ratio = (1 / self._visual_tokens(source)) ** (1 / stages)
+        least = PruneStrategy(**whole.model_dump() | {"ratios": (ratio,) * stages})
+        return least if least.average_kept(self.layers) > section.keep else None
 
+    def _visual_tokens(self, source: CalibrationSource) -> int:
+        """Of the smallest image of the calibration prompts, or of the tower's own size."""
+        if source.images:
+            token = self.model.config.image_token_id
+            prompts = self._prompts(source, 1, source.settings.seed)
+            return min(int((p["input_ids"] == token).sum(dim=1).min()) for p in prompts)
+        vision = self.model.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2
 
-def unpruned_per_prompt(scores: dict[str, Any]) -> dict[str, float]:
-    """The same figures had nothing been pruned."""
-    pruning = scores.get("pruning")
-    if not pruning or not pruning["prompts"]:
-        return {}
-    return {
-        "kept": 1.0,
-        "kv_bytes": pruning["kv_bytes_unpruned"] / pruning["prompts"],
-        "prefill_flops": pruning["prefill_flops_unpruned"] / pruning["prompts"],
-    }
-
-
-def retained(scores: dict[str, Any]) -> dict[str, float]:
-    """Of each task the share of the baseline's first metric that is left: `TASK retained`."""
-    left = {}
-    for task, metrics in scores.get("results", {}).items():
-        before = scores.get("baseline", {}).get("results", {}).get(task, {})
-        metric = next(iter(metrics), None)
-        if metric is not None and before.get(metric) and math.isfinite(before[metric]):
-            left[f"{task} retained"] = metrics[metric] / before[metric]
-    return left
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON file, None if there is none or a kill has cut it short."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+    def _prompts(self, source: CalibrationSource, count: int, seed: int) -> list[Inputs]:
+        """So many calibration prompts, those of equal shapes as a batch; read once."""
+        key = (source.location, count, seed)
+        if key not in self._samples:
+            prompts = read_samples(source.location, self.processor, count, seed)
+            self._samples[key] = in_batches(prompts)
+        return self._samples[key]

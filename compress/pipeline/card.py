@@ -26,17 +26,17 @@ import yaml
 
 from compress.checkpoint.engines import loading_table
 from compress.eval.report import (
+    NLL,
+    Row,
     columns_of,
     flatten,
     format_bytes,
-    format_cell,
     format_number,
-    quality_row,
+    paired_differences,
 )
 
 Facts = Mapping[str, Any]
 
-NLL = "mean NLL (nats per token)"
 ROTATIONS = {"hadamard": "a randomised Hadamard matrix", "random": "a random orthogonal matrix"}
 PRUNING = {
     "vflowopt": "VFlowOpt (arXiv 2508.05211)",
@@ -228,22 +228,16 @@ def _quality_table(evaluation: Facts, baseline: Facts) -> str:
     """A row a metric: this model, 16 bits, and the paired difference where there is one."""
     if not evaluation:
         return ""
-    ours, theirs = quality_row("", evaluation), quality_row("", baseline)
-    difference = evaluation.get("difference") or {}
-    paired = {
-        f"{task} {metric}": estimate
-        for task, metrics in (difference.get("results") or {}).items()
-        for metric, estimate in metrics.items()
-    }
+    ours, theirs = Row.of("", evaluation), Row.of("", baseline)
     for part, row in ((evaluation, ours), (baseline, theirs)):
         if (text := part.get("perplexity") or {}).get("mean_nll") is not None:
-            row |= {NLL: text["mean_nll"], NLL + "_stderr": text.get("stderr")}
-    paired[NLL] = difference.get("mean_nll") or {}
+            row.put(NLL, text["mean_nll"], text.get("stderr"))
+    paired = paired_differences(evaluation)
     rows = []
-    for column in columns_of([ours, theirs])[1:]:
-        estimate = paired.get(column) or {}
+    for column in columns_of([ours, theirs]):
+        estimate = paired.get(column, {})
         gap = format_number(estimate.get("value"), estimate.get("stderr"))
-        rows.append((column, format_cell(ours, column), format_cell(theirs, column), gap))
+        rows.append((column, ours.cell(column), theirs.cell(column), gap))
     return _table(("metric", "this model", "16 bits", "difference"), *rows)
 
 

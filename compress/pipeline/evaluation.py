@@ -11,13 +11,22 @@ visual tokens is measured pruning, its baseline never does.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from compress.data.text import load_documents, locate
+from compress.data.windows import encode, token_stream
 from compress.errors import UsageError
-
-if TYPE_CHECKING:
-    from compress.recipe.recipe import Recipe
+from compress.eval.evaluate import Baseline, Text, evaluate_model
+from compress.eval.harness import find_tasks, import_harness
+from compress.eval.settings import EvaluationSettings
+from compress.kernels.linear import QuantLinear
+from compress.loading.load import fastest_packing, load
+from compress.pruning.pictures import watching
+from compress.recipe.recipe import Recipe
 
 
 def evaluate(
@@ -25,21 +34,21 @@ def evaluate(
     *,
     tasks: Sequence[str] = (),
     include_path: str | Path | Sequence[str | Path] | None = None,
+    limit: int | float | None = None,
+    batch_size: int = 8,
+    num_fewshot: int | None = None,
     perplexity: str | None = None,
+    text_field: str = "text",
     length: int = 512,
     stride: int | None = None,
     bos: bool = False,
     tokens: int | None = None,
     per_document: bool = False,
-    text_field: str = "text",
+    seed: int = 0,
     baseline: str | Path | None = None,
-    limit: int | float | None = None,
-    batch_size: int = 8,
-    num_fewshot: int | None = None,
+    device: str = "cpu",
     dense: bool | None = None,
     activation_bits: int | None = None,
-    seed: int = 0,
-    device: str = "cpu",
     pictures: str | Path | None = None,
 ) -> dict[str, Any]:
     """Tasks, perplexity and divergence of a checkpoint: the dict of `compress.eval.evaluate`.
@@ -49,7 +58,9 @@ def evaluate(
     Args:
         model, baseline: folders or hub ids; the baseline is measured in the same call.
         tasks, include_path, limit, num_fewshot, seed: of lm-eval.
+        batch_size: windows, documents or requests in a forward pass.
         perplexity: a dataset's name, FILE.txt, FILE.jsonl or hub id; its held-out part is read.
+        text_field: key of a FILE.jsonl's text.
         length, stride: tokens of a window and from one window to the next; None: no overlap.
         bos: put the tokenizer's BOS in front of each window.
         tokens: only the first so many tokens of the text.
@@ -63,14 +74,11 @@ def evaluate(
         UsageError: nothing to evaluate, no such model, task or dataset, or no BOS token.
         CheckpointError: a damaged checkpoint.
     """
-    evaluator = Evaluator(
-        tasks=tasks, include_path=include_path, perplexity=perplexity, length=length,
-        stride=stride, bos=bos, tokens=tokens, per_document=per_document, text_field=text_field,
-        baseline=baseline, limit=limit, batch_size=batch_size, num_fewshot=num_fewshot, seed=seed,
-        device=device,
-    )  # fmt: skip
+    settings = EvaluationSettings.among(locals())
     drawn = None if pictures is None else Path(pictures)
-    return evaluator.measure(model, dense=dense, activation_bits=activation_bits, pictures=drawn)
+    return Evaluator(settings, baseline, device).measure(
+        model, dense=dense, activation_bits=activation_bits, pictures=drawn
+    )
 
 
 class Evaluator:
@@ -78,46 +86,24 @@ class Evaluator:
 
     def __init__(
         self,
-        *,
-        tasks: Sequence[str],
-        perplexity: str | None,
-        baseline: str | Path | None,
-        device: str,
-        tokens: int | None = None,
-        per_document: bool = False,
-        text_field: str = "text",
-        bos: bool = False,
-        length: int = 512,
-        stride: int | None = None,
-        **settings: Any,
+        settings: EvaluationSettings,
+        baseline: str | Path | None = None,
+        device: str = "cpu",
     ):
-        if not tasks and perplexity is None:
+        """Raises UsageError for settings that measure nothing, or name an unknown task."""
+        if not settings.tasks and settings.perplexity is None:
             raise UsageError("nothing to evaluate: give tasks, a perplexity dataset, or both")
-        check_tasks(tasks, settings.get("include_path"))
-        self.device, self.baseline_path, self.dataset = device, baseline, perplexity
-        self.settings = settings | {"tasks": tasks}
-        self.windows = {"length": length, "stride": stride}
-        self.bos, self.reading = bos, (text_field, tokens, per_document)
-        self._baseline: Any = None
+        check_tasks(settings)
+        self.settings, self.baseline_path, self.device = settings, baseline, device
+        self._baseline: Baseline | None = None
         self._baseline_linears: str | None = None
-        self._text: dict[str, Any] | None = None
+        self._text: Text | None = None
 
     @classmethod
-    def of_recipe(cls, recipe: "Recipe", baseline: str | Path, device: str) -> "Evaluator":
+    def of_recipe(cls, recipe: Recipe, baseline: str | Path, device: str) -> "Evaluator":
         """As the recipe's `evaluate` section says."""
-        section = recipe.evaluate
-        assert section is not None
-        text: dict[str, Any] = {"perplexity": None}
-        if section.perplexity is not None:
-            text = section.perplexity.model_dump()
-            from compress.data.text import locate
-
-            text["perplexity"] = locate(recipe, text.pop("dataset"))
-        return cls(
-            tasks=section.tasks, limit=section.limit, batch_size=section.batch_size,
-            seed=section.seed,
-            baseline=baseline if section.baseline else None, device=device, **text,
-        )  # fmt: skip
+        assert recipe.evaluate is not None
+        return cls(settings_of(recipe), baseline if recipe.evaluate.baseline else None, device)
 
     def measure(
         self,
@@ -136,8 +122,6 @@ class Evaluator:
             seed: instead of the evaluator's.
             pictures: a folder for pictures of what was pruned, if the model prunes visual tokens.
         """
-        from compress.loading.load import fastest_packing, load
-
         packed = not dense
         if dense is None:
             packed = fastest_packing(model, self.device, activation_bits)
@@ -151,7 +135,7 @@ class Evaluator:
 
     def measure_loaded(
         self,
-        model: Any,
+        model: torch.nn.Module,
         processor: Any,
         name: str,
         *,
@@ -162,23 +146,17 @@ class Evaluator:
 
         If it prunes visual tokens, `pruning` has what that saved in this very measurement.
         """
-        from compress.eval.evaluate import Baseline, evaluate_model
-        from compress.loading.load import fastest_packing, load
-        from compress.pruning.pictures import watching
-
-        if self._text is None:
-            self._text = self._read_text(getattr(processor, "tokenizer", processor))
+        if self._text is None and self.settings.perplexity is not None:
+            self._text = read_text(self.settings, getattr(processor, "tokenizer", processor))
         if self._baseline is None and self.baseline_path is not None:
             packed = fastest_packing(self.baseline_path, self.device)
             reference, _ = load(
                 self.baseline_path, self.device, self._dtype(), prune=False, packed=packed
             )
             self._baseline, self._baseline_linears = Baseline(reference), linears_of(reference)
-        settings = self.settings if seed is None else self.settings | {"seed": seed}
+        settings = self.settings if seed is None else replace(self.settings, seed=seed)
         with watching(model) as watched:
-            scores = evaluate_model(
-                model, processor, baseline=self._baseline, **self._text, **settings
-            )
+            scores = evaluate_model(model, processor, settings, self._text, self._baseline)
         if watched is not None:
             scores["pruning"] = watched.figures()
             if pictures is not None:
@@ -192,49 +170,53 @@ class Evaluator:
         }
         if self._baseline_linears is not None:
             conditions["baseline_linears"] = self._baseline_linears
-        if self.dataset is not None:
-            conditions["perplexity_dataset"] = f"{self.dataset} (held out)"
+        if self._text is not None:
+            conditions["perplexity_dataset"] = f"{self.settings.perplexity} (held out)"
         scores["conditions"] = conditions | scores.get("conditions", {})
         return scores
 
-    def _dtype(self) -> Any:
-        import torch
-
+    def _dtype(self) -> torch.dtype | None:
         return None if self.device.startswith("cuda") else torch.float32
 
-    def _read_text(self, tokenizer: Any) -> dict[str, Any]:
-        """The held-out text as ids, one stream or a list a document, and its windows."""
-        if self.dataset is None:
-            return {}
-        if self.bos and tokenizer.bos_token_id is None:
-            raise UsageError("bos was asked for, but this model's tokenizer has no BOS token")
-        from compress.data.text import load_documents
-        from compress.data.windows import encode, token_stream
 
-        text_field, tokens, per_document = self.reading
-        corpus = load_documents(self.dataset, "held_out", text_field)
-        windows = self.windows | {"bos": tokenizer.bos_token_id if self.bos else None}
-        if not per_document:
-            return windows | {"text_ids": token_stream(corpus, tokenizer, tokens)}
-        documents: list[list[int]] = []
-        total = 0
-        for ids in encode(tokenizer, list(corpus.texts)):
-            if tokens is not None and total >= tokens:
-                break
-            documents.append(ids)
-            total += len(ids)
-        return windows | {"documents": documents}
+def read_text(settings: EvaluationSettings, tokenizer: Any) -> Text:
+    """The held-out text as ids: one stream, or a list a document.
+
+    Raises UsageError for a dataset that cannot be read, and for a BOS that the tokenizer lacks.
+    """
+    assert settings.perplexity is not None
+    if settings.bos and tokenizer.bos_token_id is None:
+        raise UsageError("bos was asked for, but this model's tokenizer has no BOS token")
+    bos = tokenizer.bos_token_id if settings.bos else None
+    corpus = load_documents(settings.perplexity, "held_out", settings.text_field)
+    if not settings.per_document:
+        ids = token_stream(corpus, tokenizer, settings.tokens)
+        return Text(ids, None, settings.length, settings.stride, bos)
+    documents: list[list[int]] = []
+    total = 0
+    for ids in encode(tokenizer, list(corpus.texts)):
+        if settings.tokens is not None and total >= settings.tokens:
+            break
+        documents.append(ids)
+        total += len(ids)
+    return Text((), documents, settings.length, settings.stride, bos)
 
 
-def linears_of(model: Any) -> str:
+def linears_of(model: torch.nn.Module) -> str:
     """`packed` where linears of a loaded model are, else `dense`."""
-    from compress.kernels.linear import QuantLinear
-
     return "packed" if any(isinstance(m, QuantLinear) for m in model.modules()) else "dense"
 
 
+def settings_of(recipe: Recipe) -> EvaluationSettings:
+    """What the recipe's `evaluate` section says; nothing is measured where there is none."""
+    if recipe.evaluate is None:
+        return EvaluationSettings()
+    text = recipe.evaluate.perplexity
+    return recipe.evaluate.settings(None if text is None else locate(recipe, text.dataset))
+
+
 def evaluate_recipe(
-    recipe: "Recipe", model: str | Path, baseline: str | Path, device: str = "cpu"
+    recipe: Recipe, model: str | Path, baseline: str | Path, device: str = "cpu"
 ) -> dict[str, Any]:
     """What the recipe's `evaluate` section asks for; {} where it asks for nothing."""
     section = recipe.evaluate
@@ -245,26 +227,16 @@ def evaluate_recipe(
     )
 
 
-def check_tasks(
-    tasks: Sequence[str], include_path: str | Path | Sequence[str | Path] | None = None
-) -> None:
+def check_tasks(settings: EvaluationSettings) -> None:
     """UsageError if lm-eval is not there or does not know one of the tasks."""
-    if not tasks:
-        return
-    from compress.eval.harness import find_tasks, import_harness
-
-    import_harness()
-    find_tasks(tasks, include_path)
+    if settings.tasks:
+        import_harness()
+        find_tasks(settings)
 
 
-def check_evaluation(recipe: "Recipe") -> None:
+def check_evaluation(recipe: Recipe) -> None:
     """UsageError for what an evaluation would trip over: before a long run, not after it."""
-    section = recipe.evaluate
-    if section is None:
-        return
-    check_tasks(section.tasks)
-    if section.perplexity is not None:
-        from compress.data.text import load_documents, locate
-
-        p = section.perplexity
-        load_documents(locate(recipe, p.dataset), "held_out", p.text_field)
+    settings = settings_of(recipe)
+    check_tasks(settings)
+    if settings.perplexity is not None:
+        load_documents(settings.perplexity, "held_out", settings.text_field)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from compress.eval.settings import EvaluationSettings
 from compress.recipe.source import FieldError
 from compress.registry import LAYER_IMPORTANCE, TOKEN_IMPORTANCE, Registry
 from compress.scheme import Scheme
@@ -333,3 +334,9 @@ class Evaluate(Section):
     limit: int | None = Field(None, ge=1)  # examples per task
     batch_size: int = Field(8, ge=1)
     seed: Seed = 0  # of what a task draws: examples in front of its items, or the items themselves
+
+    def settings(self, dataset: str | None) -> EvaluationSettings:
+        """The section as `compress.eval` takes it; `dataset`: where its text is to be read."""
+        text = self.perplexity.model_dump(exclude={"dataset"}) if self.perplexity else {}
+        shared = self.model_dump(exclude={"perplexity", "baseline"})
+        return EvaluationSettings(perplexity=dataset, **shared, **text)

@@ -13,8 +13,10 @@ from compress.bench.report import Report
 from compress.bench.settings import QuantizeBench
 from compress.cli import bench as bench_commands
 from compress.cli import checkpoints as checkpoint_commands
-from compress.cli import run as commands
+from compress.cli.measure import evaluate
+from compress.cli.run import run
 from compress.errors import CompressError
+from compress.eval.report import Row
 from compress.recipe.recipe import Recipe
 from support.calling import call, modelpress, pretend, write_recipe
 
@@ -92,7 +94,7 @@ def test_run_ends_with_a_table(monkeypatch, recipe, tmp_path, capsys):
         peak_memory={"host": 2_000_000, "device": 0}, warnings=["mind"],
         self_check={"relative_error": 1e-6, "tolerance": 1e-4, "tokens": 16},
     )  # fmt: skip
-    (run,) = [pretend(monkeypatch, "compress.pipeline.run", "run", result)]
+    (runs,) = [pretend(monkeypatch, "compress.pipeline.run", "run", result)]
     assert call("run", recipe, "--no-resume", "--overwrite") == 0
     captured = capsys.readouterr()
     for text in (
@@ -104,9 +106,9 @@ def test_run_ends_with_a_table(monkeypatch, recipe, tmp_path, capsys):
         "there",
     ):
         assert text in captured.out
-    assert run[0]["output"] == Path("outputs/tiny")
+    assert runs[0]["output"] == Path("outputs/tiny")
     assert "outputs/tiny" in captured.err
-    assert (run[0]["resume"], run[0]["overwrite"]) == (False, True)
+    assert (runs[0]["resume"], runs[0]["overwrite"]) == (False, True)
 
 
 def test_a_recipes_name_cannot_lead_out_of_outputs(monkeypatch, recipe):
@@ -197,7 +199,7 @@ def test_push_dry_run_lists_every_file(checkpoint, capsys):
 
 
 def test_no_command_takes_a_token():
-    for command in (checkpoint_commands.push, commands.run, commands.evaluate):
+    for command in (checkpoint_commands.push, run, evaluate):
         assert not [name for name in inspect.signature(command).parameters if name == "token"]
 
 
@@ -263,7 +265,7 @@ def test_eval_of_the_tiny_model_against_itself(checkpoint, text, capsys):
 
 def test_compare_hands_over_recipes_and_seeds(monkeypatch, recipe, checkpoint, capsys):
     compared = SimpleNamespace(
-        rows=[{"name": "16 bits", "perplexity": 10.5}, {"name": "tiny", "perplexity": 11.25}],
+        rows=[Row("16 bits", {"perplexity": 10.5}), Row("tiny", {"perplexity": 11.25})],
         conditions="two runs, 16 tokens",
         plot=Path("here/plot.png"),
         as_dict=lambda: {"rows": 2},

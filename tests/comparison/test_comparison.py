@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 
 from compress.comparison.compare import compare
-from compress.comparison.strategies import seeded
+from compress.comparison.study import seeded
 from compress.errors import CompressError, UsageError
 from compress.observer import Observer
 from compress.pipeline.evaluation import Evaluator, evaluate
@@ -47,7 +47,7 @@ def measured(monkeypatch) -> list[Path]:
     """The folders that were measured; each result's figures follow from its width and seed."""
     folders: list[Path] = []
 
-    def measure(self, folder):
+    def measure(self, folder, seed=None):
         folders.append(Path(folder))
         facts = json.loads((Path(folder) / "modelpress.json").read_text())
         figure = 10 * facts["average_bits"] + SPREAD[facts["seeds"]["rotate"]]
@@ -92,16 +92,16 @@ def test_the_figures_are_those_of_evaluating_each_result_on_its_own(
     recipes, checkpoint, text, tmp_path
 ):
     compared = compare(recipes, tmp_path / "out", seeds=(0,))
-    assert [row["name"] for row in compared.rows] == ["16-bit", "w4", "w2"]
+    assert [row["name"] for row in compared.as_dict()["rows"]] == ["16-bit", "w4", "w2"]
     settings = {"perplexity": str(text), "length": LENGTH, "tokens": TOKENS}
-    for row, run in zip(compared.rows[1:], compared.runs, strict=True):
+    for row, run in zip(compared.as_dict()["rows"][1:], compared.runs, strict=True):
         alone = evaluate(run["folder"], baseline=checkpoint(), **settings)
         assert row["perplexity"] == alone["perplexity"]["value"]
         assert row["perplexity_stderr"] == alone["perplexity"]["value_stderr"]
         assert row["kl"] == alone["kl"]["mean"]
         weights = Path(run["folder"]).glob("*.safetensors")
         assert row["bytes"] <= sum(file.stat().st_size for file in weights) < row["bytes"] + 20_000
-    baseline, w4, w2 = compared.rows
+    baseline, w4, w2 = compared.as_dict()["rows"]
     assert baseline["perplexity"] == evaluate(checkpoint(), **settings)["perplexity"]["value"]
     assert baseline["bytes"] == sum(p.numel() * 4 for p in load_whole(checkpoint()).parameters())
     assert w2["kl"] > w4["kl"] > 0
@@ -117,8 +117,8 @@ def test_the_16_bit_model_is_left_out_where_the_recipes_say_so(checkpoint, text,
     alone = {"evaluate": {"baseline": False}}
     recipes = [recipe_of(checkpoint(), text, f"w{b}", **alone, bits=b) for b in (4, 8)]
     compared = compare(recipes, tmp_path / "out")
-    assert set(compared.rows[0]) == {"name", "bytes"}
-    assert all(row["perplexity"] > 1 and "kl" not in row for row in compared.rows[1:])
+    assert set(compared.as_dict()["rows"][0]) == {"name", "bytes"}
+    assert all(row["perplexity"] > 1 and "kl" not in row for row in compared.as_dict()["rows"][1:])
     assert "kl" not in compared.conditions
 
 
@@ -127,7 +127,7 @@ def test_the_16_bit_model_is_left_out_where_the_recipes_say_so(checkpoint, text,
 
 def test_with_one_seed_a_row_is_what_was_measured(recipes, measured, tmp_path):
     compared = compare(recipes, tmp_path / "out", seeds=(1,))
-    for row, bits in zip(compared.rows[1:], (4, 2), strict=True):
+    for row, bits in zip(compared.as_dict()["rows"][1:], (4, 2), strict=True):
         figure = 10 * bits + SPREAD[1]
         assert (row["perplexity"], row["perplexity_stderr"]) == (figure, 0.5)
         assert (row["kl"], row["kl_stderr"]) == (figure / 1000, 0.001)
@@ -142,7 +142,7 @@ def test_with_several_seeds_it_is_their_mean_and_sample_standard_deviation(
     compared = compare(recipes, tmp_path / "out", seeds=(0, 1, 5))
     mean = (1.0 + 4.0 + 5.5) / 3
     deviation = math.sqrt(sum((x - mean) ** 2 for x in (1.0, 4.0, 5.5)) / 2)
-    for row, bits in zip(compared.rows[1:], (4, 2), strict=True):
+    for row, bits in zip(compared.as_dict()["rows"][1:], (4, 2), strict=True):
         assert row["perplexity"] == pytest.approx(10 * bits + mean)
         assert row["perplexity_stderr"] == pytest.approx(deviation)
         assert row["task acc_stderr"] == pytest.approx(deviation / 100)
@@ -153,7 +153,7 @@ def test_with_several_seeds_it_is_their_mean_and_sample_standard_deviation(
         assert {run["bytes"] for run in mine} == {row["bytes"]}
         assert row["seconds"] == pytest.approx(sum(run["seconds"] for run in mine) / 3)
         assert "seconds_stderr" not in row and "bits_stderr" not in row
-    assert compared.rows[0]["perplexity_stderr"] == 0.25  # measured once
+    assert compared.as_dict()["rows"][0]["perplexity_stderr"] == 0.25  # measured once
     assert "sample standard deviation over seeds 0, 1, 5" in compared.conditions
     assert measured == [tmp_path / "out" / f"w{b}-{seed}" for b in (4, 2) for seed in (0, 1, 5)]
 
@@ -246,14 +246,16 @@ def test_rows_that_differ_in_a_number_alone_are_lines(checkpoint, text, measured
     ]
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compress.eval.curves.plot_lines", lambda *a: drawn.append(a) or Path("x"))
+        patch.setattr(
+            "compress.comparison.compare.plot_lines", lambda *a: drawn.append(a) or Path("x")
+        )
         compare(recipes, tmp_path / "out", self_check=False)
     ((lines, baseline, _, x),) = drawn
-    assert {k: [row["name"] for row in v] for k, v in lines.items()} == {
+    assert {label: [row.name for row in line] for label, line in lines.items()} == {
         "a": ["a narrow=0", "a narrow=1"],
         "b": ["b narrow=0"],
     }
-    assert (baseline["name"], x) == ("16-bit", "bytes")
+    assert (baseline.name, x) == ("16-bit", "bytes")
 
 
 def test_an_interrupted_comparison_continues_at_its_layer(recipes, measured, tmp_path):
@@ -291,7 +293,7 @@ def test_another_recipe_of_the_same_name_replaces_nothing_unasked(
     compare(recipes, output)
     assert len(measured) == 2  # the figures are there as well
     compared = compare(changed, output, overwrite=True, observer=watch)
-    assert [row.get("bits") for row in compared.rows] == [None, 4, 3]
+    assert [row.get("bits") for row in compared.as_dict()["rows"]] == [None, 4, 3]
     assert [name for name, _ in watch.started] == ["w4, seed 0"] * 2 + ["w2, seed 0"] * 2
 
 
@@ -330,7 +332,7 @@ def test_a_model_of_the_hub_is_fetched_and_its_results_are_kept(
 def test_what_cannot_be_compared_is_refused_before_anything_runs(
     recipes, checkpoint, text, tmp_path, monkeypatch
 ):
-    runs = pretend(monkeypatch, "compress.pipeline.run", "run", CompressError("it ran"))
+    runs = pretend(monkeypatch, "compress.comparison.results", "run", CompressError("it ran"))
     one, two = recipes
     model = shutil.copytree(checkpoint(), tmp_path / "model")
     cases = {

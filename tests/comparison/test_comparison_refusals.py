@@ -12,7 +12,7 @@ from support.measured_recipes import recipe_of
 @pytest.fixture
 def runs(monkeypatch) -> list:
     """The runs that were started; each fails."""
-    return pretend(monkeypatch, "compress.pipeline.run", "run", CompressError("it ran"))
+    return pretend(monkeypatch, "compress.comparison.results", "run", CompressError("it ran"))
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from compress.comparison.compare import compare
-from compress.comparison.strategies import PruningComparison, only_prunes, seeded
+from compress.comparison.strategies import PruningComparison, only_prunes
+from compress.comparison.study import Entry, seeded
 from compress.errors import UsageError
 from compress.observer import Observer
 from compress.pipeline.evaluation import Evaluator, evaluate
@@ -92,14 +93,14 @@ def test_the_figures_are_those_of_a_checkpoint_with_that_strategy(model, tmp_pat
             assert run["evaluation"][part] == alone[part]
         theirs = alone["pruning"]
         assert {k: run["evaluation"]["pruning"][k] for k in theirs} == theirs
-        row = next(row for row in compared.rows if row["name"] == recipe.name)
+        row = next(row for row in compared.as_dict()["rows"] if row["name"] == recipe.name)
         assert row["kept"] == pytest.approx(strategy.average_kept(LAYERS), abs=0.5 / 144)
         assert row["kv_bytes"] == theirs["kv_bytes"] / LIMIT
         assert row["demo_vqa exact_match"] == alone["results"]["demo_vqa"]["exact_match"]
-    whole = compared.rows[0]
+    whole = compared.as_dict()["rows"][0]
     assert (whole["name"], whole["kept"]) == ("16-bit", 1)
     assert whole["kv_bytes"] == theirs["kv_bytes_unpruned"] / LIMIT
-    assert not any("bytes" in row or "bits" in row for row in compared.rows)
+    assert not any("bytes" in row or "bits" in row for row in compared.as_dict()["rows"])
     assert f"demo_vqa: {LIMIT} items a seed, drawn from it" in compared.conditions
 
 
@@ -109,10 +110,10 @@ def test_a_seed_draws_its_own_questions_for_all_models(model, tmp_path):
     values = [metrics["exact_match"] for metrics in per_seed]
     assert len(set(values)) > 1
     metric = "demo_vqa exact_match"
-    for row in compared.rows:  # the model says no, pruned or not
+    for row in compared.as_dict()["rows"]:  # the model says no, pruned or not
         assert row[metric] == pytest.approx(statistics.fmean(values))
         assert row[metric + "_stderr"] == pytest.approx(statistics.stdev(values))
-    assert compared.rows[1]["demo_vqa retained"] == 1
+    assert compared.as_dict()["rows"][1]["demo_vqa retained"] == 1
     assert "sample standard deviation over seeds 0, 1, 4" in compared.conditions
     lines = (tmp_path / "out" / "comparison.csv").read_text().splitlines()
     assert len(lines) == 4 and "kept" in lines[0] and "demo_vqa retained" in lines[0]
@@ -161,7 +162,7 @@ def test_a_method_is_measured_at_the_least_that_it_can_keep(model, tmp_path):
     ]
     watch = Watch()
     compared = compare(recipes, tmp_path / "out", observer=watch)
-    kept = [row["kept"] for row in compared.rows[1:]]
+    kept = [row["kept"] for row in compared.as_dict()["rows"][1:]]
     assert kept == [pytest.approx(0.9, abs=0.5 / 144), pytest.approx(least)]
     assert [run["asked"] for run in compared.runs] == [None, 0.1]
     (warning,) = watch.warnings
@@ -199,7 +200,7 @@ def test_another_recipe_of_the_same_name_replaces_nothing_unasked(model, tmp_pat
     with pytest.raises(UsageError, match=r"uniform-0 .*--overwrite"):
         compare([uniform(model, 0.5)], output)
     compared = compare([uniform(model, 0.5)], output, overwrite=True)
-    assert compared.rows[1]["kept"] == 0.5
+    assert compared.as_dict()["rows"][1]["kept"] == 0.5
     assert len(measurements) == 2
 
 
@@ -210,7 +211,7 @@ def test_a_measurement_that_was_cut_short_is_taken_again(model, tmp_path, measur
     file.write_text(file.read_text()[:100])
     second = compare([uniform(model)], output)
     assert len(measurements) == 2
-    assert second.rows[1]["kept"] == first.rows[1]["kept"]
+    assert second.as_dict()["rows"][1]["kept"] == first.as_dict()["rows"][1]["kept"]
 
 
 def test_the_model_is_left_unpruned_by_a_measurement_that_fails(model, tmp_path, monkeypatch):
@@ -221,7 +222,7 @@ def test_the_model_is_left_unpruned_by_a_measurement_that_fails(model, tmp_path,
 
     monkeypatch.setattr(study.evaluator, "measure_loaded", fail)
     with pytest.raises(RuntimeError, match="power cut"):
-        study.run(uniform(model), 0, tmp_path / "it")
+        study.run(Entry(uniform(model), 0, tmp_path / "it"))
     assert not hasattr(study.model, "visual_token_pruning")
     assert not (tmp_path / "it" / "measured.json").exists()
 

@@ -4,15 +4,16 @@ import pytest
 
 from compress.errors import UsageError
 from compress.eval.curves import plot_lines
+from compress.eval.report import Row
 
 METRIC = "demo_vqa exact_match"
 
 
 def row(kept, value, **more):
-    return {"name": f"x keep={kept}", "kept": kept, METRIC: value, METRIC + "_stderr": 0.01} | more
+    return Row(f"x keep={kept}", {"kept": kept, METRIC: value} | more, {METRIC: 0.01})
 
 
-BASELINE = {"name": "16-bit", "kept": 1.0, METRIC: 0.96, METRIC + "_stderr": 0.005}
+BASELINE = Row("16-bit", {"kept": 1.0, METRIC: 0.96}, {METRIC: 0.005})
 
 
 def test_every_method_has_a_line_and_every_budget_a_tick(tmp_path):
@@ -27,20 +28,20 @@ def test_every_method_has_a_line_and_every_budget_a_tick(tmp_path):
 
 
 def test_a_metric_is_a_panel_and_rows_without_it_are_left_out(tmp_path):
-    lines = {"a": [row(0.5, 0.8, **{"t acc": 0.4}), row(0.1, None)], "b": [{"kept": 0.2}]}
-    picture = plot_lines(lines, {"name": "16-bit"}, tmp_path / "kept.svg", "kept").read_text()
+    lines = {"a": [row(0.5, 0.8, **{"t acc": 0.4}), row(0.1, None)], "b": [Row("b", {"kept": 0.2})]}
+    picture = plot_lines(lines, Row("16-bit", {}), tmp_path / "kept.svg", "kept").read_text()
     assert "<!-- t acc" in picture and f"<!-- {METRIC}" in picture
     assert "<!-- 16-bit" not in picture
 
 
 def test_nothing_to_draw_is_said(tmp_path):
-    with pytest.raises(UsageError, match="no row has acc or exact_match; columns are name, kept"):
-        plot_lines({"a": [{"name": "a", "kept": 0.5}]}, BASELINE, tmp_path / "kept.png", "kept")
+    with pytest.raises(UsageError, match="no row has acc or exact_match; columns are kept"):
+        plot_lines({"a": [Row("a", {"kept": 0.5})]}, BASELINE, tmp_path / "kept.png", "kept")
 
 
 def test_over_bytes_lower_perplexity_is_better(tmp_path):
-    line = [{"name": f"LIM narrow={n}", "bytes": 1e6 * n, "perplexity": 10 / n} for n in (1, 2)]
-    baseline = {"name": "16-bit", "perplexity": 4.0}
+    line = [Row(f"LIM narrow={n}", {"bytes": 1e6 * n, "perplexity": 10 / n}) for n in (1, 2)]
+    baseline = Row("16-bit", {"perplexity": 4.0})
     picture = plot_lines({"LIM": line}, baseline, tmp_path / "bytes.svg", "bytes").read_text()
     for text in ("LIM", "16-bit", "perplexity (lower is better)", "tensors of the checkpoint (MB)"):
         assert f"<!-- {text}" in picture

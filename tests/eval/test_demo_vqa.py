@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from compress.errors import UsageError
-from compress.eval.harness import LOCAL_TASKS, run_tasks, score_tasks
+from compress.eval.harness import LOCAL_TASKS, score_tasks
+from compress.eval.settings import EvaluationSettings
 from compress.loading.load import load
 from compress.recipes.demo import scenes
 from support.tiny_lm import byte_tokenizer, tiny_llama
@@ -25,6 +26,10 @@ def task_utils():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def results_of(model, tokenizer, **settings):
+    return score_tasks(model, tokenizer, EvaluationSettings(**settings)).results
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +75,8 @@ def test_one_constant_answer_scores_what_its_share_of_the_answers_is(yes):
     said = 0
     for seed in (0, 1):
         asked = items(seed)
-        scores = score_tasks(
-            *yes, ["demo_vqa"], limit=LIMIT, batch_size=4, seed=seed, per_item=True
-        )
+        settings = EvaluationSettings(tasks=["demo_vqa"], limit=LIMIT, batch_size=4, seed=seed)
+        scores = score_tasks(*yes, settings, per_item=True)
         right = [float(item["answer"] == "yes") for item in asked]
         assert scores.items["demo_vqa"]["exact_match"] == right
         metrics = scores.results["demo_vqa"]
@@ -102,7 +106,7 @@ def test_the_model_is_asked_the_question_and_shown_the_picture(yes, monkeypatch)
         return generate(**inputs)
 
     monkeypatch.setattr(model, "generate", watched)
-    run_tasks(model, processor, ["demo_vqa"], limit=LIMIT, batch_size=5)
+    results_of(model, processor, tasks=["demo_vqa"], limit=LIMIT, batch_size=5)
     asked = {item["question"] for item in items(0)}
     assert {text for text, _ in seen} == asked
     for item in items(0):
@@ -115,7 +119,9 @@ def test_scores_do_not_depend_on_the_batch_and_nothing_is_left_changed(yes):
     # The harness pads left, and with a token of its choice if there is none.
     processor.tokenizer.padding_side, processor.tokenizer.pad_token = "right", None
     before = processor.tokenizer.padding_side, processor.tokenizer.pad_token
-    scores = [run_tasks(model, processor, ["demo_vqa"], limit=6, batch_size=b) for b in (1, 6)]
+    scores = [
+        results_of(model, processor, tasks=["demo_vqa"], limit=6, batch_size=b) for b in (1, 6)
+    ]
     assert scores[0] == scores[1]
     assert (processor.tokenizer.padding_side, processor.tokenizer.pad_token) == before
     assert not model.training
@@ -123,10 +129,10 @@ def test_scores_do_not_depend_on_the_batch_and_nothing_is_left_changed(yes):
 
 def test_a_text_model_is_told_in_one_line():
     with pytest.raises(UsageError, match=r"demo_vqa.*images.*multimodal") as error:
-        run_tasks(tiny_llama(), byte_tokenizer(), ["demo_vqa"], limit=2)
+        results_of(tiny_llama(), byte_tokenizer(), tasks=["demo_vqa"], limit=2)
     assert "\n" not in str(error.value)
 
 
 def test_batches_must_have_a_size(yes):
     with pytest.raises(UsageError, match="'auto'"):
-        run_tasks(*yes, ["demo_vqa"], limit=2, batch_size="auto")
+        results_of(*yes, tasks=["demo_vqa"], limit=2, batch_size="auto")

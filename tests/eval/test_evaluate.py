@@ -1,28 +1,26 @@
 """A model and its baseline in one call: the same data, paired differences, nothing twice."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from compress.errors import UsageError
 from compress.eval import evaluate as evaluating
-from compress.eval.evaluate import Baseline, evaluate_model
+from compress.eval.evaluate import Baseline, Text, evaluate_model
 from compress.eval.perplexity import perplexity
+from compress.eval.settings import EvaluationSettings
+from support.calling import pretend
 from support.tiny_lm import byte_tokenizer, random_ids, tiny_llama
+
+TEXT_ALONE = EvaluationSettings()
 
 
 def test_model_and_baseline_on_the_same_data():
     model, baseline, tokenizer = tiny_llama(1), tiny_llama(2), byte_tokenizer()
     ids = random_ids(200, 257)
-    report = evaluate_model(
-        model,
-        tokenizer,
-        tasks=["demo_code"],
-        text_ids=ids,
-        length=32,
-        limit=4,
-        baseline=baseline,
-    )
+    settings = EvaluationSettings(tasks=["demo_code"], limit=4)
+    report = evaluate_model(model, tokenizer, settings, Text(ids, length=32), Baseline(baseline))
     assert set(report) == {
         "results",
         "perplexity",
@@ -48,7 +46,8 @@ def test_model_and_baseline_on_the_same_data():
 def test_a_model_is_no_worse_than_itself():
     model = tiny_llama()
     documents = [random_ids(n, 257, seed=n).tolist() for n in (8, 20)]
-    report = evaluate_model(model, None, documents=documents, length=16, baseline=model)
+    text = Text(documents=documents, length=16)
+    report = evaluate_model(model, None, TEXT_ALONE, text, Baseline(model))
     assert report["kl"]["mean"] == 0
     assert (report["difference"]["mean_nll"]["value"], report["kl"]["top1_agreement"]) == (0, 1)
     assert report["perplexity"] == report["baseline"]["perplexity"]
@@ -56,19 +55,19 @@ def test_a_model_is_no_worse_than_itself():
 
 
 def test_without_a_baseline_there_is_nothing_to_compare():
-    report = evaluate_model(tiny_llama(), None, text_ids=random_ids(64, 257), length=16)
+    text = Text(random_ids(64, 257), length=16)
+    report = evaluate_model(tiny_llama(), None, TEXT_ALONE, text)
     assert set(report) == {"perplexity"}
 
 
 def test_a_baseline_is_measured_once_for_every_model_that_is_compared_with_it(monkeypatch):
     """And the figures are those of measuring it anew."""
     models, fp, tokenizer = [tiny_llama(1), tiny_llama(3)], tiny_llama(2), byte_tokenizer()
-    settings = {
-        "tasks": ["demo_code"], "text_ids": random_ids(200, 257), "length": 32, "limit": 2,
-    }  # fmt: skip
-    anew = evaluate_model(models[1], tokenizer, **settings, baseline=fp)
+    settings = EvaluationSettings(tasks=["demo_code"], limit=2)
+    text = Text(random_ids(200, 257), length=32)
+    anew = evaluate_model(models[1], tokenizer, settings, text, Baseline(fp))
     measured = []
-    for name in ("score_tasks", "_perplexity"):
+    for name in ("score_tasks", "perplexity"):
         real = getattr(evaluating, name)
         monkeypatch.setattr(
             evaluating,
@@ -78,34 +77,42 @@ def test_a_baseline_is_measured_once_for_every_model_that_is_compared_with_it(mo
             ),
         )
     baseline = Baseline(fp)
-    kept = [evaluate_model(model, tokenizer, **settings, baseline=baseline) for model in models]
+    kept = [evaluate_model(model, tokenizer, settings, text, baseline) for model in models]
     assert kept[1] == anew
-    for name in ("score_tasks", "_perplexity"):
+    for name in ("score_tasks", "perplexity"):
         assert measured.count((name, fp)) == 1
         assert [measured.count((name, model)) for model in models] == [1, 1]
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"length": 16}, {"stride": 8}, {"bos": 3}, {"text_ids": random_ids(150, 257, seed=1)}],
+    [{"length": 16}, {"stride": 8}, {"bos": 3}, {"ids": random_ids(150, 257, seed=1)}],
     ids=lambda change: next(iter(change)),
 )
 def test_what_was_kept_of_a_baseline_is_not_used_for_other_conditions(change):
     model, fp = tiny_llama(1), tiny_llama(2)
-    settings = {"text_ids": random_ids(150, 257), "length": 32}
-    baseline = Baseline(fp)
-    first = evaluate_model(model, None, **settings, baseline=baseline)
-    other = evaluate_model(model, None, **settings | change, baseline=baseline)
-    again = evaluate_model(model, None, **settings, baseline=baseline)
-    assert other == evaluate_model(model, None, **settings | change, baseline=fp)
+    text = Text(random_ids(150, 257), length=32)
+    baseline, changed = Baseline(fp), replace(text, **change)
+    first = evaluate_model(model, None, TEXT_ALONE, text, baseline)
+    other = evaluate_model(model, None, TEXT_ALONE, changed, baseline)
+    again = evaluate_model(model, None, TEXT_ALONE, text, baseline)
+    assert other == evaluate_model(model, None, TEXT_ALONE, changed, Baseline(fp))
     assert first == again != other
 
 
+@pytest.mark.parametrize("change", [{"limit": 3}, {"seed": 1}, {"num_fewshot": 1}])
+def test_what_was_kept_of_a_baseline_is_not_used_for_other_tasks(change, monkeypatch):
+    calls = pretend(monkeypatch, "compress.eval.evaluate", "score_tasks", None)
+    baseline, settings = Baseline(tiny_llama()), EvaluationSettings(tasks=["demo_code"], limit=2)
+    for asked in (settings, replace(settings, **change), replace(settings)):
+        baseline.scores(byte_tokenizer(), asked)
+    assert [call["settings"] for call in calls] == [settings, replace(settings, **change)]
+
+
 def test_contradictory_requests():
-    model, ids = tiny_llama(), random_ids(64, 257)
     with pytest.raises(UsageError, match="nothing to evaluate"):
-        evaluate_model(model, None)
+        evaluate_model(tiny_llama(), None, TEXT_ALONE)
     with pytest.raises(UsageError, match="both given"):
-        evaluate_model(model, None, text_ids=ids, documents=[[1, 2]])
+        Text(random_ids(64, 257), documents=[[1, 2]])
     with pytest.raises(UsageError, match="stride 4"):
-        evaluate_model(model, None, documents=[[1, 2]], stride=4)
+        Text(documents=[[1, 2]], stride=4)

@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from compress.errors import UsageError
-from compress.eval.harness import LOCAL_TASKS, clean_metrics, run_tasks, score_tasks
+from compress.eval.harness import LOCAL_TASKS, clean_metrics, score_tasks
+from compress.eval.settings import EvaluationSettings
 from support.tiny_lm import byte_tokenizer, tiny_llama
 
 LIMIT = 6
+
+
+def results_of(model, tokenizer, **settings):
+    return score_tasks(model, tokenizer, EvaluationSettings(**settings)).results
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +24,9 @@ def parts():
 
 @pytest.fixture(scope="module")
 def scores(parts):
-    return score_tasks(*parts, ["demo_code"], limit=LIMIT, batch_size=4, per_item=True)
+    return score_tasks(
+        *parts, EvaluationSettings(tasks=["demo_code"], limit=LIMIT, batch_size=4), per_item=True
+    )
 
 
 @pytest.fixture
@@ -67,7 +74,7 @@ def test_items_agree_with_scoring_them_by_hand(parts, scores):
 
 
 def test_scores_do_not_depend_on_the_batch(parts, scores):
-    assert run_tasks(*parts, ["demo_code"], limit=LIMIT, batch_size=1) == scores.results
+    assert results_of(*parts, tasks=["demo_code"], limit=LIMIT, batch_size=1) == scores.results
 
 
 def test_nothing_is_left_changed_and_no_network_is_sought(parts, monkeypatch):
@@ -78,7 +85,7 @@ def test_nothing_is_left_changed_and_no_network_is_sought(parts, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     model, tokenizer = parts
     model.train()
-    run_tasks(model, tokenizer, "demo_code", limit=2)
+    results_of(model, tokenizer, tasks="demo_code", limit=2)
     assert tokenizer.pad_token is None
     assert model.training
     model.eval()
@@ -86,7 +93,7 @@ def test_nothing_is_left_changed_and_no_network_is_sought(parts, monkeypatch):
 
 def test_quiet(parts, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # not a git repository, which the harness would complain about
-    run_tasks(*parts, ["demo_code"], limit=2)
+    results_of(*parts, tasks=["demo_code"], limit=2)
     output = capfd.readouterr()
     assert (output.out, output.err) == ("", "")
 
@@ -95,7 +102,9 @@ def test_what_the_harness_warns_of_is_kept(parts):
     model, tokenizer = parts
     model.config.max_position_embeddings = 64  # shorter than any context
     try:
-        warnings = score_tasks(model, tokenizer, ["demo_code"], limit=2).warnings
+        warnings = score_tasks(
+            model, tokenizer, EvaluationSettings(["demo_code"], limit=2)
+        ).warnings
     finally:
         model.config.max_position_embeddings = 1024
     (message, count), *others = warnings.items()
@@ -112,26 +121,26 @@ def test_included_folder(parts, tmp_path):
     for name in ("utils.py", "items.jsonl"):
         text = (LOCAL_TASKS / "demo_code" / name).read_text(encoding="utf-8")
         (tmp_path / name).write_text(text, encoding="utf-8")
-    results = run_tasks(*parts, ["mine", "demo_c*"], include_path=tmp_path, limit=2)
+    results = results_of(*parts, tasks=["mine", "demo_c*"], include_path=tmp_path, limit=2)
     assert results["mine"] == results["demo_code"]
 
 
 def test_unknown_task_names_the_near_and_the_local_ones(parts, only_local_tasks):
     with pytest.raises(UsageError, match=r"did you mean 'demo_code'.*local tasks are demo_code"):
-        run_tasks(*parts, ["demo_cod"])
+        results_of(*parts, tasks=["demo_cod"])
 
 
 def test_no_task_and_no_folder(parts, tmp_path):
     with pytest.raises(UsageError, match="no task"):
-        run_tasks(*parts, [])
+        results_of(*parts, tasks=[])
     with pytest.raises(UsageError, match="does not exist"):
-        run_tasks(*parts, ["demo_code"], include_path=tmp_path / "absent")
+        results_of(*parts, tasks=["demo_code"], include_path=tmp_path / "absent")
 
 
 def test_missing_harness_names_the_extra(parts, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UsageError, match=r"modelpress\[eval\]"):
-        run_tasks(*parts, ["demo_code"])
+        results_of(*parts, tasks=["demo_code"])
 
 
 def test_metric_names():

@@ -5,13 +5,13 @@ import pytest
 
 from compress.errors import UsageError
 from compress.eval.report import (
+    Row,
     error_plot,
     flatten,
     format_bytes,
     format_number,
     markdown_table,
     plot_quality,
-    quality_row,
     quality_table,
     write_report,
 )
@@ -62,8 +62,8 @@ def test_numbers_show_as_many_digits_as_their_error_has():
 
 def test_rows_and_tables():
     rows = [
-        quality_row("16 bit", EVALUATION["baseline"], bytes=6_100_000),
-        quality_row("RSQ | 3 bit", EVALUATION, bytes=1_900_000, bits=3.25),
+        Row.of("16 bit", EVALUATION["baseline"], bytes=6_100_000),
+        Row.of("RSQ | 3 bit", EVALUATION, bytes=1_900_000, bits=3.25),
     ]
     text = markdown_table(rows, "held-out modules, 512 tokens")
     header, rule, first, second, *rest = text.splitlines()
@@ -77,6 +77,21 @@ def test_rows_and_tables():
     table = quality_table(rows, "512 tokens")
     assert (table.row_count, len(table.columns)) == (2, 6)
     assert table.caption == "512 tokens"
+
+
+def test_a_row_is_flat_in_json_with_errors_behind_their_figures():
+    row = Row.of("RSQ", EVALUATION, bytes=1_900_000, bits=3.25)
+    assert list(row.as_dict().items()) == [
+        ("name", "RSQ"),
+        ("bytes", 1_900_000),
+        ("bits", 3.25),
+        ("perplexity", 9.3172),
+        ("perplexity_stderr", 0.213),
+        ("kl", 0.0831),
+        ("kl_stderr", 0.0012),
+        ("demo_code acc", 0.525),
+        ("demo_code acc_stderr", 0.0251),
+    ]
 
 
 def test_page_holds_what_it_was_given(tmp_path):
@@ -153,9 +168,9 @@ def test_flatten_spells_keys_as_set_takes_them():
 
 def test_picture(tmp_path):
     rows = [
-        quality_row("16 bit", EVALUATION["baseline"], bytes=6_100_000),
-        quality_row("RSQ 3 bit", EVALUATION, bytes=1_900_000),
-        {"name": "without size", "perplexity": 12.0},
+        Row.of("16 bit", EVALUATION["baseline"], bytes=6_100_000),
+        Row.of("RSQ 3 bit", EVALUATION, bytes=1_900_000),
+        Row("without size", {"perplexity": 12.0}),
     ]
     path = plot_quality(rows, tmp_path / "quality.svg", title="512 tokens, no BOS")
     picture = path.read_text(encoding="utf-8")
@@ -165,4 +180,4 @@ def test_picture(tmp_path):
     png = plot_quality(rows, tmp_path / "quality.png", metrics=["kl"]).read_bytes()
     assert png.startswith(b"\x89PNG")
     with pytest.raises(UsageError, match="nothing to plot"):
-        plot_quality([{"name": "a", "bytes": 1}], tmp_path / "none.png")
+        plot_quality([Row("a", {"bytes": 1})], tmp_path / "none.png")

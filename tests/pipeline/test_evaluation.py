@@ -1,18 +1,21 @@
 """Measuring checkpoints: the figures of plain models on the text's own tokens, each read once."""
 
+from dataclasses import fields
+from inspect import signature
+
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from compress.data import windows
 from compress.data.text import load_documents
 from compress.data.windows import encode, token_stream
 from compress.errors import UsageError
-from compress.eval import evaluate as measuring
 from compress.eval.divergence import kl_divergence
+from compress.eval.evaluate import Text
 from compress.eval.perplexity import perplexity, perplexity_per_document
+from compress.eval.settings import EvaluationSettings
 from compress.kernels.cpu.native import packed_is_faster
-from compress.loading import load as loading
+from compress.pipeline import evaluation
 from compress.pipeline.evaluation import Evaluator, check_evaluation, evaluate, evaluate_recipe
 from compress.recipe.recipe import Recipe
 from support.calling import pretend
@@ -100,16 +103,22 @@ def test_half_precision_is_measured_in_single_on_a_cpu(tmp_path, text):
     assert found["perplexity"]["value"] == pytest.approx(expected.value, rel=1e-6)
 
 
+def test_arguments_have_the_defaults_of_the_settings():
+    arguments = signature(evaluate).parameters
+    for field in fields(EvaluationSettings):
+        assert arguments[field.name].default == field.default, field.name
+
+
 # ---- once ---------------------------------------------------------------------------------------
 
 
 def test_text_and_baseline_are_read_and_measured_once(checkpoint, text, quantised, monkeypatch):
     settings = {"perplexity": str(text), "length": LENGTH, "tokens": TOKENS}
     apart = [evaluate(folder, baseline=checkpoint(), **settings) for folder in quantised]
-    loads = Counts(monkeypatch, loading, "load")
-    streams = Counts(monkeypatch, windows, "token_stream")
-    measured = Counts(monkeypatch, measuring, "_perplexity")
-    evaluator = Evaluator(tasks=(), baseline=checkpoint(), device="cpu", **settings)
+    loads = Counts(monkeypatch, evaluation, "load")
+    streams = Counts(monkeypatch, evaluation, "token_stream")
+    measured = Counts(monkeypatch, Text, "perplexity")
+    evaluator = Evaluator(EvaluationSettings(**settings), checkpoint())
     assert loads.first == streams.first == []  # nothing is read before it is needed
     assert [evaluator.measure(folder) for folder in quantised] == apart
     assert loads.first == [quantised[0], checkpoint(), quantised[1]]
@@ -126,7 +135,7 @@ def recipe_with(checkpoint, evaluate):
 
 @pytest.mark.parametrize("section", [None, {}, {"tasks": [], "limit": 3}])
 def test_a_recipe_that_asks_for_nothing_gets_nothing(checkpoint, section, monkeypatch):
-    loads = Counts(monkeypatch, loading, "load")
+    loads = Counts(monkeypatch, evaluation, "load")
     recipe = recipe_with(checkpoint, section)
     check_evaluation(recipe)
     assert evaluate_recipe(recipe, checkpoint(), checkpoint()) == {}
@@ -170,13 +179,14 @@ def test_a_recipes_text_is_looked_up_beside_the_recipe(checkpoint, text, tmp_pat
 
 
 def test_what_cannot_be_measured_is_said_before_a_model_is_loaded(checkpoint, monkeypatch):
-    loads = Counts(monkeypatch, loading, "load")
-    asked = pretend(monkeypatch, "compress.eval.harness", "find_tasks", UsageError("no such task"))
+    loads = Counts(monkeypatch, evaluation, "load")
+    refused = UsageError("no such task")
+    asked = pretend(monkeypatch, "compress.pipeline.evaluation", "find_tasks", refused)
     with pytest.raises(UsageError, match="nothing to evaluate"):
         evaluate(checkpoint())
     with pytest.raises(UsageError, match="no such task"):
         evaluate(checkpoint(), tasks=["demo_cod"], include_path="mine")
-    assert list(asked[0].values())[:2] == [["demo_cod"], "mine"]
+    assert asked[0]["settings"] == EvaluationSettings(tasks=["demo_cod"], include_path="mine")
     cases = ({"tasks": ["demo_cod"]}, "no such task"), ({"perplexity": "no.txt"}, r"no\.txt")
     for section, said in cases:
         with pytest.raises(UsageError, match=said):

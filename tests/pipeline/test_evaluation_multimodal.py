@@ -7,6 +7,7 @@ import torch
 
 import compress
 from compress.eval.report import write_report
+from compress.eval.settings import EvaluationSettings
 from compress.loading.load import load
 from compress.pipeline.evaluation import Evaluator, evaluate
 from compress.pruning.pictures import KEY
@@ -59,7 +60,7 @@ def test_a_baseline_with_a_strategy_of_its_own_is_measured_without_it(folders, m
         loaded.append(real(*args, **kwargs))
         return loaded[-1]
 
-    monkeypatch.setattr("compress.loading.load.load", noting)
+    monkeypatch.setattr("compress.pipeline.evaluation.load", noting)
     measure(pruned, baseline=pruned)
     assert [hasattr(model, KEY) for model, _ in loaded] == [True, False]
 
@@ -74,9 +75,7 @@ def test_each_measurement_counts_its_own_prompts(folders):
     from compress.pruning.saved import apply_strategy, stop_pruning
 
     model, processor = compress.load(folders[1], dtype=torch.float32)
-    evaluator = Evaluator(
-        tasks=["demo_vqa"], perplexity=None, baseline=None, device="cpu", limit=4, batch_size=4
-    )
+    evaluator = Evaluator(EvaluationSettings(tasks=["demo_vqa"], limit=4, batch_size=4))
     twice = [evaluator.measure_loaded(model, processor, "it", seed=s) for s in (0, 1)]
     assert [found["pruning"]["prompts"] for found in twice] == [4, 4]
     assert [found["conditions"]["seed"] for found in twice] == [0, 1]

@@ -1,0 +1,145 @@
+"""`modelpress eval` and `compare`: one model measured, or several recipes beside each other.
+
+Every import that needs torch is inside a command.
+"""
+
+import itertools
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from compress.cli.common import Answer, integers, interruptible, load_recipe, names
+from compress.cli.console import console, print_lines, print_scores
+from compress.cli.options import (
+    ActivationBitsOption,
+    DeviceOption,
+    ModelArgument,
+    ModelOption,
+    OutputFileOption,
+    PackingOption,
+    RecipesArgument,
+    SeedOption,
+    SetOption,
+)
+from compress.cli.progress import RunProgress
+from compress.errors import UsageError
+from compress.eval.report import quality_table
+
+
+def evaluate(
+    model: ModelArgument,
+    baseline: Annotated[
+        str | None, typer.Option(help="The 16-bit model, measured on the same data.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval or shipped, with commas.")] = "",
+    include_path: Annotated[Path | None, typer.Option(help="A folder of more tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples per task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Instead of the task's.")] = None,
+    perplexity: Annotated[
+        str | None, typer.Option(metavar="DATASET", help="wikitext2, FILE.txt, FILE.jsonl, hub id.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Key of a FILE.jsonl's text.")] = "text",
+    length: Annotated[int, typer.Option(min=2, help="Tokens of context.")] = 512,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Between windows; length if absent.")
+    ] = None,
+    bos: Annotated[bool, typer.Option(help="Put BOS at each window's start.")] = False,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Only the text's first so many.")
+    ] = None,
+    per_document: Annotated[
+        bool, typer.Option("--per-document", help="Each document on its own, not one stream.")
+    ] = False,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder for pictures of pruned patches.")
+    ] = None,
+    dense: PackingOption = None,
+    activation_bits: ActivationBitsOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    output: OutputFileOption = None,
+) -> Answer:
+    """Measure a model: tasks, perplexity, and the distance to its baseline."""
+    settings = {**locals(), "tasks": names(tasks)}  # named as the arguments of `compress.evaluate`
+    del settings["output"]
+    if not settings["tasks"] and not perplexity:
+        raise UsageError("nothing to measure: give --tasks, --perplexity, or both")
+    from compress.pipeline.evaluation import evaluate as evaluate_model
+
+    scores = evaluate_model(**settings)
+    return Answer(scores, lambda out: print_scores(out, model, scores, baseline or ""), output)
+
+
+def compare(
+    recipes: RecipesArgument,
+    seeds: Annotated[str, typer.Option(help="Calibration seeds, with commas.")] = "0",
+    vary: Annotated[
+        list[str] | None,
+        typer.Option("--vary", metavar="KEY=A,B,C", help="Each recipe with each of these values."),
+    ] = None,
+    model: ModelOption = None,
+    set_: SetOption = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs/compare"),
+    device: DeviceOption = "cpu",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Run what is finished again.")
+    ] = False,
+    self_check: Annotated[
+        bool, typer.Option(help="Reload each result in a fresh process and compare logits.")
+    ] = True,
+) -> Answer:
+    """Run recipes on the same model, data and seeds: one table, one plot."""
+    varied = _variations(vary or [])
+    if len(recipes) * len(varied) < 2:
+        raise UsageError("compare needs two recipes or more; for one there is `run`")
+    numbers = integers("--seeds", seeds)
+    loaded = []
+    for recipe in recipes:
+        for assignments in varied:
+            changed = load_recipe(recipe, model, set_, assignments)
+            loaded.append(changed.with_changes(name=_label(changed.name, assignments)))
+    from compress.comparison.compare import compare as compare_recipes
+
+    kept = "run the same command again; what is finished is kept"
+    with RunProgress(console(stderr=True)) as progress, interruptible(lambda: kept):
+        compared = compare_recipes(
+            loaded,
+            output,
+            numbers,
+            device=device,
+            overwrite=overwrite,
+            self_check=self_check,
+            observer=progress,
+        )
+
+    def draw(out: Console) -> None:
+        out.print(quality_table(compared.rows))
+        plot = [f"plot: {compared.plot}"] if compared.plot else []
+        print_lines(out, compared.conditions, *plot)
+
+    return Answer(compared.as_dict(), draw)
+
+
+def _variations(vary: list[str]) -> list[list[str]]:
+    """Every combination of the values of --vary, as assignments; commas inside brackets stay."""
+    choices = []
+    for text in vary:
+        key, equals, values = text.partition("=")
+        parts = re.findall(r"(?:[^,\[{]|\[[^\]]*\]|\{[^}]*\})+", values)
+        if not equals or not values or ",".join(parts) != values:
+            raise UsageError(f"--vary: expected KEY=A,B,C, found {text!r}")
+        choices.append([f"{key}={value.strip()}" for value in parts])
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def _label(name: str, assignments: list[str]) -> str:
+    """A recipe's name with its varied keys, as something that can name a folder."""
+    parts = [name]
+    for assignment in assignments:
+        key, _, value = assignment.partition("=")
+        parts.append(f"{key.rpartition('.')[2]}={value}".replace("/", "_"))
+    return " ".join(parts)
