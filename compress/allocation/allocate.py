@@ -38,7 +38,7 @@ from compress.recipe.sections import MEASURED_SCORES, Allocate, Quantize
 from compress.registry import LAYER_IMPORTANCE
 from compress.rotation.model import RotatedModel
 from compress.scheme import PlannedModule
-from compress.storage.files import atomic_write
+from compress.storage.files import atomic_write, parse_size
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def budget_of(section: Allocate, fixed_bytes: int) -> Budget | None:
         return None
     return Budget(
         average_bits=section.average_bits,
-        bytes=section.budget_bytes,
+        bytes=None if section.budget is None else parse_size(section.budget),
         error=section.maximum_kl,
         fixed_bytes=fixed_bytes,
     )

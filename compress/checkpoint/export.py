@@ -13,7 +13,6 @@ OUT/.modelpress and moved at the end, so that OUT holds a whole checkpoint or no
     result.notes                                   # e.g. which engines will not load it
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,11 +35,10 @@ from compress.checkpoint.quantization_config import (
     read_config,
     strategy_of,
 )
-from compress.errors import CheckpointError, CompressError, UsageError
+from compress.errors import CheckpointError, UsageError
 from compress.registry import Registry
-from compress.storage.files import atomic_write, read_json
+from compress.storage.files import parse_size, read_json, write_json, writing
 from compress.storage.output_folder import COMPANIONS, WORK_FOLDER, check_output, publish
-from compress.storage.safetensors import parse_size
 
 PROVENANCE = "modelpress.json"
 
@@ -143,8 +141,7 @@ def export(
         publish(final, output)
     sizes["total"] = sum(sizes.values())
     result = ExportResult(output, exporter.name, sizes, rounding, notes)
-    with atomic_write(output / PROVENANCE) as file:
-        file.write((json.dumps(_provenance(source, result), indent=2) + "\n").encode())
+    write_json(output / PROVENANCE, _provenance(source, result))
     return result
 
 
@@ -154,14 +151,12 @@ def _work_folder(output: Path) -> Iterator[Path]:
     new = not output.exists()
     work = output / WORK_FOLDER
     try:
-        shutil.rmtree(work, ignore_errors=True)
-        (work / "final").mkdir(parents=True)
-        yield work / "final"
-    except BaseException as error:  # an interrupt as well
+        with writing(output):
+            shutil.rmtree(work, ignore_errors=True)
+            (work / "final").mkdir(parents=True)
+            yield work / "final"
+    except BaseException:  # an interrupt as well
         shutil.rmtree(output if new else work, ignore_errors=True)
-        if isinstance(error, OSError):
-            where = error.filename or output
-            raise CompressError(f"cannot write {where}: {error.strerror or error}") from error
         raise
 
 

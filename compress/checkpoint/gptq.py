@@ -12,7 +12,6 @@ against the name of the one layer into which they fuse q/k/v and gate/up. Both s
     section = quantization_config({"model.layers.0.mlp.up_proj": Scheme(3, 128)}, plain=[])
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -34,6 +33,7 @@ from compress.checkpoint.packed import PackedLinears
 from compress.checkpoint.packed_formats import FORMATS, with_fp16_scales
 from compress.errors import UsageError
 from compress.scheme import Scheme
+from compress.storage.files import write_json
 from compress.storage.safetensors import merge_shards, save_tensors
 
 MULTIPLE = 32  # of inputs and outputs: what GPTQModel packs and what kernels run
@@ -216,8 +216,8 @@ class GptqFormat:
         weights = {name: N * K for name, (N, K) in self.source.shapes.items()}
         section = quantization_config(self.source.schemes, self.plain, weights)
         config = self.source.config | {"quantization_config": section}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (folder / "quantize_config.json").write_text(json.dumps(section, indent=2) + "\n")
+        write_json(folder / "config.json", config)
+        write_json(folder / "quantize_config.json", section)
         return sizes
 
     def _modules(self) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -11,10 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.utils import HFValidationError, filter_repo_objects, validate_repo_id
+
 from compress.errors import CompressError, UsageError
+from compress.storage.output_folder import WORK_FOLDER
 from compress.storage.safetensors import CheckpointReader
 
-JOURNAL = ".modelpress"
 STAY_HOME = [".*", "*/.*", "*.tmp", "__pycache__/*", "*/__pycache__/*"]
 CARD = "README.md"
 CARD_LINES = 12
@@ -35,7 +38,7 @@ def push(
     private: bool = False,
     dry_run: bool = False,
     token: str | None = None,
-    api: Any = None,
+    api: HfApi | None = None,
 ) -> dict[str, Any]:
     """Uploads a checkpoint folder as the model repository `repo_id`, creating it if need be.
 
@@ -60,8 +63,6 @@ def push(
         lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
         return report | {"card": lines[:CARD_LINES]}
     if api is None:
-        from huggingface_hub import HfApi
-
         api = HfApi(token=token)
     try:
         url = api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
@@ -79,8 +80,6 @@ def push(
 
 
 def _check_repo_id(repo_id: str) -> None:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
@@ -93,9 +92,10 @@ def _check_repo_id(repo_id: str) -> None:
 def _check_finished(folder: Path) -> None:
     if not folder.is_dir():
         raise UsageError(f"no such folder: {folder}")
-    if (folder / JOURNAL).exists():
+    if (folder / WORK_FOLDER).exists():
         raise UsageError(
-            f"{folder} holds an unfinished run ({JOURNAL}): finish it by running the recipe again"
+            f"{folder} holds an unfinished run ({WORK_FOLDER}): finish it by running the recipe "
+            f"again"
         )
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: it is not a finished checkpoint")
@@ -104,8 +104,6 @@ def _check_finished(folder: Path) -> None:
 
 def _files(folder: Path) -> list[dict[str, Any]]:
     """What upload_folder will take with STAY_HOME: its own filter, so the lists are the same."""
-    from huggingface_hub.utils import filter_repo_objects
-
     paths = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     kept = filter_repo_objects(paths, ignore_patterns=STAY_HOME)
     return [{"path": path, "bytes": (folder / path).stat().st_size} for path in kept]

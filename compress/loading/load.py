@@ -12,9 +12,20 @@ strategy was saved with it.
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from compress.checkpoint.quantization_config import (
     checked_section,
@@ -25,11 +36,12 @@ from compress.checkpoint.quantization_config import (
     read_config,
 )
 from compress.errors import CheckpointError, UsageError
+from compress.kernels.cpu import native
+from compress.loading.transformers_plugin import ModelpressConfig
 from compress.models.pretrained import TOKENIZER_FILES, guarded, processor_reader
+from compress.pruning.families import FAMILIES
+from compress.pruning.saved import apply_strategy, saved_strategy
 from compress.storage.safetensors import CheckpointReader
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 def load(
@@ -41,7 +53,7 @@ def load(
     packed: bool | None = None,
     fuse: bool = False,
     activation_bits: int | None = None,
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase | ProcessorMixin"]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """A model in evaluation mode on `device`, and its tokenizer, if it is multimodal its processor.
 
     path: a folder, or a model id on the hub. dtype: None keeps the checkpoint's. prune: whether a
@@ -56,16 +68,6 @@ def load(
     Raises UsageError if there is no such folder and no such id can be reached, and CheckpointError
     if what is there is not a whole model that can be loaded so; it names the module.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoTokenizer,
-    )
-
-    from compress.pruning.families import FAMILIES
-    from compress.pruning.saved import apply_strategy, saved_strategy
-
     if packed is False and activation_bits is not None:
         raise UsageError(
             "activation_bits is for packed linears: leave it out, or packed=False (--dense)"
@@ -80,8 +82,6 @@ def load(
     if packed is None:
         packed = is_packed(section)
     if section and (packed or needs_own_reader(section)):
-        from compress.loading.transformers_plugin import ModelpressConfig
-
         options["quantization_config"] = ModelpressConfig(packed, fuse, activation_bits)
         options["config"] = without_section(config)
     elif fuse:
@@ -114,10 +114,6 @@ def fastest_packing(
 
     Where linears round what they read, packed: dense ones would not. Raises as `load` does.
     """
-    from transformers import AutoConfig
-
-    from compress.kernels.cpu.native import packed_is_faster
-
     _check_path(path)
     config = guarded(path, AutoConfig.from_pretrained)
     section = checked_section(config.to_dict(), Path(path) / "config.json")
@@ -126,10 +122,10 @@ def fastest_packing(
     rounds = activation_bits is not None or any(
         group.get("input_activations") for group in groups_of(section)
     )
-    return rounds or packed_is_faster(device)
+    return rounds or native.packed_is_faster(device)
 
 
-def without_section(config: Any) -> Any:
+def without_section(config: PretrainedConfig) -> PretrainedConfig:
     """The config of a model whose quantisation is given to transformers apart from it."""
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config()):
@@ -140,8 +136,6 @@ def without_section(config: Any) -> Any:
 
 def _check_path(path: str | Path) -> None:
     """Says early and plainly what transformers would say late and in general."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     folder = Path(path)
     if not folder.is_dir():
         try:

@@ -23,6 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
@@ -135,7 +138,7 @@ class ModelpressQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Sequence[str] | None = None, **options: Any
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **options: Any
     ) -> None:
         files = [Path(file) for file in checkpoint_files or ()]
         if not files or any(file.suffix != ".safetensors" for file in files):
@@ -160,7 +163,9 @@ class ModelpressQuantizer(HfQuantizer):
         )
         self.quantization_config.checkpoint = self.linears.section
 
-    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **options: Any
+    ) -> PreTrainedModel:
         devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
         if len(devices) != 1:
             found = ", ".join(sorted(map(str, devices)))
@@ -204,7 +209,9 @@ class ModelpressQuantizer(HfQuantizer):
             f"leave out: {otherwise}, without packed=False (--dense)"
         )
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
         for name in self.places:
             self._refuse_dense(name)
         dtype = dtype or next(model.parameters()).dtype  # model.dtype may be a name after saving
@@ -217,7 +224,9 @@ class ModelpressQuantizer(HfQuantizer):
                 delattr(model.get_submodule(parent), leaf)
         return model
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: packed linears as their files had them."""
         kinds = (QuantLinear, SharedLinear)
         own = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, kinds))
@@ -231,7 +240,7 @@ class ModelpressQuantizer(HfQuantizer):
         return state, {}
 
 
-def find_places(model: Any, linears: PackedLinears) -> dict[str, str]:
+def find_places(model: PreTrainedModel, linears: PackedLinears) -> dict[str, str]:
     """The linear of the model for each packed one of the files, by name.
 
     Raises UnpackableError for a module that the model does not have as a plain linear of the right
@@ -276,11 +285,8 @@ def dense_linear(codes: Codes, bias: Tensor | None, dtype: torch.dtype) -> nn.Li
     return linear
 
 
-def _renamer(model: Any) -> Callable[[str], str]:
+def _renamer(model: PreTrainedModel) -> Callable[[str], str]:
     """What transformers calls a module that the files have under another, perhaps older, name."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     state = model.state_dict()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compress.checkpoint.engines import loading_table
 from compress.eval.report import (
@@ -77,8 +78,6 @@ def bits_summary(modules: Iterable[Facts]) -> dict[str, Any]:
 
 def model_card(result: Facts) -> str:
     """README.md as one string: YAML front matter, then Markdown. Keys are at the file's head."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     loader = FileSystemLoader(Path(__file__).parent)
     page = Environment(  # noqa: S701  Markdown, not HTML: the hub sanitises what it renders
         loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined

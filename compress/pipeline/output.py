@@ -34,7 +34,7 @@ from compress.pipeline.result import RunResult
 from compress.pruning.saved import save_strategy
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
-from compress.storage.files import atomic_write
+from compress.storage.files import atomic_write, parse_size, write_json
 from compress.storage.output_folder import COMPANIONS
 from compress.storage.safetensors import CheckpointReader, merge_shards
 
@@ -56,9 +56,9 @@ def assemble(
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
     recipe, skeleton = inputs.recipe, inputs.skeleton
-    merge_shards(parts, final, recipe.save.shard_bytes)
+    merge_shards(parts, final, parse_size(recipe.save.shard_size))
     config = checkpoint_config(skeleton, plan, inputs.dtype)
-    (final / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(final / "config.json", config)
     for pattern in COMPANIONS:
         for file in sorted(skeleton.folder.glob(pattern)):
             if file.is_file():
@@ -113,10 +113,10 @@ def _check_counts(folder: Path, plan: Plan) -> None:
 def document(result: RunResult, recipe: Recipe, provenance: dict[str, Any]) -> None:
     """Writes modelpress.json, report.html, the model card and, if there is one, the evaluation."""
     output = result.path
-    _write_json(output / "modelpress.json", provenance)
+    write_json(output / "modelpress.json", provenance)
     if result.metrics:
         (output / "eval").mkdir(exist_ok=True)
-        _write_json(output / "eval" / "results.json", result.metrics)
+        write_json(output / "eval" / "results.json", result.metrics)
     described = {key: value for key, value in provenance.items() if key != "layers"}
     facts = {
         "name": output.resolve().name,
@@ -142,8 +142,3 @@ def module_rows(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for layer in layers
         for module in layer["modules"]
     ]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())

@@ -26,10 +26,8 @@ def compare(folder: str, probe: dict[str, torch.Tensor], dequantize: bool) -> di
         # From memory, with scales in fp32: else transformers rounds each weight to the 16 bits of
         # its scale, as it does for those who load the folder.
         quantization = transformers.CompressedTensorsConfig(dequantize=True)
-        model, loading = architecture.from_pretrained(
-            None, config=config, state_dict=with_wide_scales(folder),
-            quantization_config=quantization, **options,
-        )  # fmt: skip
+        options |= {"state_dict": with_wide_scales(folder), "quantization_config": quantization}
+        model, loading = architecture.from_pretrained(None, config=config, **options)
     else:
         model, loading = architecture.from_pretrained(folder, **options)
     report = {key: sorted(map(str, loading[key])) for key in loading if loading[key]}

@@ -258,13 +258,6 @@ class Allocate(Section):
         walked = ("layer_embedding_change", *MEASURED_SCORES)
         return self.method == "evolve" or self.importance.base in walked
 
-    @property
-    def budget_bytes(self) -> int | None:
-        """The budget in bytes; decimal units, as for shards."""
-        if self.budget is None:
-            return None
-        return round(float(self.budget[:-2]) * {"K": 1e3, "M": 1e6, "G": 1e9}[self.budget[-2]])
-
     @model_validator(mode="after")
     def _check(self) -> "Allocate":
         bounds = ("average_bits", "budget", "maximum_kl", "narrow")
@@ -297,10 +290,6 @@ class Save(Section):
 
     format: Literal["compressed-tensors"] = "compressed-tensors"
     shard_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*[KMG]B$")] = "5GB"
-
-    @property
-    def shard_bytes(self) -> int:
-        return int(self.shard_size[:-2]) * {"K": 10**3, "M": 10**6, "G": 10**9}[self.shard_size[-2]]
 
 
 class Perplexity(Section):

@@ -1,18 +1,38 @@
-"""Files that are either whole and on disk, or not there.
+"""Files that are either whole and on disk, or not there; and how large they may be.
 
 with atomic_write(path) as file:
     file.write(data)
+write_json(path, {"bits": 4})
 """
 
 import errno
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, UsageError
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Raises CheckpointError, one line, for what the system refuses inside.
+
+    It names `place`, or of a folder the file in it.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename if error.filename and place.is_dir() else place
+        remedy = "; free some space" if error.errno == errno.ENOSPC else ""
+        reason = f"{error.strerror or error}{remedy}"
+        raise CheckpointError(f"cannot write {where}: {reason}") from error
 
 
 @contextmanager
@@ -20,19 +40,23 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears under its name only once it is whole and on disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        remedy = "; free some space" if error.errno == errno.ENOSPC else ""
-        raise CheckpointError(f"cannot write {path}: {error.strerror}{remedy}") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
     finally:
         with suppress(OSError):  # gone after the rename; a failed tidy-up must not hide the error
             temporary.unlink()
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Writes a JSON object, indented for people, atomically."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -60,3 +84,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as "5GB" (10^9), "500 MiB" (2^20) or 1000000; UsageError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
+    size = round(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
+    if size < 1:
+        raise UsageError(f"{text!r} is not a size: expected a number and KB, MB, GB, or GiB")
+    return size

@@ -18,7 +18,6 @@ the same bytes.
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from compress.errors import CheckpointError, UsageError
-from compress.storage.files import atomic_write
+from compress.errors import CheckpointError
+from compress.storage.files import atomic_write, write_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -371,8 +370,7 @@ def merge_shards(parts: list[Path], folder: str | Path, shard_size_bytes: int) -
             name: path.name for path, entries in zip(paths, shards, strict=True) for name in entries
         }
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        with atomic_write(folder / INDEX_FILE) as file:
-            file.write((json.dumps(index, indent=2) + "\n").encode())
+        write_json(folder / INDEX_FILE, index)
     _remove_stale(folder, paths, parts)
     return paths
 
@@ -413,18 +411,3 @@ def _remove_stale(folder: Path, kept: list[Path], parts: list[Path]) -> None:
     for path in [folder / SINGLE_FILE, *folder.glob("model-*-of-*.safetensors")]:
         if path.resolve() not in spared:
             path.unlink(missing_ok=True)
-
-
-# ---- sizes --------------------------------------------------------------------------------------
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of a size such as "5GB" (10^9), "500 MiB" (2^20) or 1000000; UsageError otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
-    size = round(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
-    if size < 1:
-        raise UsageError(f"{text!r} is not a size: expected a number and KB, MB, GB, or GiB")
-    return size

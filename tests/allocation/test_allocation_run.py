@@ -11,6 +11,7 @@ from compress.errors import UsageError
 from compress.pipeline.run import run
 from compress.recipe.recipe import shipped_folder
 from compress.registry import LAYER_IMPORTANCE
+from compress.storage.files import parse_size
 from compress.storage.safetensors import CheckpointReader
 from support.calling import pretend
 from support.mixed_widths import DEPTH, QUICK, plan_of, widths_in_file, with_budget
@@ -55,7 +56,7 @@ def test_every_score_with_every_method_is_planned_within_the_budget(deep, import
         if kind == "average_bits":
             used, limit = plan.average_bits, recipe.allocate.average_bits
         else:
-            used, limit = plan.file_bytes, recipe.allocate.budget_bytes
+            used, limit = plan.file_bytes, parse_size(recipe.allocate.budget)
         assert used <= limit
         assert narrow < plan.average_bits < wide  # there was something to choose
         assert (chosen.fitness is not None) == (method == "evolve")
@@ -154,7 +155,8 @@ def test_the_size_of_the_file_is_known_before(press, unit):
     made = press(recipe)
     size = sum(file.stat().st_size for file in made.glob("*.safetensors"))
     assert plan.file_bytes == pytest.approx(size, rel=0.005)
-    assert 0.95 * recipe.allocate.budget_bytes < plan.file_bytes <= recipe.allocate.budget_bytes
+    budget = parse_size(recipe.allocate.budget)
+    assert 0.95 * budget < plan.file_bytes <= budget
     assert widths_in_file(made) == plan.allocation.bits()
 
 

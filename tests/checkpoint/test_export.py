@@ -9,7 +9,7 @@ import torch
 
 from compress.checkpoint.export import CHECKPOINT_FORMATS, export
 from compress.checkpoint.inspect import inspect
-from compress.errors import CheckpointError, CompressError, UsageError
+from compress.errors import CheckpointError, UsageError
 from compress.scheme import Scheme
 from compress.storage.safetensors import save_tensors
 from support.gptq_reader import read_naively
@@ -351,7 +351,7 @@ def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", "model.safetensors")
 
     monkeypatch.setattr("compress.checkpoint.gptq.merge_shards", full)
-    assert "No space left" in refusal(folder, tmp_path / "out", CompressError)
+    assert "No space left" in refusal(folder, tmp_path / "out", CheckpointError)
 
 
 def test_outputs_that_are_taken(folder, copy, tmp_path):

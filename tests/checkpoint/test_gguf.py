@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.checkpoint.export import export
-from compress.errors import CheckpointError, CompressError
+from compress.errors import CheckpointError
 from compress.models.families import head_dim_of
 from compress.storage.safetensors import save_tensors
 from support.gguf_files import FILE, Read, as_checkpoint, assert_same, change_config, refusal
@@ -249,4 +249,4 @@ def test_a_full_disk_is_one_line(packed, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", FILE)
 
     monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", full)
-    assert "No space left" in refusal(packed().folder, tmp_path / "out", CompressError)
+    assert "No space left" in refusal(packed().folder, tmp_path / "out", CheckpointError)

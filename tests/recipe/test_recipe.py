@@ -14,6 +14,7 @@ from compress.importance.tokens import TOKEN_IMPORTANCE
 from compress.recipe.recipe import Recipe, shipped_recipes
 from compress.recipe.sections import Quantize, matches
 from compress.scheme import Scheme
+from compress.storage.files import parse_size
 
 EVERY_SECTION = """\
 # a comment
@@ -214,7 +215,7 @@ def test_patterns_that_name_no_module_are_found():
 
 
 def test_shard_size_in_bytes():
-    assert Recipe(save={"shard_size": "500MB"}).save.shard_bytes == 500_000_000
+    assert parse_size(Recipe(save={"shard_size": "500MB"}).save.shard_size) == 500_000_000
 
 
 # Errors

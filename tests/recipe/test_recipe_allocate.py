@@ -7,6 +7,7 @@ import pytest
 from compress.errors import RecipeError
 from compress.importance.layers import LAYER_IMPORTANCE
 from compress.recipe.recipe import Recipe
+from compress.storage.files import parse_size
 from support.calling import call, only_line
 
 # Each with what else the method asks for.
@@ -72,7 +73,7 @@ def test_the_method_follows_from_the_widths_unless_it_is_given(load, section, me
     "text, nbytes", [("5GB", 5_000_000_000), ("1.5MB", 1_500_000), ("0.25KB", 250)]
 )
 def test_a_budget_is_in_decimal_bytes(load, text, nbytes):
-    assert load(f"budget: {text}").allocate.budget_bytes == nbytes
+    assert parse_size(load(f"budget: {text}").allocate.budget) == nbytes
 
 
 def test_the_names_of_the_schema_are_those_of_the_registry():

@@ -9,12 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compress.errors import CheckpointError, CompressError, UsageError
+from compress.errors import CheckpointError, CompressError
 from compress.storage.safetensors import (
     DTYPES,
     CheckpointReader,
     merge_shards,
-    parse_size,
     save_tensors,
 )
 
@@ -309,17 +308,3 @@ def test_the_same_name_in_two_parts_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"layers\.0\.packed.*both") as error:
         merge_shards([*parts, parts[0]], tmp_path / "out", 10**6)
     one_line(error)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2GiB", 2**31), ("7", 7), (12, 12), ("1kb", 1000)],
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "five GB", "5 XB", "-1GB", "0"])
-def test_sizes_that_are_not(text):
-    with pytest.raises(UsageError, match="is not a size"):
-        parse_size(text)

@@ -22,6 +22,7 @@ apart, so rows of q and k change places. Written by the library `gguf`: pip inst
 
 import os
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ class GgufFormat:
     def check(self) -> list[str]:
         """Notes, a line each; UsageError for what GGUF or llama.cpp cannot hold."""
         _require_library()
-        from transformers import AutoConfig
+        from transformers import AutoConfig  # takes seconds, which other formats need not wait
 
         self.config: PretrainedConfig = guarded(self.source.folder, AutoConfig.from_pretrained)
         self.family = checked_family(self.config)
@@ -243,8 +244,6 @@ class GgufFormat:
 
     def _add_metadata(self, writer: "GGUFWriter") -> None:
         """Settings of the model, the tokenizer, and who made the file."""
-        from importlib.metadata import version
-
         import gguf
 
         writer.add_quantized_by(f"modelpress {version('modelpress')}")

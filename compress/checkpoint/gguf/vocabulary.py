@@ -95,7 +95,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
             f"{folder} has no tokenizer, which a GGUF file needs: copy the files of the model it "
             f"was made from ({', '.join(TOKENIZER_FILES)})"
         )
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # takes seconds, which other formats need not wait
 
     tokenizer = guarded(folder, AutoTokenizer.from_pretrained)
     backend = getattr(tokenizer, "backend_tokenizer", None)

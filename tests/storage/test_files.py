@@ -1,0 +1,42 @@
+"""Files are whole or not there, what the system refuses is one line, and sizes are bytes."""
+
+import errno
+import json
+
+import pytest
+
+from compress.errors import CheckpointError, UsageError
+from compress.storage.files import parse_size, read_json, write_json, writing
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "facts.json"
+    write_json(path, {"bits": 4})
+    assert read_json(path) == json.loads(path.read_text()) == {"bits": 4}
+    with pytest.raises(TypeError):
+        write_json(path, {"bits": object()})
+    assert read_json(path) == {"bits": 4}
+    assert [file.name for file in path.parent.iterdir()] == ["facts.json"]
+
+
+def test_what_the_system_refuses_names_the_file(tmp_path):
+    inside = tmp_path / "model.safetensors"
+    for place, named in ((tmp_path, inside), (tmp_path / "a.json", tmp_path / "a.json")):
+        with pytest.raises(CheckpointError) as error, writing(place):
+            raise OSError(errno.ENOSPC, "No space left on device", str(inside))
+        assert str(error.value).startswith(f"cannot write {named}: No space left")
+        assert "free some space" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2GiB", 2**31), ("7", 7), (12, 12), ("1kb", 1000)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "five GB", "5 XB", "-1GB", "0"])
+def test_sizes_that_are_not(text):
+    with pytest.raises(UsageError, match="is not a size"):
+        parse_size(text)
