@@ -1,8 +1,6 @@
-import importlib.util
 import json
 import platform
 from itertools import pairwise
-from types import ModuleType
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -10,18 +8,12 @@ from transformers import PreTrainedTokenizerFast
 
 from compress.data.stdlib import is_held_out
 from compress.eval.harness import LOCAL_TASKS
+from compress.recipes.demo.make_demo_code import code_lines, make_items
 from support.tiny_lm import tiny_llama
 
 FOLDER = LOCAL_TASKS / "demo_code"
 # Of newer tokenizers: line ends stick to the punctuation before them, digits come in threes.
 NEWER = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def load_maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_demo_code", FOLDER / "make_demo_code.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def shipped_items() -> list[dict]:
@@ -31,7 +23,7 @@ def shipped_items() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def rebuilt():
-    return load_maker().make_items(count=400, seed=0)
+    return make_items(count=400, seed=0)
 
 
 @pytest.fixture(scope="module", params=["shipped", "rebuilt"])
@@ -89,12 +81,12 @@ def test_the_same_sources_and_seed_give_the_shipped_file(rebuilt):
     if platform.python_version() != made_with:
         pytest.skip(f"the items were cut from Python {made_with}")
     assert rebuilt == shipped_items()
-    assert load_maker().make_items(count=400, seed=1) != rebuilt
+    assert make_items(count=400, seed=1) != rebuilt
 
 
 def test_code_lines_leave_out_strings_comments_and_blanks():
     text = 'x = 1\n\n# note\ndef f():\n    """Two\n    lines."""\n    return x  # x\n'
-    assert load_maker().code_lines(text) == {
+    assert code_lines(text) == {
         0: "x = 1",
         3: "def f():",
         6: "    return x  # x",

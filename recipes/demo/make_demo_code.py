@@ -1,6 +1,6 @@
 """Makes the items of `demo_code`: pick the true next line of Python source among four.
 
-    python eval/tasks/demo_code/make_demo_code.py       # writes items.jsonl beside this file
+    python recipes/demo/make_demo_code.py       # writes eval/tasks/demo_code/items.jsonl
 
 Text: the held-out modules of the standard library of the running interpreter, less those that are
 tables of data or specific to one machine. An item is
@@ -28,6 +28,7 @@ from typing import Any
 
 from compress.data.stdlib import stdlib_files
 
+ITEMS = Path(__file__).parents[2] / "eval" / "tasks" / "demo_code" / "items.jsonl"
 CONTEXT_LINES = (8, 15)
 CONTEXT_CHARACTERS = 600
 SHORTEST = 10  # characters of a stripped choice: leaves out `return`, `else:`, `pass`
@@ -143,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("items.jsonl"))
+    parser.add_argument("--output", type=Path, default=ITEMS)
     args = parser.parse_args()
     items = make_items(args.count, args.seed)
     lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
