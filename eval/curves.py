@@ -10,10 +10,13 @@ language model only cannot keep less than what lies before it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from compress.errors import UsageError
 from compress.eval.report import COLOURS, Row, columns_of
+
+if TYPE_CHECKING:  # an extra
+    from matplotlib.axes import Axes
 
 MARKERS = "osD^vP*X<>"
 ACCURACIES = ("acc", "exact_match")
@@ -97,7 +100,7 @@ def plot_lines(
     return path
 
 
-def _draw_baseline(axes: Any, metric: str, baseline: Row) -> None:
+def _draw_baseline(axes: "Axes", metric: str, baseline: Row) -> None:
     value, error = baseline.values.get(metric), baseline.errors.get(metric)
     if value is None:
         return
@@ -107,7 +110,7 @@ def _draw_baseline(axes: Any, metric: str, baseline: Row) -> None:
 
 
 def _draw_line(
-    axes: Any, metric: str, label: str, points: Sequence[Row], places: list[float], number: int
+    axes: "Axes", metric: str, label: str, points: Sequence[Row], places: list[float], number: int
 ) -> None:
     if not points:
         return
@@ -127,7 +130,7 @@ def _draw_line(
     )
 
 
-def _logarithmic(axes: Any, ticks: list[int]) -> None:
+def _logarithmic(axes: "Axes", ticks: list[int]) -> None:
     from matplotlib.ticker import NullLocator
 
     axes.set_xscale("log")

@@ -25,12 +25,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from compress.errors import UsageError, did_you_mean
 from compress.eval.multimodal import is_multimodal, multimodal_model
 from compress.eval.settings import EvaluationSettings
 from compress.eval.windows import measuring
+
+if TYPE_CHECKING:  # an extra
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
 
 LOCAL_TASKS = Path(__file__).with_name("tasks")
 # What the harness does beside measuring, and what stands in for it while it runs: nothing of it is
@@ -138,7 +142,7 @@ def import_harness() -> ModuleType:
     return lm_eval
 
 
-def _harness_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
+def _harness_model(model: Any, tokenizer: Any, batch_size: int | str) -> "LM":
     if is_multimodal(tokenizer):
         return multimodal_model(model, tokenizer, batch_size)
     from lm_eval.models.huggingface import HFLM
@@ -167,7 +171,7 @@ def _drawing(seed: int, limit: int | float | None) -> dict[str, int]:
 
 def find_tasks(
     settings: EvaluationSettings, metadata: dict[str, Any] | None = None
-) -> tuple[list[str], Any]:
+) -> tuple[list[str], "TaskManager"]:
     """The names the harness will run, patterns expanded, and a TaskManager that knows them.
 
     `metadata` is handed to all tasks, in place of what their definitions say.
@@ -224,7 +228,7 @@ def clean_metrics(raw: dict[str, Any]) -> Metrics:
     return metrics
 
 
-def _expand(task: str, manager: Any) -> list[str]:
+def _expand(task: str, manager: "TaskManager") -> list[str]:
     """Names a pattern stands for; a path to a task file stands for itself."""
     if task.endswith((".yaml", ".yml")) and Path(task).is_file():
         return [task]
@@ -243,7 +247,7 @@ def _items(samples: list[dict[str, Any]]) -> dict[str, list[float]]:
     return dict(columns)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return hasattr(value, "__float__") and not isinstance(value, str)
 
 

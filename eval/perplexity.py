@@ -198,7 +198,14 @@ def perplexity_difference(model: PerplexityResult, baseline: PerplexityResult) -
     return paired_clustered_difference(model.window_nll, baseline.window_nll, model.window_tokens)
 
 
-def _result(totals: list[float], counts: list[int], **conditions: Any) -> PerplexityResult:
+def _result(
+    totals: list[float],
+    counts: list[int],
+    length: int,
+    stride: int | None,
+    bos: bool,
+    unit: str = "window",
+) -> PerplexityResult:
     mean = clustered_mean(totals, counts)
     return PerplexityResult(
         value=_exp(mean.mean),
@@ -208,7 +215,10 @@ def _result(totals: list[float], counts: list[int], **conditions: Any) -> Perple
         windows=len(counts),
         window_nll=tuple(totals),
         window_tokens=tuple(counts),
-        **conditions,
+        length=length,
+        stride=stride,
+        bos=bos,
+        unit=unit,
     )
 
 

@@ -22,12 +22,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
 from compress.errors import UsageError
+
+if TYPE_CHECKING:  # an extra
+    from matplotlib.axes import Axes
 
 ERROR = "_stderr"
 NLL = "mean NLL (nats per token)"
@@ -137,9 +140,9 @@ def paired_differences(evaluation: Facts) -> dict[str, Facts]:
     return paired | ({NLL: nll} if (nll := difference.get("mean_nll")) else {})
 
 
-def quality_table(rows: Sequence[Row], conditions: str | None = None) -> Table:
-    """The rows for a terminal; `conditions` (context, stride, BOS, items) stand below."""
-    table = Table(caption=conditions, caption_justify="left", box=box.SIMPLE_HEAD)
+def quality_table(rows: Sequence[Row]) -> Table:
+    """The rows for a terminal."""
+    table = Table(box=box.SIMPLE_HEAD)
     columns = columns_of(rows)
     table.add_column("name")
     for column in columns:
@@ -149,7 +152,7 @@ def quality_table(rows: Sequence[Row], conditions: str | None = None) -> Table:
     return table
 
 
-def markdown_table(rows: Sequence[Row], conditions: str | None = None) -> str:
+def markdown_table(rows: Sequence[Row], conditions: str) -> str:
     """The same rows as a Markdown table, with the conditions in a line below it."""
     columns = columns_of(rows)
     lines = [["name", *columns], ["---", *("---:" for _ in columns)]]
@@ -157,7 +160,7 @@ def markdown_table(rows: Sequence[Row], conditions: str | None = None) -> str:
     text = "\n".join(
         "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
     )
-    return f"{text}\n\n{conditions}\n" if conditions else f"{text}\n"
+    return f"{text}\n\n{conditions}\n"
 
 
 # ---------------------------------------------------------------------------- the page
@@ -322,7 +325,6 @@ def plot_quality(
     rows: Sequence[Row],
     path: str | Path,
     metrics: Sequence[str] | None = None,
-    title: str | None = None,
 ) -> Path:
     """Quality against bytes: one panel a metric, one labelled point with its error bar a row.
 
@@ -330,7 +332,6 @@ def plot_quality(
         rows: see the file's head; rows without `bytes` or without the metric are not in its panel.
         path: of the picture; its suffix says the format (png, svg, pdf).
         metrics: columns to draw; None for the perplexity and the accuracy (acc) of each task.
-        title: above all panels: the conditions.
 
     Raises:
         UsageError: matplotlib is not installed, or no row has bytes and one of the metrics.
@@ -362,8 +363,6 @@ def plot_quality(
         axes = figure.add_subplot(1, len(panels), i + 1)
         _draw_panel(axes, metric, points, colours)
         drawn.append((axes, metric, points))
-    if title:
-        figure.suptitle(title, fontsize=10)
     figure.draw_without_rendering()  # settles the axes, which the labels' places depend on
     for axes, metric, points in drawn:
         _label_points(axes, metric, points, colours)
@@ -373,7 +372,9 @@ def plot_quality(
     return path
 
 
-def _draw_panel(axes: Any, metric: str, points: Sequence[Row], colours: Mapping[str, str]) -> None:
+def _draw_panel(
+    axes: "Axes", metric: str, points: Sequence[Row], colours: Mapping[str, str]
+) -> None:
     for row in points:
         axes.errorbar(
             row.values["bytes"] / 1e6,
@@ -394,7 +395,7 @@ def _draw_panel(axes: Any, metric: str, points: Sequence[Row], colours: Mapping[
 
 
 def _label_points(
-    axes: Any, metric: str, points: Sequence[Row], colours: Mapping[str, str]
+    axes: "Axes", metric: str, points: Sequence[Row], colours: Mapping[str, str]
 ) -> None:
     """Names beside the points, lifted where they would cover the name of a point below."""
     points_per_pixel = 72 / axes.figure.dpi

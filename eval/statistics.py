@@ -9,7 +9,7 @@ the linearised variance of a ratio of cluster totals (Cochran, Sampling Techniqu
 Two models on the same items differ by far less than either varies over items, so a comparison is
 the mean of the paired differences, never the difference of two means with errors added.
 
-    paired_difference(correct_q3, correct_16bit).line()     # -0.0150 ± 0.0071 (400 pairs)
+    paired_difference(correct_q3, correct_16bit)     # Estimate(mean=-0.015, stderr=0.0071, ...)
 """
 
 import math
@@ -30,15 +30,6 @@ class Estimate:
     mean: float
     stderr: float | None
     count: int
-
-    def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """mean ± z standard errors: 95 % by default. Infinite where there is no error."""
-        half = math.inf if self.stderr is None else z * self.stderr
-        return self.mean - half, self.mean + half
-
-    def line(self, unit: str = "pairs") -> str:
-        error = "n/a" if self.stderr is None else f"{self.stderr:.4f}"
-        return f"{self.mean:+.4f} ± {error} ({self.count} {unit})"
 
     def to_dict(self) -> dict[str, float | int | None]:
         return {"value": self.mean, "stderr": self.stderr, "count": self.count}

@@ -19,7 +19,6 @@ gives every token more context, so a perplexity means nothing without length, st
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +132,7 @@ def document_batches(
 
 
 @contextmanager
-def measuring(*models: Any) -> Iterator[None]:
+def measuring(*models: torch.nn.Module) -> Iterator[None]:
     """Models in evaluation mode and without gradients, as they were before on leaving."""
     training = [part for model in models for part in model.modules() if part.training]
     try:
@@ -146,7 +145,7 @@ def measuring(*models: Any) -> Iterator[None]:
             part.training = True
 
 
-def logits_of(model: Any, batch: Batch) -> Tensor:
+def logits_of(model: torch.nn.Module, batch: Batch) -> Tensor:
     """The logits of one forward pass, [B, L, V], on the model's device and in its dtype."""
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")

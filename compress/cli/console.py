@@ -29,7 +29,7 @@ from compress.eval.report import (
 )
 from compress.storage.files import atomic_write
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # need torch
     from compress.allocation.allocate import Allocation
     from compress.pipeline.result import RunResult
 

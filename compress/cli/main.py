@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
+from tqdm import tqdm
 
 from compress.cli.bench import bench
 from compress.cli.checkpoints import export, generate, inspect, push, recipes
@@ -88,8 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
     """Switches off the bars that heed no variable: compressed-tensors', lm-eval's."""
-    from tqdm import tqdm
-
     original = tqdm.__init__
 
     def disabled(self: tqdm, *args: Any, **options: Any) -> None:

@@ -20,7 +20,7 @@ from compress.cli.options import (
 from compress.cli.progress import RunProgress
 from compress.errors import UsageError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # needs torch
     from compress.pruning.search import SearchResult
 
 

@@ -74,9 +74,8 @@ def test_rows_and_tables():
     assert "RSQ \\| 3 bit" in second
     assert "0.525 ± 0.025" in second
     assert "held-out modules, 512 tokens" in rest
-    table = quality_table(rows, "512 tokens")
+    table = quality_table(rows)
     assert (table.row_count, len(table.columns)) == (2, 6)
-    assert table.caption == "512 tokens"
 
 
 def test_a_row_is_flat_in_json_with_errors_behind_their_figures():
@@ -172,9 +171,9 @@ def test_picture(tmp_path):
         Row.of("RSQ 3 bit", EVALUATION, bytes=1_900_000),
         Row("without size", {"perplexity": 12.0}),
     ]
-    path = plot_quality(rows, tmp_path / "quality.svg", title="512 tokens, no BOS")
+    path = plot_quality(rows, tmp_path / "quality.svg")
     picture = path.read_text(encoding="utf-8")
-    for text in ("RSQ 3 bit", "16 bit", "perplexity", "demo_code acc", "512 tokens, no BOS"):
+    for text in ("RSQ 3 bit", "16 bit", "perplexity", "demo_code acc"):
         assert f"<!-- {text}" in picture  # as matplotlib notes the text of its glyphs
     assert "without size" not in picture
     png = plot_quality(rows, tmp_path / "quality.png", metrics=["kl"]).read_bytes()
