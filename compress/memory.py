@@ -6,9 +6,9 @@ release_memory(); peak_memory("cpu")["host"]
 import ctypes
 import resource
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from compress.errors import UsageError
 
@@ -45,7 +45,7 @@ def _peak_resident() -> int:
 
 
 @cache
-def _trim() -> Any:
+def _trim() -> Callable[[int], int] | None:
     """glibc's malloc_trim, or None under another C library."""
     if sys.platform != "linux":
         return None

@@ -55,6 +55,13 @@ def prime_power(q: int) -> tuple[int, int] | None:
     return (p, exponent) if rest == 1 else None
 
 
+def _field(q: int) -> tuple[int, int]:
+    """Characteristic and degree of GF(q)."""
+    power = prime_power(q)
+    assert power is not None, f"there is no field of {q} elements"
+    return power
+
+
 def _powers_of_x(modulus: tuple[int, ...], p: int, q: int) -> list[int] | None:
     """x^0 .. x^(q-2) in GF(p)[x] / (x^e - modulus), or None if x does not generate all q - 1 units.
 
@@ -81,7 +88,7 @@ def quadratic_character(q: int) -> Tensor:
 
     The squares are the even powers of a generator of the multiplicative group.
     """
-    p, exponent = prime_power(q)
+    p, exponent = _field(q)
     for modulus in itertools.product(range(p), repeat=exponent):
         powers = _powers_of_x(modulus, p, q)
         if powers is not None:
@@ -94,7 +101,7 @@ def quadratic_character(q: int) -> Tensor:
 
 def jacobsthal(q: int) -> Tensor:
     """Q[i, j] = chi(x_i - x_j) over GF(q): int8 [q, q], zero on the diagonal."""
-    p, exponent = prime_power(q)
+    p, exponent = _field(q)
     elements = torch.arange(q)
     difference = torch.zeros(q, q, dtype=torch.int64)
     for power in (p**i for i in range(exponent)):
@@ -116,6 +123,7 @@ def paley_field(order: int) -> int | None:
 def paley(order: int) -> Tensor:
     """Paley's Hadamard matrix, int8 [order, order]; `paley_field(order)` must not be None."""
     q = paley_field(order)
+    assert q is not None, f"Paley's constructions give no matrix of order {order}"
     symmetric = q % 4 == 1  # Q is symmetric for q = 1 mod 4, skew for q = 3 mod 4
     border = torch.zeros(q + 1, q + 1, dtype=torch.int8)
     border[0, 1:] = 1
@@ -227,5 +235,6 @@ def search_circulants(k: int, multiplier: int) -> tuple[int, int, int, int]:
             other = int(order[place[hit]])
             four = [a[hit // len(b)], b[hit % len(b)], c[other // len(d)], d[other % len(d)]]
             if not correlation[torch.stack(four)].sum(dim=0).any():
-                return tuple(int(codes[i]) for i in four)
+                first, second, third, fourth = (int(codes[i]) for i in four)
+                return first, second, third, fourth
     raise UsageError(f"no four circulants of order {k} are constant on the orbits of {multiplier}")
