@@ -67,7 +67,7 @@ class Scorer:
     def _importance(self) -> LayerImportance:
         """The strategy that the section names, the other way round for `reverse`."""
         score = self.section.importance
-        options = {
+        options: dict[str, dict[str, int]] = {
             "outlier_weight_count": {"two_sided": score.two_sided},
             "random": {"seed": score.seed},
         }
@@ -112,7 +112,7 @@ class Scorer:
     def _keep(self, layer: int, bits: int, linears: dict[str, QuantizedLinear]) -> None:
         path = self._candidate(layer, bits)
         path.parent.mkdir(exist_ok=True)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, linear in linears.items():
             tensors |= {f"{name}.codes": linear.codes, f"{name}.scale": linear.scale}
             if linear.zero is not None:

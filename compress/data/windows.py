@@ -15,18 +15,15 @@ a circle by k * floor(T / M) tokens, k = 1 .. M-1, so that its tokens visit othe
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from compress.data.source import CalibrationSource
 from compress.data.text import BLANK_LINE, Corpus, load_documents
 from compress.errors import UsageError
 from compress.models.skeleton import Skeleton
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PROBE_TOKENS = 64  # where no calibration gives tokens for the self-check
 BATCH = 64  # documents handed to the tokenizer at once
@@ -65,7 +62,7 @@ class CalibrationWindows:
         """All that the model reads."""
         return self.input_ids.numpy().tobytes() + self.mask.numpy().tobytes()
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """For modelpress.json."""
         digest = hashlib.sha256(self.input_ids.numpy().tobytes())
         return {"windows": list(self.input_ids.shape), "sha256": digest.hexdigest()}
@@ -77,7 +74,7 @@ class CalibrationWindows:
 
 def draw_windows(
     corpus: Corpus,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     samples: int,
     length: int,
     bos: bool = False,
@@ -135,7 +132,7 @@ def expand(windows: CalibrationWindows, M: int) -> CalibrationWindows:
 
 
 def token_stream(
-    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", limit: int | None = None
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
 ) -> Tensor:
     """All documents as one stream of token ids [tokens] int64, blank lines between them, no BOS.
 
@@ -155,7 +152,7 @@ def token_stream(
     return torch.tensor([i for ids in parts for i in ids], dtype=torch.int64)[:limit]
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     # verbose=False: a stream is longer than the model's context on purpose, no warning about it.
     return tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, verbose=False
@@ -164,7 +161,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[
 
 def _long_documents(
     corpus: Corpus,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     samples: int,
     length: int,
     generator: torch.Generator,

@@ -11,14 +11,22 @@ given back.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from compress.models.skeleton import Skeleton
 
 Inputs = dict[str, Any]  # keyword arguments of a forward, or of `get_image_features`
+
+
+@runtime_checkable
+class EncodesImages(Protocol):
+    """What a multimodal family's model can do: make features of pixels."""
+
+    get_image_features: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,9 @@ def vision_at_work(skeleton: Skeleton, tensors: dict[str, Tensor], device: str) 
         for name, tensor in tensors.items():
             value = nn.Parameter(tensor.to(device, torch.float32), requires_grad=False)
             parents[name].register_parameter(places[name][1], value)
-        for name, buffer in list(skeleton.model.model.named_buffers()):
+        for name, buffer in list(skeleton.base.named_buffers()):
             parent, _, child = name.rpartition(".")
-            skeleton.model.model.get_submodule(parent)._buffers[child] = buffer.to(device)
+            skeleton.base.get_submodule(parent)._buffers[child] = buffer.to(device)
         yield
     finally:
         for name, tensor in tensors.items():
@@ -50,16 +58,14 @@ def vision_at_work(skeleton: Skeleton, tensors: dict[str, Tensor], device: str) 
 
 
 @torch.no_grad()
-def encode(
-    skeleton: Skeleton, inputs: dict[str, Any], table: Tensor, device: str = "cpu"
-) -> Encoded:
+def encode(skeleton: Skeleton, inputs: Inputs, table: Tensor, device: str = "cpu") -> Encoded:
     """One prompt through everything before the language model, by the family's own forward.
 
     Args:
         inputs: keyword arguments of a forward.
         table: the embedding [vocabulary, d], on the CPU.
     """
-    base = skeleton.model.model
+    base = skeleton.base
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     decoder = base.language_model
     base.language_model = recorder = _Recorder(table)
@@ -80,13 +86,11 @@ class _Recorder(nn.Module):
     def __init__(self, table: Tensor):
         super().__init__()
         self.table = table  # neither parameter nor buffer: it stays where it is
-        self.seen: dict[str, Any] = {}
+        self.seen: Inputs = {}
 
     def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
         return lambda ids: self.table[ids.cpu()].float().to(ids.device)
 
-    def forward(self, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
+    def forward(self, **kwargs: Any) -> BaseModelOutputWithPast:
         self.seen = kwargs
         return BaseModelOutputWithPast(last_hidden_state=kwargs["inputs_embeds"])

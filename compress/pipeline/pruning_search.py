@@ -7,6 +7,8 @@ Its trials lie in the run's work folder, so a run that was killed goes on search
 
 from pathlib import Path
 
+from transformers import ProcessorMixin
+
 from compress.data.samples import read_samples
 from compress.data.source import CalibrationSource
 from compress.loading.load import load
@@ -40,13 +42,21 @@ def searched_strategy(
     assert section.search is not None and section.keep is not None
     settings = section.search
     model, processor = load(folder, device=device, prune=False)
+    assert isinstance(processor, ProcessorMixin), "images are for multimodal models"
     prompts = read_samples(source.location, processor, settings.samples, settings.seed)
     trials = work / f"pruning-{mark[:16]}.jsonl"
     if not resume:
         trials.unlink(missing_ok=True)
     return search_strategy(
-        model, prompts, section.keep, start=start, variables=settings.searched(),
+        model,
+        prompts,
+        section.keep,
+        start=start,
+        variables=settings.searched(),
         trials=settings.trials,
-        sampler=settings.sampler, seed=settings.seed, path=trials, processor=processor,
+        sampler=settings.sampler,
+        seed=settings.seed,
+        path=trials,
+        processor=processor,
         observer=observer,
-    )  # fmt: skip
+    )

@@ -14,7 +14,7 @@ ends with the same bytes.
 
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ class Pruning:
     """How the result prunes visual tokens, None for not at all, and how that was searched."""
 
     strategy: PruneStrategy | None = None
-    search: dict[str, Any] | None = field(default=None)
+    search: dict[str, Any] | None = None
 
 
 def settle_pruning(

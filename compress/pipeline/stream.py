@@ -21,16 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import ProcessorMixin
 
 from compress.data.activations import TOKENS_PER_BATCH, ActivationStore
 from compress.data.prompts import CalibrationData, ImagePrompts
 from compress.errors import CheckpointError
-from compress.models.skeleton import Skeleton
-from compress.models.vision import Encoded, encode
+from compress.models.skeleton import LayerInputs, Skeleton
+from compress.models.vision import Encoded, EncodesImages, Inputs, encode
 from compress.pruning.costs import DecoderShape, PruningStats, prompt_stats
 from compress.pruning.encoding import EncodedImages
 from compress.pruning.families import FAMILIES
-from compress.pruning.prompt import PrunedPrompt, take
+from compress.pruning.prompt import PromptImage, PrunedPrompt, take
 from compress.pruning.stages import Stages
 from compress.recipe.strategy import LANGUAGE_ATTENTION
 from compress.storage.safetensors import read_tensors, save_tensors
@@ -58,8 +59,8 @@ class CalibrationStream:
         folder: Path,
         on_disk: bool,
         *,
-        probe: dict[str, Any] | None = None,
-        processor: Any = None,
+        probe: Inputs | None = None,
+        processor: ProcessorMixin | None = None,
         device: str = "cpu",
     ):
         self.skeleton, self.data, self.stages = skeleton, data, stages
@@ -115,10 +116,11 @@ class CalibrationStream:
                     yield self._encode(i, inputs, table)
             yield encode(self.skeleton, self.probe, table, self.device)
 
-    def _encode(self, i: int, inputs: dict[str, Any], table: Tensor) -> Encoded:
+    def _encode(self, i: int, inputs: Inputs, table: Tensor) -> Encoded:
         if self.stages is None:
             return encode(self.skeleton, inputs, table, self.device)
-        base, config = self.skeleton.model.model, self.skeleton.model_config
+        base, config = self.skeleton.base, self.skeleton.model_config
+        assert isinstance(base, EncodesImages)
         tap = self.stages.tap(base, FAMILIES[config.model_type], self.processor)
         images = EncodedImages(tap)
         handles = tap.install()
@@ -148,7 +150,7 @@ class CalibrationStream:
         """An empty store for what waits inside a layer."""
         return ActivationStore(*((self.folder, "work") if self.on_disk else ()))
 
-    def layer_inputs(self, source: int, i: int, x: Tensor) -> dict[str, Any]:
+    def layer_inputs(self, source: int, i: int, x: Tensor) -> LayerInputs:
         """What the decoder layer `source` of the model needs beside batch i."""
         return self.skeleton.layer_inputs(source, x, self.positions[i])
 
@@ -231,10 +233,18 @@ class CalibrationStream:
         return PruningStats([prompt_stats(shape, p) for p in self.prompts.values()]).as_dict()
 
 
-def _on_cpu(images: list[Any]) -> list[Any]:
+def _on_cpu(images: list[PromptImage]) -> list[PromptImage]:
     """Images whose tokens are told apart on the CPU, where prompts are shortened."""
     for image in images:
-        fields = {n: v.cpu() for n, v in vars(image.tokens).items() if isinstance(v, Tensor)}
-        image.tokens = replace(image.tokens, **fields)
+        tokens = image.tokens
+        image.tokens = replace(
+            tokens,
+            segment=tokens.segment.cpu(),
+            row=tokens.row.cpu(),
+            column=tokens.column.cpu(),
+            importance=None if tokens.importance is None else tokens.importance.cpu(),
+            attention=None if tokens.attention is None else tokens.attention.cpu(),
+            keys=None if tokens.keys is None else tokens.keys.cpu(),
+        )
         image.positions, image.alive = image.positions.cpu(), image.alive.cpu()
     return images

@@ -22,13 +22,13 @@ attention and activation functions are never written again here.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.data.activations import ActivationStore
 from compress.models.families import ArchitectureSpec
+from compress.models.skeleton import LayerInputs, linear_in
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
 from compress.quantization.solvers import QuantizedLinear, Solver
@@ -57,7 +57,7 @@ def without(layer: nn.Module, name: str) -> Iterator[nn.Module]:
 def run_layer(
     layer: nn.Module,
     spec: ArchitectureSpec,
-    inputs: Callable[[int, Tensor], dict[str, Any]],
+    inputs: Callable[[int, Tensor], LayerInputs],
     x: ActivationStore,
     y: ActivationStore,
     work: ActivationStore,
@@ -89,7 +89,7 @@ def run_layer(
             H.add_batch(rows, weights[i])
 
     def statistics(group: tuple[str, ...]) -> Hessian | None:
-        columns = layer.get_submodule(group[0]).weight.shape[1]
+        columns = linear_in(layer, group[0]).in_features
         return Hessian(columns, device) if needs_hessian(group) else None
 
     def batches(store: ActivationStore) -> Iterator[tuple[int, Tensor]]:
@@ -144,8 +144,7 @@ def run_layer(
 
 def solve_group(
     layer: nn.Module,
-    group: tuple[str, ...],
-    schemes: Mapping[str, Scheme | None],
+    schemes: Mapping[str, Scheme],
     solver: Solver,
     H: Hessian | None,
     scale_dtype: torch.dtype,
@@ -155,31 +154,30 @@ def solve_group(
     Linears of one scheme are solved as one stack of rows: they share the Hessian.
 
     Args:
-        schemes: name -> `Scheme`, or None for a linear that stays as it is.
+        schemes: name -> scheme of each linear of the group that is quantised.
         solver: of SOLVERS; H is the Hessian of the group's input if it needs one.
 
     Raises:
         CompressError: the Hessian cannot be factored.
     """
     stacks: dict[Scheme, list[str]] = {}
-    for name in group:
-        if (scheme := schemes[name]) is not None:
-            stacks.setdefault(scheme, []).append(name)
+    for name, scheme in schemes.items():
+        stacks.setdefault(scheme, []).append(name)
     if not stacks:
         return {}
     statistics = None if H is None else solver.prepare(H.matrix())
     solved: dict[str, QuantizedLinear] = {}
     for scheme, names in stacks.items():
-        linears = [layer.get_submodule(name) for name in names]
+        linears = [linear_in(layer, name) for name in names]
         grid = UniformGrid(scheme.bits, scheme.symmetric, scale_dtype)
         weights = [linear.weight for linear in linears]
         W = weights[0] if len(weights) == 1 else torch.cat(weights)
         whole = solver.solve(W, statistics, grid, scheme.group_size)
         del W, weights
-        ends = accumulate(linear.weight.shape[0] for linear in linears)
+        ends = accumulate(linear.out_features for linear in linears)
         for name, linear, end in zip(names, linears, ends, strict=True):
-            solved[name] = whole.rows(slice(end - linear.weight.shape[0], end))
+            solved[name] = whole.rows(slice(end - linear.out_features, end))
     del statistics  # two K x K matrices, before weights are made
     for name, part in solved.items():
-        layer.get_submodule(name).weight = nn.Parameter(part.weight(), requires_grad=False)
+        linear_in(layer, name).weight = nn.Parameter(part.weight(), requires_grad=False)
     return solved
