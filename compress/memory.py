@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from compress.errors import UsageError
 
 
@@ -17,16 +19,12 @@ def peak_memory(device: str) -> dict[str, int]:
     """The most memory this process has held so far, in bytes: {"host", "device"}."""
     on_device = 0
     if device.startswith("cuda"):
-        import torch
-
         on_device = torch.cuda.max_memory_allocated()
     return {"host": _peak_resident(), "device": on_device}
 
 
 def check_device(device: str) -> None:
     """UsageError for a device that torch does not know or does not see."""
-    import torch
-
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -142,7 +142,7 @@ def budget_of(section: Allocate, fixed_bytes: int) -> Budget:
 def check_allocation(
     section: Allocate, quantize: Quantize, units: list[Unit], fixed_bytes: int
 ) -> str | None:
-    """What stands in the way, one line, or None; knows neither scores nor weights."""
+    """Why the section cannot be followed, one line, or None; reads neither scores nor weights."""
     if not units:
         return NO_UNIT
     if quantize.method == "none" and section.importance.base in MEASURED_SCORES:
@@ -232,7 +232,7 @@ def _allocated(
 
 
 def _kept_scores(scorer: Scorer, units: list[Unit]) -> list[Unit]:
-    """The units with their scores: those of an earlier process, if it got so far."""
+    """The units with their scores; those of an earlier process, where it has written them."""
     file = scorer.work / "scores.json"
     if not file.is_file():
         scored = scorer.scored()

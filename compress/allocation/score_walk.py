@@ -1,4 +1,4 @@
-"""What each layer would lose at each width, measured on the model itself, one layer in memory.
+"""Measures what each layer loses at each width, on the model itself, with one layer in memory.
 
 Every window goes through the 16-bit layers once. On the way a layer's change of its input is taken
 (LIM), its linears are quantised at every candidate width by the recipe's own solver, and the errors
@@ -72,7 +72,7 @@ def replaced(layer: nn.Module, weights: Replaced) -> Iterator[None]:
 def gathering(
     layer: nn.Module, hessians: Mapping[tuple[str, ...], Hessian], weights: Tensor | None
 ) -> Iterator[None]:
-    """While it lasts, what a group's linears read in a forward pass is added to its Hessian."""
+    """Adds what each group's linears read in a forward pass to the group's Hessian."""
 
     def adding(H: Hessian) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, args: H.add_batch(args[0], weights)

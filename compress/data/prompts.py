@@ -74,7 +74,7 @@ CalibrationData = CalibrationWindows | ImagePrompts
 def calibration_data(source: CalibrationSource, skeleton: Skeleton) -> CalibrationData:
     """Reads the calibration data: prompts with images, or windows of text.
 
-    Where the run uses none: a few random tokens, which the self-check needs all the same.
+    A run that uses none gets a few random tokens, for its self-check.
 
     Raises UsageError for what cannot be read, or is longer than the model's context.
     """

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from transformers import ProcessorMixin
 
 from compress.errors import UsageError
 from compress.models.vision import Inputs
 from compress.recipes.demo import scenes
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # an optional extra, and slow to import
     from PIL.Image import Image
+    from transformers import ProcessorMixin
 
 DEMO_SCENES = "demo-scenes"
 
@@ -37,7 +37,12 @@ class TakesImages(Protocol):
 
 
 def read_samples(
-    path: str | Path, processor: ProcessorMixin, count: int, seed: int = 0, *, answers: bool = False
+    path: str | Path,
+    processor: "ProcessorMixin",
+    count: int,
+    seed: int = 0,
+    *,
+    answers: bool = False,
 ) -> list[Inputs]:
     """At most `count` prompts, a random choice if the file has more, in the order of the file.
 
@@ -55,7 +60,7 @@ def read_samples(
 
 
 def prompt_inputs(
-    processor: ProcessorMixin, prompt: str, images: "list[Image]", answer: str | None = None
+    processor: "ProcessorMixin", prompt: str, images: "list[Image]", answer: str | None = None
 ) -> Inputs:
     """Keyword arguments of a forward for one prompt with these images.
 
@@ -71,7 +76,7 @@ def prompt_inputs(
     return dict(processor(text=[text], images=images, return_tensors="pt"))
 
 
-def _demo_scenes(processor: ProcessorMixin, count: int, seed: int, answers: bool) -> list[Inputs]:
+def _demo_scenes(processor: "ProcessorMixin", count: int, seed: int, answers: bool) -> list[Inputs]:
     return [
         prompt_inputs(
             processor, item["question"], [item["image"]], item["answer"] if answers else None
@@ -114,7 +119,7 @@ def open_image(path: Path, called: str) -> "Image":
 
 
 def _inputs(
-    place: str, folder: Path, row: dict[str, Any], processor: ProcessorMixin, answers: bool
+    place: str, folder: Path, row: dict[str, Any], processor: "ProcessorMixin", answers: bool
 ) -> Inputs:
     image = row.get("image")
     names = [image] if isinstance(image, str) else image
@@ -130,7 +135,7 @@ def _inputs(
         raise UsageError(f"{place}: {' '.join(str(error).split())}") from error
 
 
-def prompt_text(processor: ProcessorMixin, prompt: str, images: int, answer: str | None) -> str:
+def prompt_text(processor: "ProcessorMixin", prompt: str, images: int, answer: str | None) -> str:
     """The text that the model reads, with a placeholder for each image."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]

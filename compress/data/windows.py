@@ -15,17 +15,20 @@ a circle by k * floor(T / M) tokens, k = 1 .. M-1, so that its tokens visit othe
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from compress.data.source import CalibrationSource
 from compress.data.text import BLANK_LINE, Corpus, load_documents
 from compress.errors import UsageError
 from compress.models.skeleton import Skeleton
 
-PROBE_TOKENS = 64  # where no calibration gives tokens for the self-check
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase
+
+PROBE_TOKENS = 64  # of the self-check, where no calibration data gives any
 BATCH = 64  # documents handed to the tokenizer at once
 
 
@@ -74,7 +77,7 @@ class CalibrationWindows:
 
 def draw_windows(
     corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     samples: int,
     length: int,
     bos: bool = False,
@@ -132,7 +135,7 @@ def expand(windows: CalibrationWindows, M: int) -> CalibrationWindows:
 
 
 def token_stream(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", limit: int | None = None
 ) -> Tensor:
     """All documents as one stream of token ids [tokens] int64, blank lines between them, no BOS.
 
@@ -152,7 +155,7 @@ def token_stream(
     return torch.tensor([i for ids in parts for i in ids], dtype=torch.int64)[:limit]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
     # verbose=False: a stream is longer than the model's context on purpose, no warning about it.
     return tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, verbose=False
@@ -161,7 +164,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
 
 def _long_documents(
     corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     samples: int,
     length: int,
     generator: torch.Generator,
@@ -191,7 +194,7 @@ def _shuffled(corpus: Corpus, generator: torch.Generator) -> Iterator[str]:
 
 
 def random_windows(vocabulary: int) -> CalibrationWindows:
-    """A few random tokens, the same every time: where nothing is calibrated."""
+    """A few random tokens, always the same, for a run that calibrates nothing."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
     return CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool))

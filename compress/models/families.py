@@ -11,10 +11,12 @@ A multimodal family has such a decoder inside; what makes visual tokens of pixel
 
 import re
 from dataclasses import dataclass
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from compress.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ MULTIMODAL: dict[str, ArchitectureSpec] = {
 OWN_DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text")
 
 
-def architecture_of(config: PretrainedConfig) -> ArchitectureSpec:
+def architecture_of(config: "PretrainedConfig") -> ArchitectureSpec:
     """The row of a model's family; a UsageError that lists the supported ones if there is none."""
     known = ARCHITECTURES | MULTIMODAL
     if config.model_type not in known:
@@ -156,6 +158,6 @@ def architecture_of(config: PretrainedConfig) -> ArchitectureSpec:
     return known[config.model_type]
 
 
-def head_dim_of(config: PretrainedConfig) -> int:
+def head_dim_of(config: "PretrainedConfig") -> int:
     """Width of one attention head: explicit in the config, or hidden size over heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

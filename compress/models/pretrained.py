@@ -10,16 +10,15 @@ prepared by pillow, as transformers does it without torchvision.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import huggingface_hub
-import transformers
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, PretrainedConfig, ProcessorMixin
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-from transformers.utils import is_torchvision_available
 
 from compress.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PretrainedConfig, ProcessorMixin
 
 Read = TypeVar("Read")
 
@@ -50,8 +49,10 @@ def local_folder(location: str, revision: str | None = None) -> Path:
     return Path(folder)
 
 
-def load_config(folder: Path) -> PretrainedConfig:
+def load_config(folder: Path) -> "PretrainedConfig":
     """The transformers config of a folder; UsageError in one line if there is none to read."""
+    from transformers import AutoConfig  # slow to import
+
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: expected a transformers model folder")
     try:
@@ -76,18 +77,22 @@ def guarded(path: str | Path, from_pretrained: Callable[..., Read], **options: A
         raise CheckpointError(f"{path} does not load in transformers: {reason}") from error
 
 
-def processor_reader(config: PretrainedConfig) -> Callable[..., ProcessorMixin]:
+def processor_reader(config: "PretrainedConfig") -> "Callable[..., ProcessorMixin]":
     """The `from_pretrained` that reads the processor of a model with this config."""
+    import transformers  # slow to import, as what follows
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES  # slow
+    from transformers.utils import is_torchvision_available  # slow
+
     kind = getattr(transformers, PROCESSOR_MAPPING_NAMES[config.model_type])
     if is_torchvision_available() or "video_processor" not in kind.get_attributes():
         return transformers.AutoProcessor.from_pretrained
     return _without_videos(kind).from_pretrained
 
 
-def _without_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
+def _without_videos(kind: "type[ProcessorMixin]") -> "type[ProcessorMixin]":
     """A subclass that neither reads nor needs a video processor."""
 
-    def get_attributes(cls: type[ProcessorMixin]) -> list[str]:
+    def get_attributes(cls: "type[ProcessorMixin]") -> list[str]:
         return [name for name in kind.get_attributes() if name != "video_processor"]
 
     body = {

@@ -13,23 +13,18 @@ layer, whatever the depth. Tensors go by their modules' names, however the check
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
 
 from compress.errors import CheckpointError, UsageError
 from compress.models.families import architecture_of, head_dim_of
 from compress.models.pretrained import load_config, local_folder, processor_reader
 from compress.storage.safetensors import CheckpointReader
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 M_ROPE = ("qwen2_vl_text", "qwen2_5_vl_text")  # decoders with three rows of positions
 
@@ -77,6 +72,9 @@ class Skeleton:
         return cls(local_folder(location, revision))
 
     def _empty_model(self) -> nn.Module:
+        from accelerate import init_empty_weights  # slow to import
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # slow
+
         kind = AutoModelForImageTextToText if self.spec.vision else AutoModelForCausalLM
         # Buffers (rotary frequencies) stay real: they come from the config, not from the file.
         with init_empty_weights(include_buffers=False):
@@ -108,14 +106,16 @@ class Skeleton:
         """The checkpoint's own floating-point type: that of its embedding."""
         return self.reader.dtype(f"{self.spec.embedding}.weight")
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The checkpoint's tokenizer; UsageError if the folder has none."""
+        from transformers import AutoTokenizer  # slow to import
+
         try:
             return AutoTokenizer.from_pretrained(self.folder)
         except (ValueError, OSError, KeyError) as error:
             raise UsageError(f"{self.folder} has no tokenizer that transformers reads") from error
 
-    def processor(self) -> ProcessorMixin:
+    def processor(self) -> "ProcessorMixin":
         """A multimodal checkpoint's processor; UsageError if the folder has none."""
         try:
             return processor_reader(self.model_config)(self.folder)

@@ -1,4 +1,4 @@
-"""Vision tower and projector of a multimodal model at work, and what the language model gets.
+"""Runs the vision tower of a multimodal model, and notes what its language model gets.
 
 Images are encoded once, before the layer walk, with the values that are written; then the tower is
 given back.
@@ -15,7 +15,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from compress.models.skeleton import Skeleton
 
@@ -40,7 +39,7 @@ class Encoded:
 
 @contextmanager
 def vision_at_work(skeleton: Skeleton, tensors: dict[str, Tensor], device: str) -> Iterator[None]:
-    """While it is open, the skeleton's tower and projector have these tensors, in fp32."""
+    """Gives the skeleton's tower and projector these tensors in fp32, until it is left."""
     places = {name: name.rpartition(".")[::2] for name in tensors}
     parents = {name: skeleton.model.get_submodule(parent) for name, (parent, _) in places.items()}
     try:
@@ -91,6 +90,8 @@ class _Recorder(nn.Module):
     def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
         return lambda ids: self.table[ids.cpu()].float().to(ids.device)
 
-    def forward(self, **kwargs: Any) -> BaseModelOutputWithPast:
+    def forward(self, **kwargs: Any) -> object:
+        from transformers.modeling_outputs import BaseModelOutputWithPast  # slow to import
+
         self.seen = kwargs
         return BaseModelOutputWithPast(last_hidden_state=kwargs["inputs_embeds"])

@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
 
 from compress.data.activations import TOKENS_PER_BATCH, ActivationStore
 from compress.data.prompts import CalibrationData, ImagePrompts
@@ -35,6 +34,9 @@ from compress.pruning.prompt import PromptImage, PrunedPrompt, take
 from compress.pruning.stages import Stages
 from compress.recipe.strategy import LANGUAGE_ATTENTION
 from compress.storage.safetensors import read_tensors, save_tensors
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import ProcessorMixin
 
 Table = Callable[[], Tensor]  # gives the embedding [vocabulary, d]
 # Opens the vision tower for as long as images are encoded.
@@ -60,7 +62,7 @@ class CalibrationStream:
         on_disk: bool,
         *,
         probe: Inputs | None = None,
-        processor: ProcessorMixin | None = None,
+        processor: "ProcessorMixin | None" = None,
         device: str = "cpu",
     ):
         self.skeleton, self.data, self.stages = skeleton, data, stages
@@ -155,7 +157,7 @@ class CalibrationStream:
         return self.skeleton.layer_inputs(source, x, self.positions[i])
 
     def advance(self, y: ActivationStore, layer: int) -> None:
-        """`y` become the inputs of `layer`, shortened if a stage lies there, and are on disk."""
+        """Makes `y` the inputs of `layer`, shortened by the stage there, and puts them on disk."""
         self.x = y
         self._narrow(layer)
         self.x.dump(*self.place(layer))
@@ -218,7 +220,7 @@ class CalibrationStream:
         return self.folder / f"visual-{layer:05d}.safetensors"
 
     def _seed(self, i: int, layer: int) -> int:
-        """Chance of its own for each prompt and stage, so that a resumed run draws the same."""
+        """The seed of one prompt at one stage, so that a resumed run draws the same numbers."""
         assert self.stages is not None
         sequence = np.random.SeedSequence([self.stages.strategy.seed, i, layer])
         return int(sequence.generate_state(1, np.uint64)[0] >> 1)
@@ -234,7 +236,7 @@ class CalibrationStream:
 
 
 def _on_cpu(images: list[PromptImage]) -> list[PromptImage]:
-    """Images whose tokens are told apart on the CPU, where prompts are shortened."""
+    """Moves what is known of the images' tokens to the CPU, where prompts are shortened."""
     for image in images:
         tokens = image.tokens
         image.tokens = replace(

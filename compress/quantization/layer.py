@@ -1,4 +1,4 @@
-"""One decoder layer: every calibration token through it once, each linear quantised on the way.
+"""Takes every calibration token through one decoder layer and quantises its linears on the way.
 
 The layer `x += o(attention(norm(x))); x += down(mlp(norm(x)))` is run in stages. A stage gives the
 input of one group of linears, from which the group's Hessian is built; the group is quantised; the
@@ -16,7 +16,7 @@ group, the input of o or of down, waits in a second store.
 A stage's input is what the family's own module computes with its output projection taken out, so
 attention and activation functions are never written again here.
 
-    run_layer(layer, spec, inputs, x, y, work, quantise=..., weigh=...)
+    run_layer(layer, spec, inputs, x, y, work, quantise=..., needs_hessian=..., weigh=...)
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -72,13 +72,13 @@ def run_layer(
     """Moves all batches in `x` [B, T, d] through the layer, quantising it on the way.
 
     Args:
-        inputs: number of a batch, batch -> the further arguments of the attention module (rotary
-            tables, mask).
+        inputs: number of a batch, batch -> the further arguments of the attention module.
         x: the layer's inputs.
         y: where its outputs go: an empty store, or `x` itself.
         work: an empty store for what waits between two stages; empty again afterwards.
-        counted: only so many batches are in the Hessians, those after them just pass; None: all.
-        attended: told of each batch that has been through the quantised attention.
+        needs_hessian: whether `quantise` is to be given the Hessian of a group.
+        counted: only the first so many batches are in the Hessians; None: all.
+        attended: called with the number of each batch that has passed the quantised attention.
     """
     input_norm, post_norm = (layer.get_submodule(n) for n in (spec.input_norm, spec.post_norm))
     counted = len(x) if counted is None else counted

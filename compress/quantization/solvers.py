@@ -83,7 +83,7 @@ class QuantizedLinear:
         return max(0.0, float(self.error.sum()) / power) if power > 0 else 0.0
 
     def rows(self, part: slice) -> "QuantizedLinear":
-        """The linear of some output rows: how stacked linears are taken apart again."""
+        """The linear of some output rows; takes stacked linears apart."""
         return replace(
             self,
             codes=self.codes[part],
@@ -111,7 +111,7 @@ class QuantizedLinear:
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    """All parts' rows; None if the parts have none."""
+    """The rows of all parts; None if the parts have none."""
     found = [part for part in parts if part is not None]
     return torch.cat(found) if found else None
 

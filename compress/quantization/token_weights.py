@@ -1,4 +1,4 @@
-"""Token weights of calibration batches: what a strategy of `importance/tokens.py` asks of a layer.
+"""Token weights of calibration batches, by a strategy of `importance/tokens.py`.
 
 weigher = TokenWeigher(recipe.quantize.token_importance, batches, counts)
 w = weigher.weights(i, x, norm(x), layer, spec, inputs, None)      # [B, T], None: all alike
@@ -24,7 +24,7 @@ class Heads(Protocol):
 
 
 class TokenWeigher:
-    """Token weights of a layer's batches by one strategy, and how concentrated they are."""
+    """Weighs the tokens of a layer's batches by one strategy."""
 
     def __init__(
         self,
