@@ -9,9 +9,9 @@ neither torch nor transformers; `from compress import run` works all the same.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what `__getattr__` gives
     from compress.checkpoint.export import export
     from compress.checkpoint.hub import push
     from compress.checkpoint.inspect import inspect
@@ -80,17 +80,17 @@ def plan(recipe: "Recipe", *, device: str = "cpu", observer: "Observer | None" =
     Raises UsageError for a model that cannot be opened; what would stop the run itself is in
     `problems`.
     """
-    from compress.pipeline.inputs import RunInputs
-    from compress.pipeline.plan import allocated_plan
+    from compress.pipeline.inputs import RunInputs  # when first used, as all below
+    from compress.pipeline.plan import allocated_plan  # the same
 
     return allocated_plan(RunInputs.open(recipe, device), observer=observer)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import version  # slow to import
 
-        value: Any = version("modelpress")
+        value: object = version("modelpress")
     elif name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
     else:

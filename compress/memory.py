@@ -6,9 +6,11 @@ release_memory(); peak_memory("cpu")["host"]
 import ctypes
 import resource
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from compress.errors import UsageError
 
@@ -17,16 +19,12 @@ def peak_memory(device: str) -> dict[str, int]:
     """The most memory this process has held so far, in bytes: {"host", "device"}."""
     on_device = 0
     if device.startswith("cuda"):
-        import torch
-
         on_device = torch.cuda.max_memory_allocated()
     return {"host": _peak_resident(), "device": on_device}
 
 
 def check_device(device: str) -> None:
     """UsageError for a device that torch does not know or does not see."""
-    import torch
-
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -45,7 +43,7 @@ def _peak_resident() -> int:
 
 
 @cache
-def _trim() -> Any:
+def _trim() -> Callable[[int], int] | None:
     """glibc's malloc_trim, or None under another C library."""
     if sys.platform != "linux":
         return None

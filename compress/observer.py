@@ -3,6 +3,7 @@
 class Silent(Observer): ...      # every method may be left out
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -15,7 +16,7 @@ class Observer:
     def layers(self, done: int, total: int) -> None:
         """So many decoder layers of a pass are done."""
 
-    def module(self, name: str, facts: dict[str, Any]) -> None:
+    def module(self, name: str, facts: Mapping[str, Any]) -> None:
         """A linear is quantised: its width, error, damping, as modelpress.json has them."""
 
     def generation(self, done: int, total: int, fitness: float) -> None:

@@ -12,14 +12,14 @@ with the toolkit; the modules that fill them are imported when something is look
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from compress.errors import UsageError, did_you_mean
 
-T = TypeVar("T")
+Entry = TypeVar("Entry")
 
 
-class Registry(dict[str, Any]):
+class Registry(dict[str, Entry], Generic[Entry]):
     """A dict whose missing key is an error a person can act on.
 
     `shipped`: names that a module registers once it is imported.
@@ -29,10 +29,10 @@ class Registry(dict[str, Any]):
         super().__init__()
         self.kind, self.shipped = kind, shipped
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[Entry], Entry]:
         """Decorates the class or function that `name` stands for."""
 
-        def add(entry: T) -> T:
+        def add(entry: Entry) -> Entry:
             assert name not in self, f"{self.kind} {name!r} is registered twice"
             self[name] = entry
             return entry
@@ -43,7 +43,7 @@ class Registry(dict[str, Any]):
         """All that may be asked for: what is shipped, then what others have registered."""
         return list(dict.fromkeys([*self.shipped, *self]))
 
-    def __missing__(self, name: str) -> Any:
+    def __missing__(self, name: str) -> NoReturn:
         raise UsageError(self.unknown(name))
 
     def unknown(self, name: str) -> str:
@@ -54,7 +54,7 @@ class Registry(dict[str, Any]):
 
 
 # Filled by `compress.importance.tokens`.
-TOKEN_IMPORTANCE = Registry(
+TOKEN_IMPORTANCE: Registry[Any] = Registry(
     "token importance",
     (
         "uniform",
@@ -68,7 +68,7 @@ TOKEN_IMPORTANCE = Registry(
     ),
 )
 # Filled by `compress.importance.layers`.
-LAYER_IMPORTANCE = Registry(
+LAYER_IMPORTANCE: Registry[Any] = Registry(
     "layer importance",
     (
         "layer_embedding_change",

@@ -13,9 +13,10 @@ turned into predicted errors (`predict_errors`) for the allocators that need the
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -30,9 +31,10 @@ from compress.allocation.allocators import (
     predict_errors,
 )
 from compress.allocation.scores import Scorer
+from compress.allocation.search import EvolutionState
 from compress.data.windows import CalibrationWindows
 from compress.errors import CompressError
-from compress.models.skeleton import Skeleton
+from compress.models.skeleton import Skeleton, linear_in
 from compress.observer import Observer
 from compress.recipe.sections import MEASURED_SCORES, Allocate, Quantize
 from compress.registry import LAYER_IMPORTANCE
@@ -90,7 +92,7 @@ def find_units(
         return _whole_layers(quantize, skeleton)
     planned = {module.name: module for module in modules}
     free = {name for name in planned if not quantize.has_own_width(name)}
-    widths = sorted(section.widths)
+    widths: list[int] = sorted(section.widths)
     units = []
     for index in range(skeleton.num_layers):
         prefix = f"{spec.layers}.{index}"
@@ -122,15 +124,13 @@ def _whole_layers(quantize: Quantize, skeleton: Skeleton) -> list[Unit]:
     for index in range(skeleton.num_layers):
         prefix = f"{spec.layers}.{index}"
         names = tuple(f"{prefix}.{name}" for name in spec.linears)
-        weights = sum(skeleton.model.get_submodule(name).weight.numel() for name in names)
+        weights = sum(linear_in(skeleton.model, name).weight.numel() for name in names)
         units.append(Unit(prefix, weights, sizes, modules=names, layer=index))
     return units
 
 
-def budget_of(section: Allocate, fixed_bytes: int) -> Budget | None:
-    """The section's budget; None where it counts units instead."""
-    if section.narrow is not None:
-        return None
+def budget_of(section: Allocate, fixed_bytes: int) -> Budget:
+    """The budget of a section that does not count units instead."""
     return Budget(
         average_bits=section.average_bits,
         bytes=None if section.budget is None else parse_size(section.budget),
@@ -142,7 +142,7 @@ def budget_of(section: Allocate, fixed_bytes: int) -> Budget | None:
 def check_allocation(
     section: Allocate, quantize: Quantize, units: list[Unit], fixed_bytes: int
 ) -> str | None:
-    """What stands in the way, one line, or None; knows neither scores nor weights."""
+    """Why the section cannot be followed, one line, or None; reads neither scores nor weights."""
     if not units:
         return NO_UNIT
     if quantize.method == "none" and section.importance.base in MEASURED_SCORES:
@@ -158,8 +158,9 @@ def check_allocation(
         return f"allocate.narrow: {section.narrow} of {len(units)} units"
     if section.method == "remove" and section.narrow == len(units):
         return f"allocate.narrow: removing all {len(units)} layers leaves no model"
-    budget = budget_of(section, fixed_bytes)
-    return None if budget is None else check_budget(units, budget)
+    if section.narrow is not None:
+        return None
+    return check_budget(units, budget_of(section, fixed_bytes))
 
 
 # ---- the whole ----------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def _allocated(
         found["modules"] = {name: tuple(names) for name, names in found["modules"].items()}
         return Allocation(**found)
     scored = _kept_scores(scorer, units)
-    chosen = _choose(section, scored, budget_of(section, fixed_bytes), scorer, mark)
+    chosen = _choose(section, scored, fixed_bytes, scorer, mark)
     allocation = Allocation(
         scores={unit.name: unit.score for unit in scored},
         widths=chosen.widths,
@@ -231,7 +232,7 @@ def _allocated(
 
 
 def _kept_scores(scorer: Scorer, units: list[Unit]) -> list[Unit]:
-    """The units with their scores: those of an earlier process, if it got so far."""
+    """The units with their scores; those of an earlier process, where it has written them."""
     file = scorer.work / "scores.json"
     if not file.is_file():
         scored = scorer.scored()
@@ -242,34 +243,41 @@ def _kept_scores(scorer: Scorer, units: list[Unit]) -> list[Unit]:
     return [replace(u, score=score, errors=errors and dict(errors)) for u, score, errors in pairs]
 
 
-def _write(file: Path, values: dict[str, Any]) -> None:
+def _write(file: Path, values: Mapping[str, object]) -> None:
     with atomic_write(file) as stream:
         stream.write(json.dumps(values).encode())
 
 
 def _choose(
-    section: Allocate, units: list[Unit], budget: Budget | None, scorer: Scorer, mark: str
+    section: Allocate, units: list[Unit], fixed_bytes: int, scorer: Scorer, mark: str
 ) -> Assignment:
-    if budget is None:
+    if section.narrow is not None:
         if section.method == "remove":  # no width, so no error that was measured for it
             units = [replace(unit, errors=None) for unit in units]
         return keep_top(units, len(units) - section.narrow)
+    budget = budget_of(section, fixed_bytes)
     if section.method != "top_n" and units[0].errors is None:
         units = predict_errors(units)
     if section.method != "evolve":
+        assert section.method is not None, "the section resolves it"
         return ALLOCATORS[section.method](units, budget)
     state = scorer.work / "evolve.json"
     scorer.observer.stage("evolve")
 
-    def save(values: dict[str, Any]) -> None:
+    def save(values: EvolutionState) -> None:
         _write(state, values)
         history = values["history"]
         scorer.observer.generation(len(history) - 1, section.generations, history[-1])
 
     with torch.no_grad():
         return ALLOCATORS["evolve"](
-            units, budget, fitness=scorer.fitness(), generations=section.generations,
-            offspring=section.offspring, seed=section.seed, identity=mark,
+            units,
+            budget,
+            fitness=scorer.fitness(),
+            generations=section.generations,
+            offspring=section.offspring,
+            seed=section.seed,
+            identity=mark,
             state=json.loads(state.read_text()) if state.is_file() else None,
             save=save,
-        )  # fmt: skip
+        )

@@ -23,13 +23,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
 
-from compress.allocation.search import Choice, evolve, fill, optimum, total
+from compress.allocation.search import Choice, EvolutionState, evolve, fill, optimum, total
 from compress.errors import CompressError, UsageError
 from compress.registry import Registry
 
-ALLOCATORS = Registry("allocator")
+ALLOCATORS: Registry[Callable[..., "Assignment"]] = Registry("allocator")
 
 # Predicted errors become integers with this many bits for their sum, so that sums are exact.
 ERROR_BITS = 60
@@ -152,13 +151,14 @@ class _Problem:
 
     def errors(self) -> tuple[list[list[int]], float]:
         """The predicted errors as integers, and the number that stands for 1."""
-        missing = [unit.name for unit in self.units if unit.errors is None]
-        if missing:
-            raise UsageError(
-                f"{missing[0]}: no predicted error for each width, which this allocator needs: "
-                "use top_n, or an importance that measures or predicts errors"
-            )
-        table = [[unit.errors[w] for w in unit.widths] for unit in self.units]
+        table = []
+        for unit in self.units:
+            if unit.errors is None:
+                raise UsageError(
+                    f"{unit.name}: no predicted error for each width, which this allocator needs: "
+                    "use top_n, or an importance that measures or predicts errors"
+                )
+            table.append([unit.errors[w] for w in unit.widths])
         largest = sum(max(map(abs, row)) for row in table)
         exponent = min(ERROR_BITS - math.frexp(largest)[1], 1000)
         # A power of two: nothing is rounded but what is too small to count.
@@ -168,6 +168,7 @@ class _Problem:
         """The bound on the integer errors. Raises UsageError if it cannot be met."""
         # A bound that is a reachable sum, as it was reported, is met: that was rounded to a double,
         # and each term here is by half a unit.
+        assert self.budget.error is not None
         bound = Fraction(math.nextafter(self.budget.error, math.inf))
         limit = math.floor(bound * Fraction(one)) + len(errors)
         least = sum(map(min, errors))
@@ -212,7 +213,7 @@ def _rounded_up(number: Fraction | float) -> str:
     """Four significant digits, not below the number, so that it can be asked for."""
     if not number:
         return "0"
-    step = Fraction(10) ** (math.floor(math.log10(abs(number))) - 3)
+    step = Fraction(10) ** (math.floor(math.log10(abs(float(number)))) - 3)
     return f"{float(math.ceil(Fraction(number) / step) * step):g}"
 
 
@@ -224,12 +225,12 @@ def assignment(
 ) -> Assignment:
     """What an assignment of widths comes to: its average bits, bytes and predicted error."""
     weights = sum(unit.weights for unit in units)
-    known = all(unit.errors is not None for unit in units)
+    errors = [unit.errors[widths[unit.name]] for unit in units if unit.errors is not None]
     return Assignment(
         widths={unit.name: widths[unit.name] for unit in units},
         average_bits=sum(widths[unit.name] * unit.weights for unit in units) / weights,
         bytes=fixed_bytes + sum(unit.bytes[widths[unit.name]] for unit in units),
-        error=math.fsum(unit.errors[widths[unit.name]] for unit in units) if known else None,
+        error=math.fsum(errors) if len(errors) == len(units) else None,
         fitness=fitness,
     )
 
@@ -290,11 +291,13 @@ def top_n(units: Sequence[Unit], budget: Budget) -> Assignment:
     problem, count = _Problem(units, budget), len(_free_by_score(units))
     results = [keep_top(units, n, budget.fixed_bytes) for n in range(count + 1)]
     if problem.limit is None:
+        assert budget.error is not None
         problem.errors()  # there is one for every unit
-        met = next((result for result in results if result.error <= budget.error), None)
-        if met is None:
-            raise problem.error_out_of_reach(min(result.error for result in results))
-        return met
+        errors = [result.error for result in results if result.error is not None]
+        for result, error in zip(results, errors, strict=True):
+            if error <= budget.error:
+                return result
+        raise problem.error_out_of_reach(min(errors))
     costs = [total(problem.costs, problem.choice(result.widths)) for result in results]
     fitting = [result for result, cost in zip(results, costs, strict=True) if cost <= problem.limit]
     if not fitting:
@@ -347,8 +350,8 @@ def evolve_widths(
     seed: int = 0,
     start: Mapping[str, int] | None = None,
     identity: str = "",
-    state: dict[str, Any] | None = None,
-    save: Callable[[dict[str, Any]], None] | None = None,
+    state: EvolutionState | None = None,
+    save: Callable[[EvolutionState], None] | None = None,
 ) -> Assignment:
     """Mutates an assignment within the budget and keeps what measures better.
 
@@ -357,7 +360,7 @@ def evolve_widths(
             give the same number for the same widths.
         start: the first assignment; None for that of `knapsack`, which needs predicted errors.
         identity: what tells this search from others beside its units and budget, for `state`.
-        state, save: see `search.evolve`: a JSON-able state after each generation.
+        state, save: see `search.evolve`.
 
     Raises:
         UsageError: a budget of error, which has no measured counterpart; a start that exceeds the

@@ -1,4 +1,4 @@
-"""What each layer would lose at each width, measured on the model itself, one layer in memory.
+"""Measures what each layer loses at each width, on the model itself, with one layer in memory.
 
 Every window goes through the 16-bit layers once. On the way a layer's change of its input is taken
 (LIM), its linears are quantised at every candidate width by the recipe's own solver, and the errors
@@ -32,6 +32,7 @@ from compress.eval.divergence import token_divergence
 from compress.eval.windows import scored_chunks
 from compress.importance.layers import EmbeddingChange
 from compress.importance.tokens import count_tokens
+from compress.models.skeleton import linear_in
 from compress.observer import Observer
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
@@ -57,21 +58,21 @@ class Scores:
 @contextmanager
 def replaced(layer: nn.Module, weights: Replaced) -> Iterator[None]:
     """The layer with some linears' weights exchanged; names are relative to the layer."""
-    before = {name: layer.get_submodule(name).weight for name in weights}
+    before = {name: linear_in(layer, name).weight for name in weights}
     try:
         for name, weight in weights.items():
-            layer.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+            linear_in(layer, name).weight = nn.Parameter(weight, requires_grad=False)
         yield
     finally:
         for name, weight in before.items():
-            layer.get_submodule(name).weight = weight
+            linear_in(layer, name).weight = weight
 
 
 @contextmanager
 def gathering(
     layer: nn.Module, hessians: Mapping[tuple[str, ...], Hessian], weights: Tensor | None
 ) -> Iterator[None]:
-    """While it lasts, what a group's linears read in a forward pass is added to its Hessian."""
+    """Adds what each group's linears read in a forward pass to the group's Hessian."""
 
     def adding(H: Hessian) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, args: H.add_batch(args[0], weights)
@@ -103,10 +104,11 @@ class ScoreWalk:
         """`folder`: where activations go, None for memory."""
         self.section, self.quantize, self.model, self.units = section, quantize, model, units
         self.skeleton, self.spec, self.device = model.skeleton, model.spec, model.device
-        self.widths, self.folder = sorted(section.widths), folder
+        self.widths: list[int] = sorted(section.widths)
+        self.folder = folder
         self.observer = observer or Observer()
         self.batches = windows.batches(TOKENS_PER_BATCH)
-        # Without a solver only the layers' changes can be measured: of layers to be removed.
+        # None where layers of a 16-bit model are removed: only their changes are measured.
         self.solver = make_solver(quantize)
         counts = count_tokens(windows.input_ids, windows.mask, self.skeleton.config.vocab_size)
         self.weigher = TokenWeigher(quantize.token_importance, self.batches, counts)
@@ -137,8 +139,9 @@ class ScoreWalk:
                         self._advance(layer, index, store)
                     if errors or divergence:
                         solved = self._candidates(layer, index, x, scores)
-                        for bits in self.widths if keep else ():
-                            keep(index, bits, {n: by_width[bits] for n, by_width in solved.items()})
+                        if keep is not None:
+                            for bits in self.widths:
+                                keep(index, bits, {n: found[bits] for n, found in solved.items()})
                         if divergence:
                             variants |= self._variants(layer, index, x, solved)
                         del solved
@@ -190,37 +193,43 @@ class ScoreWalk:
             for unit in self._units_of(index)
             for name, scheme in self._schemes(unit).items()
         }
+        solver = self.solver
+        assert solver is not None, "`check_allocation` refuses to measure what is not quantised"
         solved: dict[str, dict[int, QuantizedLinear]] = {name: {} for name in schemes}
-        lost: dict[tuple[str, int], tuple[float, float]] = {}
-        power: dict[str, float] = {}
+        lost: dict[tuple[str, int], float] = {}  # ||W - Q||^2
+        output: dict[tuple[str, int], float] = {}  # the relative error
+        power: dict[str, float] = {}  # ||W||^2
         hessians = self._hessians(layer, index, x, schemes)
         for group, H in hessians.items():
             matrix = H.matrix()
             try:
-                statistics = self.solver.prepare(matrix) if self.solver.needs_hessian else None
+                statistics = solver.prepare(matrix) if solver.needs_hessian else None
             except CompressError as error:
                 raise CompressError(f"{prefix}{group[0]}: {error}") from error
             for name in (name for name in group if name in schemes):
-                W = layer.get_submodule(name).weight
+                W = linear_in(layer, name).weight
                 power[name] = float(W.double().square().sum())
                 for bits in self.widths:
                     grid = UniformGrid(bits, schemes[name].symmetric, self.model.dtype)
-                    linear = self.solver.solve(W, statistics, grid, schemes[name].group_size)
+                    linear = solver.solve(W, statistics, grid, schemes[name].group_size)
                     E = (W - linear.weight()).T.contiguous()
                     if statistics is None:
                         linear.error = quadratic(matrix, E)
                         linear.power = quadratic(matrix, W.T.contiguous())
-                    lost[name, bits] = float(E.double().square().sum()), linear.relative_error()
+                    relative = linear.relative_error()
+                    assert relative is not None, "error and power are there"
+                    lost[name, bits] = float(E.double().square().sum())
+                    output[name, bits] = relative
                     solved[name][bits] = linear
         for unit in self._units_of(index):
             names = [name.removeprefix(prefix) for name in self._schemes(unit)]
             total = sum(power[name] for name in names) or 1.0
-            for kind, of in (
-                ("weight_error", lambda b, n=names, t=total: sum(lost[m, b][0] for m in n) / t),
-                ("output_error", lambda b, n=names: sum(lost[m, b][1] for m in n)),
-            ):
-                found = scores.errors.setdefault(kind, {})
-                found[unit.name] = {bits: of(bits) for bits in self.widths}
+            scores.errors.setdefault("weight_error", {})[unit.name] = {
+                bits: sum(lost[name, bits] for name in names) / total for bits in self.widths
+            }
+            scores.errors.setdefault("output_error", {})[unit.name] = {
+                bits: sum(output[name, bits] for name in names) for bits in self.widths
+            }
         return solved
 
     def _hessians(
@@ -228,7 +237,7 @@ class ScoreWalk:
     ) -> dict[tuple[str, ...], Hessian]:
         """The token-weighted Hessian of each group's input, in the 16-bit model."""
         hessians = {
-            group: Hessian(layer.get_submodule(group[0]).weight.shape[1], self.device)
+            group: Hessian(linear_in(layer, group[0]).in_features, self.device)
             for group in self.spec.groups
             if any(name in schemes for name in group)
         }

@@ -1,4 +1,4 @@
-"""What the model is asked before its bits are shared out: scores, errors, the fitness of `evolve`.
+"""Measures a model before its bits are shared out: scores, errors, the fitness of `evolve`.
 
 scorer = Scorer(recipe.allocate, recipe.quantize, model, units, windows, work, "auto")
 units = scorer.scored()              # with scores, and errors by width where they are measured
@@ -29,7 +29,7 @@ from compress.storage.safetensors import save_tensors
 
 
 class Scorer:
-    """What the strategies of `importance/layers.py` and `evolve` ask about a model."""
+    """Answers what the strategies of `importance/layers.py` and `evolve` ask about a model."""
 
     def __init__(
         self,
@@ -65,9 +65,9 @@ class Scorer:
         ]
 
     def _importance(self) -> LayerImportance:
-        """The strategy that the section names, the other way round for `reverse`."""
+        """The strategy that the section names."""
         score = self.section.importance
-        options = {
+        options: dict[str, dict[str, int]] = {
             "outlier_weight_count": {"two_sided": score.two_sided},
             "random": {"seed": score.seed},
         }
@@ -112,7 +112,7 @@ class Scorer:
     def _keep(self, layer: int, bits: int, linears: dict[str, QuantizedLinear]) -> None:
         path = self._candidate(layer, bits)
         path.parent.mkdir(exist_ok=True)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, linear in linears.items():
             tensors |= {f"{name}.codes": linear.codes, f"{name}.scale": linear.scale}
             if linear.zero is not None:
@@ -120,7 +120,7 @@ class Scorer:
         save_tensors(path, tensors)
 
     def drop_candidates(self) -> None:
-        """Frees the disk of every linear at every width, once nothing is measured any more."""
+        """Removes the candidates of every linear, once nothing is measured any more."""
         shutil.rmtree(self.work / "candidates", ignore_errors=True)
 
     def fitness(self) -> Callable[[dict[str, int]], float]:

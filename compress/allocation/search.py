@@ -19,7 +19,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -27,6 +27,15 @@ from compress.errors import CompressError, UsageError
 
 Table = Sequence[Sequence[int]]
 Choice = tuple[int, ...]
+
+
+class EvolutionState(TypedDict):
+    """Where `evolve` stands after a generation; JSON."""
+
+    search: str  # tells one search from another
+    parent: list[int]
+    history: list[float]  # the parent's fitness, before the first generation and after each
+
 
 # States that `optimum` may keep over all lists, at 5 bytes each.
 MAX_STATES = 5_000_000
@@ -154,8 +163,8 @@ def evolve(
     offspring: int,
     seed: int,
     identity: str = "",
-    state: dict[str, Any] | None = None,
-    save: Callable[[dict[str, Any]], None] | None = None,
+    state: EvolutionState | None = None,
+    save: Callable[[EvolutionState], None] | None = None,
 ) -> tuple[Choice, float]:
     """(1 + offspring) evolution: the parent is replaced by a mutant of lower fitness.
 
@@ -167,7 +176,7 @@ def evolve(
         start: the first parent, within the limit; not read if there is a `state`.
         fitness: lower is better; it must give the same number for the same choice.
         identity: what else tells one search from another (model, data, fitness).
-        state: what `save` was given: JSON values. `generations` counts those in it.
+        state: what `save` was given. `generations` counts those in it.
         save: called with the state after each generation, and before the first.
 
     Returns:
@@ -212,7 +221,7 @@ def evolve(
     return parent, history[-1]
 
 
-def _fingerprint(*settings: Any) -> str:
+def _fingerprint(*settings: object) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 

@@ -63,7 +63,7 @@ class CheckpointFormat(Protocol):
         """Writes the weights and what describes them; bytes as {"quantized", "other"}."""
 
 
-CHECKPOINT_FORMATS = Registry("export format")
+CHECKPOINT_FORMATS: Registry[Any] = Registry("export format")
 CHECKPOINT_FORMATS["gptq"] = GptqFormat
 CHECKPOINT_FORMATS["gguf"] = GgufFormat
 

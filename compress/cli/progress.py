@@ -8,6 +8,7 @@ log file, a pipe): one line a stage and one line a layer, and nothing that moves
 """
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -73,7 +74,7 @@ class RunProgress(Observer):
             self._line(line)
         self.errors, self.started = [], now
 
-    def module(self, name: str, facts: dict[str, Any]) -> None:
+    def module(self, name: str, facts: Mapping[str, Any]) -> None:
         if "bits" not in facts:  # no module but a measured model, with its figures
             figures = (f"{figure} {format_number(value)}" for figure, value in facts.items())
             self._line(f"{name}: {', '.join(figures)}")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -117,6 +118,4 @@ def activations_on_disk(offload: str, nbytes: int) -> bool:
     """Whether `calibration.offload` sends activations of `nbytes` to disk."""
     if offload != "auto":
         return offload == "disk"
-    import psutil
-
     return nbytes > MEMORY_SHARE * psutil.virtual_memory().available

@@ -11,7 +11,6 @@ well: they are what the language model's linears read.
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +20,16 @@ from compress.data.source import CalibrationSource
 from compress.data.windows import CalibrationWindows, random_windows, text_windows
 from compress.errors import UsageError
 from compress.models.skeleton import Skeleton
+from compress.models.vision import Inputs
 
 PROBE_SIDE = 112  # pixels of the probe's image, which processors resize to what they need
 
 
 @dataclass(frozen=True)
 class ImagePrompts:
-    """Keyword arguments of a forward each, for one prompt: `input_ids` [1, T], pixels, sizes."""
+    """Prompts as a forward takes them: `input_ids` [1, T], pixels, sizes of each."""
 
-    inputs: tuple[dict[str, Any], ...]
+    inputs: tuple[Inputs, ...]
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -63,7 +63,7 @@ class ImagePrompts:
                     digest.update(f"{name} {value!r}".encode())
         return digest.digest()
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """For modelpress.json."""
         return {"prompts": len(self), "tokens": self.tokens, "sha256": self.digest().hex()}
 
@@ -74,7 +74,7 @@ CalibrationData = CalibrationWindows | ImagePrompts
 def calibration_data(source: CalibrationSource, skeleton: Skeleton) -> CalibrationData:
     """Reads the calibration data: prompts with images, or windows of text.
 
-    Where the run uses none: a few random tokens, which the self-check needs all the same.
+    A run that uses none gets a few random tokens, for its self-check.
 
     Raises UsageError for what cannot be read, or is longer than the model's context.
     """
@@ -97,13 +97,13 @@ def calibration_data(source: CalibrationSource, skeleton: Skeleton) -> Calibrati
     return ImagePrompts(tuple(read))
 
 
-def probe_prompt(skeleton: Skeleton) -> dict[str, Any]:
+def probe_prompt(skeleton: Skeleton) -> Inputs:
     """A prompt with a picture of noise, the same every time: for the self-check.
 
     Raises UsageError if the checkpoint has no processor that works, or pillow is not installed.
     """
     try:
-        from PIL import Image
+        from PIL import Image  # an optional extra
     except ImportError as error:
         raise UsageError(
             "multimodal models need pillow, which is not installed: pip install "

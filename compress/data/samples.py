@@ -14,16 +14,35 @@ from the seed.
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
 
 from compress.errors import UsageError
 from compress.models.vision import Inputs
+from compress.recipes.demo import scenes
+
+if TYPE_CHECKING:  # an optional extra, and slow to import
+    from PIL.Image import Image
+    from transformers import ProcessorMixin
 
 DEMO_SCENES = "demo-scenes"
 
 
+@runtime_checkable
+class TakesImages(Protocol):
+    """A processor of prompts with images."""
+
+    image_token: str
+
+
 def read_samples(
-    path: str | Path, processor: Any, count: int, seed: int = 0, *, answers: bool = False
+    path: str | Path,
+    processor: "ProcessorMixin",
+    count: int,
+    seed: int = 0,
+    *,
+    answers: bool = False,
 ) -> list[Inputs]:
     """At most `count` prompts, a random choice if the file has more, in the order of the file.
 
@@ -41,12 +60,13 @@ def read_samples(
 
 
 def prompt_inputs(
-    processor: Any, prompt: str, images: list[Any], answer: str | None = None
+    processor: "ProcessorMixin", prompt: str, images: "list[Image]", answer: str | None = None
 ) -> Inputs:
     """Keyword arguments of a forward for one prompt with these images.
 
     Raises ValueError if the text has not one image token for each image: not every processor does.
     """
+    assert isinstance(processor, TakesImages)
     text = prompt_text(processor, prompt, len(images), answer)
     if text.count(processor.image_token) != len(images):
         raise ValueError(
@@ -56,9 +76,7 @@ def prompt_inputs(
     return dict(processor(text=[text], images=images, return_tensors="pt"))
 
 
-def _demo_scenes(processor: Any, count: int, seed: int, answers: bool) -> list[Inputs]:
-    from compress.recipes.demo import scenes
-
+def _demo_scenes(processor: "ProcessorMixin", count: int, seed: int, answers: bool) -> list[Inputs]:
     return [
         prompt_inputs(
             processor, item["question"], [item["image"]], item["answer"] if answers else None
@@ -89,9 +107,9 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def open_image(path: Path, called: str) -> Any:
+def open_image(path: Path, called: str) -> "Image":
     """An image in RGB; UsageError, in which it is `called` so, if it cannot be read."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError  # an optional extra
 
     try:
         with Image.open(path) as file:
@@ -100,7 +118,9 @@ def open_image(path: Path, called: str) -> Any:
         raise UsageError(f"{called} cannot be opened: {error}") from error
 
 
-def _inputs(place: str, folder: Path, row: dict[str, Any], processor: Any, answers: bool) -> Inputs:
+def _inputs(
+    place: str, folder: Path, row: dict[str, Any], processor: "ProcessorMixin", answers: bool
+) -> Inputs:
     image = row.get("image")
     names = [image] if isinstance(image, str) else image
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
@@ -115,13 +135,14 @@ def _inputs(place: str, folder: Path, row: dict[str, Any], processor: Any, answe
         raise UsageError(f"{place}: {' '.join(str(error).split())}") from error
 
 
-def prompt_text(processor: Any, prompt: str, images: int, answer: str | None) -> str:
+def prompt_text(processor: "ProcessorMixin", prompt: str, images: int, answer: str | None) -> str:
     """The text that the model reads, with a placeholder for each image."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
-        turns = [{"role": "user", "content": content}]
+        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     else:
+        assert isinstance(processor, TakesImages)
         token = processor.image_token
         text = prompt if token in prompt else f"{token} " * images + prompt
     # Behind the generation prompt, where the model itself would put it.
@@ -130,9 +151,7 @@ def prompt_text(processor: Any, prompt: str, images: int, answer: str | None) ->
 
 def in_batches(samples: list[Inputs]) -> list[Inputs]:
     """Prompts of equal shapes as one forward, in the order of their first: nothing is padded."""
-    import torch
-
-    groups: dict[Any, list[Inputs]] = {}
+    groups: dict[object, list[Inputs]] = {}
     for sample in samples:
         shapes = tuple((name, tuple(value.shape)) for name, value in sorted(sample.items()))
         groups.setdefault(shapes, []).append(sample)

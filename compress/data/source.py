@@ -67,6 +67,6 @@ def has_images(path: str | Path) -> bool:
     try:
         with Path(path).open(encoding="utf-8") as file:
             row = json.loads(next((line for line in file if line.strip()), "null"))
-    except (OSError, ValueError):  # who reads the whole file says what is wrong with it
+    except (OSError, ValueError):  # reading the whole file will say what is wrong with it
         return False
     return isinstance(row, dict) and {"image", "prompt"} <= row.keys()

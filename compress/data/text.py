@@ -18,18 +18,27 @@ A file is the same text in both splits: name two files where leakage matters.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from compress.data.stdlib import Split, python_stdlib
 from compress.errors import CompressError, UsageError, did_you_mean
 from compress.recipe.recipe import Recipe
 from compress.registry import Registry
 
-DATASETS = Registry("dataset")
+DATASETS: Registry[Callable[[Split], "Corpus"]] = Registry("dataset")
 BLANK_LINE = "\n\n"
+Option = str | dict[str, str]  # of `datasets.load_dataset`
+
+
+class Table(Protocol):
+    """A split of a hub dataset."""
+
+    column_names: list[str]
+
+    def __getitem__(self, column: str) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -166,11 +175,11 @@ def _from_hub(dataset: str, split: Split, text_field: str) -> Corpus:
     return Corpus(dataset, _column(dataset, table[part], text_field), one_stream=True)
 
 
-def _hub_column(dataset: str, hub_id: str, field: str, **arguments: Any) -> Sequence[str]:
-    return _column(dataset, _hub_table(dataset, hub_id, **arguments), field)
+def _hub_column(dataset: str, hub_id: str, field: str, **options: Option) -> Sequence[str]:
+    return _column(dataset, _hub_table(dataset, hub_id, **options), field)
 
 
-def _column(dataset: str, table: Any, field: str) -> Sequence[str]:
+def _column(dataset: str, table: Table, field: str) -> Sequence[str]:
     if field not in table.column_names:
         raise UsageError(
             f"dataset {dataset!r}: no column {field!r}{did_you_mean(field, table.column_names)}: "
@@ -179,16 +188,16 @@ def _column(dataset: str, table: Any, field: str) -> Sequence[str]:
     return table[field]
 
 
-def _hub_table(dataset: str, hub_id: str, **arguments: Any) -> Any:
+def _hub_table(dataset: str, hub_id: str, **options: Option) -> Any:
     """`datasets.load_dataset`, with every way it can fail turned into one line."""
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # an optional extra
     except ImportError as error:
         raise UsageError(
             f"dataset {dataset!r} needs the package `datasets`: pip install 'modelpress[eval]'"
         ) from error
     try:
-        return load_dataset(hub_id, **arguments)
+        return load_dataset(hub_id, **options)
     except Exception as error:  # the network, the hub and the parsers each raise their own kinds
         reason = " ".join(str(error).split())[:200]
         raise CompressError(

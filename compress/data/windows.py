@@ -15,7 +15,7 @@ a circle by k * floor(T / M) tokens, k = 1 .. M-1, so that its tokens visit othe
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,10 +25,10 @@ from compress.data.text import BLANK_LINE, Corpus, load_documents
 from compress.errors import UsageError
 from compress.models.skeleton import Skeleton
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
 
-PROBE_TOKENS = 64  # where no calibration gives tokens for the self-check
+PROBE_TOKENS = 64  # of the self-check, where no calibration data gives any
 BATCH = 64  # documents handed to the tokenizer at once
 
 
@@ -65,7 +65,7 @@ class CalibrationWindows:
         """All that the model reads."""
         return self.input_ids.numpy().tobytes() + self.mask.numpy().tobytes()
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """For modelpress.json."""
         digest = hashlib.sha256(self.input_ids.numpy().tobytes())
         return {"windows": list(self.input_ids.shape), "sha256": digest.hexdigest()}
@@ -194,7 +194,7 @@ def _shuffled(corpus: Corpus, generator: torch.Generator) -> Iterator[str]:
 
 
 def random_windows(vocabulary: int) -> CalibrationWindows:
-    """A few random tokens, the same every time: where nothing is calibrated."""
+    """A few random tokens, always the same, for a run that calibrates nothing."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
     return CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool))

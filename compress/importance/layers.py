@@ -13,7 +13,7 @@ LIM and ZD: "Variable Layerwise Quantization: A Simple and Effective Approach to
 arXiv 2406.17415, section 3.1. x and y are taken at the layer itself: the model's last hidden state
 comes after the final norm, which would change the last layer's score.
 
-Who walks over the model measures what a strategy `needs` (`EmbeddingChange` takes the batches as
+The walk over the model measures what a strategy `needs` (`EmbeddingChange` takes the batches as
 they pass) and hands it over as `UnitFacts`.
 
     scores = LAYER_IMPORTANCE["outlier_weight_count"](two_sided=False).scores(units)
@@ -280,7 +280,7 @@ class Random(_UnitByUnit):
 
 @LAYER_IMPORTANCE.register("reverse")
 class Reverse:
-    """Another importance turned round: if that one means something, this must lose."""
+    """Another importance with its sign changed: if that one means something, this does worse."""
 
     def __init__(self, of: LayerImportance):
         self.of, self.needs = of, of.needs

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from compress.errors import UsageError, did_you_mean
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # slow to import
     from transformers import PretrainedConfig
 
 

@@ -10,11 +10,20 @@ prepared by pillow, as transformers does it without torchvision.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError
 
 from compress.errors import CheckpointError, UsageError
 
-NOT_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
+if TYPE_CHECKING:  # slow to import
+    from transformers import PretrainedConfig, ProcessorMixin
+
+Read = TypeVar("Read")
+
+READ_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def local_folder(location: str, revision: str | None = None) -> Path:
@@ -26,11 +35,10 @@ def local_folder(location: str, revision: str | None = None) -> Path:
         return Path(location)
     if Path(location).exists():
         raise UsageError(f"model {location!r} is a file; expected a folder or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
     try:
-        return Path(snapshot_download(location, revision=revision, allow_patterns=NOT_WEIGHTS))
+        folder = huggingface_hub.snapshot_download(
+            location, revision=revision, allow_patterns=READ_FILES
+        )
     except HFValidationError as error:
         raise UsageError(f"model {location!r} is neither a folder nor a valid hub id") from error
     except Exception as error:  # the hub client's errors share no base class
@@ -38,11 +46,12 @@ def local_folder(location: str, revision: str | None = None) -> Path:
             f"model {location!r} is not a folder here and could not be fetched from the hub "
             f"({type(error).__name__}): check the name, the network and your access"
         ) from error
+    return Path(folder)
 
 
-def load_config(folder: Path) -> Any:
+def load_config(folder: Path) -> "PretrainedConfig":
     """The transformers config of a folder; UsageError in one line if there is none to read."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig  # slow to import
 
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: expected a transformers model folder")
@@ -53,10 +62,7 @@ def load_config(folder: Path) -> Any:
         raise UsageError(f"{folder / 'config.json'} cannot be read: {reason}") from error
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-
-
-def guarded(path: str | Path, from_pretrained: Any, **options: Any) -> Any:
+def guarded(path: str | Path, from_pretrained: Callable[..., Read], **options: Any) -> Read:
     """Calls a `from_pretrained`, and turns what it raises into one line."""
     try:
         return from_pretrained(path, trust_remote_code=False, **options)
@@ -71,11 +77,11 @@ def guarded(path: str | Path, from_pretrained: Any, **options: Any) -> Any:
         raise CheckpointError(f"{path} does not load in transformers: {reason}") from error
 
 
-def processor_reader(config: Any) -> Callable[..., Any]:
+def processor_reader(config: "PretrainedConfig") -> "Callable[..., ProcessorMixin]":
     """The `from_pretrained` that reads the processor of a model with this config."""
-    import transformers
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-    from transformers.utils import is_torchvision_available
+    import transformers  # slow to import, as what follows
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES  # slow
+    from transformers.utils import is_torchvision_available  # slow
 
     kind = getattr(transformers, PROCESSOR_MAPPING_NAMES[config.model_type])
     if is_torchvision_available() or "video_processor" not in kind.get_attributes():
@@ -83,10 +89,10 @@ def processor_reader(config: Any) -> Callable[..., Any]:
     return _without_videos(kind).from_pretrained
 
 
-def _without_videos(kind: Any) -> Any:
+def _without_videos(kind: "type[ProcessorMixin]") -> "type[ProcessorMixin]":
     """A subclass that neither reads nor needs a video processor."""
 
-    def get_attributes(cls: Any) -> list[str]:
+    def get_attributes(cls: "type[ProcessorMixin]") -> list[str]:
         return [name for name in kind.get_attributes() if name != "video_processor"]
 
     body = {

@@ -13,7 +13,7 @@ layer, whatever the depth. Tensors go by their modules' names, however the check
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,24 @@ from compress.models.families import architecture_of, head_dim_of
 from compress.models.pretrained import load_config, local_folder, processor_reader
 from compress.storage.safetensors import CheckpointReader
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 M_ROPE = ("qwen2_vl_text", "qwen2_5_vl_text")  # decoders with three rows of positions
+
+
+class LayerInputs(TypedDict):
+    """What a decoder layer's forward needs beside x [B, T, d]."""
+
+    position_embeddings: tuple[Tensor, Tensor]  # cos and sin
+    attention_mask: Tensor | None  # [1, 1, T, T] bool; None: plain causal attention
+
+
+def linear_in(parent: nn.Module, name: str) -> nn.Linear:
+    """The linear of that name inside a layer or a model."""
+    module = parent.get_submodule(name)
+    assert isinstance(module, nn.Linear), f"{name} is a {type(module).__name__}, not a linear"
+    return module
 
 
 class Skeleton:
@@ -58,8 +72,8 @@ class Skeleton:
         return cls(local_folder(location, revision))
 
     def _empty_model(self) -> nn.Module:
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+        from accelerate import init_empty_weights  # slow to import
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # slow
 
         kind = AutoModelForImageTextToText if self.spec.vision else AutoModelForCausalLM
         # Buffers (rotary frequencies) stay real: they come from the config, not from the file.
@@ -83,13 +97,18 @@ class Skeleton:
                 )
 
     @property
+    def base(self) -> nn.Module:
+        """The model without its head: of a multimodal one, vision and language model."""
+        return self.model.get_submodule("model")
+
+    @property
     def dtype(self) -> torch.dtype:
         """The checkpoint's own floating-point type: that of its embedding."""
         return self.reader.dtype(f"{self.spec.embedding}.weight")
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The checkpoint's tokenizer; UsageError if the folder has none."""
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer  # slow to import
 
         try:
             return AutoTokenizer.from_pretrained(self.folder)
@@ -133,7 +152,7 @@ class Skeleton:
         self, index: int, tensors: dict[str, Tensor], device: str = "cpu"
     ) -> Iterator[nn.Module]:
         """The decoder layer `index` with these tensors in fp32; empty again on leaving."""
-        layer = self.model.get_submodule(self.spec.layers)[index]
+        layer = self.model.get_submodule(f"{self.spec.layers}.{index}")
         on_device = {n: t.to(device, torch.float32) for n, t in tensors.items()}
         layer.load_state_dict(on_device, strict=True, assign=True)
         del tensors, on_device  # or what is replaced in the layer would live as long as it does
@@ -142,10 +161,8 @@ class Skeleton:
         finally:
             layer.to("meta")
 
-    def layer_inputs(
-        self, index: int, x: Tensor, positions: Tensor | None = None
-    ) -> dict[str, Any]:
-        """What a decoder layer's forward needs beside x [B, T, d]: rotary tables and the mask.
+    def layer_inputs(self, index: int, x: Tensor, positions: Tensor | None = None) -> LayerInputs:
+        """Rotary tables and the mask of one decoder layer for x [B, T, d].
 
         `positions` are the tokens' position ids [1, T], for M-RoPE [3, 1, T]; None: 0 to T - 1. The
         mask is None (plain causal attention) unless the layer slides over a shorter window.
@@ -156,7 +173,7 @@ class Skeleton:
         positions = slots if positions is None else positions.to(x.device)
         if positions.ndim == 2 and self.config.model_type in M_ROPE:
             positions = positions.expand(3, -1, -1)  # of text alone, the rows are the same
-        inputs: dict[str, Any] = {
+        inputs: LayerInputs = {
             "position_embeddings": rotary(x, positions),
             "attention_mask": None,
         }

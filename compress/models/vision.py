@@ -1,4 +1,4 @@
-"""Vision tower and projector of a multimodal model at work, and what the language model gets.
+"""Runs the vision tower of a multimodal model, and notes what its language model gets.
 
 Images are encoded once, before the layer walk, with the values that are written; then the tower is
 given back.
@@ -11,7 +11,7 @@ given back.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ from torch import Tensor, nn
 from compress.models.skeleton import Skeleton
 
 Inputs = dict[str, Any]  # keyword arguments of a forward, or of `get_image_features`
+
+
+@runtime_checkable
+class EncodesImages(Protocol):
+    """What a multimodal family's model can do: make features of pixels."""
+
+    get_image_features: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -32,16 +39,16 @@ class Encoded:
 
 @contextmanager
 def vision_at_work(skeleton: Skeleton, tensors: dict[str, Tensor], device: str) -> Iterator[None]:
-    """While it is open, the skeleton's tower and projector have these tensors, in fp32."""
+    """Gives the skeleton's tower and projector these tensors in fp32, until it is left."""
     places = {name: name.rpartition(".")[::2] for name in tensors}
     parents = {name: skeleton.model.get_submodule(parent) for name, (parent, _) in places.items()}
     try:
         for name, tensor in tensors.items():
             value = nn.Parameter(tensor.to(device, torch.float32), requires_grad=False)
             parents[name].register_parameter(places[name][1], value)
-        for name, buffer in list(skeleton.model.model.named_buffers()):
+        for name, buffer in list(skeleton.base.named_buffers()):
             parent, _, child = name.rpartition(".")
-            skeleton.model.model.get_submodule(parent)._buffers[child] = buffer.to(device)
+            skeleton.base.get_submodule(parent)._buffers[child] = buffer.to(device)
         yield
     finally:
         for name, tensor in tensors.items():
@@ -50,16 +57,14 @@ def vision_at_work(skeleton: Skeleton, tensors: dict[str, Tensor], device: str) 
 
 
 @torch.no_grad()
-def encode(
-    skeleton: Skeleton, inputs: dict[str, Any], table: Tensor, device: str = "cpu"
-) -> Encoded:
+def encode(skeleton: Skeleton, inputs: Inputs, table: Tensor, device: str = "cpu") -> Encoded:
     """One prompt through everything before the language model, by the family's own forward.
 
     Args:
         inputs: keyword arguments of a forward.
         table: the embedding [vocabulary, d], on the CPU.
     """
-    base = skeleton.model.model
+    base = skeleton.base
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     decoder = base.language_model
     base.language_model = recorder = _Recorder(table)
@@ -80,13 +85,13 @@ class _Recorder(nn.Module):
     def __init__(self, table: Tensor):
         super().__init__()
         self.table = table  # neither parameter nor buffer: it stays where it is
-        self.seen: dict[str, Any] = {}
+        self.seen: Inputs = {}
 
     def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
         return lambda ids: self.table[ids.cpu()].float().to(ids.device)
 
-    def forward(self, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+    def forward(self, **kwargs: Any) -> object:
+        from transformers.modeling_outputs import BaseModelOutputWithPast  # slow to import
 
         self.seen = kwargs
         return BaseModelOutputWithPast(last_hidden_state=kwargs["inputs_embeds"])

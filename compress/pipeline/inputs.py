@@ -1,4 +1,4 @@
-"""What a run reads, settled once at its door: what stands below asks no recipe again.
+"""What a run reads, settled once at its start, so that the code below asks no recipe again.
 
 inputs = RunInputs.open(recipe, "cpu")
 plan = make_plan(inputs)

@@ -21,7 +21,7 @@ a CheckpointError.
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -31,6 +31,30 @@ from compress.storage.safetensors import read_header, save_tensors
 
 FORMAT = 1  # of the journal; a later layout gets another number
 OWN_FILES = ("journal.jsonl*", "layer-*.safetensors*")
+
+
+class ModuleFacts(TypedDict):
+    """How a linear was quantised, as modelpress.json has it."""
+
+    name: str  # in the result
+    bits: int
+    group_size: int | None  # None: one scale per output channel
+    error: float | None  # tr((W-Q) H (W-Q)^T) / tr(W H W^T); None without a Hessian
+    damping: float | None  # that the Hessian's factorisation needed
+    dead_columns: int  # inputs that were zero on every calibration token
+    changed: list[float]  # share of codes that each refinement sweep changed
+    seconds: float
+
+
+class LayerFacts(TypedDict):
+    """What became of a decoder layer, or of the head."""
+
+    layer: int | None  # None: the head
+    modules: list[ModuleFacts]
+    source_layer: NotRequired[int]  # where it is another, since layers were left out
+    effective_sample_size: NotRequired[float]  # averaged over windows; with a Hessian
+    tokens_per_window: NotRequired[float]
+    seconds: NotRequired[float]
 
 
 class Journal:
@@ -44,7 +68,7 @@ class Journal:
         self.folder = Path(folder)
         self.path = self.folder / "journal.jsonl"
         self.fingerprint = fingerprint
-        self._facts: list[dict[str, Any]] = []
+        self._facts: list[LayerFacts] = []
 
     def open(self, resume: bool, replace: bool = False) -> int:
         """Starts afresh or continues; returns the number of layers that are done.
@@ -72,11 +96,8 @@ class Journal:
             file.truncate(whole)
         return len(entries)
 
-    def record(self, layer: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Puts a finished layer on disk: its tensors, then the entry.
-
-        `facts` is anything JSON holds (errors, widths, seconds), given back by `facts()`.
-        """
+    def record(self, layer: int, tensors: dict[str, Tensor], facts: LayerFacts) -> None:
+        """Puts a finished layer on disk: its tensors, then its facts."""
         assert layer == len(self._facts), f"layer {layer} recorded after {len(self._facts)} layers"
         save_tensors(self._layer_file(layer), tensors)
         line = json.dumps(facts, sort_keys=True) + "\n"
@@ -89,7 +110,7 @@ class Journal:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from error
         self._facts.append(json.loads(line))
 
-    def facts(self) -> list[dict[str, Any]]:
+    def facts(self) -> list[LayerFacts]:
         """The facts of every finished layer, in order."""
         return list(self._facts)
 
@@ -108,7 +129,7 @@ class Journal:
 
     # ---- files ----------------------------------------------------------------------------------
 
-    def _header(self) -> dict[str, Any]:
+    def _header(self) -> dict[str, object]:
         return {"format": FORMAT, "fingerprint": self.fingerprint}
 
     def _start(self) -> int:
@@ -117,7 +138,7 @@ class Journal:
             file.write((json.dumps(self._header()) + "\n").encode())
         return 0
 
-    def _read(self) -> tuple[dict | None, list[dict], int]:
+    def _read(self) -> tuple[dict[str, object] | None, list[LayerFacts], int]:
         """Header (None without a journal), entries, and the length of what is whole in bytes."""
         if not self.path.is_file():
             return None, [], 0

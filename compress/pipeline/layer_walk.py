@@ -11,7 +11,6 @@ passes through it.
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from compress.errors import CompressError
 from compress.importance.tokens import count_tokens, effective_sample_size
 from compress.memory import release_memory
 from compress.observer import Observer
-from compress.pipeline.journal import Journal
+from compress.pipeline.journal import Journal, LayerFacts, ModuleFacts
 from compress.pipeline.plan import Plan
 from compress.pipeline.stream import CalibrationStream
 from compress.pruning.last_token import LastTokenAttention
@@ -60,7 +59,7 @@ class LayerWalk:
             counts += count_tokens(ids, mask, len(counts))
         # The list itself: where visual tokens are pruned, its batches become shorter.
         self.weigher = TokenWeigher(section.token_importance, stream.batches, counts)
-        self.facts: list[dict[str, Any]] = journal.facts()
+        self.facts = journal.facts()
         for module in (module for layer in self.facts for module in layer["modules"]):
             self._warn_of(module)
 
@@ -79,7 +78,7 @@ class LayerWalk:
 
     # ---- one layer ------------------------------------------------------------------------------
 
-    def _layer(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _layer(self, index: int) -> tuple[dict[str, Tensor], LayerFacts]:
         """Quantises layer `index` of the result and moves the activations through it."""
         skeleton, spec, stream = self.skeleton, self.spec, self.stream
         prefix = f"{spec.layers}.{index}."
@@ -91,7 +90,7 @@ class LayerWalk:
             for name, tensor in weights.items()
             if schemes.get(name.removesuffix(".weight")) is None
         }
-        modules: list[dict[str, Any]] = []
+        modules: list[ModuleFacts] = []
         sizes: list[float] = []
         tokens: list[float] = []
         with ExitStack() as opened:
@@ -99,7 +98,7 @@ class LayerWalk:
             del weights
 
             def quantise(group: tuple[str, ...], H: Hessian | None) -> None:
-                written.update(self._solve(prefix, layer, group, schemes, H, modules))
+                written.update(self._solve(prefix, layer, _chosen(group, schemes), H, modules))
                 # Memory peaks in the MLP: before it and in its middle, what is free goes back.
                 # Doing so more often costs more in page faults than it saves.
                 if group in ((spec.output,), spec.mlp_in):
@@ -107,17 +106,21 @@ class LayerWalk:
 
             y = stream.outputs(index)
             run_layer(
-                layer, spec, lambda i, x: stream.layer_inputs(source, i, x),
-                stream.x, y, stream.scratch(),
+                layer,
+                spec,
+                lambda i, x: stream.layer_inputs(source, i, x),
+                stream.x,
+                y,
+                stream.scratch(),
                 quantise=quantise,
-                needs_hessian=lambda group: self._needs_hessian(group, schemes),
+                needs_hessian=lambda group: self._needs_hessian(_chosen(group, schemes)),
                 weigh=lambda i, x, normed: self._weigh(layer, source, i, x, normed, sizes, tokens),
                 counted=len(stream.batches),
                 attended=self._ranking(layer, index, source, opened),
                 device=self.device,
-            )  # fmt: skip
+            )
         stream.advance(y, index + 1)
-        facts = {"layer": index, "modules": modules}
+        facts: LayerFacts = {"layer": index, "modules": modules}
         if source != index:
             facts["source_layer"] = source
         if sizes:
@@ -179,28 +182,28 @@ class LayerWalk:
 
     # ---- one group of linears -------------------------------------------------------------------
 
-    def _needs_hessian(self, group: tuple[str, ...], schemes: Schemes) -> bool:
-        return bool(
-            self.solver
-            and self.solver.needs_hessian
-            and any(schemes[name] is not None for name in group)
-        )
+    def _needs_hessian(self, schemes: Mapping[str, Scheme]) -> bool:
+        return self.solver is not None and self.solver.needs_hessian and bool(schemes)
 
     def _solve(
         self,
         prefix: str,
         layer: nn.Module,
-        group: tuple[str, ...],
-        schemes: Schemes,
+        schemes: Mapping[str, Scheme],
         H: Hessian | None,
-        modules: list[dict[str, Any]],
+        modules: list[ModuleFacts],
     ) -> dict[str, Tensor]:
-        """Quantises the linears of one group in place; their packed tensors, and facts."""
+        """Quantises linears that share an input, in place; returns their packed tensors.
+
+        What is said about each goes to `modules`.
+        """
+        if self.solver is None or not schemes:
+            return {}
         started = time.perf_counter()
         try:
-            solved = solve_group(layer, group, schemes, self.solver, H, self.dtype)
+            solved = solve_group(layer, schemes, self.solver, H, self.dtype)
         except CompressError as error:
-            raise CompressError(f"{prefix}{group[0]}: {error}") from error
+            raise CompressError(f"{prefix}{next(iter(schemes))}: {error}") from error
         tensors: dict[str, Tensor] = {}
         for name, linear in solved.items():
             scale = self.model.stored(f"{prefix}{name}.weight_scale", linear.scale)
@@ -209,7 +212,7 @@ class LayerWalk:
             tensors |= {f"{prefix}{name}.{key}": tensor for key, tensor in packed.items()}
         seconds = time.perf_counter() - started
         for name, linear in solved.items():
-            facts = {
+            facts: ModuleFacts = {
                 "name": prefix + name,
                 "bits": schemes[name].bits,
                 "group_size": schemes[name].group_size,
@@ -232,24 +235,31 @@ class LayerWalk:
         Returns its weight as the checkpoint has it, and the packed tensors.
         """
         name = self.spec.head
+        outputs, inputs = weight.shape
+        head = nn.Linear(inputs, outputs, bias=False, device="meta")
+        head.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
         holder = nn.Module()
-        setattr(holder, name, nn.Linear(*weight.shape[::-1], bias=False, device="meta"))
-        getattr(holder, name).weight = nn.Parameter(weight.to(self.device), requires_grad=False)
+        holder.add_module(name, head)
         H = None
-        if self.solver.needs_hessian:
-            H = Hessian(weight.shape[1], self.device)
+        if self._needs_hessian({name: scheme}):
+            H = Hessian(inputs, self.device)
             for i, (_, mask) in enumerate(self.stream.batches):
                 x = self.stream.x[i].to(self.device)
                 H.add_batch(norm(x), mask.to(self.device).float())
-        modules: list[dict[str, Any]] = []
-        packed = self._solve("", holder, (name,), {name: scheme}, H, modules)
+        modules: list[ModuleFacts] = []
+        packed = self._solve("", holder, {name: scheme}, H, modules)
         self.facts.append({"layer": None, "modules": modules, "seconds": modules[0]["seconds"]})
-        return getattr(holder, name).weight, packed
+        return head.weight, packed
 
-    def _warn_of(self, facts: dict[str, Any]) -> None:
+    def _warn_of(self, facts: ModuleFacts) -> None:
         """Says what was out of the ordinary about a module."""
         damping = self.section.damping
         if facts["damping"] is not None and facts["damping"] > damping:
             self.warn(f"{facts['name']}: damping was raised from {damping} to {facts['damping']}")
         if facts["dead_columns"]:
             self.warn(f"{facts['name']}: {facts['dead_columns']} inputs were always zero")
+
+
+def _chosen(group: tuple[str, ...], schemes: Schemes) -> dict[str, Scheme]:
+    """The linears of a group that are quantised, and how."""
+    return {name: scheme for name in group if (scheme := schemes[name]) is not None}

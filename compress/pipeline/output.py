@@ -17,6 +17,7 @@ checkpoint or none that any engine would load. What is written afterwards only d
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from compress.eval.report import write_report
 from compress.models.skeleton import Skeleton
 from compress.pipeline.card import bits_summary, model_card
 from compress.pipeline.inputs import RunInputs
+from compress.pipeline.journal import LayerFacts
 from compress.pipeline.plan import Plan
 from compress.pipeline.result import RunResult
 from compress.pruning.saved import save_strategy
@@ -135,10 +137,10 @@ def document(result: RunResult, recipe: Recipe, provenance: dict[str, Any]) -> N
     result.report = write_report(output / "report.html", facts)
 
 
-def module_rows(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def module_rows(layers: Sequence[LayerFacts]) -> list[dict[str, Any]]:
     """The modules of all layers, each with its layer's effective sample size: for the report."""
     return [
-        module | {"effective_sample_size": layer.get("effective_sample_size")}
+        {**module, "effective_sample_size": layer.get("effective_sample_size")}
         for layer in layers
         for module in layer["modules"]
     ]

@@ -9,17 +9,18 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from compress.allocation.allocate import Allocation, allocate, check_allocation, find_units
 from compress.allocation.allocators import Unit
 from compress.checkpoint.engines import Schemes, plan_notes
 from compress.data.prompts import CalibrationData, ImagePrompts, calibration_data
 from compress.errors import UsageError, did_you_mean
-from compress.models.skeleton import Skeleton
+from compress.models.skeleton import Skeleton, linear_in
 from compress.observer import Observer
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import host_memory
-from compress.pipeline.pruning_forecast import PlannedPruning, forecast
+from compress.pipeline.pruning_forecast import PruningForecast, forecast
 from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
 
@@ -49,10 +50,10 @@ class Plan:
     layers: list[int] = field(default_factory=list)
     file_bytes: int = 0
     allocation: Allocation | None = None
-    pruning: PlannedPruning | None = None
+    pruning: PruningForecast | None = None
     multimodal: bool = False
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """For `--json`: the keys of the architecture, modules without their `symmetric`."""
         modules = [
             {key: value for key, value in module.as_dict().items() if key != "symmetric"}
@@ -92,11 +93,10 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         if named[name]
     }
     scores = allocation.score_of() if allocation else {}
-    modules = [
-        PlannedModule(named[name], shapes[name], scheme, scores.get(name))
-        for name in names
-        if (scheme := schemes.get(named[name])) is not None
-    ]  # fmt: skip
+    modules = []
+    for name in names:
+        if (scheme := schemes.get(named[name])) is not None:
+            modules.append(PlannedModule(named[name], shapes[name], scheme, scores.get(name)))
     rotated = recipe.rotate.kind != "none"
     untied = skeleton.tied and (rotated or schemes[skeleton.spec.head] is not None)
     itemsize = inputs.dtype.itemsize
@@ -211,8 +211,8 @@ def _header_bytes(modules: list[PlannedModule], kept: dict[str, int]) -> int:
 
 
 def _shape(skeleton: Skeleton, name: str) -> tuple[int, int]:
-    out_features, in_features = skeleton.model.get_submodule(name).weight.shape
-    return out_features, in_features
+    linear = linear_in(skeleton.model, name)
+    return linear.out_features, linear.in_features
 
 
 def _problems(

@@ -8,7 +8,7 @@ first of the calibration prompts, or else an image of the size that the vision t
 
 import math
 from itertools import groupby
-from typing import NotRequired, TypedDict
+from typing import Any, TypedDict
 
 from compress.data.samples import DEMO_SCENES, read_samples
 from compress.data.source import CalibrationSource
@@ -29,27 +29,32 @@ TEXT_TOKENS = 32  # of a prompt that is made up, beside its image
 VISUAL_TOKENS = 1024  # of an image where its size decides, and none is given
 
 
-class PlannedPrompt(TypedDict):
-    """The prompt that costs are told of, and where it comes from."""
+class PromptFacts(TypedDict):
+    """The prompt that costs are those of."""
 
     source: str
     tokens: int
     visual_tokens: int
 
 
-class PlannedPruning(TypedDict):
-    """What pruning will do to one prompt; `kept`: visual tokens at each decoder layer."""
+class PruningCosts(TypedDict):
+    """The strategy, and what it costs for one prompt."""
 
-    strategy: dict[str, object]
+    strategy: dict[str, Any]
     searched: bool
-    average_kept: float
-    prompt: PlannedPrompt
-    kept: list[int]
+    average_kept: float  # share of visual tokens, averaged over layers
+    prompt: PromptFacts
+    kept: list[int]  # visual tokens at each decoder layer
     prefill_flops: int
     prefill_flops_unpruned: int
     kv_bytes: int
     kv_bytes_unpruned: int
-    summary: NotRequired[str]  # a line for people
+
+
+class PruningForecast(PruningCosts):
+    """The same with a line for a person."""
+
+    summary: str
 
 
 def strategy_of(
@@ -73,17 +78,19 @@ def strategy_of(
             return None
         strategy = found
     strategy.average_kept(layers)  # refuses a stage beyond the last layer
-    base = skeleton.model.model
-    check_decoder(base.language_model)
+    base = skeleton.base
+    check_decoder(base.get_submodule("language_model"))
     Stages(strategy, layers).tap(base, FAMILIES[skeleton.model_config.model_type])
     if strategy.method in LANGUAGE_ATTENTION:
-        LastTokenAttention(base.language_model.layers[0].self_attn)
+        first = f"{skeleton.spec.layers}.0.{skeleton.spec.attention}"
+        LastTokenAttention(skeleton.model.get_submodule(first))
     return strategy
 
 
-def forecast(inputs: RunInputs, layers: int) -> tuple[PlannedPruning | None, list[str], list[str]]:
-    """What is planned (None if nothing is pruned), problems and notes, a line each, of which the
-    first is the plan's `summary`. Never raises.
+def forecast(inputs: RunInputs, layers: int) -> tuple[PruningForecast | None, list[str], list[str]]:
+    """What is planned (None if nothing is pruned), problems, and notes, a line each.
+
+    The first note is the plan's `summary`. Never raises.
     """
     try:
         section = inputs.recipe.prune_visual_tokens
@@ -92,11 +99,11 @@ def forecast(inputs: RunInputs, layers: int) -> tuple[PlannedPruning | None, lis
         if strategy is None:
             return None, [], []
         _check_search(section, strategy)
-        planned = _costs(inputs, strategy, layers)
+        costs = _costs(inputs, strategy, layers)
     except CompressError as error:
         place = "" if str(error).startswith(("calibration", SECTION)) else f"{SECTION}: "
         return None, [f"{place}{error}"], []
-    planned["summary"] = _summary(planned)
+    planned: PruningForecast = {**costs, "summary": _summary(costs)}
     return planned, [], [planned["summary"], *_notes(inputs, planned)]
 
 
@@ -154,7 +161,7 @@ def _prompt(source: CalibrationSource, skeleton: Skeleton) -> tuple[int, list[in
     return count + TEXT_TOKENS, [count], f"{described} and {TEXT_TOKENS} tokens of text"
 
 
-def _costs(inputs: RunInputs, strategy: PruneStrategy, layers: int) -> PlannedPruning:
+def _costs(inputs: RunInputs, strategy: PruneStrategy, layers: int) -> PruningCosts:
     total, images, source = _prompt(inputs.source, inputs.skeleton)
     counts = [sum(c) for c in zip(*(strategy.counts(n, layers) for n in images), strict=True)]
     visual = sum(images)
@@ -178,7 +185,7 @@ def _costs(inputs: RunInputs, strategy: PruneStrategy, layers: int) -> PlannedPr
     }
 
 
-def _summary(planned: PlannedPruning) -> str:
+def _summary(planned: PruningCosts) -> str:
     strategy, prompt = planned["strategy"], planned["prompt"]
     steps = ", ".join(
         f"{planned['kept'][layer]} from layer {layer}" for layer in strategy["stages"]
@@ -193,7 +200,7 @@ def _summary(planned: PlannedPruning) -> str:
     )
 
 
-def _notes(inputs: RunInputs, planned: PlannedPruning) -> list[str]:
+def _notes(inputs: RunInputs, planned: PruningCosts) -> list[str]:
     notes = []
     if inputs.recipe.prune_visual_tokens is None:
         notes.append("the strategy is the one saved with the model; the result keeps it")

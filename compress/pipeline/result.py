@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.pipeline.journal import LayerFacts
 from compress.pipeline.plan import Plan
 
 
@@ -15,8 +16,7 @@ class RunResult:
         path: the output folder.
         plan: what was planned, and done.
         metrics: the evaluation, as `compress.evaluate` gives it; empty if the recipe asks for none.
-        layers: for each decoder layer its index, seconds, effective sample size and modules: name,
-            bits, group size, relative error, damping, share of codes that each sweep changed.
+        layers: what became of each decoder layer and, if it is quantised, of the head.
         seconds: by stage.
         peak_memory: {"host", "device"} in bytes, of this process.
         self_check: the logits' largest difference after reloading in a fresh process.
@@ -29,7 +29,7 @@ class RunResult:
     path: Path
     plan: Plan
     metrics: dict[str, Any]
-    layers: list[dict[str, Any]]
+    layers: list[LayerFacts]
     seconds: dict[str, float]
     peak_memory: dict[str, int]
     self_check: dict[str, Any]

@@ -14,7 +14,7 @@ ends with the same bytes.
 
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ class Pruning:
     """How the result prunes visual tokens, None for not at all, and how that was searched."""
 
     strategy: PruneStrategy | None = None
-    search: dict[str, Any] | None = field(default=None)
+    search: dict[str, Any] | None = None
 
 
 def settle_pruning(
@@ -253,8 +253,11 @@ class Job:
         return vision_at_work(self.skeleton, self.model.vision_tensors(), self.model.device)
 
     def _write_embedding(self) -> None:
-        """What stands before the decoder layers. A tower's tensors keep the names of the source's
-        file, since engines differ in what they call the modules."""
+        """Writes what stands before the decoder layers.
+
+        A tower's tensors keep the names of the source's file, since engines differ in what they
+        call the modules.
+        """
         save_tensors(self.parts[0], {f"{self.spec.embedding}.weight": self._table()})
         if self.spec.vision is not None:
             written, tensors = self.skeleton.reader.written_name, self.model.vision_tensors()
@@ -316,8 +319,7 @@ class Job:
         return checked
 
     def _fits_self_check(self) -> bool:
-        """The check reloads in transformers, which holds the whole model in fp32, as the run itself
-        never does."""
+        """Whether transformers can reload the result here: it holds the whole model in fp32."""
         schemes = {scheme for scheme in self.plan.schemes.values() if scheme is not None}
         if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
             self.log.warn(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,15 +25,18 @@ from torch import Tensor
 from compress.data.activations import TOKENS_PER_BATCH, ActivationStore
 from compress.data.prompts import CalibrationData, ImagePrompts
 from compress.errors import CheckpointError
-from compress.models.skeleton import Skeleton
-from compress.models.vision import Encoded, encode
+from compress.models.skeleton import LayerInputs, Skeleton
+from compress.models.vision import Encoded, EncodesImages, Inputs, encode
 from compress.pruning.costs import DecoderShape, PruningStats, prompt_stats
 from compress.pruning.encoding import EncodedImages
 from compress.pruning.families import FAMILIES
-from compress.pruning.prompt import PrunedPrompt, take
+from compress.pruning.prompt import PromptImage, PrunedPrompt, take
 from compress.pruning.stages import Stages
 from compress.recipe.strategy import LANGUAGE_ATTENTION
 from compress.storage.safetensors import read_tensors, save_tensors
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import ProcessorMixin
 
 Table = Callable[[], Tensor]  # gives the embedding [vocabulary, d]
 # Opens the vision tower for as long as images are encoded.
@@ -58,8 +61,8 @@ class CalibrationStream:
         folder: Path,
         on_disk: bool,
         *,
-        probe: dict[str, Any] | None = None,
-        processor: Any = None,
+        probe: Inputs | None = None,
+        processor: "ProcessorMixin | None" = None,
         device: str = "cpu",
     ):
         self.skeleton, self.data, self.stages = skeleton, data, stages
@@ -115,10 +118,11 @@ class CalibrationStream:
                     yield self._encode(i, inputs, table)
             yield encode(self.skeleton, self.probe, table, self.device)
 
-    def _encode(self, i: int, inputs: dict[str, Any], table: Tensor) -> Encoded:
+    def _encode(self, i: int, inputs: Inputs, table: Tensor) -> Encoded:
         if self.stages is None:
             return encode(self.skeleton, inputs, table, self.device)
-        base, config = self.skeleton.model.model, self.skeleton.model_config
+        base, config = self.skeleton.base, self.skeleton.model_config
+        assert isinstance(base, EncodesImages)
         tap = self.stages.tap(base, FAMILIES[config.model_type], self.processor)
         images = EncodedImages(tap)
         handles = tap.install()
@@ -148,12 +152,12 @@ class CalibrationStream:
         """An empty store for what waits inside a layer."""
         return ActivationStore(*((self.folder, "work") if self.on_disk else ()))
 
-    def layer_inputs(self, source: int, i: int, x: Tensor) -> dict[str, Any]:
+    def layer_inputs(self, source: int, i: int, x: Tensor) -> LayerInputs:
         """What the decoder layer `source` of the model needs beside batch i."""
         return self.skeleton.layer_inputs(source, x, self.positions[i])
 
     def advance(self, y: ActivationStore, layer: int) -> None:
-        """`y` become the inputs of `layer`, shortened if a stage lies there, and are on disk."""
+        """Makes `y` the inputs of `layer`, shortened by the stage there, and puts them on disk."""
         self.x = y
         self._narrow(layer)
         self.x.dump(*self.place(layer))
@@ -216,7 +220,7 @@ class CalibrationStream:
         return self.folder / f"visual-{layer:05d}.safetensors"
 
     def _seed(self, i: int, layer: int) -> int:
-        """Chance of its own for each prompt and stage, so that a resumed run draws the same."""
+        """The seed of one prompt at one stage, so that a resumed run draws the same numbers."""
         assert self.stages is not None
         sequence = np.random.SeedSequence([self.stages.strategy.seed, i, layer])
         return int(sequence.generate_state(1, np.uint64)[0] >> 1)
@@ -231,10 +235,18 @@ class CalibrationStream:
         return PruningStats([prompt_stats(shape, p) for p in self.prompts.values()]).as_dict()
 
 
-def _on_cpu(images: list[Any]) -> list[Any]:
-    """Images whose tokens are told apart on the CPU, where prompts are shortened."""
+def _on_cpu(images: list[PromptImage]) -> list[PromptImage]:
+    """Moves what is known of the images' tokens to the CPU, where prompts are shortened."""
     for image in images:
-        fields = {n: v.cpu() for n, v in vars(image.tokens).items() if isinstance(v, Tensor)}
-        image.tokens = replace(image.tokens, **fields)
+        tokens = image.tokens
+        image.tokens = replace(
+            tokens,
+            segment=tokens.segment.cpu(),
+            row=tokens.row.cpu(),
+            column=tokens.column.cpu(),
+            importance=None if tokens.importance is None else tokens.importance.cpu(),
+            attention=None if tokens.attention is None else tokens.attention.cpu(),
+            keys=None if tokens.keys is None else tokens.keys.cpu(),
+        )
         image.positions, image.alive = image.positions.cpu(), image.alive.cpu()
     return images

@@ -18,7 +18,7 @@ from compress.pruning.tower import VisualTokens
 from compress.recipe.strategy import PruneStrategy
 from compress.registry import Registry
 
-PRUNING_METHODS = Registry("pruning method")
+PRUNING_METHODS: Registry[type["PruningMethod"]] = Registry("pruning method")
 
 
 @dataclass(frozen=True)

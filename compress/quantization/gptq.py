@@ -79,8 +79,8 @@ def nearest(
     for g in range(result.scale.shape[0]):
         part = slice(g * size, (g + 1) * size)
         _set_scale(result, g, grid, Wt[part], clip, importance[part])
-        low, high = grid.range(result.zero_of(g))
-        result.x[part] = (Wt[part] / result.scale[g]).round_().clamp_(low, high)
+        levels = (Wt[part] / result.scale[g]).round_()
+        result.x[part] = grid.clamp_(levels, result.zero_of(g))
     return result
 
 
@@ -88,7 +88,7 @@ def _set_scale(
     result: QuantizedColumns, g: int, grid: UniformGrid, Wt: Tensor, clip: str, importance: Tensor
 ) -> None:
     result.scale[g], zero = search_scale(grid, Wt, clip, importance)
-    if zero is not None:
+    if result.zero is not None and zero is not None:
         result.zero[g] = zero
 
 
@@ -125,8 +125,7 @@ def column_loop(
     if group_size is None:
         _set_scale(result, 0, grid, Wt, clip, importance)
     E = torch.empty_like(Wt)  # W - Q
-    if pivots is not None:
-        result.error = Wt.new_zeros(Wt.shape[1], dtype=torch.float64)
+    error = Wt.new_zeros(Wt.shape[1], dtype=torch.float64)
     step = group_size or block
     for start in range(0, K, step):
         inside = slice(start, min(start + step, K))
@@ -148,7 +147,8 @@ def column_loop(
         result.x[inside] = x
         torch.addcmul(W, x, scale, value=-1, out=E[inside])
         if pivots is not None:
-            result.error += pivots[inside] @ feedback.addmm_(coupling, E[inside]).square_()
+            error += pivots[inside] @ feedback.addmm_(coupling, E[inside]).square_()
+    result.error = None if pivots is None else error
     return result
 
 

@@ -77,6 +77,12 @@ class UniformGrid:
             return self.low, self.high
         return self.low - zero, self.high - zero
 
+    def clamp_(self, levels: Tensor, zero: Tensor | None) -> Tensor:
+        """Puts levels into the grid's range, in place."""
+        if zero is None:
+            return levels.clamp_(self.low, self.high)
+        return levels.clamp_(self.low - zero, self.high - zero)
+
 
 def search_scale(
     grid: UniformGrid, Wt: Tensor, clip: str, importance: Tensor | None = None
@@ -101,7 +107,7 @@ def search_scale(
         part = slice(start, start + step)
         search = _ClipSearch(grid, Wt[:, part].contiguous(), scale[part], clip, importance)
         scale[part], best_zero = search.best()
-        if zero is not None:
+        if zero is not None and best_zero is not None:
             zero[part] = best_zero
     return scale, zero
 
@@ -130,11 +136,11 @@ class _ClipSearch:
     def error(self, share: Tensor | float) -> Tensor:
         """The weighted error of each output: [N]."""
         scale, zero = self.candidate(share)
-        low, high = self.grid.range(zero)
         wanted = torch.mul(self.W, 1 / scale, out=self.wanted)
-        e = torch.round(wanted, out=self.levels).clamp_(low, high).sub_(wanted)
+        e = self.grid.clamp_(torch.round(wanted, out=self.levels), zero).sub_(wanted)
         if self.clip == "magnitude":
             return e.abs_().pow_(MAGNITUDE_POWER).sum(0) * scale.abs() ** MAGNITUDE_POWER
+        assert self.importance is not None, "clip search `hessian` weighs the inputs"
         return (self.importance @ e.mul_(e)) * scale.square()
 
     def scan(self, shares: list[Tensor | float], best: Tensor, least: Tensor) -> Tensor:

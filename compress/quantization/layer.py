@@ -1,4 +1,4 @@
-"""One decoder layer: every calibration token through it once, each linear quantised on the way.
+"""Takes every calibration token through one decoder layer and quantises its linears on the way.
 
 The layer `x += o(attention(norm(x))); x += down(mlp(norm(x)))` is run in stages. A stage gives the
 input of one group of linears, from which the group's Hessian is built; the group is quantised; the
@@ -16,19 +16,19 @@ group, the input of o or of down, waits in a second store.
 A stage's input is what the family's own module computes with its output projection taken out, so
 attention and activation functions are never written again here.
 
-    run_layer(layer, spec, inputs, x, y, work, quantise=..., weigh=...)
+    run_layer(layer, spec, inputs, x, y, work, quantise=..., needs_hessian=..., weigh=...)
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.data.activations import ActivationStore
 from compress.models.families import ArchitectureSpec
+from compress.models.skeleton import LayerInputs, linear_in
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
 from compress.quantization.solvers import QuantizedLinear, Solver
@@ -57,7 +57,7 @@ def without(layer: nn.Module, name: str) -> Iterator[nn.Module]:
 def run_layer(
     layer: nn.Module,
     spec: ArchitectureSpec,
-    inputs: Callable[[int, Tensor], dict[str, Any]],
+    inputs: Callable[[int, Tensor], LayerInputs],
     x: ActivationStore,
     y: ActivationStore,
     work: ActivationStore,
@@ -72,13 +72,13 @@ def run_layer(
     """Moves all batches in `x` [B, T, d] through the layer, quantising it on the way.
 
     Args:
-        inputs: number of a batch, batch -> the further arguments of the attention module (rotary
-            tables, mask).
+        inputs: number of a batch, batch -> the further arguments of the attention module.
         x: the layer's inputs.
         y: where its outputs go: an empty store, or `x` itself.
         work: an empty store for what waits between two stages; empty again afterwards.
-        counted: only so many batches are in the Hessians, those after them just pass; None: all.
-        attended: told of each batch that has been through the quantised attention.
+        needs_hessian: whether `quantise` is to be given the Hessian of a group.
+        counted: only the first so many batches are in the Hessians; None: all.
+        attended: called with the number of each batch that has passed the quantised attention.
     """
     input_norm, post_norm = (layer.get_submodule(n) for n in (spec.input_norm, spec.post_norm))
     counted = len(x) if counted is None else counted
@@ -89,7 +89,7 @@ def run_layer(
             H.add_batch(rows, weights[i])
 
     def statistics(group: tuple[str, ...]) -> Hessian | None:
-        columns = layer.get_submodule(group[0]).weight.shape[1]
+        columns = linear_in(layer, group[0]).in_features
         return Hessian(columns, device) if needs_hessian(group) else None
 
     def batches(store: ActivationStore) -> Iterator[tuple[int, Tensor]]:
@@ -144,8 +144,7 @@ def run_layer(
 
 def solve_group(
     layer: nn.Module,
-    group: tuple[str, ...],
-    schemes: Mapping[str, Scheme | None],
+    schemes: Mapping[str, Scheme],
     solver: Solver,
     H: Hessian | None,
     scale_dtype: torch.dtype,
@@ -155,31 +154,30 @@ def solve_group(
     Linears of one scheme are solved as one stack of rows: they share the Hessian.
 
     Args:
-        schemes: name -> `Scheme`, or None for a linear that stays as it is.
+        schemes: name -> scheme of each linear of the group that is quantised.
         solver: of SOLVERS; H is the Hessian of the group's input if it needs one.
 
     Raises:
         CompressError: the Hessian cannot be factored.
     """
     stacks: dict[Scheme, list[str]] = {}
-    for name in group:
-        if (scheme := schemes[name]) is not None:
-            stacks.setdefault(scheme, []).append(name)
+    for name, scheme in schemes.items():
+        stacks.setdefault(scheme, []).append(name)
     if not stacks:
         return {}
     statistics = None if H is None else solver.prepare(H.matrix())
     solved: dict[str, QuantizedLinear] = {}
     for scheme, names in stacks.items():
-        linears = [layer.get_submodule(name) for name in names]
+        linears = [linear_in(layer, name) for name in names]
         grid = UniformGrid(scheme.bits, scheme.symmetric, scale_dtype)
         weights = [linear.weight for linear in linears]
         W = weights[0] if len(weights) == 1 else torch.cat(weights)
         whole = solver.solve(W, statistics, grid, scheme.group_size)
         del W, weights
-        ends = accumulate(linear.weight.shape[0] for linear in linears)
+        ends = accumulate(linear.out_features for linear in linears)
         for name, linear, end in zip(names, linears, ends, strict=True):
-            solved[name] = whole.rows(slice(end - linear.weight.shape[0], end))
+            solved[name] = whole.rows(slice(end - linear.out_features, end))
     del statistics  # two K x K matrices, before weights are made
     for name, part in solved.items():
-        layer.get_submodule(name).weight = nn.Parameter(part.weight(), requires_grad=False)
+        linear_in(layer, name).weight = nn.Parameter(part.weight(), requires_grad=False)
     return solved

@@ -47,7 +47,7 @@ def round_in_order(
                 x.addmv_(base[start:j].T, links[j][start:j], alpha=-1)
             if scale is not None:
                 x.div_(scale[j])
-            x.round_().clamp_(lows[j], highs[j])
+            x.round_().clamp_(lows[j], highs[j])  # type: ignore[arg-type]  # two numbers or tensors
             if scale is not None:
                 x.mul_(scale[j])
     return base

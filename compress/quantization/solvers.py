@@ -25,13 +25,11 @@ from compress.quantization.rounding import quadratic
 from compress.recipe.sections import Quantize
 from compress.registry import Registry
 
-SOLVERS = Registry("solver")
+SOLVERS: Registry[type["Solver"]] = Registry("solver")
 # Output rows do not depend on one another, so they are solved some at a time: on a CPU few enough
 # that the working set of a block stays in its cache, and the temporaries small.
 WEIGHTS_AT_A_TIME = {"cpu": 1 << 21, "cuda": 1 << 27}
 LEAST_ROWS = 256
-# What a QuantizedLinear holds one of for each output row.
-ROWWISE = ("codes", "scale", "zero", "error", "power")
 
 
 @dataclass(frozen=True)
@@ -85,19 +83,37 @@ class QuantizedLinear:
         return max(0.0, float(self.error.sum()) / power) if power > 0 else 0.0
 
     def rows(self, part: slice) -> "QuantizedLinear":
-        """The linear of some output rows: how stacked linears are taken apart again."""
-        cut = {name: getattr(self, name) for name in ROWWISE}
-        return replace(self, **{n: None if t is None else t[part] for n, t in cut.items()})
+        """The linear of some output rows; takes stacked linears apart."""
+        return replace(
+            self,
+            codes=self.codes[part],
+            scale=self.scale[part],
+            zero=None if self.zero is None else self.zero[part],
+            error=None if self.error is None else self.error[part],
+            power=None if self.power is None else self.power[part],
+        )
 
     @classmethod
     def join(cls, parts: "list[QuantizedLinear]") -> "QuantizedLinear":
         """The linear of all the parts' rows; they share one Hessian and grid."""
-        columns = {name: [getattr(part, name) for part in parts] for name in ROWWISE}
-        joined = {n: None if c[0] is None else torch.cat(c) for n, c in columns.items()}
         rows = [part.codes.shape[0] for part in parts]
         sweeps = zip_longest(*(part.changed for part in parts), fillvalue=0.0)
         changed = tuple(sum(map(mul, rows, shares)) / sum(rows) for shares in sweeps)
-        return replace(parts[0], **joined, changed=changed)
+        return replace(
+            parts[0],
+            codes=torch.cat([part.codes for part in parts]),
+            scale=torch.cat([part.scale for part in parts]),
+            zero=_joined([part.zero for part in parts]),
+            error=_joined([part.error for part in parts]),
+            power=_joined([part.power for part in parts]),
+            changed=changed,
+        )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """The rows of all parts; None if the parts have none."""
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
 
 
 def _finish(result: QuantizedColumns, grid: UniformGrid) -> QuantizedLinear:
@@ -222,9 +238,15 @@ class Gptq:
         Wt = W.T.clone(memory_format=torch.contiguous_format).to(H.dtype)
         Wt[statistics.dead] = 0
         result = column_loop(
-            Wt, statistics.M, grid, group_size, settings.clip_search, H.diagonal(),
-            statistics.order, pivots=statistics.pivots,
-        )  # fmt: skip
+            Wt,
+            statistics.M,
+            grid,
+            group_size,
+            settings.clip_search,
+            importance=H.diagonal(),
+            order=statistics.order,
+            pivots=statistics.pivots,
+        )
         changed = refine(result, Wt, H, grid, group_size, settings.refine_sweeps)
         linear = _finish(result, grid)
         linear.power = quadratic(H, Wt)

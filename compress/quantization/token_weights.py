@@ -1,21 +1,30 @@
-"""Token weights of calibration batches: what a strategy of `importance/tokens.py` asks of a layer.
+"""Token weights of calibration batches, by a strategy of `importance/tokens.py`.
 
 weigher = TokenWeigher(recipe.quantize.token_importance, batches, counts)
 w = weigher.weights(i, x, norm(x), layer, spec, inputs, None)      # [B, T], None: all alike
 """
 
 import sys
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from compress.importance.tokens import LayerContext, token_weights
 from compress.models.families import ArchitectureSpec
+from compress.models.skeleton import LayerInputs
 from compress.recipe.sections import TokenImportance
 
 
+@runtime_checkable
+class Heads(Protocol):
+    """What an attention module of transformers says about its heads."""
+
+    head_dim: int
+    scaling: float
+
+
 class TokenWeigher:
-    """Token weights of a layer's batches by one strategy, and how concentrated they are."""
+    """Weighs the tokens of a layer's batches by one strategy."""
 
     def __init__(
         self,
@@ -35,7 +44,7 @@ class TokenWeigher:
         normed: Tensor,
         layer: nn.Module,
         spec: ArchitectureSpec,
-        inputs: dict[str, Any],
+        inputs: LayerInputs,
         sliding_window: int | None,
     ) -> Tensor | None:
         """w_hat [B, T] of batch i, or None where every token weighs the same."""
@@ -56,10 +65,11 @@ class TokenWeigher:
 
 
 def queries_keys(
-    layer: nn.Module, spec: ArchitectureSpec, normed: Tensor, inputs: dict[str, Any]
+    layer: nn.Module, spec: ArchitectureSpec, normed: Tensor, inputs: LayerInputs
 ) -> tuple[Tensor, Tensor, float]:
     """Queries [B, h, T, d_h] and keys [B, h_kv, T, d_h] as attention sees them, and its scaling."""
     attention = layer.get_submodule(spec.attention)
+    assert isinstance(attention, Heads)
     # The family's own rotary function stands in the module that defines its attention.
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
 
@@ -70,12 +80,12 @@ def queries_keys(
             y = getattr(attention, norm)(y)
         return y.transpose(1, 2)
 
-    q, k = rotate(heads(spec.query, "q_norm"), heads(spec.key, "k_norm"),
-                  *inputs["position_embeddings"])  # fmt: skip
+    q, k = heads(spec.query, "q_norm"), heads(spec.key, "k_norm")
+    q, k = rotate(q, k, *inputs["position_embeddings"])
     return q, k, attention.scaling
 
 
-def _output(layer: nn.Module, x: Tensor, inputs: dict[str, Any]) -> Tensor:
+def _output(layer: nn.Module, x: Tensor, inputs: LayerInputs) -> Tensor:
     """The whole layer at full precision: [B, T, d]."""
     y = layer(x, **inputs)
     return y[0] if isinstance(y, tuple) else y

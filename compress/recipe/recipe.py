@@ -16,7 +16,6 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import PrivateAttr, ValidationError, model_validator
@@ -56,7 +55,7 @@ class Recipe(Section):
     def _resolve(self) -> "Recipe":
         """Replaces what is automatic by what it means for this recipe."""
         quantize, importance = self.quantize, self.quantize.token_importance
-        changes: dict[str, Any] = {}
+        changes: dict[str, object] = {}
         if quantize.method == "rsq":
             if self.rotate.kind == "none":
                 raise FieldError(("quantize", "method"), "rsq rotates, but rotate.kind is none")
@@ -120,7 +119,7 @@ class Recipe(Section):
         return cls._validated(source, file.resolve().parent)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], source: str = "recipe") -> "Recipe":
+    def from_dict(cls, data: Mapping[str, object], source: str = "recipe") -> "Recipe":
         """A recipe from plain values; RecipeError with `source` as the place."""
         return cls._validated(Source(dict(data), {(): source}))
 
@@ -138,11 +137,13 @@ class Recipe(Section):
             object.__setattr__(recipe, "prune_visual_tokens", pruning.read(found))
         return recipe
 
-    def with_changes(self, **sections: Any) -> "Recipe":
+    def with_changes(self, **sections: object) -> "Recipe":
         """This recipe with other values: a section's mapping changes the keys it names."""
         data = self.model_dump()
         for name, value in sections.items():
-            data[name] = (data[name] or {}) | value if isinstance(value, Mapping) else value
+            if isinstance(value, Mapping):
+                value = {**(data[name] or {}), **value}
+            data[name] = value
         return self._validated(Source(data, {(): "recipe"}), self._folder)
 
     def dump(self) -> str:

@@ -10,7 +10,7 @@ GPTQ (arXiv 2210.17323) for damping and act-order; arXiv 2406.17415 for `allocat
 import re
 from collections.abc import Iterable
 from pathlib import PurePath
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -71,7 +71,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _expand_short_form(cls, data: Any) -> Any:
+    def _expand_short_form(cls, data: object) -> object:
         if cls.short_form and isinstance(data, str | PurePath):
             return {cls.short_form: str(data)}
         return data

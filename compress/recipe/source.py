@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from compress.errors import RecipeError, did_you_mean
 
@@ -49,7 +50,7 @@ class Source:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""
             raise RecipeError(f"{path}{line}: not valid YAML: {_problem(error)}") from error
-        if not isinstance(data, dict):
+        if root is None or not isinstance(data, dict):
             raise RecipeError(f"{path}: expected sections such as `model:`, found {_found(data)}")
         places: dict[Location, str] = {(): str(path)}
         _note_places(root, (), str(path), places, set())
@@ -75,7 +76,9 @@ class Source:
             ) from error
         self.put(tuple(key.split(".")), value, f"--set {assignment}", schema)
 
-    def put(self, steps: tuple[str, ...], value: Any, place: str, schema: type[BaseModel]) -> None:
+    def put(
+        self, steps: tuple[str, ...], value: object, place: str, schema: type[BaseModel]
+    ) -> None:
         """Sets one value; short forms on the way (`model: PATH`) become the mapping they stand for.
 
         A step into a list is its index: `quantize.overrides.0.bits`.
@@ -92,7 +95,7 @@ class Source:
             location = (*location, key)
             if i == len(steps) - 1:
                 break
-            inner = node[key] if isinstance(node, list) else node.get(key)
+            inner = node[int(step)] if isinstance(node, list) else node.get(key)
             short_form = getattr(section_at(schema, location), "short_form", None)
             if inner is None:
                 inner = {}
@@ -140,13 +143,13 @@ def dotted(location: Location) -> str:
     return text.removeprefix(".")
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
+def _section_in(annotation: object) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
-def _explain(problem: Any, location: Location, schema: type[BaseModel]) -> str:
+def _explain(problem: ErrorDetails, location: Location, schema: type[BaseModel]) -> str:
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
         section = section_at(schema, location[:-1])
@@ -165,7 +168,7 @@ def _explain(problem: Any, location: Location, schema: type[BaseModel]) -> str:
     return f"{expected}, found {_found(value)}"
 
 
-def _found(value: Any) -> str:
+def _found(value: object) -> str:
     """A value as YAML would spell it on one line, shortened."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)

@@ -13,8 +13,8 @@ Q[i, j] = chi(x_i - x_j) over the elements of the field GF(q), chi the quadratic
 squares, -1 on the others, 0 at zero.
 
 Orders 92, 116, 156, 172 and a few more are out of Paley's reach and are built from four circulants.
-Their first rows were found by `search_circulants`: a row that is constant on the orbits of a
-multiplier t (row[t i mod k] = row[i]) has few free signs, so all of them can be tried.
+Their first rows were found by search: a row that is constant on the orbits of a multiplier t
+(row[t i mod k] = row[i]) has few free signs, so all of them can be tried.
 
 Sources: Paley, "On orthogonal matrices" (1933); Goethals and Seidel, "A skew Hadamard matrix of
 order 36" (1970); multipliers as in the literature on supplementary difference sets.
@@ -28,10 +28,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from compress.errors import UsageError
-
 # k: (multiplier t, four rows). Bit i of a row is set where orbit i of {0 .. k-1} under t holds -1,
-# orbits in the order of their least element. `search_circulants(k, t)` makes each line again.
+# orbits in the order of their least element. `tests/support/circulants.py` finds each line again.
 CIRCULANTS: dict[int, tuple[int, tuple[int, int, int, int]]] = {
     23: (22, (334, 3110, 1598, 1192)),
     29: (28, (1510, 3446, 24908, 5666)),
@@ -53,6 +51,13 @@ def prime_power(q: int) -> tuple[int, int] | None:
     while rest % p == 0:
         exponent, rest = exponent + 1, rest // p
     return (p, exponent) if rest == 1 else None
+
+
+def _field(q: int) -> tuple[int, int]:
+    """Characteristic and degree of GF(q)."""
+    power = prime_power(q)
+    assert power is not None, f"there is no field of {q} elements"
+    return power
 
 
 def _powers_of_x(modulus: tuple[int, ...], p: int, q: int) -> list[int] | None:
@@ -81,7 +86,7 @@ def quadratic_character(q: int) -> Tensor:
 
     The squares are the even powers of a generator of the multiplicative group.
     """
-    p, exponent = prime_power(q)
+    p, exponent = _field(q)
     for modulus in itertools.product(range(p), repeat=exponent):
         powers = _powers_of_x(modulus, p, q)
         if powers is not None:
@@ -94,7 +99,7 @@ def quadratic_character(q: int) -> Tensor:
 
 def jacobsthal(q: int) -> Tensor:
     """Q[i, j] = chi(x_i - x_j) over GF(q): int8 [q, q], zero on the diagonal."""
-    p, exponent = prime_power(q)
+    p, exponent = _field(q)
     elements = torch.arange(q)
     difference = torch.zeros(q, q, dtype=torch.int64)
     for power in (p**i for i in range(exponent)):
@@ -116,6 +121,7 @@ def paley_field(order: int) -> int | None:
 def paley(order: int) -> Tensor:
     """Paley's Hadamard matrix, int8 [order, order]; `paley_field(order)` must not be None."""
     q = paley_field(order)
+    assert q is not None, f"Paley's constructions give no matrix of order {order}"
     symmetric = q % 4 == 1  # Q is symmetric for q = 1 mod 4, skew for q = 3 mod 4
     border = torch.zeros(q + 1, q + 1, dtype=torch.int8)
     border[0, 1:] = 1
@@ -177,55 +183,3 @@ def goethals_seidel(order: int) -> Tensor:
             torch.cat([-DR, CtR, -BtR, A], dim=1),
         ]
     )
-
-
-def _odd_square_sums(n: int) -> list[tuple[int, int, int, int]]:
-    """All a <= b <= c <= d, odd, with a^2 + b^2 + c^2 + d^2 = n."""
-    odd = range(1, int(n**0.5) + 1, 2)
-    quadruples = itertools.combinations_with_replacement(odd, 4)
-    return [q for q in quadruples if sum(x * x for x in q) == n]
-
-
-def search_circulants(k: int, multiplier: int) -> tuple[int, int, int, int]:
-    """Four rows for `CIRCULANTS[k]`, by trying all +-1 rows constant on the multiplier's orbits.
-
-    The condition is that the periodic autocorrelations of the four rows sum to zero at every shift
-    but 0. At shift 0 of the spectrum it says that the squared row sums add to 4 k, which splits the
-    rows into small classes; two pairs of rows then meet where one pair's autocorrelation is minus
-    the other's. Needs k odd and at most 20 orbits; UsageError if there is no solution.
-    """
-    orbits = multiplier_orbits(k, multiplier)
-    if k % 2 == 0 or len(orbits) > 20:
-        raise UsageError(
-            f"expected an odd k and a multiplier with at most 20 orbits, found k = {k} and "
-            f"{len(orbits)} orbits of {multiplier}: choose a multiplier of higher order"
-        )
-    codes = torch.arange(0, 2 ** len(orbits), 2)  # row[0] = +1: negating a row changes nothing
-    rows = torch.ones(len(codes), k, dtype=torch.float64)
-    for bit, orbit in enumerate(orbits):
-        rows[:, orbit] -= 2.0 * (codes[:, None] >> bit & 1)
-    spectrum = torch.fft.fft(rows).abs() ** 2
-    possible = (spectrum <= 4 * k + 1e-6).all(dim=1)  # four of them sum to 4 k everywhere
-    codes, rows, spectrum = codes[possible], rows[possible], spectrum[possible]
-    correlation = torch.fft.ifft(spectrum).real.round().long()
-    correlation = correlation[:, [orbit[0] for orbit in orbits[1:]]]
-    # One integer per row: equal sums of integers mark the candidates, which are then checked.
-    weights = torch.randint(
-        -(2**40), 2**40, (len(orbits) - 1,), generator=torch.Generator().manual_seed(0)
-    )
-    key = correlation @ weights
-    row_sum = rows.sum(dim=1).abs().long()
-
-    for sums in _odd_square_sums(4 * k):
-        a, b, c, d = ((row_sum == s).nonzero().flatten() for s in sums)
-        if min(len(a), len(b), len(c), len(d)) == 0:
-            continue
-        left = (key[a][:, None] + key[b][None, :]).flatten()
-        right, order = (-(key[c][:, None] + key[d][None, :])).flatten().sort()
-        place = torch.searchsorted(right, left).clamp(max=len(right) - 1)
-        for hit in (right[place] == left).nonzero().flatten().tolist():
-            other = int(order[place[hit]])
-            four = [a[hit // len(b)], b[hit % len(b)], c[other // len(d)], d[other % len(d)]]
-            if not correlation[torch.stack(four)].sum(dim=0).any():
-                return tuple(int(codes[i]) for i in four)
-    raise UsageError(f"no four circulants of order {k} are constant on the orbits of {multiplier}")

@@ -118,7 +118,9 @@ class HadamardTransform:
         self.size = size
         self.block = hadamard_block(size)
         self.blocks = size // self.block
-        self.factors = hadamard_factors(self.block)
+        factors = hadamard_factors(self.block)
+        assert factors is not None, "hadamard_block finds a size that has them"
+        self.factors = factors
 
     def __repr__(self) -> str:
         return (

@@ -30,6 +30,7 @@ Sources: SliceGPT (arXiv 2401.15024), on computational invariance, for fusion; Q
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ from compress.models.families import ArchitectureSpec, VisionSpec
 from compress.registry import Registry
 from compress.rotation.hadamard import HadamardTransform
 
-ROTATIONS = Registry("rotation")
+# Each takes the size and the seed of its random numbers.
+ROTATIONS: Registry[Callable[..., "Rotation | None"]] = Registry("rotation")
 
 # Rows of an embedding or head rotated at once: 2^14 fp64 rows of 8192 are 1 GiB, where the whole
 # table of a 150,000-word model would be 10 GiB.

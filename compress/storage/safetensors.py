@@ -290,7 +290,7 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
 
 def _raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous 1-D CPU tensor, shared, not copied."""
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return tensor.view(torch.uint8).numpy().data
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def _layout(entries: dict[str, TensorEntry]) -> tuple[bytes, list[str]]:
         return (-entry.nbytes // max(math.prod(entry.shape), 1), name)
 
     order = sorted(entries, key=rank)
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
         entry = entries[name]

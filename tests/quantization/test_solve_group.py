@@ -52,12 +52,16 @@ def statistics_for(method):
     return hessian() if method == "gptq" else None
 
 
+def quantised(schemes):
+    return {name: schemes[name] for name in GROUP if schemes[name]}
+
+
 @each_solver
 @pytest.mark.parametrize("schemes", SCHEMES)
 def test_together_is_each_on_its_own(layer, method, schemes):
     schemes, solver = SCHEMES[schemes], solver_of(method)
     before = copy.deepcopy(layer)
-    found = solve_group(layer, GROUP, schemes, solver, statistics_for(method), torch.bfloat16)
+    found = solve_group(layer, quantised(schemes), solver, statistics_for(method), torch.bfloat16)
     assert set(found) == {name for name in GROUP if schemes[name]}
     for name, linear in found.items():
         grid = UniformGrid(schemes[name].bits, schemes[name].symmetric, torch.bfloat16)
@@ -77,8 +81,8 @@ def test_together_is_each_on_its_own(layer, method, schemes):
 @pytest.mark.parametrize("schemes", SCHEMES)
 def test_the_layer_goes_on_with_what_a_checkpoint_would_give_it(layer, method, schemes):
     before = {name: getattr(layer, name).weight for name in GROUP}
-    arguments = SCHEMES[schemes], solver_of(method), statistics_for(method), torch.bfloat16
-    found = solve_group(layer, GROUP, *arguments)
+    arguments = solver_of(method), statistics_for(method), torch.bfloat16
+    found = solve_group(layer, quantised(SCHEMES[schemes]), *arguments)
     for name in GROUP:
         weight = getattr(layer, name).weight
         if name not in found:
@@ -91,8 +95,7 @@ def test_the_layer_goes_on_with_what_a_checkpoint_would_give_it(layer, method, s
 def test_where_nothing_is_quantised_nothing_is_done(layer):
     """The Hessian is not even put together."""
     before, H = copy.deepcopy(layer), hessian()
-    schemes = dict.fromkeys(GROUP)
-    assert solve_group(layer, GROUP, schemes, solver_of("gptq"), H, torch.float32) == {}
+    assert solve_group(layer, {}, solver_of("gptq"), H, torch.float32) == {}
     assert all(map(torch.equal, layer.parameters(), before.parameters()))
     assert H.matrix().any()
 
@@ -102,6 +105,6 @@ def test_what_the_others_are_does_not_matter(layer):
     codes = []
     for k, v in product((THREE, FOUR, None), repeat=2):
         schemes = {"q": THREE, "k": k, "v": v}
-        arguments = schemes, solver_of("gptq"), hessian(), torch.bfloat16
-        codes.append(solve_group(copy.deepcopy(layer), GROUP, *arguments)["q"].codes)
+        arguments = quantised(schemes), solver_of("gptq"), hessian(), torch.bfloat16
+        codes.append(solve_group(copy.deepcopy(layer), *arguments)["q"].codes)
     assert all(torch.equal(found, codes[0]) for found in codes)
