@@ -14,7 +14,7 @@ from the seed.
 import json
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,27 +22,15 @@ from compress.errors import UsageError
 from compress.models.vision import Inputs
 from compress.recipes.demo import scenes
 
-if TYPE_CHECKING:  # an optional extra, and slow to import
+if TYPE_CHECKING:  # an optional extra
     from PIL.Image import Image
-    from transformers import ProcessorMixin
 
 DEMO_SCENES = "demo-scenes"
-
-
-@runtime_checkable
-class TakesImages(Protocol):
-    """A processor of prompts with images."""
-
-    image_token: str
+Processor = Any  # a ProcessorMixin with an `image_token`, which that class does not declare
 
 
 def read_samples(
-    path: str | Path,
-    processor: "ProcessorMixin",
-    count: int,
-    seed: int = 0,
-    *,
-    answers: bool = False,
+    path: str | Path, processor: Processor, count: int, seed: int = 0, *, answers: bool = False
 ) -> list[Inputs]:
     """At most `count` prompts, a random choice if the file has more, in the order of the file.
 
@@ -60,13 +48,12 @@ def read_samples(
 
 
 def prompt_inputs(
-    processor: "ProcessorMixin", prompt: str, images: "list[Image]", answer: str | None = None
+    processor: Processor, prompt: str, images: "list[Image]", answer: str | None = None
 ) -> Inputs:
     """Keyword arguments of a forward for one prompt with these images.
 
     Raises ValueError if the text has not one image token for each image: not every processor does.
     """
-    assert isinstance(processor, TakesImages)
     text = prompt_text(processor, prompt, len(images), answer)
     if text.count(processor.image_token) != len(images):
         raise ValueError(
@@ -76,7 +63,7 @@ def prompt_inputs(
     return dict(processor(text=[text], images=images, return_tensors="pt"))
 
 
-def _demo_scenes(processor: "ProcessorMixin", count: int, seed: int, answers: bool) -> list[Inputs]:
+def _demo_scenes(processor: Processor, count: int, seed: int, answers: bool) -> list[Inputs]:
     return [
         prompt_inputs(
             processor, item["question"], [item["image"]], item["answer"] if answers else None
@@ -119,7 +106,7 @@ def open_image(path: Path, called: str) -> "Image":
 
 
 def _inputs(
-    place: str, folder: Path, row: dict[str, Any], processor: "ProcessorMixin", answers: bool
+    place: str, folder: Path, row: dict[str, Any], processor: Processor, answers: bool
 ) -> Inputs:
     image = row.get("image")
     names = [image] if isinstance(image, str) else image
@@ -135,14 +122,13 @@ def _inputs(
         raise UsageError(f"{place}: {' '.join(str(error).split())}") from error
 
 
-def prompt_text(processor: "ProcessorMixin", prompt: str, images: int, answer: str | None) -> str:
+def prompt_text(processor: Processor, prompt: str, images: int, answer: str | None) -> str:
     """The text that the model reads, with a placeholder for each image."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
-        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        turns = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     else:
-        assert isinstance(processor, TakesImages)
         token = processor.image_token
         text = prompt if token in prompt else f"{token} " * images + prompt
     # Behind the generation prompt, where the model itself would put it.

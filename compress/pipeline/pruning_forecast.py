@@ -29,21 +29,13 @@ TEXT_TOKENS = 32  # of a prompt that is made up, beside its image
 VISUAL_TOKENS = 1024  # of an image where its size decides, and none is given
 
 
-class PromptFacts(TypedDict):
-    """The prompt that costs are those of."""
-
-    source: str
-    tokens: int
-    visual_tokens: int
-
-
 class PruningCosts(TypedDict):
     """The strategy, and what it costs for one prompt."""
 
     strategy: dict[str, Any]
     searched: bool
     average_kept: float  # share of visual tokens, averaged over layers
-    prompt: PromptFacts
+    prompt: dict[str, str | int]  # its source, tokens and visual_tokens
     kept: list[int]  # visual tokens at each decoder layer
     prefill_flops: int
     prefill_flops_unpruned: int
@@ -52,7 +44,7 @@ class PruningCosts(TypedDict):
 
 
 class PruningForecast(PruningCosts):
-    """The same with a line for a person."""
+    """Costs with a line for a person."""
 
     summary: str
 

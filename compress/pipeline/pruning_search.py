@@ -37,12 +37,9 @@ def searched_strategy(
     Raises:
         UsageError, CompressError: as `search_strategy` does, and for data that cannot be read.
     """
-    from transformers import ProcessorMixin  # slow to import
-
     assert section.search is not None and section.keep is not None
     settings = section.search
     model, processor = load(folder, device=device, prune=False)
-    assert isinstance(processor, ProcessorMixin)
     prompts = read_samples(source.location, processor, settings.samples, settings.seed)
     trials = work / f"pruning-{mark[:16]}.jsonl"
     if not resume:
