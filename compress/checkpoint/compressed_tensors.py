@@ -90,7 +90,7 @@ def module_schemes(config: dict, names: Iterable[str]) -> dict[str, Scheme]:
             return None
         if name in targets:
             return targets[name]
-        return next((scheme for pattern, scheme in patterns if pattern.match(name)), anything)
+        return next((found for pattern, found in patterns if pattern.match(name)), anything)
 
     return {name: scheme for name in names if (scheme := scheme_of(name)) is not None}
 

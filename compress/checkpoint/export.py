@@ -227,8 +227,8 @@ def _refuse_section(folder: Path, section: dict[str, Any]) -> None:
         "one scale for a whole weight": any(strategy_of(w) == "tensor" for w in weights),
         "inputs permuted across groups (act-order)": any(map(has_act_order, weights)),
     }
-    for what, found in more.items():
-        if found:
+    for what, present in more.items():
+        if present:
             raise UsageError(f"{folder} has {what}, which other formats cannot hold")
     if {format_of(section, group) for group in groups} != {"pack-quantized"}:
         raise CheckpointError(

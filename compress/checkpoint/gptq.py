@@ -140,8 +140,8 @@ def _patterns(names: list[str], known: Iterable[str]) -> list[str]:
         listed = "|".join(map(str, sorted(found)))
         layers = r"\d+" if set(found) == every[stack, inner] else f"(?:{listed})"
         shared.setdefault((stack, layers), []).append(inner)
-    for (stack, layers), inner in shared.items():
-        listed = "|".join(re.escape(name) for name in sorted(inner))
+    for (stack, layers), names in shared.items():
+        listed = "|".join(re.escape(name) for name in sorted(names))
         patterns.append(rf"^{re.escape(stack)}\.{layers}\.(?:{listed})$")
     return patterns
 

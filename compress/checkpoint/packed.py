@@ -22,6 +22,7 @@ import re
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,8 +223,8 @@ class PackedLinears:
                 f"int-quantized, found {', '.join(sorted(formats)) or 'no config group'}: "
                 f"{self.remedy}"
             )
-        for what, found in extras(self.section).items():
-            if found:
+        for what, present in extras(self.section).items():
+            if present:
                 raise self._error(f"{what} cannot be run packed: {self.remedy}")
 
     def _schemes(self) -> dict[str, Scheme]:
@@ -256,7 +257,7 @@ class PackedLinears:
 
     def _gptq_scheme(self, name: str) -> Scheme:
         keys = ("bits", "group_size", "sym", "desc_act")
-        settings = {key: self.section.get(key) for key in keys}
+        settings: dict[str, Any] = {key: self.section.get(key) for key in keys}
         for rule, override in (self.section.get("dynamic") or {}).items():
             if re.match(rule_pattern(rule), name):
                 if rule.startswith("-:"):

@@ -102,7 +102,7 @@ def generate(
 
     check_device(device)
     pictures = [open_image(path, f"image {path}") for path in image or ()]
-    packed = not dense
+    packed = None if dense is None else not dense
     if dense is None:
         packed = fastest_packing(model, device, activation_bits)
         if packed is not None:

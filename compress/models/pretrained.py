@@ -26,11 +26,12 @@ READ_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
-def local_folder(location: str, revision: str | None = None) -> Path:
+def local_folder(location: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: itself, or where a hub repository has been downloaded to.
 
     Raises UsageError if the folder has no config.json or the hub has no such repository.
     """
+    location = str(location)
     if Path(location).is_dir():
         return Path(location)
     if Path(location).exists():

@@ -68,7 +68,7 @@ class Skeleton:
         self._check_names()
 
     @classmethod
-    def open(cls, location: str, revision: str | None = None) -> "Skeleton":
+    def open(cls, location: str | Path, revision: str | None = None) -> "Skeleton":
         return cls(local_folder(location, revision))
 
     def _empty_model(self) -> nn.Module:

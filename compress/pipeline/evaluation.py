@@ -122,9 +122,10 @@ class Evaluator:
             seed: instead of the evaluator's.
             pictures: a folder for pictures of what was pruned, if the model prunes visual tokens.
         """
-        packed = not dense
         if dense is None:
             packed = fastest_packing(model, self.device, activation_bits)
+        else:
+            packed = not dense
         loaded, processor = load(
             model, self.device, self._dtype(), packed=packed, activation_bits=activation_bits
         )
@@ -190,8 +191,8 @@ def read_text(settings: EvaluationSettings, tokenizer: Any) -> Text:
     bos = tokenizer.bos_token_id if settings.bos else None
     corpus = load_documents(settings.perplexity, "held_out", settings.text_field)
     if not settings.per_document:
-        ids = token_stream(corpus, tokenizer, settings.tokens)
-        return Text(ids, None, settings.length, settings.stride, bos)
+        stream = token_stream(corpus, tokenizer, settings.tokens)
+        return Text(stream, None, settings.length, settings.stride, bos)
     documents: list[list[int]] = []
     total = 0
     for ids in encode(tokenizer, list(corpus.texts)):

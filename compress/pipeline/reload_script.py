@@ -44,7 +44,7 @@ def compare(folder: str, probe: dict[str, torch.Tensor], dequantize: bool) -> di
 
 def with_wide_scales(folder: str) -> dict[str, torch.Tensor]:
     """The folder's tensors, scales in fp32."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         tensors |= load_file(file)
     return {n: t.float() if n.endswith(".weight_scale") else t for n, t in tensors.items()}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from compress.data.prompts import CalibrationData, ImagePrompts
 from compress.errors import CheckpointError
 from compress.models.skeleton import LayerInputs, Skeleton
 from compress.models.vision import Encoded, EncodesImages, Inputs, encode
-from compress.pruning.costs import DecoderShape, PruningStats, prompt_stats
+from compress.pruning.costs import CostTotals, DecoderShape, PruningStats, prompt_stats
 from compress.pruning.encoding import EncodedImages
 from compress.pruning.families import FAMILIES
 from compress.pruning.prompt import PromptImage, PrunedPrompt, take
@@ -227,7 +227,7 @@ class CalibrationStream:
 
     # ---- the end --------------------------------------------------------------------------------
 
-    def pruning_stats(self, element_bytes: int) -> dict[str, Any] | None:
+    def pruning_stats(self, element_bytes: int) -> CostTotals | None:
         """What was kept of the calibration prompts, and their costs; None if none was pruned."""
         if not self.prompts:
             return None

@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise, product
 from operator import mul
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -50,7 +50,6 @@ NEW_NAMES = {"threshold": "voter_threshold", "alpha": "entropy_weight"}
 # Shares are products of ratios: whole numbers of tokens come out with an error of this size.
 ROUNDING = 1e-6
 
-T = TypeVar("T")
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(strict=False, gt=0, le=1)]
 Layer = Annotated[int, Field(ge=0)]
@@ -182,7 +181,7 @@ class PruneStrategy(BaseModel):
             raise RecipeError(Source(data, {(): source}).one_line(error, cls)) from error
 
 
-def with_new_names(saved: T) -> T:
+def with_new_names(saved: Any) -> Any:
     """Plain values of saved JSON with today's names, as keys and in lists of names."""
     if isinstance(saved, dict):
         names = {old: new for old, new in NEW_NAMES.items() if new not in saved}
