@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`
 def kinds(monkeypatch):
     """The classes of linears that every model loaded from here on has, in turn."""
     from compress.loading import load as loading
+    from compress.pipeline import evaluation
 
     found, load = [], loading.load
 
@@ -32,7 +33,8 @@ def kinds(monkeypatch):
         found.append({type(m) for n, m in model.named_modules() if n.endswith("_proj")})
         return model, processor
 
-    monkeypatch.setattr(loading, "load", watched)
+    for place in (loading, evaluation):
+        monkeypatch.setattr(place, "load", watched)
     return found
 
 
