@@ -73,7 +73,9 @@ def _quantize_tokens(
 
 
 @_quantize_tokens.register_fake
-def _(x, factors, power, bits, full_range):
+def _(
+    x: Tensor, factors: list[Tensor], power: int, bits: int, full_range: bool
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
@@ -181,5 +183,16 @@ def _integer_matmul(
 
 
 @_integer_matmul.register_fake
-def _(values, token_scale, words, high, scale, zero, bias, bits, group_size, dtype):
+def _(
+    values: Tensor,
+    token_scale: Tensor,
+    words: Tensor,
+    high: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
     return values.new_empty(values.shape[0], words.shape[1], dtype=dtype)

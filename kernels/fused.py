@@ -27,10 +27,9 @@ def fuse_linears(model: nn.Module, together: Iterable[Sequence[str]]) -> list[st
     fused = []
     for parent_name, parent in list(model.named_modules()):
         for names in together:
-            parts = [getattr(parent, name, None) for name in names]
-            if any(type(part) is not QuantLinear for part in parts):
-                continue
-            if (shared := _shared(parts)) is None:
+            found = [getattr(parent, name, None) for name in names]
+            parts = [part for part in found if type(part) is QuantLinear]
+            if len(parts) < len(found) or (shared := _shared(parts)) is None:
                 continue
             name = "fused_" + "_".join(names)
             setattr(parent, name, shared)
@@ -115,6 +114,7 @@ def _shared(parts: Sequence[QuantLinear]) -> SharedLinear | None:
         weight = concatenate([part.codes() for part in parts])
     except ValueError:  # they differ, and stay apart
         return None
-    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    biases = [part.bias for part in parts if part.bias is not None]  # all or none
+    bias = torch.cat(biases) if biases else None
     linear = QuantLinear(weight, bias, parts[0].dtype, parts[0].activation_bits)
     return SharedLinear(linear, [part.out_features for part in parts])

@@ -37,6 +37,9 @@ class QuantLinear(nn.Module):
     weights, whose c - z is no int8.
     """
 
+    bias: Tensor | None
+    scale: Tensor  # of every layout
+
     def __init__(
         self,
         weight: Codes,
@@ -110,7 +113,7 @@ class QuantLinear(nn.Module):
         for name in BUFFERS:
             self._buffers.pop(name, None)
         names = [field.name for field in fields(packed)]
-        self._layout = type(packed)
+        self._layout: Callable[..., KernelWeight | CpuWeight] = type(packed)
         self._tensors = [name for name in names if name in BUFFERS]
         self._facts = {name: getattr(packed, name) for name in names if name not in BUFFERS}
         for name in self._tensors:

@@ -131,7 +131,17 @@ def quads_matmul(
 
 
 @quads_matmul.register_fake
-def _(values, token_scale, packed, scale, zero, bias, bits, group_size, dtype):
+def _(
+    values: Tensor,
+    token_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
     return values.new_empty(values.shape[0], scale.shape[1], dtype=dtype)
 
 
@@ -158,7 +168,16 @@ def groups_matmul(
 
 
 @groups_matmul.register_fake
-def _(values, token_scale, packed, scale, zero, bias, bits, dtype):
+def _(
+    values: Tensor,
+    token_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
     return values.new_empty(values.shape[0], scale.shape[1], dtype=dtype)
 
 

@@ -93,7 +93,16 @@ def rows_matmul(
 
 
 @rows_matmul.register_fake
-def _(x, packed, scale, zero, bias, bits, group_size, outputs):
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    outputs: int,
+) -> Tensor:
     return x.new_empty(x.shape[0], outputs)
 
 

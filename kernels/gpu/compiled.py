@@ -136,7 +136,7 @@ def product_constants(
 ) -> dict[str, Constant]:
     """What a kernel knows of a weight at compile time, and the tensors that it does not have."""
     absent = ({} if bits == 3 else {"high": None}) | ({"zero": None} if symmetric else {})
-    return scheme_constants(bits, group_size, symmetric, many) | absent
+    return {**scheme_constants(bits, group_size, symmetric, many), **absent}
 
 
 def compile_kernel(

@@ -74,5 +74,5 @@ def _launch(x: Tensor, factors: list[Tensor], butterflies: bool) -> None:
 
 
 @_hadamard.register_fake
-def _(x, factors, butterflies):
+def _(x: Tensor, factors: list[Tensor], butterflies: bool) -> None:
     return None

@@ -135,7 +135,7 @@ def _quantized_matmul(
 
 
 @_quantized_matmul.register_fake
-def _(x, words, high, scale, zero, bias, bits, group_size):
+def _(x: Tensor, words: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0], words.shape[1])
 
 
@@ -238,7 +238,8 @@ def programs_held(
             2, *sizes, 2, HAS_BIAS=False, grid=(1,), **constants,
         )  # fmt: skip
         compiled._init_handles()  # as Triton's tutorials ask for the registers of a kernel
-    registers = torch.cuda.get_device_properties(device).regs_per_multiprocessor
+    has = torch.cuda.get_device_properties(device)
+    registers = has.regs_per_multiprocessor  # type: ignore[attr-defined]  # torch types it not
     memory, warps = shared_memory(device), constants["num_warps"]
     held = programs_beside(compiled.n_regs, compiled.metadata, warps, registers, memory)
     return held * multiprocessors(device)

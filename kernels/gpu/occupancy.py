@@ -105,7 +105,8 @@ def shared_memory(device: torch.device) -> SharedMemory:
     if device.type != "cuda":
         return SharedMemory(INTERPRETER_MEMORY, INTERPRETER_MEMORY)
     has = torch.cuda.get_device_properties(device)
-    return SharedMemory(has.shared_memory_per_block_optin, has.shared_memory_per_multiprocessor)
+    program = has.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch types it not
+    return SharedMemory(program, has.shared_memory_per_multiprocessor)
 
 
 @cache

@@ -14,7 +14,7 @@ without it.
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -155,7 +155,7 @@ def neighbours(tiles: Tiles) -> Iterator[Tiles]:
     for name, choices in CHOICES.items():
         at = choices.index(getattr(tiles, name))
         for other in choices[max(at - 1, 0) : at + 2]:
-            changed = replace(tiles, **{name: other})
+            changed = Tiles(**asdict(tiles) | {name: other})
             if changed != tiles and _fits(changed):
                 yield changed
 
