@@ -1,1 +1,1 @@
-
+"""Models: families, the model without its weights, vision towers."""
