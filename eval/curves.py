@@ -80,11 +80,11 @@ def plot_lines(
         _draw_baseline(axes, metric, baseline)
         for number, (label, line) in enumerate(lines.items()):
             drawn = [row for row in line if row.values.get(metric) is not None]
-            points = sorted(drawn, key=lambda row: row.values[x])
-            places = [cost.factor * row.values[x] for row in points]
+            points = sorted(drawn, key=lambda row: row.number(x))
+            places = [cost.factor * row.number(x) for row in points]
             _draw_line(axes, metric, label, points, places, number)
         if x == "kept":
-            _logarithmic(axes, sorted({round(cost.factor * row.values[x]) for row in rows}))
+            _logarithmic(axes, sorted({round(cost.factor * row.number(x)) for row in rows}))
         axes.set_xlabel(cost.label)
         lower = metric == "perplexity"
         if lower:
@@ -117,7 +117,7 @@ def _draw_line(
     errors = [row.errors.get(metric) or 0 for row in points]
     axes.errorbar(
         places,
-        [row.values[metric] for row in points],
+        [row.number(metric) for row in points],
         yerr=errors if any(errors) else None,
         label=label,
         marker=MARKERS[number % len(MARKERS)],

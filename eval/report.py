@@ -107,6 +107,12 @@ class Row:
     def put(self, column: str, value: float | None, error: float | None) -> None:
         self.values[column], self.errors[column] = value, error
 
+    def number(self, column: str) -> float:
+        """A figure that is known to be there."""
+        value = self.values[column]
+        assert value is not None, f"{self.name} has no {column}"
+        return value
+
     def cell(self, column: str) -> str:
         """A figure as text, with its error."""
         value = self.values.get(column)
@@ -377,14 +383,14 @@ def _draw_panel(
 ) -> None:
     for row in points:
         axes.errorbar(
-            row.values["bytes"] / 1e6,
-            row.values[metric],
+            row.number("bytes") / 1e6,
+            row.number(metric),
             yerr=row.errors.get(metric),
             fmt="o",
             capsize=3,
             color=colours[row.name],
         )
-    values = [row.values[metric] for row in points]
+    values = [row.number(metric) for row in points]
     if min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
     better = "lower" if metric in ("perplexity", "kl") else "higher"
@@ -400,8 +406,8 @@ def _label_points(
     """Names beside the points, lifted where they would cover the name of a point below."""
     points_per_pixel = 72 / axes.figure.dpi
     placed: list[tuple[float, float]] = []  # of the names so far, in points from the corner
-    for row in sorted(points, key=lambda row: (row.values[metric], row.name)):
-        place = row.values["bytes"] / 1e6, row.values[metric]
+    for row in sorted(points, key=lambda row: (row.number(metric), row.name)):
+        place = row.number("bytes") / 1e6, row.number(metric)
         x, y = axes.transData.transform(place) * points_per_pixel
         near = [top for left, top in placed if abs(left - x) < 60]
         lifted = max([y - 3.0, *(top + 10.0 for top in near)])

@@ -76,8 +76,7 @@ def module_schemes(config: dict, names: Iterable[str]) -> dict[str, Scheme]:
     targets: dict[str, Scheme] = {}
     for group in groups_of(config):
         if group.get("weights") is not None:
-            scheme = _group_scheme(group)
-            targets |= dict.fromkeys(group["targets"], scheme)
+            targets |= dict.fromkeys(group["targets"], _group_scheme(group))
     patterns = [(_pattern(target), targets[target]) for target in sorted(filter(_is_rule, targets))]
     classes = sorted(filter(_is_class, targets), key=lambda target: target != "Linear")
     anything = targets[classes[0]] if classes else None

@@ -55,13 +55,15 @@ def mean_row(rows: Sequence[Row]) -> Row:
     if not others:
         return first
     columns = {
-        column: [row.values[column] for row in rows]
+        column: [row.number(column) for row in rows]
         for column in first.values
         if all(column in row.values for row in others)
     }
-    means = {column: statistics.fmean(values) for column, values in columns.items()}
-    if "bytes" in means:
-        means["bytes"] = int(means["bytes"])
+    means: dict[str, float | None] = {
+        column: statistics.fmean(values) for column, values in columns.items()
+    }
+    if "bytes" in columns:
+        means["bytes"] = int(statistics.fmean(columns["bytes"]))
     measured = [column for column in columns if column in first.errors]
     return Row(first.name, means, {c: statistics.stdev(columns[c]) for c in measured})
 

@@ -92,7 +92,8 @@ def load(
         _check_status(Path(path), section)
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}  # or all of it would lie in the host's memory first
-    model, report = guarded(path, kind.from_pretrained, output_loading_info=True, **options)
+    loaded: Any = guarded(path, kind.from_pretrained, output_loading_info=True, **options)
+    model, report = loaded
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
         raise CheckpointError(

@@ -39,6 +39,7 @@ from compress.kernels.linear import QuantLinear
 from compress.kernels.reference import dequantize
 from compress.loading.config_merge import MergesWithCheckpoint
 from compress.memory import release_memory
+from compress.models.skeleton import linear_in
 
 METHOD = "modelpress"
 # After so many bytes of codes, what packing needed on the way is given back: often enough to stay
@@ -116,6 +117,7 @@ class PackedPlaceholder(nn.Module):
 class ModelpressQuantizer(HfQuantizer):
     """Takes packed linears out of a model before its weights are loaded, and puts them in after."""
 
+    quantization_config: ModelpressConfig
     linears: PackedLinears
     places: dict[str, str]  # name in the files -> name in the model
 
@@ -152,7 +154,7 @@ class ModelpressQuantizer(HfQuantizer):
             self.linears.check_runs()
             self.places = find_places(model, self.linears)
         for place in self.places.values():
-            _put(model, place, PackedPlaceholder(model.get_submodule(place)))
+            _put(model, place, PackedPlaceholder(linear_in(model, place)))
         suffixes = self.linears.format.suffixes
         taken = {rf"\.({'|'.join(suffix for suffix in suffixes if suffix != 'weight')})$"}
         if "weight" in suffixes:  # not those of other modules
