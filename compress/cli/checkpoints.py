@@ -4,7 +4,7 @@ Every import that needs torch is inside a command.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -109,7 +109,7 @@ def generate(
             how = "packed" if packed else "dense, which is faster here (--packed keeps them)"
             print_lines(console(stderr=True), f"quantised linears run {how}")
     loaded, processor = load(model, device=device, packed=packed, activation_bits=activation_bits)
-    tokenizer = getattr(processor, "tokenizer", processor)  # of a multimodal model
+    tokenizer: Any = getattr(processor, "tokenizer", processor)  # of a multimodal model
     if pictures and tokenizer is processor:
         raise UsageError(f"{model} reads text alone: leave out --image")
     if pictures:
@@ -125,7 +125,8 @@ def generate(
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     sampled = {"do_sample": True, "temperature": temperature}
     torch.manual_seed(seed)
-    loaded.generate(
+    write: Any = loaded.generate  # a mixin's, which torch's stubs take for a tensor
+    write(
         **inputs,
         **(sampled if temperature > 0 else greedy),
         max_new_tokens=max_tokens,

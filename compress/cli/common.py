@@ -73,7 +73,8 @@ def add_command(app: typer.Typer, function: Callable[..., Any], name: str | None
         for option, annotation in options.items()
     ]
     parameters = [*signature.parameters.values(), *added]
-    command.__signature__ = signature.replace(parameters=parameters)  # what typer reads
+    # What typer reads.
+    command.__dict__["__signature__"] = signature.replace(parameters=parameters)
     app.command(name)(command)
 
 

@@ -37,7 +37,7 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
-ParserError = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
+ParserError: Any = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
 
 app = typer.Typer(
     name="modelpress",

@@ -103,7 +103,8 @@ def csv_of(runs: Sequence[Run]) -> str:
     for run in runs:
         scores = run["evaluation"]
         facts = ("name", "seed", "bits", "bytes", "seconds")
-        row = {key: run[key] for key in facts if key in run}
+        given = dict(run)
+        row = {key: given[key] for key in facts if key in given}
         row |= kept_per_prompt(scores) | retained(scores) | Row.of(run["name"], scores).as_dict()
         paired = paired_differences(scores)
         if NLL in paired:

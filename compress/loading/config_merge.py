@@ -37,6 +37,6 @@ class _ReadableName(str):
 class MergesWithCheckpoint(type):
     """The class of a config that transformers takes beside that of a readable checkpoint."""
 
-    @property
-    def __name__(cls) -> str:
+    @property  # a metaclass's own, in the place of type's writeable slot
+    def __name__(cls) -> str:  # type: ignore[override]
         return _ReadableName(super().__name__)

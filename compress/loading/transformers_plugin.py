@@ -34,7 +34,7 @@ from compress.checkpoint.packed import PackedLinears, UnpackableError
 from compress.errors import UsageError
 from compress.kernels.activations import BITS as ACTIVATION_BITS
 from compress.kernels.codes import WIDTHS, Codes, with_bits
-from compress.kernels.fused import SharedLinear, fuse_linears
+from compress.kernels.fused import FusedPart, SharedLinear, fuse_linears
 from compress.kernels.linear import QuantLinear
 from compress.kernels.reference import dequantize
 from compress.loading.config_merge import MergesWithCheckpoint
@@ -81,7 +81,7 @@ class ModelpressConfig(CompressedTensorsConfig, metaclass=MergesWithCheckpoint):
                 f"ModelpressConfig takes packed, fuse and activation_bits, found {min(unknown)}"
             )
         self.packed, self.fuse, self.activation_bits = packed, fuse, activation_bits
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # registered: no member of the enum
         self.dequantize = not packed
         self.checkpoint: dict[str, Any] = {}  # the section of the model that was loaded
 
@@ -179,6 +179,7 @@ class ModelpressQuantizer(HfQuantizer):
         passed = 0
         for name, place in self.places.items():
             placeholder = model.get_submodule(place)
+            assert isinstance(placeholder, PackedPlaceholder)
             codes = self.linears.codes(name, device)
             passed += codes.codes.nbytes
             _put(model, place, self._linear(name, codes, placeholder))
@@ -218,7 +219,7 @@ class ModelpressQuantizer(HfQuantizer):
             self._refuse_dense(name)
         dtype = dtype or next(model.parameters()).dtype  # model.dtype may be a name after saving
         for place in self.places.values():
-            layer = model.get_submodule(place)
+            layer = _packed_in(model, place)
             _put(model, place, dense_linear(layer.codes(), layer.bias, dtype))
         for name, module in list(model.named_modules()):
             if isinstance(module, SharedLinear):
@@ -234,7 +235,7 @@ class ModelpressQuantizer(HfQuantizer):
         own = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, kinds))
         state = {key: t for key, t in model.state_dict().items() if not key.startswith(own)}
         for name, place in self.places.items():
-            layer = model.get_submodule(place)
+            layer = _packed_in(model, place)
             tensors = self.linears.tensors(name, layer.codes())
             if layer.bias is not None:
                 tensors["bias"] = layer.bias
@@ -299,6 +300,12 @@ def _renamer(model: PreTrainedModel) -> Callable[[str], str]:
         return key.removesuffix(".weight")
 
     return rename
+
+
+def _packed_in(model: nn.Module, place: str) -> QuantLinear | FusedPart:
+    layer = model.get_submodule(place)
+    assert isinstance(layer, QuantLinear | FusedPart), f"{place} is not packed"
+    return layer
 
 
 def _put(model: nn.Module, place: str, module: nn.Module) -> None:

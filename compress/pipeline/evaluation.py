@@ -13,7 +13,7 @@ visual tokens is measured pruning, its baseline never does.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,9 @@ from compress.kernels.linear import QuantLinear
 from compress.loading.load import fastest_packing, load
 from compress.pruning.pictures import watching
 from compress.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def evaluate(
@@ -136,7 +139,7 @@ class Evaluator:
 
     def measure_loaded(
         self,
-        model: torch.nn.Module,
+        model: "PreTrainedModel",
         processor: Any,
         name: str,
         *,

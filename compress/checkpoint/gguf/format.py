@@ -198,8 +198,10 @@ class GgufFormat:
             writer.write_ti_data_to_file()
             for name in layout:
                 source = self.names.get(name)
-                writer.write_tensor_data(self._data(source) if source else factors)
-            for file in writer.fout:
+                data = self._data(source) if source else factors
+                assert data is not None
+                writer.write_tensor_data(data)
+            for file in writer.fout or ():
                 file.flush()
                 os.fsync(file.fileno())
         finally:
