@@ -10,8 +10,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from compress.errors import UsageError
 
 
@@ -19,12 +17,16 @@ def peak_memory(device: str) -> dict[str, int]:
     """The most memory this process has held so far, in bytes: {"host", "device"}."""
     on_device = 0
     if device.startswith("cuda"):
+        import torch  # here: a process that only reads its own peak needs no torch
+
         on_device = torch.cuda.max_memory_allocated()
     return {"host": _peak_resident(), "device": on_device}
 
 
 def check_device(device: str) -> None:
     """UsageError for a device that torch does not know or does not see."""
+    import torch  # as above
+
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
