@@ -99,7 +99,7 @@ def write_synthetic_model(folder: Path, bench: QuantizeBench, seed: int = 0) -> 
         max_position_embeddings=bench.length,
         tie_word_embeddings=False,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
 def bench_quantize(bench: QuantizeBench, repeats: int = 1) -> Report:
@@ -179,7 +179,7 @@ def quantize_bench_table(result: Mapping[str, Any]) -> Table:
     line("of which layers", lambda run: f"{run['layers_seconds']:.2f}")
     line("floor seconds", lambda run: f"{run['floor']['seconds']:.2f}")
     for part in runs[0]["floor"]["parts"]:
-        line(f"floor, {part}", lambda run, part=part: f"{run['floor']['parts'][part]:.2f}")
+        table.add_row(f"floor, {part}", *(f"{run['floor']['parts'][part]:.2f}" for run in runs))
     line("ratio to the floor", lambda run: f"{run['ratio']:.2f}")
     line("peak memory", lambda run: _memory(run["peak_memory"]))
     line("one layer in fp32", lambda run: format_bytes(run["floor"]["layer_bytes"]))
