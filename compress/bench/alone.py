@@ -12,7 +12,8 @@ from typing import ParamSpec, TypeVar
 
 from compress.errors import CompressError
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def alone(measure: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

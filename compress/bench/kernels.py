@@ -53,7 +53,16 @@ T = TypeVar("T")
 Weight = TypeVar("Weight", bound=TensorRecord)
 
 
-def resolved(bench: KernelBench) -> KernelBench:
+@dataclass(frozen=True)
+class ResolvedBench(KernelBench):
+    """A benchmark with the device's defaults in place of None; here those of a CPU."""
+
+    shapes: tuple[tuple[int, int], ...] = CPU_SHAPES
+    rows: tuple[int, ...] = CPU_ROWS
+    dtype: str = "bf16"
+
+
+def resolved(bench: KernelBench) -> ResolvedBench:
     """With the device's defaults. Raises UsageError for what cannot be measured."""
     gpu = bench.device.startswith("cuda")
     if gpu and not torch.cuda.is_available():
@@ -66,12 +75,12 @@ def resolved(bench: KernelBench) -> KernelBench:
         raise UsageError(
             f"group size: with activation bits a multiple of 32, found {bench.group_size}"
         )
-    return replace(
-        bench,
-        shapes=bench.shapes or (GPU_SHAPES if gpu else CPU_SHAPES),
-        rows=bench.rows or (GPU_ROWS if gpu else CPU_ROWS),
-        dtype=dtype,
-    )
+    given = {
+        "shapes": bench.shapes or (GPU_SHAPES if gpu else CPU_SHAPES),
+        "rows": bench.rows or (GPU_ROWS if gpu else CPU_ROWS),
+        "dtype": dtype,
+    }
+    return ResolvedBench(**vars(bench) | given)
 
 
 def check_scheme(bits: Sequence[int], group_size: int | None, dtype: str) -> None:
@@ -141,7 +150,7 @@ def random_codes(
 
 
 def _measure_weight(
-    bench: KernelBench, clock: Clock, N: int, K: int, bits: int
+    bench: ResolvedBench, clock: Clock, N: int, K: int, bits: int
 ) -> Iterator[dict[str, Any]]:
     """A row of figures for each M."""
     dtype = DTYPES[bench.dtype]
@@ -227,11 +236,11 @@ def _packed(codes: Codes, dtype: torch.dtype, clock: Clock) -> Contender:
     if clock.device.type == "cuda":
         from compress.kernels.gpu.matmul import quantized_matmul  # needs triton
 
-        weight = pack_kernel(codes)
-        bind = _each(_copies(weight, clock), lambda x, copy: lambda: quantized_matmul(x, copy))
-    else:
-        weight = pack_cpu(codes, dtype)
-        bind = _each(_copies(weight, clock), lambda x, copy: lambda: cpu_matmul(x, copy))
+        tiled = pack_kernel(codes)
+        bind = _each(_copies(tiled, clock), lambda x, copy: lambda: quantized_matmul(x, copy))
+        return Contender(bind, tiled.nbytes)
+    weight = pack_cpu(codes, dtype)
+    bind = _each(_copies(weight, clock), lambda x, copy: lambda: cpu_matmul(x, copy))
     return Contender(bind, weight.nbytes)
 
 

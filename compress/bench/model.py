@@ -151,7 +151,7 @@ def _bytes(model: PreTrainedModel) -> tuple[int, int]:
     """Of all weights, and of those that a pass reads."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     weights = sum(t.numel() * t.element_size() for t in tensors.values())
-    embedding = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings().get_parameter("weight")
     tied = embedding is getattr(model.get_output_embeddings(), "weight", None)
     read = weights - (0 if tied else embedding.numel() * embedding.element_size())
     return weights, read
@@ -196,16 +196,19 @@ def model_bench_table(result: Mapping[str, Any]) -> Table:
             name, *(cell(r) + (f"  {ratio(r['ratio']):.2f}x" if "ratio" in r else "") for r in rows)
         )
 
+    def prefill(length: int) -> None:
+        line(
+            f"prefill of {length}, ms",
+            lambda r: spread_cell(r["prefill"][length], MILLI),
+            lambda r: r["prefill"][length],
+        )
+        table.add_row("  floor", *(f"{MILLI * r['prefill_floor'][length]:.1f}" for r in rows))
+
     line("weights", lambda r: format_bytes(r["weights"]), lambda r: r["weights"])
     line("resident", lambda r: format_bytes(r["resident"]), lambda r: r["resident"])
     table.add_row("loading, s", *(f"{r['loading']:.1f}" for r in rows))
     for length in rows[0]["prefill"]:
-        line(
-            f"prefill of {length}, ms",
-            lambda r, n=length: spread_cell(r["prefill"][n], MILLI),
-            lambda r, n=length: r["prefill"][n],
-        )
-        table.add_row("  floor", *(f"{MILLI * r['prefill_floor'][length]:.1f}" for r in rows))
+        prefill(length)
     line(
         "decode, ms per token",
         lambda r: spread_cell(r["decode"], MILLI),

@@ -164,6 +164,7 @@ def _subject(
     packed = False if bench.dense else None
     model, processor = load(bench.model, bench.device, dtype, prune=False, packed=packed)
     family_of(model)
+    assert isinstance(processor, hf.ProcessorMixin)  # as of every multimodal model
     draw = np.random.default_rng(bench.seed)
     picture = Image.fromarray(draw.integers(0, 256, (bench.image, bench.image, 3), dtype=np.uint8))
     inputs = prompt_inputs(processor, PROMPT, [picture])
@@ -207,9 +208,7 @@ def _one_run(
 
         prefill_seconds = _seconds(prefill, bench)
         measured = sum(
-            x.numel() * x.element_size()
-            for layer in cache.layers
-            for x in (layer.keys, layer.values)
+            getattr(layer, part).nbytes for layer in cache.layers for part in ("keys", "values")
         )
         mask, steps = inputs["attention_mask"], []
         for _ in range(bench.new_tokens):

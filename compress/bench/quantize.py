@@ -99,7 +99,7 @@ def write_synthetic_model(folder: Path, bench: QuantizeBench, seed: int = 0) -> 
         max_position_embeddings=bench.length,
         tie_word_embeddings=False,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
 def bench_quantize(bench: QuantizeBench, repeats: int = 1) -> Report:
@@ -154,7 +154,8 @@ def measure(folder: Path, bench: QuantizeBench) -> dict[str, Any]:
     windows = CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool))
     started = time.perf_counter()
     result = run(recipe, folder / "out", windows=windows, self_check=False, device=bench.device)
-    errors = [module["error"] for layer in result.layers for module in layer["modules"]]
+    modules = [module for layer in result.layers for module in layer["modules"]]
+    errors = [module["error"] for module in modules if module["error"] is not None]
     return {
         "seconds": time.perf_counter() - started,
         "layers_seconds": result.seconds["layers"],
@@ -179,7 +180,7 @@ def quantize_bench_table(result: Mapping[str, Any]) -> Table:
     line("of which layers", lambda run: f"{run['layers_seconds']:.2f}")
     line("floor seconds", lambda run: f"{run['floor']['seconds']:.2f}")
     for part in runs[0]["floor"]["parts"]:
-        line(f"floor, {part}", lambda run, part=part: f"{run['floor']['parts'][part]:.2f}")
+        table.add_row(f"floor, {part}", *(f"{run['floor']['parts'][part]:.2f}" for run in runs))
     line("ratio to the floor", lambda run: f"{run['ratio']:.2f}")
     line("peak memory", lambda run: _memory(run["peak_memory"]))
     line("one layer in fp32", lambda run: format_bytes(run["floor"]["layer_bytes"]))

@@ -67,7 +67,8 @@ class Output:
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the fields of each parameter whose type is a dataclass in its place."""
-    kinds = {name: kind for name, kind in get_type_hints(command).items() if is_dataclass(kind)}
+    hints = get_type_hints(command)
+    kinds = {n: k for n, k in hints.items() if isinstance(k, type) and is_dataclass(k)}
     parameters: list[Parameter] = []
     parsers: dict[str, Callable[[str], object]] = {}
     for given in signature(command).parameters.values():
@@ -85,20 +86,20 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
                 called = option.default if named else "--" + name.replace("_", "-")
                 parsers[name] = partial(parse[0], option=called)
                 kind, default = (str | None, None) if default is None else (str, _text(default))
-            annotation = Annotated[kind, option]
+            annotation = Annotated[kind, option]  # type: ignore[valid-type]  # made at run time
             parameters.append(given.replace(name=name, annotation=annotation, default=default))
 
     @wraps(command)
     def run(**values: object) -> None:
         for name, parse in parsers.items():
-            if values[name] is not None:
-                values[name] = parse(values[name])
+            if isinstance(text := values[name], str):
+                values[name] = parse(text)
         for name, kind in kinds.items():
             own = [field.name for field in fields(kind) if field.name in values]
             values[name] = kind(**{field: values.pop(field) for field in own})
         command(**values)
 
-    run.__signature__ = Signature(parameters)
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
 

@@ -13,7 +13,7 @@ layer, whatever the depth. Tensors go by their modules' names, however the check
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from compress.models.pretrained import load_config, local_folder, processor_read
 from compress.storage.safetensors import CheckpointReader
 
 if TYPE_CHECKING:  # slow to import
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 M_ROPE = ("qwen2_vl_text", "qwen2_5_vl_text")  # decoders with three rows of positions
 
@@ -97,9 +97,9 @@ class Skeleton:
                 )
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> "PreTrainedModel":
         """The model without its head: of a multimodal one, vision and language model."""
-        return self.model.get_submodule("model")
+        return cast("PreTrainedModel", self.model.get_submodule("model"))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,7 +7,7 @@ tap there, and the features themselves lead from the forward back to what the ta
     images = EncodedImages(tap); base.get_image_features = images.noting(base.get_image_features)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from inspect import signature
 from typing import ParamSpec
@@ -40,8 +40,7 @@ class EncodedImages:
         ) -> BaseModelOutputWithPooling | tuple:
             inputs = signature(encode).bind_partial(*args, **kwargs).arguments
             output = encode(*args, **kwargs)
-            features = output.pooler_output if hasattr(output, "pooler_output") else output[1]
-            self.latest = list(zip(features, self.tap.images(inputs), strict=True))
+            self.latest = list(zip(_features(output), self.tap.images(inputs), strict=True))
             return output
 
         return get_image_features
@@ -80,14 +79,21 @@ class EncodedImages:
             return [tokens for _, tokens in self.latest]
         # `generate` may have repeated the features, for several answers to one prompt.
         known = {id(features): tokens for features, tokens in self.latest}
-        if not all(id(features) in known for features in ready.pooler_output):
+        if not all(id(features) in known for features in _features(ready)):
             raise UsageError(
                 "image features from elsewhere: give pixel_values, or encode the images last and "
                 "inside the pruning context"
             )
-        return [known[id(features)] for features in ready.pooler_output]
+        return [known[id(features)] for features in _features(ready)]
 
 
 def ready_features(inputs: Inputs) -> BaseModelOutputWithPooling | None:
     """The image encoder's output that a forward is given, if any."""
     return (inputs.get("mm_encoder_outputs") or {}).get("image")
+
+
+def _features(output: BaseModelOutputWithPooling | tuple) -> Iterable[Tensor]:
+    """Of each image."""
+    features = output[1] if isinstance(output, tuple) else output.pooler_output
+    assert features is not None  # image encoders give them
+    return features

@@ -72,6 +72,11 @@ class _Step:
         self.appended: Tensor | None = None  # [B, new] mask of the tokens after the prompt
         self.final_positions: Tensor | None = None  # [..., B, 1] of the prompt, once shortened
 
+    def valid(self, prompt: PrunedPrompt, layer: int) -> Tensor:
+        """While decoding, which of the slots of `layer` hold a token: [B, S + new] bool."""
+        assert self.appended is not None
+        return torch.cat([prompt.view(layer).valid, self.appended], dim=1)
+
 
 class VisualTokenPruning:
     """The context of `prune_visual_tokens`: `stats` over all prompts, `last` the latest one."""
@@ -118,7 +123,8 @@ class VisualTokenPruning:
             self._handles += tap.install()
         self._handles.append(self.base.register_forward_hook(self._after_model))
         self.base.get_image_features = self.encoded.noting(self.base.get_image_features)
-        self.model.generate = checked_generate(self.model, self._unpruned_length)
+        generate = checked_generate(self.model, self._unpruned_length)
+        self.model.generate = generate  # type: ignore[assignment]  # torch allows modules only
         return self
 
     def __exit__(
@@ -156,9 +162,9 @@ class VisualTokenPruning:
         inputs = dict(zip(names, args, strict=False)) | kwargs
         self._step = None
         check_inputs(inputs)
-        cache = inputs.get("past_key_values")
+        cache: Cache | None = inputs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        if past == 0:
+        if cache is None or past == 0:
             self.encoded.begin(inputs)
             self._step = _Step(None, inputs, prefill=True)
             return None
@@ -187,12 +193,11 @@ class VisualTokenPruning:
 
     def _unpruned_length(self, cache: Cache | None) -> int | None:
         """Tokens that a cache stands for, if a stage before the first layer made it shorter."""
-        past = int(cache.get_seq_length()) if cache in self._prompts else 0
-        if past == 0:
+        if cache is None or cache not in self._prompts:
             return None
-        prompt = self._prompts[cache]
+        prompt, past = self._prompts[cache], int(cache.get_seq_length())
         pruned = prompt.length - prompt.view(0).index.shape[1]
-        return past + pruned if pruned else None
+        return past + pruned if past and pruned else None
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: Inputs) -> Changed:
         """Opens a new prompt and applies stage 0; while decoding, replaces the mask."""
@@ -201,19 +206,18 @@ class VisualTokenPruning:
             return None
         if step.prefill:
             step.prompt = self._open(step.inputs, kwargs["inputs_embeds"])
-            changes = self._stage_0(step, kwargs)
+            changes = self._stage_0(step, step.prompt, kwargs)
             return (args, kwargs | changes) if changes else None
-        if self._pruned_at_0(step.prompt):
-            mask = torch.cat([step.prompt.view(0).valid, step.appended], dim=1).long()
+        if step.prompt is not None and self._pruned_at_0(step.prompt):
+            mask = step.valid(step.prompt, 0).long()
             return args, kwargs | {"attention_mask": mask}
         return None
 
-    def _stage_0(self, step: _Step, kwargs: Inputs) -> Inputs:
+    def _stage_0(self, step: _Step, prompt: PrunedPrompt, kwargs: Inputs) -> Inputs:
         """What the language model gets instead, if a stage before it prunes anything."""
         if 0 not in self.stages.numbers:
             return {}
-        prompt = step.prompt
-        hidden, order = self._narrow(step, 0, kwargs["inputs_embeds"])
+        hidden, order = self._narrow(prompt, 0, kwargs["inputs_embeds"])
         if order is None:
             return {}
         positions = kwargs.get("position_ids")
@@ -238,12 +242,11 @@ class VisualTokenPruning:
         if number > 0 and number in self.stages.numbers:
             if step.prefill:
                 arguments = kwargs | step.override
-                hidden, order = self._narrow(step, number, hidden)
+                hidden, order = self._narrow(prompt, number, hidden)
                 if order is not None:
                     step.override = self._shortened(prompt, number, hidden, order, arguments)
             elif prompt.view(number).layer == number:
-                valid = torch.cat([prompt.view(number).valid, step.appended], dim=1)
-                mask = self._mask(hidden, valid, step.cache, number)
+                mask = self._mask(hidden, step.valid(prompt, number), step.cache, number)
                 step.override = {"attention_mask": mask}
         kwargs = kwargs | step.override
         if step.prefill and number + 1 in self.attention:
@@ -272,12 +275,14 @@ class VisualTokenPruning:
         mask = mask.to(embeds.device).bool()
         return PrunedPrompt(mask, self.encoded.placed(inputs, self.image_token))
 
-    def _narrow(self, step: _Step, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _narrow(
+        self, prompt: PrunedPrompt, layer: int, hidden: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Selects in every image; the hidden states [B, S', D] that stay, and their slots."""
         scores = None
-        if layer in self.attention and step.prompt.images:
-            scores = self.attention[layer].scores(step.prompt.views[-1].valid)  # [B, S]
-        return self.stages.narrow(step.prompt, layer, hidden, self._generator, scores)
+        if layer in self.attention and prompt.images:
+            scores = self.attention[layer].scores(prompt.views[-1].valid)  # [B, S]
+        return self.stages.narrow(prompt, layer, hidden, self._generator, scores)
 
     def _shortened(
         self, prompt: PrunedPrompt, layer: int, hidden: Tensor, order: Tensor, arguments: Inputs

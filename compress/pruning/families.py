@@ -6,9 +6,11 @@ tap = family_of(model).tap(model.model, settings)
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from compress.errors import UsageError
 from compress.models.vision import Inputs
@@ -20,18 +22,18 @@ class Family:
     """A transformers model class by its `model_type`, and the tap for its vision tower."""
 
     name: str
-    tap: Callable[[nn.Module, TapSettings], VisionTap]
+    tap: Callable[[PreTrainedModel, TapSettings], VisionTap]
 
 
-def _one_crop_each(base: nn.Module, inputs: Inputs) -> list[int]:
+def _one_crop_each(base: PreTrainedModel, inputs: Inputs) -> list[int]:
     return [1] * len(inputs["pixel_values"])
 
 
-def _as_they_are(base: nn.Module, maps: list[Tensor], inputs: Inputs) -> list[Tensor]:
+def _as_they_are(base: PreTrainedModel, maps: list[Tensor], inputs: Inputs) -> list[Tensor]:
     return [crops[0] for crops in maps]
 
 
-def _tiles(base: nn.Module, inputs: Inputs) -> list[int]:
+def _tiles(base: PreTrainedModel, inputs: Inputs) -> list[int]:
     """Crops per image: the whole image and its tiles; of several images in a prompt, see below."""
     # Its own import: only these families need that model's code.
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -47,29 +49,26 @@ def _tiles(base: nn.Module, inputs: Inputs) -> list[int]:
     ]
 
 
-def _next_packing(base: nn.Module, maps: list[Tensor], inputs: Inputs) -> list[Tensor]:
-    packed, _ = base.pack_image_features(
-        maps, inputs["image_sizes"], "default", image_newline=_nan_newline(maps)
-    )
-    return packed
+def _next_packing(base: PreTrainedModel, maps: list[Tensor], inputs: Inputs) -> list[Tensor]:
+    return _packed(base, maps, inputs, vision_feature_select_strategy="default")
 
 
-def _onevision_packing(base: nn.Module, maps: list[Tensor], inputs: Inputs) -> list[Tensor]:
+def _onevision_packing(base: PreTrainedModel, maps: list[Tensor], inputs: Inputs) -> list[Tensor]:
     aspect = inputs.get("vision_aspect_ratio") or base.config.vision_aspect_ratio
-    packed, _ = base.pack_image_features(
-        maps,
-        inputs["image_sizes"],
-        image_newline=_nan_newline(maps),
-        vision_aspect_ratio=aspect,
-    )
+    return _packed(base, maps, inputs, vision_aspect_ratio=aspect)
+
+
+def _packed(
+    base: PreTrainedModel, maps: list[Tensor], inputs: Inputs, **options: str
+) -> list[Tensor]:
+    """The maps as the model packs its features, newline tokens marked by NaN."""
+    pack = cast(Callable[..., tuple[list[Tensor], Tensor]], base.pack_image_features)
+    newline = torch.full(maps[0].shape[-1:], torch.nan, device=maps[0].device)
+    packed, _ = pack(maps, inputs["image_sizes"], image_newline=newline, **options)
     return packed
 
 
-def _nan_newline(maps: list[Tensor]) -> Tensor:
-    return torch.full(maps[0].shape[-1:], torch.nan, device=maps[0].device)
-
-
-def _patches(crops: Crops, pack: Pack) -> Callable[[nn.Module, TapSettings], VisionTap]:
+def _patches(crops: Crops, pack: Pack) -> Callable[[PreTrainedModel, TapSettings], VisionTap]:
     return partial(PatchTower, crops=crops, pack=pack)
 
 

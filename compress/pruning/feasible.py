@@ -51,7 +51,8 @@ class Layout:
         """How few tokens a stage can leave: the protected ones and one per cell, at least one."""
         if cell is None:
             return max(self.protected, 1)
-        labels = grid_cells(*self.places, cell)[self.free]
+        segment, row, column = self.places
+        labels = grid_cells(segment, row, column, cell)[self.free]
         return max(self.protected + len(labels.unique()), 1)
 
     def count(self, share: float) -> int:

@@ -7,6 +7,7 @@ give its weights away; only the last token's row is computed.
 """
 
 from collections.abc import Callable
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from compress.errors import UsageError
 from compress.pruning.tower import rotate
+
+
+class DecoderAttention(Protocol):
+    """What is read of a decoder layer's attention."""
+
+    head_dim: int
+    scaling: float
+    get_submodule: Callable[[str], nn.Module]
 
 
 class LastTokenAttention:
@@ -25,12 +34,12 @@ class LastTokenAttention:
                 f"{type(attention).__name__} normalises its queries, which fastv and pyramiddrop "
                 "do not follow here: choose another method"
             )
-        self.attention = attention
+        self.attention = cast(DecoderAttention, attention)
         self.rotary: tuple[Tensor, Tensor] | None = None  # cos and sin [B or 1, S, d] it was given
         self.seen: dict[str, Tensor] = {}
 
     def install(self) -> list[RemovableHandle]:
-        projections = {"q": self.attention.q_proj, "k": self.attention.k_proj}
+        projections = {name: self.attention.get_submodule(f"{name}_proj") for name in "qk"}
         return [m.register_forward_hook(self._keep(name)) for name, m in projections.items()]
 
     def _keep(self, name: str) -> Callable[[nn.Module, tuple, Tensor], None]:

@@ -7,7 +7,7 @@ stay; some of those may hold a mix of others. The baselines are in `compress.pru
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from compress.pruning.tower import VisualTokens
 from compress.recipe.strategy import PruneStrategy
 from compress.registry import Registry
 
-PRUNING_METHODS: Registry[type["PruningMethod"]] = Registry("pruning method")
+# Of classes with the interface `PruningMethod`.
+PRUNING_METHODS: Registry[Any] = Registry("pruning method")
 
 
 @dataclass(frozen=True)

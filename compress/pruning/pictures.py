@@ -210,7 +210,7 @@ class Watched:
     def figures(self) -> WatchedFigures:
         """`PruningStats.as_dict` of the prompts since, and the strategy."""
         stats = PruningStats(self.pruning.stats.prompts[self.before :])
-        return stats.as_dict() | {"strategy": self.pruning.strategy.model_dump(mode="json")}
+        return {**stats.as_dict(), "strategy": self.pruning.strategy.model_dump(mode="json")}
 
     def draw(self, folder: str | Path, processor: Processor, count: int = 3) -> list[str]:
         """Writes visual-tokens-N.png of the first prompt's first images; gives the files' paths.

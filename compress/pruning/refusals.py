@@ -6,15 +6,13 @@ check_inputs(inputs); model.generate = checked_generate(model, unpruned_length)
 import functools
 from collections.abc import Callable
 from inspect import signature
-from typing import ParamSpec, TypeVar
+from typing import cast
 
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from compress.errors import UsageError
 from compress.models.vision import Inputs
-
-P, T = ParamSpec("P"), TypeVar("T")
 
 # Settings of `generate` that a pruned cache cannot follow, with the values that are fine.
 GENERATE_SETTINGS: dict[str, tuple[str | int | None, ...]] = {
@@ -47,15 +45,15 @@ def check_inputs(inputs: Inputs) -> None:
 
 def checked_generate(
     model: PreTrainedModel, unpruned_length: Callable[[Cache | None], int | None]
-) -> Callable[P, T]:
+) -> Callable[..., object]:
     """`model.generate`, which refuses what a pruned cache cannot follow.
 
     unpruned_length: of a cache that holds fewer tokens than were given, how many were; else None.
     """
-    original: Callable[P, T] = model.generate
+    original = cast(Callable[..., object], model.generate)
 
     @functools.wraps(original)
-    def generate(*args: P.args, **kwargs: P.kwargs) -> T:
+    def generate(*args: object, **kwargs: object) -> object:
         given = signature(original).bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         _check_settings(model, given)

@@ -209,10 +209,12 @@ class Objective:
             self.layers = len(context.layers)
             for number, sample in enumerate(self.samples):
                 states.append(self._last_state(sample, number))
-                rows = {image.row for image in context.last.images}
+                assert context.last is not None  # the prompt of that forward
+                images = context.last.images
+                rows = {image.row for image in images}
                 if len(rows) < len(states[-1]):
                     raise UsageError(f"sample {number} has a prompt without an image: leave it out")
-                self.images += [image.tokens for image in context.last.images]
+                self.images += [image.tokens for image in images]
                 if observer:
                     observer.sample(number + 1, len(self.samples))
         self.states = torch.cat(states)

@@ -8,7 +8,8 @@ memory at a time, prune with the same stages.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from compress.pruning import baselines  # noqa: F401  fills the registry
 from compress.pruning.families import Family
@@ -29,7 +30,9 @@ class Stages:
         self.method: PruningMethod = PRUNING_METHODS[strategy.method](strategy)
         self.numbers = {layer: stage for stage, layer in enumerate(strategy.stages)}
 
-    def tap(self, base: nn.Module, family: Family, processor: Processor | None = None) -> VisionTap:
+    def tap(
+        self, base: PreTrainedModel, family: Family, processor: Processor | None = None
+    ) -> VisionTap:
         """What reads the strategy's signals off the vision tower of `base`.
 
         processor: only the entropy term asks it, for the pixels' mean and deviation.

@@ -9,14 +9,20 @@ resize, newline tokens and 2x2 merging cannot put them out of step. arXiv 2508.0
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import BaseImageProcessor, ProcessorMixin, image_utils
+from transformers import (
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    image_utils,
+)
 from transformers.vision_utils import get_vision_window_index
 
 from compress.errors import UsageError
@@ -30,7 +36,8 @@ from compress.importance.patches import (
 )
 from compress.models.vision import Inputs
 
-Processor = ProcessorMixin | BaseImageProcessor  # both have, or hold, the pixels' statistics
+# The first two have, or hold, the pixels' statistics; `load` gives a tokenizer for a text model.
+Processor = ProcessorMixin | BaseImageProcessor | PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,7 @@ class VisualTokens:
         """The tokens at `index` [m]."""
         fields = ("segment", "row", "column", "importance", "attention", "keys")
         parts = {name: getattr(self, name) for name in fields}
-        taken = {name: None if part is None else part[index] for name, part in parts.items()}
-        return VisualTokens(**taken, empty_voters=self.empty_voters)
+        return replace(self, **{n: part[index] for n, part in parts.items() if part is not None})
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,8 @@ class VisionTap(Protocol):
     def images(self, inputs: Inputs) -> list[VisualTokens]: ...
 
 
-Crops = Callable[[nn.Module, Inputs], list[int]]
-Pack = Callable[[nn.Module, list[Tensor], Inputs], Sequence[Tensor]]
+Crops = Callable[[PreTrainedModel, Inputs], list[int]]
+Pack = Callable[[PreTrainedModel, list[Tensor], Inputs], Sequence[Tensor]]
 
 
 class PatchTower:
@@ -98,7 +104,7 @@ class PatchTower:
     maps [crops, N, channels] into [n, channels], newline tokens marked by NaN.
     """
 
-    def __init__(self, base: nn.Module, settings: TapSettings, crops: Crops, pack: Pack):
+    def __init__(self, base: PreTrainedModel, settings: TapSettings, crops: Crops, pack: Pack):
         self.base, self.settings = base, settings
         self.crops, self.pack = crops, pack
         vision = base.config.vision_config
@@ -115,10 +121,11 @@ class PatchTower:
                 "expected one feature for each patch ('default' drops CLIP's CLS token, 'full' "
                 "keeps all of SigLIP's)"
             )
-        self.patch_size = vision.patch_size
-        self.side = vision.image_size // vision.patch_size
-        tower = base.vision_tower
-        self.layers = getattr(tower, "vision_model", tower).encoder.layers
+        self.patch_size: int = vision.patch_size
+        self.side: int = vision.image_size // vision.patch_size
+        self.heads: int = vision.num_attention_heads
+        self.tower = base.get_submodule("vision_tower")
+        self.layers = encoder_layers(self.tower)
         self.layer = _tapped_layer(self._feature_layer(), settings.layer, len(self.layers))
         self.seen: dict[str, Tensor] = {}
 
@@ -130,12 +137,12 @@ class PatchTower:
         return max(i % states for i in indices) - 1
 
     def install(self) -> list[RemovableHandle]:
-        attention = self.layers[self.layer].self_attn
-        self.heads = attention.num_heads
-        handles = [self.base.vision_tower.register_forward_pre_hook(self._before, with_kwargs=True)]
+        attention = self.layers[self.layer].get_submodule("self_attn")
+        handles = [self.tower.register_forward_pre_hook(self._before, with_kwargs=True)]
         if self.settings.signals:
-            handles.append(attention.q_proj.register_forward_hook(self._keep("q")))
-            handles.append(attention.k_proj.register_forward_hook(self._keep("k")))
+            for name in "qk":
+                projection = attention.get_submodule(f"{name}_proj")
+                handles.append(projection.register_forward_hook(self._keep(name)))
         return handles
 
     def _before(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
@@ -213,21 +220,23 @@ class MergingTower:
     them, except in its full-attention blocks, the last of which is tapped.
     """
 
-    def __init__(self, base: nn.Module, settings: TapSettings):
-        self.settings, self.tower = settings, base.visual
-        self.merge = self.tower.spatial_merge_size
-        depth = len(self.tower.blocks)
+    def __init__(self, base: PreTrainedModel, settings: TapSettings):
+        self.settings, self.tower = settings, base.get_submodule("visual")
+        self.vision = base.config.vision_config
+        self.merge: int = self.vision.spatial_merge_size
+        self.heads: int = self.vision.num_heads
+        self.blocks = _modules(self.tower, "blocks")
+        depth = len(self.blocks)
         full = getattr(self.tower, "fullatt_block_indexes", None)
         self.layer = _tapped_layer(max(full) if full else depth - 1, settings.layer, depth)
         self.seen: Inputs = {}  # what reached the tower, and its attention
 
     def install(self) -> list[RemovableHandle]:
-        attention = self.tower.blocks[self.layer].attn
-        self.heads = attention.num_heads
+        attention = self.blocks[self.layer].get_submodule("attn")
         handles = [self.tower.register_forward_pre_hook(self._before, with_kwargs=True)]
         if self.settings.signals:
             handles.append(attention.register_forward_pre_hook(self._arguments, with_kwargs=True))
-            handles.append(attention.qkv.register_forward_hook(self._projected))
+            handles.append(attention.get_submodule("qkv").register_forward_hook(self._projected))
         return handles
 
     def _before(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
@@ -250,9 +259,9 @@ class MergingTower:
         for i, (frames, height, width) in enumerate(grids.tolist()):
             shape = (frames, height // self.merge, width // self.merge)
             axes = [torch.arange(n, device=grids.device) for n in shape]
-            place = [axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]
+            time, row, column = (a.flatten() for a in torch.meshgrid(*axes, indexing="ij"))
             named = {name: part[i] for name, part in parts.items()}
-            result.append(VisualTokens(*place, **named, empty_voters=int(empty[i])))
+            result.append(VisualTokens(time, row, column, **named, empty_voters=int(empty[i])))
         return result
 
     def _signals(self, grids: Tensor) -> tuple[dict[str, Tensor], list[int]]:
@@ -296,13 +305,14 @@ class MergingTower:
 
     def _in_prompt_order(self, signal: Tensor, grids: Tensor) -> Tensor:
         """Undoes Qwen2.5-VL's shuffle of merge units into windows."""
-        if not hasattr(self.tower, "window_size"):
+        window = getattr(self.tower, "window_size", None)
+        if window is None:
             return signal
         index, _ = get_vision_window_index(
             grids,
             spatial_merge_size=self.merge,
-            window_size=self.tower.window_size,
-            patch_size=self.tower.patch_size,
+            window_size=window,
+            patch_size=self.vision.patch_size,
         )
         units = signal.unflatten(0, (-1, self.merge**2))
         restored = torch.empty_like(units)
@@ -311,7 +321,7 @@ class MergingTower:
 
     def _entropy(self) -> Tensor:
         """[patches], in merge-unit order; the two frames of an image's patch are the same."""
-        patch = self.tower.patch_embed.patch_size
+        patch = self.vision.patch_size
         pixels = self.seen["pixels"]
         pixels = pixels.view(len(pixels), 3, -1, patch)  # [patches, 3, frames * patch, patch]
         grey = grey_levels(pixels, *_normalisation(self.settings, clip=True))
@@ -340,6 +350,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in the half-split layout: x cos + (-x_2, x_1) sin."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def encoder_layers(tower: nn.Module) -> nn.ModuleList:
+    """The layers of a CLIP or SigLIP tower."""
+    return _modules(getattr(tower, "vision_model", tower), "encoder.layers")
+
+
+def _modules(parent: nn.Module, name: str) -> nn.ModuleList:
+    """The list of modules at `name`, which torch knows only as a module."""
+    found = parent.get_submodule(name)
+    assert isinstance(found, nn.ModuleList)
+    return found
 
 
 def _tapped_layer(default: int, wanted: int | None, depth: int) -> int:

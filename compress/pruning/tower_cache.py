@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.models.vision import Inputs
+from compress.pruning.tower import encoder_layers
 
 MOST_BYTES = 2**30
 
@@ -52,7 +53,7 @@ def tower_cached(model: PreTrainedModel, cache: OutputCache) -> Iterator[None]:
     """
     tower = getattr(model.model, "vision_tower", None)
     layers = _below_the_features(model, tower)
-    if not layers:
+    if tower is None or not layers:
         yield
         return
     now = _Forward()
@@ -84,12 +85,12 @@ def tower_cached(model: PreTrainedModel, cache: OutputCache) -> Iterator[None]:
             del layer.forward  # the class's own is there again
 
 
-def _below_the_features(model: PreTrainedModel, tower: nn.Module | None) -> list[nn.Module]:
+def _below_the_features(model: PreTrainedModel, tower: PreTrainedModel | None) -> list[nn.Module]:
     """The tower's layers before the one whose output becomes features; [] if that is not one."""
     index = getattr(model.config, "vision_feature_layer", None)
     if tower is None or not isinstance(index, int):
         return []
-    layers = list(getattr(tower, "vision_model", tower).encoder.layers)
+    layers = list(encoder_layers(tower))
     return layers[: max(index % (len(layers) + 1) - 1, 0)]
 
 

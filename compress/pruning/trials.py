@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from compress.errors import CheckpointError, UsageError
 from compress.recipe.strategy import with_new_names
@@ -24,6 +25,8 @@ KIND = "modelpress-pruning-search"
 VERSION = 1
 # Fingerprints are about 1 in size; rounding differs between devices and thread counts by far less.
 FINGERPRINT_TOLERANCE = 0.1
+
+Line = dict[str, Any]  # of JSON
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def _line(value: dict[str, object]) -> str:
     return json.dumps(value, allow_nan=False) + "\n"
 
 
-def _whole_lines(path: Path) -> list[dict[str, object]]:
+def _whole_lines(path: Path) -> list[Line]:
     """The file's lines as objects, without a last one that has no end; [] if there is no file."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -110,7 +113,7 @@ def _whole_lines(path: Path) -> list[dict[str, object]]:
 
 
 def _check_header(
-    path: Path, found: dict[str, object], header: dict[str, object], fingerprint: Sequence[float]
+    path: Path, found: Line, header: dict[str, object], fingerprint: Sequence[float]
 ) -> None:
     if found.get("kind") != KIND or found.get("version") != VERSION:
         raise CheckpointError(f"{path} is not a file of trials: name another one")
@@ -131,7 +134,7 @@ def _check_header(
         raise UsageError(f"{path} is of another model or other samples: {remedy}")
 
 
-def _trial(path: Path, number: int, line: dict[str, object]) -> Trial:
+def _trial(path: Path, number: int, line: Line) -> Trial:
     try:
         trial = Trial(**line)
     except TypeError:

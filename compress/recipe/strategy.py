@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise, product
 from operator import mul
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -50,6 +50,7 @@ NEW_NAMES = {"threshold": "voter_threshold", "alpha": "entropy_weight"}
 # Shares are products of ratios: whole numbers of tokens come out with an error of this size.
 ROUNDING = 1e-6
 
+Saved = TypeVar("Saved", dict[str, Any], list[str], object)
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(strict=False, gt=0, le=1)]
 Layer = Annotated[int, Field(ge=0)]
@@ -101,9 +102,7 @@ class PruneStrategy(BaseModel):
         return self
 
     @classmethod
-    def for_budget(
-        cls, method: Method, keep: float, layers: int, **settings: Any
-    ) -> "PruneStrategy":
+    def for_budget(cls, method: str, keep: float, layers: int, **settings: Any) -> "PruneStrategy":
         """A strategy that keeps the share `keep` of the visual tokens, averaged over `layers`.
 
         Stages are the papers' unless `settings` has them: VFlowOpt before the language model and at
@@ -130,7 +129,7 @@ class PruneStrategy(BaseModel):
             if later is not None and average_kept(stages, ratios(1.0), layers) < keep:
                 later = None  # a large budget: equal ratios reach it
             found = ratios(_solve(lambda x: average_kept(stages, ratios(x), layers), keep, stages))
-        return cls(method=method, stages=stages, ratios=found, **settings)
+        return cls(method=cast(Method, method), stages=stages, ratios=found, **settings)
 
     def average_kept(self, layers: int) -> float:
         """R: the share of visual tokens kept, averaged over a model's `layers` (equation 5)."""
@@ -181,7 +180,7 @@ class PruneStrategy(BaseModel):
             raise RecipeError(Source(data, {(): source}).one_line(error, cls)) from error
 
 
-def with_new_names(saved: Any) -> Any:
+def with_new_names(saved: Saved) -> Saved:
     """Plain values of saved JSON with today's names, as keys and in lists of names."""
     if isinstance(saved, dict):
         names = {old: new for old, new in NEW_NAMES.items() if new not in saved}

@@ -239,7 +239,7 @@ def programs_held(
         )  # fmt: skip
         compiled._init_handles()  # as Triton's tutorials ask for the registers of a kernel
     has = torch.cuda.get_device_properties(device)
-    registers = has.regs_per_multiprocessor  # type: ignore[attr-defined]  # torch types it not
+    registers = has.regs_per_multiprocessor  # type: ignore[attr-defined]  # missing in its types
     memory, warps = shared_memory(device), constants["num_warps"]
     held = programs_beside(compiled.n_regs, compiled.metadata, warps, registers, memory)
     return held * multiprocessors(device)

@@ -105,7 +105,7 @@ def shared_memory(device: torch.device) -> SharedMemory:
     if device.type != "cuda":
         return SharedMemory(INTERPRETER_MEMORY, INTERPRETER_MEMORY)
     has = torch.cuda.get_device_properties(device)
-    program = has.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch types it not
+    program = has.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing in its types
     return SharedMemory(program, has.shared_memory_per_multiprocessor)
 
 
