@@ -20,7 +20,7 @@ def main(bits: int = 3, group_size: int = 32) -> dict[str, float]:
 
     errors = {}
     for name in ("rtn", "gptq"):
-        solver = SOLVERS[name](SolverSettings(clip_search="none" if name == "rtn" else "hessian"))
+        solver = SOLVERS[name](SolverSettings(clip_search="none"))
         statistics = solver.prepare(H.matrix()) if solver.needs_hessian else None
         linear = solver.solve(W, statistics, UniformGrid(bits), group_size)
         E = W - linear.weight()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,15 @@ def test_names_are_those_of_their_modules():
 
     assert compress.run is run
     assert compress.load is load
+
+
+def test_no_module_takes_the_place_of_a_public_name():
+    """A package `compress.run` would replace the function once any of its modules is imported."""
+    folder = Path(compress.__file__).parent
+    modules = {file.stem for file in folder.glob("*.py")} | {
+        part.name for part in folder.iterdir() if (part / "__init__.py").is_file()
+    }
+    assert modules.isdisjoint({*compress.__all__, "kernels", "eval", "recipes"})
 
 
 def test_unknown_name_is_an_attribute_error():
