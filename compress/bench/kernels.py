@@ -16,6 +16,7 @@ import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +39,7 @@ from compress.kernels.codes import WIDTHS, Codes, TensorRecord, group_count, ten
 from compress.kernels.cpu import native
 from compress.kernels.cpu.products import cpu_matmul, pack_cpu, pack_integers
 from compress.kernels.gpu import tuning
-from compress.kernels.gpu.layout import pack_kernel
+from compress.kernels.gpu.layout import KernelWeight, pack_kernel
 from compress.kernels.reference import dequantize, reference_matmul
 
 GPU_SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (5120, 27648))
@@ -102,9 +103,9 @@ def bench_kernels(bench: KernelBench, progress: Progress = lambda line: None) ->
     bandwidth, rates = copy_bandwidth(clock), product_rate(clock)
     rows = []
     for N, K in bench.shapes:
-        for bits in bench.bits:
-            progress(f"{N} x {K}, {bits} bits")
-            rows += list(_measure_weight(bench, clock, N, K, bits))
+        progress(f"{N} x {K}")
+        measured = _measure_shape(bench, clock, N, K)
+        rows += sorted(measured, key=lambda row: bench.bits.index(row["bits"]))
     for row in rows:
         row |= against_floor(row, bandwidth, max(rates.values()))
     found = {
@@ -146,44 +147,52 @@ def random_codes(
     return Codes(codes, scale, None, bits, group_size)
 
 
-# ---- one weight ---------------------------------------------------------------------------------
+# ---- one shape ----------------------------------------------------------------------------------
 
 
-def _measure_weight(
-    bench: ResolvedBench, clock: Clock, N: int, K: int, bits: int
-) -> Iterator[dict[str, Any]]:
-    """A row of figures for each M."""
+def _measure_shape(bench: ResolvedBench, clock: Clock, N: int, K: int) -> Iterator[dict[str, Any]]:
+    """A row of figures for each width and M; the dense products of an M stand in all its rows."""
     dtype = DTYPES[bench.dtype]
-    codes = random_codes(N, K, bits, bench.group_size, dtype, clock.device)
-    contenders = _contenders(codes, dtype, clock)
-    if bench.activation_bits is not None:
-        name = f"packed A{bench.activation_bits}"
-        contenders[name] = _integers(codes, bench.activation_bits, clock)
-    packed_bytes = contenders["packed"].bytes
+    drawn = {
+        bits: random_codes(N, K, bits, bench.group_size, dtype, clock.device) for bits in bench.bits
+    }
+    widths = {bits: _contenders(codes, dtype, bench, clock) for bits, codes in drawn.items()}
+    shown = drawn[bench.bits[0]]  # what the dense weight holds
+    dense = _dense(shown, dtype, clock)
     for M in bench.rows:
         x = torch.randn(M, K, device=clock.device).to(dtype)
+        every = {(None, name): entry for name, entry in dense.items()}
+        for bits, contenders in widths.items():
+            every |= {(bits, name): entry for name, entry in contenders.items()}
         calls = {
-            name: entry.bind(x)
-            for name, entry in contenders.items()
+            key: entry.bind(x)
+            for key, entry in every.items()
             if entry.rows is None or entry.rows >= M
         }
         samples = clock.take_turns(calls)
-        yield {
-            "shape": [N, K],
-            "bits": bits,
-            "group_size": bench.group_size,
-            "dtype": bench.dtype,
-            "rows": M,
-            "seconds": {name: taken.median for name, taken in samples.items()},
-            "best": {name: taken.best for name, taken in samples.items()},
-            "spread": {name: taken.spread for name, taken in samples.items()},
-            "error": {name: relative_error(each[0](), x, codes) for name, each in calls.items()},
-            "bytes": {
-                "packed": packed_bytes,
-                "bf16": 2 * N * K,
-                "activations": (M * K + M * N) * x.element_size(),
-            },
+        errors = {
+            key: relative_error(each[0](), x, drawn.get(key[0], shown))
+            for key, each in calls.items()
         }
+        for bits, contenders in widths.items():
+            mine = {name: (bits, name) for name in contenders if (bits, name) in calls}
+            mine |= {name: (None, name) for name in dense}
+            yield {
+                "shape": [N, K],
+                "bits": bits,
+                "group_size": bench.group_size,
+                "dtype": bench.dtype,
+                "rows": M,
+                "seconds": {name: samples[key].median for name, key in mine.items()},
+                "best": {name: samples[key].best for name, key in mine.items()},
+                "spread": {name: samples[key].spread for name, key in mine.items()},
+                "error": {name: errors[key] for name, key in mine.items()},
+                "bytes": {
+                    "packed": contenders["packed"].bytes,
+                    "bf16": 2 * N * K,
+                    "activations": (M * K + M * N) * x.element_size(),
+                },
+            }
 
 
 def relative_error(y: Tensor, x: Tensor, codes: Codes) -> float:
@@ -211,19 +220,26 @@ def _each(
     return lambda x: [bind(x, copy) for copy in copies]
 
 
-def _contenders(codes: Codes, dtype: torch.dtype, clock: Clock) -> dict[str, Contender]:
-    """Every way that this device has, `packed` first."""
-    dense = dequantize(codes).float()
-    found = {"packed": _packed(codes, dtype, clock)}
+def _contenders(
+    codes: Codes, dtype: torch.dtype, bench: ResolvedBench, clock: Clock
+) -> dict[str, Contender]:
+    """Every way that this device has for a width, `packed` first."""
+    found = {"packed": _packed(codes, dtype, clock)} | _int4_operator(codes, clock)
+    if clock.device.type == "cuda":
+        found |= _gemlite(codes, dtype, clock)
+    if bench.activation_bits is not None:
+        found[f"packed A{bench.activation_bits}"] = _integers(codes, bench.activation_bits, clock)
+    return found
+
+
+def _dense(codes: Codes, dtype: torch.dtype, clock: Clock) -> dict[str, Contender]:
+    """torch's product of the dense weight; on a GPU in both 16-bit dtypes."""
+    weight, found = dequantize(codes).float(), {}
     others = (torch.float16, torch.bfloat16) if clock.device.type == "cuda" else (dtype,)
     for other in dict.fromkeys((dtype, *others)):
         name = next(name for name, value in DTYPES.items() if value == other)
-        weight = dense.to(other)
-        copies = [weight.clone() for _ in range(clock.copies(weight.nbytes))]
-        found[f"dense {name}"] = Contender(_each(copies, _bind_dense), weight.nbytes)
-    found |= _int4_operator(codes, clock)
-    if clock.device.type == "cuda":
-        found |= _gemlite(codes, dtype, clock)
+        copies = [weight.to(other) for _ in range(clock.copies(weight.numel() * other.itemsize))]
+        found[f"dense {name}"] = Contender(_each(copies, _bind_dense), copies[0].nbytes)
     return found
 
 
@@ -337,47 +353,46 @@ def tune_kernels(bench: KernelBench, progress: Progress = lambda line: None) -> 
     clock, entries, tuned = Clock(bench.device, bench.rounds), [], {}
     most = table_of(DTYPES[bench.dtype], clock.device, bench.group_size)[-1].rows
     buckets = sorted({tuning.bucket(M) for M in bench.rows if most >= M})
+    dtype, name = DTYPES[bench.dtype], device_name(clock.device)
     for N, K in bench.shapes:
         for bits in bench.bits:
-            dtype = DTYPES[bench.dtype]
             codes = random_codes(N, K, bits, bench.group_size, dtype, clock.device)
+            copies = _copies(pack_kernel(codes), clock)
             for rows in buckets:
-                name = device_name(clock.device)
                 key = tuning.key(name, N, K, bits, bench.group_size, rows)
                 progress(key)
-                found = _tune(codes, rows, dtype, clock)
+                found = _tune(copies, rows, dtype, clock)
                 entries.append({"key": key} | found)
                 tuned[key] = tuning.Tiles(**found["tiles"])
     return Report({"path": str(tuning.save(tuned)), "entries": entries}, tuning_table)
 
 
-def _tune(codes: Codes, rows: int, dtype: torch.dtype, clock: Clock) -> dict[str, Any]:
+def _tune(
+    copies: Sequence[KernelWeight], rows: int, dtype: torch.dtype, clock: Clock
+) -> dict[str, Any]:
     """The fastest tiles for one bucket, and the time of the table's."""
     from triton.runtime.errors import TritonError
 
     from compress.kernels.gpu import matmul
 
-    copies = _copies(pack_kernel(codes), clock)
-    x = torch.randn(rows, codes.codes.shape[1], device=clock.device).to(dtype)
-    table = matmul.table_of(dtype, clock.device, codes.group_size)
-    start = replace(next(tiles for tiles in table if tiles.rows >= rows), rows=rows)
-
-    def measure(tiles: tuning.Tiles) -> float:
-        calls = [lambda copy=copy: matmul.tiled_matmul(x, copy, None, tiles) for copy in copies]
+    x = torch.randn(rows, copies[0].columns, device=clock.device).to(dtype)
+    table = matmul.table_of(dtype, clock.device, copies[0].group_size)
+    start = next(tiles for tiles in table if tiles.rows >= rows)
+    seconds: dict[tuning.Tiles, float] = {}
+    for tiles in dict.fromkeys(replace(t, rows=rows) for t in (start, *tuning.candidates(rows))):
+        calls = [partial(matmul.tiled_matmul, x, copy, None, tiles) for copy in copies]
         try:
-            return clock.take_turns({"tiles": calls})["tiles"].median
+            seconds[tiles] = clock.take_turns({"tiles": calls})["tiles"].median
         except TritonError:
-            return math.inf  # tiles that do not fit this device
+            continue  # tiles that do not fit this device
         except RuntimeError as error:
-            if "PassManager" in str(error):  # what Triton raises where one of its passes fails
-                return math.inf
-            raise
-
-    before: dict[tuning.Tiles, float] = {}
-
-    def remembered(tiles: tuning.Tiles) -> float:
-        before[tiles] = measure(tiles)
-        return before[tiles]
-
-    best, seconds, tried = tuning.search(start, remembered)
-    return {"tiles": asdict(best), "seconds": seconds, "before": before[start], "tried": tried}
+            if "PassManager" not in str(error):  # what Triton raises where one of its passes fails
+                raise
+    best = min(seconds, key=seconds.__getitem__)
+    before = seconds.get(replace(start, rows=rows), math.inf)
+    return {
+        "tiles": asdict(best),
+        "seconds": seconds[best],
+        "before": before,
+        "tried": len(seconds),
+    }

@@ -61,7 +61,11 @@ def check(bench: PruningBench) -> None:
 
 
 def random_llava(bench: PruningBench) -> hf.LlavaForConditionalGeneration:
-    """A LLaVA with random fp32 weights: SigLIP tower, Llama with half as many key-value heads."""
+    """A LLaVA with random weights: SigLIP tower, Llama with half as many key-value heads.
+
+    In fp32, on a GPU in bf16, as checkpoints are.
+    """
+    dtype = torch.bfloat16 if bench.device.startswith("cuda") else torch.float32
     torch.manual_seed(bench.seed)
     heads = bench.width // HEAD_SIZE
     config = hf.LlavaConfig(
@@ -89,7 +93,8 @@ def random_llava(bench: PruningBench) -> hf.LlavaForConditionalGeneration:
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
     )
-    return hf.LlavaForConditionalGeneration(config).eval().to(bench.device)
+    with torch.device(bench.device):
+        return hf.AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
 
 
 def random_prompt(bench: PruningBench) -> dict[str, Tensor]:
@@ -157,7 +162,9 @@ def _subject(
 ) -> tuple[hf.PreTrainedModel, hf.ProcessorMixin | None, dict[str, Tensor]]:
     """The model, its processor if it has one, and a prompt with one image."""
     if bench.model is None:
-        return random_llava(bench), None, random_prompt(bench)
+        model = random_llava(bench)
+        prompt = random_prompt(bench)
+        return model, None, prompt | {"pixel_values": prompt["pixel_values"].to(model.dtype)}
     from PIL import Image  # of the extra `vision`
 
     dtype = None if bench.device.startswith("cuda") else torch.float32

@@ -128,6 +128,7 @@ def compile_product(
         HAS_BIAS=False,
         SCALED=many and group_size is not None,
         EVEN=even,
+        EARLY=capability[0] >= 9,
     )
 
 

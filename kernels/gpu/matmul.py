@@ -54,20 +54,18 @@ EXACT_ROWS = 32
 DENSE_TILE = 64
 # Depth of one product, of few rows and of many: the more, the fewer sums to scale; the less, the
 # fewer registers hold weights.
-CHUNKS = (LARGEST_CHUNK, 64)
+CHUNKS = (LARGEST_CHUNK, LARGEST_CHUNK)
 SMALLEST_CHUNK = 32  # two codes of each thread of a fragment
-REDUCE_BLOCK = 1024
+REDUCE_BLOCK = 512
 
 
-# First row that fits wins; above the last one the weight is expanded. Chosen by the registers and
-# the instructions of the compiled code, and not yet measured on any GPU.
+# First row that fits wins; above the last one the weight is expanded.
 TABLE = (
-    Tiles(rows=8, block_m=8, block_n=128, warps=4, stages=4),
-    Tiles(rows=16, block_m=16, block_n=128, warps=4, stages=4),
+    Tiles(rows=8, block_m=8, block_n=32, warps=2, stages=3),
+    Tiles(rows=16, block_m=16, block_n=64, warps=4, stages=3),
     Tiles(rows=32, block_m=32, block_n=128, warps=8, stages=3),
-    Tiles(rows=64, block_m=64, block_n=128, warps=8, stages=3),
-    Tiles(rows=128, block_m=128, block_n=128, warps=8, stages=3),
-    Tiles(rows=512, block_m=128, block_n=256, warps=8, stages=3),
+    Tiles(rows=64, block_m=64, block_n=64, warps=4, stages=3),
+    Tiles(rows=512, block_m=128, block_n=128, warps=8, stages=3),
 )
 # Without Hopper's wgmma, whose right operand stays in shared memory, a thread holds all of a tile.
 MMA_TABLE = (
@@ -198,6 +196,7 @@ def tiled_matmul(x: Tensor, weight: KernelWeight, bias: Tensor | None, tiles: Ti
             **kernels.FIXED_OPTIONS,
             "num_warps": tiles.warps,
             "num_stages": stages(tiles, weight.bits, x.element_size(), shared_memory(x.device)),
+            **early_launch(x.device),
         }
     )
     grid = ceil_div(M, tiles.block_m) * ceil_div(N, tiles.block_n)
@@ -336,9 +335,23 @@ def add_up(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         len(parts),
         HAS_BIAS=bias is not None,
         BLOCK=REDUCE_BLOCK,
+        MOST=tuning.bucket(len(parts)),
         **kernels.FIXED_OPTIONS,
+        **early_launch(parts.device),
     )
     return out
+
+
+@cache
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """Options of a launch that may begin before the kernel in front of it ends: from Hopper on.
+
+    Such a kernel waits itself for what the one in front writes ("programmatic dependent launch",
+    CUDA C++ Programming Guide): only the time that a launch takes is hidden.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
+        return {"EARLY": True, "launch_pdl": True}
+    return {"EARLY": False}
 
 
 def interpreted() -> bool:

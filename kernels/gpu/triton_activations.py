@@ -15,6 +15,7 @@ from compress.kernels.gpu.triton_kernels import (
     load_rows,
     load_words,
     load_zero,
+    settled,
 )
 
 # 1.5 * 2^23: added and taken off again, it rounds an fp32 below 2^22 to the nearest integer, ties
@@ -137,7 +138,7 @@ def integer_matmul_kernel(
                 part = tl.dot(w, xs, out_dtype=tl.int32).to(tl.float32)
                 total = tl.fma(part, tl.broadcast_to(s[:, None], part.shape), total)
             else:
-                whole = tl.dot(w, xs, whole, out_dtype=tl.int32)
+                whole = settled(tl.dot(w, xs, whole, out_dtype=tl.int32))
     if GROUP == 0:
         s = load_rows(scale, first, N, BLOCK_N).to(tl.float32)
         total = whole.to(tl.float32) * s[:, None]

@@ -27,6 +27,7 @@ wrong there, so launchers refuse it.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Of every launch: whether a product and a sum are made one instruction differs by version, and with
 # it the last bit of a result. Kernels say fma where they mean it.
@@ -37,6 +38,11 @@ FIXED_OPTIONS = {"enable_fp_fusion": False}
 MAGIC_FP16: tl.constexpr = tl.constexpr(0x6400)
 MAGIC_BF16: tl.constexpr = tl.constexpr(0x4300)
 MAGIC_FP32: tl.constexpr = tl.constexpr(0x4B000000)
+PREFETCHED: tl.constexpr = tl.constexpr(4)  # blocks of words
+SETTLE: tl.constexpr = tl.constexpr(
+    tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
+    and not triton.knobs.runtime.interpret
+)
 
 
 @triton.jit
@@ -212,19 +218,48 @@ def load_activations(
     return xs
 
 
+@triton.jit
+def settled(sums):
+    """The sums once all products that make them have ended, where SETTLE says that none may go on.
+
+    Triton before 3.7 leaves Hopper's products running while the registers of their left operand get
+    the next weights (its issue 9433). It waits for a product whose sums are looked at.
+    """
+    if SETTLE:
+        if sums.dtype == tl.float32:
+            sums = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [sums], tl.float32, True, 1)
+        else:
+            sums = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [sums], tl.int32, True, 1)
+    return sums
+
+
+@triton.jit
+def _prefetch(words, share, split, first, N, blocks, BLOCK_N: tl.constexpr):
+    """Brings a program's first words into the second-level cache; nothing else writes them."""
+    LINE: tl.constexpr = 32  # words of a cache line
+    i = tl.arange(0, PREFETCHED * BLOCK_N * 16 // LINE)
+    block = share + i // (BLOCK_N * 16 // LINE) * split
+    at = (block * N + first).to(tl.int64) * 16 + i % (BLOCK_N * 16 // LINE) * LINE
+    at = tl.maximum(tl.minimum(at, (blocks * N).to(tl.int64) * 16 - LINE), 0)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [words + at], tl.int32, False, 1
+    )
+
+
 @triton.jit(do_not_specialize=["M", "split"])
 def matmul_kernel(
     x, words, high, scale, zero, bias, out, M, N, K, stride, split,
     BITS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
     EVEN: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile [BLOCK_M, BLOCK_N] of y by tensor cores; program (tile, s) takes every split-th block.
 
     out is y [M, N], or the fp32 workspace [split, M, N]. A scale multiplies the fp32 sum of its
     group, so that nothing of what the file holds is rounded; SCALED, for many rows, multiplies the
     weights instead and rounds each once. Programs next to each other share a tile of weights, which
-    then comes from the cache for all but one. EVEN: K is a multiple of the block.
+    then comes from the cache for all but one. EVEN: K is a multiple of the block. EARLY: launched
+    before the kernel in front of it ends, which may write x and read what out had held.
     """
     BLOCK: tl.constexpr = 16 * (32 // (2 if BITS == 3 else BITS))
     STEPS: tl.constexpr = CHUNK // STEP
@@ -234,6 +269,10 @@ def matmul_kernel(
     n = first + tl.arange(0, BLOCK_N)
     share = tl.program_id(1)
     inside = n < N
+    if EARLY:
+        _prefetch(words, share, split, first, N, tl.cdiv(K, BLOCK), BLOCK_N)
+        gdc_wait()
+        gdc_launch_dependents()
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # A scale is loaded one step before it is used: nothing else hides how long that takes.
     group = min(share * BLOCK, K - 1) // GROUP if GROUP > 0 else 0
@@ -263,7 +302,7 @@ def matmul_kernel(
                 part = tl.dot(w, xs, input_precision="ieee")
                 total = tl.fma(part, tl.broadcast_to(s.to(tl.float32)[:, None], part.shape), total)
             else:
-                total = tl.dot(w, xs, total, input_precision="ieee")
+                total = settled(tl.dot(w, xs, total, input_precision="ieee"))
     if GROUP == 0 and not SCALED:
         total *= next_scale.to(tl.float32)[:, None]
     if HAS_BIAS:
@@ -274,16 +313,22 @@ def matmul_kernel(
 
 @triton.jit(do_not_specialize=["split"])
 def reduce_kernel(
-    workspace, bias, out, N, size, split, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """out = sum of workspace [split, size] over split, always in the same order, plus bias [N]."""
+    workspace, bias, out, N, size, split,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """out = sum of workspace [split, size] over split, always in the same order, plus bias [N].
+
+    MOST: a power of two that split does not exceed. All parts are on their way before any is added.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
-    y = tl.zeros((BLOCK,), tl.float32)
-    at = workspace + i  # moved on, for an offset of all shares may have no place in 32 bits
-    for _ in range(split):
-        y += tl.load(at, mask=inside, other=0)
-        at += size
+    share = tl.arange(0, MOST)
+    # an offset of all shares may have no place in 32 bits
+    at = share.to(tl.int64)[:, None] * size + i[None, :]
+    y = tl.sum(tl.load(workspace + at, (share < split)[:, None] & inside[None, :], other=0), 0)
     if HAS_BIAS:
         y += tl.load(bias + i % N, mask=inside, other=0).to(tl.float32)
     tl.store(out + i, y.to(out.dtype.element_ty), mask=inside)

@@ -3,7 +3,8 @@
     $XDG_CACHE_HOME/modelpress/tuning.json
     {"version": 2, "entries": {"NVIDIA H100 80GB HBM3|4096x14336|4 bits|128|16 rows": {...tiles}}}
 
-Nobody writes it but `modelpress bench kernels --tune`: without that the table of matmul.py holds.
+Nobody writes it but `modelpress bench kernels --tune`. Without it the tiles that come with the
+project hold (tiles.json), and else the table of matmul.py.
 A file or an entry that is not as expected is left aside with one warning, and counted; kernels work
 without it.
 
@@ -12,8 +13,9 @@ without it.
 """
 
 import json
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +23,9 @@ from pathlib import Path
 from compress.kernels.user_cache import cache_directory, cache_path, write_atomically
 
 VERSION = 2
-# What tuning tries, and all that a file may say: powers of two that compile for every width.
+MEASURED = "NVIDIA H200"
+HOPPER = re.compile(r"NVIDIA (H100|H200|GH200)\b")  # alike but for their memory
+# All that a file may say: powers of two that compile for every width.
 CHOICES: dict[str, tuple[int | None, ...]] = {
     "block_m": (8, 16, 32, 64, 128, 256),
     "block_n": (16, 32, 64, 128, 256),
@@ -47,6 +51,38 @@ class Tiles:
     split: int | None = None
 
 
+# What tuning tries. Of some 900 tiles, these were the fastest for a shape, a width or a number of
+# rows on an H100 and an H200 (docs/kernels.md), or within 2 %.
+CANDIDATES = (
+    Tiles(8, block_m=8, block_n=64, warps=2, stages=2),
+    Tiles(8, block_m=8, block_n=32, warps=2, stages=3),
+    Tiles(8, block_m=8, block_n=32, warps=1, stages=2),
+    Tiles(8, block_m=8, block_n=64, warps=4, stages=3),
+    Tiles(8, block_m=8, block_n=128, warps=4, stages=2),
+    Tiles(16, block_m=16, block_n=64, warps=4, stages=3),
+    Tiles(16, block_m=16, block_n=32, warps=1, stages=2),
+    Tiles(16, block_m=16, block_n=32, warps=2, stages=3),
+    Tiles(16, block_m=16, block_n=64, warps=2, stages=2),
+    Tiles(32, block_m=32, block_n=64, warps=4, stages=3),
+    Tiles(32, block_m=32, block_n=128, warps=8, stages=3),
+    Tiles(32, block_m=32, block_n=128, warps=4, stages=2),
+    Tiles(64, block_m=64, block_n=64, warps=4, stages=3),
+    Tiles(64, block_m=64, block_n=128, warps=8, stages=3),
+    Tiles(64, block_m=64, block_n=256, warps=8, stages=3),
+    Tiles(128, block_m=128, block_n=128, warps=8, stages=3),
+    Tiles(128, block_m=128, block_n=128, warps=4, stages=3),
+    Tiles(128, block_m=64, block_n=64, warps=4, stages=3),
+    Tiles(256, block_m=128, block_n=128, warps=8, stages=3),
+    Tiles(256, block_m=128, block_n=64, warps=4, stages=3),
+    Tiles(256, block_m=256, block_n=128, warps=8, stages=3),
+    Tiles(256, block_m=128, block_n=256, warps=8, stages=3),
+    Tiles(512, block_m=256, block_n=64, warps=4, stages=3),
+    Tiles(512, block_m=128, block_n=128, warps=8, stages=3),
+    Tiles(512, block_m=128, block_n=256, warps=8, stages=3),
+    Tiles(512, block_m=256, block_n=128, warps=8, stages=3),
+)
+
+
 @dataclass
 class Cache:
     """The file's entries, and how many things in it were left aside."""
@@ -67,8 +103,16 @@ def key(device: str, N: int, K: int, bits: int, group_size: int | None, rows: in
 
 @cache
 def find(device: str, N: int, K: int, bits: int, group_size: int | None, rows: int) -> Tiles | None:
-    """The tiles that were measured for this product, if any."""
-    return contents().entries.get(key(device, N, K, bits, group_size, rows))
+    """The tiles that were measured for this product, if any: on this device, else ours."""
+    product = (N, K, bits, group_size, rows)
+    own = contents().entries.get(key(device, *product))
+    return own or shipped().get(key(MEASURED if HOPPER.match(device) else device, *product))
+
+
+@cache
+def shipped() -> dict[str, Tiles]:
+    """What comes with the project: measured on MEASURED, for every GPU of that kind."""
+    return read(Path(__file__).with_name("tiles.json")).entries
 
 
 @cache
@@ -129,35 +173,13 @@ def forget() -> None:
     find.cache_clear()
 
 
-# ---- search -------------------------------------------------------------------------------------
+# ---- candidates ---------------------------------------------------------------------------------
 
 
-def search(start: Tiles, measure: Callable[[Tiles], float]) -> tuple[Tiles, float, int]:
-    """The fastest tiles that single steps reach from `start`, their time, and how many were tried.
-
-    measure gives seconds, or infinity for tiles that do not run. Each round tries every neighbour
-    of the best so far, and the search ends with the round that finds nothing faster.
-    """
-    times = {start: measure(start)}
-    best = start
-    while True:
-        for tiles in neighbours(best):
-            if tiles not in times:
-                times[tiles] = measure(tiles)
-        fastest = min(times, key=times.__getitem__)
-        if fastest == best:
-            return best, times[best], len(times)
-        best = fastest
-
-
-def neighbours(tiles: Tiles) -> Iterator[Tiles]:
-    """Tiles that differ in one value, by one place among its choices."""
-    for name, choices in CHOICES.items():
-        at = choices.index(getattr(tiles, name))
-        for other in choices[max(at - 1, 0) : at + 2]:
-            changed = Tiles(**asdict(tiles) | {name: other})
-            if changed != tiles and _fits(changed):
-                yield changed
+def candidates(rows: int) -> tuple[Tiles, ...]:
+    """What tuning measures for a bucket."""
+    least = min((tiles.rows for tiles in CANDIDATES if tiles.rows >= rows), default=0)
+    return tuple(tiles for tiles in CANDIDATES if tiles.rows == least)
 
 
 def _tiles(entry: object) -> Tiles | None:

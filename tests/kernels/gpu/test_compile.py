@@ -14,6 +14,7 @@ from compress.kernels.gpu.compiled import (  # noqa: E402
     compile_kernel,
     compile_product,
     compiled_products,
+    longest_loop,
     product_constants,
 )
 from compress.kernels.gpu.integer_launch import TILES  # noqa: E402
@@ -28,6 +29,7 @@ from compress.kernels.gpu.matmul import (  # noqa: E402
     tile_constants,
 )
 from compress.kernels.gpu.occupancy import stages  # noqa: E402
+from compress.kernels.gpu.tuning import CANDIDATES  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter compiles nothing")
 HOPPER = (9, 0)
@@ -93,7 +95,9 @@ def test_codes_stay_with_their_thread(bits, symmetric, tiles):
 def test_the_other_kernels_compile():
     fixed = product_constants(3, 128) | {"BLOCK_N": 64, "WARPS": 4}
     compile_kernel(kernels.dequantize_kernel, HOPPER, "bf16", **fixed)
-    compile_kernel(kernels.reduce_kernel, HOPPER, "bf16", HAS_BIAS=True, BLOCK=1024)
+    compile_kernel(
+        kernels.reduce_kernel, HOPPER, "bf16", HAS_BIAS=True, BLOCK=512, MOST=8, EARLY=True
+    )
     compile_kernel(activations.butterfly_kernel, HOPPER, "bf16", SIZE=4096, LOG=12)
     compile_kernel(activations.factor_kernel, HOPPER, "bf16", ORDER=28, PADDED=32, BLOCK=64)
 
@@ -143,3 +147,27 @@ def test_table_fits_a_hopper_multiprocessor():
         assert product.shared <= SHARED_MEMORY[HOPPER].program
         wanted = WANTED[product.bits].get(product.tiles.rows)
         assert wanted is None or product.instructions * 2.17 < 40.1 / wanted
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tiles", [tiles for tiles in CANDIDATES if tiles.rows in (64, 512)])
+def test_no_weight_is_written_over_while_a_product_may_read_it(bits, tiles):
+    """wgmma reads its left operand from registers until a wait says that it has ended."""
+    loop = longest_loop(compile_product(bits, 128, "fp16", tiles, HOPPER))
+    assert any("HGMMA" in line for line in loop)
+    running: list[set[int]] = []  # left operands of each group that no wait has covered
+    group: set[int] = set()
+    for line in loop * 2:
+        if product := re.search(r"HGMMA\.\S+ R\d+, R(\d+), gdesc", line):
+            group |= set(range(int(product[1]), int(product[1]) + 4))
+            if "gsb0" in line:
+                running.append(group)
+                group = set()
+        elif wait := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d+)", line):
+            running = running[max(len(running) - int(wait[1]), 0) :]
+        elif written := re.match(
+            r"(?:@!?P\d+ )?(?:LOP3|HADD2|HMUL2|HFMA2|PRMT|SHF|LDS)\S* R(\d+),", line
+        ):
+            first = int(written[1])
+            registers = set(range(first, first + (4 if ".128" in line.split(",")[0] else 1)))
+            assert not registers & group.union(*running), line

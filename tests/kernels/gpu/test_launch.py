@@ -18,12 +18,14 @@ from triton.runtime import driver  # noqa: E402
 
 from compress.kernels.gpu import matmul, occupancy  # noqa: E402
 from compress.kernels.gpu.layout import pack_kernel  # noqa: E402
-from compress.kernels.gpu.matmul import TABLE, programs_held, tiled_matmul, tiles_for  # noqa: E402
+from compress.kernels.gpu.matmul import Tiles, programs_held, tiled_matmul, tiles_for  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or matmul.interpreted(), reason="nothing to stand in for"
 )
 MULTIPROCESSORS = 132
+FEW = Tiles(rows=8, block_m=8, block_n=128, warps=4, stages=4)
+MORE = Tiles(rows=32, block_m=32, block_n=128, warps=8, stages=3)
 H100 = SimpleNamespace(
     regs_per_multiprocessor=1 << 16,
     shared_memory_per_multiprocessor=228 * 1024,
@@ -86,7 +88,7 @@ def hopper(monkeypatch):
         kernel.device_caches.clear()
 
 
-@pytest.mark.parametrize(("M", "warps"), [(1, 4), (16, 4), (33, 8), (100, 8), (200, 8)])
+@pytest.mark.parametrize(("M", "warps"), [(1, 2), (16, 4), (33, 4), (100, 8), (200, 8)])
 @pytest.mark.parametrize(("bits", "symmetric"), [(3, False), (4, True)])
 def test_every_entry_launches(M, warps, bits, symmetric, hopper):
     weight = pack_kernel(random_weight(300, 512, bits, 128, symmetric))
@@ -99,7 +101,13 @@ def test_every_entry_launches(M, warps, bits, symmetric, hopper):
 
 def options_of(tiles, weight):
     constants = matmul.weight_constants(weight) | matmul.tile_constants(tiles)
-    more = {"EVEN": True, "SCALED": False, "num_warps": tiles.warps, "num_stages": tiles.stages}
+    more = {
+        "EVEN": True,
+        "SCALED": False,
+        "EARLY": True,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
     return tuple((constants | more | matmul.kernels.FIXED_OPTIONS).items())
 
 
@@ -108,7 +116,7 @@ def test_no_more_programs_than_fit_are_started(registers, held, hopper):
     """Registers are handed out by 8; four programs of four warps are all that is asked for."""
     hopper.registers = registers
     weight = pack_kernel(random_weight(256, 4096, 4, 128))
-    options = options_of(TABLE[0], weight)
+    options = options_of(FEW, weight)
     found = programs_held(
         torch.float16, torch.float16, (256, 4096, 4096), options, torch.device("cuda")
     )
@@ -119,7 +127,7 @@ def test_shared_memory_counts_too(hopper):
     hopper.registers = 32
     weight = pack_kernel(random_weight(256, 4096, 3, 128))
     device, sizes = torch.device("cuda"), (256, 4096, 4096)
-    options = options_of(TABLE[2], weight)  # 100 KiB: of four programs that its warps allow, two
+    options = options_of(MORE, weight)  # 100 KiB: of four programs that its warps allow, two
     found = programs_held(torch.float16, torch.float16, sizes, options, device)
     assert found == 2 * MULTIPROCESSORS
 
@@ -138,20 +146,20 @@ def held(hopper, monkeypatch):
 def test_a_split_product_fills_the_device_and_is_added_up(held):
     """2 tiles of 32 blocks each: 16 programs for each would leave most of the device idle."""
     weight = pack_kernel(random_weight(256, 4096, 4, 128))
-    tiled_matmul(torch.zeros(1, 4096).half(), weight, torch.zeros(256).half(), TABLE[0])
+    tiled_matmul(torch.zeros(1, 4096).half(), weight, torch.zeros(256).half(), FEW)
     assert [launch[:2] for launch in held.launches] == [
         ((2, 32), "matmul_kernel"),
         ((1, 1), "reduce_kernel"),
     ]
     held.launches.clear()
     wide = pack_kernel(random_weight(128 * 100, 1024, 4, 128))  # 100 tiles, room for 528 programs
-    tiled_matmul(torch.zeros(1, 1024).half(), wide, None, TABLE[0])
+    tiled_matmul(torch.zeros(1, 1024).half(), wide, None, FEW)
     assert held.launches[0][0] == (100, 4)  # 5 would give one program no block
 
 
 def test_a_product_with_tiles_enough_compiles_nothing_to_ask(held):
     weight = pack_kernel(random_weight(128 * 300, 256, 4, 128))
-    tiled_matmul(torch.zeros(1, 256).half(), weight, None, TABLE[0])
+    tiled_matmul(torch.zeros(1, 256).half(), weight, None, FEW)
     assert held.launches == [((300, 1), "matmul_kernel", 4)]
     assert held.compiled == 1
 
@@ -159,7 +167,7 @@ def test_a_product_with_tiles_enough_compiles_nothing_to_ask(held):
 def test_rows_and_splits_share_compiled_code(held):
     weight = pack_kernel(random_weight(256, 4096, 4, 128))
     for M in (1, 2, 5, 8):
-        tiled_matmul(torch.zeros(M, 4096).half(), weight, None, TABLE[0])
+        tiled_matmul(torch.zeros(M, 4096).half(), weight, None, FEW)
     assert len(held.launches) == 8
     assert held.compiled == 2  # matmul_kernel and reduce_kernel
 
@@ -167,7 +175,7 @@ def test_rows_and_splits_share_compiled_code(held):
 def test_the_device_of_the_tensors_is_made_current(hopper):
     weight = pack_kernel(random_weight(32, 256, 4, 128))
     x = torch.zeros(1, 256).half()
-    tiled_matmul(x, weight, None, TABLE[0])
+    tiled_matmul(x, weight, None, FEW)
     matmul.dequantize_weight(weight, torch.float16)
     assert hopper.made_current == [x.device] * 2
 
@@ -179,7 +187,11 @@ def test_the_device_of_the_tensors_is_made_current(hopper):
 def test_the_table_of_a_device(capability, table, hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     device = torch.device("cuda")
-    assert matmul.table_of(torch.bfloat16, device, 128) == (matmul.MMA_TABLE if table else TABLE)
-    assert matmul.table_of(torch.bfloat16, device, None) == (matmul.MMA_TABLE if table else TABLE)
+    assert matmul.table_of(torch.bfloat16, device, 128) == (
+        matmul.MMA_TABLE if table else matmul.TABLE
+    )
+    assert matmul.table_of(torch.bfloat16, device, None) == (
+        matmul.MMA_TABLE if table else matmul.TABLE
+    )
     assert matmul.table_of(torch.bfloat16, device, 48) == matmul.ODD_TABLE
     assert matmul.table_of(torch.float32, device, 128) == matmul.FP32_TABLE

@@ -14,10 +14,10 @@ pytest.importorskip("triton")
 CASES = Path(__file__).with_name("triton_cases.py")
 
 
-def run_cases(**environment: str) -> None:
+def run_cases(*options: str, **environment: str) -> None:
     """The cases in a fresh process; its whole report is the failure's message."""
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(CASES)],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *options, str(CASES)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
@@ -33,7 +33,8 @@ def test_interpreted():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_compiled():
-    run_cases(TRITON_INTERPRET="0")
+    # what takes long is compiling, which processors do side by side
+    run_cases("--numprocesses=logical", TRITON_INTERPRET="0")
 
 
 def test_kernels_import_without_a_gpu_and_leave_the_device_alone():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from compress.kernels.gpu import tuning
-from compress.kernels.gpu.tuning import ACCUMULATORS, CHOICES, Tiles, bucket, neighbours, search
+from compress.kernels.gpu.tuning import Tiles, bucket, candidates
 
 TILES = Tiles(rows=16, block_m=16, block_n=64, warps=4, stages=3, split=None)
 SCHEME = ("Some GPU", 4096, 14336, 4, 128)
@@ -91,32 +91,26 @@ def test_buckets_are_powers_of_two(rows, expected):
     assert bucket(rows) == expected
 
 
-def test_search_reaches_the_best_of_a_bowl_and_remembers():
-    goal = replace(TILES, block_n=256, warps=1, stages=5, split=8)
-    tried = []
-
-    def distance(tiles):
-        tried.append(tiles)
-        return sum(
-            abs(choices.index(getattr(tiles, name)) - choices.index(getattr(goal, name)))
-            for name, choices in CHOICES.items()
-        )
-
-    best, least, count = search(TILES, distance)
-    assert (best, least) == (goal, 0)
-    assert len(tried) == len(set(tried)) == count  # nothing is measured twice
+@pytest.mark.parametrize("rows", [1, 8, 16, 64, 256, 512])
+def test_candidates_of_every_bucket_may_stand_in_the_file(rows):
+    found = candidates(rows)
+    assert len(set(found)) == len(found) > 1
+    tuning.save({str(i): tiles for i, tiles in enumerate(found)})
+    assert set(tuning.contents().entries.values()) == set(found)
 
 
-def test_search_passes_by_tiles_that_do_not_run():
-    best, _, _ = search(TILES, lambda tiles: float("inf") if tiles.warps == 8 else -tiles.stages)
-    assert best.stages == max(CHOICES["stages"])
+@pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB"])
+def test_tiles_come_with_the_project_and_measured_ones_before_them(device):
+    product = (device, 4096, 4096, 4, 128, 1)
+    assert tuning.find(*product) in tuning.shipped().values()
+    assert tuning.find(*product[:-1], 64) is None  # beyond 32 rows the table holds
+    tuning.save({tuning.key(*product): TILES})
+    assert tuning.find(*product) == TILES
 
 
-def test_neighbours_differ_in_one_value_and_stay_in_bounds():
-    large = replace(TILES, block_m=128, block_n=256)
-    for start in (TILES, large):
-        for tiles in neighbours(start):
-            changed = [name for name in CHOICES if getattr(tiles, name) != getattr(start, name)]
-            assert len(changed) == 1
-            assert tiles.block_m * tiles.block_n <= ACCUMULATORS * 32 * tiles.warps
-            assert getattr(tiles, changed[0]) in CHOICES[changed[0]]
+def test_other_devices_have_none():
+    assert tuning.find("NVIDIA A100-SXM4-80GB", 4096, 4096, 4, 128, 1) is None
+
+
+def test_beyond_the_largest_bucket_there_are_none():
+    assert candidates(1024) == ()
