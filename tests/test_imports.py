@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import compress
+from support.refusals import refused
 
 
 def python(code: str) -> str:
@@ -67,7 +68,7 @@ def test_no_module_takes_the_place_of_a_public_name():
 
 
 def test_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="qantize"):
+    with refused(AttributeError, "'qantize'"):
         _ = compress.qantize
 
 
