@@ -254,11 +254,11 @@ def test_shard_size_in_bytes():
             ["required"],
         ),
         ("quantize:\n  overrides:\n    - match: b\n", 3, "quantize.overrides[0].match", ["bits"]),
-        ("quantize:\n  ignore: ['re:(']\n", 2, "quantize.ignore[0]", ["regular expression"]),
+        ("quantize:\n  ignore: ['re:(']\n", 2, "quantize.ignore[0]", ["'re:('"]),
         ("evaluate:\n  perplexity:\n    stride: 4096\n", 3, "evaluate.perplexity.stride", ["4096"]),
         ("evaluate:\n  task: [a]\n", 2, "evaluate.task", ["'tasks'"]),
         ("model: a\nrotate: none\nmodel: b\n", 3, "model", ["twice"]),
-        ("quantize:\n  bits: 4\n  online: []\n", 3, "quantize.online", ["unknown key"]),
+        ("quantize:\n  bits: 4\n  online: []\n", 3, "quantize.online", ["overrides"]),
     ],
 )
 def test_errors_name_file_line_field_and_what_was_expected(write, text, line, field, words):
