@@ -221,9 +221,10 @@ def test_what_is_measured_is_kept_with_its_conditions(recipes, measured, tmp_pat
     assert len(measured) == 2
     assert compare(recipes, output).rows == first.rows
     assert len(measured) == 2
-    other = [r.with_changes(evaluate={"batch_size": 3}) for r in recipes]
-    compare(other, output)
+    other, watch = [r.with_changes(evaluate={"batch_size": 3}) for r in recipes], Watch()
+    compare(other, output, observer=watch)
     assert len(measured) == 4
+    assert watch.started == []  # the results stay
     compare(other, output, overwrite=True)
     assert len(measured) == 6
 
@@ -266,16 +267,6 @@ def test_an_interrupted_comparison_continues_at_its_layer(recipes, measured, tmp
     watch = Watch()
     compare(recipes, output, observer=watch)
     assert watch.started == [("w2, seed 0", 1)]
-
-
-def test_how_it_is_measured_may_change_and_the_results_are_kept(
-    recipes, measured, checkpoint, text, tmp_path
-):
-    compare(recipes, tmp_path / "out")
-    watch, limited = Watch(), {"evaluate": {"limit": 3}}
-    others = [recipe_of(checkpoint(), text, f"w{b}", **limited, bits=b) for b in (4, 2)]
-    compare(others, tmp_path / "out", observer=watch)
-    assert watch.started == []
 
 
 def test_another_recipe_of_the_same_name_replaces_nothing_unasked(
