@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import compress
+from support.refusals import refused
 
 
 def python(code: str) -> str:
@@ -67,7 +68,7 @@ def test_no_module_takes_the_place_of_a_public_name():
 
 
 def test_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="qantize"):
+    with refused(AttributeError, "'qantize'"):
         _ = compress.qantize
 
 
@@ -75,15 +76,20 @@ def test_version_is_that_of_the_distribution():
     assert compress.__version__ == version("modelpress")
 
 
-@pytest.mark.parametrize(
-    "first", ["import compress.pipeline.plan", "import compress.pipeline.run", "compress.plan"]
-)
-def test_plan_is_the_function_whatever_is_imported_first(first):
-    code = (
-        f"import compress; {first}; from compress.pipeline.plan import make_plan; "
-        "from compress import plan; print(plan.__name__, plan is compress.plan)"
-    )
-    assert python(code) == "plan True"
+def test_plan_is_the_function_whatever_is_imported_first():
+    """In one process, which forgets this project in between and keeps the libraries."""
+    code = """
+import sys
+for first in ("import compress.pipeline.plan", "import compress.pipeline.run", "compress.plan"):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "compress"]:
+        del sys.modules[name]
+    import compress
+    exec(first)
+    from compress.pipeline.plan import make_plan
+    from compress import plan
+    print(plan.__name__, plan is compress.plan)
+"""
+    assert python(code).splitlines() == ["plan True"] * 3
 
 
 def test_plan_of_a_recipe(checkpoint):

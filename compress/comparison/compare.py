@@ -135,11 +135,10 @@ def _check_recipes(recipes: Sequence[Recipe], seeds: Sequence[int]) -> Evaluate:
         if Path(name).name != name:
             raise UsageError(f"recipe name {name!r}: expected one that can name a folder")
     _check_distinct(recipes, seeds[0])
-    model = first.model_location(), first.model.revision
     for recipe in recipes[1:]:
-        if (recipe.model_location(), recipe.model.revision) != model:
+        if _model_of(recipe) != _model_of(first):
             raise UsageError(
-                f"{recipe.name} compresses {recipe.model.path}, {first.name} {first.model.path}: "
+                f"{recipe.name} compresses {_model_of(recipe)}, {first.name} {_model_of(first)}: "
                 "a comparison is on one model (--model)"
             )
         if recipe.evaluate != first.evaluate:
@@ -150,6 +149,11 @@ def _check_recipes(recipes: Sequence[Recipe], seeds: Sequence[int]) -> Evaluate:
     if first.evaluate is None or not (first.evaluate.tasks or first.evaluate.perplexity):
         raise UsageError(f"{first.name} evaluates nothing: set evaluate.tasks or .perplexity")
     return first.evaluate
+
+
+def _model_of(recipe: Recipe) -> str:
+    revision = recipe.model.revision
+    return recipe.model_location() + (f" at revision {revision}" if revision else "")
 
 
 def _check_distinct(recipes: Sequence[Recipe], seed: int) -> None:

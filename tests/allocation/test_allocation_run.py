@@ -15,6 +15,7 @@ from compress.storage.files import parse_size
 from compress.storage.safetensors import CheckpointReader
 from support.calling import pretend
 from support.mixed_widths import DEPTH, QUICK, plan_of, widths_in_file, with_budget
+from support.refusals import refused
 from support.tiny_checkpoints import (
     WINDOWS,
     dequantised,
@@ -267,11 +268,11 @@ def test_removal_takes_the_lowest_scores_and_quantises_the_rest(deep, press, imp
 # ---- refusals ------------------------------------------------------------------------------------
 
 REFUSED = {
-    "bits": ({"average_bits": 1.9}, "average_bits: 1.9 cannot be met", "2"),
-    "bytes": ({"budget": "20KB"}, "budget: 20,000 bytes cannot be met", "bytes"),
-    "narrow": ({"narrow": 5}, "allocate.narrow: 5 of 4", "4 units"),
-    "remove all": ({"narrow": 4, "method": "remove"}, "allocate.narrow", "no model"),
-    "remove too many": ({"narrow": 5, "method": "remove"}, "allocate.narrow: 5 of 4", "units"),
+    "bits": ({"average_bits": 1.9}, "average_bits", 1.9, 2),
+    "bytes": ({"budget": "20KB"}, "budget", "20,000 bytes"),
+    "narrow": ({"narrow": 5}, "allocate.narrow", "5 of 4"),
+    "remove all": ({"narrow": 4, "method": "remove"}, "allocate.narrow", 4),
+    "remove too many": ({"narrow": 5, "method": "remove"}, "allocate.narrow", "5 of 4"),
 }
 
 
@@ -286,23 +287,18 @@ def no_weights(monkeypatch):
     monkeypatch.setattr(CheckpointReader, "tensors", read)
 
 
-def refusal(recipe, output: Path) -> str:
-    with pytest.raises(UsageError) as caught:
+def refusal(recipe, output: Path, *named) -> str:
+    with refused(UsageError, *named) as caught:
         run(recipe, output, self_check=False)
     assert not output.exists()
-    assert "\n" not in str(caught.value)
-    assert caught.value.exit_code == 2
     return str(caught.value)
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_met_is_told_before_a_weight_is_read(deep, no_weights, tmp_path, case):
-    section, *words = REFUSED[case]
+    section, *named = REFUSED[case]
     recipe = recipe_for(deep, allocate=section)
-    message = refusal(recipe, tmp_path / "out")
-    for word in words:
-        assert word in message
-    assert plan_of(recipe).problems == [message]
+    assert plan_of(recipe).problems == [refusal(recipe, tmp_path / "out", *named)]
 
 
 @pytest.mark.parametrize("importance", ["position", "layer_embedding_change", "weight_error"])
@@ -312,8 +308,7 @@ def test_nothing_to_choose_a_width_for_is_told(deep, no_weights, tmp_path, impor
     overrides = [{"match": "re:model.layers.*", "bits": 8}]
     section = {"importance": importance} | bound
     recipe = recipe_for(deep, quantize={"overrides": overrides}, allocate=section)
-    message = refusal(recipe, tmp_path / "out")
-    assert message.startswith("allocate: no width to choose")
+    refusal(recipe, tmp_path / "out", "allocate", "width")
 
 
 def test_the_bound_in_the_refusal_can_be_met(deep, tmp_path):
@@ -329,12 +324,10 @@ def test_the_bound_in_the_refusal_can_be_met(deep, tmp_path):
 def test_a_cost_of_quantising_needs_a_quantiser(deep, no_weights, tmp_path):
     section = {"method": "remove", "narrow": 1, "importance": "output_error"}
     recipe = recipe_for(deep, quantize={"method": "none"}, allocate=section)
-    message = refusal(recipe, tmp_path / "out")
-    assert "output_error" in message
-    assert "method is none" in message
+    refusal(recipe, tmp_path / "out", "allocate.importance", "output_error", "quantize.method")
 
 
 def test_a_predicted_kl_that_no_width_reaches_is_told(deep, tmp_path):
     section = {"maximum_kl": 1e-9, "importance": "logit_divergence", "samples": 2}
-    with pytest.raises(UsageError, match=r"maximum_kl: .*1e-09 cannot be met: the least"):
+    with refused(UsageError, "maximum_kl", "1e-09"):
         plan_of(recipe_for(deep, quantize={"method": "rtn"}, allocate=section))

@@ -20,6 +20,7 @@ from compress.allocation.allocators import (
     predict_errors,
 )
 from compress.errors import CompressError, UsageError
+from support.refusals import refused
 from support.unit_tables import byte_budgets, layers, uneven
 
 top_n, knapsack, greedy = (ALLOCATORS[name] for name in ("top_n", "knapsack", "greedy"))
@@ -89,7 +90,7 @@ def test_top_n_of_unlike_sizes_takes_the_most_units_in_order_of_score_that_fit()
 
 def test_top_n_says_what_it_can_reach_where_a_wider_width_is_the_smaller_file():
     units = [Unit("a", 8, {2: 50, 4: 40}, score=1), Unit("b", 8, {2: 20, 4: 40}, score=2)]
-    with pytest.raises(UsageError, match=r"69 bytes cannot be met.* take 70 bytes"):
+    with refused(UsageError, "budget", "69 bytes", "70 bytes"):
         top_n(units, Budget(bytes=69))
     assert top_n(units, Budget(bytes=70)).widths == {"a": 2, "b": 2}
     assert top_n(units, Budget(bytes=80)).widths == {"a": 4, "b": 4}
@@ -100,7 +101,7 @@ def test_top_n_within_an_error_takes_the_fewest_units():
     for count in range(17):
         bound = keep_top(units, count).error
         assert top_n(units, Budget(error=bound)) == keep_top(units, count)
-    with pytest.raises(UsageError, match=r"maximum_kl.*cannot be met"):
+    with refused(UsageError, "maximum_kl"):
         top_n(units, Budget(error=keep_top(units, 16).error * 0.99))
 
 
@@ -110,7 +111,7 @@ def test_equal_scores_go_to_the_earlier_units():
 
 
 def test_top_n_refuses_three_widths_and_leaves_fixed_units_alone():
-    with pytest.raises(UsageError, match=r"top_n: expected two widths.*\[2, 3, 4\]"):
+    with refused(UsageError, "top_n", [2, 3, 4]):
         top_n(layers(4, (2, 3, 4)), Budget(average_bits=3))
     head = Unit("head", 1000, {8: 1000}, score=99)
     result = top_n([*layers(4), head], Budget(average_bits=4))
@@ -218,7 +219,7 @@ def test_too_many_states_are_an_error_with_a_way_out(monkeypatch):
     budget = byte_budgets(units)[3]
     knapsack(units, budget)
     monkeypatch.setattr(search, "MAX_STATES", 30)
-    with pytest.raises(UsageError, match=r"knapsack: more than 30 .*use greedy"):
+    with refused(UsageError, "knapsack", 30, "greedy"):
         knapsack(units, budget)
 
 
@@ -338,35 +339,34 @@ def test_an_impossible_budget_names_the_closest_that_is_possible(allocate, kind)
     fixed = Unit("fixed", 77, {8: 77}, errors={8: 0.0123})
     units = [*layers(11), fixed]
     budget, word, as_budget = impossible(units)[kind]
-    with pytest.raises(UsageError, match=f"{word}.*cannot be met") as caught:
+    with refused(UsageError, word) as caught:
         allocate(units, budget)
-    message = str(caught.value)
-    assert "\n" not in message
-    quoted = [part.strip(",.") for part in message.split() if part[0].isdigit()][1]
+    words = str(caught.value).split()
+    quoted = [part.strip(",.") for part in words if part[0].isdigit()][1]
     assert allocate(units, as_budget(quoted)).widths  # what is quoted can be asked for
 
 
 def test_the_closest_byte_budget_is_the_smallest_checkpoint():
     units = layers(3)
-    with pytest.raises(UsageError, match=r"100 bytes cannot be met.* take 1,870 bytes, 1,000 of"):
+    with refused(UsageError, "budget", "100 bytes", "1,870 bytes", "1,000"):
         knapsack(units, Budget(bytes=100, fixed_bytes=1000))
     assert knapsack(units, Budget(bytes=1870, fixed_bytes=1000)).bytes == 1870
 
 
 @pytest.mark.parametrize("bounds", [{}, {"average_bits": 3, "bytes": 5}, {"error": math.nan}])
 def test_a_budget_is_one_finite_bound(bounds):
-    with pytest.raises(UsageError, match="expected one of average_bits, budget or maximum_kl"):
+    with refused(UsageError, "average_bits", "budget", "maximum_kl"):
         Budget(**bounds)
 
 
 def test_what_cannot_be_allocated_says_so():
-    with pytest.raises(UsageError, match="no width to choose"):
+    with refused(UsageError, "allocate", "width"):
         knapsack([], Budget(average_bits=3))
     blank = Unit("model.layers.0", 8, {2: 2, 4: 4})
-    with pytest.raises(UsageError, match=r"model\.layers\.0: no predicted error"):
+    with refused(UsageError, "model.layers.0", "predicted error"):
         knapsack([blank], Budget(average_bits=3))
     broken = Unit("model.layers.0", 8, {2: 2, 4: 4}, errors={2: math.inf, 4: 1})
-    with pytest.raises(CompressError, match=r"model\.layers\.0: expected a finite"):
+    with refused(CompressError, "model.layers.0", "inf"):
         greedy([broken], Budget(average_bits=3))
 
 

@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 
 from compress.cli.main import main
 from compress.kernels.gpu.matmul import MMA_TABLE, TABLE
+from support.calling import refuses
 
 
 def test_the_command_says_what_was_compiled(tmp_path, capsys):
@@ -34,14 +35,13 @@ def test_older_devices_have_a_table_of_their_own(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (["--capability", "7.0"], "--capability: expected 8.0, 8.6, 8.9, 9.0, 10.0, 12.0, found"),
-        (["--dtype", "int8"], "dtype: expected fp16, bf16, fp32, found 'int8'"),
-        (["--bits", "5"], "bits: kernels take 2, 3, 4 and 8, found 5"),
-        (["--group-size", "24"], "group size: expected a multiple of 16"),
+        (["--capability", "7.0"], ("--capability", "7.0")),
+        (["--dtype", "int8"], ("dtype", "'int8'")),
+        (["--bits", "5"], ("bits", 5)),
+        (["--group-size", "24"], ("group size", 24)),
     ],
 )
-def test_wrong_options_are_usage_errors(arguments, message, capsys):
-    assert main(["bench", "compiled", *arguments]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+def test_wrong_options_are_usage_errors(arguments, named, capsys):
+    refuses(capsys, ["bench", "compiled", *arguments], *named)

@@ -8,7 +8,8 @@ from compress.bench import clock
 from compress.bench.pruning import bench_pruning, random_llava, tower_flops
 from compress.bench.settings import PruningBench
 from compress.errors import UsageError
-from support.calling import call, only_line
+from support.calling import call, refuses
+from support.refusals import refused
 from support.tiny_vlm import write_vlm
 
 TINY = PruningBench(
@@ -80,19 +81,18 @@ def test_a_checkpoint_from_the_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--model", "m", "--random"), "expected one of them"),
+        (("--model", "m", "--random"), "--random"),
         (("--keep", "1,half"), "'1,half'"),
-        (("--keep", "0"), r"[0.0]"),
-        (("--width", "100"), "multiple of 64"),
-        (("--visual-tokens", "1000"), "square number"),
+        (("--keep", "0"), [0.0]),
+        (("--width", "100"), 100),
+        (("--visual-tokens", "1000"), 1000),
         (("--method", "magic"), "'magic'"),
     ],
 )
 def test_what_makes_no_benchmark_is_refused(options, said, capsys):
-    assert call("bench", "pruning", *options) == 2
-    assert said in only_line(capsys)
+    refuses(capsys, ["bench", "pruning", *options], said)
 
 
 def test_a_budget_out_of_reach_is_refused():
-    with pytest.raises(UsageError, match=r"keep between 0\.5 and 1"):
+    with refused(UsageError, "keep", 0.5):
         bench_pruning(PruningBench(**{**vars(TINY), "method": "fastv", "keep": (0.25,)}))

@@ -18,6 +18,7 @@ from compress.bench.settings import QuantizeBench
 from compress.errors import CompressError
 from compress.models.skeleton import Skeleton
 from compress.storage.safetensors import CheckpointReader
+from support.refusals import refused
 
 TINY = QuantizeBench(
     hidden=64, mlp=96, layers=2, heads=4, kv_heads=2, vocabulary=128, samples=4, length=32,
@@ -95,6 +96,5 @@ def test_a_very_small_bench_runs(brief):
 
 
 def test_a_bench_that_fails_says_why_in_one_line(brief):
-    with pytest.raises(CompressError, match=r"run failed.*128 does not divide") as error:
+    with refused(CompressError, "quantize.group_size", 128):
         bench_quantize(dataclasses.replace(TINY, group_size=128))
-    assert "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from compress.checkpoint.inspect import inspect
 from compress.errors import CheckpointError, UsageError
 from compress.scheme import Scheme
 from compress.storage.safetensors import save_tensors
+from support.failing_runs import refused_export
 from support.gptq_reader import read_naively
+from support.refusals import refused
 from support.tiny_checkpoints import dequantised, every_file, read_tensors, recipe_for
 from support.tiny_quantised import MIXED, write_quantised
 
@@ -170,8 +173,7 @@ def test_the_same_export_gives_the_same_bytes(folder, tmp_path):
 def test_scales_are_rounded_only_if_allowed(copy, tmp_path):
     step = 2.0**-12  # below half of what fp16 tells apart
     rewrite(copy, lambda name, t: t * (1 + step) if name.endswith("weight_scale") else t)
-    message = refusal(copy, tmp_path / "out")
-    assert "--round-scales" in message
+    refused_export("gptq", copy, tmp_path / "out", "down_proj", "--round-scales")
     result = export(copy, "gptq", tmp_path / "out", round_scales=True)
     assert 0 < result.rounding.changed <= result.rounding.scales
     assert result.rounding.largest == pytest.approx(step, rel=1e-2)
@@ -200,30 +202,17 @@ def test_the_scale_of_zeros_is_no_rounding(tmp_path):
 
 def test_scales_beyond_fp16_are_refused_even_then(copy, tmp_path):
     rewrite(copy, lambda name, t: t * 1e7 if name.endswith("weight_scale") else t)
-    assert "beyond fp16" in refusal(copy, tmp_path / "out", round_scales=True)
+    refused_export("gptq", copy, tmp_path / "out", "down_proj", "fp16", round_scales=True)
 
 
 # ---- what is refused ----------------------------------------------------------------------------
 
 
-def refusal(source: Path, output: Path, kind=UsageError, **options) -> str:
-    """The one line of an export that is refused; nothing may be written."""
-    before = every_file(output) if output.is_dir() else None
-    with pytest.raises(kind) as error:
-        export(source, "gptq", output, **options)
-    assert type(error.value) is kind
-    assert "\n" not in str(error.value)
-    assert (every_file(output) if output.is_dir() else None) == before
-    return str(error.value)
-
-
 def test_widths_and_shapes_that_gptq_does_not_have(tmp_path):
     odd = write_checkpoint(tmp_path / "odd", [Scheme(5, 32)])
-    message = refusal(odd, tmp_path / "out")
-    assert "model.layers.0" in message
-    assert "has 5" in message
+    refused_export("gptq", odd, tmp_path / "out", "model.layers.0.mlp.down_proj", 5)
     narrow = write_checkpoint(tmp_path / "narrow", [Scheme(4, None)], head_dim=12)
-    assert "is [24, 64]" in refusal(narrow, tmp_path / "out")
+    refused_export("gptq", narrow, tmp_path / "out", "self_attn.k_proj", [24, 64])
 
 
 def test_modules_outside_the_layers(copy, tmp_path):
@@ -237,36 +226,36 @@ def test_modules_outside_the_layers(copy, tmp_path):
         "model.embed_out"
     ]
     change_section(copy, config_groups=groups)
-    assert "model.embed_out" in refusal(copy, tmp_path / "out")
+    refused_export("gptq", copy, tmp_path / "out", "model.embed_out")
 
 
 def test_models_that_see_images(copy, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"vision_config": {}}))
-    assert "sees images" in refusal(copy, tmp_path / "out")
+    refused_export("gptq", copy, tmp_path / "out", "images")
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quantised with gptq"),
-        ({"transform_config": {"config_groups": {"R4": {}}}}, "online rotations"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"transform_config": {"config_groups": {"R4": {}}}}, "rotations"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse"),
     ],
 )
 def test_checkpoints_that_are_more_than_packed_weights(copy, tmp_path, changes, said):
     change_section(copy, **changes)
-    assert said in refusal(copy, tmp_path / "out")
+    refused_export("gptq", copy, tmp_path / "out", copy, said)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
         ("input_activations", {"num_bits": 8}, "activations"),
-        ("input_activations", {"dynamic": True, "strategy": "token"}, "has quantised activations,"),
+        ("input_activations", {"dynamic": True, "strategy": "token"}, "activations,"),
         ("weights", {"type": "float", "num_bits": 4, "strategy": "channel"}, "integers"),
-        ("weights", {"num_bits": 4, "strategy": "tensor"}, "one scale for a whole weight"),
+        ("weights", {"num_bits": 4, "strategy": "tensor"}, "whole weight"),
         (
             "weights",
             {"num_bits": 4, "strategy": "group", "group_size": 32, "actorder": "group"},
@@ -278,7 +267,7 @@ def test_groups_that_are_more_than_packed_weights(copy, tmp_path, key, value, sa
     groups = json.loads((copy / "config.json").read_text())["quantization_config"]["config_groups"]
     groups["group_1"][key] = value
     change_section(copy, config_groups=groups)
-    assert said in refusal(copy, tmp_path / "out")
+    refused_export("gptq", copy, tmp_path / "out", copy, said)
 
 
 def test_small_groups_and_groups_that_are_not_whole(tmp_path):
@@ -292,7 +281,8 @@ def test_small_groups_and_groups_that_are_not_whole(tmp_path):
     ]
     groups["group_0"]["weights"] |= {"strategy": "group", "group_size": 128}
     change_section(uneven, config_groups=groups)
-    assert "no whole groups of 128" in refusal(uneven, tmp_path / "no", CheckpointError)
+    said = ("model.layers.0.mlp.down_proj", 96, 128)
+    refused_export("gptq", uneven, tmp_path / "no", uneven, *said, kind=CheckpointError)
 
 
 def test_codes_in_int8(copy, tmp_path):
@@ -300,50 +290,47 @@ def test_codes_in_int8(copy, tmp_path):
     for group in section["config_groups"].values():
         group["format"] = "int-quantized"
     change_section(copy, **section)
-    said = refusal(copy, tmp_path / "out", CheckpointError)
-    assert "no module is packed as pack-quantized" in said
+    refused_export("gptq", copy, tmp_path / "out", copy, "pack-quantized", kind=CheckpointError)
 
 
 def test_codes_that_are_missing(copy, tmp_path):
     tensors = {n: t for n, t in read_tensors(copy).items() if not n.endswith("weight_packed")}
     save_tensors(copy / "model.safetensors", tensors)
-    said = refusal(copy, tmp_path / "out", CheckpointError)
-    assert "no weight_packed" in said
+    refused_export("gptq", copy, tmp_path / "out", "weight_packed", kind=CheckpointError)
 
 
 def test_tensors_that_other_formats_have_no_place_for(copy, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight_g_idx"
     tensors = read_tensors(copy) | {name: torch.arange(64)}
     save_tensors(copy / "model.safetensors", tensors)
-    assert name in refusal(copy, tmp_path / "out")
+    refused_export("gptq", copy, tmp_path / "out", name)
 
 
 def test_tensors_that_are_not_what_the_config_says(copy, tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight_scale"
     rewrite(copy, lambda n, t: t[:, :1].contiguous() if n == name else t)
-    assert name in refusal(copy, tmp_path / "out", CheckpointError)
+    damaged = partial(refused_export, "gptq", copy, tmp_path / "out", kind=CheckpointError)
+    damaged(name, [64, 1], [64, 2])
     group = {"targets": ["lm_head"], "weights": {"num_bits": 4, "strategy": "channel"}}
     change_section(copy, config_groups={"group_0": group})
-    assert "config.json does not say how" in refusal(copy, tmp_path / "out", CheckpointError)
+    damaged("model.layers.0.mlp.down_proj", "config.json")
     change_section(copy, config_groups=[])
-    assert "config.json: quantization_config: config_groups" in refusal(
-        copy, tmp_path / "out", CheckpointError
-    )
+    damaged(f"{copy}/config.json: quantization_config: config_groups: ")
     config = json.loads((copy / "config.json").read_text())
     del config["quantization_config"]
     (copy / "config.json").write_text(json.dumps(config))
-    assert "is not quantised" in refusal(copy, tmp_path / "out")
+    refused_export("gptq", copy, tmp_path / "out", copy, "quantised")
     (copy / "config.json").write_text("[")
-    assert "not valid JSON" in refusal(copy, tmp_path / "out", CheckpointError)
+    damaged(copy / "config.json", "JSON")
 
 
 def test_a_damaged_weight_leaves_nothing_behind(copy, tmp_path):
     """Found only while writing: the export stops, and a checkpoint that is replaced stays whole."""
     rewrite(copy, lambda name, t: t * torch.nan if name == "lm_head.weight" else t)
-    assert "lm_head.weight" in refusal(copy, tmp_path / "out", CheckpointError)
+    refused_export("gptq", copy, tmp_path / "out", "lm_head.weight", kind=CheckpointError)
     assert not (tmp_path / "out").exists()
     kept = write_checkpoint(tmp_path / "kept", [Scheme(4, 32)])
-    refusal(copy, kept, CheckpointError, overwrite=True)
+    refused_export("gptq", copy, kept, kind=CheckpointError, overwrite=True)
 
 
 def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch):
@@ -351,23 +338,24 @@ def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", "model.safetensors")
 
     monkeypatch.setattr("compress.checkpoint.gptq.merge_shards", full)
-    assert "No space left" in refusal(folder, tmp_path / "out", CheckpointError)
+    said = ("model.safetensors", "No space left")
+    refused_export("gptq", folder, tmp_path / "out", *said, kind=CheckpointError)
 
 
 def test_outputs_that_are_taken(folder, copy, tmp_path):
-    assert "the checkpoint itself" in refusal(copy, copy)
+    refused_export("gptq", copy, copy, copy, "itself", overwrite=True)
     taken = write_checkpoint(tmp_path / "taken", [Scheme(4, 32)])
-    assert "--overwrite" in refusal(folder, taken)
+    refused_export("gptq", folder, taken, taken, "--overwrite")
     export(folder, "gptq", taken, overwrite=True)
     assert_same_weights(taken, folder)
     work = tmp_path / "unfinished" / ".modelpress"
     work.mkdir(parents=True)
     (work / "journal.jsonl").write_text("{}\n")
-    assert "unfinished run" in refusal(folder, work.parent)
-    assert "no such model folder" in refusal(tmp_path / "absent", tmp_path / "out")
+    refused_export("gptq", folder, work.parent, work.parent, "unfinished")
+    refused_export("gptq", tmp_path / "absent", tmp_path / "out", tmp_path / "absent")
 
 
 def test_an_unknown_format_lists_those_there_are(folder, tmp_path):
-    with pytest.raises(UsageError, match="did you mean 'gptq'"):
+    with refused(UsageError, "'gtpq'", "'gptq'", "gguf"):
         export(folder, "gtpq", tmp_path / "out")
     assert "gptq" in CHECKPOINT_FORMATS

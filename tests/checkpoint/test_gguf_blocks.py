@@ -11,6 +11,7 @@ from torch import Tensor
 from compress.checkpoint.gguf.blocks import BLOCK_TYPES, exact_type, pack
 from compress.kernels.codes import Codes
 from compress.kernels.reference import dequantize
+from support.refusals import refused
 
 KINDS = list(BLOCK_TYPES.values())
 
@@ -57,7 +58,7 @@ def test_every_type_keeps_every_value_that_it_is_said_to_hold(kind, symmetric, g
             assert np.array_equal(read(data, kind.name), values(weight))
             held.append(bits)
         else:
-            with pytest.raises(ValueError, match=kind.name):
+            with refused(ValueError, kind.name):
                 pack(weight, kind)
     # Levels of asymmetric codes take one bit more; an fp16 offset is exact for short scales only.
     most = kind.bits if symmetric or kind.offset else kind.bits - 1
@@ -101,7 +102,7 @@ def test_offsets_decide_whether_asymmetric_codes_fit():
     of_width = [kind for kind in KINDS if kind.bits == 4]
     assert exact_type(4, 32, short, of_width).name == "Q4_1"
     assert exact_type(4, 32, long, of_width) is None
-    with pytest.raises(ValueError, match="Q4_1"):
+    with refused(ValueError, "Q4_1"):
         pack(long, BLOCK_TYPES["Q4_1"])
 
 

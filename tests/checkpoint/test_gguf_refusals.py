@@ -13,7 +13,9 @@ from compress.checkpoint.export import export
 from compress.errors import UsageError
 from compress.scheme import Scheme
 from compress.storage.safetensors import save_tensors
-from support.gguf_files import FILE, Read, as_checkpoint, assert_same, change_config, refusal
+from support.failing_runs import refused_export
+from support.gguf_files import FILE, Read, as_checkpoint, assert_same, change_config
+from support.refusals import check_line, refused
 from support.tiny_checkpoints import (
     byte_tokenizer,
     dequantised,
@@ -29,13 +31,12 @@ def copy(packed, tmp_path) -> Path:
 
 def test_groups_that_no_type_has_are_stored_wider_only_if_allowed(packed, tmp_path):
     source = packed(bits=3)
-    message = refusal(source.folder, tmp_path / "out")
-    assert "model.layers.0.mlp.down_proj (3 bits in groups of 32)" in message
-    assert "Q4_0 (exact, 4.5 bits a weight; --requantise)" in message
+    module = ("model.layers.0.mlp.down_proj", "3 bits", 32)
+    refused_export("gguf", source.folder, tmp_path / "out", *module, "Q4_0", "--requantise")
     result = export(source.folder, "gguf", tmp_path / "out", requantise=True)
     read = Read(tmp_path / "out" / FILE)
     assert_same(as_checkpoint(read, AutoConfig.from_pretrained(source.folder)), source.weights)
-    assert "14 of 14 modules are stored in a wider type" in result.notes[0]
+    check_line(result.notes[0], "14 of 14")
     assert "modelpress.requantised" not in read.fields
 
 
@@ -50,12 +51,12 @@ def test_groups_that_no_type_has_are_stored_wider_only_if_allowed(packed, tmp_pa
 )  # fmt: skip
 def test_what_no_type_holds_is_rounded_anew_only_if_allowed(packed, tmp_path, quantize, kind, most):
     source = packed("llama", {"intermediate_size": 112} if kind == "F16" else None, **quantize)
-    assert f"{kind} (rounded anew; --requantise)" in refusal(source.folder, tmp_path / "out")
+    refused_export("gguf", source.folder, tmp_path / "out", kind, "--requantise")
     result = export(source.folder, "gguf", tmp_path / "out", requantise=True)
     read = Read(tmp_path / "out" / FILE)
     found = as_checkpoint(read, AutoConfig.from_pretrained(source.folder))
     changed = read.fields["modelpress.requantised"]
-    assert f"{len(changed)} of 14 modules were re-quantised" in result.notes[0]
+    check_line(result.notes[0], f"{len(changed)} of 14")
     errors = []
     for name, weight in source.weights.items():
         error = float((found[name] - weight).norm() / weight.norm())
@@ -64,35 +65,35 @@ def test_what_no_type_holds_is_rounded_anew_only_if_allowed(packed, tmp_path, qu
             assert 0 < error < most
         else:
             assert error == 0, name
-    assert result.notes[0].endswith(f"moved by up to {max(errors):.1e}")
+    assert result.notes[0].endswith(f" {max(errors):.1e}")
     history = json.loads((tmp_path / "out" / "modelpress.json").read_text())
     assert history["export"]["notes"] == result.notes
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "symmetric", "K", "remedy"),
+    ("bits", "group_size", "symmetric", "K", "named"),
     [
-        (3, 64, True, 512, "in groups of a multiple of 256"),
-        (3, None, True, 192, "with 4 or 8 bits, symmetrically"),
-        (4, 32, False, 512, "in groups of a multiple of 256"),
-        (4, 32, False, 192, "symmetrically, in groups of a multiple of 32"),
-        (8, 32, False, 192, "symmetrically, in groups of a multiple of 32"),
-        (7, 32, True, 512, "with 4 or 8 bits, symmetrically"),
-        (4, None, True, 112, "not at all"),
+        (3, 64, True, 512, ["groups", 256]),
+        (3, None, True, 192, ["4 or 8 bits", "symmetrically"]),
+        (4, 32, False, 512, ["groups", 256]),
+        (4, 32, False, 192, ["symmetrically", "groups", 32]),
+        (8, 32, False, 192, ["symmetrically", "groups", 32]),
+        (7, 32, True, 512, ["4 or 8 bits", "symmetrically"]),
+        (4, None, True, 112, ["not at all"]),
     ],
 )
-def test_the_remedy_is_one(bits, group_size, symmetric, K, remedy):
+def test_the_remedy_is_one(bits, group_size, symmetric, K, named):
     """What is advised is possible with as many columns, and gives a type of its own."""
     from compress.checkpoint.gguf.format import _remedy
 
-    assert _remedy(Scheme(bits, group_size, symmetric), K) == remedy
+    check_line(_remedy(Scheme(bits, group_size, symmetric), K), *named)
 
 
 def test_a_dtype_that_gguf_does_not_have(copy, tmp_path):
     tensors = read_tensors(copy)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
     save_tensors(copy / "model.safetensors", tensors)
-    assert "model.norm.weight is torch.float64" in refusal(copy, tmp_path / "out")
+    refused_export("gguf", copy, tmp_path / "out", "model.norm.weight", "torch.float64")
 
 
 def test_scales_are_rounded_only_if_allowed(copy, tmp_path):
@@ -102,7 +103,7 @@ def test_scales_are_rounded_only_if_allowed(copy, tmp_path):
         if name.endswith("weight_scale"):
             tensors[name] = tensors[name].float() * (1 + step)
     save_tensors(copy / "model.safetensors", tensors)
-    assert "--round-scales" in refusal(copy, tmp_path / "out")
+    refused_export("gguf", copy, tmp_path / "out", "--round-scales")
     result = export(copy, "gguf", tmp_path / "out", round_scales=True)
     assert result.rounding.largest == pytest.approx(step, rel=1e-2)
     module = "model.layers.0.mlp.up_proj"
@@ -128,30 +129,30 @@ def test_scales_are_rounded_only_if_allowed(copy, tmp_path):
 )  # fmt: skip
 def test_models_that_llamacpp_would_compute_differently(copy, tmp_path, changes, said):
     change_config(copy, **changes)
-    assert said in refusal(copy, tmp_path / "out")
+    refused_export("gguf", copy, tmp_path / "out", said)
 
 
 def test_tensors_that_llamacpp_has_no_place_for(packed, tmp_path):
     copy = shutil.copytree(packed("qwen2").folder, tmp_path / "copy")
     bias = {"model.layers.1.mlp.up_proj.bias": torch.zeros(128)}
     save_tensors(copy / "model.safetensors", read_tensors(copy) | bias)
-    assert "model.layers.1.mlp.up_proj.bias" in refusal(copy, tmp_path / "out")
+    refused_export("gguf", copy, tmp_path / "out", *bias)
 
 
 def test_tokenizers_that_are_missing_or_too_large(copy, tmp_path):
     byte_tokenizer(first=10).save_pretrained(copy)
-    assert "ids up to 267, the embedding 260 rows" in refusal(copy, tmp_path / "out")
+    refused_export("gguf", copy, tmp_path / "out", 267, 260)
     for file in copy.glob("tokenizer*"):
         file.unlink()
-    assert "no tokenizer" in refusal(copy, tmp_path / "out")
+    refused_export("gguf", copy, tmp_path / "out", "tokenizer")
 
 
 def test_a_missing_library_names_the_extra(packed, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "pip install 'modelpress[gguf]'" in refusal(packed().folder, tmp_path / "out")
+    refused_export("gguf", packed().folder, tmp_path / "out", "modelpress[gguf]")
 
 
 def test_formats_without_other_types_refuse_to_requantise(packed, tmp_path):
-    with pytest.raises(UsageError, match="--requantise"):
+    with refused(UsageError, "--requantise"):
         export(packed().folder, "gptq", tmp_path / "out", requantise=True)
     assert not (tmp_path / "out").exists()

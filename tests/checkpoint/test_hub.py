@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from compress.checkpoint.hub import push
 from compress.errors import CheckpointError, CompressError, UsageError
 from compress.storage.safetensors import save_tensors
+from support.refusals import refused
 
 TOKEN = "hf_secretsecretsecret"
 
@@ -78,25 +79,24 @@ def test_hidden_and_temporary_files_stay_at_home(finished):
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "me/..", "", "me/na me", "-x/y", "me/model.git"])
 def test_ids_that_are_none_are_refused(finished, repo_id):
-    with pytest.raises(UsageError, match="is not a repository id") as error:
+    with refused(UsageError, repr(repo_id)):
         push(finished, repo_id, api=NoApi())
-    assert "\n" not in str(error.value)
 
 
 def test_unfinished_folders_are_refused(finished, tmp_path):
-    with pytest.raises(UsageError, match="no such folder"):
+    with refused(UsageError, "absent"):
         push(tmp_path / "absent", "me/model", api=NoApi())
     (finished / ".modelpress").mkdir()
-    with pytest.raises(UsageError, match="unfinished"):
+    with refused(UsageError, finished, ".modelpress"):
         push(finished, "me/model", api=NoApi())
     (finished / ".modelpress").rmdir()
     weights = (finished / "model.safetensors").read_bytes()
     (finished / "model.safetensors").write_bytes(weights[:-1])
-    with pytest.raises(CheckpointError, match="truncated"):
+    with refused(CheckpointError, "model.safetensors", "truncated"):
         push(finished, "me/model", dry_run=True)
     (finished / "model.safetensors").write_bytes(weights)
     (finished / "config.json").unlink()
-    with pytest.raises(UsageError, match=r"no config\.json"):
+    with refused(UsageError, "config.json"):
         push(finished, "me/model", dry_run=True)
 
 
@@ -113,15 +113,13 @@ def http_error(status: int) -> HfHubHTTPError:
     [
         (http_error(401), "hf auth login"),
         (http_error(403), "permissions"),
-        (http_error(404), "no such owner"),
-        (http_error(500), "try again later"),
-        (ConnectionError(f"Name or service not known for {TOKEN}"), "check the network"),
+        (http_error(404), "owner"),
+        (http_error(500), "again"),
+        (ConnectionError(f"Name or service not known for {TOKEN}"), "network"),
     ],
 )
 def test_answers_of_the_hub_are_one_line_without_the_token(finished, error, expected, token):
-    with pytest.raises(CompressError, match=expected) as raised:
+    with refused(CompressError, "me/model", expected) as raised:
         push(finished, "me/model", token=token, api=FakeApi(error))
-    assert "\n" not in str(raised.value)
-    assert "me/model" in str(raised.value)
     shown = traceback.format_exception(raised.value, chain=True)
     assert not any(TOKEN in line for line in shown)

@@ -9,6 +9,7 @@ import torch
 from compress.checkpoint.inspect import inspect
 from compress.errors import CheckpointError, UsageError
 from compress.storage.safetensors import CheckpointReader, save_tensors
+from support.refusals import refused
 from support.tiny_quantised import tiny_llama
 
 
@@ -51,9 +52,8 @@ def test_inspect_reads_recipe_and_provenance(mixed, tmp_path):
     assert found["recipe"] == {"quantize": {"bits": 3}}
     assert found["provenance"] == {"seed": 7}
     (folder / "recipe.yaml").write_text("a: [")
-    with pytest.raises(CheckpointError, match=r"recipe\.yaml is not valid YAML") as error:
+    with refused(CheckpointError, folder / "recipe.yaml", "YAML"):
         inspect(folder)
-    assert "\n" not in str(error.value)
 
 
 def test_inspect_a_plain_folder(tmp_path):
@@ -122,5 +122,5 @@ def test_inspect_small_floats(tmp_path):
 
 
 def test_inspect_no_such_folder(tmp_path):
-    with pytest.raises(UsageError, match="no such model folder"):
+    with refused(UsageError, tmp_path / "absent"):
         inspect(tmp_path / "absent")

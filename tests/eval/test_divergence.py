@@ -11,6 +11,7 @@ from compress.eval.divergence import (
     token_divergence,
 )
 from compress.eval.perplexity import perplexity
+from support.refusals import refused
 from support.tiny_lm import Bigram, random_bigram, random_ids, tiny_llama
 
 
@@ -74,8 +75,8 @@ def test_documents_padded_or_alone():
 
 def test_errors():
     ids = random_ids(20)
-    with pytest.raises(UsageError, match="vocabularies of 11 and 13"):
+    with refused(UsageError, 11, 13):
         kl_divergence(random_bigram(11), random_bigram(13), ids, length=10)
     broken = Bigram(torch.full((11, 11), math.nan))
-    with pytest.raises(CompressError, match="the baseline gave NaN"):
+    with refused(CompressError, "baseline", "NaN"):
         kl_divergence(random_bigram(), broken, ids, length=10)

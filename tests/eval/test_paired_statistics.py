@@ -10,6 +10,7 @@ from compress.eval.statistics import (
     paired_clustered_difference,
     paired_difference,
 )
+from support.refusals import refused
 
 
 def test_mean_of_accuracies_has_the_binomial_error():
@@ -65,7 +66,7 @@ def test_paired_clusters():
 def test_too_little_to_tell():
     assert mean_and_stderr([2.0]).stderr is None
     assert clustered_mean([4.0], [2]).mean == 2
-    with pytest.raises(UsageError, match="at least one"):
+    with refused(UsageError, "mean", "values"):
         mean_and_stderr([])
-    with pytest.raises(UsageError, match="found 2 and 3"):
+    with refused(UsageError, 2, 3):
         paired_difference([1, 2], [1, 2, 3])

@@ -13,6 +13,7 @@ from compress.eval.perplexity import (
     perplexity_difference,
     perplexity_per_document,
 )
+from support.refusals import refused
 from support.tiny_lm import Bigram, random_bigram, random_ids, tiny_llama
 
 SHARED = Path(__file__).parents[2] / ".." / "shared"
@@ -135,7 +136,7 @@ def test_paired_difference_of_two_models_on_the_same_windows():
     difference = perplexity_difference(a, b)
     assert math.exp(difference.mean) == pytest.approx(a.value / b.value)
     assert perplexity_difference(a, a).stderr == 0
-    with pytest.raises(UsageError, match="same windows"):
+    with refused(UsageError, "length", "stride", "BOS"):
         perplexity_difference(a, perplexity(second, ids, length=10))
 
 
@@ -165,15 +166,15 @@ def test_modes_are_restored():
 
 def test_errors_say_what_to_do():
     model, ids = random_bigram(), random_ids(20)
-    with pytest.raises(UsageError, match="fewer than one window of 21"):
+    with refused(UsageError, "20 tokens", 21):
         perplexity(model, ids, length=21)
-    with pytest.raises(UsageError, match="expected 1 to 9"):
+    with refused(UsageError, "stride 10", "windows of 9"):
         perplexity(model, ids, length=10, stride=10, bos=0)
-    with pytest.raises(UsageError, match="length >= 2"):
+    with refused(UsageError, "length", 1):
         perplexity(model, ids, length=1)
-    with pytest.raises(UsageError, match="two tokens"):
+    with refused(UsageError, "document", "tokens"):
         perplexity_per_document(model, [[1], []], max_length=4)
-    with pytest.raises(CompressError, match="NaN"):
+    with refused(CompressError, "NaN", "logits"):
         perplexity(Bigram(torch.full((11, 11), math.nan)), ids, length=10)
 
 

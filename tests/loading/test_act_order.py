@@ -15,6 +15,7 @@ from compress.kernels.linear import QuantLinear
 from compress.storage.safetensors import CheckpointReader, save_tensors
 from support.by_library import LINEARS, check_linears, write_by_library
 from support.calling import call
+from support.refusals import refused
 from support.tiny_checkpoints import random_ids, relative_error
 from support.tiny_quantised import tiny_llama
 
@@ -78,7 +79,7 @@ def test_logits_packed_fused_and_dense(ordered):
         models = [compress.load(folder, packed=packed)[0] for packed in (True, False)]
         assert all(relative_error(m(ids).logits, twin(ids).logits) < 1e-5 for m in models)
     else:
-        with pytest.raises(UnpackableError, match="has quantised activations, which a dense"):
+        with refused(UnpackableError, "mlp.down_proj", "packed=False"):
             compress.load(folder, packed=False)
     fused, _ = compress.load(folder, packed=True, fuse=True)
     apart, _ = compress.load(folder, packed=True)

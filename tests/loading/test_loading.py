@@ -12,6 +12,7 @@ from compress.errors import CheckpointError, CompressError, UsageError
 from compress.loading.load import load
 from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader, save_tensors
+from support.refusals import refused
 from support.tiny_quantised import write_quantised
 
 
@@ -33,12 +34,9 @@ def folder(mixed, tmp_path):
     return copy
 
 
-def message_of(path, kind: type[CompressError], **options) -> str:
-    with pytest.raises(kind) as error:
+def check_refused(kind: type[CompressError], path, *named, **options) -> None:
+    with refused(kind, path, *named):
         load(path, **options)
-    assert type(error.value) is kind
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def change_config(folder: Path, **changes) -> None:
@@ -82,8 +80,8 @@ def test_asymmetric_schemes_of_two_widths_run(tmp_path):
 
 
 def test_no_such_folder(tmp_path):
-    assert "no such model folder" in message_of(tmp_path / "absent", UsageError)
-    assert "no such model folder" in message_of("./absent", UsageError)
+    check_refused(UsageError, tmp_path / "absent")
+    check_refused(UsageError, "./absent")
 
 
 def test_a_hub_id_that_cannot_be_reached_names_the_remedy(monkeypatch):
@@ -91,9 +89,7 @@ def test_a_hub_id_that_cannot_be_reached_names_the_remedy(monkeypatch):
         raise OSError("We couldn't connect to 'https://huggingface.co'\nCheck your connection.")
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
-    message = message_of("nobody/nothing", UsageError)
-    assert "'nobody/nothing'" in message
-    assert "hf auth login" in message
+    check_refused(UsageError, "nobody/nothing", "hf auth login")
 
 
 def test_damaged_folders(folder):
@@ -101,38 +97,38 @@ def test_damaged_folders(folder):
     aside = [(path, path.read_bytes()) for path in tokenizer_files]
     for path in tokenizer_files:
         path.unlink()
-    assert "no tokenizer" in message_of(folder, CheckpointError)
+    check_refused(CheckpointError, folder, "tokenizer")
     for path, data in aside:
         path.write_bytes(data)
 
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-9])
-    assert "truncated" in message_of(folder, CheckpointError)
+    check_refused(CheckpointError, folder, "model.safetensors", "truncated")
     (folder / "model.safetensors").write_bytes(weights)
 
     (folder / "config.json").write_text("{")
-    assert "not valid JSON" in message_of(folder, CheckpointError)
+    check_refused(CheckpointError, folder, "config.json", "JSON")
     (folder / "config.json").unlink()
-    assert "no config.json" in message_of(folder, CheckpointError)
+    check_refused(CheckpointError, folder, "no config.json")
 
 
 def test_a_missing_tensor_is_an_error_not_a_random_weight(folder):
     tensors = CheckpointReader(folder).tensors()
     del tensors["model.layers.1.input_layernorm.weight"]
     save_tensors(folder / "model.safetensors", tensors)
-    assert "model.layers.1.input_layernorm.weight" in message_of(folder, CheckpointError)
+    check_refused(CheckpointError, folder, "model.layers.1.input_layernorm.weight")
 
 
 def test_an_unknown_quantisation_method_is_an_error(folder):
     change_config(folder, quantization_config={"quant_method": "no-such-method"})
-    assert "found 'no-such-method'" in message_of(folder, UnpackableError, packed=True)
+    check_refused(UnpackableError, folder, "'no-such-method'", packed=True)
     for packed in (None, False):
-        assert "does not know" in message_of(folder, CheckpointError, packed=packed)
+        check_refused(CheckpointError, folder, "model.layers.0.mlp.down_proj.weight", packed=packed)
 
 
 def test_code_in_a_checkpoint_is_not_run(folder):
     canary = folder / "ran"
     (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
     change_config(folder, model_type="evil", auto_map={"AutoConfig": "evil.Evil"})
-    message_of(folder, CheckpointError)
+    check_refused(CheckpointError, folder)
     assert not canary.exists()

@@ -17,6 +17,7 @@ from compress.kernels.linear import QuantLinear
 from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader
 from support.demo_quantised import DEMO, quantise_folder
+from support.refusals import refused
 from support.tiny_checkpoints import (
     byte_tokenizer,
     load_whole,
@@ -271,11 +272,11 @@ def test_a_packed_model_can_be_made_dense(demo):
 
 
 def test_config_says_what_it_takes():
-    with pytest.raises(UsageError, match="fuse and activation_bits, found bits"):
+    with refused(UsageError, "activation_bits", "bits"):
         compress.ModelpressConfig(bits=4)
-    with pytest.raises(UsageError, match="True or False, found 1"):
+    with refused(UsageError, "packed", 1):
         compress.ModelpressConfig(packed=1)
-    with pytest.raises(UsageError, match="fuse=True is for packed"):
+    with refused(UsageError, "fuse=True", "packed=False"):
         compress.ModelpressConfig(packed=False, fuse=True)
     config = compress.ModelpressConfig(fuse=True)
     assert compress.ModelpressConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from compress.errors import CheckpointError, UsageError
 from compress.models.pretrained import local_folder
 from compress.models.skeleton import Skeleton
+from support.refusals import refused
 from support.tiny_checkpoints import (
     FAMILIES,
     HIDDEN,
@@ -155,7 +156,10 @@ def test_a_layer_is_not_filled_by_halves(checkpoint):
     skeleton = Skeleton(checkpoint())
     tensors = skeleton.read_layer(0)
     tensors.popitem()
-    with pytest.raises(RuntimeError, match="Missing key"), skeleton.layer(0, tensors):
+    with (
+        pytest.raises(RuntimeError, match="v_proj"),
+        skeleton.layer(0, tensors),
+    ):
         pass
 
 
@@ -175,15 +179,13 @@ def change_config(folder, **changes):
 
 def test_an_unknown_family_is_refused_with_the_known_ones(copy):
     change_config(copy, model_type="gpt2", architectures=["GPT2LMHeadModel"])
-    with pytest.raises(UsageError, match="'gpt2' is not supported") as caught:
+    with refused(UsageError, "'gpt2'", "llama", "mistral", "qwen2", "qwen3"):
         Skeleton(copy)
-    for family in ("llama", "mistral", "qwen2", "qwen3"):
-        assert family in str(caught.value)
 
 
 def test_a_quantised_model_is_refused(copy):
     change_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UsageError, match="quantised already"):
+    with refused(UsageError, copy, "quantised"):
         Skeleton(copy)
 
 
@@ -192,20 +194,20 @@ def test_a_missing_tensor_is_named_before_any_work(copy):
     lost = "model.layers.1.mlp.up_proj.weight"
     del tensors[lost]
     save_file(tensors, copy / "model.safetensors")
-    with pytest.raises(CheckpointError, match=lost):
+    with refused(CheckpointError, lost):
         Skeleton(copy)
 
 
 def test_a_tensor_of_another_shape_than_the_config_says_is_named(copy):
     change_config(copy, intermediate_size=160)
-    with pytest.raises(CheckpointError, match=r"gate_proj\.weight.* \(128, 64\).* \(160, 64\)"):
+    with refused(CheckpointError, "gate_proj.weight", (128, 64), (160, 64)):
         Skeleton(copy)
 
 
 def test_a_place_that_is_no_model_is_refused(tmp_path):
     file = tmp_path / "model.bin"
     file.touch()
-    with pytest.raises(UsageError, match="is a file"):
+    with refused(UsageError, file):
         local_folder(str(file))
-    with pytest.raises(UsageError, match="has no config"):
+    with refused(UsageError, tmp_path, "config.json"):
         Skeleton.open(str(tmp_path))

@@ -66,9 +66,12 @@ def test_a_disk_that_fills_up_behind_the_weights_costs_only_the_reports(
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.EACCES, "Permission denied", "there/vocab.json"), "there/vocab.json: Perm"),
-        (OSError(errno.EIO, "Input/output error"), "out: Input/output error"),
-        (OSError("12 bytes requested and 0 written"), "out: 12 bytes requested and 0 written"),
+        (
+            OSError(errno.EACCES, "Permission denied", "there/vocab.json"),
+            ("there/vocab.json", "Permission denied"),
+        ),
+        (OSError(errno.EIO, "Input/output error"), ("out: Input/output error",)),
+        (OSError("12 bytes requested and 0 written"), ("out: 12 bytes requested and 0 written",)),
     ],
     ids=["named", "nameless", "without a number"],
 )
@@ -81,7 +84,7 @@ def test_a_write_that_fails_anywhere_is_one_line(checkpoint, tmp_path, monkeypat
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", copyfile)
-        failure(recipe_for(checkpoint()), output, Case((said,)))
+        failure(recipe_for(checkpoint()), output, Case(said))
     assert visible(output) == {}
     run(recipe_for(checkpoint()), output, windows=WINDOWS, self_check=False)
     load_whole(output)

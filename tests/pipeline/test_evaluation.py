@@ -19,6 +19,7 @@ from compress.pipeline import evaluation
 from compress.pipeline.evaluation import Evaluator, check_evaluation, evaluate, evaluate_recipe
 from compress.recipe.recipe import Recipe
 from support.calling import pretend
+from support.refusals import refused
 from support.tiny_checkpoints import load_whole, recipe_for, write_checkpoint
 
 LENGTH, TOKENS = 32, 400
@@ -180,16 +181,16 @@ def test_a_recipes_text_is_looked_up_beside_the_recipe(checkpoint, text, tmp_pat
 
 def test_what_cannot_be_measured_is_said_before_a_model_is_loaded(checkpoint, monkeypatch):
     loads = Counts(monkeypatch, evaluation, "load")
-    refused = UsageError("no such task")
-    asked = pretend(monkeypatch, "compress.pipeline.evaluation", "find_tasks", refused)
-    with pytest.raises(UsageError, match="nothing to evaluate"):
+    unknown = UsageError("no such task")
+    asked = pretend(monkeypatch, "compress.pipeline.evaluation", "find_tasks", unknown)
+    with refused(UsageError, "evaluate"):
         evaluate(checkpoint())
-    with pytest.raises(UsageError, match="no such task"):
+    with refused(UsageError, unknown):
         evaluate(checkpoint(), tasks=["demo_cod"], include_path="mine")
     assert asked[0]["settings"] == EvaluationSettings(tasks=["demo_cod"], include_path="mine")
-    cases = ({"tasks": ["demo_cod"]}, "no such task"), ({"perplexity": "no.txt"}, r"no\.txt")
+    cases = ({"tasks": ["demo_cod"]}, unknown), ({"perplexity": "no.txt"}, "no.txt")
     for section, said in cases:
-        with pytest.raises(UsageError, match=said):
+        with refused(UsageError, said):
             check_evaluation(recipe_with(checkpoint, section))
     assert loads.first == []
 
@@ -199,5 +200,5 @@ def test_bos_needs_a_bos_token(text, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.bos_token = None
     tokenizer.save_pretrained(model)
-    with pytest.raises(UsageError, match="no BOS token"):
+    with refused(UsageError, "BOS"):
         evaluate(model, perplexity=str(text), length=LENGTH, bos=True)

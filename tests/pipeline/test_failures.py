@@ -107,7 +107,7 @@ CASES = {
         ("'gpt2'", "llama", "qwen3"), set_config(model_type="gpt2"), usage=True
     ),
     "quantised already": Case(
-        ("quantised already",),
+        ("model", "quantised"),
         set_config(quantization_config={"quant_method": "gptq", "bits": 4}),
         usage=True,
     ),
@@ -268,7 +268,7 @@ def test_a_folder_of_other_things_is_not_touched(checkpoint, tmp_path):
 
 
 def test_the_model_itself_is_never_overwritten(broken, tmp_path, monkeypatch):
-    case = Case(("the model itself",), usage=True)
+    case = Case(("itself", "--output"), usage=True)
     recipe, model = broken(case), tmp_path / "model"
     before = every_file(model)
     (tmp_path / "link").symlink_to(model)
@@ -282,7 +282,7 @@ def test_an_output_that_is_a_file_is_refused_even_with_overwrite(checkpoint, tmp
     output = tmp_path / "out"
     output.write_text("my only copy")
     for options in ({}, {"overwrite": True}):
-        case = Case((str(output), "is a file"), usage=True)
+        case = Case((str(output), "file"), usage=True)
         failure(recipe_for(checkpoint()), output, case, **options)
     assert output.read_text() == "my only copy"
 
@@ -307,6 +307,6 @@ def test_a_failed_self_check_publishes_nothing(checkpoint, tmp_path):
                 spoiled.append(file)
 
     options = {"self_check": True, "observer": Spoil()}
-    failure(recipe_for(checkpoint()), output, Case(("other logits",)), **options)
+    failure(recipe_for(checkpoint()), output, Case((str(output), "relative error")), **options)
     assert spoiled
     assert visible(output) == {}

@@ -8,6 +8,7 @@ import torch
 from compress.errors import CheckpointError, UsageError
 from compress.pipeline.journal import Journal
 from compress.storage.safetensors import merge_shards
+from support.refusals import refused
 
 LAYERS = 3
 
@@ -80,9 +81,8 @@ def test_a_line_cut_short_is_a_layer_not_done(tmp_path, expected):
 
 def test_another_fingerprint_is_refused_with_the_remedy(tmp_path):
     walk(tmp_path, "one")
-    with pytest.raises(UsageError, match=r"--no-resume.*--overwrite") as error:
+    with refused(UsageError, tmp_path, "--no-resume", "--overwrite"):
         walk(tmp_path, "another")
-    assert "\n" not in str(error.value)
     assert walk(tmp_path, "one")[1] == LAYERS  # refusing changed nothing
 
 
@@ -119,15 +119,14 @@ def test_another_run_without_a_finished_layer_is_nothing_to_lose(tmp_path, cut_s
 def test_a_lost_file_is_named(tmp_path, name):
     walk(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(CheckpointError, match=name) as error:
+    with refused(CheckpointError, name, "--no-resume"):
         walk(tmp_path)
-    assert "--no-resume" in str(error.value)
 
 
 def test_a_damaged_journal_is_named(tmp_path):
     journal, _ = walk(tmp_path)
     journal.path.write_text("{]\n")
-    with pytest.raises(CheckpointError, match=r"journal\.jsonl is damaged"):
+    with refused(CheckpointError, journal.path):
         walk(tmp_path)
 
 

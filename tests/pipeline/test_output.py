@@ -11,6 +11,7 @@ from compress.pipeline.output import assemble
 from compress.pipeline.plan import make_plan
 from compress.storage.output_folder import WORK_FOLDER, check_output, publish
 from compress.storage.safetensors import save_tensors
+from support.refusals import refused
 from support.tiny_checkpoints import every_file, read_tensors, recipe_for, weight_files
 
 FINAL = f"{WORK_FOLDER}/final/"
@@ -57,9 +58,8 @@ def test_what_a_run_has_left_is_its_own(tmp_path, case):
 @pytest.mark.parametrize("case", TAKEN)
 def test_anything_else_is_only_written_over_where_that_was_asked_for(tmp_path, case):
     put(tmp_path, *TAKEN[case])
-    with pytest.raises(UsageError, match="--overwrite") as error:
+    with refused(UsageError, TAKEN[case][0], "--overwrite"):
         check_output(tmp_path, overwrite=False)
-    assert TAKEN[case][0] in str(error.value)
     check_output(tmp_path, overwrite=True)
 
 
@@ -142,7 +142,7 @@ def test_what_an_interrupted_run_had_put_together_is_thrown_away(assembled, tmp_
 
 def test_a_planned_module_that_is_not_written_is_named(assembled):
     name = "model.layers.1.mlp.up_proj"
-    with pytest.raises(CompressError, match=f"1 modules .*not written: {name}"):
+    with refused(CompressError, name):
         assembled(lambda tensors: tensors.pop(f"{name}.weight_packed"))
 
 
@@ -155,5 +155,5 @@ def test_bytes_that_were_not_planned_are_an_error(assembled, change):
         else:
             tensors[norm] = tensors[norm].double()
 
-    with pytest.raises(CompressError, match=r"tensors take [\d,]+ bytes, [\d,]+ planned"):
+    with refused(CompressError, "planned"):
         assembled(grow)

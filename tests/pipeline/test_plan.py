@@ -13,6 +13,7 @@ from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import FIXED_MEMORY
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
+from support.refusals import refused
 from support.tiny_checkpoints import LAYERS, WINDOWS, recipe_for, write_checkpoint
 
 
@@ -125,7 +126,7 @@ def unreadable(tmp_path):
     start = 8 + int.from_bytes(data[:8], "little")
     data[start:] = b"\xff" * (len(data) - start)
     file.write_bytes(data)
-    with pytest.raises(CheckpointError, match="NaN"):
+    with refused(CheckpointError, "model.layers.0.input_layernorm.weight", "NaN"):
         Skeleton(folder).read_layer(0)
     return folder
 
@@ -136,27 +137,27 @@ def test_planning_reads_headers_only(checkpoint, unreadable):
 
 
 PROBLEMS = [
-    ({"quantize": {"group_size": 128}}, r"group_size: 128 does not divide the 64 inputs of model"),
-    ({"quantize": {"overrides": [DOWN | {"group_size": 256}]}}, r"256 .* 128 .*down_proj.* 1 more"),
-    ({"quantize": {"ignore": ["lm_haed"]}}, r"'lm_haed' matches no linear.*did you mean 'lm_head'"),
-    ({"quantize": {"overrides": [{"match": "re:.*experts", "bits": 8}]}}, r"re:\.\*experts"),
-    ({"quantize": {"ignore": ["re:.*"]}}, "every linear is ignored"),
-    ({"calibration": {"length": 65}}, r"calibration\.length: 65 .* context of 64"),
+    ({"quantize": {"group_size": 128}}, ("quantize.group_size: ", 128, 64, "q_proj", "11 more")),
+    (
+        {"quantize": {"overrides": [DOWN | {"group_size": 256}]}},
+        ("quantize.group_size: ", 256, 128, "down_proj", "1 more"),
+    ),
+    ({"quantize": {"ignore": ["lm_haed"]}}, ("quantize: ", "'lm_haed'", "'lm_head'")),
+    ({"quantize": {"overrides": [{"match": "re:.*experts", "bits": 8}]}}, ("'re:.*experts'",)),
+    ({"quantize": {"ignore": ["re:.*"]}}, ("quantize: ", "ignored")),
+    ({"calibration": {"length": 65}}, ("calibration.length: ", 65, 64)),
 ]
 
 
-@pytest.mark.parametrize("sections, expected", PROBLEMS)
+@pytest.mark.parametrize("sections, named", PROBLEMS)
 def test_problems_are_found_and_stop_the_run_before_any_weight_is_read(
-    unreadable, tmp_path, sections, expected
+    unreadable, tmp_path, sections, named
 ):
-    plan = plan_of(unreadable, **sections)
-    assert len(plan.problems) == 1
-    assert re.search(expected, plan.problems[0])
-    assert "\n" not in plan.problems[0]
+    (problem,) = plan_of(unreadable, **sections).problems
     output = tmp_path / "out"
-    with pytest.raises(UsageError) as caught:
+    with refused(UsageError, *named) as caught:
         run(recipe_for(unreadable, **sections), output, windows=WINDOWS, self_check=False)
-    assert str(caught.value) == plan.problems[0]
+    assert str(caught.value) == problem
     assert not output.exists()
 
 
@@ -197,8 +198,7 @@ def test_linears_that_engines_fuse_are_noted_where_their_schemes_differ(checkpoi
     one = {"overrides": [{"match": "re:.*k_proj", "bits": 8}]}
     all_three = {"overrides": [{"match": "re:.*[qkv]_proj", "bits": 8}]}
     notes = ["\n".join(plan_of(checkpoint(), quantize=q).notes) for q in (one, all_three)]
-    assert "differ in scheme" in notes[0]
-    assert "differ in scheme" not in notes[1]
+    assert ["k_proj" in note for note in notes] == [True, False]
 
 
 # ---- memory -------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from compress.pipeline.run import run
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.saved import KEY, save_strategy
 from compress.recipe.strategy import PruneStrategy
+from support.refusals import check_line, refused
 from support.tiny_models import LAYERS, tiny_inputs
 from support.tiny_recipes import BITS, HALF, images, recipe_of
 
@@ -54,7 +55,7 @@ def test_a_saved_strategy_stays_and_calibration_follows_it(folder_of, samples, t
     result = run(recipe, tmp_path / "out", self_check=False)
     assert compress.load(tmp_path / "out")[0].visual_token_pruning.strategy == strategy
     assert result.layers[0]["effective_sample_size"] == 39 - 18
-    assert "saved with the model" in " ".join(result.warnings)
+    assert any("strategy" in warning for warning in result.warnings)
     other = recipe_of(folder, prune_visual_tokens={"keep": 0.25, "strategy": {"method": "uniform"}})
     run(other, tmp_path / "other", self_check=False)
     replaced = compress.load(tmp_path / "other")[0].visual_token_pruning.strategy
@@ -153,18 +154,18 @@ def problem_of(folder, **sections):
 
 
 @pytest.mark.parametrize(
-    ("section", "expected"),
+    ("section", "named"),
     [
-        ({"keep": 0.3, "stages": [2]}, "keep between 0.5 and 1 .* not 0.3"),
-        ({"keep": 0.5, "stages": [0, 4]}, "it has 4 layers"),
-        ({"keep": 0.01, "stages": [0]}, "which is none: raise the ratios"),
-        ({"keep": 0.4, "stages": [0], "strategy": {"ratios": [0.5]}}, r"keep is 0\.4, but ratios"),
-        ({"keep": 0.5, "strategy": {"vit_layer": 9}}, "the vision tower has 3 layers"),
-        ({"keep": 0.5, "search": {}}, "search needs prompts with images"),
+        ({"keep": 0.3, "stages": [2]}, ("keep", 0.5, 0.3)),
+        ({"keep": 0.5, "stages": [0, 4]}, ("layer 4", "4 layers")),
+        ({"keep": 0.01, "stages": [0]}, ("ratios", 0.01)),
+        ({"keep": 0.4, "stages": [0], "strategy": {"ratios": [0.5]}}, ("keep", 0.4, [0.5])),
+        ({"keep": 0.5, "strategy": {"vit_layer": 9}}, ("vit_layer", 9, "3 layers")),
+        ({"keep": 0.5, "search": {}}, ("search", "images")),
     ],
 )
 def test_impossible_pruning_is_refused_before_a_weight_is_read(
-    folder_of, tmp_path, monkeypatch, section, expected
+    folder_of, tmp_path, monkeypatch, section, named
 ):
     from compress.storage.safetensors import CheckpointReader
 
@@ -174,26 +175,26 @@ def test_impossible_pruning_is_refused_before_a_weight_is_read(
     monkeypatch.setattr(CheckpointReader, "tensor", read)
     found = problem_of(folder_of(), prune_visual_tokens=section)
     assert found.startswith("prune_visual_tokens: ")
-    with pytest.raises(UsageError, match=expected):
+    with refused(UsageError, *named):
         run(recipe_of(folder_of(), prune_visual_tokens=section), tmp_path / "out")
 
 
 def test_a_text_model_has_no_visual_tokens_to_prune(checkpoint):
     found = problem_of(checkpoint(), prune_visual_tokens={"keep": 0.5})
-    assert found == "prune_visual_tokens: 'llama' models see no images: leave the section out"
+    check_line(found, "prune_visual_tokens: ", "'llama'")
 
 
 @pytest.mark.parametrize("change", [{"expansion": 2}, {"bos": True}])
 def test_settings_of_text_windows_are_refused_for_prompts_with_images(folder_of, samples, change):
     found = problem_of(folder_of(), calibration=images(samples, **change), quantize=BITS)
-    assert found.startswith(f"calibration.{next(iter(change))}: is for windows of text")
+    assert found.startswith(f"calibration.{next(iter(change))}: ")
 
 
 def test_widths_are_allocated_on_text_or_without_data(folder_of, samples, tmp_path):
     allocate = {"widths": [8, 4], "average_bits": 6}
     calibration = images(samples)
     found = problem_of(folder_of(), calibration=calibration, quantize=BITS, allocate=allocate)
-    assert "scores are measured on text" in found
+    check_line(found, "allocate", "text")
     free = allocate | {"importance": "outlier_weight_count"}
     recipe = recipe_of(
         folder_of(), calibration=calibration, quantize=BITS, allocate=free,

@@ -13,6 +13,7 @@ import pytest
 
 from compress.errors import CheckpointError, UsageError
 from compress.pipeline.run import run
+from support.refusals import refused
 from support.tiny_checkpoints import (
     WINDOWS,
     all_count,
@@ -200,9 +201,8 @@ def test_another_recipe_does_not_continue_the_run(model, uninterrupted, tmp_path
     )
     start(first, output, 2)
     before = every_file(output)
-    with pytest.raises(UsageError, match="no-resume") as caught:
+    with refused(UsageError, output, "recipe", "--no-resume"):
         start(second, output)
-    assert "another recipe" in str(caught.value)
     assert every_file(output) == before
     assert start(second, output, resume=False) == list(range(DEPTH))
     fresh = tmp_path / "fresh"
@@ -213,10 +213,10 @@ def test_another_recipe_does_not_continue_the_run(model, uninterrupted, tmp_path
 def test_other_tokens_or_another_model_do_not_continue_the_run(model, tmp_path):
     output, other = tmp_path / "out", write_checkpoint(tmp_path / "b", "mistral", layers=4, seed=1)
     start(recipe_for(model, **RSQ), output, 2)
-    with pytest.raises(UsageError, match="model or data"):
+    with refused(UsageError, output, "--no-resume"):
         start(recipe_for(model, **RSQ), output, windows=all_count(random_ids(6, 24, seed=1)))
     sections = RSQ | {"model": str(other)}
-    with pytest.raises(UsageError, match="model or data"):
+    with refused(UsageError, output, "--no-resume"):
         start(recipe_for(model, **sections), output)
 
 
@@ -233,7 +233,7 @@ def test_a_journal_that_lost_a_file_is_refused(model, uninterrupted, tmp_path):
     recipe, output = recipe_for(model, **RSQ), tmp_path / "out"
     start(recipe, output, 2)
     (output / ".modelpress" / "layer-00000.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"layer-00000.* is missing"):
+    with refused(CheckpointError, "layer-00000.safetensors", "--no-resume"):
         start(recipe, output)
     assert start(recipe, output, resume=False) == list(range(DEPTH))
     assert weight_files(output) == uninterrupted
@@ -252,9 +252,8 @@ def test_activations_that_are_not_whole_are_refused(
         file.unlink()
     else:
         os.truncate(file, file.stat().st_size - 4)
-    with pytest.raises(CheckpointError, match=r"inputs-0-00000\.f32 .*--no-resume") as caught:
+    with refused(CheckpointError, file, "--no-resume"):
         start(recipe, output)
-    assert "\n" not in str(caught.value)
     assert start(recipe, output, resume=False) == list(range(DEPTH))
     assert weight_files(output) == uninterrupted
 

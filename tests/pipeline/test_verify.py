@@ -9,6 +9,7 @@ from compress.errors import CheckpointError
 from compress.pipeline.verify import reload_and_compare, write_probe
 from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader, save_tensors
+from support.refusals import refused
 from support.tiny_quantised import write_quantised
 
 
@@ -48,19 +49,18 @@ def test_asymmetric_faults_are_found(tmp_path):
     write_probe(tmp_path / "probe.safetensors", {"input_ids": made.input_ids}, made.logits)
     zeros = "model.layers.1.mlp.up_proj.weight_zero_point"
     rewrite(made.folder, lambda tensors: tensors[zeros].bitwise_xor_(1))
-    with pytest.raises(CheckpointError, match="relative error"):
+    with refused(CheckpointError, "relative error"):
         reload_and_compare(made.folder, tmp_path / "probe.safetensors")
     rewrite(made.folder, lambda tensors: tensors.pop("model.norm.weight"))
-    with pytest.raises(CheckpointError, match=r"missing keys: model\.norm\.weight"):
+    with refused(CheckpointError, "model.norm.weight"):
         reload_and_compare(made.folder, tmp_path / "probe.safetensors")
 
 
 def test_other_logits_are_an_error_with_the_figure(copy, probe):
     name = "model.layers.1.mlp.up_proj.weight_scale"
     rewrite(copy, lambda tensors: tensors[name].mul_(1.1))
-    with pytest.raises(CheckpointError, match=r"relative error 0\.\d+, tolerance 0\.0001") as error:
+    with refused(CheckpointError, "relative error", 0.0001):
         reload_and_compare(copy, probe)
-    assert "\n" not in str(error.value)
 
 
 def test_a_missing_and_a_left_over_tensor_are_named(copy, probe):
@@ -68,18 +68,15 @@ def test_a_missing_and_a_left_over_tensor_are_named(copy, probe):
         tensors["model.extra.weight"] = tensors.pop("model.norm.weight")
 
     rewrite(copy, swap)
-    with pytest.raises(CheckpointError, match=r"missing keys: model\.norm\.weight") as error:
+    with refused(CheckpointError, "model.norm.weight", "model.extra.weight"):
         reload_and_compare(copy, probe)
-    assert "unexpected keys: model.extra.weight" in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_a_folder_that_does_not_load_is_one_line(copy, probe):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"model_type": "no-such-model"}))
-    with pytest.raises(CheckpointError, match="does not load in transformers: ") as error:
+    with refused(CheckpointError, copy, "no-such-model"):
         reload_and_compare(copy, probe)
-    assert "\n" not in str(error.value)
     (copy / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with refused(CheckpointError, copy, "config.json"):
         reload_and_compare(copy, probe)

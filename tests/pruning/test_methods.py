@@ -11,6 +11,7 @@ from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.methods import PRUNING_METHODS, Candidates, keep_highest
 from compress.pruning.tower import VisualTokens, anyres_places
 from compress.recipe.strategy import METHODS, PruneStrategy
+from support.refusals import refused
 from support.tiny_models import tiny_inputs, tiny_model
 
 HEIGHT, WIDTH, D = 6, 8, 16
@@ -73,7 +74,7 @@ def test_every_count_is_met_exactly_and_protected_tokens_stay(name, newlines):
             assert selection.values.shape == (len(selection.merged), D)
     too_few = int(image.protected.sum()) - 1
     if newlines == "protected":
-        with pytest.raises(UsageError, match="6 newline tokens of an image are protected"):
+        with refused(UsageError, "6 newline", "protect_newlines"):
             chooser.select(image, too_few)
 
 

@@ -19,6 +19,7 @@ from compress.pruning.pictures import (
     watching,
 )
 from compress.recipe.strategy import PruneStrategy
+from support.refusals import refused
 from support.tiny_models import BATCH, SINGLE, tiny_inputs, tiny_model
 
 STRATEGY = PruneStrategy(stages=(0, 2), ratios=(0.5, 0.5), voter_threshold=1.1, cell=3)
@@ -126,10 +127,10 @@ def test_merged_patches_are_one(family):
 def test_an_image_that_is_not_there_or_has_no_grid():
     prompt, _, _ = pruned("llava", BATCH)
     assert draw_pruning(plain(), prompt, 2).size == draw_pruning(plain(), prompt, 0).size
-    with pytest.raises(UsageError, match="image 3: the prompt has 3 images"):
+    with refused(UsageError, "image 3", "3 images"):
         draw_pruning(plain(), prompt, 3)
     prompt.images[0].tokens.column[0] = 1
-    with pytest.raises(UsageError, match="36 tokens do not fill a grid of 6 x 6"):
+    with refused(UsageError, "36 tokens", "6 x 6"):
         draw_pruning(plain(), prompt)
 
 
@@ -166,10 +167,10 @@ def test_the_patches_of_qwen_become_the_picture_again():
 
 
 def test_other_layouts_are_refused():
-    with pytest.raises(UsageError, match=r"\[7, 3\]"):
+    with refused(UsageError, [7, 3]):
         pictures_seen({"pixel_values": torch.zeros(7, 3)}, Processor)
     grids = {"image_grid_thw": torch.tensor([[1, 2, 2]])}
-    with pytest.raises(UsageError, match="found 50 values"):
+    with refused(UsageError, 50):
         pictures_seen({"pixel_values": torch.zeros(4, 50)} | grids, Processor)
 
 

@@ -7,6 +7,7 @@ from compress.errors import CompressError
 from compress.importance.tokens import mean_one
 from compress.quantization import hessian
 from compress.quantization.hessian import Hessian, factor
+from support.refusals import refused
 from support.small_linears import correlated_inputs, second_moment
 
 K = 40
@@ -175,10 +176,8 @@ def test_damping_doubles_until_the_matrix_is_positive_definite(lowest, expected)
 def test_an_indefinite_matrix_that_no_damping_saves_is_an_error(damping):
     H = torch.ones(4, 4) + torch.tensor([0.0, 0, 0, -0.9]).diag()
     H[0, 1] = H[1, 0] = 5
-    with pytest.raises(CompressError, match="4 columns is not positive definite") as error:
+    with refused(CompressError, "4 columns", "quantize.damping"):
         factor(H, damping)
-    assert "\n" not in str(error.value)
-    assert "quantize.damping" in str(error.value)
 
 
 @pytest.mark.parametrize("columns", [2, 40, 200])
@@ -188,7 +187,7 @@ def test_a_singular_matrix_needs_damping(columns, dtype):
     for seed in range(5):
         x = correlated_inputs(1, columns // 2, columns, seed).to(dtype)
         H = second_moment(x).to(dtype)
-        with pytest.raises(CompressError, match="more calibration tokens"):
+        with refused(CompressError, f"{columns} columns", "quantize.damping"):
             factor(H, 0.0)
         R, used = factor(H, 0.01)
         assert used == 0.01

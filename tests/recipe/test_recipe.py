@@ -15,6 +15,7 @@ from compress.recipe.recipe import Recipe, shipped_recipes
 from compress.recipe.sections import Quantize, matches
 from compress.scheme import Scheme
 from compress.storage.files import parse_size
+from support.refusals import refused
 
 EVERY_SECTION = """\
 # a comment
@@ -58,14 +59,6 @@ def write(tmp_path):
         return path
 
     return write
-
-
-def error_of(call) -> str:
-    with pytest.raises(RecipeError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # Reading and writing
@@ -132,9 +125,8 @@ def test_rsq_is_another_name_for_rotation_token_weights_and_gptq():
 )
 def test_rsq_contradicted_by_the_same_file_is_an_error(write, extra, word):
     path = write(f"quantize:\n  method: rsq\n{extra}\n")
-    message = error_of(lambda: Recipe.load(path))
-    assert f"{path}:2: quantize.method" in message
-    assert word in message
+    with refused(RecipeError, f"{path}:2: quantize.method: ", word):
+        Recipe.load(path)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +155,8 @@ def test_a_shared_section_is_not_changed_by_the_recipe_that_uses_it():
 def test_clip_search_of_rtn_needs_no_data(write):
     assert Recipe(quantize={"method": "rtn"}).quantize.clip_search == "magnitude"
     path = write("quantize:\n  method: rtn\n  clip_search: hessian\n")
-    assert f"{path}:3: quantize.clip_search" in error_of(lambda: Recipe.load(path))
+    with refused(RecipeError, f"{path}:3: quantize.clip_search: ", "rtn"):
+        Recipe.load(path)
 
 
 def test_strategies_named_in_the_schema_are_those_registered():
@@ -226,14 +219,14 @@ def test_shard_size_in_bytes():
     [
         ("quantize:\n  bits: 4\n  groupsize: 64\n", 3, "quantize.groupsize", ["'group_size'"]),
         ("model: m\nquantise: {bits: 4}\n", 2, "quantise", ["'quantize'"]),
-        ("quantize:\n\n  bits: 7\n", 3, "quantize.bits", ["2, 3, 4, 5, 6 or 8", "found 7"]),
-        ("quantize: {bits: '4'}\n", 1, "quantize.bits", ['found "4"']),
-        ("quantize: {group_size: 100}\n", 1, "quantize.group_size", ["'channel'", "100"]),
+        ("quantize:\n\n  bits: 7\n", 3, "quantize.bits", ["2, 3, 4, 5, 6 or 8", 7]),
+        ("quantize: {bits: '4'}\n", 1, "quantize.bits", ['"4"']),
+        ("quantize: {group_size: 100}\n", 1, "quantize.group_size", ["'channel'", 100]),
         ("calibration:\n  samples: many\n", 2, "calibration.samples", ["integer", '"many"']),
-        ("calibration:\n  samples: 0\n", 2, "calibration.samples", ["greater", "0"]),
-        ("calibration:\n  bos: 1\n", 2, "calibration.bos", ["true or false", "1"]),
-        ("calibration: {length: 8, expansion: 9}\n", 1, "calibration.expansion", ["8", "9"]),
-        ("calibration: 3\n", 1, "calibration", ["key: value", "found 3"]),
+        ("calibration:\n  samples: 0\n", 2, "calibration.samples", [0]),
+        ("calibration:\n  bos: 1\n", 2, "calibration.bos", [1]),
+        ("calibration: {length: 8, expansion: 9}\n", 1, "calibration.expansion", [8, 9]),
+        ("calibration: 3\n", 1, "calibration", [3]),
         ("save: {format: gguf}\n", 1, "save.format", ["'compressed-tensors'", '"gguf"']),
         ("save: {shard_size: 5 GB}\n", 1, "save.shard_size", ['"5 GB"']),
         (
@@ -261,54 +254,55 @@ def test_shard_size_in_bytes():
             ["required"],
         ),
         ("quantize:\n  overrides:\n    - match: b\n", 3, "quantize.overrides[0].match", ["bits"]),
-        ("quantize:\n  ignore: ['re:(']\n", 2, "quantize.ignore[0]", ["regular expression"]),
+        ("quantize:\n  ignore: ['re:(']\n", 2, "quantize.ignore[0]", ["'re:('"]),
         ("evaluate:\n  perplexity:\n    stride: 4096\n", 3, "evaluate.perplexity.stride", ["4096"]),
         ("evaluate:\n  task: [a]\n", 2, "evaluate.task", ["'tasks'"]),
         ("model: a\nrotate: none\nmodel: b\n", 3, "model", ["twice"]),
-        ("quantize:\n  bits: 4\n  online: []\n", 3, "quantize.online", ["unknown key"]),
+        ("quantize:\n  bits: 4\n  online: []\n", 3, "quantize.online", ["overrides"]),
     ],
 )
 def test_errors_name_file_line_field_and_what_was_expected(write, text, line, field, words):
     path = write(text)
-    message = error_of(lambda: Recipe.load(path))
-    assert message.startswith(f"{path}:{line}: {field}: ")
-    for word in words:
-        assert word in message.removeprefix(str(path))
+    with refused(RecipeError, f"{path}:{line}: {field}: ", *words):
+        Recipe.load(path)
 
 
 def test_more_errors_are_counted(write):
     path = write("quantize: {bits: 7}\nsave: {format: x}\nrotate: {seed: -1}\n")
-    assert error_of(lambda: Recipe.load(path)).endswith("(and 2 more)")
+    with refused(RecipeError, f"{path}:3: rotate.seed: ", "2 more"):
+        Recipe.load(path)
 
 
 @pytest.mark.parametrize("text", ["a: [1\nb: 2\n", "a: b: c\n", "a:\n\t- b\n", "{[a]: b}\n"])
 def test_yaml_syntax_errors_name_the_line(write, text):
     path = write(text)
-    message = error_of(lambda: Recipe.load(path))
-    assert message.startswith(f"{path}:") and "not valid YAML" in message
+    with refused(RecipeError, f"{path}:", "YAML"):
+        Recipe.load(path)
 
 
 @pytest.mark.parametrize("text", ["", "just text\n", "[1, 2]\n", "model: &a {path: *a}\n", "1: 2"])
 def test_yaml_that_is_no_recipe(write, text):
     path = write(text)
-    assert error_of(lambda: Recipe.load(path)).startswith(str(path))
+    with refused(RecipeError, path):
+        Recipe.load(path)
 
 
 def test_objects_are_never_built_from_yaml(write):
     path = write("model: !!python/object/apply:os.getcwd []\n")
-    assert "not valid YAML" in error_of(lambda: Recipe.load(path))
+    with refused(RecipeError, path, "YAML"):
+        Recipe.load(path)
 
 
 def test_from_dict_names_the_source():
-    message = error_of(lambda: Recipe.from_dict({"quantize": {"bits": 7}}, "my experiment"))
-    assert message.startswith("my experiment: quantize.bits: expected 2, 3, 4")
+    with refused(RecipeError, "my experiment: quantize.bits: ", 7):
+        Recipe.from_dict({"quantize": {"bits": 7}}, "my experiment")
     assert Recipe.from_dict({"model": "m"}) == Recipe(model="m")
 
 
 def test_files_that_are_missing_or_no_files(tmp_path):
-    message = error_of(lambda: Recipe.load("demo-ml"))
-    assert "no such file" in message and "did you mean 'demo-lm'" in message
-    assert "is a folder" in error_of(lambda: Recipe.load(tmp_path))
+    for path, word in (("demo-ml", "'demo-lm'"), (tmp_path, "folder")):
+        with refused(RecipeError, path, word):
+            Recipe.load(path)
 
 
 # --set and --model
@@ -345,28 +339,26 @@ def test_set_reaches_through_short_forms_null_sections_and_lists(write):
 @pytest.mark.parametrize(
     ("assignment", "words"),
     [
-        ("quantize.bit=4", ["quantize.bit: unknown key", "'bits'"]),
-        ("quantise.bits=4", ["quantise: unknown key", "'quantize'"]),
-        ("quantize.bits=7", ["quantize.bits: expected 2", "found 7"]),
-        ("quantize.bits.deep=7", ["quantize.bits", "no keys"]),
-        ("quantize.ignore.9=a", ["expected an index"]),
-        ("quantize.bits=[1", ["not valid YAML"]),
-        ("quantize", ["expected section.key=value"]),
-        ("=3", ["expected section.key=value"]),
+        ("quantize.bit=4", ["quantize.bit: ", "'bits'"]),
+        ("quantise.bits=4", ["quantise: ", "'quantize'"]),
+        ("quantize.bits=7", ["quantize.bits: ", "found 7"]),
+        ("quantize.bits.deep=7", ["quantize.bits"]),
+        ("quantize.ignore.9=a", ["index"]),
+        ("quantize.bits=[1", ["YAML"]),
+        ("quantize", ["section.key=value"]),
+        ("=3", ["section.key=value"]),
     ],
 )
 def test_errors_of_set_name_the_override(write, assignment, words):
     path = write("quantize:\n  bits: 4\n  ignore: [lm_head]\n")
-    message = error_of(lambda: Recipe.load(path, [assignment]))
-    assert message.startswith("--set") and assignment in message
-    for word in words:
-        assert word in message
+    with refused(RecipeError, "--set", assignment, *words):
+        Recipe.load(path, [assignment])
 
 
 def test_a_replaced_section_forgets_the_lines_of_the_file(write):
     path = write("quantize:\n  bits: 4\n")
-    message = error_of(lambda: Recipe.load(path, ["quantize={bits: 7}"]))
-    assert message.startswith("--set quantize={bits: 7}: quantize.bits")
+    with refused(RecipeError, "--set quantize={bits: 7}: quantize.bits: "):
+        Recipe.load(path, ["quantize={bits: 7}"])
 
 
 # Shipped recipes and paths
@@ -405,7 +397,8 @@ def test_relative_paths_are_looked_up_from_here_the_recipe_and_its_parent(tmp_pa
     assert recipe.resolve_path("above") == str(folder.parent / "above")
     assert recipe.resolve_path("owner/name-1.5") == "owner/name-1.5"
     for missing in ("a/b/c", "./near-me", "/nowhere/at/all", "../up"):
-        assert missing in error_of(lambda missing=missing: recipe.resolve_path(missing))
+        with refused(RecipeError, missing):
+            recipe.resolve_path(missing)
 
 
 def test_a_dataset_name_is_never_taken_for_a_folder(tmp_path):
@@ -421,5 +414,6 @@ def test_shipped_paths_are_found_from_anywhere(tmp_path, monkeypatch):
 
 
 def test_a_recipe_without_a_model_says_so_when_it_is_needed():
-    assert "--model" in error_of(Recipe.load("rsq-w4").model_location)
+    with refused(RecipeError, "--model"):
+        Recipe.load("rsq-w4").model_location()
     assert Recipe(model="owner/name").model_location() == "owner/name"

@@ -1,14 +1,13 @@
 """The recipe's `allocate` section: what it resolves to, round trips, and errors by field."""
 
-from pathlib import Path
-
 import pytest
 
 from compress.errors import RecipeError
 from compress.importance.layers import LAYER_IMPORTANCE
 from compress.recipe.recipe import Recipe
 from compress.storage.files import parse_size
-from support.calling import call, only_line
+from support.calling import refuses
+from support.refusals import refused
 
 # Each with what else the method asks for.
 SECTIONS = {
@@ -92,59 +91,51 @@ WRONG = [
     # section, field, words
     ("", "average_bits", ["average_bits", "budget", "maximum_kl", "narrow", "none"]),
     ("average_bits: 3, budget: 5GB", "average_bits", ["average_bits and budget"]),
-    ("average_bits: 0", "average_bits", ["greater than 0"]),
-    ("average_bits: .nan", "average_bits", ["finite"]),
-    ("average_bits: many", "average_bits", ["number"]),
-    ("budget: 5", "budget", ["string", "5"]),
+    ("average_bits: 0", "average_bits", [0]),
+    ("average_bits: .nan", "average_bits", ["NaN"]),
+    ("average_bits: many", "average_bits", ["many"]),
+    ("budget: 5", "budget", [5]),
     ("budget: 5 GB", "budget", ["5 GB"]),
     ("budget: -5GB", "budget", ["-5GB"]),
-    ("narrow: -1", "narrow", ["greater than or equal to 0"]),
+    ("narrow: -1", "narrow", [-1]),
     ("maximum_kl: 0.1", "maximum_kl", ["logit_divergence"]),
     ("maximum_kl: 0.1, importance: logit_divergence, method: evolve", "maximum_kl", ["knapsack"]),
-    ("average_bits: 3, widths: []", "widths", ["at least 1"]),
-    ("average_bits: 3, widths: [4, 4]", "widths", ["once", "[4, 4]"]),
-    ("average_bits: 3, widths: [4, 7]", "widths[1]", ["2, 3, 4, 5, 6 or 8", "7"]),
-    ("average_bits: 3, widths: [4]", "widths", ["two", "[4]"]),
-    ("average_bits: 3, widths: [2, 3, 4], method: top_n", "widths", ["two", "[2, 3, 4]"]),
-    ("narrow: 2, widths: [2, 3, 4]", "narrow", ["average_bits or budget"]),
-    ("narrow: 2, method: knapsack", "narrow", ["average_bits or budget"]),
+    ("average_bits: 3, widths: []", "widths", [[]]),
+    ("average_bits: 3, widths: [4, 4]", "widths", [[4, 4]]),
+    ("average_bits: 3, widths: [4, 7]", "widths[1]", [7]),
+    ("average_bits: 3, widths: [4]", "widths", [[4]]),
+    ("average_bits: 3, widths: [2, 3, 4], method: top_n", "widths", ["top_n", [2, 3, 4]]),
+    ("narrow: 2, widths: [2, 3, 4]", "narrow", ["average_bits", "budget"]),
+    ("narrow: 2, method: knapsack", "narrow", ["average_bits", "budget"]),
     ("average_bits: 3, method: remove", "method", ["remove", "narrow"]),
-    ("narrow: 1, method: remove, unit: fused_group", "method", ["whole layers"]),
+    ("narrow: 1, method: remove, unit: fused_group", "method", ["remove", "narrow"]),
     ("average_bits: 3, method: topn", "method", ["'top_n'", "topn"]),
     ("average_bits: 3, unit: head", "unit", ["fused_group", "head"]),
     ("average_bits: 3, importance: lim", "importance.name", ["layer_embedding_change", "lim"]),
     (
         "average_bits: 3, importance: outlier_weight_coun",
         "importance.name",
-        ["did you mean 'outlier_weight_count'"],
+        ["'outlier_weight_count'"],
     ),
     ("average_bits: 3, importance: reverse", "importance.of", ["reverse"]),
     ("average_bits: 3, importance: {of: random}", "importance.of", ["reverse"]),
-    ("average_bits: 3, importance: {name: reverse, of: reverse}", "importance.of", ["a score"]),
+    ("average_bits: 3, importance: {name: reverse, of: reverse}", "importance.of", ["reverse"]),
     ("average_bits: 3, importance: {average: both}", "importance.average", ["flattened", "both"]),
-    ("average_bits: 3, samples: 0", "samples", ["greater than or equal to 1"]),
-    ("average_bits: 3, generations: 0", "generations", ["greater than or equal to 1"]),
-    ("average_bits: 3, seed: -1", "seed", ["greater than or equal to 0"]),
-    ("average_bit: 3", "average_bit", ["unknown key", "did you mean 'average_bits'"]),
+    ("average_bits: 3, samples: 0", "samples", [0]),
+    ("average_bits: 3, generations: 0", "generations", [0]),
+    ("average_bits: 3, seed: -1", "seed", [-1]),
+    ("average_bit: 3", "average_bit", ["'average_bits'"]),
 ]
 
 
 @pytest.mark.parametrize("section, field, words", WRONG, ids=[w[0] or "empty" for w in WRONG])
 def test_an_error_is_one_line_with_file_line_and_field(load, section, field, words):
-    with pytest.raises(RecipeError) as caught:
+    with refused(RecipeError, f"/recipe.yaml:3: allocate.{field}: ", *words):
         load(section)
-    message = str(caught.value)
-    assert "\n" not in message
-    place, found, _ = message.split(": ", 2)
-    assert Path(place).name == "recipe.yaml:3"
-    assert found == f"allocate.{field}"
-    for word in words:
-        assert word in message
-    assert caught.value.exit_code == 2
 
 
 def test_widths_for_a_method_that_quantises_nothing(load):
-    with pytest.raises(RecipeError, match=r"recipe.yaml:3: allocate: .*method is none"):
+    with refused(RecipeError, "recipe.yaml:3", "allocate", "quantize.method"):
         load("average_bits: 3", "{method: none}")
     assert load("narrow: 1, method: remove", "{method: none}").allocate.method == "remove"
 
@@ -152,7 +143,5 @@ def test_widths_for_a_method_that_quantises_nothing(load):
 def test_an_override_is_named_as_the_place(tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text("model: m\nallocate: {average_bits: 3}\n")
-    assert call("plan", path, "--set", "allocate.widths=[9]") == 2
-    line = only_line(capsys)
-    assert "--set allocate.widths=[9]" in line
-    assert "allocate.widths[0]" in line
+    given = "allocate.widths=[9]"
+    refuses(capsys, ["plan", path, "--set", given], f"--set {given}: allocate.widths[0]: ")

@@ -10,6 +10,7 @@ from compress.data.samples import prompt_inputs
 from compress.pruning.engine import prune_visual_tokens
 from compress.recipe.strategy import PruneStrategy
 from compress.recipes.demo import scenes
+from support.calling import call, refuses
 
 FOLDER = Path(scenes.__file__).parent / "vlm"
 QUESTIONS = 12 * len(scenes.TYPES)
@@ -63,16 +64,13 @@ def test_it_needs_its_visual_tokens(model_and_processor, items):
 
 
 def test_it_answers_from_the_command_line(items, tmp_path, capsys):
-    from compress.cli.main import main
-
     asked = ["--prompt", items[0]["question"], "--max-tokens", "3"]
     items[0]["image"].save(tmp_path / "scene.png")
-    assert main(["generate", str(FOLDER), *asked, "--image", str(tmp_path / "scene.png")]) == 0
+    assert call("generate", FOLDER, *asked, "--image", tmp_path / "scene.png") == 0
     assert capsys.readouterr().out.split() == items[0]["answer"].split()
-    assert main(["generate", str(FOLDER), *asked, "--image", str(tmp_path / "none.png")]) == 2
-    assert "none.png cannot be opened" in capsys.readouterr().err
-    picture = ["--image", str(tmp_path / "scene.png")]
-    assert main(["generate", str(FOLDER), "--prompt", "<image> what?", *picture]) == 2
-    assert "found 2" in capsys.readouterr().err
-    assert main(["generate", str(FOLDER.parent / "lm"), *asked, *picture]) == 2
-    assert "reads text alone" in capsys.readouterr().err
+    for folder, prompt, image, named in (
+        (FOLDER, asked, "none.png", (tmp_path / "none.png",)),
+        (FOLDER, ["--prompt", "<image> what?"], "scene.png", ("<image>", "found 2")),
+        (FOLDER.parent / "lm", asked, "scene.png", ("lm", "text")),
+    ):
+        refuses(capsys, ["generate", folder, *prompt, "--image", tmp_path / image], *named)

@@ -7,6 +7,7 @@ from compress.errors import CompressError, UsageError
 from compress.rotation.construct import CIRCULANTS, paley, paley_field, quadratic_character
 from compress.rotation.hadamard import HadamardTransform, hadamard_factors, hadamard_matrix
 from support.circulants import search_circulants
+from support.refusals import refused
 
 BASE_ORDERS = [12, 20, 28, 36, 40, 44, 52, 60, 76, 92, 108, 116, 140, 148, 156, 172]
 MLP_WIDTHS = [4864, 5632, 9728, 29568, 11008, 14336, 18944, 27648, 8960]
@@ -116,17 +117,16 @@ def test_transform_works_in_the_dtype_it_is_given(dtype):
 
 @pytest.mark.parametrize("size", [-2, 0, 1, 7, 4095])
 def test_odd_and_empty_sizes_are_one_clear_line(size):
-    with pytest.raises(UsageError, match=f"even size, found {size}") as caught:
+    with refused(UsageError, size, "rotate.kind"):
         HadamardTransform(size)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("order", [0, 3, 6, 98, 188])
 def test_orders_without_a_known_matrix_are_refused(order):
-    with pytest.raises(UsageError, match=f"no Hadamard matrix of order {order} "):
+    with refused(UsageError, order):
         hadamard_matrix(order)
 
 
 def test_wrong_width_is_refused():
-    with pytest.raises(CompressError, match=r"expected \[\.\.\., 12\], found \[2, 24\]"):
+    with refused(CompressError, 12, [2, 24]):
         HadamardTransform(12).apply(torch.zeros(2, 24))

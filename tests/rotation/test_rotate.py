@@ -18,6 +18,7 @@ from compress.rotation.rotate import (
     rotate_embedding,
     rotate_layer,
 )
+from support.refusals import check_line, refused
 from support.whole_model import logits, relative_error, rotate_model, tiny_model
 
 SPEC = ArchitectureSpec()
@@ -203,9 +204,9 @@ def test_rotation_flattens_planted_outliers(kind, side):
 def test_no_rotation_and_unknown_kinds():
     assert make_rotation("none", 12, seed=0) is None
     assert head_rotation("none", 12, seed=0) is None
-    with pytest.raises(UsageError, match=r"did you mean 'hadamard'.*hadamard, none, random"):
+    with refused(UsageError, "'hadamrd'", "'hadamard'", "none", "random"):
         make_rotation("hadamrd", 12, seed=0)
-    with pytest.raises(UsageError, match="even size, found 13"):
+    with refused(UsageError, 13, "rotate.kind"):
         make_rotation("hadamard", 13, seed=0)
 
 
@@ -214,7 +215,7 @@ def test_head_rotation_has_no_signs_and_leaves_odd_heads_with_a_reason():
     assert torch.equal(heads.matrix(), heads.transform.matrix())
     assert isinstance(head_rotation("random", 7, seed=1), RandomRotation)
     assert head_rotation("hadamard", 7, seed=1) is None
-    assert "odd head dimension 7" in head_rotation_skipped("hadamard", 7)
+    check_line(head_rotation_skipped("hadamard", 7), "head dimension", 7)
     for kind, head_dim in (("hadamard", 80), ("random", 7), ("none", 7)):
         assert head_rotation_skipped(kind, head_dim) is None
 
@@ -252,7 +253,7 @@ def test_r1_on_one_linear_is_the_matrix_product():
 
 
 def test_rotating_before_fusing_is_refused():
-    with pytest.raises(CompressError, match="fuse the norms first"):
+    with refused(CompressError, "'input_layernorm'"):
         rotate_layer(random_layer(), SPEC, make_rotation("hadamard", 16, 0), None, 6)
 
 
@@ -260,13 +261,13 @@ def test_missing_tensors_and_misfits_are_named():
     tensors = random_layer()
     residual, heads = make_rotation("hadamard", 16, 0), HadamardRotation(6, None)
     without = {n: t for n, t in tensors.items() if n != "mlp.up_proj.weight"}
-    with pytest.raises(CheckpointError, match=r"no tensor 'mlp\.up_proj\.weight'"):
+    with refused(CheckpointError, "'mlp.up_proj.weight'"):
         fuse_and_rotate_layer(without, SPEC, residual, heads, 6)
-    with pytest.raises(CompressError, match="size 12 expected a last axis of 12"):
+    with refused(CompressError, 12, [24, 16]):
         fuse_and_rotate_layer(tensors, SPEC, make_rotation("hadamard", 12, 0), heads, 6)
-    with pytest.raises(CompressError, match="size 6, expected the head dimension 8"):
+    with refused(CompressError, 6, 8):
         rotate_layer(tensors, SPEC, None, heads, 8)
-    with pytest.raises(CompressError, match=r"'self_attn\.o_proj\.weight' has 24 .* of .* 10"):
+    with refused(CompressError, "'self_attn.o_proj.weight'", 24, 10):
         rotate_layer(tensors, SPEC, None, HadamardRotation(10, None), 10)
 
 

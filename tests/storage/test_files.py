@@ -7,6 +7,7 @@ import pytest
 
 from compress.errors import CheckpointError, UsageError
 from compress.storage.files import parse_size, read_json, write_json, writing
+from support.refusals import refused
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
@@ -22,10 +23,8 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 def test_what_the_system_refuses_names_the_file(tmp_path):
     inside = tmp_path / "model.safetensors"
     for place, named in ((tmp_path, inside), (tmp_path / "a.json", tmp_path / "a.json")):
-        with pytest.raises(CheckpointError) as error, writing(place):
+        with refused(CheckpointError, f"{named}: No space left"), writing(place):
             raise OSError(errno.ENOSPC, "No space left on device", str(inside))
-        assert str(error.value).startswith(f"cannot write {named}: No space left")
-        assert "free some space" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -38,5 +37,5 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "five GB", "5 XB", "-1GB", "0"])
 def test_sizes_that_are_not(text):
-    with pytest.raises(UsageError, match="is not a size"):
+    with refused(UsageError, repr(text)):
         parse_size(text)

@@ -9,20 +9,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compress.errors import CheckpointError, CompressError
+from compress.errors import CheckpointError
 from compress.storage.safetensors import (
     DTYPES,
     CheckpointReader,
     merge_shards,
     save_tensors,
 )
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    message = str(error.value)
-    assert isinstance(error.value, CompressError)
-    assert "\n" not in message
-    return message
+from support.refusals import refused
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -108,58 +102,50 @@ def test_a_value_that_is_not_finite_names_tensor_and_file(tmp_path, dtype, value
     weight[3, 2] = value
     save_tensors(tmp_path / "model.safetensors", {"layers.0.up.weight": weight})
     reader = CheckpointReader(tmp_path)
-    with pytest.raises(CheckpointError) as error:
+    with refused(CheckpointError, "layers.0.up.weight", tmp_path / "model.safetensors", 1, 36):
         reader.tensor("layers.0.up.weight")
-    assert "layers.0.up.weight" in one_line(error)
-    assert "model.safetensors" in one_line(error)
-    assert " 1 NaN or infinite values out of 36" in one_line(error)
     assert reader.tensor("layers.0.up.weight", check_finite=False).shape == (6, 6)
 
 
 def test_missing_folder_and_empty_folder(tmp_path):
-    with pytest.raises(CheckpointError, match="no such model folder"):
+    with refused(CheckpointError, tmp_path / "absent"):
         CheckpointReader(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+    with refused(CheckpointError, tmp_path, "model.safetensors.index.json"):
         CheckpointReader(tmp_path)
 
 
 def test_a_folder_of_pickles_says_safetensors_only(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
-    with pytest.raises(CheckpointError, match="only safetensors are read") as error:
+    with refused(CheckpointError, tmp_path, "pytorch_model.bin"):
         CheckpointReader(tmp_path)
-    one_line(error)
 
 
 def test_a_missing_shard_is_named(sharded):
     (sharded / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-00002") as error:
+    with refused(CheckpointError, "model-00002-of-00002.safetensors"):
         CheckpointReader(sharded)
-    one_line(error)
 
 
 def test_a_tensor_absent_from_its_shard_is_named(sharded):
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.layers.7.weight"] = "model-00001-of-00002.safetensors"
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"model\.layers\.7\.weight") as error:
+    with refused(CheckpointError, "model-00001-of-00002.safetensors", "'model.layers.7.weight'"):
         CheckpointReader(sharded)
-    one_line(error)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {"a": "../b.safetensors"}}'])
 def test_an_index_that_makes_no_sense_is_named(sharded, text):
     (sharded / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"index\.json") as error:
+    with refused(CheckpointError, sharded / "model.safetensors.index.json"):
         CheckpointReader(sharded)
-    one_line(error)
 
 
 def test_a_truncated_file_is_noticed_before_any_data_is_read(sharded):
     path = sharded / "model-00001-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(CheckpointError, match=r"model-00001-of-00002.*truncated") as error:
+    with refused(CheckpointError, path, "truncated"):
         CheckpointReader(sharded)
-    one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -176,20 +162,19 @@ def test_a_truncated_file_is_noticed_before_any_data_is_read(sharded):
 )
 def test_a_garbage_header_is_noticed(tmp_path, data):
     (tmp_path / "model.safetensors").write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors") as error:
+    with refused(CheckpointError, tmp_path / "model.safetensors"):
         CheckpointReader(tmp_path)
-    one_line(error)
 
 
 def test_a_byte_range_that_contradicts_the_shape_is_noticed(tmp_path):
     text = b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}'
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"0" * 8)
-    with pytest.raises(CheckpointError, match="byte range of 'a'"):
+    with refused(CheckpointError, tmp_path / "model.safetensors", "'a'"):
         CheckpointReader(tmp_path)
 
 
 def test_an_unknown_tensor_is_named(sharded):
-    with pytest.raises(CheckpointError, match="no tensor 'nothing'"):
+    with refused(CheckpointError, sharded, "'nothing'"):
         CheckpointReader(sharded).tensor("nothing")
 
 
@@ -244,9 +229,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(CheckpointError, match=r"No space left.*free some space") as error:
+    with refused(CheckpointError, path, "No space left"):
         save_tensors(path, {"w": torch.ones(4)})
-    assert str(path) in one_line(error)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -305,6 +289,5 @@ def test_merging_twice_gives_the_same_bytes_and_no_leftovers(tmp_path):
 
 def test_the_same_name_in_two_parts_is_refused(tmp_path):
     parts = write_parts(tmp_path / "parts")
-    with pytest.raises(CheckpointError, match=r"layers\.0\.packed.*both") as error:
+    with refused(CheckpointError, "'layers.0.packed'", parts[0]):
         merge_shards([*parts, parts[0]], tmp_path / "out", 10**6)
-    one_line(error)

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from compress.cli.main import main
+from support.refusals import check_line
 
 
 def write_recipe(path: Path, model: Path, dataset: Path, **changes) -> Path:
@@ -43,6 +44,15 @@ def last_line(capsys) -> str:
     assert captured.out == ""
     assert "Traceback" not in captured.err
     return captured.err.splitlines()[-1]
+
+
+def refuses(capsys, argv, *named, code: int = 2, read=only_line) -> str:
+    """The command leaves with `code`; its line on stderr is an error and names each part."""
+    assert call(*argv) == code
+    line = read(capsys)
+    assert line.startswith("error: ")
+    check_line(line, *named)
+    return line
 
 
 def pretend(monkeypatch, module: str, name: str, result) -> list[inspect.BoundArguments]:

@@ -1,4 +1,4 @@
-"""Runs that must fail: what is wrong with them, and what must come of it.
+"""Runs and exports that must fail: what is wrong with them, and what must come of it.
 
 error = failure(recipe, tmp_path / "out", Case(("No space left",)))
 assert visible(tmp_path / "out") == {}
@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from compress.checkpoint.export import export
 from compress.data.windows import CalibrationWindows
 from compress.errors import CompressError, UsageError
 from compress.pipeline.run import run
+from support.refusals import check_line, refused
 from support.tiny_checkpoints import WINDOWS, every_file
 
 
@@ -21,7 +23,7 @@ from support.tiny_checkpoints import WINDOWS, every_file
 class Case:
     """What is done to a sound model or recipe, and what must come of it.
 
-    expected: words of the message. windows None: drawn from the recipe's dataset.
+    expected: what the message names. windows None: drawn from the recipe's dataset.
     """
 
     expected: tuple[str, ...]
@@ -37,13 +39,20 @@ def failure(recipe, output, case: Case, **options) -> CompressError:
     options = {"self_check": False} | case.options | options
     with pytest.raises(CompressError) as caught:
         run(recipe, output, windows=case.windows, **options)
-    error = caught.value
-    assert isinstance(error, UsageError) == case.usage
-    assert error.exit_code == (2 if case.usage else 1)
-    assert "\n" not in str(error)
-    for word in case.expected:
-        assert word in str(error)
-    return error
+    assert isinstance(caught.value, UsageError) == case.usage
+    assert caught.value.exit_code == (2 if case.usage else 1)
+    check_line(str(caught.value), *case.expected)
+    return caught.value
+
+
+def refused_export(
+    format: str, source: Path, output: Path, *named, kind: type = UsageError, **options
+) -> None:
+    """An export is refused with all that is named, and nothing is written."""
+    before = every_file(output) if output.is_dir() else None
+    with refused(kind, *named):
+        export(source, format, output, **options)
+    assert (every_file(output) if output.is_dir() else None) == before
 
 
 def visible(folder: Path) -> dict[str, bytes]:

@@ -4,13 +4,10 @@ import json
 from pathlib import Path
 
 import gguf
-import pytest
 import torch
 from torch import Tensor
 
-from compress.checkpoint.export import export
-from compress.errors import UsageError
-from support.tiny_checkpoints import LAYERS, every_file
+from support.tiny_checkpoints import LAYERS
 
 FILE = "model.gguf"
 # Names of llama.cpp for what is inside a layer.
@@ -88,14 +85,3 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
-
-
-def refusal(source: Path, output: Path, kind=UsageError, **options) -> str:
-    """The one line of an export that is refused; nothing may be written."""
-    before = every_file(output) if output.is_dir() else None
-    with pytest.raises(kind) as error:
-        export(source, "gguf", output, **options)
-    assert type(error.value) is kind
-    assert "\n" not in str(error.value)
-    assert (every_file(output) if output.is_dir() else None) == before
-    return str(error.value)
