@@ -20,9 +20,10 @@ import torch
 from compress.data.text import load_documents, locate
 from compress.data.windows import encode, token_stream
 from compress.errors import UsageError
-from compress.eval.evaluate import Baseline, Text, evaluate_model
+from compress.eval.evaluate import Baseline, evaluate_model
 from compress.eval.harness import find_tasks, import_harness
 from compress.eval.settings import EvaluationSettings
+from compress.eval.windows import Text
 from compress.kernels.linear import QuantLinear
 from compress.loading.load import fastest_packing, load
 from compress.pruning.pictures import watching
