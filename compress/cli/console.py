@@ -27,7 +27,7 @@ from compress.eval.report import (
     paired_differences,
     quality_table,
 )
-from compress.storage.files import atomic_write
+from compress.storage.files import write_text
 
 if TYPE_CHECKING:  # need torch
     from compress.allocation.allocate import Allocation
@@ -57,8 +57,7 @@ def to_json(value: Any) -> str:
 def write_json(path: Path | None, value: Any) -> None:
     """Writes a result to a file, if one was asked for; call it after printing, lest it be lost."""
     if path is not None:
-        with atomic_write(path) as file:
-            file.write(to_json(value).encode() + b"\n")
+        write_text(path, to_json(value) + "\n")
 
 
 @contextlib.contextmanager

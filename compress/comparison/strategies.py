@@ -40,7 +40,7 @@ from compress.pruning.tower_cache import OutputCache, tower_cached
 from compress.recipe.pruning import PruneVisualTokens
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
-from compress.storage.files import atomic_write
+from compress.storage.files import write_text
 
 
 def only_prunes(recipe: Recipe) -> bool:
@@ -130,8 +130,7 @@ class PruningComparison:
             for name in ("trials.jsonl", "measured.json"):
                 (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as written:
-            written.write(text.encode())
+        write_text(file, text)
         return False
 
     def _same_pictures(self, section: PruneVisualTokens) -> AbstractContextManager[None]:
