@@ -35,7 +35,7 @@ from compress.observer import Observer
 from compress.pipeline.evaluation import Evaluator
 from compress.pruning.families import family_of
 from compress.pruning.saved import apply_strategy, stop_pruning
-from compress.pruning.search import search_strategy
+from compress.pruning.search import search_as_told
 from compress.pruning.tower_cache import OutputCache, tower_cached
 from compress.recipe.pruning import PruneVisualTokens
 from compress.recipe.recipe import Recipe
@@ -150,20 +150,9 @@ class PruningComparison:
             trials: where a search keeps its trials.
         """
         if section.search is not None:
-            assert section.keep is not None
-            search = section.search
-            found = search_strategy(
-                self.model,
-                self._prompts(source, search.samples, search.seed),
-                section.keep,
-                start=section.strategy_for(self.layers),
-                variables=search.variables,
-                trials=search.trials,
-                sampler=search.sampler,
-                seed=search.seed,
-                path=trials,
-                processor=self.processor,
-            )
+            start = section.strategy_for(self.layers)
+            prompts = self._prompts(source, section.search.samples, section.search.seed)
+            found = search_as_told(section, start, self.model, prompts, trials, self.processor)
             return found.strategy, None
         try:
             strategy = section.strategy_for(self.layers)

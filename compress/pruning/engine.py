@@ -20,7 +20,6 @@ prefilled in pieces. Each is refused.
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
-from types import TracebackType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -127,12 +126,7 @@ class VisualTokenPruning:
         self.model.generate = generate  # type: ignore[assignment]  # torch allows modules only
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -29,13 +29,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.errors import CompressError, UsageError, did_you_mean
+from compress.errors import CompressError, UsageError, did_you_mean, import_extra
 from compress.models.vision import Inputs
 from compress.observer import Observer
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.feasible import FeasibleSet, ratios_of
 from compress.pruning.tower import Processor, VisualTokens
 from compress.pruning.trials import Trial, TrialFile
+from compress.recipe.pruning import PruneVisualTokens
 from compress.recipe.strategy import NEW_NAMES, PruneStrategy
 
 if TYPE_CHECKING:
@@ -165,6 +166,32 @@ def search_strategy(
             "sampler": sampler,
             "seed": seed,
         },
+    )
+
+
+def search_as_told(
+    section: PruneVisualTokens,
+    start: PruneStrategy,
+    model: PreTrainedModel,
+    samples: Sequence[Inputs],
+    path: Path,
+    processor: Processor,
+    observer: Observer | None = None,
+) -> SearchResult:
+    """`search_strategy` with the settings of a recipe's `search`; `start`: what is not searched."""
+    assert section.search is not None and section.keep is not None
+    return search_strategy(
+        model,
+        samples,
+        section.keep,
+        start=start,
+        variables=section.search.variables,
+        trials=section.search.trials,
+        sampler=section.search.sampler,
+        seed=section.search.seed,
+        path=path,
+        processor=processor,
+        observer=observer,
     )
 
 
@@ -381,13 +408,7 @@ def _on(device: torch.device, sample: Inputs) -> Inputs:
 
 
 def _optuna() -> ModuleType:
-    try:
-        import optuna
-    except ImportError:
-        raise UsageError(
-            "the search needs optuna, which is not installed: pip install 'modelpress[vision]'"
-        ) from None
-    return optuna
+    return import_extra("optuna", "vision", "the search")
 
 
 @contextmanager

@@ -63,11 +63,15 @@ class VisualTokens:
     def __len__(self) -> int:
         return self.segment.numel()
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "VisualTokens":
+        """All that is known of the tokens, changed alike."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changed: Inputs = {name: change(value) for name, value in tensors.items()}
+        return replace(self, **changed)
+
     def take(self, index: Tensor) -> "VisualTokens":
         """The tokens at `index` [m]."""
-        fields = ("segment", "row", "column", "importance", "attention", "keys")
-        parts = {name: getattr(self, name) for name in fields}
-        return replace(self, **{n: part[index] for n, part in parts.items() if part is not None})
+        return self.each(lambda known: known[index])
 
 
 @dataclass(frozen=True)

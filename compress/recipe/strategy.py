@@ -135,15 +135,6 @@ class PruneStrategy(BaseModel):
         """R: the share of visual tokens kept, averaged over a model's `layers` (equation 5)."""
         return average_kept(self.stages, self.ratios, layers)
 
-    def with_average(self, keep: float, layers: int) -> "PruneStrategy":
-        """This strategy with its last ratio solved, so that the average is `keep`.
-
-        Raises UsageError, with the range that is possible, if no ratio in (0, 1] gives it.
-        """
-        fixed = self.ratios[:-1]
-        last = _solve(lambda x: average_kept(self.stages, (*fixed, x), layers), keep, self.stages)
-        return PruneStrategy(**self.model_dump() | {"ratios": (*fixed, last)})
-
     def counts(self, tokens: int, layers: int) -> tuple[int, ...]:
         """How many of an image's `tokens` are left after each stage, in a model of `layers`.
 

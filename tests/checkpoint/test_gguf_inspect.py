@@ -94,5 +94,5 @@ def test_damaged_files_and_a_missing_library(tmp_path, exported, monkeypatch):
     with pytest.raises(UsageError, match="no such model folder"):
         inspect(tmp_path / "absent.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UsageError, match="read by the package gguf"):
+    with pytest.raises(UsageError, match="needs the package gguf"):
         inspect(exported)

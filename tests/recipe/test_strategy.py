@@ -23,7 +23,6 @@ PUBLISHED = [
 def test_published_settings_have_the_published_average(kept, r1, r2, r3):
     strategy = PruneStrategy(stages=(0, 9, 18), ratios=(r1, r2, r3))
     assert strategy.average_kept(28) == pytest.approx(kept, abs=5e-5)
-    assert strategy.with_average(kept, 28).ratios[2] == pytest.approx(r3, abs=2e-3)
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.95, 0.7, 0.5])
@@ -47,9 +46,6 @@ def test_vflowopt_stages_are_the_papers(layers, stages):
 def test_budgets_out_of_reach_say_what_is_possible():
     with pytest.raises(UsageError, match=r"between 0\.25 and 1 .*not 0\.1"):
         PruneStrategy.for_budget("fastv", 0.1, 8)
-    strategy = PruneStrategy(stages=(0, 4), ratios=(0.4, 0.5))
-    with pytest.raises(UsageError, match=r"between 0\.2 and 0\.4 .*not 0\.5"):
-        strategy.with_average(0.5, 8)
     with pytest.raises(UsageError, match="needs a deeper model: it has 4 layers"):
         average_kept((0, 4), (0.5, 0.5), 4)
 
