@@ -20,14 +20,7 @@ from torch import Tensor
 
 from compress.errors import UsageError
 from compress.eval.statistics import clustered_mean
-from compress.eval.windows import (
-    Text,
-    check_no_nan,
-    cut_line,
-    logits_of,
-    measuring,
-    scored_chunks,
-)
+from compress.eval.windows import Text, check_no_nan, cut_line, logits_of, measuring, scored_chunks
 
 
 @dataclass(frozen=True)

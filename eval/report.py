@@ -55,6 +55,12 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def format_memory(peak: Mapping[str, int]) -> str:
+    """Peak memory of the host, and of the device if it was used."""
+    host, device = format_bytes(peak.get("host", 0)), peak.get("device", 0)
+    return f"{host} host, {format_bytes(device)} device" if device else f"{host} host"
+
+
 def format_number(value: Any, error: float | None = None) -> str:
     """A value, to the second digit of its error if there is one: `0.525 ± 0.025`."""
     if value is None:

@@ -33,7 +33,7 @@ from compress.models.skeleton import Skeleton
 from compress.models.vision import Inputs
 from compress.observer import Observer
 from compress.pipeline.evaluation import Evaluator
-from compress.pruning.families import family_of
+from compress.pruning.families import tower_of
 from compress.pruning.saved import apply_strategy, stop_pruning
 from compress.pruning.search import search_as_told
 from compress.pruning.tower_cache import OutputCache, tower_cached
@@ -63,7 +63,7 @@ class PruningComparison:
         dtype = None if device.startswith("cuda") else torch.float32
         packed = fastest_packing(folder, device)
         self.model, self.processor = load(folder, device, dtype, prune=False, packed=packed)
-        family_of(self.model)  # refuses a text model
+        tower_of(self.model)  # refuses a text model
         self.layers = len(self.model.model.language_model.layers)
         self.skeleton = Skeleton.open(folder)
         self.evaluator = Evaluator.of_recipe(recipe, folder, device)

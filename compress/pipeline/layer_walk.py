@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint.packed_formats import FORMATS, codes_of_signed
-from compress.errors import CompressError
+from compress.errors import naming
 from compress.importance.tokens import count_tokens, effective_sample_size
 from compress.memory import release_memory
 from compress.observer import Observer
@@ -200,10 +200,8 @@ class LayerWalk:
         if self.solver is None or not schemes:
             return {}
         started = time.perf_counter()
-        try:
+        with naming(f"{prefix}{next(iter(schemes))}"):
             solved = solve_group(layer, schemes, self.solver, H, self.dtype)
-        except CompressError as error:
-            raise CompressError(f"{prefix}{next(iter(schemes))}: {error}") from error
         tensors: dict[str, Tensor] = {}
         for name, linear in solved.items():
             scale = self.model.stored(f"{prefix}{name}.weight_scale", linear.scale)

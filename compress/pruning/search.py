@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.errors import CompressError, UsageError, did_you_mean, import_extra
-from compress.models.vision import Inputs
+from compress.errors import CompressError, UsageError, did_you_mean, import_extra, unknown
+from compress.models.vision import Inputs, on_device
 from compress.observer import Observer
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.feasible import FeasibleSet, ratios_of
@@ -202,10 +202,7 @@ def check_search(keep: float, trials: int, sampler: str) -> None:
     if trials < 1:
         raise UsageError(f"expected at least one trial, found {trials}")
     if sampler not in SAMPLERS:
-        raise UsageError(
-            f"unknown sampler {sampler!r}{did_you_mean(sampler, SAMPLERS)}: expected one of "
-            f"{', '.join(SAMPLERS)}"
-        )
+        raise UsageError(unknown("sampler", sampler, SAMPLERS))
     _optuna()
 
 
@@ -227,7 +224,7 @@ class Objective:
         if not samples:
             raise UsageError("expected samples to search with, found none")
         self.model, self.processor = model, processor
-        self.samples = [_on(model.device, sample) for sample in samples]
+        self.samples = [on_device(sample, model.device) for sample in samples]
         self.images: list[VisualTokens] = []
         states = []
         # A strategy that keeps all and reads nothing: the run is the plain one, to the bit.
@@ -401,10 +398,6 @@ def _propose(
 
 def _best(trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda trial: (trial.score, -trial.trial))
-
-
-def _on(device: torch.device, sample: Inputs) -> Inputs:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in sample.items()}
 
 
 def _optuna() -> ModuleType:

@@ -10,6 +10,7 @@ resize, newline tokens and 2x2 merging cannot put them out of step. arXiv 2508.0
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
@@ -146,17 +147,14 @@ class PatchTower:
         if self.settings.signals:
             for name in "qk":
                 projection = attention.get_submodule(f"{name}_proj")
-                handles.append(projection.register_forward_hook(self._keep(name)))
+                handles.append(projection.register_forward_hook(partial(self._keep, name)))
         return handles
 
     def _before(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
         self.seen = {"pixels": args[0] if args else kwargs["pixel_values"]}
 
-    def _keep(self, name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            self.seen[name] = output.detach()
-
-        return hook
+    def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.seen[name] = output.detach()
 
     def images(self, inputs: Inputs) -> list[VisualTokens]:
         """One entry per image, in the order of the prompt; forgets what it saw."""

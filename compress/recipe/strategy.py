@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from compress.errors import RecipeError, UsageError, did_you_mean
+from compress.errors import RecipeError, UsageError, unknown
 from compress.recipe.source import FieldError, Source
 
 Method = Literal[
@@ -113,10 +113,7 @@ class PruneStrategy(BaseModel):
         Raises UsageError for a budget that these stages cannot meet.
         """
         if method not in METHODS:
-            raise UsageError(
-                f"unknown pruning method {method!r}{did_you_mean(method, METHODS)}: "
-                f"expected one of {', '.join(METHODS)}"
-            )
+            raise UsageError(unknown("pruning method", method, METHODS))
         stages = tuple(settings.pop("stages", _default_stages(method, layers)))
         later = 0.9 if method == "vflowopt" else None
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,18 +12,13 @@ from compress.checkpoint.export import export
 from compress.errors import UsageError
 from compress.scheme import Scheme
 from compress.storage.safetensors import save_tensors
-from support.gguf_files import FILE, Read, as_checkpoint, assert_same, change_config, refusal
+from support.gguf_files import FILE, Read, as_checkpoint, assert_same, refusal
 from support.tiny_checkpoints import (
     byte_tokenizer,
+    change_config,
     dequantised,
     read_tensors,
 )
-
-
-@pytest.fixture
-def copy(packed, tmp_path) -> Path:
-    """A folder that a test may change."""
-    return shutil.copytree(packed().folder, tmp_path / "copy")
 
 
 def test_groups_that_no_type_has_are_stored_wider_only_if_allowed(packed, tmp_path):

@@ -1,6 +1,5 @@
 """Loading gives the model that was written, or one line that says why not."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from compress.errors import CheckpointError, CompressError, UsageError
 from compress.loading.load import load
 from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader, save_tensors
+from support.tiny_checkpoints import change_config
 from support.tiny_quantised import write_quantised
 
 
@@ -39,11 +39,6 @@ def message_of(path, kind: type[CompressError], **options) -> str:
     assert type(error.value) is kind
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def change_config(folder: Path, **changes) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 @pytest.mark.parametrize("packed", [True, False])

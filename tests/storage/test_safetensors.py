@@ -113,7 +113,6 @@ def test_a_value_that_is_not_finite_names_tensor_and_file(tmp_path, dtype, value
     assert "layers.0.up.weight" in one_line(error)
     assert "model.safetensors" in one_line(error)
     assert " 1 NaN or infinite values out of 36" in one_line(error)
-    assert reader.tensor("layers.0.up.weight", check_finite=False).shape == (6, 6)
 
 
 def test_missing_folder_and_empty_folder(tmp_path):

@@ -30,13 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.checkpoint.gguf.blocks import (
-    BLOCK_TYPES,
-    SMALL,
-    SUPER,
-    exact_type,
-    pack,
-)
+from compress.checkpoint.gguf.blocks import BLOCK_TYPES, SMALL, SUPER, exact_type, pack
 from compress.checkpoint.gguf.settings import add_settings, checked_family, rope_factors
 from compress.checkpoint.gguf.vocabulary import Vocabulary, read_vocabulary
 from compress.checkpoint.packed import PackedLinears
