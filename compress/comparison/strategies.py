@@ -21,18 +21,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import torch
-
 from compress.comparison.study import Entry, Run, conditions_of, keep, kept, seeded
 from compress.data.samples import in_batches, read_samples
 from compress.data.source import CalibrationSource
 from compress.errors import UsageError
-from compress.loading.load import fastest_packing, load
 from compress.models.pretrained import local_folder
 from compress.models.skeleton import Skeleton
 from compress.models.vision import Inputs
 from compress.observer import Observer
-from compress.pipeline.evaluation import Evaluator
+from compress.pipeline.evaluation import Evaluator, load_measured
 from compress.pruning.families import tower_of
 from compress.pruning.saved import apply_strategy, stop_pruning
 from compress.pruning.search import search_as_told
@@ -60,9 +57,7 @@ class PruningComparison:
         """`recipe`: any of those that are compared; model and evaluation are the same in all."""
         self.device, self.observer, self.overwrite = device, observer, overwrite
         folder = local_folder(recipe.model_location(), recipe.model.revision)
-        dtype = None if device.startswith("cuda") else torch.float32
-        packed = fastest_packing(folder, device)
-        self.model, self.processor = load(folder, device, dtype, prune=False, packed=packed)
+        self.model, self.processor = load_measured(folder, device, prune=False)
         tower_of(self.model)  # refuses a text model
         self.layers = len(self.model.model.language_model.layers)
         self.skeleton = Skeleton.open(folder)
@@ -143,12 +138,7 @@ class PruningComparison:
         self, section: PruneVisualTokens, source: CalibrationSource, trials: Path
     ) -> tuple[PruneStrategy, float | None]:
         """The section's strategy on this model; with it the budget that was asked for, if no
-        strategy of this method meets it and the nearest is taken instead.
-
-        Args:
-            source: of the prompts that a search runs on, and whose images are pruned.
-            trials: where a search keeps its trials.
-        """
+        strategy of this method meets it and the nearest is taken instead."""
         if section.search is not None:
             start = section.strategy_for(self.layers)
             prompts = self._prompts(source, section.search.samples, section.search.seed)

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from compress.checkpoint.engines import Schemes
 from compress.checkpoint.packed_formats import FORMATS, codes_of_signed
 from compress.errors import naming
 from compress.importance.tokens import count_tokens, effective_sample_size
@@ -31,8 +32,6 @@ from compress.quantization.token_weights import TokenWeigher
 from compress.recipe.sections import Quantize
 from compress.rotation.model import RotatedModel
 from compress.scheme import Scheme
-
-Schemes = Mapping[str, Scheme | None]  # of linears by name; None: stays unquantised
 
 
 class LayerWalk:

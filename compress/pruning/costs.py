@@ -17,6 +17,7 @@ from typing import TypedDict
 
 from transformers import PretrainedConfig
 
+from compress.models.families import head_dim_of
 from compress.pruning.prompt import PrunedPrompt
 
 
@@ -35,7 +36,7 @@ class DecoderShape:
     def of(cls, config: PretrainedConfig, element_bytes: int) -> "DecoderShape":
         """From a transformers text config."""
         heads = config.num_attention_heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        head = head_dim_of(config)
         return cls(
             layers=config.num_hidden_layers,
             width=config.hidden_size,

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress.errors import RecipeError, UsageError, unknown
+from compress.recipe.sections import Number, Seed
 from compress.recipe.source import FieldError, Source
 
 Method = Literal[
@@ -51,7 +52,6 @@ NEW_NAMES = {"threshold": "voter_threshold", "alpha": "entropy_weight"}
 ROUNDING = 1e-6
 
 Saved = TypeVar("Saved", dict[str, Any], list[str], object)
-Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(strict=False, gt=0, le=1)]
 Layer = Annotated[int, Field(ge=0)]
 
@@ -73,7 +73,7 @@ class PruneStrategy(BaseModel):
     vit_layer: int | None = None  # null: the layer that makes the features (its last global one)
     positions: Literal["original", "renumbered"] = "original"  # of what is left, for RoPE
     protect_newlines: bool = True  # the row separators of any-resolution images
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _check(self) -> "PruneStrategy":
