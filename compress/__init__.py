@@ -12,23 +12,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what `__getattr__` gives
-    from compress.checkpoint.export import export
-    from compress.checkpoint.hub import push
-    from compress.checkpoint.inspect import inspect
-    from compress.comparison.compare import compare
-    from compress.errors import CompressError, UsageError
-    from compress.loading.load import load
-    from compress.loading.transformers_plugin import ModelpressConfig
+    from compress.checkpoint.export import export as export
+    from compress.checkpoint.hub import push as push
+    from compress.checkpoint.inspect import inspect as inspect
+    from compress.comparison.compare import compare as compare
+    from compress.errors import CompressError as CompressError
+    from compress.errors import UsageError as UsageError
+    from compress.loading.load import load as load
+    from compress.loading.transformers_plugin import ModelpressConfig as ModelpressConfig
     from compress.observer import Observer
-    from compress.pipeline.evaluation import evaluate
+    from compress.pipeline.evaluation import evaluate as evaluate
     from compress.pipeline.plan import Plan
-    from compress.pipeline.result import RunResult
-    from compress.pipeline.run import run
-    from compress.pruning.engine import prune_visual_tokens
-    from compress.pruning.pictures import draw_pruning
-    from compress.pruning.search import search_strategy
-    from compress.recipe.recipe import Recipe
-    from compress.recipe.strategy import PruneStrategy
+    from compress.pipeline.result import RunResult as RunResult
+    from compress.pipeline.run import run as run
+    from compress.pruning.engine import prune_visual_tokens as prune_visual_tokens
+    from compress.pruning.pictures import draw_pruning as draw_pruning
+    from compress.pruning.search import search_strategy as search_strategy
+    from compress.recipe.recipe import Recipe as Recipe
+    from compress.recipe.strategy import PruneStrategy as PruneStrategy
 
     __version__: str
 
@@ -51,26 +52,7 @@ _HOMES = {
     "UsageError": "compress.errors",
 }
 
-__all__ = [
-    "CompressError",
-    "ModelpressConfig",
-    "PruneStrategy",
-    "Recipe",
-    "RunResult",
-    "UsageError",
-    "__version__",
-    "compare",
-    "draw_pruning",
-    "evaluate",
-    "export",
-    "inspect",
-    "load",
-    "plan",
-    "prune_visual_tokens",
-    "push",
-    "run",
-    "search_strategy",
-]
+__all__ = ["__version__", "plan", *_HOMES]
 
 
 def plan(recipe: "Recipe", *, device: str = "cpu", observer: "Observer | None" = None) -> "Plan":

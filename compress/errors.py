@@ -6,7 +6,10 @@ escapes is a bug and shows a stack trace.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
 
 
 class CompressError(Exception):
@@ -33,3 +36,30 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+    """The line for a name that is not known: what is, and the nearest."""
+    names = list(known)
+    near = did_you_mean(str(name), names)
+    return f"unknown {kind} {name!r}{near}: expected one of {', '.join(names) or 'none'}"
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Puts the place in front of the line of an error that is raised inside."""
+    try:
+        yield
+    except CompressError as error:
+        raise CompressError(f"{place}: {error}") from error
+
+
+def import_extra(module: str, extra: str, what: str) -> ModuleType:
+    """An optional package; without it a UsageError: `what` needs it, and `extra` brings it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UsageError(
+            f"{what} needs the package {module.partition('.')[0]} ({error}): "
+            f"pip install 'modelpress[{extra}]'"
+        ) from error

@@ -14,7 +14,7 @@ with the toolkit; the modules that fill them are imported when something is look
 from collections.abc import Callable
 from typing import Any, Generic, NoReturn, TypeVar
 
-from compress.errors import UsageError, did_you_mean
+from compress.errors import UsageError, unknown
 
 Entry = TypeVar("Entry")
 
@@ -47,10 +47,8 @@ class Registry(dict[str, Entry], Generic[Entry]):
         raise UsageError(self.unknown(name))
 
     def unknown(self, name: str) -> str:
-        """The line for a name that is not known: what is, and the nearest."""
-        names = self.names()
-        near, known = did_you_mean(name, names), ", ".join(sorted(names))
-        return f"unknown {self.kind} {name!r}{near}: expected one of {known}"
+        """The line for a name that is not known."""
+        return unknown(self.kind, name, sorted(self.names()))
 
 
 # Filled by `compress.importance.tokens`.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import UsageError
-from compress.eval.report import COLOURS, Row, columns_of
+from compress.eval.report import COLOURS, Row, blank_figure, columns_of, save_figure
 
 if TYPE_CHECKING:  # an extra
     from matplotlib.axes import Axes
@@ -37,44 +37,29 @@ COSTS = {
 }
 
 
-def plot_lines(
-    lines: Mapping[str, Sequence[Row]],
-    baseline: Row,
-    path: str | Path,
-    x: str,
-    metrics: Sequence[str] | None = None,
-) -> Path:
-    """Draws the rows' metrics over their `x`, with error bars, and the baseline as a line.
+def plot_lines(lines: Mapping[str, Sequence[Row]], baseline: Row, path: str | Path, x: str) -> Path:
+    """Draws the metrics of a cost over it, with error bars, and the baseline as a line.
 
     Args:
         lines: by label, rows, each with `x`.
         baseline: the row of the model as it was.
         path: of the picture; its suffix says the format (png, svg, pdf).
         x: one of COSTS.
-        metrics: columns to draw; None for those that belong to the cost.
 
     Raises:
         UsageError: matplotlib is not installed, or no row has one of the metrics.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import StrMethodFormatter
-    except ImportError:
-        raise UsageError("plots need matplotlib: pip install 'modelpress[eval]'") from None
     cost = COSTS[x]
     rows = [row for line in lines.values() for row in line]
     columns = columns_of(rows)
-    if metrics is None:
-        metrics = [c for c in columns if c.split(" ")[-1] in cost.metrics]
+    metrics = [c for c in columns if c.split(" ")[-1] in cost.metrics]
     metrics = [m for m in metrics if any(row.values.get(m) is not None for row in rows)]
     if not metrics:
         raise UsageError(
             f"nothing to plot over {x}: no row has {' or '.join(cost.metrics)}; columns are "
             f"{', '.join(columns)}"
         )
-    figure = Figure(figsize=(7.2 * len(metrics), 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(7.2 * len(metrics), 5)
     for i, metric in enumerate(metrics):
         axes = figure.add_subplot(1, len(metrics), i + 1)
         _draw_baseline(axes, metric, baseline)
@@ -90,14 +75,11 @@ def plot_lines(
         if lower:
             axes.set_yscale("log")
             for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                formatted(StrMethodFormatter("{x:g}"))  # 12, not 1.2 x 10^1
+                formatted("{x:g}")  # 12, not 1.2 x 10^1
         axes.set_ylabel(f"{metric} ({'lower' if lower else 'higher'} is better)")
         axes.grid(alpha=0.25, which="both")
         axes.legend(fontsize=8)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _draw_baseline(axes: "Axes", metric: str, baseline: Row) -> None:

@@ -8,11 +8,10 @@ damage that luck hides from perplexity and needs fewer tokens to be sure. Both m
 windows, one batch at a time; log-softmax in fp32, sums in fp64. Each mean comes with a standard
 error over tokens, as if they were independent, and over windows, which are nearly so.
 
-    result = kl_divergence(model, baseline, token_ids, length=512)
+    result = kl_divergence(model, baseline, Text(token_ids, length=512))
     print(result.line())
 """
 
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,16 +20,7 @@ from torch import Tensor
 
 from compress.errors import UsageError
 from compress.eval.statistics import clustered_mean
-from compress.eval.windows import (
-    Batch,
-    check_no_nan,
-    check_window,
-    document_batches,
-    logits_of,
-    measuring,
-    scored_chunks,
-    window_batches,
-)
+from compress.eval.windows import Text, check_no_nan, cut_line, logits_of, measuring, scored_chunks
 
 
 @dataclass(frozen=True)
@@ -53,11 +43,7 @@ class DivergenceResult:
     def line(self) -> str:
         """One line: the figures, their errors and conditions."""
         error = "n/a" if self.stderr is None else f"{self.stderr:.2g}"
-        cut = (
-            f"{self.windows} documents of at most {self.length} tokens"
-            if self.unit == "document"
-            else f"{self.windows} windows of {self.length} tokens, stride {self.stride}"
-        )
+        cut = cut_line(self.unit, self.windows, self.length, self.stride)
         return (
             f"KL(baseline || model) {self.mean:.5f} ± {error} nats per token, "
             f"max {self.maximum:.3f}, top-1 agreement {100 * self.top1_agreement:.2f} % "
@@ -71,65 +57,26 @@ class DivergenceResult:
 def kl_divergence(
     model: torch.nn.Module,
     baseline: torch.nn.Module,
-    token_ids: Tensor | Sequence[int],
-    length: int,
-    stride: int | None = None,
-    bos: int | None = None,
-    batch: int = 8,
+    text: Text,
+    batch_size: int = 8,
 ) -> DivergenceResult:
-    """Mean KL(baseline || model) on the windows that `perplexity` scores with these arguments.
+    """Mean KL(baseline || model) on the tokens of the text that `perplexity` scores.
 
     Args:
         model, baseline: causal language models of one vocabulary; their devices may differ.
-        token_ids: [tokens].
-        length, stride, bos: as in `perplexity`.
-        batch: windows a forward pass; the logits of one batch of both models are held.
+        batch_size: windows or documents a forward pass; the logits of one batch of both models
+            are held.
 
     Raises:
         UsageError: the vocabularies differ, or the text is shorter than a window.
         CompressError: the logits of either hold a NaN.
     """
-    step = check_window(length, stride, bos)
-    batches = window_batches(token_ids, length, stride, bos, batch)
-    conditions = {"length": length, "stride": step, "bos": bos is not None}
-    return _divergence(model, baseline, batches, conditions)
-
-
-def kl_divergence_per_document(
-    model: torch.nn.Module,
-    baseline: torch.nn.Module,
-    documents: Sequence[Sequence[int]],
-    max_length: int,
-    bos: int | None = None,
-    batch: int = 8,
-) -> DivergenceResult:
-    """The same on documents, cut and scored as `perplexity_per_document` does."""
-    batches = document_batches(documents, max_length, bos, batch)
-    conditions = {"length": max_length, "stride": None, "bos": bos is not None, "unit": "document"}
-    return _divergence(model, baseline, batches, conditions)
-
-
-def token_divergence(baseline_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(softmax(baseline_logits) || softmax(logits)) in nats, fp32: [..., V] -> [...]."""
-    log_p = baseline_logits.float().log_softmax(-1)
-    log_q = logits.float().log_softmax(-1)
-    p = log_p.exp()
-    # A token masked to -inf in the baseline adds nothing; 0 * (-inf) would be NaN.
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-
-
-def _divergence(
-    model: torch.nn.Module,
-    baseline: torch.nn.Module,
-    batches: Iterable[Batch],
-    conditions: dict[str, Any],
-) -> DivergenceResult:
     totals: list[float] = []
     agreements: list[float] = []
     counts: list[int] = []
     squares, maximum = 0.0, 0.0
     with measuring(model, baseline):
-        for batch in batches:
+        for batch in text.batches(batch_size):
             theirs, ours = logits_of(baseline, batch), logits_of(model, batch)  # [B, L, V]
             if theirs.shape != ours.shape:
                 raise UsageError(
@@ -151,11 +98,8 @@ def _divergence(
             agreements += same_of
             counts += batch.scored.sum(dim=1).tolist()
             del theirs, ours  # before the next forward passes make their own
-    mean, agreement, tokens = (
-        clustered_mean(totals, counts),
-        clustered_mean(agreements, counts),
-        sum(counts),
-    )
+    mean, agreement = (clustered_mean(of, counts) for of in (totals, agreements))
+    tokens = sum(counts)
     variance = max(0.0, squares - tokens * mean.mean**2) / max(1, tokens - 1)
     return DivergenceResult(
         mean=mean.mean,
@@ -166,5 +110,14 @@ def _divergence(
         top1_stderr=agreement.stderr,
         tokens=tokens,
         windows=len(counts),
-        **conditions,
+        **text.conditions(),
     )
+
+
+def token_divergence(baseline_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(baseline_logits) || softmax(logits)) in nats, fp32: [..., V] -> [...]."""
+    log_p = baseline_logits.float().log_softmax(-1)
+    log_q = logits.float().log_softmax(-1)
+    p = log_p.exp()
+    # A token masked to -inf in the baseline adds nothing; 0 * (-inf) would be NaN.
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)

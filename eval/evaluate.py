@@ -19,70 +19,20 @@ gives (parts that were not asked for are absent)
 one that says whether the model is worse, and it is far smaller than either figure's own.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from compress.errors import UsageError
-from compress.eval.divergence import DivergenceResult, kl_divergence, kl_divergence_per_document
+from compress.eval.divergence import kl_divergence
 from compress.eval.harness import TaskScores, score_tasks
-from compress.eval.perplexity import (
-    PerplexityResult,
-    perplexity,
-    perplexity_difference,
-    perplexity_per_document,
-)
+from compress.eval.perplexity import PerplexityResult, perplexity, perplexity_difference
 from compress.eval.settings import EvaluationSettings
 from compress.eval.statistics import paired_difference
+from compress.eval.windows import Text
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, eq=False)
-class Text:
-    """Token ids and how they are cut: one stream in windows, or documents on their own.
-
-    Attributes:
-        ids: [tokens], one stream; or
-        documents: lists of ids, each scored on its own, cut to `length`.
-        length, stride: see `perplexity`. Documents take no stride.
-        bos: id put in front of each window or document; None for none.
-
-    Raises UsageError for a stream and documents at once, and for documents with a stride.
-    """
-
-    ids: Tensor | Sequence[int] = ()
-    documents: Sequence[Sequence[int]] | None = None
-    length: int = 512
-    stride: int | None = None
-    bos: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.documents is None:
-            return
-        if len(self.ids):
-            raise UsageError("ids and documents were both given: expected one stream or the other")
-        if self.stride is not None:
-            raise UsageError(f"stride {self.stride}: documents are not cut in windows")
-
-    def perplexity(self, model: torch.nn.Module, batch_size: int) -> PerplexityResult:
-        if self.documents is not None:
-            return perplexity_per_document(model, self.documents, self.length, self.bos, batch_size)
-        return perplexity(model, self.ids, self.length, self.stride, self.bos, batch_size)
-
-    def divergence(
-        self, model: torch.nn.Module, baseline: torch.nn.Module, batch_size: int
-    ) -> DivergenceResult:
-        if self.documents is not None:
-            return kl_divergence_per_document(
-                model, baseline, self.documents, self.length, self.bos, batch_size
-            )
-        return kl_divergence(
-            model, baseline, self.ids, self.length, self.stride, self.bos, batch_size
-        )
 
 
 class Baseline:
@@ -101,7 +51,7 @@ class Baseline:
 
     def perplexity(self, text: Text, batch_size: int) -> PerplexityResult:
         """Its perplexity on this very text."""
-        return self._once((text, batch_size), lambda: text.perplexity(self.model, batch_size))
+        return self._once((text, batch_size), lambda: perplexity(self.model, text, batch_size))
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], Result]) -> Result:
         """The kept result of an equal key, or a new one."""
@@ -147,13 +97,13 @@ def evaluate_model(
             report["baseline"]["results"] = reference.results
             report["difference"]["results"] = task_differences(scores, reference)
     if text is not None:
-        measured = text.perplexity(model, settings.batch_size)
+        measured = perplexity(model, text, settings.batch_size)
         report["perplexity"] = measured.to_dict() | {"line": measured.line()}
         if baseline is not None:
             before = baseline.perplexity(text, settings.batch_size)
             report["baseline"]["perplexity"] = before.to_dict() | {"line": before.line()}
             report["difference"]["mean_nll"] = perplexity_difference(measured, before).to_dict()
-            divergence = text.divergence(model, baseline.model, settings.batch_size)
+            divergence = kl_divergence(model, baseline.model, text, settings.batch_size)
             report["kl"] = divergence.to_dict() | {"line": divergence.line()}
     return report
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from compress.errors import UsageError, did_you_mean
+from compress.errors import UsageError, did_you_mean, import_extra
 from compress.eval.multimodal import is_multimodal, multimodal_model
 from compress.eval.settings import EvaluationSettings
 from compress.eval.windows import measuring
@@ -133,13 +133,7 @@ def score_tasks(
 
 def import_harness() -> ModuleType:
     """lm-eval, or a UsageError that names the extra it comes with."""
-    try:
-        import lm_eval
-    except ImportError as missing:
-        raise UsageError(
-            f"evaluating tasks needs lm-eval ({missing}): pip install 'modelpress[eval]'"
-        ) from None
-    return lm_eval
+    return import_extra("lm_eval", "eval", "evaluating tasks")
 
 
 def _harness_model(model: Any, tokenizer: Any, batch_size: int | str) -> "LM":

@@ -9,29 +9,27 @@ it is long. Cross entropy is in fp32, sums in fp64. The standard error is over w
 The same model has a perplexity per token, per word and per byte, and each changes with context
 length, stride and BOS; a figure without them cannot be compared. `line()` states them all.
 
-    result = perplexity(model, token_ids, length=512)
+    result = perplexity(model, Text(token_ids, length=512))
     print(result.line())   # perplexity 12.345 ± 0.210 per token (mean NLL 2.5133 ± ..., 512 ...)
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compress.errors import UsageError
 from compress.eval.statistics import Estimate, clustered_mean, paired_clustered_difference
 from compress.eval.windows import (
     Batch,
+    Text,
     check_no_nan,
-    check_window,
-    document_batches,
+    cut_line,
     logits_of,
     measuring,
     scored_chunks,
-    window_batches,
 )
 
 
@@ -67,11 +65,7 @@ class PerplexityResult:
     def line(self) -> str:
         """One line: the figure, its error, and every condition it depends on."""
         ratio, nll = ("n/a" if e is None else f"{e:.3g}" for e in (self.value_stderr, self.stderr))
-        cut = (
-            f"{self.windows} documents of at most {self.length} tokens"
-            if self.unit == "document"
-            else f"{self.windows} windows of {self.length} tokens, stride {self.stride}"
-        )
+        cut = cut_line(self.unit, self.windows, self.length, self.stride)
         line = (
             f"perplexity {self.value:.4f} ± {ratio} per {self.basis} "
             f"(mean NLL {self.mean_nll:.4f} ± {nll} nats, {self.tokens} tokens scored, "
@@ -92,70 +86,44 @@ class PerplexityResult:
 
 def perplexity(
     model: torch.nn.Module,
-    token_ids: Tensor | Sequence[int],
-    length: int,
-    stride: int | None = None,
-    bos: int | None = None,
-    batch: int = 8,
+    text: Text,
+    batch_size: int = 8,
     *,
     bytes: int | None = None,
     words: int | None = None,
 ) -> PerplexityResult:
-    """Perplexity of one stream of tokens, cut into windows (see windows.py).
+    """Perplexity of a text, cut into windows or documents (see windows.py).
+
+    Of documents it is exp(NLL of all documents / tokens of all documents). The first id of a
+    document is context only, so ids as a tokenizer gives them, with its BOS where it adds one, need
+    no `bos`. (On the stories that models/stories260k samples, BOS in front, this is 3.697 in 16
+    bits; without BOS it is 3.718, and the mean of each story's own perplexity is 3.718 too.)
 
     Args:
         model: a causal language model: `model(input_ids=...).logits` is [B, L, V].
-        token_ids: [tokens].
-        length: tokens the model sees in a window, BOS included.
-        stride: text tokens from window to window; None for windows that do not overlap.
-        bos: id in front of each window, not scored; None for none.
-        batch: windows a forward pass; the logits of one batch are held, never more.
-        bytes, words: size of the text that `token_ids` encodes. Given, the perplexity per word
+        batch_size: windows or documents a forward pass; the logits of one batch are held, never
+            more. Documents are padded on the right, padding masked and not scored.
+        bytes, words: size of the text that a stream of ids encodes. Given, the perplexity per word
             and per byte are reported too: exp(mean NLL * tokens in the text / words).
 
     Raises:
-        UsageError: the text is shorter than a window, or length and stride make no sense.
+        UsageError: the text is shorter than a window, no document has two tokens, or length and
+            stride make no sense.
         CompressError: the logits hold a NaN.
     """
-    step = check_window(length, stride, bos)
-    totals, counts = negative_log_likelihoods(
-        model, window_batches(token_ids, length, stride, bos, batch)
+    totals, counts = negative_log_likelihoods(model, text.batches(batch_size))
+    mean = clustered_mean(totals, counts)
+    result = PerplexityResult(
+        value=_exp(mean.mean),
+        mean_nll=mean.mean,
+        stderr=mean.stderr,
+        tokens=sum(counts),
+        windows=len(counts),
+        window_nll=tuple(totals),
+        window_tokens=tuple(counts),
+        **text.conditions(),
     )
-    result = _result(totals, counts, length=length, stride=step, bos=bos is not None)
-    return _per_word_and_byte(result, len(token_ids), bytes, words)
-
-
-def perplexity_per_document(
-    model: torch.nn.Module,
-    documents: Sequence[Sequence[int]],
-    max_length: int,
-    bos: int | None = None,
-    batch: int = 8,
-) -> PerplexityResult:
-    """Each document on its own: exp(NLL of all documents / tokens of all documents).
-
-    The first id of a document is context only, so ids as a tokenizer gives them, with its BOS
-    where it adds one, need no `bos`. (On the stories that models/stories260k samples, BOS in
-    front, this is 3.697 in 16 bits; without BOS it is 3.718, and the mean of each story's own
-    perplexity is 3.718 too.)
-
-    Args:
-        model: a causal language model.
-        documents: token ids of each; cut to `max_length`. Shorter than two tokens: left out.
-        max_length: tokens the model sees of a document, BOS included: at most its context.
-        bos: id put in front of each document.
-        batch: documents a forward pass (padded on the right, padding masked and not scored).
-
-    Raises:
-        UsageError: no document has two tokens.
-        CompressError: the logits hold a NaN.
-    """
-    totals, counts = negative_log_likelihoods(
-        model, document_batches(documents, max_length, bos, batch)
-    )
-    return _result(
-        totals, counts, length=max_length, stride=None, bos=bos is not None, unit="document"
-    )
+    return _per_word_and_byte(result, len(text.ids), bytes, words)
 
 
 def negative_log_likelihoods(
@@ -196,30 +164,6 @@ def perplexity_difference(model: PerplexityResult, baseline: PerplexityResult) -
             "on the same text with the same length, stride and BOS"
         )
     return paired_clustered_difference(model.window_nll, baseline.window_nll, model.window_tokens)
-
-
-def _result(
-    totals: list[float],
-    counts: list[int],
-    length: int,
-    stride: int | None,
-    bos: bool,
-    unit: str = "window",
-) -> PerplexityResult:
-    mean = clustered_mean(totals, counts)
-    return PerplexityResult(
-        value=_exp(mean.mean),
-        mean_nll=mean.mean,
-        stderr=mean.stderr,
-        tokens=sum(counts),
-        windows=len(counts),
-        window_nll=tuple(totals),
-        window_tokens=tuple(counts),
-        length=length,
-        stride=stride,
-        bos=bos,
-        unit=unit,
-    )
 
 
 def _per_word_and_byte(

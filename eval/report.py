@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from compress.errors import UsageError
+from compress.errors import UsageError, import_extra
 
 if TYPE_CHECKING:  # an extra
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ERROR = "_stderr"
 NLL = "mean NLL (nats per token)"
@@ -52,6 +53,12 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def format_memory(peak: Mapping[str, int]) -> str:
+    """Peak memory of the host, and of the device if it was used."""
+    host, device = format_bytes(peak.get("host", 0)), peak.get("device", 0)
+    return f"{host} host, {format_bytes(device)} device" if device else f"{host} host"
 
 
 def format_number(value: Any, error: float | None = None) -> str:
@@ -327,6 +334,25 @@ def _drawable(error: Any) -> bool:
     return isinstance(error, int | float) and math.isfinite(error) and error > 0
 
 
+def blank_figure(width: float, height: float) -> "Figure":
+    """A figure of so many inches; UsageError where matplotlib is not installed."""
+    import_extra("matplotlib.figure", "eval", "a plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: "Figure", path: str | Path) -> Path:
+    """Writes a figure; the suffix says the format (png, svg, pdf)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
 def plot_quality(
     rows: Sequence[Row],
     path: str | Path,
@@ -342,12 +368,6 @@ def plot_quality(
     Raises:
         UsageError: matplotlib is not installed, or no row has bytes and one of the metrics.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("plots need matplotlib: pip install 'modelpress[eval]'") from None
-
     columns = columns_of(rows)
     if metrics is None:
         metrics = [c for c in columns if c == "perplexity" or c.split(" ")[-1] == "acc"]
@@ -361,8 +381,7 @@ def plot_quality(
             f"nothing to plot: no row has bytes and one of "
             f"{', '.join(metrics) or 'perplexity, acc'}; columns are {', '.join(columns)}"
         )
-    figure = Figure(figsize=(5.6 * len(panels), 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(5.6 * len(panels), 4.2)
     colours = {row.name: COLOURS[i % len(COLOURS)] for i, row in enumerate(rows)}
     drawn = []
     for i, (metric, points) in enumerate(panels.items()):
@@ -372,10 +391,7 @@ def plot_quality(
     figure.draw_without_rendering()  # settles the axes, which the labels' places depend on
     for axes, metric, points in drawn:
         _label_points(axes, metric, points, colours)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _draw_panel(

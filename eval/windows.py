@@ -12,13 +12,14 @@ Only whole windows are used: what is left at the end of the stream is dropped. A
 gives every token more context, so a perplexity means nothing without length, stride and BOS
 (https://huggingface.co/docs/transformers/perplexity draws both).
 
-    for batch in window_batches(token_ids, length=512, batch_size=8): ...
-    for batch in document_batches(lists_of_ids, max_length=512, batch_size=8): ...
+    for batch in Text(token_ids, length=512).batches(8): ...
+    for batch in Text(documents=lists_of_ids, length=512).batches(8): ...
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,58 @@ class Batch:
     scored: Tensor  # [B, L - 1] bool: which predictions count
 
 
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Token ids and how they are cut: one stream in windows, or documents on their own.
+
+    Attributes:
+        ids: [tokens], one stream, many texts joined by the caller; or
+        documents: lists of ids, each scored on its own, cut to `length`.
+        length: tokens the model sees in a window or of a document, BOS included.
+        stride: text tokens from one window to the next; None for windows that do not overlap.
+            Documents take none.
+        bos: id put in front of each window or document and never scored; None for none.
+
+    Raises UsageError for a stream and documents at once, and for documents with a stride.
+    """
+
+    ids: Tensor | Sequence[int] = ()
+    documents: Sequence[Sequence[int]] | None = None
+    length: int = 512
+    stride: int | None = None
+    bos: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.documents is None:
+            return
+        if len(self.ids):
+            raise UsageError("ids and documents were both given: expected one stream or the other")
+        if self.stride is not None:
+            raise UsageError(f"stride {self.stride}: documents are not cut in windows")
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """So many windows or documents at a time, in order.
+
+        Raises UsageError where length or stride make no sense or there is nothing to predict.
+        """
+        if self.documents is not None:
+            return document_batches(self.documents, self.length, self.bos, size)
+        return window_batches(self.ids, self.length, self.stride, self.bos, size)
+
+    def conditions(self) -> dict[str, Any]:
+        """What a figure depends on beside the tokens: length, stride, bos, unit."""
+        step = check_window(self.length, self.stride, self.bos)
+        unit, stride = ("window", step) if self.documents is None else ("document", None)
+        return {"length": self.length, "stride": stride, "bos": self.bos is not None, "unit": unit}
+
+
+def cut_line(unit: str, count: int, length: int, stride: int | None) -> str:
+    """How a text was cut, for the line of a figure."""
+    if unit == "document":
+        return f"{count} documents of at most {length} tokens"
+    return f"{count} windows of {length} tokens, stride {stride}"
+
+
 def check_window(length: int, stride: int | None, bos: int | None) -> int:
     """Text tokens from the start of one window to the next; a UsageError if that makes no sense."""
     text = length - (bos is not None)
@@ -55,22 +108,11 @@ def check_window(length: int, stride: int | None, bos: int | None) -> int:
 def window_batches(
     token_ids: Tensor | Sequence[int],
     length: int,
-    stride: int | None = None,
-    bos: int | None = None,
-    batch_size: int = 8,
+    stride: int | None,
+    bos: int | None,
+    batch_size: int,
 ) -> Iterator[Batch]:
-    """The windows of one stream of tokens, in order.
-
-    Args:
-        token_ids: [tokens], one text or many joined by the caller.
-        length: tokens the model sees in a window, BOS included.
-        stride: text tokens from one window to the next; None for windows that do not overlap.
-        bos: id put in front of each window and never scored; None for no BOS.
-        batch_size: windows a batch.
-
-    Raises:
-        UsageError: length or stride make no sense, or the stream is shorter than one window.
-    """
+    """The windows of one stream of tokens, in order."""
     stream = torch.as_tensor(token_ids, dtype=torch.long).cpu()
     step, text = check_window(length, stride, bos), length - (bos is not None)
     if stream.dim() != 1:
@@ -94,29 +136,17 @@ def window_batches(
 
 
 def document_batches(
-    documents: Sequence[Sequence[int]],
-    max_length: int,
-    bos: int | None = None,
-    batch_size: int = 8,
+    documents: Sequence[Sequence[int]], length: int, bos: int | None, batch_size: int
 ) -> Iterator[Batch]:
-    """Each document on its own row, cut to `max_length` tokens and padded on the right.
+    """Each document on its own row, cut to `length` tokens and padded on the right.
 
     The first token of a row (the BOS, if there is one) is context only. Padding is masked and
     comes after the text, so it changes nothing that a causal model predicts. Documents of fewer
     than two tokens predict nothing and are left out.
-
-    Args:
-        documents: token ids of each document.
-        max_length: tokens the model sees of a document, BOS included.
-        bos: id put in front of each document; None where the ids already say how they begin.
-        batch_size: documents a batch.
-
-    Raises:
-        UsageError: `max_length` below 2, or no document with two tokens.
     """
-    check_window(max_length, None, bos)
+    check_window(length, None, bos)
     head = [] if bos is None else [bos]
-    rows = [[*head, *ids[: max_length - len(head)]] for ids in documents]
+    rows = [[*head, *ids[: length - len(head)]] for ids in documents]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise UsageError("no document has two tokens or more: there is nothing to predict")

@@ -6,6 +6,7 @@ Imports are inside the fixtures, so that tests of one part need no more than tha
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,12 @@ def packed(checkpoint, tmp_path_factory) -> Callable[..., Packed]:
         return made[key]
 
     return packed_model
+
+
+@pytest.fixture
+def copy(packed, tmp_path) -> Path:
+    """The folder of `packed()`, one that a test may change."""
+    return shutil.copytree(packed().folder, tmp_path / "copy")
 
 
 # ---- tiny multimodal models ---------

@@ -11,9 +11,7 @@ turned into predicted errors (`predict_errors`) for the allocators that need the
 """
 
 import hashlib
-import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -33,14 +31,13 @@ from compress.allocation.allocators import (
 from compress.allocation.scores import Scorer
 from compress.allocation.search import EvolutionState
 from compress.data.windows import CalibrationWindows
-from compress.errors import CompressError
 from compress.models.skeleton import Skeleton, linear_in
 from compress.observer import Observer
 from compress.recipe.sections import MEASURED_SCORES, Allocate, Quantize
 from compress.registry import LAYER_IMPORTANCE
 from compress.rotation.model import RotatedModel
 from compress.scheme import PlannedModule
-from compress.storage.files import atomic_write, parse_size
+from compress.storage.files import parse_size, read_json, write_json, writing
 
 
 @dataclass(frozen=True)
@@ -199,21 +196,17 @@ def allocate(
     folder = work / f"allocation-{mark[:16]}"
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         scorer = Scorer(section, quantize, model, units, windows, folder, offload, observer)
         return _allocated(section, units, fixed_bytes, scorer, mark)
-    except OSError as error:
-        where = error.filename or folder
-        raise CompressError(f"cannot write {where}: {error.strerror or error}") from error
 
 
 def _allocated(
     section: Allocate, units: list[Unit], fixed_bytes: int, scorer: Scorer, mark: str
 ) -> Allocation:
     kept = scorer.work / "allocation.json"
-    if kept.is_file():
-        found = json.loads(kept.read_text())
+    if (found := read_json(kept)) is not None:
         found["modules"] = {name: tuple(names) for name, names in found["modules"].items()}
         return Allocation(**found)
     scored = _kept_scores(scorer, units)
@@ -226,7 +219,7 @@ def _allocated(
         fitness=chosen.fitness,
         average_bits=chosen.average_bits,
     )
-    _write(kept, asdict(allocation))
+    write_json(kept, asdict(allocation))
     scorer.drop_candidates()
     return allocation
 
@@ -234,18 +227,12 @@ def _allocated(
 def _kept_scores(scorer: Scorer, units: list[Unit]) -> list[Unit]:
     """The units with their scores; those of an earlier process, where it has written them."""
     file = scorer.work / "scores.json"
-    if not file.is_file():
+    if (known := read_json(file)) is None:
         scored = scorer.scored()
-        _write(file, {u.name: [u.score, u.errors and list(u.errors.items())] for u in scored})
+        write_json(file, {u.name: [u.score, u.errors and list(u.errors.items())] for u in scored})
         return scored
-    known = json.loads(file.read_text())
     pairs = [(unit, *known[unit.name]) for unit in units]
     return [replace(u, score=score, errors=errors and dict(errors)) for u, score, errors in pairs]
-
-
-def _write(file: Path, values: Mapping[str, object]) -> None:
-    with atomic_write(file) as stream:
-        stream.write(json.dumps(values).encode())
 
 
 def _choose(
@@ -265,7 +252,7 @@ def _choose(
     scorer.observer.stage("evolve")
 
     def save(values: EvolutionState) -> None:
-        _write(state, values)
+        write_json(state, values)
         history = values["history"]
         scorer.observer.generation(len(history) - 1, section.generations, history[-1])
 
@@ -278,6 +265,6 @@ def _choose(
             offspring=section.offspring,
             seed=section.seed,
             identity=mark,
-            state=json.loads(state.read_text()) if state.is_file() else None,
+            state=read_json(state),
             save=save,
         )

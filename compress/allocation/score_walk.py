@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from compress.allocation.allocators import Unit
 from compress.data.activations import TOKENS_PER_BATCH, ActivationStore
 from compress.data.windows import CalibrationWindows
-from compress.errors import CompressError
+from compress.errors import naming
 from compress.eval.divergence import token_divergence
 from compress.eval.windows import scored_chunks
 from compress.importance.layers import EmbeddingChange
@@ -168,10 +168,8 @@ class ScoreWalk:
             after = self.model.forward(layer, index, before)
             change.add_batch(before, after, mask)
             x[i] = after
-        try:
+        with naming(f"layer {index}"):
             return change.score()
-        except CompressError as error:
-            raise CompressError(f"layer {index}: {error}") from error
 
     # ---- candidates -----------------------------------------------------------------------------
 
@@ -202,10 +200,8 @@ class ScoreWalk:
         hessians = self._hessians(layer, index, x, schemes)
         for group, H in hessians.items():
             matrix = H.matrix()
-            try:
+            with naming(f"{prefix}{group[0]}"):
                 statistics = solver.prepare(matrix) if solver.needs_hessian else None
-            except CompressError as error:
-                raise CompressError(f"{prefix}{group[0]}: {error}") from error
             for name in (name for name in group if name in schemes):
                 W = linear_in(layer, name).weight
                 power[name] = float(W.double().square().sum())

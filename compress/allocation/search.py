@@ -195,7 +195,8 @@ def evolve(
                 raise CompressError(f"evolve: the fitness of choice {choice} is NaN")
         return known[choice]
 
-    search = _fingerprint(weights, limit, offspring, seed, identity)
+    settings = json.dumps((weights, limit, offspring, seed, identity))
+    search = hashlib.sha256(settings.encode()).hexdigest()
     if state is None:
         assert start is not None and total(weights, start) <= limit, "no start within the limit"
         history = [measured(start)]
@@ -219,10 +220,6 @@ def evolve(
         if save:
             save({"search": search, "parent": list(parent), "history": history})
     return parent, history[-1]
-
-
-def _fingerprint(*settings: object) -> str:
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _mutant(weights: Table, limit: int, parent: Choice, draw: random.Random) -> Choice:

@@ -22,14 +22,10 @@ def alone(measure: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     Raises CompressError if the process dies, of too little memory perhaps.
     """
     context = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_print_to_stderr) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=os.dup2, initargs=(2, 1)) as pool:
         try:
             return pool.submit(measure, *args, **kwargs).result()
         except BrokenProcessPool as error:
             raise CompressError(
                 "the process that measured was ended, for want of memory perhaps"
             ) from error
-
-
-def _print_to_stderr() -> None:
-    os.dup2(2, 1)

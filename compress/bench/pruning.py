@@ -36,7 +36,7 @@ from compress.eval.report import format_bytes
 from compress.loading.load import load
 from compress.pruning.costs import kv_bytes, prefill_flops
 from compress.pruning.engine import prune_visual_tokens
-from compress.pruning.families import family_of
+from compress.pruning.families import tower_of
 from compress.recipe.strategy import PruneStrategy
 
 IMAGE_TOKEN = 3  # of the random model, whose vocabulary means nothing
@@ -170,7 +170,7 @@ def _subject(
     dtype = None if bench.device.startswith("cuda") else torch.float32
     packed = False if bench.dense else None
     model, processor = load(bench.model, bench.device, dtype, prune=False, packed=packed)
-    family_of(model)
+    tower_of(model)
     assert isinstance(processor, hf.ProcessorMixin)  # as of every multimodal model
     draw = np.random.default_rng(bench.seed)
     picture = Image.fromarray(draw.integers(0, 256, (bench.image, bench.image, 3), dtype=np.uint8))

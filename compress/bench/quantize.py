@@ -31,8 +31,8 @@ from compress.bench.clock import Clock, product_rate
 from compress.bench.report import Report, table_of
 from compress.bench.settings import QuantizeBench
 from compress.data.windows import CalibrationWindows
-from compress.errors import CompressError
-from compress.eval.report import format_bytes, format_number
+from compress.errors import naming
+from compress.eval.report import format_bytes, format_memory, format_number
 from compress.pipeline.run import run
 from compress.recipe.recipe import Recipe
 
@@ -117,10 +117,8 @@ def _one_run(bench: QuantizeBench) -> dict[str, Any]:
         recipe_of(bench, folder / "model")  # a wrong value shows here, not in another process
         write_synthetic_model(folder / "model", bench)
         before = product_rate(clock, "fp32")["fp32"]
-        try:
+        with naming("the benchmark's run failed"):
             measured = alone(measure, folder, bench)
-        except CompressError as error:
-            raise CompressError(f"the benchmark's run failed: {error}") from error
         after = product_rate(clock, "fp32")["fp32"]
     rate = max(before, after)
     operations = floor_operations(bench)
@@ -182,13 +180,8 @@ def quantize_bench_table(result: Mapping[str, Any]) -> Table:
     for part in runs[0]["floor"]["parts"]:
         table.add_row(f"floor, {part}", *(f"{run['floor']['parts'][part]:.2f}" for run in runs))
     line("ratio to the floor", lambda run: f"{run['ratio']:.2f}")
-    line("peak memory", lambda run: _memory(run["peak_memory"]))
+    line("peak memory", lambda run: format_memory(run["peak_memory"]))
     line("one layer in fp32", lambda run: format_bytes(run["floor"]["layer_bytes"]))
     line("mean relative error", lambda run: format_number(run["mean_error"]))
     line("fp32 matmul rate", lambda run: f"{run['conditions']['matmul_rate'] / 1e9:.1f} GFLOP/s")
     return table
-
-
-def _memory(peak: Mapping[str, int]) -> str:
-    host, device = format_bytes(peak["host"]), peak["device"]
-    return f"{host} host, {format_bytes(device)} device" if device else f"{host} host"

@@ -38,7 +38,13 @@ from compress.checkpoint.quantization_config import (
 from compress.errors import CheckpointError, UsageError
 from compress.registry import Registry
 from compress.storage.files import parse_size, read_json, write_json, writing
-from compress.storage.output_folder import COMPANIONS, WORK_FOLDER, check_output, publish
+from compress.storage.output_folder import (
+    COMPANIONS,
+    WORK_FOLDER,
+    check_output,
+    copy_files,
+    publish,
+)
 
 PROVENANCE = "modelpress.json"
 
@@ -137,7 +143,8 @@ def export(
         )
     with _work_folder(output) as final:
         sizes = exporter.write(final, shard_bytes)
-        _copy_companions(folder, final, COMPANIONS if exporter.companions else ())
+        companions = COMPANIONS if exporter.companions else ()
+        copy_files(folder, final, (*companions, "recipe.yaml"))
         publish(final, output)
     sizes["total"] = sum(sizes.values())
     result = ExportResult(output, exporter.name, sizes, rounding, notes)
@@ -158,13 +165,6 @@ def _work_folder(output: Path) -> Iterator[Path]:
     except BaseException:  # an interrupt as well
         shutil.rmtree(output if new else work, ignore_errors=True)
         raise
-
-
-def _copy_companions(folder: Path, final: Path, patterns: tuple[str, ...]) -> None:
-    for pattern in (*patterns, "recipe.yaml"):
-        for file in sorted(folder.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, final / file.name)
 
 
 def _provenance(source: PackedLinears, result: ExportResult) -> dict[str, Any]:

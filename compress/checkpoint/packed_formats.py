@@ -75,52 +75,44 @@ class CompressedTensors(PackedFormat):
     widths = tuple(FILE_WIDTHS)
 
     @abstractmethod
-    def code_shapes(self, bits: int, shape: tuple[int, int]) -> Shapes:
-        """The tensors that hold the codes."""
+    def stored_columns(self, columns: int, bits: int) -> int:
+        """How many integers the file holds for so many codes of a row."""
 
     @abstractmethod
-    def zero_shape(self, bits: int, N: int, G: int) -> tuple[int, int]:
-        """The shape of zero points for each group."""
+    def decode(self, stored: Tensor, bits: int, columns: int, what: str) -> Tensor:
+        """Rows of the file as rows of so many codes, uint8."""
 
     @abstractmethod
-    def read_codes(self, tensors: Mapping[str, Tensor], bits: int, name: str) -> Tensor:
-        """Codes uint8 [N, K]."""
-
-    @abstractmethod
-    def read_zeros(self, stored: Tensor, bits: int, N: int, name: str) -> Tensor:
-        """Zero points uint8 [N, G]."""
-
-    @abstractmethod
-    def write_codes(self, codes: Tensor, bits: int) -> dict[str, Tensor]:
-        """The inverse of `read_codes`."""
-
-    @abstractmethod
-    def write_zeros(self, zero: Tensor, bits: int) -> Tensor:
-        """The inverse of `read_zeros`."""
+    def encode(self, codes: Tensor, bits: int) -> Tensor:
+        """The inverse of `decode`."""
 
     def shapes(self, scheme: Scheme, shape: tuple[int, int]) -> Shapes:
         (N, K), bits = shape, scheme.bits
         G = group_count(K, scheme.group_size)
-        shapes = self.code_shapes(bits, shape) | {
+        shapes: Shapes = {
+            self.main: (N, self.stored_columns(K, bits)),
             "weight_scale": (1,) if scheme.per_tensor else (N, G),
             "weight_g_idx": (K,),
         }
+        if "weight_shape" in self.companions:
+            shapes["weight_shape"] = (2,)
         if not scheme.symmetric:
-            zeros = (1,) if scheme.per_tensor else self.zero_shape(bits, N, G)
+            zeros = (1,) if scheme.per_tensor else (self.stored_columns(N, bits), G)
             shapes["weight_zero_point"] = zeros
         return shapes
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
-        bits = scheme.bits
-        codes = self.read_codes(tensors, bits, name)
+        bits, stored = scheme.bits, tensors[self.main]
+        K = int(tensors["weight_shape"][1]) if "weight_shape" in tensors else stored.shape[1]
+        codes = self.decode(stored, bits, K, f"{name}.{self.main}")
         N, scale, zero = len(codes), tensors["weight_scale"], tensors.get("weight_zero_point")
+        zero_name = f"{name}.weight_zero_point"
         if scheme.per_tensor:
             scale = scale.reshape(1, 1).repeat(N, 1)
             if zero is not None:
-                zero = _unsigned(zero, bits, f"{name}.weight_zero_point")
-                zero = zero.reshape(1, 1).repeat(N, 1)
+                zero = _unsigned(zero, bits, zero_name).reshape(1, 1).repeat(N, 1)
         elif zero is not None:
-            zero = self.read_zeros(zero, bits, N, name)
+            zero = self.decode(zero.T.contiguous(), bits, N, zero_name).T.contiguous()
         weight = Codes(codes, scale, zero, bits, scheme.group_size)
         g_idx = tensors.get(self.g_idx)
         # -1 everywhere is how compressed-tensors fills it in where groups follow each other
@@ -131,12 +123,16 @@ class CompressedTensors(PackedFormat):
     def write(self, codes: Codes, scheme: Scheme) -> dict[str, Tensor]:
         scale, zero, bits = codes.scale, codes.zero, codes.bits
         inputs, g_idx = _unsorted_inputs(codes)
-        tensors = self.write_codes(inputs, bits)
-        tensors["weight_scale"] = scale[:1].reshape(1) if scheme.per_tensor else scale.contiguous()
+        tensors = {
+            self.main: self.encode(inputs, bits),
+            "weight_scale": scale[:1].reshape(1) if scheme.per_tensor else scale.contiguous(),
+        }
+        if "weight_shape" in self.companions:
+            tensors["weight_shape"] = torch.tensor(inputs.shape)
         if zero is not None and scheme.per_tensor:
             tensors["weight_zero_point"] = _signed(zero[:1].reshape(1), bits)
         elif zero is not None:
-            tensors["weight_zero_point"] = self.write_zeros(zero, bits)
+            tensors["weight_zero_point"] = self.encode(zero.T.contiguous(), bits).T.contiguous()
         if codes.order is not None:
             tensors[self.g_idx] = g_idx
         return tensors
@@ -153,25 +149,14 @@ class PackQuantized(CompressedTensors):
     main = "weight_packed"
     companions = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
-    def code_shapes(self, bits: int, shape: tuple[int, int]) -> Shapes:
-        N, K = shape
-        return {"weight_packed": (N, packed_columns(K, bits)), "weight_shape": (2,)}
+    def stored_columns(self, columns: int, bits: int) -> int:
+        return packed_columns(columns, bits)
 
-    def zero_shape(self, bits: int, N: int, G: int) -> tuple[int, int]:
-        return (packed_columns(N, bits), G)
+    def decode(self, stored: Tensor, bits: int, columns: int, what: str) -> Tensor:
+        return unpack_rows(stored, bits, columns)
 
-    def read_codes(self, tensors: Mapping[str, Tensor], bits: int, name: str) -> Tensor:
-        return unpack_rows(tensors["weight_packed"], bits, int(tensors["weight_shape"][1]))
-
-    def read_zeros(self, stored: Tensor, bits: int, N: int, name: str) -> Tensor:
-        return unpack_rows(stored.T.contiguous(), bits, N).T.contiguous()
-
-    def write_codes(self, codes: Tensor, bits: int) -> dict[str, Tensor]:
-        shape = torch.tensor(codes.shape)
-        return {"weight_packed": pack_rows(codes, bits), "weight_shape": shape}
-
-    def write_zeros(self, zero: Tensor, bits: int) -> Tensor:
-        return pack_rows(zero.T.contiguous(), bits).T.contiguous()
+    def encode(self, codes: Tensor, bits: int) -> Tensor:
+        return pack_rows(codes, bits)
 
 
 class IntQuantized(CompressedTensors):
@@ -184,23 +169,14 @@ class IntQuantized(CompressedTensors):
     main = "weight"
     companions = ("weight_scale", "weight_zero_point", "weight_g_idx")
 
-    def code_shapes(self, bits: int, shape: tuple[int, int]) -> Shapes:
-        return {"weight": shape}
+    def stored_columns(self, columns: int, bits: int) -> int:
+        return columns
 
-    def zero_shape(self, bits: int, N: int, G: int) -> tuple[int, int]:
-        return (N, G)
+    def decode(self, stored: Tensor, bits: int, columns: int, what: str) -> Tensor:
+        return _unsigned(stored, bits, what)
 
-    def read_codes(self, tensors: Mapping[str, Tensor], bits: int, name: str) -> Tensor:
-        return _unsigned(tensors["weight"], bits, f"{name}.weight")
-
-    def read_zeros(self, stored: Tensor, bits: int, N: int, name: str) -> Tensor:
-        return _unsigned(stored, bits, f"{name}.weight_zero_point")
-
-    def write_codes(self, codes: Tensor, bits: int) -> dict[str, Tensor]:
-        return {"weight": _signed(codes, bits)}
-
-    def write_zeros(self, zero: Tensor, bits: int) -> Tensor:
-        return _signed(zero, bits)
+    def encode(self, codes: Tensor, bits: int) -> Tensor:
+        return _signed(codes, bits)
 
 
 class Gptq(PackedFormat):

@@ -5,7 +5,7 @@ needs torch is inside a command.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -21,13 +21,12 @@ from compress.bench.settings import (
     PruningBench,
     QuantizeBench,
 )
-from compress.cli.console import console, stdout_for, write_json
+from compress.cli.common import Answer, add_command
+from compress.cli.console import console
 from compress.cli.options import (
     ActivationBitsOption,
-    DebugOption,
     DenseOption,
     DeviceOption,
-    JsonOption,
     ModelArgument,
     OutputFileOption,
     SeedOption,
@@ -46,28 +45,9 @@ SHARED = {
 bench = typer.Typer(no_args_is_help=True, help="Time and memory, beside what the method needs.")
 
 
-@dataclass(frozen=True)
-class Output:
-    """Where a report goes: a table or JSON to stdout, and a file, if there is one."""
-
-    output: OutputFileOption = None
-    json: JsonOption = False
-    debug: DebugOption = False
-
-    def show(self, measure: Callable[[], Report]) -> Report:
-        with stdout_for(self.json) as emit:
-            report = measure()
-            if emit:
-                emit(report.values)
-            else:
-                console().print(report.table())
-            write_json(self.output, report.values)
-        return report
-
-
-def expanded(command: Callable[..., None]) -> Callable[..., None]:
+def expanded(command: Callable[..., Answer]) -> Callable[..., Answer]:
     """The command with the fields of each parameter whose type is a dataclass in its place."""
-    hints = get_type_hints(command)
+    hints = {n: k for n, k in get_type_hints(command).items() if n != "return"}
     kinds = {n: k for n, k in hints.items() if isinstance(k, type) and is_dataclass(k)}
     parameters: list[Parameter] = []
     parsers: dict[str, Callable[[str], object]] = {}
@@ -90,18 +70,25 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(given.replace(name=name, annotation=annotation, default=default))
 
     @wraps(command)
-    def run(**values: object) -> None:
+    def run(**values: object) -> Answer:
         for name, parse in parsers.items():
             if isinstance(text := values[name], str):
                 values[name] = parse(text)
         for name, kind in kinds.items():
             own = [field.name for field in fields(kind) if field.name in values]
             values[name] = kind(**{field: values.pop(field) for field in own})
-        command(**values)
+        return command(**values)
 
-    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+    # What typer reads.
+    run.__dict__["__signature__"] = Signature(parameters, return_annotation=Answer)
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run
+
+
+def _answer(
+    report: Report, file: Path | None, afterwards: Callable[[], object] = lambda: None
+) -> Answer:
+    return Answer(report.values, lambda out: out.print(report.table()), file, afterwards=afterwards)
 
 
 def _text(value: object) -> str:
@@ -109,22 +96,18 @@ def _text(value: object) -> str:
     return ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
 
 
-@bench.command("quantize")
-@expanded
 def bench_quantize(
     *,
     settings: QuantizeBench,
     repeats: Annotated[int, typer.Option(min=1, help="Runs, one after the other.")] = 1,
-    output: Output,
-) -> None:
+    output: OutputFileOption = None,
+) -> Answer:
     """Quantise a synthetic model: seconds and memory, beside the least that the method needs."""
     from compress.bench.quantize import bench_quantize as measure
 
-    output.show(lambda: measure(settings, repeats))
+    return _answer(measure(settings, repeats), output)
 
 
-@bench.command("kernels")
-@expanded
 def bench_kernels(
     *,
     settings: KernelBench,
@@ -132,38 +115,35 @@ def bench_kernels(
         bool, typer.Option("--tune", help="Find the fastest tiles, and keep them for this user.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="A picture: .svg, .png, .pdf.")] = None,
-    output: Output,
-) -> None:
+    output: OutputFileOption = None,
+) -> Answer:
     """Time packed products beside dense ones, and what either takes of memory's speed."""
     from compress.bench.kernels import bench_kernels as measure
     from compress.bench.kernels import tune_kernels
     from compress.bench.kernels_view import plot_kernels
 
     run = tune_kernels if tune else measure
-    report = output.show(lambda: run(settings, console(stderr=True).print))
-    if plot is not None and not tune:
-        plot_kernels(report.values, plot)
+    report = run(settings, console(stderr=True).print)
+    if plot is None or tune:
+        return _answer(report, output)
+    return _answer(report, output, lambda: plot_kernels(report.values, plot))
 
 
-@bench.command("compiled")
-@expanded
-def bench_compiled(*, settings: CompiledBench, output: Output) -> None:
+def bench_compiled(*, settings: CompiledBench, output: OutputFileOption = None) -> Answer:
     """Registers, memory and instructions of the GPU kernels, as compiled; needs no GPU."""
     from compress.bench.compiled import bench_compiled as measure
 
-    output.show(lambda: measure(settings))
+    return _answer(measure(settings), output)
 
 
-@bench.command("pruning")
-@expanded
 def bench_pruning(
     *,
     random: Annotated[
         bool, typer.Option("--random", help="A random LLaVA of the sizes below; the default.")
     ] = False,
     settings: PruningBench,
-    output: Output,
-) -> None:
+    output: OutputFileOption = None,
+) -> Answer:
     """Time prefill and decoding with fewer visual tokens, beside what is predicted."""
     if settings.model is not None and random:
         raise UsageError("--model and --random: expected one of them")
@@ -171,13 +151,21 @@ def bench_pruning(
     from compress.memory import check_device
 
     check_device(settings.device)
-    output.show(lambda: measure(settings))
+    return _answer(measure(settings), output)
 
 
-@bench.command("model")
-@expanded
-def bench_model(*, settings: ModelBench, output: Output) -> None:
+def bench_model(*, settings: ModelBench, output: OutputFileOption = None) -> Answer:
     """Time a model's prefill and decoding, and its memory, beside another one."""
     from compress.bench.model import bench_model as measure
 
-    output.show(lambda: measure(settings))
+    return _answer(measure(settings), output)
+
+
+for _name, _command in (
+    ("quantize", bench_quantize),
+    ("kernels", bench_kernels),
+    ("compiled", bench_compiled),
+    ("pruning", bench_pruning),
+    ("model", bench_model),
+):
+    add_command(bench, expanded(_command), _name)

@@ -10,13 +10,7 @@ import typer
 from rich.console import Console
 
 from compress.cli.common import Answer
-from compress.cli.console import (
-    console,
-    module_table,
-    pairs_table,
-    print_lines,
-    size_rows,
-)
+from compress.cli.console import console, module_table, pairs_table, print_lines, size_rows
 from compress.cli.options import (
     ActivationBitsOption,
     DeviceOption,
@@ -24,7 +18,7 @@ from compress.cli.options import (
     PackingOption,
     SeedOption,
 )
-from compress.errors import UsageError, did_you_mean
+from compress.errors import UsageError, unknown
 from compress.eval.report import format_bytes
 
 
@@ -147,8 +141,7 @@ def recipes(
         return
     files = {found: file for found, _, file in shipped}
     if name not in files:
-        near = did_you_mean(name, files)
-        raise UsageError(f"no shipped recipe {name!r}{near}: expected one of {', '.join(files)}")
+        raise UsageError(unknown("shipped recipe", name, files))
     print(files[name].read_text(encoding="utf-8"), end="")
 
 

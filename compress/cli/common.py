@@ -35,6 +35,7 @@ class Answer:
         value: the object that --json prints.
         draw: shows it to a person.
         file: a JSON file for the value as well.
+        afterwards: done once all that is told.
         problems: told as errors behind it; the command then leaves with 2.
     """
 
@@ -42,6 +43,7 @@ class Answer:
     draw: Callable[[Console], None]
     file: Path | None = None
     problems: Sequence[str] = ()
+    afterwards: Callable[[], object] = lambda: None
 
 
 def add_command(app: typer.Typer, function: Callable[..., Any], name: str | None = None) -> None:
@@ -63,6 +65,7 @@ def add_command(app: typer.Typer, function: Callable[..., Any], name: str | None
             else:
                 answer.draw(console())
             write_json(answer.file, answer.value)
+        answer.afterwards()
         for problem in answer.problems:
             print(f"error: {problem}", file=sys.stderr)
         if answer.problems:

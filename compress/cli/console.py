@@ -23,11 +23,12 @@ from compress.eval.report import (
     Row,
     flatten,
     format_bytes,
+    format_memory,
     format_number,
     paired_differences,
     quality_table,
 )
-from compress.storage.files import atomic_write
+from compress.storage.files import write_text
 
 if TYPE_CHECKING:  # need torch
     from compress.allocation.allocate import Allocation
@@ -57,8 +58,7 @@ def to_json(value: Any) -> str:
 def write_json(path: Path | None, value: Any) -> None:
     """Writes a result to a file, if one was asked for; call it after printing, lest it be lost."""
     if path is not None:
-        with atomic_write(path) as file:
-            file.write(to_json(value).encode() + b"\n")
+        write_text(path, to_json(value) + "\n")
 
 
 @contextlib.contextmanager
@@ -152,13 +152,6 @@ def size_rows(sizes: Mapping[str, int]) -> list[tuple[str, str]]:
     ]
 
 
-def memory_row(label: str, peak: Mapping[str, int]) -> tuple[str, str]:
-    """Peak memory of the host, and of the device if it was used."""
-    host, device = peak.get("host", 0), peak.get("device", 0)
-    text = f"{format_bytes(host)} host"
-    return label, f"{text}, {format_bytes(device)} device" if device else text
-
-
 def run_table(result: "RunResult") -> Table:
     """What a run has made and what it took."""
     provenance = json.loads((result.path / "modelpress.json").read_text(encoding="utf-8"))
@@ -169,7 +162,7 @@ def run_table(result: "RunResult") -> Table:
         ("tensors", size),
         ("average bits", f"{result.plan.average_bits:.2f} over the quantised weights"),
         ("seconds", f"{sum(result.seconds.values()):.1f} ({seconds})"),
-        memory_row("peak memory", result.peak_memory),
+        ("peak memory", format_memory(result.peak_memory)),
     ]
     if check := result.self_check:
         text = f"relative error {check['relative_error']:.2g}, {check['tolerance']:.0e} allowed"

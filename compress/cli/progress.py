@@ -9,7 +9,6 @@ log file, a pipe): one line a stage and one line a layer, and nothing that moves
 
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
@@ -45,12 +44,7 @@ class RunProgress(Observer):
             self.live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.live.stop()
 
     def stage(self, name: str) -> None:

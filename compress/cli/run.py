@@ -14,7 +14,6 @@ from compress.cli.console import (
     allocation_rows,
     allocation_table,
     console,
-    memory_row,
     module_table,
     pairs_table,
     print_lines,
@@ -32,7 +31,7 @@ from compress.cli.options import (
     WidthsOption,
 )
 from compress.cli.progress import RunProgress
-from compress.eval.report import format_bytes
+from compress.eval.report import format_bytes, format_memory
 
 
 def run(
@@ -54,9 +53,10 @@ def run(
 ) -> Answer:
     """Compress a model as a recipe says."""
     loaded = load_recipe(recipe, model, set_, _allocation(budget, average_bits, widths))
-    from compress.pipeline.run import run as run_recipe  # slow: a typo in the recipe is told before
+    from compress.comparison.study import folder_name  # slow: a typo in the recipe is told before
+    from compress.pipeline.run import run as run_recipe
 
-    output = output or _default_output(loaded.name)
+    output = output or Path("outputs") / folder_name(loaded.name)  # which may be any text
     err = console(stderr=True)
     print_lines(err, f"{loaded.name}: the result goes to {output}")
     with (
@@ -102,7 +102,7 @@ def plan(
     def draw(out: Console) -> None:
         out.print(module_table([module.as_dict() for module in planned.modules]))
         average = ("average bits", f"{planned.average_bits:.2f} over the quantised weights")
-        memory = memory_row("peak memory", planned.peak_memory)
+        memory = ("peak memory", format_memory(planned.peak_memory))
         notes = [("note", note) for note in planned.notes]
         chosen = []
         if planned.allocation:
@@ -128,13 +128,6 @@ def _allocation(budget: str | None, average_bits: float | None, widths: str | No
         chosen = integers("--widths", widths)
         assignments.append(f"allocate.widths=[{', '.join(map(str, chosen))}]")
     return assignments
-
-
-def _default_output(name: str) -> Path:
-    """outputs/NAME, where a recipe's name may be any text."""
-    from compress.comparison.study import folder_name
-
-    return Path("outputs") / folder_name(name)
 
 
 def _what_is_left(progress: RunProgress, output: Path, resume: bool) -> str:

@@ -11,12 +11,7 @@ import typer
 
 from compress.cli.common import Answer, integers, interruptible, names
 from compress.cli.console import console, pairs_table, print_lines
-from compress.cli.options import (
-    DenseOption,
-    DeviceOption,
-    ModelArgument,
-    SeedOption,
-)
+from compress.cli.options import DenseOption, DeviceOption, ModelArgument, SeedOption
 from compress.cli.progress import RunProgress
 from compress.errors import UsageError
 
@@ -70,7 +65,7 @@ def search_pruning(
     from compress.data.samples import DEMO_SCENES, read_samples
     from compress.loading.load import load
     from compress.memory import check_device
-    from compress.pruning.families import family_of
+    from compress.pruning.families import tower_of
     from compress.pruning.saved import save_strategy
     from compress.pruning.search import check_search, search_strategy
 
@@ -80,7 +75,7 @@ def search_pruning(
         raise UsageError(f"--data: no such file: {data}")
     packed = False if dense else None
     loaded, processor = load(model, device=device, prune=False, packed=packed)
-    family_of(loaded)  # refuses a text model, whose tokenizer takes no images
+    tower_of(loaded)  # refuses a text model, whose tokenizer takes no images
     prompts = read_samples(data, processor, samples, seed)
     if layers is not None:
         depth = loaded.config.get_text_config().num_hidden_layers

@@ -57,13 +57,8 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return {
-            "rows": [row.as_dict() for row in self.rows],
-            "runs": self.runs,
-            "conditions": self.conditions,
-            "plot": None if self.plot is None else str(self.plot),
-            "warnings": self.warnings,
-        }
+        plot = None if self.plot is None else str(self.plot)
+        return vars(self) | {"rows": [row.as_dict() for row in self.rows], "plot": plot}
 
     def write(self, folder: Path) -> None:
         """The table as Markdown and JSON, the runs as lines of JSON and as CSV."""

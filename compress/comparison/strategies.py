@@ -21,26 +21,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import torch
-
 from compress.comparison.study import Entry, Run, conditions_of, keep, kept, seeded
 from compress.data.samples import in_batches, read_samples
 from compress.data.source import CalibrationSource
 from compress.errors import UsageError
-from compress.loading.load import fastest_packing, load
 from compress.models.pretrained import local_folder
 from compress.models.skeleton import Skeleton
 from compress.models.vision import Inputs
 from compress.observer import Observer
-from compress.pipeline.evaluation import Evaluator
-from compress.pruning.families import family_of
+from compress.pipeline.evaluation import Evaluator, load_measured
+from compress.pruning.families import tower_of
 from compress.pruning.saved import apply_strategy, stop_pruning
-from compress.pruning.search import search_strategy
+from compress.pruning.search import search_as_told
 from compress.pruning.tower_cache import OutputCache, tower_cached
 from compress.recipe.pruning import PruneVisualTokens
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
-from compress.storage.files import atomic_write
+from compress.storage.files import write_text
 
 
 def only_prunes(recipe: Recipe) -> bool:
@@ -60,10 +57,8 @@ class PruningComparison:
         """`recipe`: any of those that are compared; model and evaluation are the same in all."""
         self.device, self.observer, self.overwrite = device, observer, overwrite
         folder = local_folder(recipe.model_location(), recipe.model.revision)
-        dtype = None if device.startswith("cuda") else torch.float32
-        packed = fastest_packing(folder, device)
-        self.model, self.processor = load(folder, device, dtype, prune=False, packed=packed)
-        family_of(self.model)  # refuses a text model
+        self.model, self.processor = load_measured(folder, device, prune=False)
+        tower_of(self.model)  # refuses a text model
         self.layers = len(self.model.model.language_model.layers)
         self.skeleton = Skeleton.open(folder)
         self.evaluator = Evaluator.of_recipe(recipe, folder, device)
@@ -130,8 +125,7 @@ class PruningComparison:
             for name in ("trials.jsonl", "measured.json"):
                 (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as written:
-            written.write(text.encode())
+        write_text(file, text)
         return False
 
     def _same_pictures(self, section: PruneVisualTokens) -> AbstractContextManager[None]:
@@ -144,27 +138,11 @@ class PruningComparison:
         self, section: PruneVisualTokens, source: CalibrationSource, trials: Path
     ) -> tuple[PruneStrategy, float | None]:
         """The section's strategy on this model; with it the budget that was asked for, if no
-        strategy of this method meets it and the nearest is taken instead.
-
-        Args:
-            source: of the prompts that a search runs on, and whose images are pruned.
-            trials: where a search keeps its trials.
-        """
+        strategy of this method meets it and the nearest is taken instead."""
         if section.search is not None:
-            assert section.keep is not None
-            search = section.search
-            found = search_strategy(
-                self.model,
-                self._prompts(source, search.samples, search.seed),
-                section.keep,
-                start=section.strategy_for(self.layers),
-                variables=search.variables,
-                trials=search.trials,
-                sampler=search.sampler,
-                seed=search.seed,
-                path=trials,
-                processor=self.processor,
-            )
+            start = section.strategy_for(self.layers)
+            prompts = self._prompts(source, section.search.samples, section.search.seed)
+            found = search_as_told(section, start, self.model, prompts, trials, self.processor)
             return found.strategy, None
         try:
             strategy = section.strategy_for(self.layers)

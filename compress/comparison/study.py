@@ -16,7 +16,7 @@ from typing import Any, NotRequired, Protocol, TypedDict
 from compress.pipeline.provenance import versions
 from compress.recipe.recipe import Recipe
 from compress.recipe.sections import Evaluate
-from compress.storage.files import atomic_write
+from compress.storage.files import write_json
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,4 @@ def kept(file: Path, conditions: dict[str, Any], name: str) -> Any:
 
 
 def keep(file: Path, conditions: dict[str, Any], name: str, value: Any) -> None:
-    with atomic_write(file) as stream:
-        content = {"conditions": conditions, name: value}
-        stream.write((json.dumps(content, indent=2) + "\n").encode())
+    write_json(file, {"conditions": conditions, name: value})

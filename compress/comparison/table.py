@@ -36,7 +36,7 @@ def rows_of(runs: Sequence[Run], drawn: bool) -> list[Row]:
 def _baseline_row(run: Run) -> Row:
     scores = run["evaluation"]
     facts = {"bytes": run["original"]} if "original" in run else {}
-    return Row.of(BASELINE, scores.get("baseline", {}), **facts, **unpruned_per_prompt(scores))
+    return Row.of(BASELINE, scores.get("baseline", {}), **facts, **kept_per_prompt(scores, True))
 
 
 def _row(run: Run) -> Row:
@@ -68,22 +68,16 @@ def mean_row(rows: Sequence[Row]) -> Row:
     return Row(first.name, means, {c: statistics.stdev(columns[c]) for c in measured})
 
 
-def kept_per_prompt(scores: dict[str, Any]) -> dict[str, float]:
-    """The averages of an evaluation's `pruning`: share kept, KV bytes and FLOPs of a prompt."""
+def kept_per_prompt(scores: dict[str, Any], unpruned: bool = False) -> dict[str, float]:
+    """The averages of an evaluation's `pruning`: share kept, KV bytes and FLOPs of a prompt.
+
+    `unpruned`: had nothing been pruned.
+    """
     pruning = scores.get("pruning")
     if not pruning or not pruning["prompts"]:
         return {}
-    costs = {name: pruning[name] / pruning["prompts"] for name in COSTS}
-    return {"kept": pruning["average_kept"], **costs}
-
-
-def unpruned_per_prompt(scores: dict[str, Any]) -> dict[str, float]:
-    """The same figures had nothing been pruned."""
-    pruning = scores.get("pruning")
-    if not pruning or not pruning["prompts"]:
-        return {}
-    costs = {name: pruning[f"{name}_unpruned"] / pruning["prompts"] for name in COSTS}
-    return {"kept": 1.0, **costs}
+    kept, end = (1.0, "_unpruned") if unpruned else (pruning["average_kept"], "")
+    return {"kept": kept, **{name: pruning[name + end] / pruning["prompts"] for name in COSTS}}
 
 
 def retained(scores: dict[str, Any]) -> dict[str, float]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError
+from compress.storage.files import writing
 
 TOKENS_PER_BATCH = 1024  # calibration tokens that go through a layer at once
 # With `offload: auto`, activations may take this share of the memory that is free at the start.
@@ -55,12 +56,8 @@ class ActivationStore:
         # A file that is there is written over and not cut: its pages need not be found again,
         # which is most of the cost of writing to a file that never leaves the page cache.
         file = self._file(index)
-        try:
-            with file.open("r+b" if file.exists() else "wb") as stream:
-                x.detach().cpu().contiguous().numpy().tofile(stream)
-        except OSError as error:  # numpy's own has no strerror
-            reason = error.strerror or f"{error}; the disk may be full"
-            raise CheckpointError(f"cannot write {file}: {reason}") from error
+        with writing(file), file.open("r+b" if file.exists() else "wb") as stream:
+            x.detach().cpu().contiguous().numpy().tofile(stream)
 
     def append(self, x: Tensor) -> None:
         self._shapes.append(x.shape)

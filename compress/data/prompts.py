@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.data.samples import prompt_inputs, read_samples
 from compress.data.source import CalibrationSource
 from compress.data.windows import CalibrationWindows, random_windows, text_windows
-from compress.errors import UsageError
+from compress.errors import UsageError, import_extra
 from compress.models.skeleton import Skeleton
 from compress.models.vision import Inputs
 
@@ -102,13 +102,7 @@ def probe_prompt(skeleton: Skeleton) -> Inputs:
 
     Raises UsageError if the checkpoint has no processor that works, or pillow is not installed.
     """
-    try:
-        from PIL import Image  # an optional extra
-    except ImportError as error:
-        raise UsageError(
-            "multimodal models need pillow, which is not installed: pip install "
-            "'modelpress[vision]'"
-        ) from error
+    Image = import_extra("PIL.Image", "vision", "a multimodal model")
     generator = torch.Generator().manual_seed(0)
     shape = (PROBE_SIDE, PROBE_SIDE, 3)
     noise = torch.randint(256, shape, generator=generator, dtype=torch.uint8)

@@ -13,7 +13,6 @@ a circle by k * floor(T / M) tokens, k = 1 .. M-1, so that its tokens visit othe
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -171,7 +170,8 @@ def _long_documents(
 ) -> list[Tensor]:
     """`samples` random documents of at least `length` tokens; each once if there are enough."""
     found: list[Tensor] = []
-    for text in _shuffled(corpus, generator):
+    for i in torch.randperm(len(corpus.texts), generator=generator).tolist():
+        text = corpus.texts[i]
         # A token is at least one byte, so a short text needs no tokenizing.
         if len(text.encode()) < length:
             continue
@@ -186,11 +186,6 @@ def _long_documents(
             "use a smaller calibration.length"
         )
     return [found[i % len(found)] for i in range(samples)]
-
-
-def _shuffled(corpus: Corpus, generator: torch.Generator) -> Iterator[str]:
-    for i in torch.randperm(len(corpus.texts), generator=generator).tolist():
-        yield corpus.texts[i]
 
 
 def random_windows(vocabulary: int) -> CalibrationWindows:

@@ -22,14 +22,13 @@ they pass) and hands it over as `UnitFacts`.
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from compress.errors import CompressError
+from compress.errors import CompressError, naming
 from compress.registry import LAYER_IMPORTANCE
 
 # Weights looked at in fp64 at a time: bounds the temporaries whatever the size of a matrix.
@@ -80,15 +79,6 @@ def _finite(name: str, score: float) -> float:
     if not math.isfinite(score):
         raise CompressError(f"layer importance of {name}: expected a finite number, found {score}")
     return score
-
-
-@contextmanager
-def _naming(place: str) -> Iterator[None]:
-    """Puts the place in front of an error's line."""
-    try:
-        yield
-    except CompressError as error:
-        raise CompressError(f"{place}: {error}") from error
 
 
 # From activations
@@ -176,7 +166,7 @@ class OutlierWeightCount(_UnitByUnit):
 
     def score(self, unit: UnitFacts) -> float:
         assert unit.weights is not None, f"{unit.name}: this importance needs UnitFacts.weights"
-        with _naming(unit.name):
+        with naming(unit.name):
             return -outlier_share(list(unit.weights()), self.two_sided)
 
 

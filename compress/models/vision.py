@@ -56,6 +56,11 @@ def vision_at_work(skeleton: Skeleton, tensors: dict[str, Tensor], device: str) 
             parents[name].register_parameter(places[name][1], empty)
 
 
+def on_device(inputs: Inputs, device: str | torch.device) -> Inputs:
+    """The arguments with their tensors on a device."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
 @torch.no_grad()
 def encode(skeleton: Skeleton, inputs: Inputs, table: Tensor, device: str = "cpu") -> Encoded:
     """One prompt through everything before the language model, by the family's own forward.
@@ -65,11 +70,10 @@ def encode(skeleton: Skeleton, inputs: Inputs, table: Tensor, device: str = "cpu
         table: the embedding [vocabulary, d], on the CPU.
     """
     base = skeleton.base
-    given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     decoder = base.language_model
     base.language_model = recorder = _Recorder(table)
     try:
-        base(**given, use_cache=False)
+        base(**on_device(inputs, device), use_cache=False)
     finally:
         base.language_model = decoder
     positions = recorder.seen.get("position_ids")

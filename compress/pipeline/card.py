@@ -18,7 +18,7 @@ what is not known. Facts come from one dict, of which every key but `name` may b
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from compress.checkpoint.engines import loading_table
 from compress.eval.report import (
     NLL,
+    Facts,
     Row,
     columns_of,
     flatten,
@@ -35,8 +36,6 @@ from compress.eval.report import (
     format_number,
     paired_differences,
 )
-
-Facts = Mapping[str, Any]
 
 ROTATIONS = {"hadamard": "a randomised Hadamard matrix", "random": "a random orthogonal matrix"}
 PRUNING = {

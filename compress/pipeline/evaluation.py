@@ -20,9 +20,10 @@ import torch
 from compress.data.text import load_documents, locate
 from compress.data.windows import encode, token_stream
 from compress.errors import UsageError
-from compress.eval.evaluate import Baseline, Text, evaluate_model
+from compress.eval.evaluate import Baseline, evaluate_model
 from compress.eval.harness import find_tasks, import_harness
 from compress.eval.settings import EvaluationSettings
+from compress.eval.windows import Text
 from compress.kernels.linear import QuantLinear
 from compress.loading.load import fastest_packing, load
 from compress.pruning.pictures import watching
@@ -125,12 +126,8 @@ class Evaluator:
             seed: instead of the evaluator's.
             pictures: a folder for pictures of what was pruned, if the model prunes visual tokens.
         """
-        if dense is None:
-            packed = fastest_packing(model, self.device, activation_bits)
-        else:
-            packed = not dense
-        loaded, processor = load(
-            model, self.device, self._dtype(), packed=packed, activation_bits=activation_bits
+        loaded, processor = load_measured(
+            model, self.device, dense=dense, activation_bits=activation_bits
         )
         scores = self.measure_loaded(loaded, processor, str(model), seed=seed, pictures=pictures)
         if activation_bits is not None:
@@ -153,10 +150,7 @@ class Evaluator:
         if self._text is None and self.settings.perplexity is not None:
             self._text = read_text(self.settings, getattr(processor, "tokenizer", processor))
         if self._baseline is None and self.baseline_path is not None:
-            packed = fastest_packing(self.baseline_path, self.device)
-            reference, _ = load(
-                self.baseline_path, self.device, self._dtype(), prune=False, packed=packed
-            )
+            reference, _ = load_measured(self.baseline_path, self.device, prune=False)
             self._baseline, self._baseline_linears = Baseline(reference), linears_of(reference)
         settings = self.settings if seed is None else replace(self.settings, seed=seed)
         with watching(model) as watched:
@@ -179,8 +173,19 @@ class Evaluator:
         scores["conditions"] = conditions | scores.get("conditions", {})
         return scores
 
-    def _dtype(self) -> torch.dtype | None:
-        return None if self.device.startswith("cuda") else torch.float32
+
+def load_measured(
+    path: str | Path,
+    device: str,
+    *,
+    dense: bool | None = None,
+    activation_bits: int | None = None,
+    prune: bool = True,
+) -> "tuple[PreTrainedModel, Any]":
+    """`load` in the dtype that is measured; `dense` None: quantised linears as is faster here."""
+    packed = fastest_packing(path, device, activation_bits) if dense is None else not dense
+    dtype = None if device.startswith("cuda") else torch.float32
+    return load(path, device, dtype, prune=prune, packed=packed, activation_bits=activation_bits)
 
 
 def read_text(settings: EvaluationSettings, tokenizer: Any) -> Text:

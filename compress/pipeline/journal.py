@@ -19,14 +19,13 @@ a CheckpointError.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from torch import Tensor
 
 from compress.errors import CheckpointError, UsageError
-from compress.storage.files import atomic_write
+from compress.storage.files import append_line, write_text
 from compress.storage.safetensors import read_header, save_tensors
 
 FORMAT = 1  # of the journal; a later layout gets another number
@@ -100,14 +99,8 @@ class Journal:
         """Puts a finished layer on disk: its tensors, then its facts."""
         assert layer == len(self._facts), f"layer {layer} recorded after {len(self._facts)} layers"
         save_tensors(self._layer_file(layer), tensors)
-        line = json.dumps(facts, sort_keys=True) + "\n"
-        try:
-            with self.path.open("ab") as file:
-                file.write(line.encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from error
+        line = json.dumps(facts, sort_keys=True)
+        append_line(self.path, line)
         self._facts.append(json.loads(line))
 
     def facts(self) -> list[LayerFacts]:
@@ -134,8 +127,7 @@ class Journal:
 
     def _start(self) -> int:
         self.clear()
-        with atomic_write(self.path) as file:
-            file.write((json.dumps(self._header()) + "\n").encode())
+        write_text(self.path, json.dumps(self._header()) + "\n")
         return 0
 
     def _read(self) -> tuple[dict[str, object] | None, list[LayerFacts], int]:

@@ -15,8 +15,9 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from compress.checkpoint.engines import Schemes
 from compress.checkpoint.packed_formats import FORMATS, codes_of_signed
-from compress.errors import CompressError
+from compress.errors import naming
 from compress.importance.tokens import count_tokens, effective_sample_size
 from compress.memory import release_memory
 from compress.observer import Observer
@@ -31,8 +32,6 @@ from compress.quantization.token_weights import TokenWeigher
 from compress.recipe.sections import Quantize
 from compress.rotation.model import RotatedModel
 from compress.scheme import Scheme
-
-Schemes = Mapping[str, Scheme | None]  # of linears by name; None: stays unquantised
 
 
 class LayerWalk:
@@ -200,10 +199,8 @@ class LayerWalk:
         if self.solver is None or not schemes:
             return {}
         started = time.perf_counter()
-        try:
+        with naming(f"{prefix}{next(iter(schemes))}"):
             solved = solve_group(layer, schemes, self.solver, H, self.dtype)
-        except CompressError as error:
-            raise CompressError(f"{prefix}{next(iter(schemes))}: {error}") from error
         tensors: dict[str, Tensor] = {}
         for name, linear in solved.items():
             scale = self.model.stored(f"{prefix}{name}.weight_scale", linear.scale)

@@ -36,8 +36,8 @@ from compress.pipeline.result import RunResult
 from compress.pruning.saved import save_strategy
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
-from compress.storage.files import atomic_write, parse_size, write_json
-from compress.storage.output_folder import COMPANIONS
+from compress.storage.files import parse_size, write_json, write_text
+from compress.storage.output_folder import COMPANIONS, copy_files
 from compress.storage.safetensors import CheckpointReader, merge_shards
 
 
@@ -61,10 +61,7 @@ def assemble(
     merge_shards(parts, final, parse_size(recipe.save.shard_size))
     config = checkpoint_config(skeleton, plan, inputs.dtype)
     write_json(final / "config.json", config)
-    for pattern in COMPANIONS:
-        for file in sorted(skeleton.folder.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, final / file.name)
+    copy_files(skeleton.folder, final, COMPANIONS)
     if strategy is not None:
         save_strategy(strategy, final)
     (final / "recipe.yaml").write_text(recipe.dump())
@@ -132,8 +129,7 @@ def document(result: RunResult, recipe: Recipe, provenance: dict[str, Any]) -> N
         "pruning": result.pruning,
         "layers": module_rows(result.layers),
     }
-    with atomic_write(output / "README.md") as file:
-        file.write(model_card(facts).encode())
+    write_text(output / "README.md", model_card(facts))
     result.report = write_report(output / "report.html", facts)
 
 

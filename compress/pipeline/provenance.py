@@ -16,6 +16,7 @@ from compress.data.prompts import CalibrationData
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.result import RunResult
 from compress.recipe.recipe import Recipe
+from compress.storage.files import read_json
 from compress.storage.safetensors import CheckpointReader
 
 
@@ -67,10 +68,8 @@ def provenance(
 
 def made_by(folder: Path, recipe: Recipe, model: Path, device: str) -> bool:
     """Whether `folder` holds what the recipe would make of this model with these versions."""
-    file = folder / "modelpress.json"
-    written = folder / "recipe.yaml"
-    if not (file.is_file() and written.is_file()) or written.read_text() != recipe.dump():
+    facts, written = read_json(folder / "modelpress.json"), folder / "recipe.yaml"
+    if facts is None or not written.is_file() or written.read_text() != recipe.dump():
         return False
-    facts = json.loads(file.read_text())
     same_model = facts["model"]["fingerprint"] == CheckpointReader(model).fingerprint()
     return same_model and facts["versions"] == versions() and facts["device"] == device

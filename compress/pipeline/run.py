@@ -24,8 +24,10 @@ from torch import Tensor
 
 from compress.data.activations import activations_on_disk
 from compress.data.prompts import CalibrationData, ImagePrompts, calibration_data, probe_prompt
+from compress.data.samples import read_samples
 from compress.data.windows import check_token_ids
 from compress.errors import CompressError, UsageError
+from compress.loading.load import load
 from compress.memory import check_device, peak_memory, release_memory
 from compress.models.vision import vision_at_work
 from compress.observer import Observer
@@ -37,10 +39,10 @@ from compress.pipeline.output import assemble, document
 from compress.pipeline.plan import Plan, allocated_plan, make_plan
 from compress.pipeline.provenance import fingerprint, provenance
 from compress.pipeline.pruning_forecast import strategy_of
-from compress.pipeline.pruning_search import searched_strategy
 from compress.pipeline.result import RunResult
 from compress.pipeline.stream import CalibrationStream
 from compress.pipeline.verify import reload_and_compare, write_probe
+from compress.pruning.search import search_as_told
 from compress.pruning.stages import Stages
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
@@ -167,17 +169,15 @@ def settle_pruning(
     assert strategy is not None
     log.lap("calibration")
     log.observer.stage("pruning search")
-    found = searched_strategy(
-        section,
-        inputs.source,
-        skeleton.folder,
-        strategy,
-        journal.folder,
-        journal.fingerprint,
-        resume,
-        inputs.device,
-        log.observer,
-    )
+    # Kept in the work folder: a run that was killed goes on searching where it was.
+    trials = journal.folder / f"pruning-{journal.fingerprint[:16]}.jsonl"
+    if not resume:
+        trials.unlink(missing_ok=True)
+    model, processor = load(skeleton.folder, device=inputs.device, prune=False)
+    samples, seed = section.search.samples, section.search.seed
+    prompts = read_samples(inputs.source.location, processor, samples, seed)
+    found = search_as_told(section, strategy, model, prompts, trials, processor, log.observer)
+    del model
     release_memory()  # of the whole model
     log.lap("pruning search")
     facts = {

@@ -14,7 +14,6 @@ logits any engine can check.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -238,15 +237,6 @@ class CalibrationStream:
 def _on_cpu(images: list[PromptImage]) -> list[PromptImage]:
     """Moves what is known of the images' tokens to the CPU, where prompts are shortened."""
     for image in images:
-        tokens = image.tokens
-        image.tokens = replace(
-            tokens,
-            segment=tokens.segment.cpu(),
-            row=tokens.row.cpu(),
-            column=tokens.column.cpu(),
-            importance=None if tokens.importance is None else tokens.importance.cpu(),
-            attention=None if tokens.attention is None else tokens.attention.cpu(),
-            keys=None if tokens.keys is None else tokens.keys.cpu(),
-        )
+        image.tokens = image.tokens.each(Tensor.cpu)
         image.positions, image.alive = image.positions.cpu(), image.alive.cpu()
     return images

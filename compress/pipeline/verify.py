@@ -19,6 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from compress.checkpoint.engines import must_dequantize_on_load
+from compress.checkpoint.quantization_config import read_config
 from compress.errors import CheckpointError
 from compress.storage.safetensors import save_tensors
 
@@ -42,7 +43,8 @@ def reload_and_compare(
     is above the tolerance (a NaN always is).
     """
     folder = Path(folder)
-    report = _run(folder, Path(probe_path), _dequantize(folder))
+    section = read_config(folder).get("quantization_config") or {}
+    report = _run(folder, Path(probe_path), must_dequantize_on_load(section))
     if "failure" in report:
         raise CheckpointError(f"{folder} does not load in transformers: {report['failure']}")
     if "loading" in report:
@@ -62,14 +64,6 @@ def reload_and_compare(
             f"relative error {error:.3g}, tolerance {tolerance:.3g}"
         )
     return {"relative_error": error, "tolerance": tolerance, "tokens": report["tokens"]}
-
-
-def _dequantize(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no config.json") from None
-    return must_dequantize_on_load(config.get("quantization_config") or {})
 
 
 def _run(folder: Path, probe: Path, dequantize: bool) -> dict:

@@ -5,22 +5,20 @@ Per decoder layer with n tokens, width d, query width d_q, key-value width d_kv,
     FLOPs = 2 n (2 d d_q + 2 d d_kv + 3 d m) + 2 n^2 d_q       causal: half of 4 n^2 d_q
     KV    = 2 n d_kv * bytes per element
 
-`formula="paper"` counts as arXiv 2508.05211 (table 5) does, which ignores grouped-query attention
-and the causal mask: FLOPs = 2 (4 n d^2 + 2 n^2 d + 3 n d m), KV = 2 n d * bytes. The vision tower
-and the head are not counted.
+The vision tower and the head are not counted. arXiv 2508.05211 (table 5) ignores grouped-query
+attention and the causal mask, and so counts more: FLOPs = 2 (4 n d^2 + 2 n^2 d + 3 n d m).
 
     pruning.stats.kv_bytes, pruning.stats.flops, pruning.stats.as_dict()
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 from transformers import PretrainedConfig
 
+from compress.models.families import head_dim_of
 from compress.pruning.prompt import PrunedPrompt
-
-Formula = Literal["gqa", "paper"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class DecoderShape:
     def of(cls, config: PretrainedConfig, element_bytes: int) -> "DecoderShape":
         """From a transformers text config."""
         heads = config.num_attention_heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        head = head_dim_of(config)
         return cls(
             layers=config.num_hidden_layers,
             width=config.hidden_size,
@@ -49,19 +47,16 @@ class DecoderShape:
         )
 
 
-def prefill_flops(shape: DecoderShape, tokens: Iterable[int], formula: Formula = "gqa") -> int:
+def prefill_flops(shape: DecoderShape, tokens: Iterable[int]) -> int:
     """FLOPs of one prompt; `tokens`: how many each layer sees."""
     d, m = shape.width, shape.mlp_width
-    if formula == "paper":
-        return sum(2 * (4 * n * d * d + 2 * n * n * d + 3 * n * d * m) for n in tokens)
     linear = 2 * (2 * d * shape.query_width + 2 * d * shape.key_value_width + 3 * d * m)
     return sum(linear * n + 2 * n * n * shape.query_width for n in tokens)
 
 
-def kv_bytes(shape: DecoderShape, slots: Iterable[int], formula: Formula = "gqa") -> int:
+def kv_bytes(shape: DecoderShape, slots: Iterable[int]) -> int:
     """Bytes of keys and values; `slots`: cache entries of each layer, padding included."""
-    width = shape.width if formula == "paper" else shape.key_value_width
-    return sum(2 * n * width * shape.element_bytes for n in slots)
+    return sum(2 * n * shape.key_value_width * shape.element_bytes for n in slots)
 
 
 @dataclass(frozen=True)

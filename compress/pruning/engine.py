@@ -20,7 +20,6 @@ prefilled in pieces. Each is refused.
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
-from types import TracebackType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,7 +33,7 @@ from compress.errors import UsageError
 from compress.models.vision import Inputs
 from compress.pruning.costs import DecoderShape, PruningStats, prompt_stats
 from compress.pruning.encoding import EncodedImages, ready_features
-from compress.pruning.families import family_of
+from compress.pruning.families import tower_of
 from compress.pruning.last_token import LastTokenAttention, check_decoder
 from compress.pruning.prompt import PrunedPrompt, take, take_positions
 from compress.pruning.refusals import check_inputs, checked_generate
@@ -84,14 +83,14 @@ class VisualTokenPruning:
     def __init__(
         self, model: PreTrainedModel, strategy: PruneStrategy, processor: Processor | None = None
     ):
-        family = family_of(model)
+        tower = tower_of(model)
         self.model, self.strategy = model, strategy
         self.base, self.text = model.model, model.model.language_model
         self.layers = self.text.layers
         check_decoder(self.text)
         strategy.average_kept(len(self.layers))  # refuses a stage beyond the last layer
         self.stages = Stages(strategy, len(self.layers))
-        self.tap = self.stages.tap(self.base, family, processor)
+        self.tap = self.stages.tap(self.base, tower, processor)
         self.attention = {
             layer: LastTokenAttention(self.layers[layer - 1].self_attn)
             for layer in strategy.stages
@@ -127,12 +126,7 @@ class VisualTokenPruning:
         self.model.generate = generate  # type: ignore[assignment]  # torch allows modules only
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -1,10 +1,9 @@
 """Which multimodal models can be pruned: one row each, how their images become visual tokens.
 
-tap = family_of(model).tap(model.model, settings)
+tap = tower_of(model)(model.model, settings)
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -16,13 +15,8 @@ from compress.errors import UsageError
 from compress.models.vision import Inputs
 from compress.pruning.tower import Crops, MergingTower, Pack, PatchTower, TapSettings, VisionTap
 
-
-@dataclass(frozen=True)
-class Family:
-    """A transformers model class by its `model_type`, and the tap for its vision tower."""
-
-    name: str
-    tap: Callable[[PreTrainedModel, TapSettings], VisionTap]
+# Makes the tap for a vision tower.
+Tower = Callable[[PreTrainedModel, TapSettings], VisionTap]
 
 
 def _one_crop_each(base: PreTrainedModel, inputs: Inputs) -> list[int]:
@@ -68,23 +62,21 @@ def _packed(
     return packed
 
 
-def _patches(crops: Crops, pack: Pack) -> Callable[[PreTrainedModel, TapSettings], VisionTap]:
+def _patches(crops: Crops, pack: Pack) -> Tower:
     return partial(PatchTower, crops=crops, pack=pack)
 
 
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family("llava", _patches(_one_crop_each, _as_they_are)),
-        Family("llava_next", _patches(_tiles, _next_packing)),
-        Family("llava_onevision", _patches(_tiles, _onevision_packing)),
-        Family("qwen2_vl", MergingTower),
-        Family("qwen2_5_vl", MergingTower),
-    )
+# By the `model_type` of the transformers class.
+FAMILIES: dict[str, Tower] = {
+    "llava": _patches(_one_crop_each, _as_they_are),
+    "llava_next": _patches(_tiles, _next_packing),
+    "llava_onevision": _patches(_tiles, _onevision_packing),
+    "qwen2_vl": MergingTower,
+    "qwen2_5_vl": MergingTower,
 }
 
 
-def family_of(model: object) -> Family:
+def tower_of(model: object) -> Tower:
     """The row of a model. Raises UsageError, naming the supported ones, if it has none."""
     found = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if found not in FAMILIES:

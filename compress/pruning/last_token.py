@@ -7,6 +7,7 @@ give its weights away; only the last token's row is computed.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -40,14 +41,11 @@ class LastTokenAttention:
 
     def install(self) -> list[RemovableHandle]:
         projections = {name: self.attention.get_submodule(f"{name}_proj") for name in "qk"}
-        return [m.register_forward_hook(self._keep(name)) for name, m in projections.items()]
+        return [m.register_forward_hook(partial(self._keep, n)) for n, m in projections.items()]
 
-    def _keep(self, name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if output.shape[1] > 1:  # a decoding step has nothing to rank
-                self.seen[name] = output.detach()
-
-        return hook
+    def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if output.shape[1] > 1:  # a decoding step has nothing to rank
+            self.seen[name] = output.detach()
 
     def scores(self, valid: Tensor) -> Tensor:
         """Attention from each row's last valid token, heads averaged: [B, S] fp32.

@@ -22,7 +22,7 @@ from compress.pruning.engine import VisualTokenPruning, prune_visual_tokens
 from compress.pruning.families import FAMILIES
 from compress.pruning.tower import Processor
 from compress.recipe.strategy import PruneStrategy
-from compress.storage.files import atomic_write
+from compress.storage.files import write_json
 
 KEY = "visual_token_pruning"  # of config.json, and the name of the model's attribute
 FILE = "pruning.json"
@@ -47,8 +47,8 @@ def save_strategy(strategy: PruneStrategy, folder: str | Path) -> None:
     depth = load_config(folder).get_text_config().num_hidden_layers
     strategy.average_kept(depth)  # refuses a stage beyond the last layer
     settings = strategy.model_dump(mode="json")
-    _write(folder / FILE, settings)
-    _write(path, config | {KEY: settings})
+    write_json(folder / FILE, settings)
+    write_json(path, config | {KEY: settings})
 
 
 def saved_strategy(config: PretrainedConfig, path: str | Path) -> PruneStrategy | None:
@@ -94,8 +94,3 @@ def stop_pruning(model: PreTrainedModel) -> None:
         raise UsageError("no strategy was applied to this model")
     context.__exit__(None, None, None)
     delattr(model, KEY)
-
-
-def _write(path: Path, value: dict[str, object]) -> None:
-    with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())

@@ -29,13 +29,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.errors import CompressError, UsageError, did_you_mean
-from compress.models.vision import Inputs
+from compress.errors import CompressError, UsageError, did_you_mean, import_extra, unknown
+from compress.models.vision import Inputs, on_device
 from compress.observer import Observer
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.feasible import FeasibleSet, ratios_of
 from compress.pruning.tower import Processor, VisualTokens
 from compress.pruning.trials import Trial, TrialFile
+from compress.recipe.pruning import PruneVisualTokens
 from compress.recipe.strategy import NEW_NAMES, PruneStrategy
 
 if TYPE_CHECKING:
@@ -168,6 +169,32 @@ def search_strategy(
     )
 
 
+def search_as_told(
+    section: PruneVisualTokens,
+    start: PruneStrategy,
+    model: PreTrainedModel,
+    samples: Sequence[Inputs],
+    path: Path,
+    processor: Processor,
+    observer: Observer | None = None,
+) -> SearchResult:
+    """`search_strategy` with the settings of a recipe's `search`; `start`: what is not searched."""
+    assert section.search is not None and section.keep is not None
+    return search_strategy(
+        model,
+        samples,
+        section.keep,
+        start=start,
+        variables=section.search.variables,
+        trials=section.search.trials,
+        sampler=section.search.sampler,
+        seed=section.search.seed,
+        path=path,
+        processor=processor,
+        observer=observer,
+    )
+
+
 def check_search(keep: float, trials: int, sampler: str) -> None:
     """UsageError for what `search_strategy` refuses, before a model is loaded for it."""
     if not 0 < keep < 1:
@@ -175,10 +202,7 @@ def check_search(keep: float, trials: int, sampler: str) -> None:
     if trials < 1:
         raise UsageError(f"expected at least one trial, found {trials}")
     if sampler not in SAMPLERS:
-        raise UsageError(
-            f"unknown sampler {sampler!r}{did_you_mean(sampler, SAMPLERS)}: expected one of "
-            f"{', '.join(SAMPLERS)}"
-        )
+        raise UsageError(unknown("sampler", sampler, SAMPLERS))
     _optuna()
 
 
@@ -200,7 +224,7 @@ class Objective:
         if not samples:
             raise UsageError("expected samples to search with, found none")
         self.model, self.processor = model, processor
-        self.samples = [_on(model.device, sample) for sample in samples]
+        self.samples = [on_device(sample, model.device) for sample in samples]
         self.images: list[VisualTokens] = []
         states = []
         # A strategy that keeps all and reads nothing: the run is the plain one, to the bit.
@@ -376,18 +400,8 @@ def _best(trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda trial: (trial.score, -trial.trial))
 
 
-def _on(device: torch.device, sample: Inputs) -> Inputs:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in sample.items()}
-
-
 def _optuna() -> ModuleType:
-    try:
-        import optuna
-    except ImportError:
-        raise UsageError(
-            "the search needs optuna, which is not installed: pip install 'modelpress[vision]'"
-        ) from None
-    return optuna
+    return import_extra("optuna", "vision", "the search")
 
 
 @contextmanager

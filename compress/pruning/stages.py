@@ -3,7 +3,7 @@
 The live engine (`compress.pruning.engine`) and the calibration walk, which has one decoder layer in
 memory at a time, prune with the same stages.
 
-    stages = Stages(strategy, layers=28); tap = stages.tap(base, family, processor)
+    stages = Stages(strategy, layers=28); tap = stages.tap(base, tower, processor)
     hidden, order = stages.narrow(prompt, layer, hidden, generator)
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.pruning import baselines  # noqa: F401  fills the registry
-from compress.pruning.families import Family
+from compress.pruning.families import Tower
 from compress.pruning.methods import PRUNING_METHODS, Candidates, PruningMethod, Selection
 from compress.pruning.prompt import PromptImage, PrunedPrompt, take, take_positions
 from compress.pruning.tower import Processor, TapSettings, VisionTap
@@ -31,7 +31,7 @@ class Stages:
         self.numbers = {layer: stage for stage, layer in enumerate(strategy.stages)}
 
     def tap(
-        self, base: PreTrainedModel, family: Family, processor: Processor | None = None
+        self, base: PreTrainedModel, tower: Tower, processor: Processor | None = None
     ) -> VisionTap:
         """What reads the strategy's signals off the vision tower of `base`.
 
@@ -45,7 +45,7 @@ class Stages:
             layer=self.strategy.vit_layer,
             **_pixel_statistics(processor),
         )
-        return family.tap(base, settings)
+        return tower(base, settings)
 
     def narrow(
         self,

@@ -10,6 +10,7 @@ resize, newline tokens and 2x2 merging cannot put them out of step. arXiv 2508.0
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
@@ -63,11 +64,15 @@ class VisualTokens:
     def __len__(self) -> int:
         return self.segment.numel()
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "VisualTokens":
+        """All that is known of the tokens, changed alike."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changed: Inputs = {name: change(value) for name, value in tensors.items()}
+        return replace(self, **changed)
+
     def take(self, index: Tensor) -> "VisualTokens":
         """The tokens at `index` [m]."""
-        fields = ("segment", "row", "column", "importance", "attention", "keys")
-        parts = {name: getattr(self, name) for name in fields}
-        return replace(self, **{n: part[index] for n, part in parts.items() if part is not None})
+        return self.each(lambda known: known[index])
 
 
 @dataclass(frozen=True)
@@ -142,17 +147,14 @@ class PatchTower:
         if self.settings.signals:
             for name in "qk":
                 projection = attention.get_submodule(f"{name}_proj")
-                handles.append(projection.register_forward_hook(self._keep(name)))
+                handles.append(projection.register_forward_hook(partial(self._keep, name)))
         return handles
 
     def _before(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
         self.seen = {"pixels": args[0] if args else kwargs["pixel_values"]}
 
-    def _keep(self, name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            self.seen[name] = output.detach()
-
-        return hook
+    def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.seen[name] = output.detach()
 
     def images(self, inputs: Inputs) -> list[VisualTokens]:
         """One entry per image, in the order of the prompt; forgets what it saw."""

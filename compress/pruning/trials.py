@@ -11,7 +11,6 @@ settings that earlier versions wrote are replaced where a file is opened.
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from compress.errors import CheckpointError, UsageError
 from compress.recipe.strategy import with_new_names
-from compress.storage.files import atomic_write
+from compress.storage.files import append_line, write_text
 
 KIND = "modelpress-pruning-search"
 VERSION = 1
@@ -72,24 +71,16 @@ class TrialFile:
     def append(self, trial: Trial) -> None:
         """Adds a trial; it is on disk when this returns."""
         self.trials.append(trial)
-        if self.path is None:
-            return
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(asdict(trial)))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from error
+        if self.path is not None:
+            append_line(self.path, _line(asdict(trial)))
 
 
 def _write(path: Path, lines: Iterable[dict[str, object]]) -> None:
-    with atomic_write(path) as file:
-        file.write("".join(map(_line, lines)).encode())
+    write_text(path, "".join(f"{_line(line)}\n" for line in lines))
 
 
 def _line(value: dict[str, object]) -> str:
-    return json.dumps(value, allow_nan=False) + "\n"
+    return json.dumps(value, allow_nan=False)
 
 
 def _whole_lines(path: Path) -> list[Line]:

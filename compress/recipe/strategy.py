@@ -23,7 +23,8 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from compress.errors import RecipeError, UsageError, did_you_mean
+from compress.errors import RecipeError, UsageError, unknown
+from compress.recipe.sections import Number, Seed
 from compress.recipe.source import FieldError, Source
 
 Method = Literal[
@@ -51,7 +52,6 @@ NEW_NAMES = {"threshold": "voter_threshold", "alpha": "entropy_weight"}
 ROUNDING = 1e-6
 
 Saved = TypeVar("Saved", dict[str, Any], list[str], object)
-Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(strict=False, gt=0, le=1)]
 Layer = Annotated[int, Field(ge=0)]
 
@@ -73,7 +73,7 @@ class PruneStrategy(BaseModel):
     vit_layer: int | None = None  # null: the layer that makes the features (its last global one)
     positions: Literal["original", "renumbered"] = "original"  # of what is left, for RoPE
     protect_newlines: bool = True  # the row separators of any-resolution images
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _check(self) -> "PruneStrategy":
@@ -113,10 +113,7 @@ class PruneStrategy(BaseModel):
         Raises UsageError for a budget that these stages cannot meet.
         """
         if method not in METHODS:
-            raise UsageError(
-                f"unknown pruning method {method!r}{did_you_mean(method, METHODS)}: "
-                f"expected one of {', '.join(METHODS)}"
-            )
+            raise UsageError(unknown("pruning method", method, METHODS))
         stages = tuple(settings.pop("stages", _default_stages(method, layers)))
         later = 0.9 if method == "vflowopt" else None
 
@@ -134,15 +131,6 @@ class PruneStrategy(BaseModel):
     def average_kept(self, layers: int) -> float:
         """R: the share of visual tokens kept, averaged over a model's `layers` (equation 5)."""
         return average_kept(self.stages, self.ratios, layers)
-
-    def with_average(self, keep: float, layers: int) -> "PruneStrategy":
-        """This strategy with its last ratio solved, so that the average is `keep`.
-
-        Raises UsageError, with the range that is possible, if no ratio in (0, 1] gives it.
-        """
-        fixed = self.ratios[:-1]
-        last = _solve(lambda x: average_kept(self.stages, (*fixed, x), layers), keep, self.stages)
-        return PruneStrategy(**self.model_dump() | {"ratios": (*fixed, last)})
 
     def counts(self, tokens: int, layers: int) -> tuple[int, ...]:
         """How many of an image's `tokens` are left after each stage, in a model of `layers`.

@@ -31,8 +31,8 @@ def writing(place: Path) -> Iterator[None]:
     except OSError as error:
         where = error.filename if error.filename and place.is_dir() else place
         remedy = "; free some space" if error.errno == errno.ENOSPC else ""
-        reason = f"{error.strerror or error}{remedy}"
-        raise CheckpointError(f"cannot write {where}: {reason}") from error
+        reason = error.strerror or f"{error}; the disk may be full"  # numpy's own has no strerror
+        raise CheckpointError(f"cannot write {where}: {reason}{remedy}") from error
 
 
 @contextmanager
@@ -53,10 +53,23 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8, atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file; it is on disk when this returns."""
+    with writing(path), path.open("ab") as file:
+        file.write(f"{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Writes a JSON object, indented for people, atomically."""
-    with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

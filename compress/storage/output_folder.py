@@ -8,6 +8,7 @@ would load.
 """
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from compress.errors import UsageError
@@ -44,6 +45,14 @@ def check_output(output: Path, overwrite: bool) -> None:
             f"output folder {output} exists and holds {found[0]}: "
             "choose another --output, or give --overwrite"
         )
+
+
+def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> None:
+    """Copies the files of `source` that match one of the patterns."""
+    for pattern in patterns:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
 def publish(final: Path, output: Path) -> None:

@@ -133,25 +133,25 @@ class CheckpointReader:
             return self.entry(name).nbytes
         return sum(entry.nbytes for entry in self._entries.values())
 
-    def tensor(self, name: str, check_finite: bool = True) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """Reads one tensor into memory of its own, in the dtype of the file, on the CPU.
 
-        Raises CheckpointError if it holds a NaN or an infinity, unless `check_finite` is off.
+        Raises CheckpointError if it holds a NaN or an infinity.
         """
         entry = self.entry(name)
         tensor = _read_tensor(name, entry)
-        if check_finite and tensor.is_floating_point() and tensor.numel():
+        if tensor.is_floating_point() and tensor.numel():
             _check_finite(tensor, name, entry.file)
         return tensor
 
-    def tensors(self, prefix: str = "", check_finite: bool = True) -> dict[str, Tensor]:
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """All tensors of the module `prefix`, under their full names.
 
         A prefix ends at a dot: `model.layers.1` does not take in `model.layers.10`.
         """
         stem = prefix.removesuffix(".")
         return {
-            name: self.tensor(name, check_finite)
+            name: self.tensor(name)
             for name in self._entries
             if not stem or name == stem or name.startswith(stem + ".")
         }

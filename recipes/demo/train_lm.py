@@ -86,7 +86,13 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
 def build_optimisers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in inside]
+    return optimisers_of(matrices, [p for p in model.parameters() if id(p) not in inside], rate)
+
+
+def optimisers_of(
+    matrices: list[torch.nn.Parameter], others: list[torch.nn.Parameter], rate: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for the others."""
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),

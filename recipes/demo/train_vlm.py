@@ -37,6 +37,7 @@ from torch.nn.functional import cross_entropy
 
 from compress.errors import CompressError, UsageError
 from compress.recipes.demo import scenes
+from compress.recipes.demo.train_lm import optimisers_of, rate_factor
 from compress.recipes.demo.vlm_model import (
     VISUAL,
     Packing,
@@ -128,20 +129,12 @@ class Training:
         trained = {name: p for name, p in named.items() if name.startswith(stage.parts)}
         for name, p in named.items():
             p.requires_grad_(name in trained)
-        inner = {
-            name
-            for name, p in trained.items()
-            if p.ndim == 2 and (".layers." in name or "projector" in name)
-        }
         self.trained = list(trained.values())
-        matrices = [p for name, p in trained.items() if name in inner]
-        others = [p for name, p in trained.items() if name not in inner]
-        self.optimisers = [
-            torch.optim.Muon(
-                matrices, lr=stage.rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
-            ),
-            torch.optim.AdamW(others, lr=stage.rate, betas=(0.9, 0.95), weight_decay=0.0),
-        ]
+        matrices, others = [], []
+        for name, p in trained.items():
+            inner = p.ndim == 2 and (".layers." in name or "projector" in name)
+            (matrices if inner else others).append(p)
+        self.optimisers = optimisers_of(matrices, others, stage.rate)
 
     def settings(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self.args).items() if k != "output"}
@@ -224,8 +217,7 @@ class Training:
     def run_stage(self, stage: Stage) -> None:
         started, before, fall = time.monotonic(), self.seconds, 0.4
         while self.step < stage.steps:
-            warm = (self.step + 1) / min(200, stage.steps)
-            factor = min(1.0, warm, (stage.steps - self.step) / (fall * stage.steps))
+            factor = rate_factor(self.step, stage.steps, min(200, stage.steps), fall)
             for optimiser in self.optimisers:
                 for group in optimiser.param_groups:
                     group["lr"] = stage.rate * factor

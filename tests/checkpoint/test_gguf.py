@@ -4,7 +4,6 @@ tests/interop/check_llamacpp.py asks llama.cpp itself.
 """
 
 import shutil
-from pathlib import Path
 
 import gguf
 import pytest
@@ -17,21 +16,15 @@ from compress.errors import CheckpointError
 from compress.models.families import head_dim_of
 from compress.storage.safetensors import save_tensors
 from support.failing_runs import refused_export
-from support.gguf_files import FILE, Read, as_checkpoint, assert_same, change_config
+from support.gguf_files import FILE, Read, as_checkpoint, assert_same
 from support.tiny_checkpoints import (
     FAMILIES,
     LAYERS,
+    change_config,
     every_file,
     read_tensors,
     relative_error,
 )
-
-
-@pytest.fixture
-def copy(packed, tmp_path) -> Path:
-    """A folder that a test may change."""
-    return shutil.copytree(packed().folder, tmp_path / "copy")
-
 
 # ---- weights ------------------------------------------------------------------------------------
 

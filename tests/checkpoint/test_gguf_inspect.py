@@ -95,5 +95,5 @@ def test_damaged_files_and_a_missing_library(tmp_path, exported, monkeypatch):
     with refused(UsageError, "absent.gguf"):
         inspect(tmp_path / "absent.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with refused(UsageError, "modelpress[gguf]"):
+    with refused(UsageError, "gguf"):
         inspect(exported)

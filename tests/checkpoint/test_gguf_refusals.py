@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,19 +13,14 @@ from compress.errors import UsageError
 from compress.scheme import Scheme
 from compress.storage.safetensors import save_tensors
 from support.failing_runs import refused_export
-from support.gguf_files import FILE, Read, as_checkpoint, assert_same, change_config
+from support.gguf_files import FILE, Read, as_checkpoint, assert_same
 from support.refusals import check_line, refused
 from support.tiny_checkpoints import (
     byte_tokenizer,
+    change_config,
     dequantised,
     read_tensors,
 )
-
-
-@pytest.fixture
-def copy(packed, tmp_path) -> Path:
-    """A folder that a test may change."""
-    return shutil.copytree(packed().folder, tmp_path / "copy")
 
 
 def test_groups_that_no_type_has_are_stored_wider_only_if_allowed(packed, tmp_path):

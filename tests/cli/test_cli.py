@@ -206,7 +206,8 @@ def test_no_command_takes_a_token():
 
 
 def test_bench_takes_every_field_with_its_default():
-    options = inspect.signature(bench_commands.bench_quantize).parameters
+    command = bench_commands.expanded(bench_commands.bench_quantize)
+    options = inspect.signature(command).parameters
     for field in fields(QuantizeBench):
         assert str(options[field.name].default) == str(field.default), field.name
 

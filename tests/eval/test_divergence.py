@@ -5,19 +5,16 @@ import torch
 
 from compress.errors import CompressError, UsageError
 from compress.eval import windows
-from compress.eval.divergence import (
-    kl_divergence,
-    kl_divergence_per_document,
-    token_divergence,
-)
+from compress.eval.divergence import kl_divergence, token_divergence
 from compress.eval.perplexity import perplexity
+from compress.eval.windows import Text
 from support.refusals import refused
 from support.tiny_lm import Bigram, random_bigram, random_ids, tiny_llama
 
 
 def test_a_model_does_not_diverge_from_itself():
     model = tiny_llama(vocabulary=11)
-    result = kl_divergence(model, model, random_ids(60), length=12, stride=4, bos=2)
+    result = kl_divergence(model, model, Text(random_ids(60), length=12, stride=4, bos=2))
     assert (result.mean, result.maximum, result.stderr, result.token_stderr) == (0, 0, 0, 0)
     assert result.top1_agreement == 1
 
@@ -40,7 +37,7 @@ def test_a_token_the_baseline_rules_out_adds_nothing():
 def test_mean_maximum_agreement_and_errors(monkeypatch):
     monkeypatch.setattr(windows, "CHUNK_ELEMENTS", 25)
     model, baseline, ids = random_bigram(seed=1), random_bigram(seed=2), random_ids(50)
-    result = kl_divergence(model, baseline, ids, length=10, batch=2)
+    result = kl_divergence(model, baseline, Text(ids, length=10), batch_size=2)
     log_p, log_q = baseline.log_p(), model.log_p()
     per_context = (log_p.exp() * (log_p - log_q)).sum(-1)  # [V]
     contexts = ids.view(5, 10)[:, :-1]
@@ -58,16 +55,16 @@ def test_mean_maximum_agreement_and_errors(monkeypatch):
 def test_the_same_positions_as_perplexity():
     model, ids = random_bigram(), random_ids(31)
     for conditions in ({}, {"stride": 3}, {"stride": 2, "bos": 1}):
-        kl = kl_divergence(model, random_bigram(seed=3), ids, length=7, **conditions)
-        text = perplexity(model, ids, length=7, **conditions)
+        kl = kl_divergence(model, random_bigram(seed=3), Text(ids, length=7, **conditions))
+        text = perplexity(model, Text(ids, length=7, **conditions))
         assert (kl.tokens, kl.windows, kl.stride) == (text.tokens, text.windows, text.stride)
 
 
 def test_documents_padded_or_alone():
     model, baseline = tiny_llama(1, 11), tiny_llama(2, 11)
     documents = [random_ids(n, seed=n).tolist() for n in (3, 9, 6)]
-    together = kl_divergence_per_document(model, baseline, documents, max_length=8, bos=1)
-    alone = kl_divergence_per_document(model, baseline, documents, max_length=8, bos=1, batch=1)
+    together = kl_divergence(model, baseline, Text(documents=documents, length=8, bos=1))
+    alone = kl_divergence(model, baseline, Text(documents=documents, length=8, bos=1), batch_size=1)
     assert together.mean == pytest.approx(alone.mean, rel=1e-5)
     assert together.tokens == 3 + 7 + 6
     assert together.mean > 0
@@ -76,7 +73,7 @@ def test_documents_padded_or_alone():
 def test_errors():
     ids = random_ids(20)
     with refused(UsageError, 11, 13):
-        kl_divergence(random_bigram(11), random_bigram(13), ids, length=10)
+        kl_divergence(random_bigram(11), random_bigram(13), Text(ids, length=10))
     broken = Bigram(torch.full((11, 11), math.nan))
     with refused(CompressError, "baseline", "NaN"):
-        kl_divergence(random_bigram(), broken, ids, length=10)
+        kl_divergence(random_bigram(), broken, Text(ids, length=10))

@@ -7,9 +7,10 @@ import pytest
 
 from compress.errors import UsageError
 from compress.eval import evaluate as evaluating
-from compress.eval.evaluate import Baseline, Text, evaluate_model
+from compress.eval.evaluate import Baseline, evaluate_model
 from compress.eval.perplexity import perplexity
 from compress.eval.settings import EvaluationSettings
+from compress.eval.windows import Text
 from support.calling import pretend
 from support.refusals import refused
 from support.tiny_lm import byte_tokenizer, random_ids, tiny_llama
@@ -31,7 +32,7 @@ def test_model_and_baseline_on_the_same_data():
         "conditions",
     }
     assert set(report["baseline"]) == {"results", "perplexity"}
-    ours, theirs = (perplexity(m, ids, length=32) for m in (model, baseline))
+    ours, theirs = (perplexity(m, Text(ids, length=32)) for m in (model, baseline))
     assert report["perplexity"]["value"] == pytest.approx(ours.value)
     assert report["baseline"]["perplexity"]["value"] == pytest.approx(theirs.value)
     difference = report["difference"]["mean_nll"]

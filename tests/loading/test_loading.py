@@ -1,6 +1,5 @@
 """Loading gives the model that was written, or one line that says why not."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from compress.loading.load import load
 from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader, save_tensors
 from support.refusals import refused
+from support.tiny_checkpoints import change_config
 from support.tiny_quantised import write_quantised
 
 
@@ -37,11 +37,6 @@ def folder(mixed, tmp_path):
 def check_refused(kind: type[CompressError], path, *named, **options) -> None:
     with refused(kind, path, *named):
         load(path, **options)
-
-
-def change_config(folder: Path, **changes) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -1,7 +1,6 @@
 """The skeleton against transformers: same tensors, same hidden states, one layer's memory."""
 
 import gc
-import json
 import shutil
 import weakref
 
@@ -18,6 +17,7 @@ from support.tiny_checkpoints import (
     HIDDEN,
     LAYERS,
     WINDOW,
+    change_config,
     load_whole,
     random_ids,
     relative_error,
@@ -170,11 +170,6 @@ def test_a_layer_is_not_filled_by_halves(checkpoint):
 def copy(checkpoint, tmp_path):
     """A checkpoint of one's own, to damage."""
     return shutil.copytree(checkpoint(), tmp_path / "copy")
-
-
-def change_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones(copy):

@@ -10,10 +10,11 @@ from transformers import AutoTokenizer
 from compress.data.text import load_documents
 from compress.data.windows import encode, token_stream
 from compress.errors import UsageError
+from compress.eval import evaluate as measuring
 from compress.eval.divergence import kl_divergence
-from compress.eval.evaluate import Text
-from compress.eval.perplexity import perplexity, perplexity_per_document
+from compress.eval.perplexity import perplexity
 from compress.eval.settings import EvaluationSettings
+from compress.eval.windows import Text
 from compress.kernels.cpu.native import packed_is_faster
 from compress.pipeline import evaluation
 from compress.pipeline.evaluation import Evaluator, check_evaluation, evaluate, evaluate_recipe
@@ -59,12 +60,12 @@ def test_the_figures_are_those_of_the_models_on_the_tokens_of_the_text(checkpoin
     )  # fmt: skip
     ids = held_out(text, checkpoint())
     model, baseline = load_whole(quantised[1]), load_whole(checkpoint())
-    expected = perplexity(model, ids, LENGTH, 16)
+    expected = perplexity(model, Text(ids, length=LENGTH, stride=16))
     assert found["perplexity"]["value"] == pytest.approx(expected.value, rel=1e-6)
     assert found["perplexity"]["tokens"] == expected.tokens
-    reference = perplexity(baseline, ids, LENGTH, 16).value
+    reference = perplexity(baseline, Text(ids, length=LENGTH, stride=16)).value
     assert found["baseline"]["perplexity"]["value"] == pytest.approx(reference, rel=1e-6)
-    divergence = kl_divergence(model, baseline, ids, LENGTH, 16).mean
+    divergence = kl_divergence(model, baseline, Text(ids, length=LENGTH, stride=16)).mean
     assert found["kl"]["mean"] == pytest.approx(divergence, rel=1e-5)
     assert found["conditions"] == {
         "model": str(quantised[1]),
@@ -89,7 +90,9 @@ def test_documents_are_read_one_by_one_until_there_are_enough_tokens(checkpoint,
     needed = int((counts < TOKENS).sum()) + 1
     assert 1 < needed < len(documents)
     bos = tokenizer.bos_token_id
-    expected = perplexity_per_document(load_whole(model), documents[:needed], LENGTH, bos)
+    expected = perplexity(
+        load_whole(model), Text(documents=documents[:needed], length=LENGTH, bos=bos)
+    )
     assert found["perplexity"]["value"] == pytest.approx(expected.value, rel=1e-6)
     assert found["perplexity"]["bos"]
     assert "kl" not in found and "baseline" not in found
@@ -100,7 +103,7 @@ def test_half_precision_is_measured_in_single_on_a_cpu(tmp_path, text):
     model = write_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     found = evaluate(model, perplexity=str(text), length=LENGTH, tokens=TOKENS)
     assert found["conditions"]["dtype"] == "float32"
-    expected = perplexity(load_whole(model), held_out(text, model), LENGTH)
+    expected = perplexity(load_whole(model), Text(held_out(text, model), length=LENGTH))
     assert found["perplexity"]["value"] == pytest.approx(expected.value, rel=1e-6)
 
 
@@ -118,7 +121,7 @@ def test_text_and_baseline_are_read_and_measured_once(checkpoint, text, quantise
     apart = [evaluate(folder, baseline=checkpoint(), **settings) for folder in quantised]
     loads = Counts(monkeypatch, evaluation, "load")
     streams = Counts(monkeypatch, evaluation, "token_stream")
-    measured = Counts(monkeypatch, Text, "perplexity")
+    measured = Counts(monkeypatch, measuring, "perplexity")
     evaluator = Evaluator(EvaluationSettings(**settings), checkpoint())
     assert loads.first == streams.first == []  # nothing is read before it is needed
     assert [evaluator.measure(folder) for folder in quantised] == apart

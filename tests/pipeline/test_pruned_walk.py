@@ -21,7 +21,6 @@ from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
 from compress.rotation.rotate import make_rotation
 from compress.storage.output_folder import WORK_FOLDER
-from support.tiny_folders import tiny_folder
 from support.tiny_models import LAYERS, tiny_inputs
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
@@ -42,20 +41,6 @@ STRATEGIES = {
 }
 CASES = [(family, name) for family in ("llava", "qwen2_vl") for name in STRATEGIES]
 CASES += [(family, "stages") for family in FAMILIES if family not in ("llava", "qwen2_vl")]
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory):
-    written = {}
-
-    def folder_of(family):
-        if family not in written:
-            written[family] = tiny_folder(
-                tmp_path_factory.mktemp(family) / "model", family, noisy=True
-            )
-        return written[family]
-
-    return folder_of
 
 
 def recipe_of(folder, strategy, quantize="none", rotate="none"):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from compress.eval.perplexity import perplexity_per_document
+from compress.eval import perplexity as measuring
+from compress.eval.windows import Text
 from compress.pipeline.run import run
 from compress.recipe.recipe import Recipe
 from support.tiny_checkpoints import load_whole, logits_of, relative_error
@@ -53,7 +54,9 @@ def stories() -> list[list[int]]:
 
 
 def perplexity(folder: Path, stories: list[list[int]]) -> float:
-    return perplexity_per_document(load_whole(folder), stories, CONTEXT, batch=16).value
+    return measuring.perplexity(
+        load_whole(folder), Text(documents=stories, length=CONTEXT), batch_size=16
+    ).value
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "random"])

@@ -1,6 +1,5 @@
 """The reload check passes what is right and stops what is not. Each test starts one process."""
 
-import json
 import shutil
 
 import pytest
@@ -10,6 +9,7 @@ from compress.pipeline.verify import reload_and_compare, write_probe
 from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader, save_tensors
 from support.refusals import refused
+from support.tiny_checkpoints import change_config
 from support.tiny_quantised import write_quantised
 
 
@@ -73,8 +73,7 @@ def test_a_missing_and_a_left_over_tensor_are_named(copy, probe):
 
 
 def test_a_folder_that_does_not_load_is_one_line(copy, probe):
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"model_type": "no-such-model"}))
+    change_config(copy, model_type="no-such-model")
     with refused(CheckpointError, copy, "no-such-model"):
         reload_and_compare(copy, probe)
     (copy / "config.json").unlink()

@@ -16,7 +16,7 @@ ALL = frozenset({"importance", "attention", "keys"})
 def tap_of(model, signals=ALL, threshold=1.1, weight=0.0, **options):
     layer = options.pop("layer", None)
     settings = TapSettings(signals, threshold, "mean", weight, layer, **options)
-    return FAMILIES[model.config.model_type].tap(model.model, settings)
+    return FAMILIES[model.config.model_type](model.model, settings)
 
 
 @torch.no_grad()

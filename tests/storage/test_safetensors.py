@@ -104,7 +104,6 @@ def test_a_value_that_is_not_finite_names_tensor_and_file(tmp_path, dtype, value
     reader = CheckpointReader(tmp_path)
     with refused(CheckpointError, "layers.0.up.weight", tmp_path / "model.safetensors", 1, 36):
         reader.tensor("layers.0.up.weight")
-    assert reader.tensor("layers.0.up.weight", check_finite=False).shape == (6, 6)
 
 
 def test_missing_folder_and_empty_folder(tmp_path):

@@ -1,6 +1,5 @@
 """GGUF files read by the library gguf, and exports that must be refused."""
 
-import json
 from pathlib import Path
 
 import gguf
@@ -74,11 +73,6 @@ def as_checkpoint(read: Read, config) -> dict[str, Tensor]:
             value = halves(value, config.num_key_value_heads)
         tensors[NAMES[name]] = value
     return tensors
-
-
-def change_config(folder: Path, **changes) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -153,6 +153,12 @@ def recipe_for(model: Path, dataset: Path | None = None, /, **sections: Any) -> 
     return Recipe.from_dict({"model": str(model)} | sections)
 
 
+def change_config(folder: Path, **changes: Any) -> None:
+    """Sets keys of a folder's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
 # ---- results ------------------------------------------------------------------------------------
 
 

@@ -30,18 +30,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.checkpoint.gguf.blocks import (
-    BLOCK_TYPES,
-    SMALL,
-    SUPER,
-    exact_type,
-    pack,
-)
+from compress.checkpoint.gguf.blocks import BLOCK_TYPES, SMALL, SUPER, exact_type, pack
 from compress.checkpoint.gguf.settings import add_settings, checked_family, rope_factors
 from compress.checkpoint.gguf.vocabulary import Vocabulary, read_vocabulary
 from compress.checkpoint.packed import PackedLinears
 from compress.checkpoint.packed_formats import with_fp16_scales
-from compress.errors import UsageError
+from compress.errors import UsageError, import_extra
 from compress.kernels.codes import Codes
 from compress.kernels.reference import dequantize
 from compress.models.families import head_dim_of
@@ -70,7 +64,7 @@ class GgufFormat:
 
     def check(self) -> list[str]:
         """Notes, a line each; UsageError for what GGUF or llama.cpp cannot hold."""
-        _require_library()
+        import_extra("gguf", "gguf", "GGUF export")
         from transformers import AutoConfig  # takes seconds, which other formats need not wait
 
         self.config: PretrainedConfig = guarded(self.source.folder, AutoConfig.from_pretrained)
@@ -264,15 +258,6 @@ class GgufFormat:
 
 
 # ---- parts --------------------------------------------------------------------------------------
-
-
-def _require_library() -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            "GGUF export needs the package gguf: pip install 'modelpress[gguf]'"
-        ) from None
 
 
 def _remedy(scheme: Scheme, K: int) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CheckpointError, UsageError
+from compress.errors import CheckpointError, UsageError, import_extra
 
 # Types whose levels have an offset of their own in each block.
 ASYMMETRIC = re.compile(r"Q\d_1|Q[245]_K")
@@ -50,12 +50,7 @@ def inspect_gguf(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _tensors(file: Path) -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise UsageError(
-            "GGUF files are read by the package gguf: pip install 'modelpress[gguf]'"
-        ) from None
+    gguf = import_extra("gguf", "gguf", "reading GGUF files")
     try:
         return gguf.GGUFReader(file).tensors
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
