@@ -139,7 +139,7 @@ def _default_output(name: str) -> Path:
 
 def _what_is_left(progress: RunProgress, output: Path, resume: bool) -> str:
     """What to do about a run that was interrupted."""
-    if progress.current == "evaluation":  # the last stage: all else is in its place
-        return f"the checkpoint in {output} is whole; `modelpress eval` measures it"
     again = "run the same command again" + ("" if resume else " without --no-resume")
+    if progress.current == "evaluation":  # the last stage: all else is in its place
+        return f"the checkpoint in {output} is whole and described; to measure it, {again}"
     return f"to continue after the last whole layer, {again}"

@@ -73,6 +73,7 @@ def search_pruning(
     from compress.pruning.families import family_of
     from compress.pruning.saved import save_strategy
     from compress.pruning.search import check_search, search_strategy
+    from compress.storage.lease import file_lease, lease
 
     check_device(device)
     check_search(keep, trials, sampler)
@@ -87,7 +88,8 @@ def search_pruning(
         given = PruneStrategy.for_budget("vflowopt", keep, depth, stages=layers)
     tried = output.with_suffix(".trials.jsonl")
     if not resume:
-        tried.unlink(missing_ok=True)
+        with file_lease(tried):
+            tried.unlink(missing_ok=True)
     err = console(stderr=True)
     if len(prompts) < samples:
         print_lines(err, f"{data} has {len(prompts)} prompts, fewer than {samples}")
@@ -109,7 +111,8 @@ def search_pruning(
     output.parent.mkdir(parents=True, exist_ok=True)
     found.strategy.save(output)
     if save:
-        save_strategy(found.strategy, model)
+        with lease(Path(model)):
+            save_strategy(found.strategy, model)
     rows = [*_rows(found), ("strategy", str(output)), ("trials", str(tried))]
     if save:
         rows.append(("saved with", model))

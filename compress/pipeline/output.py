@@ -8,11 +8,12 @@
     modelpress.json      where it came from, what was done, what it took
     report.html, README.md, eval/results.json
 
-Policy: until the weights are whole and have been reloaded, everything lives in OUT/.modelpress.
-`publish` moves config.json last and removes the old one first, so that OUT holds a whole
-checkpoint or none that any engine would load. What is written afterwards only describes it.
+Policy: until the weights are whole and have been reloaded, everything lives in OUT/.modelpress, and
+is then published together with what describes it. An evaluation comes after that, and the documents
+are written again with its figures.
 
-    assemble(final, parts, inputs, plan); publish(final, output); document(result)
+    assemble(final, parts, inputs, plan); document(final, final, result, recipe, provenance)
+    publish(final, output)
 """
 
 import json
@@ -36,8 +37,8 @@ from compress.pipeline.result import RunResult
 from compress.pruning.saved import save_strategy
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
-from compress.storage.files import atomic_write, parse_size, write_json
-from compress.storage.output_folder import COMPANIONS
+from compress.storage.files import parse_size, write_json
+from compress.storage.output_folder import COMPANIONS, files_below
 from compress.storage.safetensors import CheckpointReader, merge_shards
 
 
@@ -67,7 +68,7 @@ def assemble(
                 shutil.copyfile(file, final / file.name)
     if strategy is not None:
         save_strategy(strategy, final)
-    (final / "recipe.yaml").write_text(recipe.dump())
+    (final / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
     _check_counts(final, plan)
 
 
@@ -112,19 +113,25 @@ def _check_counts(folder: Path, plan: Plan) -> None:
         )
 
 
-def document(result: RunResult, recipe: Recipe, provenance: dict[str, Any]) -> None:
-    """Writes modelpress.json, report.html, the model card and, if there is one, the evaluation."""
-    output = result.path
-    write_json(output / "modelpress.json", provenance)
+def document(
+    folder: Path, weights: Path, result: RunResult, recipe: Recipe, provenance: dict[str, Any]
+) -> None:
+    """Writes recipe.yaml, modelpress.json, the card, the report and, if any, the evaluation.
+
+    Args:
+        folder: where they go.
+        weights: the checkpoint that they are about.
+    """
+    (folder / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
     if result.metrics:
-        (output / "eval").mkdir(exist_ok=True)
-        write_json(output / "eval" / "results.json", result.metrics)
-    described = {key: value for key, value in provenance.items() if key != "layers"}
+        (folder / "eval").mkdir(exist_ok=True)
+        write_json(folder / "eval" / "results.json", result.metrics)
+    described = {k: v for k, v in provenance.items() if k not in ("layers", "files")}
     facts = {
-        "name": output.resolve().name,
+        "name": result.path.resolve().name,
         "base_model": recipe.model.path,
         "recipe": recipe.model_dump(),
-        "bits": bits_summary(inspect(output)["modules"]),
+        "bits": bits_summary(inspect(weights)["modules"]),
         "bytes": provenance["bytes"],
         "evaluation": result.metrics,
         "provenance": described,
@@ -132,9 +139,10 @@ def document(result: RunResult, recipe: Recipe, provenance: dict[str, Any]) -> N
         "pruning": result.pruning,
         "layers": module_rows(result.layers),
     }
-    with atomic_write(output / "README.md") as file:
-        file.write(model_card(facts).encode())
-    result.report = write_report(output / "report.html", facts)
+    (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+    write_report(folder / "report.html", facts)
+    files = {*provenance.get("files", []), *files_below(folder), "modelpress.json"}
+    write_json(folder / "modelpress.json", provenance | {"files": sorted(files)})
 
 
 def module_rows(layers: Sequence[LayerFacts]) -> list[dict[str, Any]]:
