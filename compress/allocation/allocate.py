@@ -14,7 +14,7 @@ import hashlib
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -59,6 +59,12 @@ class Allocation:
     error: float | None
     fitness: float | None
     average_bits: float
+
+    @classmethod
+    def of_json(cls, found: dict[str, Any]) -> "Allocation":
+        """From what `asdict` made of one, through JSON."""
+        modules = {name: tuple(names) for name, names in found["modules"].items()}
+        return cls(**found | {"modules": modules})
 
     def bits(self) -> dict[str, int]:
         """Width by full name of a linear."""
@@ -207,8 +213,7 @@ def _allocated(
 ) -> Allocation:
     kept = scorer.work / "allocation.json"
     if (found := read_json(kept)) is not None:
-        found["modules"] = {name: tuple(names) for name, names in found["modules"].items()}
-        return Allocation(**found)
+        return Allocation.of_json(found)
     scored = _kept_scores(scorer, units)
     chosen = _choose(section, scored, fixed_bytes, scorer, mark)
     allocation = Allocation(

@@ -13,7 +13,6 @@ OUT/.modelpress and moved at the end, so that OUT holds a whole checkpoint or no
     result.notes                                   # e.g. which engines will not load it
 """
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -38,15 +37,20 @@ from compress.checkpoint.quantization_config import (
 from compress.errors import CheckpointError, UsageError
 from compress.registry import Registry
 from compress.storage.files import parse_size, read_json, write_json, writing
+from compress.storage.lease import WORK_FOLDER, lease
 from compress.storage.output_folder import (
     COMPANIONS,
-    WORK_FOLDER,
+    FINAL,
+    PROVENANCE,
     check_output,
     copy_files,
+    files_below,
     publish,
+    tidy,
+    withdraw,
 )
 
-PROVENANCE = "modelpress.json"
+EXPORT = "export"  # in the place of a run's fingerprint
 
 
 class CheckpointFormat(Protocol):
@@ -119,57 +123,74 @@ def export(
         shard_size: the most that one file of weights holds, where the format has shards.
 
     Raises:
-        UsageError: there is no such format, it cannot hold this checkpoint, or `output` is taken.
+        UsageError: there is no such format, it cannot hold this checkpoint, or `output` is taken or
+            held by another process.
         CheckpointError: the checkpoint is damaged.
     """
     folder, output = Path(folder), Path(output)
     kind = CHECKPOINT_FORMATS[format]
     if folder.resolve() == output.resolve():
         raise UsageError(f"output {output} is the checkpoint itself: choose another --output")
-    check_output(output, overwrite)
-    if (output / WORK_FOLDER / "journal.jsonl").exists():
-        raise UsageError(f"output {output} holds an unfinished run: choose another --output")
-    shard_bytes = parse_size(shard_size)
-    source = _opened(folder)
-    if requantise and not kind.can_requantise:
-        raise UsageError(f"{kind.name} holds every module as it is, or not: leave out --requantise")
-    exporter: CheckpointFormat = kind(source, True) if requantise else kind(source)
-    notes = exporter.check()
-    rounding = _check_scales(source, round_scales)
-    if rounding.changed:
-        notes.append(
-            f"{rounding.changed:,} of {rounding.scales:,} scales were rounded to fp16, by at most "
-            f"{rounding.largest:.1e} of themselves"
-        )
-    with _work_folder(output) as final:
-        sizes = exporter.write(final, shard_bytes)
-        companions = COMPANIONS if exporter.companions else ()
-        copy_files(folder, final, (*companions, "recipe.yaml"))
-        publish(final, output)
-    sizes["total"] = sum(sizes.values())
-    result = ExportResult(output, exporter.name, sizes, rounding, notes)
-    write_json(output / PROVENANCE, _provenance(source, result))
+    check_output(output, overwrite, unfinished=True)  # before anything is made there
+    with lease(output) as held:
+        if (output / WORK_FOLDER / "journal.jsonl").exists():
+            raise UsageError(f"output {output} holds an unfinished run: choose another --output")
+        shard_bytes = parse_size(shard_size)
+        source = _opened(folder)
+        check_output(output, overwrite, held.abandoned and _exported(output, kind.name, source))
+        if requantise and not kind.can_requantise:
+            raise UsageError(
+                f"{kind.name} holds every module as it is, or not: leave out --requantise"
+            )
+        exporter: CheckpointFormat = kind(source, True) if requantise else kind(source)
+        notes = exporter.check()
+        rounding = _check_scales(source, round_scales)
+        if rounding.changed:
+            notes.append(
+                f"{rounding.changed:,} of {rounding.scales:,} scales were rounded to fp16, by at "
+                f"most {rounding.largest:.1e} of themselves"
+            )
+        with _final_folder(output) as final:
+            sizes = exporter.write(final, shard_bytes)
+            sizes["total"] = sum(sizes.values())
+            result = ExportResult(output, exporter.name, sizes, rounding, notes)
+            companions = COMPANIONS if exporter.companions else ()
+            copy_files(folder, final, (*companions, "recipe.yaml"))
+            files = [*files_below(final), PROVENANCE]
+            write_json(final / PROVENANCE, _provenance(source, result) | {"files": sorted(files)})
+        with writing(output):
+            publish(final, output, EXPORT)
+            tidy(output)
     return result
 
 
 @contextmanager
-def _work_folder(output: Path) -> Iterator[Path]:
+def _final_folder(output: Path) -> Iterator[Path]:
     """OUT/.modelpress/final, empty; after an error nothing of it is left."""
-    new = not output.exists()
-    work = output / WORK_FOLDER
+    final = output / WORK_FOLDER / FINAL
+    with writing(output):
+        withdraw(output)  # what a killed export had moved
+        tidy(output)
+        final.mkdir()
     try:
         with writing(output):
-            shutil.rmtree(work, ignore_errors=True)
-            (work / "final").mkdir(parents=True)
-            yield work / "final"
+            yield final
     except BaseException:  # an interrupt as well
-        shutil.rmtree(output if new else work, ignore_errors=True)
+        tidy(output)
         raise
+
+
+def _exported(output: Path, name: str, source: PackedLinears) -> bool:
+    """Whether `output` holds an export of this checkpoint to this format, begun or done."""
+    facts = read_json(output / PROVENANCE) or {}
+    made = (facts.get("export") or {}).get("format"), (facts.get("exported_from") or {})
+    return made[0] == name and made[1].get("fingerprint") == source.reader.fingerprint()
 
 
 def _provenance(source: PackedLinears, result: ExportResult) -> dict[str, Any]:
     """The checkpoint's own history, and what it was exported from."""
     history = read_json(source.folder / PROVENANCE) or {}
+    history.pop("fingerprint", None)  # of the run, whose bytes these are not
     return history | {
         "bytes": history.get("bytes", {}) | result.bytes,
         "exported_from": {

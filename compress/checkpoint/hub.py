@@ -7,7 +7,10 @@ what would be sent and reaches for no network.
     push("out", "me/model-w4", private=True, dry_run=True)["bytes"]
 """
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, filter_repo_objects, validate_repo_id
 
 from compress.errors import CompressError, UsageError
-from compress.storage.output_folder import WORK_FOLDER
+from compress.storage.lease import WORK_FOLDER, lease
+from compress.storage.output_folder import FINAL
 from compress.storage.safetensors import CheckpointReader
 
 STAY_HOME = [".*", "*/.*", "*.tmp", "__pycache__/*", "*/__pycache__/*"]
@@ -49,6 +53,25 @@ def push(
     """
     folder = Path(folder)
     _check_repo_id(repo_id)
+    with _nobody_writing(folder):
+        return _pushed(folder, repo_id, private, dry_run, token, api)
+
+
+@contextmanager
+def _nobody_writing(folder: Path) -> Iterator[None]:
+    """Holds the folder, so that what is sent is one result. UsageError if another process does."""
+    if not folder.is_dir():
+        raise UsageError(f"no such folder: {folder}")
+    if not os.access(folder, os.W_OK):
+        yield
+        return
+    with lease(folder):
+        yield
+
+
+def _pushed(
+    folder: Path, repo_id: str, private: bool, dry_run: bool, token: str | None, api: HfApi | None
+) -> dict[str, Any]:
     _check_finished(folder)
     files = _files(folder)
     report: dict[str, Any] = {
@@ -90,9 +113,8 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def _check_finished(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UsageError(f"no such folder: {folder}")
-    if (folder / WORK_FOLDER).exists():
+    # A run that has only its evaluation before it has neither.
+    if any((folder / WORK_FOLDER / name).exists() for name in ("journal.jsonl", FINAL)):
         raise UsageError(
             f"{folder} holds an unfinished run ({WORK_FOLDER}): finish it by running the recipe "
             f"again"

@@ -2,9 +2,10 @@
 
     main(["run", "demo-rsq", "--output", "out"])
 
-Exit codes: 0 done; 1 the run failed; 2 the command or the recipe is wrong; 130 interrupted. An
-error is one line on stderr; --debug puts its traceback before it. With --json, stdout holds one
-JSON object and all else is on stderr; progress and warnings are there always.
+Exit codes: 0 done; 1 the run failed; 2 the command or the recipe is wrong; 130 interrupted, by
+Ctrl-C, SIGTERM or SIGHUP. An error is one line on stderr; --debug puts its traceback before it.
+With --json, stdout holds one JSON object and all else is on stderr; progress and warnings are there
+always.
 
 A command parses, calls the library and prints; it decides nothing. Each group has its file.
 """
@@ -12,9 +13,12 @@ A command parses, calls the library and prints; it decides nothing. Each group h
 import contextlib
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import typer
@@ -68,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings()
     try:
         arguments = None if argv is None else list(argv)
-        with _no_bars():
+        with _no_bars(), _interrupted_by_signals():
             code = app(arguments, prog_name="modelpress", standalone_mode=False, obj=settings)
         sys.stdout.flush()  # here, where a closed pipe can still be handled
     except ParserError as error:
@@ -101,6 +105,34 @@ def _no_bars() -> Iterator[None]:
         tqdm.__init__ = original
 
 
+@contextlib.contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does, and say how to continue.
+
+    Only the first of them: what follows while the command ends is ignored. A SIGHUP that was
+    ignored from the start (`nohup`) stays so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    caught = [number for number, handler in before.items() if handler is signal.SIG_DFL]
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in caught:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in caught:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _explain(error: Exception, debug: bool) -> int:
     """One line for what a command raised."""
     if isinstance(error, InterruptError):
@@ -124,7 +156,8 @@ def _explain_usage(error: Any) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(" ".join(message.split()), file=sys.stderr)
     return code
 
 

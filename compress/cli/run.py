@@ -132,7 +132,7 @@ def _allocation(budget: str | None, average_bits: float | None, widths: str | No
 
 def _what_is_left(progress: RunProgress, output: Path, resume: bool) -> str:
     """What to do about a run that was interrupted."""
-    if progress.current == "evaluation":  # the last stage: all else is in its place
-        return f"the checkpoint in {output} is whole; `modelpress eval` measures it"
     again = "run the same command again" + ("" if resume else " without --no-resume")
+    if progress.current == "evaluation":  # the last stage: all else is in its place
+        return f"the checkpoint in {output} is whole and described; to measure it, {again}"
     return f"to continue after the last whole layer, {again}"

@@ -68,6 +68,7 @@ def search_pruning(
     from compress.pruning.families import tower_of
     from compress.pruning.saved import save_strategy
     from compress.pruning.search import check_search, search_strategy
+    from compress.storage.lease import file_lease, lease
 
     check_device(device)
     check_search(keep, trials, sampler)
@@ -82,7 +83,8 @@ def search_pruning(
         given = PruneStrategy.for_budget("vflowopt", keep, depth, stages=layers)
     tried = output.with_suffix(".trials.jsonl")
     if not resume:
-        tried.unlink(missing_ok=True)
+        with file_lease(tried):
+            tried.unlink(missing_ok=True)
     err = console(stderr=True)
     if len(prompts) < samples:
         print_lines(err, f"{data} has {len(prompts)} prompts, fewer than {samples}")
@@ -104,7 +106,8 @@ def search_pruning(
     output.parent.mkdir(parents=True, exist_ok=True)
     found.strategy.save(output)
     if save:
-        save_strategy(found.strategy, model)
+        with lease(Path(model)):
+            save_strategy(found.strategy, model)
     rows = [*_rows(found), ("strategy", str(output)), ("trials", str(tried))]
     if save:
         rows.append(("saved with", model))

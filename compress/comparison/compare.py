@@ -16,6 +16,7 @@ evaluation (`compress.comparison.strategies`), and a second plot shows accuracy 
 import json
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from compress.observer import Observer
 from compress.pipeline.evaluation import check_evaluation
 from compress.recipe.recipe import Recipe
 from compress.recipe.sections import Evaluate
+from compress.storage.files import atomic_write
+from compress.storage.lease import lease
 
 
 @dataclass
@@ -62,11 +65,15 @@ class Comparison:
 
     def write(self, folder: Path) -> None:
         """The table as Markdown and JSON, the runs as lines of JSON and as CSV."""
-        (folder / "comparison.md").write_text(self.markdown())
-        (folder / "comparison.json").write_text(json.dumps(self.as_dict(), indent=2) + "\n")
-        lines = [json.dumps(run) + "\n" for run in self.runs]
-        (folder / "comparison.jsonl").write_text("".join(lines))
-        (folder / "comparison.csv").write_text(csv_of(self.runs))
+        files = {
+            "comparison.md": self.markdown(),
+            "comparison.json": json.dumps(self.as_dict(), indent=2) + "\n",
+            "comparison.jsonl": "".join(json.dumps(run) + "\n" for run in self.runs),
+            "comparison.csv": csv_of(self.runs),
+        }
+        for name, text in files.items():
+            with atomic_write(folder / name) as file:
+                file.write(text.encode())
 
 
 def compare(
@@ -86,34 +93,38 @@ def compare(
 
     Raises:
         UsageError: the recipes differ in model or `evaluate`, share a name or settings, or one
-            does not fit the model, as `plan` would say. Nothing has run then.
+            does not fit the model, as `plan` would say, or another process writes to `output`.
+            Nothing has run then.
         CompressError: a run failed.
     """
     observer = observer or Observer()
     output = Path(output)
     section = _check_recipes(recipes, seeds)
     check_evaluation(recipes[0])
-    study: Study
-    if all(only_prunes(recipe) for recipe in recipes):
-        study = PruningComparison(recipes[0], device, observer, overwrite)
-    else:
-        study = ResultComparison(recipes[0], device, observer, overwrite, self_check)
     entries = [
         Entry(recipe, seed, output / folder_name(f"{recipe.name}-{seed}"))
         for recipe in recipes
         for seed in seeds
     ]
-    runs: list[Run] = []
-    for entry, run in zip(entries, study.runs(entries), strict=True):
-        runs.append(run)
-        observer.module(entry.title, Row.of(entry.recipe.name, run["evaluation"]).values)
-    rows = rows_of(runs, drawn_by_seed(section))
-    comparison = Comparison(rows, runs, conditions_line(section, runs, device))
-    for warning in _unmet(runs):
-        comparison.warnings.append(warning)
-        observer.warning(warning)
-    _plot(comparison, output / "comparison.png", observer)
-    comparison.write(output)
+    with ExitStack() as held:  # the results as well: what is measured is what was made
+        for folder in (output, *(entry.folder for entry in entries)):
+            held.enter_context(lease(folder))
+        study: Study
+        if all(only_prunes(recipe) for recipe in recipes):
+            study = PruningComparison(recipes[0], device, observer, overwrite)
+        else:
+            study = ResultComparison(recipes[0], device, observer, overwrite, self_check)
+        runs: list[Run] = []
+        for entry, run in zip(entries, study.runs(entries), strict=True):
+            runs.append(run)
+            observer.module(entry.title, Row.of(entry.recipe.name, run["evaluation"]).values)
+        rows = rows_of(runs, drawn_by_seed(section))
+        comparison = Comparison(rows, runs, conditions_line(section, runs, device))
+        for warning in _unmet(runs):
+            comparison.warnings.append(warning)
+            observer.warning(warning)
+        _plot(comparison, output / "comparison.png", observer)
+        comparison.write(output)
     return comparison
 
 

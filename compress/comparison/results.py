@@ -20,13 +20,14 @@ from compress.eval.harness import DRAWN_TASKS
 from compress.models.pretrained import local_folder
 from compress.models.skeleton import Skeleton
 from compress.observer import Observer
-from compress.pipeline.evaluation import Evaluator
+from compress.pipeline.evaluation import Evaluator, evaluated_texts
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import make_plan
-from compress.pipeline.provenance import made_by
+from compress.pipeline.provenance import another, fingerprint, made_by
 from compress.pipeline.run import run
 from compress.recipe.recipe import Recipe
 from compress.recipe.sections import Evaluate
+from compress.storage.lease import lease
 from compress.storage.safetensors import CheckpointReader
 
 
@@ -50,6 +51,7 @@ class ResultComparison:
         self.recipe, self.device, self.observer = recipe, device, observer
         self.overwrite, self.self_check = overwrite, self_check
         self.model = local_folder(recipe.model_location(), recipe.model.revision)
+        self.skeleton = Skeleton.open(self.model)
         self._data: dict[str, CalibrationData] = {}
         self._evaluator: Evaluator | None = None
 
@@ -75,29 +77,37 @@ class ResultComparison:
 
     def _check(self, recipes: Iterable[Recipe]) -> None:
         """UsageError for a recipe that does not fit the model; reads headers, not weights."""
-        skeleton = Skeleton.open(self.model)
         for recipe in recipes:
-            for problem in make_plan(RunInputs.of(recipe, skeleton)).problems:
+            for problem in make_plan(RunInputs.of(recipe, self.skeleton)).problems:
                 raise UsageError(f"{recipe.name}: {problem}")
 
     def _make(self, entry: Entry) -> None:
         """The entry's result, if it is not there."""
         name, folder = f"{entry.recipe.name}-{entry.seed}", entry.folder
         recipe = seeded(entry.recipe, entry.seed).with_changes(name=name, evaluate=None)
-        if not self.overwrite and made_by(folder, recipe, self.model, self.device):
-            return
-        # A result that is refused, because it is another recipe's, keeps its figures.
-        if self.overwrite or not (folder / "modelpress.json").exists():
+        windows = self._calibration(recipe)
+        inputs = RunInputs.of(recipe, self.skeleton, self.device)
+        data = calibration_data(inputs.source, self.skeleton) if windows is None else windows
+        with lease(folder) as held:
+            if not self.overwrite and not held.abandoned:
+                if made_by(folder, recipe, fingerprint(inputs, data)):
+                    return
+                if (folder / "modelpress.json").exists():
+                    raise UsageError(
+                        f"{folder} holds a result that was made with another "
+                        f"{another(folder, inputs, data)}: choose another --output, or replace it "
+                        "with --overwrite"
+                    )
             _figures_file(folder).unlink(missing_ok=True)
-        run(
-            recipe,
-            folder,
-            device=self.device,
-            overwrite=self.overwrite,
-            windows=self._calibration(recipe),
-            self_check=self.self_check,
-            observer=self.observer,
-        )
+            run(
+                recipe,
+                folder,
+                device=self.device,
+                overwrite=self.overwrite,
+                windows=windows,
+                self_check=self.self_check,
+                observer=self.observer,
+            )
 
     def _measured(self, entry: Entry) -> dict[str, Any]:
         """The figures of the entry's result."""
@@ -108,7 +118,8 @@ class ResultComparison:
             section,
             self.device,
             result=CheckpointReader(entry.folder).fingerprint(),
-            baseline=CheckpointReader(self.model).fingerprint(),
+            baseline=self.skeleton.reader.fingerprint(),
+            texts=evaluated_texts(self.recipe),
         )
         scores = kept(file, conditions, "evaluation")
         if scores is None:
@@ -126,8 +137,8 @@ class ResultComparison:
         name = recipe.calibration.model_dump_json(exclude={"offload"})
         if name not in self._data:
             self.observer.stage("calibration data")
-            skeleton = Skeleton.open(self.model)
-            self._data[name] = calibration_data(CalibrationSource.of(recipe, skeleton), skeleton)
+            source = CalibrationSource.of(recipe, self.skeleton)
+            self._data[name] = calibration_data(source, self.skeleton)
         return self._data[name]
 
 

@@ -6,6 +6,7 @@ measured and taken off again. Of each recipe and seed the folder keeps
 
     recipe.yaml, pruning.json      the strategy, as `compress.load` and search-pruning know it
     trials.jsonl                   of its search
+    basis.json                     hashes of the model and the prompts that it was settled on
     measured.json                  the evaluation
     visual-tokens-N.png            what it prunes of the first images
 
@@ -22,14 +23,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from compress.comparison.study import Entry, Run, conditions_of, keep, kept, seeded
-from compress.data.samples import in_batches, read_samples
+from compress.data.samples import in_batches, read_samples, sample_digests
 from compress.data.source import CalibrationSource
 from compress.errors import UsageError
 from compress.models.pretrained import local_folder
 from compress.models.skeleton import Skeleton
 from compress.models.vision import Inputs
 from compress.observer import Observer
-from compress.pipeline.evaluation import Evaluator, load_measured
+from compress.pipeline.evaluation import Evaluator, evaluated_texts, load_measured
 from compress.pruning.families import tower_of
 from compress.pruning.saved import apply_strategy, stop_pruning
 from compress.pruning.search import search_as_told
@@ -37,7 +38,10 @@ from compress.pruning.tower_cache import OutputCache, tower_cached
 from compress.recipe.pruning import PruneVisualTokens
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
-from compress.storage.files import write_text
+from compress.storage.files import read_json, write_json, write_text
+from compress.storage.lease import WORK_FOLDER
+
+BASIS = "basis.json"
 
 
 def only_prunes(recipe: Recipe) -> bool:
@@ -79,15 +83,18 @@ class PruningComparison:
         recipe, seed, folder = seeded(entry.recipe, entry.seed), entry.seed, entry.folder
         section = recipe.prune_visual_tokens
         assert section is not None and recipe.evaluate is not None
-        file, begun = folder / "measured.json", self._begin(recipe, folder)
-        model = self.skeleton.reader.fingerprint()
-        conditions = conditions_of(recipe.evaluate, self.device, model=model)
+        source = CalibrationSource.of(recipe, self.skeleton)
+        prompts = sample_digests(source.location) if source.images else {}
+        basis = {"model": self.skeleton.reader.fingerprint()} | prompts
+        file, begun = folder / "measured.json", self._begin(recipe, folder, basis)
+        conditions = conditions_of(
+            recipe.evaluate, self.device, basis=basis, texts=evaluated_texts(recipe)
+        )
         found = kept(file, conditions, "run") if begun else None
         if found is not None:
             return found
         with self._same_pictures(section):
             started = time.perf_counter()
-            source = CalibrationSource.of(recipe, self.skeleton)
             strategy, asked = self._settle(section, source, folder / "trials.jsonl")
             searched = time.perf_counter() - started
             strategy.save(folder / "pruning.json")
@@ -110,13 +117,19 @@ class PruningComparison:
         keep(file, conditions, "run", run)
         return run
 
-    def _begin(self, recipe: Recipe, folder: Path) -> bool:
-        """Prepares the folder; whether it was begun by this very recipe."""
+    def _begin(self, recipe: Recipe, folder: Path, basis: dict[str, str]) -> bool:
+        """Prepares the folder; whether it was begun by this very recipe.
+
+        Trials on another `basis`, hashes of the model and of the prompts, are thrown away.
+        """
         text = recipe.with_changes(evaluate=None).dump()
         file = folder / "recipe.yaml"
         if file.is_file() and file.read_text(encoding="utf-8") == text and not self.overwrite:
+            if read_json(folder / BASIS) != basis:
+                (folder / "trials.jsonl").unlink(missing_ok=True)
+                write_json(folder / BASIS, basis)
             return True
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != WORK_FOLDER for path in folder.iterdir()):
             if not self.overwrite:
                 raise UsageError(
                     f"{folder} holds the result of another recipe: choose another --output, or "
@@ -124,7 +137,7 @@ class PruningComparison:
                 )
             for name in ("trials.jsonl", "measured.json"):
                 (folder / name).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / BASIS, basis)
         write_text(file, text)
         return False
 

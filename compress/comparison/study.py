@@ -86,8 +86,10 @@ def seeded(recipe: Recipe, seed: int) -> Recipe:
     return recipe.with_changes(**changes)
 
 
-def conditions_of(section: Evaluate, device: str, **fingerprints: str) -> dict[str, Any]:
-    """What figures depend on: plain JSON values. `fingerprints`: of the models."""
+def conditions_of(
+    section: Evaluate, device: str, **fingerprints: str | dict[str, str]
+) -> dict[str, Any]:
+    """What figures depend on: plain JSON values. `fingerprints`: of models, and of data."""
     evaluate = section.model_dump(mode="json")
     return fingerprints | {"evaluate": evaluate, "device": device, "versions": versions()}
 

@@ -30,6 +30,8 @@ class ActivationStore:
         self.folder, self.name = folder, name
         self._tensors: list[Tensor | None] = []
         self._shapes: list[torch.Size] = []
+        self._sums: list[int] = []
+        self._unread: set[int] = set()  # batches of an earlier process that nobody has read yet
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -46,10 +48,23 @@ class ActivationStore:
             return tensor
         shape = self._shapes[index]
         values = np.fromfile(self._file(index), dtype=np.float32, count=shape.numel())
-        return torch.from_numpy(values).view(shape)
+        x = torch.from_numpy(values)
+        if index in self._unread:
+            if len(x) < shape.numel() or checksum(x) != self._sums[index]:
+                raise CheckpointError(
+                    f"{self._file(index)} is not what was written: start again with --no-resume"
+                )
+            self._unread.remove(index)
+        return x.view(shape)
+
+    @property
+    def sums(self) -> list[int]:
+        """The checksum of each batch."""
+        return list(self._sums)
 
     def __setitem__(self, index: int, x: Tensor) -> None:
-        self._shapes[index] = x.shape
+        self._shapes[index], self._sums[index] = x.shape, checksum(x)
+        self._unread.discard(index)
         if self.folder is None:
             self._tensors[index] = x
             return
@@ -62,6 +77,7 @@ class ActivationStore:
     def append(self, x: Tensor) -> None:
         self._shapes.append(x.shape)
         self._tensors.append(None)
+        self._sums.append(0)
         self[len(self) - 1] = x
 
     def put(self, index: int, x: Tensor) -> None:
@@ -81,13 +97,17 @@ class ActivationStore:
         return copy
 
     @classmethod
-    def found(cls, folder: Path, name: str, shapes: list[torch.Size]) -> "ActivationStore":
-        """A store over files that an earlier process has written; their shapes are known.
+    def found(
+        cls, folder: Path, name: str, shapes: list[torch.Size], sums: list[int]
+    ) -> "ActivationStore":
+        """A store over files that an earlier process has written, whose `sums` are known.
 
-        Raises CheckpointError if one is missing or was cut short.
+        Raises CheckpointError if one is missing or was cut short; one that is damaged is noticed
+        when it is read.
         """
         store = cls(folder, name)
         store._shapes, store._tensors = list(shapes), [None] * len(shapes)
+        store._sums, store._unread = list(sums), set(range(len(shapes)))
         for index, shape in enumerate(shapes):
             file = store._file(index)
             if not file.is_file() or file.stat().st_size < shape.numel() * 4:
@@ -108,7 +128,15 @@ class ActivationStore:
 
     def clear(self) -> None:
         """Forgets all batches; their files stay, to be written over."""
-        self._tensors, self._shapes = [], []
+        self._tensors, self._shapes, self._sums, self._unread = [], [], [], set()
+
+
+def checksum(x: Tensor) -> int:
+    """The sum of a fp32 tensor's bits as 32-bit numbers: any one that changes, changes it.
+
+    Taken at the speed of memory, where a digest would take longer than the layer does.
+    """
+    return int(x.detach().contiguous().view(torch.int32).sum(dtype=torch.int64))
 
 
 def activations_on_disk(offload: str, nbytes: int) -> bool:

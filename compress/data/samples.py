@@ -21,6 +21,7 @@ import torch
 from compress.errors import UsageError
 from compress.models.vision import Inputs
 from compress.recipes.demo import scenes
+from compress.storage.files import file_digest
 
 if TYPE_CHECKING:  # an optional extra
     from PIL.Image import Image
@@ -45,6 +46,23 @@ def read_samples(
         chosen = random.Random(seed).sample(range(len(rows)), count)  # noqa: S311
         rows = [rows[i] for i in sorted(chosen)]
     return [_inputs(f"{path}:{n}", path.parent, row, processor, answers) for n, row in rows]
+
+
+def sample_digests(path: str | Path) -> dict[str, str]:
+    """The sha256 of a file of prompts, and of each image that it names; {} for `demo-scenes`.
+
+    Raises UsageError as `read_samples` does, but not for an image that is not there.
+    """
+    if str(path) == DEMO_SCENES:
+        return {}
+    path = Path(path)
+    digests = {path.name: file_digest(path)}
+    for _, row in _rows(path):
+        image = row.get("image")
+        for name in image if isinstance(image, list) else [image]:
+            if isinstance(name, str) and (path.parent / name).is_file():
+                digests[name] = file_digest(path.parent / name)
+    return digests
 
 
 def prompt_inputs(

@@ -27,6 +27,7 @@ from compress.data.stdlib import Split, python_stdlib
 from compress.errors import CompressError, UsageError, did_you_mean
 from compress.recipe.recipe import Recipe
 from compress.registry import Registry
+from compress.storage.files import file_digest
 
 DATASETS: Registry[Callable[[Split], "Corpus"]] = Registry("dataset")
 BLANK_LINE = "\n\n"
@@ -77,6 +78,12 @@ def load_documents(dataset: str, split: Split, text_field: str = "text") -> Corp
     if len(corpus.texts) == 0:
         raise UsageError(f"dataset {dataset!r} holds no documents")
     return corpus
+
+
+def content_digests(datasets: Sequence[str]) -> dict[str, str]:
+    """The sha256 of each dataset that is a file here; the others are known by their names alone."""
+    files = [dataset for dataset in datasets if Path(dataset).is_file()]
+    return {file: file_digest(Path(file)) for file in files}
 
 
 @DATASETS.register("python-stdlib")

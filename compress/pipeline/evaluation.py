@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.data.text import load_documents, locate
+from compress.data.text import content_digests, load_documents, locate
 from compress.data.windows import encode, token_stream
 from compress.errors import UsageError
 from compress.eval.evaluate import Baseline, evaluate_model
@@ -234,6 +234,12 @@ def evaluate_recipe(
     return Evaluator.of_recipe(recipe, baseline, device).measure(
         model, pictures=Path(model) / "eval"
     )
+
+
+def evaluated_texts(recipe: Recipe) -> dict[str, str]:
+    """The files that the recipe's evaluation reads, each with a hash of what it holds now."""
+    text = recipe.evaluate and recipe.evaluate.perplexity
+    return content_digests([locate(recipe, text.dataset)] if text else [])
 
 
 def check_tasks(settings: EvaluationSettings) -> None:

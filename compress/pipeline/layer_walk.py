@@ -71,7 +71,7 @@ class LayerWalk:
             started = time.perf_counter()
             tensors, facts = self._layer(index)
             facts["seconds"] = round(time.perf_counter() - started, 3)
-            self.journal.record(index, tensors, facts)
+            self.journal.record(index, tensors, facts, self.stream.state())
             self.facts.append(facts)
         self.observer.layers(total, total)
 

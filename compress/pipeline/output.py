@@ -8,11 +8,12 @@
     modelpress.json      where it came from, what was done, what it took
     report.html, README.md, eval/results.json
 
-Policy: until the weights are whole and have been reloaded, everything lives in OUT/.modelpress.
-`publish` moves config.json last and removes the old one first, so that OUT holds a whole
-checkpoint or none that any engine would load. What is written afterwards only describes it.
+Policy: until the weights are whole and have been reloaded, everything lives in OUT/.modelpress, and
+is then published together with what describes it. An evaluation comes after that, and the documents
+are written again with its figures.
 
-    assemble(final, parts, inputs, plan); publish(final, output); document(result)
+    assemble(final, parts, inputs, plan); document(final, final, result, recipe, provenance)
+    publish(final, output)
 """
 
 import json
@@ -37,7 +38,7 @@ from compress.pruning.saved import save_strategy
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
 from compress.storage.files import parse_size, write_json, write_text
-from compress.storage.output_folder import COMPANIONS, copy_files
+from compress.storage.output_folder import COMPANIONS, copy_files, files_below
 from compress.storage.safetensors import CheckpointReader, merge_shards
 
 
@@ -64,7 +65,7 @@ def assemble(
     copy_files(skeleton.folder, final, COMPANIONS)
     if strategy is not None:
         save_strategy(strategy, final)
-    (final / "recipe.yaml").write_text(recipe.dump())
+    (final / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
     _check_counts(final, plan)
 
 
@@ -109,19 +110,25 @@ def _check_counts(folder: Path, plan: Plan) -> None:
         )
 
 
-def document(result: RunResult, recipe: Recipe, provenance: dict[str, Any]) -> None:
-    """Writes modelpress.json, report.html, the model card and, if there is one, the evaluation."""
-    output = result.path
-    write_json(output / "modelpress.json", provenance)
+def document(
+    folder: Path, weights: Path, result: RunResult, recipe: Recipe, provenance: dict[str, Any]
+) -> None:
+    """Writes recipe.yaml, modelpress.json, the card, the report and, if any, the evaluation.
+
+    Args:
+        folder: where they go.
+        weights: the checkpoint that they are about.
+    """
+    (folder / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
     if result.metrics:
-        (output / "eval").mkdir(exist_ok=True)
-        write_json(output / "eval" / "results.json", result.metrics)
-    described = {key: value for key, value in provenance.items() if key != "layers"}
+        (folder / "eval").mkdir(exist_ok=True)
+        write_json(folder / "eval" / "results.json", result.metrics)
+    described = {k: v for k, v in provenance.items() if k not in ("layers", "files")}
     facts = {
-        "name": output.resolve().name,
+        "name": result.path.resolve().name,
         "base_model": recipe.model.path,
         "recipe": recipe.model_dump(),
-        "bits": bits_summary(inspect(output)["modules"]),
+        "bits": bits_summary(inspect(weights)["modules"]),
         "bytes": provenance["bytes"],
         "evaluation": result.metrics,
         "provenance": described,
@@ -129,8 +136,10 @@ def document(result: RunResult, recipe: Recipe, provenance: dict[str, Any]) -> N
         "pruning": result.pruning,
         "layers": module_rows(result.layers),
     }
-    write_text(output / "README.md", model_card(facts))
-    result.report = write_report(output / "report.html", facts)
+    write_text(folder / "README.md", model_card(facts))
+    write_report(folder / "report.html", facts)
+    files = {*provenance.get("files", []), *files_below(folder), "modelpress.json"}
+    write_json(folder / "modelpress.json", provenance | {"files": sorted(files)})
 
 
 def module_rows(layers: Sequence[LayerFacts]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Where a checkpoint comes from: versions, hashes of what went in, and what the run has seen.
 
 fingerprint(inputs, data)    # equal for runs that give the same bytes
-made_by(out / "modelpress.json", recipe, model)   # whether that run has made this folder
+made_by(folder, recipe, mark)   # whether that run has made this folder
 """
 
 import hashlib
@@ -12,12 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compress.data.prompts import CalibrationData
+from compress.data.prompts import CalibrationData, ImagePrompts
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.result import RunResult
 from compress.recipe.recipe import Recipe
 from compress.storage.files import read_json
-from compress.storage.safetensors import CheckpointReader
 
 
 def versions() -> dict[str, str]:
@@ -40,11 +39,13 @@ def fingerprint(inputs: RunInputs, data: CalibrationData) -> str:
 
 
 def provenance(
-    result: RunResult, inputs: RunInputs, data: CalibrationData | None
+    result: RunResult, inputs: RunInputs, data: CalibrationData, mark: str
 ) -> dict[str, Any]:
-    """modelpress.json: what was done, from what, and what it took. `data`: None if unused."""
+    """modelpress.json: what was done, from what, and what it took. `mark`: the fingerprint."""
+    used = inputs.source.used or isinstance(data, ImagePrompts)
     plan, recipe, skeleton = result.plan, inputs.recipe, inputs.skeleton
     return {
+        "fingerprint": mark,
         "versions": versions(),
         "device": inputs.device,
         "model": {
@@ -52,7 +53,7 @@ def provenance(
             "revision": recipe.model.revision,
             "fingerprint": skeleton.reader.fingerprint(),
         },
-        "calibration": None if data is None else data.facts(),
+        "calibration": data.facts() if used else None,
         "seeds": {"calibration": recipe.calibration.seed, "rotate": recipe.rotate.seed},
         "average_bits": plan.average_bits,
         "allocation": None if plan.allocation is None else asdict(plan.allocation),
@@ -66,10 +67,32 @@ def provenance(
     }
 
 
-def made_by(folder: Path, recipe: Recipe, model: Path, device: str) -> bool:
-    """Whether `folder` holds what the recipe would make of this model with these versions."""
-    facts, written = read_json(folder / "modelpress.json"), folder / "recipe.yaml"
-    if facts is None or not written.is_file() or written.read_text() != recipe.dump():
+def made_by(folder: Path, recipe: Recipe, mark: str) -> bool:
+    """Whether `folder` holds what the recipe makes; `mark`: the fingerprint of that run."""
+    written = folder / "recipe.yaml"
+    if not written.is_file() or written.read_text(encoding="utf-8") != recipe.dump():
         return False
-    same_model = facts["model"]["fingerprint"] == CheckpointReader(model).fingerprint()
-    return same_model and facts["versions"] == versions() and facts["device"] == device
+    return (folder / "config.json").is_file() and marked(folder) == mark
+
+
+def marked(folder: Path) -> str | None:
+    """The fingerprint of the run that has made a folder; None where nothing says so."""
+    return (read_json(folder / "modelpress.json") or {}).get("fingerprint")
+
+
+def another(folder: Path, inputs: RunInputs, data: CalibrationData) -> str:
+    """What it was that made the result in `folder` another one, in a few words."""
+    facts = read_json(folder / "modelpress.json") or {}
+    expected = {
+        "weights of the model": (
+            (facts.get("model") or {}).get("fingerprint"),
+            inputs.skeleton.reader.fingerprint(),
+        ),
+        "calibration data": (
+            (facts.get("calibration") or {}).get("sha256"),
+            data.facts()["sha256"] if inputs.source.used else None,
+        ),
+        "versions": (facts.get("versions"), versions()),
+        "device": (facts.get("device"), inputs.device),
+    }
+    return next((name for name, (was, now) in expected.items() if was != now), "recipe")

@@ -3,16 +3,15 @@
     plan -> calibration data -> search of a pruning strategy, if asked for -> embedding, images
     encoded -> the walk over the decoder layers (`layer_walk`)
     -> head -> shards, config, tokenizer, recipe, strategy, provenance -> reload in a fresh process
-    and compare logits -> publish -> evaluate -> report and model card
+    and compare logits -> report and model card -> publish -> evaluate -> report and card again
 
 Everything is written below OUT/.modelpress and moved to OUT at the end, config.json last, so OUT
-holds a whole checkpoint or none. A run that was killed continues after its last finished layer and
-ends with the same bytes.
+holds a whole checkpoint or none; one process at a time may do that. A run that was killed continues
+after its last finished layer, or what came behind, and ends with the same bytes.
 
     result = run(Recipe.load("recipes/demo-lm.yaml"), output="out")
 """
 
-import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from compress.data.activations import activations_on_disk
-from compress.data.prompts import CalibrationData, ImagePrompts, calibration_data, probe_prompt
+from compress.data.prompts import CalibrationData, calibration_data, probe_prompt
 from compress.data.samples import read_samples
 from compress.data.windows import check_token_ids
 from compress.errors import CompressError, UsageError
@@ -31,13 +30,14 @@ from compress.loading.load import load
 from compress.memory import check_device, peak_memory, release_memory
 from compress.models.vision import vision_at_work
 from compress.observer import Observer
-from compress.pipeline.evaluation import check_evaluation, evaluate_recipe
+from compress.pipeline.evaluation import check_evaluation
+from compress.pipeline.finish import RunLog, left_by, measure, publish_result, restored
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.journal import Journal
 from compress.pipeline.layer_walk import LayerWalk
-from compress.pipeline.output import assemble, document
+from compress.pipeline.output import assemble
 from compress.pipeline.plan import Plan, allocated_plan, make_plan
-from compress.pipeline.provenance import fingerprint, provenance
+from compress.pipeline.provenance import fingerprint
 from compress.pipeline.pruning_forecast import strategy_of
 from compress.pipeline.result import RunResult
 from compress.pipeline.stream import CalibrationStream
@@ -46,7 +46,8 @@ from compress.pruning.search import search_as_told
 from compress.pruning.stages import Stages
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
-from compress.storage.output_folder import WORK_FOLDER, check_output, publish
+from compress.storage.lease import WORK_FOLDER, lease
+from compress.storage.output_folder import FINAL, check_output, refuse, withdraw
 from compress.storage.safetensors import save_tensors
 
 
@@ -72,82 +73,87 @@ def run(
         self_check: reload the result in a fresh process and compare logits before publishing it.
 
     Raises:
-        UsageError: the recipe does not fit the model, or `output` holds something else.
+        UsageError: the recipe does not fit the model, or `output` holds something else, or
+            another process writes to it.
         CompressError: a damaged checkpoint, a Hessian that cannot be factored, a failed self-check.
     """
     output = Path(output)
-    observer = observer or Observer()
-    check_output(output, overwrite)
-    check_device(device)
-    check_evaluation(recipe)
-    observer.stage("plan")
-    inputs = RunInputs.open(recipe, device)
-    if inputs.skeleton.folder.resolve() == output.resolve():
-        raise UsageError(f"output {output} is the model itself: choose another --output")
-    plan = make_plan(inputs)
-    if plan.problems:
-        more = f" (and {len(plan.problems) - 1} more: see `plan`)" if len(plan.problems) > 1 else ""
-        raise UsageError(plan.problems[0] + more)
-    log = RunLog(observer)
-    data = windows
-    if data is None:
-        observer.stage("calibration data")
-        data = calibration_data(inputs.source, inputs.skeleton)
-    check_token_ids(data.parts, inputs.skeleton.config.vocab_size)
-    mark = fingerprint(inputs, data)
+    log = RunLog(observer or Observer())
+    check_output(output, overwrite, unfinished=True)  # before anything is made there
+    with lease(output) as held:
+        check_output(output, overwrite, held.abandoned)
+        check_device(device)
+        check_evaluation(recipe)
+        log.observer.stage("plan")
+        inputs = RunInputs.open(recipe, device)
+        if inputs.skeleton.folder.resolve() == output.resolve():
+            raise UsageError(f"output {output} is the model itself: choose another --output")
+        plan = make_plan(inputs)
+        if plan.problems:
+            more = len(plan.problems) - 1
+            raise UsageError(plan.problems[0] + (f" (and {more} more: see `plan`)" if more else ""))
+        data = windows
+        if data is None:
+            log.observer.stage("calibration data")
+            data = calibration_data(inputs.source, inputs.skeleton)
+        check_token_ids(data.parts, inputs.skeleton.config.vocab_size)
+        mark = fingerprint(inputs, data)
+        try:
+            if held.abandoned and resume and left_by(output, mark):
+                result = restored(output, inputs, mark, log)
+            else:
+                if (output / "config.json").exists() and not overwrite:
+                    refuse(output, "config.json")
+                result = _compressed(
+                    inputs, plan, data, mark, output, resume, overwrite, self_check, log
+                )
+                publish_result(result, inputs, data, mark)
+        except OSError as error:
+            raise CompressError(f"{error.filename or output}: {error.strerror or error}") from error
+        measure(result, inputs, data, mark, log)
+    return result
+
+
+def _compressed(
+    inputs: RunInputs,
+    plan: Plan,
+    data: CalibrationData,
+    mark: str,
+    output: Path,
+    resume: bool,
+    overwrite: bool,
+    self_check: bool,
+    log: RunLog,
+) -> RunResult:
+    """The checkpoint in OUT/.modelpress/final, reloaded and compared."""
     journal = Journal(output / WORK_FOLDER, mark)
-    try:
-        done = journal.open(resume, replace=overwrite)
-        if recipe.allocate is not None:
-            plan = allocated_plan(
-                inputs, data, journal.folder, identity=mark, resume=resume, observer=observer
-            )
-        with torch.no_grad():
-            pruning = settle_pruning(inputs, plan, journal, resume, log)
-            job = Job(inputs, plan, data, journal, pruning, output, log)
-            job.start(done)
-            for note in plan.notes:
-                if plan.pruning is None or note != plan.pruning["summary"]:
-                    log.warn(note)
-            job.walk(done)
-            job.finish_tensors()
-            checked = job.assemble(self_check)
-    except OSError as error:
-        raise CompressError(f"{error.filename or output}: {error.strerror or error}") from error
-    result = RunResult(
+    done = journal.open(resume, replace=overwrite)
+    withdraw(output)  # of another run, whose journal is gone by now
+    if inputs.recipe.allocate is not None:
+        plan = allocated_plan(
+            inputs, data, journal.folder, identity=mark, resume=resume, observer=log.observer
+        )
+    with torch.no_grad():
+        pruning = settle_pruning(inputs, plan, journal, resume, log)
+        job = Job(inputs, plan, data, journal, pruning, log)
+        job.start(done)
+        for note in plan.notes:
+            if plan.pruning is None or note != plan.pruning["summary"]:
+                log.warn(note)
+        job.walk(done)
+        job.finish_tensors()
+        checked = job.assemble(self_check)
+    return RunResult(
         path=output,
         plan=plan,
         metrics={},
         layers=job.layers.facts,
         seconds=log.seconds,
-        peak_memory=peak_memory(device),
+        peak_memory=peak_memory(inputs.device),
         self_check=checked,
         pruning=job.pruning_facts(),
         warnings=log.warnings,
     )
-    job.evaluate(result)
-    job.document(result)
-    return result
-
-
-class RunLog:
-    """What a run notes about itself: seconds by stage, and all that was out of the ordinary."""
-
-    def __init__(self, observer: Observer):
-        self.observer = observer
-        self.warnings: list[str] = []
-        self.seconds: dict[str, float] = {}
-        self._started = time.perf_counter()
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-        self.observer.warning(text)
-
-    def lap(self, name: str) -> None:
-        """Counts the time since the last lap to the stage `name`."""
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._started
-        self._started = now
 
 
 @dataclass(frozen=True)
@@ -199,12 +205,11 @@ class Job:
         data: CalibrationData,
         journal: Journal,
         pruning: Pruning,
-        output: Path,
         log: RunLog,
     ):
         self.inputs, self.skeleton, self.spec = inputs, inputs.skeleton, inputs.skeleton.spec
         self.plan, self.data, self.pruning = plan, data, pruning
-        self.journal, self.work, self.output, self.log = journal, journal.folder, output, log
+        self.journal, self.work, self.log = journal, journal.folder, log
         self.model = inputs.rotated_model()
         self.stream = self._stream()
         self.layers = LayerWalk(
@@ -237,11 +242,12 @@ class Job:
 
     def start(self, done: int) -> None:
         """Puts the inputs of the first layer that is not `done` in place."""
-        if done == 0:
-            self._write_embedding()
+        self._write_embedding()  # again, where a run goes on: what an earlier process left of it
+        if done == 0:  # is not in the journal
             self.stream.embed(self._vision_at_work, self._table)
         else:
-            self.stream.restore(done, self._vision_at_work, self._table)
+            state = self.journal.state()
+            self.stream.restore(done, self._vision_at_work, self._table, state)
         self.log.lap("calibration")
 
     def _table(self) -> Tensor:
@@ -307,7 +313,7 @@ class Job:
         """Shards, config, tokenizer and recipe in OUT/.modelpress/final; then the self-check."""
         self.log.observer.stage("writing")
         parts = [*self.parts, *self.journal.part_files(), self.work / "head.safetensors"]
-        final = self.work / "final"
+        final = self.work / FINAL
         assemble(final, parts, self.inputs, self.plan, self.pruning.strategy)
         self.log.lap("writing")
         checked: dict[str, Any] = {}
@@ -315,7 +321,6 @@ class Job:
             self.log.observer.stage("self-check")
             checked = reload_and_compare(final, self.work / "probe.safetensors")
             self.log.lap("self_check")
-        publish(final, self.output)
         return checked
 
     def _fits_self_check(self) -> bool:
@@ -345,26 +350,3 @@ class Job:
             "calibration": self.stream.pruning_stats(self.model.dtype.itemsize),
             "search": self.pruning.search,
         }
-
-    def evaluate(self, result: RunResult) -> None:
-        """Measures the published checkpoint. It stays whatever becomes of its evaluation."""
-        recipe = self.inputs.recipe
-        if recipe.evaluate is None:
-            return
-        self.log.observer.stage("evaluation")
-        try:
-            result.metrics = evaluate_recipe(
-                recipe, self.output, self.skeleton.folder, self.model.device
-            )
-        except BaseException:  # an interrupt as well
-            self.document(result)
-            self.log.warn(f"the checkpoint in {self.output} is complete; its evaluation failed")
-            raise
-        finally:
-            self.log.lap("evaluation")
-
-    def document(self, result: RunResult) -> None:
-        """modelpress.json, the report and the model card."""
-        used = self.inputs.source.used or isinstance(self.data, ImagePrompts)
-        facts = provenance(result, self.inputs, self.data if used else None)
-        document(result, self.inputs.recipe, facts)

@@ -15,7 +15,7 @@ logits any engine can check.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from compress.pruning.families import FAMILIES
 from compress.pruning.prompt import PromptImage, PrunedPrompt, take
 from compress.pruning.stages import Stages
 from compress.recipe.strategy import LANGUAGE_ATTENTION
+from compress.storage.files import file_digest
 from compress.storage.safetensors import read_tensors, save_tensors
 
 if TYPE_CHECKING:  # slow to import
@@ -40,6 +41,13 @@ if TYPE_CHECKING:  # slow to import
 Table = Callable[[], Tensor]  # gives the embedding [vocabulary, d]
 # Opens the vision tower for as long as images are encoded.
 Encoder = Callable[[], AbstractContextManager[None]]
+
+
+class StreamState(TypedDict):
+    """What is known of the files that the next layer needs."""
+
+    inputs: list[int]  # the checksum of each batch
+    stages: dict[str, str]  # the digest of each file on which visual tokens are left
 
 
 class CalibrationStream:
@@ -71,6 +79,7 @@ class CalibrationStream:
         self.positions: list[Tensor | None] = []
         self.prompts: dict[int, PrunedPrompt] = {}  # of batches with images, if any are pruned
         self.scores: dict[int, Tensor] = {}
+        self._left: dict[str, str] = {}  # digests of what the stages have noted
         self.x = ActivationStore()
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -85,11 +94,12 @@ class CalibrationStream:
             self.x.append(encoded.embeds)
         self._narrow(0)
 
-    def restore(self, layer: int, encoder: Encoder, table: Table) -> None:
+    def restore(self, layer: int, encoder: Encoder, table: Table, state: StreamState) -> None:
         """Puts the inputs of `layer` in place, which an earlier process has written.
 
-        Raises CheckpointError if they are not there.
+        `state`: as that process had it. Raises CheckpointError if they are not there, or changed.
         """
+        self._left = dict(state["stages"])
         d = self.skeleton.config.hidden_size
         lengths = [ids.shape for ids, _ in self.batches]
         self.positions = [None] * len(lengths)
@@ -101,7 +111,7 @@ class CalibrationStream:
                 self._narrow_again(stage)
         lengths[: len(self.batches)] = [ids.shape for ids, _ in self.batches]
         shapes = [torch.Size([*length, d]) for length in lengths]
-        found = ActivationStore.found(*self.place(layer), shapes)
+        found = ActivationStore.found(*self.place(layer), shapes, state["inputs"])
         self.x = found if self.on_disk else found.in_memory()
 
     def _encoded(self, encoder: Encoder, table: Tensor) -> Iterator[Encoded]:
@@ -161,6 +171,10 @@ class CalibrationStream:
         self._narrow(layer)
         self.x.dump(*self.place(layer))
 
+    def state(self) -> StreamState:
+        """What a resumed run checks the files against that it finds."""
+        return {"inputs": self.x.sums, "stages": dict(self._left)}
+
     def ranks_before(self, layer: int) -> bool:
         """Whether the stage before `layer` asks what the layer before it attends to."""
         stages = self.stages
@@ -187,7 +201,9 @@ class CalibrationStream:
                 if image.merged is not None:
                     left[f"{i}.{j}.merged"] = image.merged
         self.scores = {}
-        save_tensors(self._left_file(layer), left)
+        file = self._left_file(layer)
+        save_tensors(file, left)
+        self._left[file.name] = file_digest(file)
 
     def _narrow_again(self, layer: int) -> None:
         """The stage before `layer` as an earlier process has decided it."""
@@ -195,6 +211,8 @@ class CalibrationStream:
         file = self._left_file(layer)
         if not file.is_file():
             raise CheckpointError(f"{file} is missing: start again with --no-resume")
+        if self._left.get(file.name) != file_digest(file):
+            raise CheckpointError(f"{file} is not what was written: start again with --no-resume")
         left = read_tensors(file)
         for i, prompt in self.prompts.items():
             for j, image in enumerate(prompt.images):

@@ -18,7 +18,7 @@ it: a search that was interrupted goes on as if it had not been.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +38,7 @@ from compress.pruning.tower import Processor, VisualTokens
 from compress.pruning.trials import Trial, TrialFile
 from compress.recipe.pruning import PruneVisualTokens
 from compress.recipe.strategy import NEW_NAMES, PruneStrategy
+from compress.storage.lease import file_lease
 
 if TYPE_CHECKING:
     from optuna.distributions import FloatDistribution  # of the extra `vision`
@@ -122,7 +123,8 @@ def search_strategy(
         observer: is told of each sample and trial.
 
     Raises:
-        UsageError: nothing to search, a budget that cannot be met, a file of another search.
+        UsageError: nothing to search, a budget that cannot be met, a file of another search, or one
+            that another process adds to.
         CompressError: a state is not finite.
     """
     check_search(keep, trials, sampler)
@@ -136,18 +138,19 @@ def search_strategy(
         "sampler": sampler,
         "seed": seed,
     }
-    file = TrialFile.open(path, settings, objective.fingerprint())
-    done = file.trials[:trials]
-    if done:
-        observer.resumed(len(done))
-    while len(done) < trials:
-        parameters = _propose(space, done, sampler, seed)
-        strategy = space.strategy(parameters)
-        score = objective(strategy)
-        trial = Trial(len(done), parameters, strategy.model_dump(mode="json"), score)
-        file.append(trial)
-        done.append(trial)
-        observer.trial(len(done), trials, trial.score, _best(done).score)
+    with nullcontext() if path is None else file_lease(Path(path)):
+        file = TrialFile.open(path, settings, objective.fingerprint())
+        done = file.trials[:trials]
+        if done:
+            observer.resumed(len(done))
+        while len(done) < trials:
+            parameters = _propose(space, done, sampler, seed)
+            strategy = space.strategy(parameters)
+            score = objective(strategy)
+            trial = Trial(len(done), parameters, strategy.model_dump(mode="json"), score)
+            file.append(trial)
+            done.append(trial)
+            observer.trial(len(done), trials, trial.score, _best(done).score)
     best = _best(done)
     return SearchResult(
         strategy=PruneStrategy.from_dict(best.strategy, f"trial {best.trial}"),

@@ -6,9 +6,11 @@ write_json(path, {"bits": 4})
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,7 @@ from compress.errors import CheckpointError, UsageError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 @contextmanager
@@ -37,12 +40,16 @@ def writing(place: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears under its name only once it is whole and on disk."""
-    temporary = path.with_name(path.name + ".tmp")
+    """A binary file that appears under its name only once it is whole and on disk.
+
+    Until then it has a name that nobody can foresee: where others may write to the folder, none of
+    them can have put a link there.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -65,6 +72,16 @@ def append_line(path: Path, line: str) -> None:
         file.write(f"{line}\n".encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def sweep(folder: Path) -> None:
+    """Removes what `atomic_write` was writing in `folder` when its process was killed.
+
+    Nobody else may be writing there.
+    """
+    for file in folder.iterdir():
+        if TEMPORARY.fullmatch(file.name):
+            file.unlink()
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -90,6 +107,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def file_digest(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync_folder(folder: Path) -> None:
     """Puts a folder's list of names on disk: a rename survives a power cut only after this."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -97,6 +120,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Puts a file's content on disk, however it was written."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def parse_size(text: str | int) -> int:

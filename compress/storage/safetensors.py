@@ -18,8 +18,11 @@ the same bytes.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO
 
@@ -27,7 +30,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError
-from compress.storage.files import atomic_write, write_json
+from compress.storage.files import atomic_write, file_digest, write_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -53,6 +56,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
 CHUNK = 4 * 2**20  # bytes held at once while copying
+HASHING = 4  # files hashed at once
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    state: tuple[int, int] = (0, 0)  # of the file when its header was read: `_state`
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -156,35 +161,32 @@ class CheckpointReader:
             if not stem or name == stem or name.startswith(stem + ".")
         }
 
-    def fingerprint(self, full: bool = False) -> str:
-        """A sha256 of the checkpoint, in hexadecimal.
+    def fingerprint(self) -> str:
+        """A sha256 of config.json and of every byte of the weights, in hexadecimal.
 
-        By default over config.json, the headers, the file sizes and the first KiB of every tensor:
-        cheap at any size, and another set of weights of the same shapes gives another result.
-        `full` reads every byte instead.
+        Reads all of it, once. Raises CheckpointError for a file that has changed since it was
+        opened.
         """
-        digest = hashlib.sha256()
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         config = self.folder / "config.json"
-        digest.update(config.read_bytes() if config.is_file() else b"")
-        for path in sorted(self.files):
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                if full:
-                    while chunk := file.read(CHUNK):
-                        digest.update(chunk)
-                    continue
-                entries = sorted(read_header(path).items())
-                digest.update(repr([(n, e.dtype, e.shape, e.start) for n, e in entries]).encode())
-                for _, entry in entries:
-                    file.seek(entry.start)
-                    digest.update(file.read(min(1024, entry.nbytes)))
+        digest = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
+        files = sorted(self.files)
+        with ThreadPoolExecutor(HASHING) as pool:  # hashing and reading let other threads run
+            for path, found in zip(files, pool.map(file_digest, files), strict=True):
+                digest.update(f"{path.name} {found}".encode())
+        for entry in self._entries.values():
+            _check_unchanged(entry, entry.file.stat())
         return digest.hexdigest()
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file, checked against the file's size."""
-    size = path.stat().st_size
     with path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        size = found.st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(HEADER_LIMIT, size - 8):
             raise CheckpointError(_damaged(path, "its header does not fit the file"))
@@ -198,6 +200,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                     tuple(int(width) for width in fields["shape"]),
                     8 + length + int(fields["data_offsets"][0]),
                     int(fields["data_offsets"][1]) - int(fields["data_offsets"][0]),
+                    _state(found),
                 )
                 for name, fields in header.items()
             }
@@ -223,10 +226,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _read_tensor(name: str, entry: TensorEntry) -> Tensor:
     tensor = torch.empty(math.prod(entry.shape), dtype=_torch_dtype(name, entry))
     with entry.file.open("rb") as file:
+        _check_unchanged(entry, os.fstat(file.fileno()))
         file.seek(entry.start)
         if file.readinto(_raw_bytes(tensor)) != entry.nbytes:
             raise CheckpointError(f"{entry.file} ended while tensor {name!r} was read")
     return tensor.reshape(entry.shape)
+
+
+def _state(found: os.stat_result) -> tuple[int, int]:
+    """What changes with a file's content: its size, and when it was written to."""
+    return found.st_size, found.st_mtime_ns
+
+
+def _check_unchanged(entry: TensorEntry, found: os.stat_result) -> None:
+    if _state(found) != entry.state:
+        raise CheckpointError(
+            f"{entry.file} was changed while it was being read: its tensors may be of two models; "
+            "start again once nobody writes to it"
+        )
 
 
 def _torch_dtype(name: str, entry: TensorEntry) -> torch.dtype:

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.kernels.user_cache import cache_directory
+from compress.kernels.user_cache import cache_directory, check_file
 
 HERE = Path(__file__).parent
 SOURCES = (HERE / "tiles.cpp", HERE / "quads.cpp")
@@ -222,6 +222,8 @@ def _outcome() -> tuple[Kernels | None, str]:
             library = load(compile_library(compiler, version))
             asked = "" if level == "native" else f", MODELPRESS_CPU={level}"
             return Kernels(library), f"compiled kernels, {version}{asked}"
+        except PermissionError as error:
+            why = str(error)
         except (OSError, subprocess.SubprocessError) as error:
             why = f"{compiler} failed: {_first_line(error)}"
     warnings.warn(
@@ -256,20 +258,23 @@ def find_compiler() -> str | None:
 def compile_library(compiler: str, version: str) -> Path:
     """The library for this source, compiler and processor; compiled if the cache has none.
 
-    Raises OSError or subprocess.SubprocessError.
+    Its name ends in its own sha256. Raises OSError or subprocess.SubprocessError, PermissionError
+    for a library that this user has not compiled.
     """
     flags = (*LEVELS[cpu_level()], *FLAGS, *OPENMP)
     sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
     facts = [*sources, compiler, version, *flags, _processor()]
     key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
     folder = cache_directory("native")
-    path = folder / f"kernels-{key}.so"
-    if path.exists():
+    for path in sorted(folder.glob(f"kernels-{key}-*.so")):
+        check_file(path, digest=path.stem.rpartition("-")[2])
         return path
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        built = Path(temporary) / path.name
+        built = Path(temporary) / "kernels.so"
         command = [compiler, *flags, "-o", str(built), *map(str, SOURCES)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+        built.chmod(0o700)
+        path = folder / f"kernels-{key}-{hashlib.sha256(built.read_bytes()).hexdigest()}.so"
         built.replace(path)  # whole or not at all, also if two processes compile at once
     return path
 

@@ -86,10 +86,11 @@ def test_ids_that_are_none_are_refused(finished, repo_id):
 def test_unfinished_folders_are_refused(finished, tmp_path):
     with refused(UsageError, "absent"):
         push(tmp_path / "absent", "me/model", api=NoApi())
-    (finished / ".modelpress").mkdir()
-    with refused(UsageError, finished, ".modelpress"):
-        push(finished, "me/model", api=NoApi())
-    (finished / ".modelpress").rmdir()
+    for begun in ("final", "journal.jsonl"):
+        (finished / ".modelpress" / begun).mkdir(parents=True)
+        with refused(UsageError, finished, ".modelpress"):
+            push(finished, "me/model", api=NoApi())
+        (finished / ".modelpress" / begun).rmdir()
     weights = (finished / "model.safetensors").read_bytes()
     (finished / "model.safetensors").write_bytes(weights[:-1])
     with refused(CheckpointError, "model.safetensors", "truncated"):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,73 @@ def test_other_commands_are_interrupted_too(monkeypatch, capsys):
     pretend(monkeypatch, "compress.recipe.recipe", "shipped_recipes", KeyboardInterrupt())
     assert call("recipes") == 130
     assert only_line(capsys) == "interrupted"
+
+
+SIGNALS = [name for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+
+
+def send(name, times=1):
+    for _ in range(times):
+        os.kill(os.getpid(), getattr(signal, name))
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_every_signal_that_ends_a_command_ends_it_as_ctrl_c_does(
+    name, monkeypatch, recipe, tmp_path, capsys
+):
+    """In the middle of a layer; the same command then goes on."""
+    sent = []
+
+    def module(self, *_):
+        if not sent:
+            sent.append(name)
+            send(name)
+
+    monkeypatch.setattr("compress.cli.progress.RunProgress.module", module)
+    before = signal.getsignal(getattr(signal, name))
+    output = tmp_path / "out"
+    assert call("run", recipe, "--output", output) == 130
+    assert "interrupted: to continue" in last_line(capsys)
+    assert [path.name for path in output.iterdir()] == [".modelpress"]
+    assert not (output / ".modelpress" / "lock").exists()
+    assert signal.getsignal(getattr(signal, name)) == before
+    monkeypatch.setattr("compress.pipeline.run.reload_and_compare", lambda *_: {})
+    assert call("run", recipe, "--output", output) == 0
+
+
+@pytest.mark.parametrize("name", SIGNALS[:-1])
+@pytest.mark.parametrize("command", ["recipes", "eval", "compare", "export", "search-pruning"])
+def test_signals_end_every_command(name, command, monkeypatch, capsys):
+    monkeypatch.setattr("compress.cli.main.app", lambda *_, **__: send(name))
+    assert call(command) == 130
+    assert only_line(capsys) == "interrupted"
+
+
+def test_a_second_signal_does_not_disturb_the_end(monkeypatch, capsys):
+    def tidying(*_, **__):
+        try:
+            send("SIGTERM")
+        finally:
+            send("SIGTERM", 2)
+            if hasattr(signal, "SIGHUP"):
+                send("SIGHUP")
+            print("tidied", file=sys.stderr)
+
+    monkeypatch.setattr("compress.cli.main.app", tidying)
+    assert call("recipes") == 130
+    assert capsys.readouterr().err.splitlines() == ["tidied", "interrupted"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+def test_a_run_under_nohup_goes_on(monkeypatch):
+    """There SIGHUP is ignored from the start."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr("compress.cli.main.app", lambda *_, **__: send("SIGHUP"))
+        assert call("recipes") == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("argv", [["recipes"], ["recipes", "demo-lm"], ["--help"]])

@@ -269,6 +269,34 @@ def test_an_interrupted_comparison_continues_at_its_layer(recipes, measured, tmp
     assert watch.started == [("w2, seed 0", 1)]
 
 
+def test_results_on_data_that_changed_under_its_name_are_not_reported(
+    recipes, measured, checkpoint, text, tmp_path
+):
+    copy, output = shutil.copyfile(text, tmp_path / "text.jsonl"), tmp_path / "out"
+    recipes = [recipe_of(checkpoint(), copy, f"w{bits}", bits=bits) for bits in (4, 2)]
+    compare(recipes, output)
+    before = every_file(output)
+    copy.write_text("".join(reversed(copy.read_text().splitlines(keepends=True))))
+    with refused(UsageError, "calibration data", "--overwrite"):
+        compare(recipes, output)
+    assert every_file(output) == before
+    compare(recipes, output, overwrite=True)
+    assert len(measured) == 4
+
+
+def test_figures_on_a_text_that_changed_under_its_name_are_taken_again(
+    recipes, measured, checkpoint, text, tmp_path
+):
+    copy, output = shutil.copyfile(text, tmp_path / "measured.jsonl"), tmp_path / "out"
+    section = {"perplexity": {"dataset": str(copy), "length": LENGTH, "tokens": TOKENS}}
+    recipes = [recipe.with_changes(evaluate=section) for recipe in recipes]
+    compare(recipes, output)
+    copy.write_text("".join(reversed(copy.read_text().splitlines(keepends=True))))
+    watch = Watch()
+    compare(recipes, output, observer=watch)
+    assert watch.started == [] and len(measured) == 4
+
+
 def test_another_recipe_of_the_same_name_replaces_nothing_unasked(
     recipes, measured, checkpoint, text, tmp_path
 ):

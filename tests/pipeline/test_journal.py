@@ -1,16 +1,15 @@
 """A run that is stopped anywhere continues and ends with the bytes of a run that never was."""
 
-import json
-
 import pytest
 import torch
 
-from compress.errors import CheckpointError, UsageError
+from compress.errors import CheckpointError, CompressError, UsageError
 from compress.pipeline.journal import Journal
 from compress.storage.safetensors import merge_shards
 from support.refusals import refused
 
 LAYERS = 3
+STATE = {"inputs": [1, 2], "stages": {}}
 
 
 def walk(folder, fingerprint="run", layers=LAYERS) -> tuple[Journal, int]:
@@ -22,7 +21,7 @@ def walk(folder, fingerprint="run", layers=LAYERS) -> tuple[Journal, int]:
         weight = torch.sin(torch.tensor(before) * (layer + 1))
         hidden = torch.tensor(before) + weight.cumsum(0)
         facts = {"sum": layer, "hidden": hidden.tolist()}
-        journal.record(layer, {f"layers.{layer}.w": weight}, facts)
+        journal.record(layer, {f"layers.{layer}.w": weight}, facts, STATE)
     return journal, first
 
 
@@ -101,7 +100,7 @@ def test_replacing_throws_another_run_away_and_continues_its_own(tmp_path):
     assert journal.open(resume=True, replace=True) == 0
     assert journal.facts() == journal.part_files() == []
     assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
-    journal.record(0, {"w": torch.ones(2)}, {})
+    journal.record(0, {"w": torch.ones(2)}, {}, STATE)
     assert Journal(tmp_path, "another").open(resume=True) == 1
 
 
@@ -123,33 +122,71 @@ def test_a_lost_file_is_named(tmp_path, name):
         walk(tmp_path)
 
 
-def test_a_damaged_journal_is_named(tmp_path):
+def flip(path, offset) -> None:
+    """Changes one bit."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("offset", [9, 100, -20, -2])
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_one_changed_bit_in_a_finished_layer_is_noticed(tmp_path, layer, offset):
     journal, _ = walk(tmp_path)
-    journal.path.write_text("{]\n")
-    with refused(CheckpointError, journal.path):
+    flip(journal.part_files()[layer], offset)
+    with refused(CheckpointError, f"layer-0000{layer}.safetensors", "--no-resume"):
         walk(tmp_path)
+
+
+@pytest.mark.parametrize("offset", [3, 120, 200, -3])
+def test_one_changed_bit_in_the_journal_is_noticed(tmp_path, offset):
+    """In the header it is another run's, or no JSON; in a line, no line that was written."""
+    journal, _ = walk(tmp_path)
+    flip(journal.path, offset)
+    with pytest.raises(CompressError, match=r"is damaged|another recipe"):
+        walk(tmp_path)
+
+
+DAMAGES = {
+    "no JSON": lambda journal: journal.path.write_text("{]\n"),
+    "no text": lambda journal: journal.path.write_bytes(b"\xff\n"),
+    "empty": lambda journal: journal.path.write_bytes(b""),
+    "a bit": lambda journal: flip(journal.path, 120),
+    "a layer's bit": lambda journal: flip(journal.part_files()[1], -1),
+    "a layer is gone": lambda journal: journal.part_files()[0].unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_is_named_and_the_advice_works(tmp_path, damage):
+    for advice in ({"resume": False}, {"resume": True, "replace": True}):
+        journal, _ = walk(tmp_path)
+        DAMAGES[damage](journal)
+        with pytest.raises(CheckpointError, match=r"journal\.jsonl.*--no-resume or --overwrite"):
+            walk(tmp_path)
+        assert Journal(tmp_path, "run").open(**advice) == 0
 
 
 def test_layers_are_recorded_in_order(tmp_path):
     journal, _ = walk(tmp_path)
     with pytest.raises(AssertionError, match="layer 1 recorded after 3"):
-        journal.record(1, {}, {})
+        journal.record(1, {}, {}, STATE)
 
 
 def test_facts_come_back_as_they_were_recorded(tmp_path):
     journal = Journal(tmp_path, "run")
     journal.open(resume=True)
     facts = {"error": 0.1, "bits": {"q": 3}, "notes": ["damped"]}
-    journal.record(0, {"w": torch.ones(2, dtype=torch.bfloat16)}, facts)
+    journal.record(0, {"w": torch.ones(2, dtype=torch.bfloat16)}, facts, STATE)
     again = Journal(tmp_path, "run")
     assert again.open(resume=True) == 1
     assert again.facts() == journal.facts() == [facts]
-    assert json.loads(again.path.read_text().splitlines()[1]) == facts
+    assert again.state() == journal.state() == STATE
 
 
 def test_clear_leaves_nothing_of_its_own_and_nothing_else_is_touched(tmp_path):
     journal, _ = walk(tmp_path / "run")
-    (tmp_path / "run/layer-00009.safetensors.tmp").write_bytes(b"")
+    (tmp_path / "run/.layer-00009.safetensors.0123456789abcdef.tmp").write_bytes(b"")
     (tmp_path / "run/mine.txt").write_text("kept")
     journal.clear()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]

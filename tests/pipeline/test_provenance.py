@@ -9,11 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress.data.prompts import calibration_data
 from compress.models.skeleton import Skeleton
 from compress.pipeline import provenance
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.provenance import fingerprint, made_by
-from support.tiny_checkpoints import WINDOWS, all_count, random_ids, recipe_for, write_checkpoint
+from support.tiny_checkpoints import (
+    WINDOWS,
+    all_count,
+    every_file,
+    random_ids,
+    recipe_for,
+    write_checkpoint,
+)
 
 
 @pytest.fixture
@@ -29,11 +37,21 @@ def folder(press, recipe) -> Path:
 # ---- whether a recipe has made a folder ---------------------------------------------------------
 
 
+def mark_of(recipe, model=None, device="cpu") -> str:
+    """The fingerprint of the run of this recipe, with its own data."""
+    inputs = RunInputs.of(recipe, Skeleton(model or Path(recipe.model.path)), device)
+    return fingerprint(inputs, calibration_data(inputs.source, inputs.skeleton))
+
+
+def made(folder, recipe, *arguments) -> bool:
+    return made_by(folder, recipe, mark_of(recipe, *arguments))
+
+
 def test_a_folder_is_made_by_the_recipe_that_made_it(folder, recipe, checkpoint, tmp_path):
-    assert made_by(folder, recipe, checkpoint(), "cpu")
+    assert made(folder, recipe)
     moved = shutil.copytree(folder, tmp_path / "moved")
     copied = shutil.copytree(checkpoint(), tmp_path / "model")
-    assert made_by(moved, recipe, copied, "cpu")
+    assert made(moved, recipe, copied)
 
 
 @pytest.mark.parametrize(
@@ -47,31 +65,43 @@ def test_a_folder_is_made_by_the_recipe_that_made_it(folder, recipe, checkpoint,
     ],
     ids=str,
 )
-def test_it_is_not_made_by_another_recipe(folder, recipe, checkpoint, change):
-    assert not made_by(folder, recipe.with_changes(**change), checkpoint(), "cpu")
+def test_it_is_not_made_by_another_recipe(folder, recipe, change):
+    assert not made(folder, recipe.with_changes(**change))
 
 
-def test_it_is_not_made_of_another_model_or_on_another_device(folder, recipe, checkpoint, tmp_path):
-    assert not made_by(folder, recipe, checkpoint(), "cuda")
-    other = shutil.copytree(checkpoint(), tmp_path / "model")
+@pytest.mark.parametrize("place", [0, -1], ids=["first weight", "last weight"])
+def test_it_is_not_made_of_another_model_or_on_another_device(folder, recipe, tmp_path, place):
+    assert not made(folder, recipe, None, "cuda")
+    other = shutil.copytree(recipe.model.path, tmp_path / "model")
     tensors = load_file(other / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[place] += 1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    assert not made_by(folder, recipe, other, "cpu")
+    assert not made(folder, recipe, other)
+
+
+def test_it_is_not_made_of_other_data_under_the_same_name(checkpoint, text, press, tmp_path):
+    copy = shutil.copyfile(text, tmp_path / "text.jsonl")
+    recipe = recipe_for(checkpoint(), copy)
+    folder = press(recipe, None)
+    assert made(folder, recipe)
+    lines = copy.read_text().splitlines()
+    copy.write_text("\n".join(reversed(lines)) + "\n")
+    assert not made(folder, recipe)
 
 
 @pytest.mark.parametrize("package", ["modelpress", "torch", "safetensors", "python"])
-def test_it_is_not_made_with_other_versions(folder, recipe, checkpoint, monkeypatch, package):
+def test_it_is_not_made_with_other_versions(folder, recipe, monkeypatch, package):
     now = provenance.versions()
     assert set(now) > {"modelpress", "torch", "transformers", "python"}
     monkeypatch.setattr(provenance, "versions", lambda: now | {package: "0.0.1"})
-    assert not made_by(folder, recipe, checkpoint(), "cpu")
+    assert not made(folder, recipe)
 
 
-def test_what_is_not_finished_was_made_by_nobody(folder, recipe, checkpoint, tmp_path):
-    assert not made_by(tmp_path / "nothing", recipe, checkpoint(), "cpu")
-    (folder / "modelpress.json").unlink()
-    assert not made_by(folder, recipe, checkpoint(), "cpu")
+@pytest.mark.parametrize("lost", ["modelpress.json", "config.json", "recipe.yaml"])
+def test_what_is_not_finished_was_made_by_nobody(folder, recipe, tmp_path, lost):
+    assert not made(tmp_path / "nothing", recipe)
+    (folder / lost).unlink()
+    assert not made(folder, recipe)
 
 
 # ---- what a run that continues must share -------------------------------------------------------
@@ -115,6 +145,8 @@ def test_modelpress_json_says_what_was_done_and_from_what(folder, recipe, checkp
     assert facts["versions"] == provenance.versions()
     assert facts["model"]["fingerprint"] == skeleton.reader.fingerprint()
     assert facts["model"]["path"] == str(checkpoint())
+    assert facts["fingerprint"] == mark_of(recipe)
+    assert facts["files"] == sorted(every_file(folder))
     assert facts["seeds"] == {"calibration": 0, "rotate": 3}
     assert facts["bytes"]["original"] == skeleton.reader.nbytes()
     assert facts["bytes"]["total"] == facts["bytes"]["quantized"] + facts["bytes"]["other"]

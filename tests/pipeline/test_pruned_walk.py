@@ -73,7 +73,7 @@ def walked(recipe, data, output):
     journal = Journal(output / WORK_FOLDER, "mark")
     done = journal.open(resume=True)
     pruning = settle_pruning(inputs, plan, journal, True, log)
-    job = Job(inputs, plan, data, journal, pruning, output, log)
+    job = Job(inputs, plan, data, journal, pruning, log)
     job.start(done)
     job.walk(done)
     return job

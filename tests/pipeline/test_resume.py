@@ -4,14 +4,17 @@ Most tests stop it with an exception, which leaves on disk what a kill would; on
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from compress.errors import CheckpointError, UsageError
+from compress.checkpoint.hub import push
+from compress.errors import CheckpointError, CompressError, UsageError
 from compress.pipeline.run import run
 from support.refusals import refused
 from support.tiny_checkpoints import (
@@ -218,6 +221,67 @@ def test_other_tokens_or_another_model_do_not_continue_the_run(model, tmp_path):
     sections = RSQ | {"model": str(other)}
     with refused(UsageError, output, "--no-resume"):
         start(recipe_for(model, **sections), output)
+
+
+@pytest.mark.parametrize("part", ["layers.3.mlp.down_proj.weight", "embed_tokens.weight"])
+def test_weights_that_changed_since_do_not_continue_the_run(model, tmp_path, part):
+    """The last number of one tensor; the files' size and all else are as before."""
+    other = Path(shutil.copytree(model, tmp_path / "model"))
+    recipe, output = recipe_for(other, **RSQ), tmp_path / "out"
+    start(recipe, output, 2)
+    tensors = load_file(other / "model.safetensors")
+    tensors[f"model.{part}"].view(-1)[-1] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="model or data"):
+        start(recipe, output)
+
+
+@pytest.mark.parametrize("offload", ["ram", "disk"])
+def test_activations_of_which_one_bit_changed_are_refused(model, tmp_path, offload):
+    recipe, output = recipe_for(model, **RSQ, calibration={"offload": offload}), tmp_path / "out"
+    start(recipe, output, 2)
+    (file,) = (output / ".modelpress" / "activations").glob("inputs-0-*.f32")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"inputs-0-00000\.f32 .*--no-resume"):
+        start(recipe, output)
+
+
+def test_an_embedding_that_was_damaged_is_written_again(model, uninterrupted, tmp_path):
+    recipe, output = recipe_for(model, **RSQ), tmp_path / "out"
+    start(recipe, output, 2)
+    (output / ".modelpress" / "embedding.safetensors").write_bytes(b"")
+    assert start(recipe, output) == [2, 3]
+    assert weight_files(output) == uninterrupted
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), CompressError("no memory")])
+def test_a_result_whose_evaluation_fails_is_described_and_measured_later(
+    model, text, tmp_path, monkeypatch, failure
+):
+    perplexity = {"dataset": str(text), "length": 16, "tokens": 64}
+    section = {"perplexity": perplexity, "baseline": False}
+    recipe, output = recipe_for(model, evaluate=section), tmp_path / "out"
+
+    def fails(*_):
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.pipeline.finish.evaluate_recipe", fails)
+        with pytest.raises(type(failure)):
+            run(recipe, output, windows=WINDOWS, self_check=False)
+    before = weight_files(output)
+    for name in ("README.md", "report.html", "modelpress.json", "recipe.yaml", "config.json"):
+        assert (output / name).is_file()
+    assert push(output, "me/model", dry_run=True)["card"]
+    watch = Watch()
+    result = run(recipe, output, windows=WINDOWS, self_check=False, observer=watch)
+    assert watch.started == [] and result.metrics["perplexity"]["value"] > 1
+    assert weight_files(output) == before and not (output / ".modelpress").exists()
+    assert "perplexity" in (output / "README.md").read_text()
+    with pytest.raises(UsageError, match="--overwrite"):
+        run(recipe, output, windows=WINDOWS, self_check=False)
 
 
 def test_what_does_not_change_the_bytes_does_not_stop_it(model, uninterrupted, tmp_path):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 
 import psutil
 import pytest
@@ -177,22 +178,39 @@ def test_an_unknown_tensor_is_named(sharded):
         CheckpointReader(sharded).tensor("nothing")
 
 
-def test_fingerprint_follows_the_weights_and_the_config(tmp_path):
-    def fingerprint(full=False):
-        return CheckpointReader(tmp_path).fingerprint(full)
+@pytest.mark.parametrize("place", [0, 1, 500, 999], ids="element {}".format)
+def test_fingerprint_follows_every_weight(tmp_path, place):
+    def fingerprint():
+        return CheckpointReader(tmp_path).fingerprint()
 
     weight = torch.zeros(1000)
     save_tensors(tmp_path / "model.safetensors", {"w": weight})
-    first, first_full = fingerprint(), fingerprint(full=True)
+    first = fingerprint()
     assert fingerprint() == first
-    weight[0] = 1
+    weight[place] = 1
     save_tensors(tmp_path / "model.safetensors", {"w": weight})
     second = fingerprint()
-    weight[-1] = 1  # beyond what the cheap fingerprint reads
-    save_tensors(tmp_path / "model.safetensors", {"w": weight})
-    assert fingerprint(full=True) != first_full
     (tmp_path / "config.json").write_text("{}")
     assert len({first, second, fingerprint()}) == 3
+
+
+@pytest.mark.parametrize("asked", ["tensor", "fingerprint"])
+@pytest.mark.parametrize("how", ["in place", "replaced", "touched"])
+def test_a_file_that_is_changed_while_it_is_read_is_named(tmp_path, asked, how):
+    file = tmp_path / "model.safetensors"
+    save_tensors(file, {"w": torch.zeros(1000)})
+    os.utime(file, ns=(0, 0))
+    reader = CheckpointReader(tmp_path)
+    if how == "in place":
+        with file.open("r+b") as opened:
+            opened.seek(-1, 2)
+            opened.write(b"1")
+    elif how == "replaced":
+        save_tensors(file, {"w": torch.ones(1000)})
+    else:
+        os.utime(file, ns=(1, 1))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was changed"):
+        reader.tensor("w") if asked == "tensor" else reader.fingerprint()
 
 
 # ---- writing ------------------------------------------------------------------------------------

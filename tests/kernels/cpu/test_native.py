@@ -1,5 +1,6 @@
 """Compiling for this machine: once, kept where only the user can write, and never silently not."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -94,6 +95,65 @@ def test_a_folder_that_others_write_to_is_not_loaded_from(home, monkeypatch):
     if native.find_compiler():
         with pytest.warns(RuntimeWarning, match="can be written by other users"):
             assert native.kernels() is None
+
+
+def compiled_library(home) -> Path:
+    native.kernels()
+    native._outcome.cache_clear()
+    (library,) = home.iterdir()
+    return library
+
+
+PLANTED = {
+    "that others may write to": lambda path: path.chmod(0o777),
+    "that its group may write to": lambda path: path.chmod(0o770),
+    "of one other byte": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"),
+    "that was cut short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "that is empty": lambda path: path.write_bytes(b""),
+}
+
+
+@compiled
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_library_that_others_may_have_planted_is_not_loaded(home, monkeypatch, what):
+    """After the folder itself was closed to others: what they had put there stays."""
+    library = compiled_library(home)
+    PLANTED[what](library)
+    monkeypatch.setattr(native, "load", pytest.fail)
+    with pytest.warns(RuntimeWarning, match=rf"{library.name}.*: remove it"):
+        assert native.kernels() is None
+    assert not native.reason().startswith("compiled")
+
+
+@compiled
+def test_a_library_of_another_user_is_not_loaded(home, monkeypatch):
+    compiled_library(home)
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    monkeypatch.setattr(native, "load", pytest.fail)
+    with pytest.warns(RuntimeWarning, match="can be written by other users: remove it"):
+        assert native.kernels() is None
+
+
+@compiled
+def test_a_link_in_the_place_of_a_library_is_not_followed(home, monkeypatch, tmp_path):
+    library = compiled_library(home)
+    library.rename(tmp_path / "elsewhere.so")
+    library.symlink_to(tmp_path / "elsewhere.so")
+    monkeypatch.setattr(native, "load", pytest.fail)
+    with pytest.warns(RuntimeWarning, match="not a plain file: remove it"):
+        assert native.kernels() is None
+
+
+@compiled
+@pytest.mark.parametrize("mask", [0o000, 0o002, 0o077])
+def test_what_was_compiled_is_loaded_again_under_any_umask(home, mask):
+    before = os.umask(mask)
+    try:
+        compiled_library(home)
+        assert native.kernels() is not None
+    finally:
+        os.umask(before)
 
 
 def test_a_choice_is_no_warning(uncompiled):
