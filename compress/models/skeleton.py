@@ -47,7 +47,7 @@ class Skeleton:
     """Config, tokenizer, tensor reader and an empty model of one checkpoint.
 
     `config` is the decoder's; a multimodal model's own, with the decoder's inside, is
-    `model_config`.
+    `model_config`. `tied`: embedding and head are one tensor, `said_tied`: config.json says so.
 
     Raises UsageError for a family that is not supported or a checkpoint that is quantised already,
     CheckpointError for files that are missing or damaged.
@@ -63,8 +63,11 @@ class Skeleton:
         self.reader = CheckpointReader(folder, self.spec.module_name)
         self.num_layers: int = self.config.num_hidden_layers
         self.head_dim = head_dim_of(self.config)
-        self.tied = bool(self.model_config.tie_word_embeddings)
         self.model = self._empty_model()
+        # Tied means, as in transformers: the config says so, and the file has one of the two
+        # tensors or equal ones.
+        self.said_tied = bool(self.model_config.tie_word_embeddings)
+        self.tied = self.said_tied and self._one_table()
         self._check_names()
 
     @classmethod
@@ -83,11 +86,25 @@ class Skeleton:
             )
         return model.eval().requires_grad_(False)
 
+    @property
+    def table(self) -> str:
+        """The module whose weight is the embedding: of a tied model the one that the file has."""
+        spec = self.spec
+        lost = self.tied and f"{spec.embedding}.weight" not in self.reader
+        return spec.head if lost else spec.embedding
+
+    def _one_table(self) -> bool:
+        """Whether the file has not two different tensors for embedding and head."""
+        names = [f"{self.spec.embedding}.weight", f"{self.spec.head}.weight"]
+        both = all(name in self.reader for name in names)
+        return not both or self.reader.equal(*names)
+
     def _check_names(self) -> None:
         """Every parameter of the model must be in the file, with its shape, before work starts."""
+        tied = (f"{self.spec.embedding}.weight", f"{self.spec.head}.weight")
         for name, parameter in self.model.named_parameters():
-            if name == f"{self.spec.head}.weight" and self.tied:
-                continue
+            if self.tied and name in tied:
+                name = f"{self.table}.weight"
             if name not in self.reader:
                 raise CheckpointError(f"{self.folder} lacks the tensor {name!r}")
             if self.reader.shape(name) != tuple(parameter.shape):
@@ -104,7 +121,7 @@ class Skeleton:
     @property
     def dtype(self) -> torch.dtype:
         """The checkpoint's own floating-point type: that of its embedding."""
-        return self.reader.dtype(f"{self.spec.embedding}.weight")
+        return self.reader.dtype(f"{self.table}.weight")
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The checkpoint's tokenizer; UsageError if the folder has none."""

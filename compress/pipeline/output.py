@@ -81,7 +81,9 @@ def checkpoint_config(skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> dic
     for part in inner:  # or one that is not named here would be loaded in another type
         part |= {key: config[dtype_key] for key in ("dtype", "torch_dtype") if key in part}
     decoder = config.get("text_config", config)
-    if plan.untied:
+    one_table = skeleton.tied and not plan.untied
+    said = [part.get("tie_word_embeddings") for part in (config, decoder)]
+    if not one_table and (skeleton.said_tied or any(said)):  # engines look in either place
         config["tie_word_embeddings"] = decoder["tie_word_embeddings"] = False
     if len(plan.layers) < skeleton.num_layers:
         decoder["num_hidden_layers"] = len(plan.layers)

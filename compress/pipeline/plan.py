@@ -260,6 +260,11 @@ def _notes(inputs: RunInputs, schemes: Schemes, untied: bool) -> list[str]:
     notes = []
     if untied:
         notes.append("embedding and head share one tensor in this model; they will be untied")
+    if inputs.skeleton.said_tied and not inputs.skeleton.tied:
+        notes.append(
+            "config.json says that embedding and head share one tensor, but the file has a head of "
+            "its own, as transformers uses it: the head is kept, tie_word_embeddings becomes false"
+        )
     skipped = head_rotation_skipped(inputs.recipe.rotate.kind, inputs.skeleton.head_dim)
     if skipped:
         notes.append(skipped)

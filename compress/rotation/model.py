@@ -62,7 +62,7 @@ class RotatedModel:
 
     def embedding(self, dtype: torch.dtype) -> Tensor:
         """The table [V, d]: in `dtype` where it is rotated, else as the source has it."""
-        table = self.skeleton.read(self.spec.embedding)
+        table = self.skeleton.read(self.skeleton.table)
         if self.residual is None:
             return table
         return rotate_embedding(table, self.residual, dtype=dtype)
@@ -80,7 +80,7 @@ class RotatedModel:
         """The head's weight [V, d], in `dtype` where it is rotated, and the final norm's gamma."""
         spec, skeleton = self.spec, self.skeleton
         gamma = skeleton.read(spec.final_norm)
-        weight = skeleton.read(spec.embedding if skeleton.tied else spec.head)
+        weight = skeleton.read(skeleton.table if skeleton.tied else spec.head)
         if self.residual is None:
             return weight, gamma
         weight = fuse_and_rotate_head(weight, gamma, self.residual, dtype=dtype)

@@ -18,7 +18,7 @@ the same bytes.
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -144,6 +144,14 @@ class CheckpointReader:
             _check_finite(tensor, name, entry.file)
         return tensor
 
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same numbers; reads a few MiB of both at a time."""
+        entries = self.entry(first), self.entry(second)
+        if entries[0].shape != entries[1].shape:
+            return False
+        pieces = zip(_pieces(first, entries[0]), _pieces(second, entries[1]), strict=True)
+        return all(bool((a == b).all()) for a, b in pieces)
+
     def tensors(self, prefix: str = "", check_finite: bool = True) -> dict[str, Tensor]:
         """All tensors of the module `prefix`, under their full names.
 
@@ -227,6 +235,19 @@ def _read_tensor(name: str, entry: TensorEntry) -> Tensor:
         if file.readinto(_raw_bytes(tensor)) != entry.nbytes:
             raise CheckpointError(f"{entry.file} ended while tensor {name!r} was read")
     return tensor.reshape(entry.shape)
+
+
+def _pieces(name: str, entry: TensorEntry) -> Iterator[Tensor]:
+    """A tensor's numbers in order, flat, CHUNK of them at a time at most."""
+    dtype, left = _torch_dtype(name, entry), math.prod(entry.shape)
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        while left:
+            piece = torch.empty(min(left, CHUNK), dtype=dtype)
+            if file.readinto(_raw_bytes(piece)) != piece.nbytes:
+                raise CheckpointError(f"{entry.file} ended while tensor {name!r} was read")
+            left -= len(piece)
+            yield piece
 
 
 def _torch_dtype(name: str, entry: TensorEntry) -> torch.dtype:
