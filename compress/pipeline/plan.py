@@ -21,6 +21,7 @@ from compress.observer import Observer
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import host_memory
 from compress.pipeline.pruning_forecast import PruningForecast, forecast
+from compress.pipeline.source_check import SourceCheck
 from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
 
@@ -37,6 +38,7 @@ class Plan:
         file_bytes: the same with the header of a safetensors file, to 0.5 %; what a budget bounds.
         allocation: how widths were chosen, where the recipe asks for it and the scores were read.
         pruning: the visual-token strategy and its costs, as `pruning_forecast` tells.
+        source_check: how far our forward is from that of transformers, where it was asked for.
     """
 
     modules: list[PlannedModule]
@@ -52,6 +54,7 @@ class Plan:
     allocation: Allocation | None = None
     pruning: PruningForecast | None = None
     multimodal: bool = False
+    source_check: SourceCheck | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: the keys of the architecture, modules without their `symmetric`."""
@@ -69,6 +72,7 @@ class Plan:
             "notes": self.notes,
             "allocation": None if self.allocation is None else asdict(self.allocation),
             "pruning": self.pruning,
+            "source_check": self.source_check,
         }
 
 

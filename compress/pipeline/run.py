@@ -1,7 +1,8 @@
 """The run: a recipe and a model folder go in, a checkpoint that other engines load comes out.
 
-    plan -> calibration data -> search of a pruning strategy, if asked for -> embedding, images
-    encoded -> the walk over the decoder layers (`layer_walk`)
+    plan -> calibration data -> check against the source (`source_check`)
+    -> search of a pruning strategy, if asked for -> embedding, images encoded
+    -> the walk over the decoder layers (`layer_walk`)
     -> head -> shards, config, tokenizer, recipe, strategy, provenance -> reload in a fresh process
     and compare logits -> publish -> evaluate -> report and model card
 
@@ -39,13 +40,17 @@ from compress.pipeline.provenance import fingerprint, provenance
 from compress.pipeline.pruning_forecast import strategy_of
 from compress.pipeline.pruning_search import searched_strategy
 from compress.pipeline.result import RunResult
+from compress.pipeline.source_check import SourceCheck, check_source
 from compress.pipeline.stream import CalibrationStream
 from compress.pipeline.verify import reload_and_compare, write_probe
 from compress.pruning.stages import Stages
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
+from compress.storage.files import read_json, write_json
 from compress.storage.output_folder import WORK_FOLDER, check_output, publish
 from compress.storage.safetensors import save_tensors
+
+SOURCE_FILE = "source-check.json"  # in the work folder: that the source was checked
 
 
 def run(
@@ -57,6 +62,7 @@ def run(
     overwrite: bool = False,
     windows: CalibrationData | None = None,
     self_check: bool = True,
+    check_source: bool = True,
     observer: Observer | None = None,
 ) -> RunResult:
     """Compresses a model as the recipe says and writes it to the folder `output`.
@@ -68,10 +74,11 @@ def run(
         windows: calibration data of your own instead of the recipe's dataset: windows of text, with
             a mask of the tokens that count, or prompts with images.
         self_check: reload the result in a fresh process and compare logits before publishing it.
+        check_source: compare our 16-bit forward of the model with that of transformers first.
 
     Raises:
         UsageError: the recipe does not fit the model, or `output` holds something else.
-        CompressError: a damaged checkpoint, a Hessian that cannot be factored, a failed self-check.
+        CompressError: a damaged checkpoint, a Hessian that cannot be factored, a failed check.
     """
     output = Path(output)
     observer = observer or Observer()
@@ -96,6 +103,7 @@ def run(
     journal = Journal(output / WORK_FOLDER, mark)
     try:
         done = journal.open(resume, replace=overwrite)
+        agreed = settle_source(inputs, plan, journal, check_source, log)
         if recipe.allocate is not None:
             plan = allocated_plan(
                 inputs, data, journal.folder, identity=mark, resume=resume, observer=observer
@@ -120,6 +128,7 @@ def run(
         seconds=log.seconds,
         peak_memory=peak_memory(device),
         self_check=checked,
+        source_check=agreed,
         pruning=job.pruning_facts(),
         warnings=log.warnings,
     )
@@ -146,6 +155,25 @@ class RunLog:
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._started
         self._started = now
+
+
+def settle_source(
+    inputs: RunInputs, plan: Plan, journal: Journal, wanted: bool, log: RunLog
+) -> SourceCheck:
+    """Checks the model against its source, once in the life of a run, or says that nobody did."""
+    if not wanted:
+        log.warn("the model was not checked against transformers: --no-check-source")
+        return {"skipped": "--no-check-source"}
+    file = journal.folder / SOURCE_FILE
+    known = read_json(file) or {}
+    if known.get("fingerprint") == journal.fingerprint:
+        return known["facts"]
+    log.lap("calibration")
+    log.observer.stage("source check")
+    facts = check_source(inputs, plan.peak_memory["host"])
+    log.lap("source_check")
+    write_json(file, {"fingerprint": journal.fingerprint, "facts": facts})
+    return facts
 
 
 @dataclass(frozen=True)
