@@ -11,6 +11,7 @@ strategy was saved with it.
 """
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from compress.loading.transformers_plugin import ModelpressConfig
 from compress.models.pretrained import TOKENIZER_FILES, guarded, processor_reader
 from compress.pruning.families import FAMILIES
 from compress.pruning.saved import apply_strategy, saved_strategy
+from compress.storage.indexed import indexed
 from compress.storage.safetensors import CheckpointReader
 
 
@@ -92,7 +94,8 @@ def load(
         _check_status(Path(path), section)
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}  # or all of it would lie in the host's memory first
-    loaded: Any = guarded(path, kind.from_pretrained, output_loading_info=True, **options)
+    with indexed(path) if Path(path).is_dir() else nullcontext(path) as place:
+        loaded: Any = guarded(place, kind.from_pretrained, output_loading_info=True, **options)
     model, report = loaded
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
@@ -103,6 +106,7 @@ def load(
     read = processor_reader(config) if multimodal else AutoTokenizer.from_pretrained
     processor = guarded(path, read)
     model = model.eval().to(device)
+    model.name_or_path = str(path)
     if strategy is not None:
         apply_strategy(model, strategy, processor)
     return model, processor

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from compress.errors import CheckpointError, UsageError
 from compress.models.families import architecture_of, head_dim_of
 from compress.models.pretrained import load_config, local_folder, processor_reader
+from compress.models.stored import left_over, names_of, refuse_adapter, refuse_packed
 from compress.storage.safetensors import CheckpointReader
 
 if TYPE_CHECKING:  # slow to import
@@ -48,22 +49,25 @@ class Skeleton:
 
     `config` is the decoder's; a multimodal model's own, with the decoder's inside, is
     `model_config`. `tied`: embedding and head are one tensor, `said_tied`: config.json says so.
+    `left`: what the files hold beyond the model's parameters.
 
-    Raises UsageError for a family that is not supported or a checkpoint that is quantised already,
-    CheckpointError for files that are missing or damaged.
+    Raises UsageError for a family that is not supported, for a checkpoint that is packed and for an
+    adapter; CheckpointError for files that are missing or damaged.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        refuse_adapter(folder)
         self.model_config = load_config(folder)
         self.spec = architecture_of(self.model_config)
         self.config = self.model_config.get_text_config()
-        if getattr(self.model_config, "quantization_config", None):
-            raise UsageError(f"{folder} is quantised already: start from the 16-bit model")
-        self.reader = CheckpointReader(folder, self.spec.module_name)
+        refuse_packed(folder)
+        self.model = self._empty_model()
+        names = names_of(self.model, f"{self.model.base_model_prefix}.", self.spec.module_name)
+        self.reader = CheckpointReader(folder, names)
+        self.left = left_over(self.reader, self.model)
         self.num_layers: int = self.config.num_hidden_layers
         self.head_dim = head_dim_of(self.config)
-        self.model = self._empty_model()
         # Tied means, as in transformers: the config says so, and the file has one of the two
         # tensors or equal ones.
         self.said_tied = bool(self.model_config.tie_word_embeddings)
@@ -74,7 +78,7 @@ class Skeleton:
     def open(cls, location: str | Path, revision: str | None = None) -> "Skeleton":
         return cls(local_folder(location, revision))
 
-    def _empty_model(self) -> nn.Module:
+    def _empty_model(self) -> "PreTrainedModel":
         from accelerate import init_empty_weights  # slow to import
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # slow
 
@@ -158,7 +162,9 @@ class Skeleton:
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """The tensors of one decoder layer, by their names inside it, in the checkpoint's dtype."""
         prefix = f"{self.spec.layers}.{index}."
-        return {n.removeprefix(prefix): t for n, t in self.reader.tensors(prefix).items()}
+        layer = self.model.get_submodule(prefix.removesuffix("."))
+        names = [name for name, _ in layer.named_parameters()]
+        return {name: self.reader.tensor(prefix + name) for name in sorted(names)}
 
     def read(self, module: str) -> Tensor:
         """The weight of one module outside the layers."""

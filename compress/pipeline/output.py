@@ -75,6 +75,8 @@ def checkpoint_config(skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> dic
     """The source's config.json with what the run has changed."""
     config = json.loads((skeleton.folder / "config.json").read_text())
     dtype_key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    # Another class, of a base model for one, would be loaded without its head.
+    config["architectures"] = [type(skeleton.model).__name__]
     config[dtype_key] = str(dtype).removeprefix("torch.")
     # Of a multimodal model; the older Qwen2-VL files have the decoder's keys at the top.
     inner = [part for part in config.values() if isinstance(part, dict) and "model_type" in part]

@@ -227,6 +227,13 @@ def _problems(
 ) -> list[str]:
     recipe, skeleton, source = inputs.recipe, inputs.skeleton, inputs.source
     problems = []
+    if unknown := skeleton.left.unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        problems.append(
+            f"{skeleton.folder}: {skeleton.reader.entry(unknown[0]).file.name} holds "
+            f"{skeleton.reader.written_name(unknown[0])!r}{more}, which belongs to no part of the "
+            f"model that config.json describes: correct config.json, or leave such tensors out"
+        )
     for pattern in recipe.quantize.unmatched(names):
         problems.append(
             f"quantize: {pattern!r} matches no linear of this model{did_you_mean(pattern, names)}"
@@ -269,6 +276,9 @@ def _notes(inputs: RunInputs, schemes: Schemes, untied: bool) -> list[str]:
             "config.json says that embedding and head share one tensor, but the file has a head of "
             "its own, as transformers uses it: the head is kept, tie_word_embeddings becomes false"
         )
+    if buffers := inputs.skeleton.left.buffers:
+        more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
+        notes.append(f"{buffers[0]}{more} left out: transformers computes such buffers itself")
     skipped = head_rotation_skipped(inputs.recipe.rotate.kind, inputs.skeleton.head_dim)
     if skipped:
         notes.append(skipped)

@@ -37,6 +37,7 @@ from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import FIXED_MEMORY
 from compress.pipeline.verify import OFFLINE
 from compress.rotation.model import RotatedModel
+from compress.storage.indexed import indexed
 from compress.storage.safetensors import read_tensors, save_tensors
 
 SCRIPT = Path(__file__).with_name("source_script.py")
@@ -147,6 +148,11 @@ def _our_logits(model: RotatedModel, probes: Mapping[str, dict[str, Tensor]]) ->
                 for x, part in zip(states, encoded, strict=True)
             ]
         release_memory()
+        if not all(bool(x.isfinite().all()) for x in states):
+            raise CheckpointError(
+                f"{model.skeleton.folder}: {model.spec.layers}.{index}.* gives values that are not "
+                f"finite in fp32: the checkpoint is damaged"
+            )
     with model.logits() as head:
         return [head(x).float().cpu() for x in states]
 
@@ -196,19 +202,23 @@ def _here(skeleton: Skeleton, probes: Mapping[str, dict[str, Tensor]]) -> list[T
     from compress.pipeline.source_script import source_logits  # imports transformers
 
     try:
-        return source_logits(str(skeleton.folder), _kind(skeleton), list(probes.values()))
+        with indexed(skeleton.folder) as place:
+            return source_logits(str(place), _kind(skeleton), list(probes.values()))
     except (ValueError, RuntimeError, OSError, KeyError, ImportError) as error:
         raise _fails(skeleton, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _elsewhere(skeleton: Skeleton, probes: Mapping[str, dict[str, Tensor]]) -> list[Tensor]:
     """Logits of a process that holds one module's weights at a time."""
-    with tempfile.TemporaryDirectory(prefix="modelpress-") as temporary:
+    with (
+        indexed(skeleton.folder) as place,
+        tempfile.TemporaryDirectory(prefix="modelpress-") as temporary,
+    ):
         files = [Path(temporary, f"{name}.safetensors") for name in probes]
         for file, probe in zip(files, probes.values(), strict=True):
             save_tensors(file, probe)
         # -P: this folder must not become the child's first import path.
-        command = [sys.executable, "-P", str(SCRIPT), str(skeleton.folder.resolve())]
+        command = [sys.executable, "-P", str(SCRIPT), str(place.resolve())]
         command += [_kind(skeleton), "--probes", *map(str, files)]
         command += ["--places", json.dumps(_places(skeleton))]
         command += ["--offload", str(Path(temporary, "offload"))]

@@ -2,7 +2,8 @@
 
 A safetensors file is an 8-byte little-endian length, that many bytes of JSON naming each tensor's
 dtype, shape and byte range, then the data. A checkpoint is one `model.safetensors`, or shards and
-a `model.safetensors.index.json` that says which shard holds which tensor.
+a `model.safetensors.index.json` that says which shard holds which tensor; where that is missing,
+all shards `model-0000k-of-0000n.safetensors` say it themselves.
 
 Policy: whatever contradicts the headers (a missing shard, a tensor the index promises and the
 shard lacks, a file shorter than its header says) is a CheckpointError when the folder is opened;
@@ -80,12 +81,18 @@ class CheckpointReader:
 
     def __init__(self, folder: str | Path, rename: Callable[[str], str] = str):
         self.folder = Path(folder)
-        self.files = _weight_files(self.folder)
+        self.files = weight_files(self.folder)
         headers = {file.name: read_header(file) for file in self.files}
-        if SINGLE_FILE in headers:
-            entries = headers[SINGLE_FILE]
+        entries: dict[str, TensorEntry] = {}
+        if SINGLE_FILE in headers or not (self.folder / INDEX_FILE).is_file():
+            for shard, found in headers.items():
+                if twice := sorted(entries.keys() & found.keys()):
+                    raise CheckpointError(
+                        f"{self.folder}: tensor {twice[0]!r} is in {shard} and in "
+                        f"{entries[twice[0]].file.name}"
+                    )
+                entries |= found
         else:
-            entries = {}
             for name, shard in _weight_map(self.folder).items():
                 if name not in headers[shard]:
                     raise CheckpointError(
@@ -262,7 +269,7 @@ def _damaged(path: Path, fault: str) -> str:
     return f"{path} is not a whole safetensors file: {fault}; download or write it again"
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights; one file wins over an index, as in transformers."""
     if not folder.is_dir():
         raise CheckpointError(f"no such model folder: {folder}")
@@ -282,7 +289,24 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} holds pytorch_model.bin only, and only safetensors are read: load it with "
             f"transformers and save it again with save_pretrained"
         )
+    if shards := sorted(folder.glob("model-*-of-*.safetensors")):
+        return _whole_set(folder, shards)
     raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _whole_set(folder: Path, shards: list[Path]) -> list[Path]:
+    """The shards, if they are all that their names count."""
+    found = {path.name for path in shards}
+    count = shards[0].stem.rpartition("-")[2]
+    expected = [
+        f"model-{i + 1:0{len(count)}d}-of-{count}.safetensors"
+        for i in range(int(count) if count.isdecimal() and len(count) < 6 else 0)
+    ]
+    if found != {*expected}:
+        odd = sorted(found.symmetric_difference(expected))
+        fault = f"lacks {odd[0]}" if odd[0] in expected else f"holds {odd[0]} beside others"
+        raise CheckpointError(f"{folder} has no {INDEX_FILE}, and {fault}: download it again")
+    return shards
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
