@@ -28,7 +28,9 @@ from transformers import (
     ProcessorMixin,
 )
 
+from compress.checkpoint.packed import check_scale
 from compress.checkpoint.quantization_config import (
+    INTEGERS,
     checked_section,
     format_of,
     groups_of,
@@ -158,7 +160,8 @@ def _check_path(path: str | Path) -> None:
 
 
 def _check_status(folder: Path, section: dict[str, Any]) -> None:
-    """CheckpointError where transformers would take codes for weights, or weights for codes.
+    """CheckpointError where transformers would take codes for weights, or weights for codes, or
+    would take for scales what are none.
 
     It goes by quantization_status alone: `compressed` is codes, all else is weights. A folder that
     is on the hub, whose tensors are not here yet, is refused for a status that says neither.
@@ -173,6 +176,9 @@ def _check_status(folder: Path, section: dict[str, Any]) -> None:
             )
         return
     reader = CheckpointReader(folder)
+    if {format_of(section, group) for group in groups_of(section)} <= {*INTEGERS}:
+        for scale in (name for name in reader.names if name.endswith(".weight_scale")):
+            check_scale(reader, scale)
     for scale in (name for name in reader.names if name.endswith(".weight_scale")):
         weight = scale.removesuffix("_scale")
         if weight not in reader:

@@ -6,11 +6,11 @@ a `model.safetensors.index.json` that says which shard holds which tensor; where
 all shards `model-0000k-of-0000n.safetensors` say it themselves.
 
 Policy: whatever contradicts the headers (a missing shard, a tensor the index promises and the
-shard lacks, a file shorter than its header says) is a CheckpointError when the folder is opened;
-a NaN or an infinity is one when its tensor is read. Data is read through a plain file handle, not
-a memory map, so what is dropped is gone: reading eighty layers costs the memory of one.
-Files are written under a temporary name, flushed to disk and renamed, and the same tensors give
-the same bytes.
+shard lacks, a file whose bytes are not those of its header, neither more nor less) is a
+CheckpointError when the folder is opened; a NaN or an infinity is one when its tensor is read.
+Data is read through a plain file handle, not a memory map, so what is dropped is gone: reading
+eighty layers costs the memory of one. Files are written under a temporary name, flushed to disk and
+renamed, and the same tensors give the same bytes.
 
     reader = CheckpointReader("path/to/model")
     weight = reader.tensor("model.layers.0.mlp.up_proj.weight")
@@ -197,37 +197,80 @@ class CheckpointReader:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file, checked against the file's size."""
+    """The tensors of one safetensors file, checked as strictly as the library checks them.
+
+    Raises CheckpointError unless the header is JSON that names each tensor once, with integers for
+    its shape and its bytes, and these follow each other without a gap and fill the file.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(HEADER_LIMIT, size - 8):
             raise CheckpointError(_damaged(path, "its header does not fit the file"))
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = {
-                name: TensorEntry(
-                    path,
-                    fields["dtype"],
-                    tuple(int(width) for width in fields["shape"]),
-                    8 + length + int(fields["data_offsets"][0]),
-                    int(fields["data_offsets"][1]) - int(fields["data_offsets"][0]),
-                )
-                for name, fields in header.items()
-            }
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise CheckpointError(_damaged(path, "its header is not valid")) from None
-    for name, entry in entries.items():
-        end = entry.start + entry.nbytes
-        if end > size:
-            fault = f"the header says {end:,} bytes, the file has {size:,}"
-            raise CheckpointError(_damaged(path, f"truncated: {fault}"))
-        dtype = DTYPES.get(entry.dtype)
-        expected = math.prod(entry.shape) * dtype.itemsize if dtype else entry.nbytes
-        if entry.start < 8 + length or entry.nbytes != expected:
-            raise CheckpointError(_damaged(path, f"the byte range of {name!r} is not valid"))
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_each_once)
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
+        described = header.pop("__metadata__", {})
+        if not isinstance(described, dict) or not all(
+            isinstance(value, str) for value in described.values()
+        ):
+            raise ValueError("__metadata__ holds more than texts")
+        entries = {name: _entry(path, name, part, 8 + length) for name, part in header.items()}
+        _check_fill(entries, 8 + length, size)
+    except (ValueError, RecursionError) as error:
+        fault = str(error) if type(error) is ValueError else "its header is not valid JSON"
+        raise CheckpointError(_damaged(path, fault)) from None
     return entries
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; ValueError for one that has a name twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"its header holds {twice!r} twice")
+    return found
+
+
+def _entry(path: Path, name: str, part: object, begin: int) -> TensorEntry:
+    """One tensor of a header; `begin`: where data begins. ValueError for what is no tensor."""
+    if not isinstance(part, dict):
+        raise ValueError(f"its header has no object for {name!r}")
+    dtype, shape, offsets = (part.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str):
+        raise ValueError(f"the dtype of {name!r} is not valid")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"the shape of {name!r} is not valid: expected integers")
+    whole = isinstance(offsets, list) and len(offsets) == 2
+    if not whole or not all(type(n) is int and n >= 0 for n in offsets):
+        raise ValueError(f"the byte range of {name!r} is not valid: expected two integers")
+    start, end = offsets
+    known = DTYPES.get(dtype)
+    if end < start or (known and math.prod(shape) * known.itemsize != end - start):
+        raise ValueError(f"the byte range of {name!r} is not valid")
+    return TensorEntry(path, dtype, tuple(shape), begin + start, end - start)
+
+
+def _check_fill(entries: dict[str, TensorEntry], begin: int, size: int) -> None:
+    """ValueError unless the tensors' bytes are those from `begin` to `size`, each of one tensor."""
+    reached = begin
+    for name, entry in sorted(entries.items(), key=lambda kv: (kv[1].start, kv[1].nbytes)):
+        if entry.start + entry.nbytes > size:
+            raise ValueError(
+                f"truncated: the header says {entry.start + entry.nbytes:,} bytes, the file has "
+                f"{size:,}"
+            )
+        if entry.start != reached:
+            how = (
+                "overlaps the tensor before it" if entry.start < reached else "begins behind a gap"
+            )
+            raise ValueError(f"the byte range of {name!r} is not valid: it {how}")
+        reached += entry.nbytes
+    if reached != size:
+        raise ValueError(f"{size - reached:,} bytes follow the last tensor")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
