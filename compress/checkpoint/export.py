@@ -37,8 +37,9 @@ from compress.checkpoint.quantization_config import (
 )
 from compress.errors import CheckpointError, UsageError
 from compress.registry import Registry
+from compress.storage.companions import copy_companions
 from compress.storage.files import parse_size, read_json, write_json, writing
-from compress.storage.output_folder import COMPANIONS, WORK_FOLDER, check_output, publish
+from compress.storage.output_folder import WORK_FOLDER, check_output, publish
 
 PROVENANCE = "modelpress.json"
 
@@ -137,7 +138,10 @@ def export(
         )
     with _work_folder(output) as final:
         sizes = exporter.write(final, shard_bytes)
-        _copy_companions(folder, final, COMPANIONS if exporter.companions else ())
+        if exporter.companions:
+            copy_companions(folder, final)
+        if (folder / "recipe.yaml").is_file():
+            shutil.copyfile(folder / "recipe.yaml", final / "recipe.yaml")
         publish(final, output)
     sizes["total"] = sum(sizes.values())
     result = ExportResult(output, exporter.name, sizes, rounding, notes)
@@ -158,13 +162,6 @@ def _work_folder(output: Path) -> Iterator[Path]:
     except BaseException:  # an interrupt as well
         shutil.rmtree(output if new else work, ignore_errors=True)
         raise
-
-
-def _copy_companions(folder: Path, final: Path, patterns: tuple[str, ...]) -> None:
-    for pattern in (*patterns, "recipe.yaml"):
-        for file in sorted(folder.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, final / file.name)
 
 
 def _provenance(source: PackedLinears, result: ExportResult) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from compress.checkpoint.quantization_config import (
 from compress.errors import CheckpointError, UsageError
 from compress.kernels.cpu import native
 from compress.loading.transformers_plugin import ModelpressConfig
+from compress.models.families import refuse_partly_seen
 from compress.models.pretrained import TOKENIZER_FILES, guarded, processor_reader
 from compress.pruning.families import FAMILIES
 from compress.pruning.saved import apply_strategy, saved_strategy
@@ -69,7 +70,8 @@ def load(
     activation_bits: packed linears round what they read to so many bits (2 to 8), token by token,
     and multiply integers: faster with several tokens, less exact.
 
-    Raises UsageError if there is no such folder and no such id can be reached, and CheckpointError
+    Raises UsageError if there is no such folder and no such id can be reached, or if it is of a
+    multimodal family that is not supported, and CheckpointError
     if what is there is not a whole model that can be loaded so; it names the module.
     """
     if packed is False and activation_bits is not None:
@@ -78,6 +80,7 @@ def load(
         )
     _check_path(path)
     config = guarded(path, AutoConfig.from_pretrained)
+    refuse_partly_seen(config)
     strategy = saved_strategy(config, path) if prune else None
     multimodal = config.model_type in FAMILIES
     kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM

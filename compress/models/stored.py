@@ -23,6 +23,7 @@ from typing import Any
 from torch import nn
 
 from compress.errors import UsageError
+from compress.storage.companions import MARKERS
 from compress.storage.files import read_json
 from compress.storage.safetensors import CheckpointReader
 
@@ -35,13 +36,6 @@ ADAPTER_TENSOR = re.compile(r"\.lora_|\.base_layer\.|\.modules_to_save\.|^base_m
 # Keys of config.json that only packed checkpoints have: transformers', compressed-tensors' of old,
 # and MLX's.
 MARKING_KEYS = ("quantization_config", "compression_config", "quantization")
-# Files beside it: of ModelOpt, of AutoGPTQ and GPTQModel, of AWQ, of quanto.
-MARKING_FILES = (
-    "hf_quant_config.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "quanto_qmap.json",
-)
 # Last parts of names of what is packed, or lies beside it. None is a parameter of a family here.
 MARKING_TENSOR = re.compile(
     r"scales?(_|$)|zeros?(_|$)|zero_point|qweight|q_weight|weight_packed|packed|q_perm|g_idx|"
@@ -83,7 +77,7 @@ def refuse_packed(folder: Path) -> None:
                     f"{folder} is quantised already{_what(part[key])}, says {place}{key} in "
                     f"config.json: {START_AGAIN}"
                 )
-    for file in MARKING_FILES:
+    for file in MARKERS:
         if (folder / file).is_file():
             what = _what(read_json(folder / file) or {})
             raise UsageError(f"{folder} is quantised already{what}, says {file}: {START_AGAIN}")

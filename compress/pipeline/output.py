@@ -1,7 +1,7 @@
 """The output folder of a run: put together beside its final place, checked, moved, documented.
 
     config.json, generation_config.json       the source's, plus quantization_config
-    tokenizer and processor files             the source's
+    tokenizer, processor, licence, ...        the source's: all but weights, and what is above
     pruning.json         how visual tokens are pruned, if they are; also a key of config.json
     model-0000k-of-0000n.safetensors, model.safetensors.index.json
     recipe.yaml          every default spelled out, so that the same bytes can be made again
@@ -36,8 +36,8 @@ from compress.pipeline.result import RunResult
 from compress.pruning.saved import save_strategy
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
+from compress.storage.companions import copy_companions
 from compress.storage.files import atomic_write, parse_size, write_json
-from compress.storage.output_folder import COMPANIONS
 from compress.storage.safetensors import CheckpointReader, merge_shards
 
 
@@ -61,10 +61,7 @@ def assemble(
     merge_shards(parts, final, parse_size(recipe.save.shard_size))
     config = checkpoint_config(skeleton, plan, inputs.dtype)
     write_json(final / "config.json", config)
-    for pattern in COMPANIONS:
-        for file in sorted(skeleton.folder.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, final / file.name)
+    copy_companions(skeleton.folder, final)
     if strategy is not None:
         save_strategy(strategy, final)
     (final / "recipe.yaml").write_text(recipe.dump())

@@ -13,21 +13,6 @@ from pathlib import Path
 from compress.errors import UsageError
 
 WORK_FOLDER = ".modelpress"
-# What a model folder holds beside weights and config: copied as it is.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "pruning.json",
-)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -52,7 +37,10 @@ def publish(final: Path, output: Path) -> None:
     new = {file.name for file in files}
     (output / "config.json").unlink(missing_ok=True)
     for file in files:
-        file.replace(output / file.name)
+        place = output / file.name
+        if place.is_dir() and not place.is_symlink():  # a rename goes over files and links alone
+            shutil.rmtree(place)
+        file.replace(place)
     for file in [*output.glob("*.safetensors*"), *output.glob("*.gguf")]:
         if file.name not in new:
             file.unlink()
