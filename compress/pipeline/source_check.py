@@ -148,10 +148,11 @@ def _our_logits(model: RotatedModel, probes: Mapping[str, dict[str, Tensor]]) ->
                 for x, part in zip(states, encoded, strict=True)
             ]
         release_memory()
-        if not all(bool(x.isfinite().all()) for x in states):
+        # Squares, because the next norm takes them.
+        if not all(bool(x.square().sum(-1).isfinite().all()) for x in states):
             raise CheckpointError(
-                f"{model.skeleton.folder}: {model.spec.layers}.{index}.* gives values that are not "
-                f"finite in fp32: the checkpoint is damaged"
+                f"{model.skeleton.folder}: {model.spec.layers}.{index}.* gives values that "
+                f"overflow fp32: the checkpoint is damaged"
             )
     with model.logits() as head:
         return [head(x).float().cpu() for x in states]
