@@ -244,7 +244,7 @@ def _entry(path: Path, name: str, part: object, begin: int) -> TensorEntry:
         raise ValueError(f"the dtype of {name!r} is not valid")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"the shape of {name!r} is not valid: expected integers")
-    pair = offsets if isinstance(offsets, list) and len(offsets) == 2 else [None]
+    pair: list = offsets if isinstance(offsets, list) and len(offsets) == 2 else [None]
     if not all(type(n) is int and n >= 0 for n in pair):
         raise ValueError(f"the byte range of {name!r} is not valid: expected two integers")
     start, end = pair
