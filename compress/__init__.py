@@ -11,6 +11,8 @@ neither torch nor transformers; `from compress import run` works all the same.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from compress.errors import CheckpointError
+
 if TYPE_CHECKING:  # what `__getattr__` gives
     from compress.checkpoint.export import export as export
     from compress.checkpoint.hub import push as push
@@ -55,17 +57,35 @@ _HOMES = {
 __all__ = ["__version__", "plan", *_HOMES]
 
 
-def plan(recipe: "Recipe", *, device: str = "cpu", observer: "Observer | None" = None) -> "Plan":
+def plan(
+    recipe: "Recipe",
+    *,
+    device: str = "cpu",
+    observer: "Observer | None" = None,
+    check_source: bool = False,
+) -> "Plan":
     """What `run` would do: bits of each module, bytes, peak memory and problems.
 
     Reads the model's config and headers alone, and what the scores of an `allocate` section need.
+    `check_source` reads the weights as well: our forward must give the logits of transformers.
     Raises UsageError for a model that cannot be opened; what would stop the run itself is in
     `problems`.
     """
     from compress.pipeline.inputs import RunInputs  # when first used, as all below
-    from compress.pipeline.plan import allocated_plan  # the same
+    from compress.pipeline.plan import allocated_plan, make_plan  # the same
+    from compress.pipeline.source_check import check_source as check  # the same
 
-    return allocated_plan(RunInputs.open(recipe, device), observer=observer)
+    inputs = RunInputs.open(recipe, device)
+    checked, problems = None, []
+    if check_source:
+        try:
+            checked = check(inputs, make_plan(inputs).peak_memory["host"])
+        except CheckpointError as error:
+            problems.append(str(error))
+    planned = allocated_plan(inputs, observer=observer)
+    planned.source_check = checked
+    planned.problems += problems
+    return planned
 
 
 def __getattr__(name: str) -> object:

@@ -161,22 +161,22 @@ def _measure_shape(bench: ResolvedBench, clock: Clock, N: int, K: int) -> Iterat
     dense = _dense(shown, dtype, clock)
     for M in bench.rows:
         x = torch.randn(M, K, device=clock.device).to(dtype)
-        every = {(None, name): entry for name, entry in dense.items()}
+        every = dict(dense)
+        held = dict.fromkeys(dense, shown)
         for bits, contenders in widths.items():
-            every |= {(bits, name): entry for name, entry in contenders.items()}
+            every |= {f"{bits} bits, {name}": entry for name, entry in contenders.items()}
+            held |= {f"{bits} bits, {name}": drawn[bits] for name in contenders}
         calls = {
-            key: entry.bind(x)
-            for key, entry in every.items()
+            name: entry.bind(x)
+            for name, entry in every.items()
             if entry.rows is None or entry.rows >= M
         }
         samples = clock.take_turns(calls)
-        errors = {
-            key: relative_error(each[0](), x, drawn.get(key[0], shown))
-            for key, each in calls.items()
-        }
+        errors = {name: relative_error(each[0](), x, held[name]) for name, each in calls.items()}
         for bits, contenders in widths.items():
-            mine = {name: (bits, name) for name in contenders if (bits, name) in calls}
-            mine |= {name: (None, name) for name in dense}
+            mine = {name: f"{bits} bits, {name}" for name in contenders}
+            mine = {name: key for name, key in mine.items() if key in calls}
+            mine |= {name: name for name in dense}
             yield {
                 "shape": [N, K],
                 "bits": bits,

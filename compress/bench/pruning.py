@@ -162,9 +162,9 @@ def _subject(
 ) -> tuple[hf.PreTrainedModel, hf.ProcessorMixin | None, dict[str, Tensor]]:
     """The model, its processor if it has one, and a prompt with one image."""
     if bench.model is None:
-        model = random_llava(bench)
+        random = random_llava(bench)
         prompt = random_prompt(bench)
-        return model, None, prompt | {"pixel_values": prompt["pixel_values"].to(model.dtype)}
+        return random, None, prompt | {"pixel_values": prompt["pixel_values"].to(random.dtype)}
     from PIL import Image  # of the extra `vision`
 
     dtype = None if bench.device.startswith("cuda") else torch.float32

@@ -13,6 +13,7 @@ OUT/.modelpress and moved at the end, so that OUT holds a whole checkpoint or no
     result.notes                                   # e.g. which engines will not load it
 """
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -36,14 +37,13 @@ from compress.checkpoint.quantization_config import (
 )
 from compress.errors import CheckpointError, UsageError
 from compress.registry import Registry
+from compress.storage.companions import copy_companions
 from compress.storage.files import parse_size, read_json, write_json, writing
 from compress.storage.lease import WORK_FOLDER, lease
 from compress.storage.output_folder import (
-    COMPANIONS,
     FINAL,
     PROVENANCE,
     check_output,
-    copy_files,
     files_below,
     publish,
     tidy,
@@ -154,8 +154,10 @@ def export(
             sizes = exporter.write(final, shard_bytes)
             sizes["total"] = sum(sizes.values())
             result = ExportResult(output, exporter.name, sizes, rounding, notes)
-            companions = COMPANIONS if exporter.companions else ()
-            copy_files(folder, final, (*companions, "recipe.yaml"))
+            if exporter.companions:
+                copy_companions(folder, final)
+            if (folder / "recipe.yaml").is_file():
+                shutil.copyfile(folder / "recipe.yaml", final / "recipe.yaml")
             files = [*files_below(final), PROVENANCE]
             write_json(final / PROVENANCE, _provenance(source, result) | {"files": sorted(files)})
         with writing(output):

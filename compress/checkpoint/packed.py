@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint.compressed_tensors import module_schemes
-from compress.checkpoint.packed_formats import FORMATS
+from compress.checkpoint.packed_formats import FORMATS, by_input
 from compress.checkpoint.quantization_config import (
     INTEGERS,
     METHODS,
@@ -59,6 +59,54 @@ class UnpackableError(CheckpointError, UsageError):
     A CheckpointError by what is wrong, and with the exit code of a UsageError: what was asked for
     is not to be had from that path.
     """
+
+
+def refuse_scale_dtype(reader: CheckpointReader, name: str) -> None:
+    """CheckpointError for scales that are no floating-point numbers of 16 bits or more."""
+    dtype = reader.dtype(name)
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        found = str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{reader.folder}: {name} has dtype {found}, expected a floating-point scale of 16 "
+            f"bits or more: the checkpoint is damaged, or of another format"
+        )
+
+
+def check_scale(reader: CheckpointReader, name: str) -> None:
+    """CheckpointError for scales that could not be used, whatever their codes are.
+
+    No number that stands for a scale, and below 0 beside zero points; reads them.
+    """
+    refuse_scale_dtype(reader, name)
+    scale = reader.tensor(name)
+    if f"{name.removesuffix('_scale')}_zero_point" in reader:
+        _refuse_negative(scale, f"{reader.folder}: {name}")
+
+
+def _refuse_negative(scale: Tensor, what: str) -> None:
+    if bool((scale < 0).any()):
+        raise CheckpointError(
+            f"{what} holds {int((scale < 0).sum()):,} negative scales beside zero points: the "
+            f"checkpoint is damaged"
+        )
+
+
+def _refuse_scales(weight: Codes, what: str) -> None:
+    """CheckpointError for scales that no writer gives: `what` names them.
+
+    Symmetric grids turn their longer side round by a negative scale; with zero points there is
+    nothing to turn. A scale of 0 is that of a group in which nothing but zeros was.
+    """
+    if weight.zero is not None:
+        _refuse_negative(weight.scale, what)
+    none = weight.scale == 0
+    if bool(none.any()):
+        lost = by_input(none, weight) & (weight.codes != by_input(weight.zero_points(), weight))
+        if bool(lost.any()):
+            raise CheckpointError(
+                f"{what} holds a scale of 0 for {int(lost.sum()):,} codes that are not: the "
+                f"checkpoint is damaged"
+            )
 
 
 class PackedLinears:
@@ -141,6 +189,8 @@ class PackedLinears:
                 raise self._error(f"{name} has no {key}{why}: the checkpoint is damaged")
             found = self.reader.shape(f"{name}.{key}")
             alone = right == (1,) and math.prod(found) == 1  # however many axes it has
+            if key == self.format.scale:
+                refuse_scale_dtype(self.reader, f"{name}.{key}")
             if found != right and not alone:
                 raise self._error(
                     f"{name}.{key} has shape {list(found)}, but {scheme.bits} bits in {groups} of "
@@ -157,7 +207,7 @@ class PackedLinears:
         """The codes of one linear on `device`, whose shapes have been checked.
 
         Raises UnpackableError for inputs permuted across groups in a way that is no act-order,
-        CheckpointError for a scale that is no number.
+        CheckpointError for a scale that no writer of codes gives.
         """
         scheme = self.schemes[name]
         tensors = {
@@ -166,9 +216,11 @@ class PackedLinears:
             if f"{name}.{key}" in self.reader
         }
         try:
-            return self.format.read(tensors, scheme, name)
+            codes = self.format.read(tensors, scheme, name)
         except ValueError as error:
             raise self._error(str(error)) from error
+        _refuse_scales(codes, f"{self.folder}: {name}.{self.format.scale}")
+        return codes
 
     def tensors(self, name: str, codes: Codes) -> dict[str, Tensor]:
         """The inverse of `codes`, in any width: the tensors of the files, by their names inside.

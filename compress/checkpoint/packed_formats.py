@@ -30,11 +30,14 @@ class PackedFormat(ABC):
     """One format.
 
     main: the tensor that holds the codes, and names what is packed. companions: what may lie beside
-    it. g_idx: that of them which says each input's group, absent where groups follow each other.
+    it. g_idx: that of them which says each input's group, absent where groups follow each other;
+    scale, zero: those that hold scales and zero points.
     """
 
     main: str
     companions: tuple[str, ...]
+    scale: str
+    zero: str
     g_idx: str
     widths: tuple[int, ...]
 
@@ -72,6 +75,7 @@ class CompressedTensors(PackedFormat):
     """
 
     g_idx = "weight_g_idx"
+    scale, zero = "weight_scale", "weight_zero_point"
     widths = tuple(FILE_WIDTHS)
 
     @abstractmethod
@@ -195,6 +199,7 @@ class Gptq(PackedFormat):
     main = "qweight"
     companions = ("qzeros", "scales", "g_idx")
     g_idx = "g_idx"
+    scale, zero = "scales", "qzeros"
     widths = WIDTHS
 
     def __init__(self, version: int):
@@ -266,10 +271,24 @@ def codes_of_signed(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: S
 def with_fp16_scales(weight: Codes) -> Codes:
     """The weight as other formats hold it: scales rounded to fp16.
 
-    Scales beyond fp16, which only groups of zeros may have, become 0.
+    Scales beyond fp16, which only groups of zeros may have, become 0. Codes whose scale becomes 0
+    become the zero point: a scale of 0 stands for zeros alone.
     """
     scale = weight.scale.half()
-    return replace(weight, scale=torch.where(torch.isfinite(scale), scale, 0))
+    scale = torch.where(torch.isfinite(scale), scale, 0)
+    codes, none = weight.codes, scale == 0
+    if bool(none.any()):
+        codes = torch.where(
+            by_input(none, weight), by_input(weight.zero_points(), weight), weight.codes
+        )
+    return replace(weight, scale=scale, codes=codes)
+
+
+def by_input(grouped: Tensor, weight: Codes) -> Tensor:
+    """What the weight has for each group, [N, G], for each input: [N, K]."""
+    K = weight.codes.shape[1]
+    size = K if weight.group_size is None else weight.group_size
+    return grouped[:, torch.arange(K, device=grouped.device) // size]
 
 
 def _unsigned(integers: Tensor, bits: int, what: str) -> Tensor:

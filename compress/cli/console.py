@@ -33,6 +33,7 @@ from compress.storage.files import write_text
 if TYPE_CHECKING:  # need torch
     from compress.allocation.allocate import Allocation
     from compress.pipeline.result import RunResult
+    from compress.pipeline.source_check import SourceCheck
 
 WIDE = 200  # columns where the output is no terminal, whose own 80 would cut tables short
 
@@ -164,6 +165,7 @@ def run_table(result: "RunResult") -> Table:
         ("seconds", f"{sum(result.seconds.values()):.1f} ({seconds})"),
         ("peak memory", format_memory(result.peak_memory)),
     ]
+    rows += source_rows(result.source_check)
     if check := result.self_check:
         text = f"relative error {check['relative_error']:.2g}, {check['tolerance']:.0e} allowed"
         rows.append(("self-check", text))
@@ -172,6 +174,18 @@ def run_table(result: "RunResult") -> Table:
     if result.report:
         rows.append(("report", str(result.report)))
     return pairs_table([*rows, ("output", str(result.path))])
+
+
+def source_rows(check: "SourceCheck | None") -> list[tuple[str, str]]:
+    """How far our forward of the source is from that of transformers, or why nobody looked."""
+    if not check:
+        return []
+    if "skipped" in check:
+        return [("source check", f"skipped: {check['skipped']}")]
+    errors = [f"{facts['relative_error']:.2g} ({name})" for name, facts in check["probes"].items()]
+    place = ", its weights on disk" if check["offloaded"] else ""
+    text = f"relative error {', '.join(errors)}, {check['tolerance']:.0e} allowed"
+    return [("source check", f"{text}; {check['seconds']:.1f} s{place}")]
 
 
 def print_scores(

@@ -91,6 +91,9 @@ def compare(
     self_check: Annotated[
         bool, typer.Option(help="Reload each result in a fresh process and compare logits.")
     ] = True,
+    check_source: Annotated[
+        bool, typer.Option(help="First compare our forward of the model with transformers.")
+    ] = True,
 ) -> Answer:
     """Run recipes on the same model, data and seeds: one table, one plot."""
     varied = _variations(vary or [])
@@ -113,6 +116,7 @@ def compare(
             device=device,
             overwrite=overwrite,
             self_check=self_check,
+            check_source=check_source,
             observer=progress,
         )
 

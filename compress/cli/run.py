@@ -20,6 +20,7 @@ from compress.cli.console import (
     print_scores,
     run_table,
     size_rows,
+    source_rows,
 )
 from compress.cli.options import (
     AverageBitsOption,
@@ -50,6 +51,9 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished result.")
     ] = False,
+    check_source: Annotated[
+        bool, typer.Option(help="First compare our forward of the model with transformers.")
+    ] = True,
 ) -> Answer:
     """Compress a model as a recipe says."""
     loaded = load_recipe(recipe, model, set_, _allocation(budget, average_bits, widths))
@@ -64,7 +68,13 @@ def run(
         interruptible(lambda: _what_is_left(progress, output, resume)),
     ):
         result = run_recipe(
-            loaded, output, device=device, resume=resume, overwrite=overwrite, observer=progress
+            loaded,
+            output,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            check_source=check_source,
+            observer=progress,
         )
 
     def draw(out: Console) -> None:
@@ -85,19 +95,24 @@ def plan(
     average_bits: AverageBitsOption = None,
     widths: WidthsOption = None,
     device: DeviceOption = "cpu",
+    check_source: Annotated[
+        bool,
+        typer.Option("--check-source", help="Compare our forward of the model with transformers."),
+    ] = False,
 ) -> Answer:
     """Show what a run would do: bits, bytes and memory.
 
-    Reads no weights, but for the scores of a recipe that gives layers different widths.
+    Reads no weights, but for the scores of a recipe that gives layers different widths, and for
+    --check-source.
     """
     loaded = load_recipe(recipe, model, set_, _allocation(budget, average_bits, widths))
     from compress import plan as plan_of
 
     if loaded.allocate is None:
-        planned = plan_of(loaded)
+        planned = plan_of(loaded, device=device, check_source=check_source)
     else:
         with RunProgress(console(stderr=True)) as progress:
-            planned = plan_of(loaded, device=device, observer=progress)
+            planned = plan_of(loaded, device=device, observer=progress, check_source=check_source)
 
     def draw(out: Console) -> None:
         out.print(module_table([module.as_dict() for module in planned.modules]))
@@ -109,7 +124,8 @@ def plan(
             out.print(allocation_table(planned.allocation))
             chosen = allocation_rows(planned.allocation)
         sizes = [*size_rows(planned.bytes), ("file", format_bytes(planned.file_bytes))]
-        out.print(pairs_table([average, *chosen, *sizes, memory, *notes]))
+        checked = source_rows(planned.source_check)
+        out.print(pairs_table([average, *chosen, *sizes, memory, *checked, *notes]))
 
     return Answer(planned.as_dict(), draw, problems=planned.problems)
 

@@ -84,12 +84,13 @@ def compare(
     device: str = "cpu",
     overwrite: bool = False,
     self_check: bool = True,
+    check_source: bool = True,
     observer: Observer | None = None,
 ) -> Comparison:
     """Runs and measures the recipes; results go to OUTPUT/NAME-SEED, the table to OUTPUT.
 
     What an earlier, interrupted comparison has finished with the same recipes is kept, results and
-    their figures. `self_check`: as for `compress.run`, for each result.
+    their figures. `self_check`, `check_source`: as for `compress.run`, for each result.
 
     Raises:
         UsageError: the recipes differ in model or `evaluate`, share a name or settings, or one
@@ -113,7 +114,9 @@ def compare(
         if all(only_prunes(recipe) for recipe in recipes):
             study = PruningComparison(recipes[0], device, observer, overwrite)
         else:
-            study = ResultComparison(recipes[0], device, observer, overwrite, self_check)
+            study = ResultComparison(
+                recipes[0], device, observer, overwrite, self_check, check_source
+            )
         runs: list[Run] = []
         for entry, run in zip(entries, study.runs(entries), strict=True):
             runs.append(run)

@@ -36,6 +36,9 @@ def drawn_by_seed(section: Evaluate) -> bool:
     return any(task in DRAWN_TASKS for task in section.tasks)
 
 
+CHECKS = ("self_check", "source_check")  # stages that no method can be blamed for
+
+
 class ResultComparison:
     """One model, compressed by one recipe after the other."""
 
@@ -46,10 +49,11 @@ class ResultComparison:
         observer: Observer,
         overwrite: bool = False,
         self_check: bool = True,
+        check_source: bool = True,
     ):
         """`recipe`: any of those that are compared; model and evaluation are the same in all."""
         self.recipe, self.device, self.observer = recipe, device, observer
-        self.overwrite, self.self_check = overwrite, self_check
+        self.overwrite, self.self_check, self.check_source = overwrite, self_check, check_source
         self.model = local_folder(recipe.model_location(), recipe.model.revision)
         self.skeleton = Skeleton.open(self.model)
         self._data: dict[str, CalibrationData] = {}
@@ -71,7 +75,7 @@ class ResultComparison:
                 "bits": facts["average_bits"],
                 "bytes": facts["bytes"]["total"],
                 "original": facts["bytes"]["original"],
-                "seconds": sum(v for k, v in facts["seconds"].items() if k != "self_check"),
+                "seconds": sum(v for k, v in facts["seconds"].items() if k not in CHECKS),
                 "evaluation": self._measured(entry),
             }
 
@@ -106,6 +110,7 @@ class ResultComparison:
                 overwrite=self.overwrite,
                 windows=windows,
                 self_check=self.self_check,
+                check_source=self.check_source,
                 observer=self.observer,
             )
 

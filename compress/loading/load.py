@@ -11,6 +11,7 @@ strategy was saved with it.
 """
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from transformers import (
     ProcessorMixin,
 )
 
+from compress.checkpoint.packed import check_scale
 from compress.checkpoint.quantization_config import (
+    INTEGERS,
     checked_section,
     format_of,
     groups_of,
@@ -38,9 +41,11 @@ from compress.checkpoint.quantization_config import (
 from compress.errors import CheckpointError, UsageError
 from compress.kernels.cpu import native
 from compress.loading.transformers_plugin import ModelpressConfig
+from compress.models.families import refuse_partly_seen
 from compress.models.pretrained import TOKENIZER_FILES, guarded, processor_reader
 from compress.pruning.families import FAMILIES
 from compress.pruning.saved import apply_strategy, saved_strategy
+from compress.storage.indexed import indexed
 from compress.storage.safetensors import CheckpointReader
 
 
@@ -65,7 +70,8 @@ def load(
     activation_bits: packed linears round what they read to so many bits (2 to 8), token by token,
     and multiply integers: faster with several tokens, less exact.
 
-    Raises UsageError if there is no such folder and no such id can be reached, and CheckpointError
+    Raises UsageError if there is no such folder and no such id can be reached, or if it is of a
+    multimodal family that is not supported, and CheckpointError
     if what is there is not a whole model that can be loaded so; it names the module.
     """
     if packed is False and activation_bits is not None:
@@ -74,6 +80,7 @@ def load(
         )
     _check_path(path)
     config = guarded(path, AutoConfig.from_pretrained)
+    refuse_partly_seen(config)
     strategy = saved_strategy(config, path) if prune else None
     multimodal = config.model_type in FAMILIES
     kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
@@ -92,7 +99,8 @@ def load(
         _check_status(Path(path), section)
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}  # or all of it would lie in the host's memory first
-    loaded: Any = guarded(path, kind.from_pretrained, output_loading_info=True, **options)
+    with indexed(path) if Path(path).is_dir() else nullcontext(path) as place:
+        loaded: Any = guarded(place, kind.from_pretrained, output_loading_info=True, **options)
     model, report = loaded
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
@@ -103,6 +111,7 @@ def load(
     read = processor_reader(config) if multimodal else AutoTokenizer.from_pretrained
     processor = guarded(path, read)
     model = model.eval().to(device)
+    model.name_or_path = str(path)
     if strategy is not None:
         apply_strategy(model, strategy, processor)
     return model, processor
@@ -154,7 +163,8 @@ def _check_path(path: str | Path) -> None:
 
 
 def _check_status(folder: Path, section: dict[str, Any]) -> None:
-    """CheckpointError where transformers would take codes for weights, or weights for codes.
+    """CheckpointError where transformers would take codes for weights, or weights for codes, or
+    would take for scales what are none.
 
     It goes by quantization_status alone: `compressed` is codes, all else is weights. A folder that
     is on the hub, whose tensors are not here yet, is refused for a status that says neither.
@@ -169,6 +179,9 @@ def _check_status(folder: Path, section: dict[str, Any]) -> None:
             )
         return
     reader = CheckpointReader(folder)
+    if {format_of(section, group) for group in groups_of(section)} <= {*INTEGERS}:
+        for scale in (name for name in reader.names if name.endswith(".weight_scale")):
+            check_scale(reader, scale)
     for scale in (name for name in reader.names if name.endswith(".weight_scale")):
         weight = scale.removesuffix("_scale")
         if weight not in reader:

@@ -144,10 +144,7 @@ def architecture_of(config: "PretrainedConfig") -> ArchitectureSpec:
     """The row of a model's family; a UsageError that lists the supported ones if there is none."""
     known = ARCHITECTURES | MULTIMODAL
     if config.model_type not in known:
-        raise UsageError(
-            f"model type {config.model_type!r} is not supported"
-            f"{did_you_mean(config.model_type, known)}: supported are {', '.join(known)}"
-        )
+        raise _unsupported(config.model_type)
     if config.model_type in MULTIMODAL:
         decoder = config.get_text_config().model_type
         if decoder not in (*ARCHITECTURES, *OWN_DECODERS):
@@ -156,6 +153,33 @@ def architecture_of(config: "PretrainedConfig") -> ArchitectureSpec:
                 f"not supported: supported are {', '.join(ARCHITECTURES)}"
             )
     return known[config.model_type]
+
+
+def refuse_partly_seen(config: "PretrainedConfig") -> None:
+    """UsageError, the same as above, for a family that reads images or sound and has no row here.
+
+    As a language model alone it would load, without what sees or hears.
+    """
+    from transformers.models.auto.modeling_auto import (  # slow to import
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    senses = ("vision_config", "image_config", "audio_config", "speech_config", "vq_config")
+    parts = getattr(config, "sub_configs", {})
+    seeing = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if config.model_type not in MULTIMODAL and (seeing or any(n.endswith(senses) for n in parts)):
+        raise _unsupported(config.model_type)
+
+
+def _unsupported(model_type: str) -> UsageError:
+    """It names the nearest family for a typo, but not for a type that transformers knows."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # slow to import
+
+    known = ARCHITECTURES | MULTIMODAL
+    near = "" if model_type in CONFIG_MAPPING_NAMES else did_you_mean(model_type, known)
+    return UsageError(
+        f"model type {model_type!r} is not supported{near}: supported are {', '.join(known)}"
+    )
 
 
 def head_dim_of(config: "PretrainedConfig") -> int:

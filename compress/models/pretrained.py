@@ -16,13 +16,16 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
 from compress.errors import CheckpointError, UsageError
+from compress.storage.companions import WEIGHTS
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PretrainedConfig, ProcessorMixin
 
 Read = TypeVar("Read")
 
-READ_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
+# Of a hub repository all comes here that goes along with a model, and weights as they are read.
+LEFT_THERE = [pattern for pattern in WEIGHTS if pattern != "*.safetensors"]
+LEFT_THERE += ["consolidated*.safetensors", "original/*"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -38,7 +41,7 @@ def local_folder(location: str | Path, revision: str | None = None) -> Path:
         raise UsageError(f"model {location!r} is a file; expected a folder or a hub id")
     try:
         folder = huggingface_hub.snapshot_download(
-            location, revision=revision, allow_patterns=READ_FILES
+            location, revision=revision, ignore_patterns=LEFT_THERE
         )
     except HFValidationError as error:
         raise UsageError(f"model {location!r} is neither a folder nor a valid hub id") from error

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from compress.errors import CheckpointError, UsageError
 from compress.models.families import architecture_of, head_dim_of
 from compress.models.pretrained import load_config, local_folder, processor_reader
+from compress.models.stored import left_over, names_of, refuse_adapter, refuse_packed
 from compress.storage.safetensors import CheckpointReader
 
 if TYPE_CHECKING:  # slow to import
@@ -47,31 +48,37 @@ class Skeleton:
     """Config, tokenizer, tensor reader and an empty model of one checkpoint.
 
     `config` is the decoder's; a multimodal model's own, with the decoder's inside, is
-    `model_config`.
+    `model_config`. `tied`: embedding and head are one tensor, `said_tied`: config.json says so.
+    `left`: what the files hold beyond the model's parameters.
 
-    Raises UsageError for a family that is not supported or a checkpoint that is quantised already,
-    CheckpointError for files that are missing or damaged.
+    Raises UsageError for a family that is not supported, for a checkpoint that is packed and for an
+    adapter; CheckpointError for files that are missing or damaged.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        refuse_adapter(folder)
         self.model_config = load_config(folder)
         self.spec = architecture_of(self.model_config)
         self.config = self.model_config.get_text_config()
-        if getattr(self.model_config, "quantization_config", None):
-            raise UsageError(f"{folder} is quantised already: start from the 16-bit model")
-        self.reader = CheckpointReader(folder, self.spec.module_name)
+        refuse_packed(folder)
+        self.model = self._empty_model()
+        names = names_of(self.model, f"{self.model.base_model_prefix}.", self.spec.module_name)
+        self.reader = CheckpointReader(folder, names)
+        self.left = left_over(self.reader, self.model)
         self.num_layers: int = self.config.num_hidden_layers
         self.head_dim = head_dim_of(self.config)
-        self.tied = bool(self.model_config.tie_word_embeddings)
-        self.model = self._empty_model()
+        # Tied means, as in transformers: the config says so, and the file has one of the two
+        # tensors or equal ones.
+        self.said_tied = bool(self.model_config.tie_word_embeddings)
+        self.tied = self.said_tied and self._one_table()
         self._check_names()
 
     @classmethod
     def open(cls, location: str | Path, revision: str | None = None) -> "Skeleton":
         return cls(local_folder(location, revision))
 
-    def _empty_model(self) -> nn.Module:
+    def _empty_model(self) -> "PreTrainedModel":
         from accelerate import init_empty_weights  # slow to import
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # slow
 
@@ -83,11 +90,25 @@ class Skeleton:
             )
         return model.eval().requires_grad_(False)
 
+    @property
+    def table(self) -> str:
+        """The module whose weight is the embedding: of a tied model the one that the file has."""
+        spec = self.spec
+        lost = self.tied and f"{spec.embedding}.weight" not in self.reader
+        return spec.head if lost else spec.embedding
+
+    def _one_table(self) -> bool:
+        """Whether the file has not two different tensors for embedding and head."""
+        names = [f"{self.spec.embedding}.weight", f"{self.spec.head}.weight"]
+        both = all(name in self.reader for name in names)
+        return not both or self.reader.equal(*names)
+
     def _check_names(self) -> None:
         """Every parameter of the model must be in the file, with its shape, before work starts."""
+        tied = (f"{self.spec.embedding}.weight", f"{self.spec.head}.weight")
         for name, parameter in self.model.named_parameters():
-            if name == f"{self.spec.head}.weight" and self.tied:
-                continue
+            if self.tied and name in tied:
+                name = f"{self.table}.weight"
             if name not in self.reader:
                 raise CheckpointError(f"{self.folder} lacks the tensor {name!r}")
             if self.reader.shape(name) != tuple(parameter.shape):
@@ -104,7 +125,7 @@ class Skeleton:
     @property
     def dtype(self) -> torch.dtype:
         """The checkpoint's own floating-point type: that of its embedding."""
-        return self.reader.dtype(f"{self.spec.embedding}.weight")
+        return self.reader.dtype(f"{self.table}.weight")
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The checkpoint's tokenizer; UsageError if the folder has none."""
@@ -141,7 +162,9 @@ class Skeleton:
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """The tensors of one decoder layer, by their names inside it, in the checkpoint's dtype."""
         prefix = f"{self.spec.layers}.{index}."
-        return {n.removeprefix(prefix): t for n, t in self.reader.tensors(prefix).items()}
+        layer = self.model.get_submodule(prefix.removesuffix("."))
+        names = [name for name, _ in layer.named_parameters()]
+        return {name: self.reader.tensor(prefix + name) for name in sorted(names)}
 
     def read(self, module: str) -> Tensor:
         """The weight of one module outside the layers."""

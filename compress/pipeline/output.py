@@ -1,7 +1,7 @@
 """The output folder of a run: put together beside its final place, checked, moved, documented.
 
     config.json, generation_config.json       the source's, plus quantization_config
-    tokenizer and processor files             the source's
+    tokenizer, processor, licence, ...        the source's: all but weights, and what is above
     pruning.json         how visual tokens are pruned, if they are; also a key of config.json
     model-0000k-of-0000n.safetensors, model.safetensors.index.json
     recipe.yaml          every default spelled out, so that the same bytes can be made again
@@ -37,8 +37,9 @@ from compress.pipeline.result import RunResult
 from compress.pruning.saved import save_strategy
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
+from compress.storage.companions import copy_companions
 from compress.storage.files import parse_size, write_json, write_text
-from compress.storage.output_folder import COMPANIONS, copy_files, files_below
+from compress.storage.output_folder import files_below
 from compress.storage.safetensors import CheckpointReader, merge_shards
 
 
@@ -62,7 +63,7 @@ def assemble(
     merge_shards(parts, final, parse_size(recipe.save.shard_size))
     config = checkpoint_config(skeleton, plan, inputs.dtype)
     write_json(final / "config.json", config)
-    copy_files(skeleton.folder, final, COMPANIONS)
+    copy_companions(skeleton.folder, final)
     if strategy is not None:
         save_strategy(strategy, final)
     (final / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
@@ -73,13 +74,17 @@ def checkpoint_config(skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> dic
     """The source's config.json with what the run has changed."""
     config = json.loads((skeleton.folder / "config.json").read_text())
     dtype_key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    # Another class, of a base model for one, would be loaded without its head.
+    config["architectures"] = [type(skeleton.model).__name__]
     config[dtype_key] = str(dtype).removeprefix("torch.")
     # Of a multimodal model; the older Qwen2-VL files have the decoder's keys at the top.
     inner = [part for part in config.values() if isinstance(part, dict) and "model_type" in part]
     for part in inner:  # or one that is not named here would be loaded in another type
         part |= {key: config[dtype_key] for key in ("dtype", "torch_dtype") if key in part}
     decoder = config.get("text_config", config)
-    if plan.untied:
+    one_table = skeleton.tied and not plan.untied
+    said = [part.get("tie_word_embeddings") for part in (config, decoder)]
+    if not one_table and (skeleton.said_tied or any(said)):  # engines look in either place
         config["tie_word_embeddings"] = decoder["tie_word_embeddings"] = False
     if len(plan.layers) < skeleton.num_layers:
         decoder["num_hidden_layers"] = len(plan.layers)

@@ -21,6 +21,7 @@ from compress.observer import Observer
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import host_memory
 from compress.pipeline.pruning_forecast import PruningForecast, forecast
+from compress.pipeline.source_check import SourceCheck
 from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
 
@@ -37,6 +38,7 @@ class Plan:
         file_bytes: the same with the header of a safetensors file, to 0.5 %; what a budget bounds.
         allocation: how widths were chosen, where the recipe asks for it and the scores were read.
         pruning: the visual-token strategy and its costs, as `pruning_forecast` tells.
+        source_check: how far our forward is from that of transformers, where it was asked for.
     """
 
     modules: list[PlannedModule]
@@ -52,6 +54,7 @@ class Plan:
     allocation: Allocation | None = None
     pruning: PruningForecast | None = None
     multimodal: bool = False
+    source_check: SourceCheck | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: the keys of the architecture, modules without their `symmetric`."""
@@ -69,6 +72,7 @@ class Plan:
             "notes": self.notes,
             "allocation": None if self.allocation is None else asdict(self.allocation),
             "pruning": self.pruning,
+            "source_check": self.source_check,
         }
 
 
@@ -223,6 +227,13 @@ def _problems(
 ) -> list[str]:
     recipe, skeleton, source = inputs.recipe, inputs.skeleton, inputs.source
     problems = []
+    if unknown := skeleton.left.unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        problems.append(
+            f"{skeleton.folder}: {skeleton.reader.entry(unknown[0]).file.name} holds "
+            f"{skeleton.reader.written_name(unknown[0])!r}{more}, which belongs to no part of the "
+            f"model that config.json describes: correct config.json, or leave such tensors out"
+        )
     for pattern in recipe.quantize.unmatched(names):
         problems.append(
             f"quantize: {pattern!r} matches no linear of this model{did_you_mean(pattern, names)}"
@@ -260,6 +271,14 @@ def _notes(inputs: RunInputs, schemes: Schemes, untied: bool) -> list[str]:
     notes = []
     if untied:
         notes.append("embedding and head share one tensor in this model; they will be untied")
+    if inputs.skeleton.said_tied and not inputs.skeleton.tied:
+        notes.append(
+            "config.json says that embedding and head share one tensor, but the file has a head of "
+            "its own, as transformers uses it: the head is kept, tie_word_embeddings becomes false"
+        )
+    if buffers := inputs.skeleton.left.buffers:
+        more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
+        notes.append(f"{buffers[0]}{more} left out: transformers computes such buffers itself")
     skipped = head_rotation_skipped(inputs.recipe.rotate.kind, inputs.skeleton.head_dim)
     if skipped:
         notes.append(skipped)

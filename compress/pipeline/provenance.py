@@ -61,6 +61,7 @@ def provenance(
         "bytes": {"original": skeleton.reader.nbytes()} | plan.bytes,
         "layers": result.layers,
         "self_check": result.self_check,
+        "source_check": result.source_check,
         "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
         "peak_memory": result.peak_memory,
         "warnings": result.warnings,

@@ -6,6 +6,7 @@ from typing import Any
 
 from compress.pipeline.journal import LayerFacts
 from compress.pipeline.plan import Plan
+from compress.pipeline.source_check import SourceCheck
 
 
 @dataclass
@@ -20,6 +21,7 @@ class RunResult:
         seconds: by stage.
         peak_memory: {"host", "device"} in bytes, of this process.
         self_check: the logits' largest difference after reloading in a fresh process.
+        source_check: how far our 16-bit forward of the source is from that of transformers.
         pruning: the strategy of a checkpoint that prunes visual tokens, what it kept of the
             calibration prompts, and how it was searched; None for others.
         warnings: all that was out of the ordinary, one line each.
@@ -33,6 +35,7 @@ class RunResult:
     seconds: dict[str, float]
     peak_memory: dict[str, int]
     self_check: dict[str, Any]
+    source_check: SourceCheck = field(default_factory=SourceCheck)
     pruning: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
     report: Path | None = None
@@ -46,6 +49,7 @@ class RunResult:
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
             "self_check": self.self_check,
+            "source_check": self.source_check,
             "pruning": self.pruning,
             "layers": self.layers,
             "warnings": self.warnings,

@@ -1,7 +1,8 @@
 """The run: a recipe and a model folder go in, a checkpoint that other engines load comes out.
 
-    plan -> calibration data -> search of a pruning strategy, if asked for -> embedding, images
-    encoded -> the walk over the decoder layers (`layer_walk`)
+    plan -> calibration data -> check against the source (`source_check`)
+    -> search of a pruning strategy, if asked for -> embedding, images encoded
+    -> the walk over the decoder layers (`layer_walk`)
     -> head -> shards, config, tokenizer, recipe, strategy, provenance -> reload in a fresh process
     and compare logits -> report and model card -> publish -> evaluate -> report and card again
 
@@ -40,15 +41,19 @@ from compress.pipeline.plan import Plan, allocated_plan, make_plan
 from compress.pipeline.provenance import fingerprint
 from compress.pipeline.pruning_forecast import strategy_of
 from compress.pipeline.result import RunResult
+from compress.pipeline.source_check import SourceCheck, check_source
 from compress.pipeline.stream import CalibrationStream
 from compress.pipeline.verify import reload_and_compare, write_probe
 from compress.pruning.search import search_as_told
 from compress.pruning.stages import Stages
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
+from compress.storage.files import read_json, write_json
 from compress.storage.lease import WORK_FOLDER, lease
 from compress.storage.output_folder import FINAL, check_output, refuse, withdraw
 from compress.storage.safetensors import save_tensors
+
+SOURCE_FILE = "source-check.json"  # in the work folder: that the source was checked
 
 
 def run(
@@ -60,6 +65,7 @@ def run(
     overwrite: bool = False,
     windows: CalibrationData | None = None,
     self_check: bool = True,
+    check_source: bool = True,
     observer: Observer | None = None,
 ) -> RunResult:
     """Compresses a model as the recipe says and writes it to the folder `output`.
@@ -71,11 +77,12 @@ def run(
         windows: calibration data of your own instead of the recipe's dataset: windows of text, with
             a mask of the tokens that count, or prompts with images.
         self_check: reload the result in a fresh process and compare logits before publishing it.
+        check_source: compare our 16-bit forward of the model with that of transformers first.
 
     Raises:
         UsageError: the recipe does not fit the model, or `output` holds something else, or
             another process writes to it.
-        CompressError: a damaged checkpoint, a Hessian that cannot be factored, a failed self-check.
+        CompressError: a damaged checkpoint, a Hessian that cannot be factored, a failed check.
     """
     output = Path(output)
     log = RunLog(observer or Observer())
@@ -104,8 +111,9 @@ def run(
             else:
                 if (output / "config.json").exists() and not overwrite:
                     refuse(output, "config.json")
+                checks = self_check, check_source
                 result = _compressed(
-                    inputs, plan, data, mark, output, resume, overwrite, self_check, log
+                    inputs, plan, data, mark, output, resume, overwrite, checks, log
                 )
                 publish_result(result, inputs, data, mark)
         except OSError as error:
@@ -122,13 +130,15 @@ def _compressed(
     output: Path,
     resume: bool,
     overwrite: bool,
-    self_check: bool,
+    checks: tuple[bool, bool],
     log: RunLog,
 ) -> RunResult:
-    """The checkpoint in OUT/.modelpress/final, reloaded and compared."""
+    """The checkpoint in OUT/.modelpress/final; `checks`: whether to reload it, and the source's."""
+    self_check, source_checked = checks
     journal = Journal(output / WORK_FOLDER, mark)
     done = journal.open(resume, replace=overwrite)
     withdraw(output)  # of another run, whose journal is gone by now
+    agreed = settle_source(inputs, plan, journal, source_checked, log)
     if inputs.recipe.allocate is not None:
         plan = allocated_plan(
             inputs, data, journal.folder, identity=mark, resume=resume, observer=log.observer
@@ -151,9 +161,29 @@ def _compressed(
         seconds=log.seconds,
         peak_memory=peak_memory(inputs.device),
         self_check=checked,
+        source_check=agreed,
         pruning=job.pruning_facts(),
         warnings=log.warnings,
     )
+
+
+def settle_source(
+    inputs: RunInputs, plan: Plan, journal: Journal, wanted: bool, log: RunLog
+) -> SourceCheck:
+    """Checks the model against its source, once in the life of a run, or says that nobody did."""
+    if not wanted:
+        log.warn("the model was not checked against transformers: --no-check-source")
+        return {"skipped": "--no-check-source"}
+    file = journal.folder / SOURCE_FILE
+    known = read_json(file) or {}
+    if known.get("fingerprint") == journal.fingerprint:
+        return known["facts"]
+    log.lap("calibration")
+    log.observer.stage("source check")
+    facts = check_source(inputs, plan.peak_memory["host"])
+    log.lap("source_check")
+    write_json(file, {"fingerprint": journal.fingerprint, "facts": facts})
+    return facts
 
 
 @dataclass(frozen=True)

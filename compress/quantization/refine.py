@@ -81,11 +81,13 @@ def _refit(
     """Moves the scale of group g to the minimiser of f; returns the step as stored, [N].
 
     <x, G> with G = H E may be given the other way round, as <H x, E> (`swapped`). Rows whose
-    levels are all zero keep their scale.
+    levels are all zero keep their scale, and so do those with zero points whose minimiser has the
+    other sign: only symmetric grids have scales of either sign.
     """
     before = result.scale[g].clone()
     step = ((Hx if swapped else x) * G).sum(0) / (x * Hx).sum(0)
-    result.scale[g] = grid.stored(before + torch.where(step.isfinite(), step, 0.0))
+    after = grid.stored(before + torch.where(step.isfinite(), step, 0.0))
+    result.scale[g] = after if grid.symmetric else torch.where(after < 0, before, after)
     return result.scale[g] - before
 
 

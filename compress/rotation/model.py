@@ -62,7 +62,7 @@ class RotatedModel:
 
     def embedding(self, dtype: torch.dtype) -> Tensor:
         """The table [V, d]: in `dtype` where it is rotated, else as the source has it."""
-        table = self.skeleton.read(self.spec.embedding)
+        table = self.skeleton.read(self.skeleton.table)
         if self.residual is None:
             return table
         return rotate_embedding(table, self.residual, dtype=dtype)
@@ -80,14 +80,16 @@ class RotatedModel:
         """The head's weight [V, d], in `dtype` where it is rotated, and the final norm's gamma."""
         spec, skeleton = self.spec, self.skeleton
         gamma = skeleton.read(spec.final_norm)
-        weight = skeleton.read(spec.embedding if skeleton.tied else spec.head)
+        weight = skeleton.read(skeleton.table if skeleton.tied else spec.head)
         if self.residual is None:
             return weight, gamma
         weight = fuse_and_rotate_head(weight, gamma, self.residual, dtype=dtype)
         return weight, torch.ones_like(gamma)
 
-    def vision_tensors(self) -> dict[str, Tensor]:
+    def vision_tensors(self, rounded: bool = True) -> dict[str, Tensor]:
         """The tower's and the projector's tensors by their modules' names, as they are stored.
+
+        `rounded` to the output's dtype; otherwise what is rotated is fp64.
 
         They stay in 16 bits. Where the residual stream is rotated, so is what enters it here: the
         last linear of the projector and the newline vectors.
@@ -97,6 +99,8 @@ class RotatedModel:
         tensors = {name: self.skeleton.reader.tensor(name) for name in names}
         if self.residual is not None:
             tensors = rotate_vision(tensors, self.spec.vision, self.residual)
+        if not rounded:
+            return tensors
         return {name: self.stored(name, tensor) for name, tensor in tensors.items()}
 
     # ---- at work --------------------------------------------------------------------------------
@@ -114,9 +118,11 @@ class RotatedModel:
         with self.skeleton.layer(index, tensors, self.device) as layer:
             yield layer
 
-    def forward(self, layer: nn.Module, index: int, x: Tensor) -> Tensor:
-        """[B, T, d] -> [B, T, d]."""
-        y = layer(x, **self.skeleton.layer_inputs(index, x))
+    def forward(
+        self, layer: nn.Module, index: int, x: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
+        """[B, T, d] -> [B, T, d]; `positions` as for `Skeleton.layer_inputs`."""
+        y = layer(x, **self.skeleton.layer_inputs(index, x, positions))
         return y[0] if isinstance(y, tuple) else y
 
     @contextmanager

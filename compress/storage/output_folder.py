@@ -11,7 +11,6 @@ any engine would load, never a mixture; and what was killed on the way is finish
 """
 
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 from compress.errors import CheckpointError, UsageError
@@ -21,7 +20,7 @@ from compress.storage.lease import HOLDER, LOCK, WORK_FOLDER
 FINAL = "final"  # in the work folder: the result, until it is moved
 MARKER = "publish.json"  # in the work folder: what is being moved, until all is done
 PROVENANCE = "modelpress.json"
-# What a model folder holds beside weights and config: copied as it is.
+# What an earlier result without a list of its files holds beside weights and config.
 COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -57,14 +56,6 @@ def check_output(output: Path, overwrite: bool, unfinished: bool = False) -> Non
     publishing = publishing and "config.json" not in found
     if found and not publishing and not (unfinished and PROVENANCE in found):
         refuse(output, found[0])
-
-
-def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> None:
-    """Copies the files of `source` that match one of the patterns."""
-    for pattern in patterns:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
 
 
 def refuse(output: Path, found: str) -> None:
@@ -122,6 +113,8 @@ def go_on_publishing(output: Path) -> None:
         if name == "config.json":
             sync_folder(output)
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir() and not target.is_symlink():  # a rename goes over files and links alone
+            shutil.rmtree(target)
         (final / name).replace(target)
         if target.parent != output:
             sync_folder(target.parent)

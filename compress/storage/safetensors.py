@@ -2,14 +2,15 @@
 
 A safetensors file is an 8-byte little-endian length, that many bytes of JSON naming each tensor's
 dtype, shape and byte range, then the data. A checkpoint is one `model.safetensors`, or shards and
-a `model.safetensors.index.json` that says which shard holds which tensor.
+a `model.safetensors.index.json` that says which shard holds which tensor; where that is missing,
+all shards `model-0000k-of-0000n.safetensors` say it themselves.
 
 Policy: whatever contradicts the headers (a missing shard, a tensor the index promises and the
-shard lacks, a file shorter than its header says) is a CheckpointError when the folder is opened;
-a NaN or an infinity is one when its tensor is read. Data is read through a plain file handle, not
-a memory map, so what is dropped is gone: reading eighty layers costs the memory of one.
-Files are written under a temporary name, flushed to disk and renamed, and the same tensors give
-the same bytes.
+shard lacks, a file whose bytes are not those of its header, neither more nor less) is a
+CheckpointError when the folder is opened; a NaN or an infinity is one when its tensor is read.
+Data is read through a plain file handle, not a memory map, so what is dropped is gone: reading
+eighty layers costs the memory of one. Files are written under a temporary name, flushed to disk and
+renamed, and the same tensors give the same bytes.
 
     reader = CheckpointReader("path/to/model")
     weight = reader.tensor("model.layers.0.mlp.up_proj.weight")
@@ -19,7 +20,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,12 +86,18 @@ class CheckpointReader:
 
     def __init__(self, folder: str | Path, rename: Callable[[str], str] = str):
         self.folder = Path(folder)
-        self.files = _weight_files(self.folder)
+        self.files = weight_files(self.folder)
         headers = {file.name: read_header(file) for file in self.files}
-        if SINGLE_FILE in headers:
-            entries = headers[SINGLE_FILE]
+        entries: dict[str, TensorEntry] = {}
+        if SINGLE_FILE in headers or not (self.folder / INDEX_FILE).is_file():
+            for shard, found in headers.items():
+                if twice := sorted(entries.keys() & found.keys()):
+                    raise CheckpointError(
+                        f"{self.folder}: tensor {twice[0]!r} is in {shard} and in "
+                        f"{entries[twice[0]].file.name}"
+                    )
+                entries |= found
         else:
-            entries = {}
             for name, shard in _weight_map(self.folder).items():
                 if name not in headers[shard]:
                     raise CheckpointError(
@@ -149,6 +156,14 @@ class CheckpointReader:
             _check_finite(tensor, name, entry.file)
         return tensor
 
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same numbers; reads a few MiB of both at a time."""
+        entries = self.entry(first), self.entry(second)
+        if entries[0].shape != entries[1].shape:
+            return False
+        pieces = zip(_pieces(first, entries[0]), _pieces(second, entries[1]), strict=True)
+        return all(bool((a == b).all()) for a, b in pieces)
+
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """All tensors of the module `prefix`, under their full names.
 
@@ -183,39 +198,82 @@ class CheckpointReader:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file, checked against the file's size."""
+    """The tensors of one safetensors file, checked as strictly as the library checks them.
+
+    Raises CheckpointError unless the header is JSON that names each tensor once, with integers for
+    its shape and its bytes, and these follow each other without a gap and fill the file.
+    """
     with path.open("rb") as file:
         found = os.fstat(file.fileno())
         size = found.st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(HEADER_LIMIT, size - 8):
             raise CheckpointError(_damaged(path, "its header does not fit the file"))
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = {
-                name: TensorEntry(
-                    path,
-                    fields["dtype"],
-                    tuple(int(width) for width in fields["shape"]),
-                    8 + length + int(fields["data_offsets"][0]),
-                    int(fields["data_offsets"][1]) - int(fields["data_offsets"][0]),
-                    _state(found),
-                )
-                for name, fields in header.items()
-            }
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise CheckpointError(_damaged(path, "its header is not valid")) from None
-    for name, entry in entries.items():
-        end = entry.start + entry.nbytes
-        if end > size:
-            fault = f"the header says {end:,} bytes, the file has {size:,}"
-            raise CheckpointError(_damaged(path, f"truncated: {fault}"))
-        dtype = DTYPES.get(entry.dtype)
-        expected = math.prod(entry.shape) * dtype.itemsize if dtype else entry.nbytes
-        if entry.start < 8 + length or entry.nbytes != expected:
-            raise CheckpointError(_damaged(path, f"the byte range of {name!r} is not valid"))
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_each_once)
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
+        described = header.pop("__metadata__", {})
+        if not isinstance(described, dict) or not all(
+            isinstance(value, str) for value in described.values()
+        ):
+            raise ValueError("__metadata__ holds more than texts")
+        start, state = 8 + length, _state(found)
+        entries = {name: _entry(path, name, part, start, state) for name, part in header.items()}
+        _check_fill(entries, start, size)
+    except (ValueError, RecursionError) as error:
+        fault = str(error) if type(error) is ValueError else "its header is not valid JSON"
+        raise CheckpointError(_damaged(path, fault)) from None
     return entries
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; ValueError for one that has a name twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"its header holds {twice!r} twice")
+    return found
+
+
+def _entry(path: Path, name: str, part: object, begin: int, state: tuple[int, int]) -> TensorEntry:
+    """One tensor of a header; `begin`: where data begins. ValueError for what is no tensor."""
+    if not isinstance(part, dict):
+        raise ValueError(f"its header has no object for {name!r}")
+    dtype, shape, offsets = (part.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str):
+        raise ValueError(f"the dtype of {name!r} is not valid")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"the shape of {name!r} is not valid: expected integers")
+    pair: list = offsets if isinstance(offsets, list) and len(offsets) == 2 else [None]
+    if not all(type(n) is int and n >= 0 for n in pair):
+        raise ValueError(f"the byte range of {name!r} is not valid: expected two integers")
+    start, end = pair
+    known = DTYPES.get(dtype)
+    if end < start or (known and math.prod(shape) * known.itemsize != end - start):
+        raise ValueError(f"the byte range of {name!r} is not valid")
+    return TensorEntry(path, dtype, tuple(shape), begin + start, end - start, state)
+
+
+def _check_fill(entries: dict[str, TensorEntry], begin: int, size: int) -> None:
+    """ValueError unless the tensors' bytes are those from `begin` to `size`, each of one tensor."""
+    reached = begin
+    for name, entry in sorted(entries.items(), key=lambda kv: (kv[1].start, kv[1].nbytes)):
+        if entry.start + entry.nbytes > size:
+            raise ValueError(
+                f"truncated: the header says {entry.start + entry.nbytes:,} bytes, the file has "
+                f"{size:,}"
+            )
+        if entry.start != reached:
+            how = (
+                "overlaps the tensor before it" if entry.start < reached else "begins behind a gap"
+            )
+            raise ValueError(f"the byte range of {name!r} is not valid: it {how}")
+        reached += entry.nbytes
+    if reached != size:
+        raise ValueError(f"{size - reached:,} bytes follow the last tensor")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -246,6 +304,20 @@ def _check_unchanged(entry: TensorEntry, found: os.stat_result) -> None:
         )
 
 
+def _pieces(name: str, entry: TensorEntry) -> Iterator[Tensor]:
+    """A tensor's numbers in order, flat, CHUNK of them at a time at most."""
+    dtype, left = _torch_dtype(name, entry), math.prod(entry.shape)
+    with entry.file.open("rb") as file:
+        _check_unchanged(entry, os.fstat(file.fileno()))
+        file.seek(entry.start)
+        while left:
+            piece = torch.empty(min(left, CHUNK), dtype=dtype)
+            if file.readinto(_raw_bytes(piece)) != piece.nbytes:
+                raise CheckpointError(f"{entry.file} ended while tensor {name!r} was read")
+            left -= len(piece)
+            yield piece
+
+
 def _torch_dtype(name: str, entry: TensorEntry) -> torch.dtype:
     if entry.dtype not in DTYPES:
         raise CheckpointError(
@@ -258,7 +330,7 @@ def _damaged(path: Path, fault: str) -> str:
     return f"{path} is not a whole safetensors file: {fault}; download or write it again"
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights; one file wins over an index, as in transformers."""
     if not folder.is_dir():
         raise CheckpointError(f"no such model folder: {folder}")
@@ -278,7 +350,24 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} holds pytorch_model.bin only, and only safetensors are read: load it with "
             f"transformers and save it again with save_pretrained"
         )
+    if shards := sorted(folder.glob("model-*-of-*.safetensors")):
+        return _whole_set(folder, shards)
     raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _whole_set(folder: Path, shards: list[Path]) -> list[Path]:
+    """The shards, if they are all that their names count."""
+    found = {path.name for path in shards}
+    count = shards[0].stem.rpartition("-")[2]
+    expected = [
+        f"model-{i + 1:0{len(count)}d}-of-{count}.safetensors"
+        for i in range(int(count) if count.isdecimal() and len(count) < 6 else 0)
+    ]
+    if found != {*expected}:
+        odd = sorted(found.symmetric_difference(expected))
+        fault = f"lacks {odd[0]}" if odd[0] in expected else f"holds {odd[0]} beside others"
+        raise CheckpointError(f"{folder} has no {INDEX_FILE}, and {fault}: download it again")
+    return shards
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

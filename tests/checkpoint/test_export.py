@@ -23,13 +23,16 @@ ASYMMETRIC = [Scheme(4, 32, False), Scheme(3, None), Scheme(8, 32, False)]
 
 
 def write_checkpoint(folder: Path, schemes=MIXED, **model) -> Path:
-    """A quantised folder whose scales are fp16 numbers of either sign."""
+    """A quantised folder whose scales are fp16 numbers, without zero points of either sign."""
     write_quantised(folder, schemes, **model)
     generator = torch.Generator().manual_seed(0)
+    asymmetric = read_tensors(folder).keys()
 
     def change(name, tensor):
         if not name.endswith("weight_scale"):
             return tensor
+        if name.replace("scale", "zero_point") in asymmetric:
+            return tensor.half().float()
         return tensor.half().float() * (1 - 2 * torch.randint(2, tensor.shape, generator=generator))
 
     rewrite(folder, change)

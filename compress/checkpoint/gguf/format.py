@@ -94,7 +94,7 @@ class GgufFormat:
         names: dict[str, str] = {}
         for tensor in self.source.reader.names:
             module, _, key = tensor.rpartition(".")
-            if key == "inv_freq" or (module == HEAD and self.config.tie_word_embeddings):
+            if key == "inv_freq" or (tensor == f"{HEAD}.weight" and self._head_is_embedding()):
                 continue  # neither is read by transformers
             if module in self.source.schemes and key in self.source.format.suffixes:
                 tensor = f"{module}.weight"
@@ -108,6 +108,12 @@ class GgufFormat:
                 )
             names[found] = tensor
         return names
+
+    def _head_is_embedding(self) -> bool:
+        """Whether the head is a copy of the embedding: one of its own is used, whatever is said."""
+        reader = self.source.reader
+        head, table = f"{HEAD}.weight", EMBEDDING
+        return self.config.tie_word_embeddings and reader.equal(head, table)
 
     def _type_of(self, name: str) -> str:
         """The GGUF type of a quantised module."""
