@@ -68,6 +68,7 @@ def facts_of(folder: Path) -> dict:
         layer.pop("seconds", None)
         for module in layer["modules"]:
             module.pop("seconds")
+    facts["source_check"].pop("seconds")
     return {name: facts[name] for name in facts if name not in ("seconds", "peak_memory")}
 
 
