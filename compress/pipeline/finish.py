@@ -93,6 +93,7 @@ def restored(output: Path, inputs: RunInputs, mark: str, log: RunLog) -> RunResu
         seconds=log.seconds,
         peak_memory=facts["peak_memory"],
         self_check=facts["self_check"],
+        source_check=facts["source_check"],
         pruning=facts["pruning"],
         warnings=log.warnings,
         report=output / "report.html",
