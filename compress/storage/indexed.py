@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from compress.storage.files import write_json
-from compress.storage.safetensors import INDEX_FILE, SINGLE_FILE, read_header, weight_files
+from compress.storage.safetensors import INDEX_FILE, SINGLE_FILE, weight_files
+from compress.storage.safetensors_header import read_header
 
 
 @contextmanager

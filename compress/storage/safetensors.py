@@ -22,7 +22,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -32,44 +31,19 @@ from torch import Tensor
 
 from compress.errors import CheckpointError
 from compress.storage.files import atomic_write, file_digest, write_json
+from compress.storage.safetensors_header import (
+    DTYPES,
+    TensorEntry,
+    file_state,
+    read_header,
+)
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
 CHUNK = 4 * 2**20  # bytes held at once while copying
 HASHING = 4  # files hashed at once
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: `start` and `nbytes` count bytes of the file, header included."""
-
-    file: Path
-    dtype: str  # as safetensors spells it
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-    state: tuple[int, int] = (0, 0)  # of the file when its header was read: `_state`
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -197,85 +171,6 @@ class CheckpointReader:
         return digest.hexdigest()
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file, checked as strictly as the library checks them.
-
-    Raises CheckpointError unless the header is JSON that names each tensor once, with integers for
-    its shape and its bytes, and these follow each other without a gap and fill the file.
-    """
-    with path.open("rb") as file:
-        found = os.fstat(file.fileno())
-        size = found.st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(HEADER_LIMIT, size - 8):
-            raise CheckpointError(_damaged(path, "its header does not fit the file"))
-        text = file.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=_each_once)
-        if not isinstance(header, dict):
-            raise ValueError("its header is not a JSON object")
-        described = header.pop("__metadata__", {})
-        if not isinstance(described, dict) or not all(
-            isinstance(value, str) for value in described.values()
-        ):
-            raise ValueError("__metadata__ holds more than texts")
-        start, state = 8 + length, _state(found)
-        entries = {name: _entry(path, name, part, start, state) for name, part in header.items()}
-        _check_fill(entries, start, size)
-    except (ValueError, RecursionError) as error:
-        fault = str(error) if type(error) is ValueError else "its header is not valid JSON"
-        raise CheckpointError(_damaged(path, fault)) from None
-    return entries
-
-
-def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; ValueError for one that has a name twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"its header holds {twice!r} twice")
-    return found
-
-
-def _entry(path: Path, name: str, part: object, begin: int, state: tuple[int, int]) -> TensorEntry:
-    """One tensor of a header; `begin`: where data begins. ValueError for what is no tensor."""
-    if not isinstance(part, dict):
-        raise ValueError(f"its header has no object for {name!r}")
-    dtype, shape, offsets = (part.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str):
-        raise ValueError(f"the dtype of {name!r} is not valid")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"the shape of {name!r} is not valid: expected integers")
-    pair: list = offsets if isinstance(offsets, list) and len(offsets) == 2 else [None]
-    if not all(type(n) is int and n >= 0 for n in pair):
-        raise ValueError(f"the byte range of {name!r} is not valid: expected two integers")
-    start, end = pair
-    known = DTYPES.get(dtype)
-    if end < start or (known and math.prod(shape) * known.itemsize != end - start):
-        raise ValueError(f"the byte range of {name!r} is not valid")
-    return TensorEntry(path, dtype, tuple(shape), begin + start, end - start, state)
-
-
-def _check_fill(entries: dict[str, TensorEntry], begin: int, size: int) -> None:
-    """ValueError unless the tensors' bytes are those from `begin` to `size`, each of one tensor."""
-    reached = begin
-    for name, entry in sorted(entries.items(), key=lambda kv: (kv[1].start, kv[1].nbytes)):
-        if entry.start + entry.nbytes > size:
-            raise ValueError(
-                f"truncated: the header says {entry.start + entry.nbytes:,} bytes, the file has "
-                f"{size:,}"
-            )
-        if entry.start != reached:
-            how = (
-                "overlaps the tensor before it" if entry.start < reached else "begins behind a gap"
-            )
-            raise ValueError(f"the byte range of {name!r} is not valid: it {how}")
-        reached += entry.nbytes
-    if reached != size:
-        raise ValueError(f"{size - reached:,} bytes follow the last tensor")
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file, in memory of their own."""
     return {name: _read_tensor(name, entry) for name, entry in sorted(read_header(path).items())}
@@ -291,13 +186,8 @@ def _read_tensor(name: str, entry: TensorEntry) -> Tensor:
     return tensor.reshape(entry.shape)
 
 
-def _state(found: os.stat_result) -> tuple[int, int]:
-    """What changes with a file's content: its size, and when it was written to."""
-    return found.st_size, found.st_mtime_ns
-
-
 def _check_unchanged(entry: TensorEntry, found: os.stat_result) -> None:
-    if _state(found) != entry.state:
+    if file_state(found) != entry.state:
         raise CheckpointError(
             f"{entry.file} was changed while it was being read: its tensors may be of two models; "
             "start again once nobody writes to it"
@@ -324,10 +214,6 @@ def _torch_dtype(name: str, entry: TensorEntry) -> torch.dtype:
             f"tensor {name!r} in {entry.file} has dtype {entry.dtype}, which torch cannot read"
         )
     return DTYPES[entry.dtype]
-
-
-def _damaged(path: Path, fault: str) -> str:
-    return f"{path} is not a whole safetensors file: {fault}; download or write it again"
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -8,7 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from compress.errors import CheckpointError
-from compress.storage.safetensors import read_header, read_tensors
+from compress.storage.safetensors import read_tensors
+from compress.storage.safetensors_header import read_header
 
 
 def write(path, header, data: int = 24, pad: int = 0, raw: bytes | None = None):
