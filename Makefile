@@ -37,6 +37,8 @@ gpu:
 	@$(PYTHON) -c "import torch; torch.cuda.is_available() \
 		or exit('needs a CUDA device, torch ' + torch.__version__ + ' finds none'); \
 		print(torch.cuda.get_device_name())"
+	@$(PYTHON) -c "import setuptools; int(setuptools.__version__.split('.')[0]) >= 77 \
+		or exit('needs setuptools 77 or later, found ' + setuptools.__version__)"
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m pytest -m gpu
 	mkdir -p $(BENCHMARKS)

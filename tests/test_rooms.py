@@ -93,6 +93,22 @@ def arrows() -> dict[str, set[str]]:
     return {module: imports_of(module) for module in sources()}
 
 
+def test_nobody_goes_round_the_plan():
+    """No import by a name that is made up, and no folder by the name that it has on disk."""
+    for module, file in sources().items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            tops = {name.split(".")[0] for name in names}
+            assert not tops & {"kernels", "eval", "recipes"}, module
+            if module.startswith("compress.kernels"):
+                assert not tops & {"transformers", "safetensors", "accelerate"}, module
+            called = getattr(node, "func", None)
+            if getattr(called, "id", getattr(called, "attr", "")) == "import_module":
+                assert module in {"compress", "compress.errors"}, module
+
+
 def test_every_file_stands_in_a_room_of_the_plan():
     loose = {file.stem for file in (ROOT / "compress").glob("*.py")}
     assert loose == LOOSE

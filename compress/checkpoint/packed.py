@@ -18,11 +18,9 @@ is left to transformers. Kernels run less than files hold: whoever means to run 
 """
 
 import math
-import re
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +33,10 @@ from compress.checkpoint.quantization_config import (
     checked_section,
     extras,
     format_of,
+    gptq_scheme,
     groups_of,
     needs_own_reader,
     read_config,
-    rule_pattern,
 )
 from compress.errors import CheckpointError, UsageError
 from compress.kernels.codes import LEAST_GROUP, Codes, with_bits
@@ -296,7 +294,11 @@ class PackedLinears:
         if not packed:
             raise self._error("nothing is packed, though config.json says so")
         if self.method == "gptq":
-            return {name: self._gptq_scheme(name) for name in packed}
+            found = {name: gptq_scheme(self.section, name) for name in packed}
+            for name, scheme in found.items():
+                if scheme is None:
+                    raise self._error(f"{name} is packed, but `dynamic` leaves it unquantised")
+            return {name: scheme for name, scheme in found.items() if scheme is not None}
         schemes = module_schemes(self.section, packed)
         for name in packed:
             if name not in schemes:
@@ -306,23 +308,6 @@ class PackedLinears:
     def _named(self, suffix: str) -> list[str]:
         end = "." + suffix
         return [name.removesuffix(end) for name in self.reader.names if name.endswith(end)]
-
-    def _gptq_scheme(self, name: str) -> Scheme:
-        keys = ("bits", "group_size", "sym", "desc_act")
-        settings: dict[str, Any] = {key: self.section.get(key) for key in keys}
-        for rule, override in (self.section.get("dynamic") or {}).items():
-            if re.match(rule_pattern(rule), name):
-                if rule.startswith("-:"):
-                    raise self._error(f"{name} is packed, but `dynamic` leaves it unquantised")
-                settings |= {key: override[key] for key in settings if key in override}
-                break
-        size = settings["group_size"] or -1
-        return Scheme(
-            settings["bits"],
-            size if size > 0 else None,
-            settings["sym"] is not False,  # where a file says nothing, as its writers have it
-            act_order=bool(settings["desc_act"]),
-        )
 
     def _rounded(self, name: str, scheme: Scheme) -> Scheme:
         """The scheme with the activations that were asked for."""

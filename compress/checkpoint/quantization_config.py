@@ -19,6 +19,7 @@ from compress.errors import CheckpointError
 from compress.kernels.activations import BITS as ACTIVATION_BITS
 from compress.recipe.sections import Pattern
 from compress.recipe.source import FieldError, Source
+from compress.scheme import Scheme
 from compress.storage.files import read_json
 
 METHODS = ("compressed-tensors", "gptq")
@@ -167,6 +168,25 @@ SCHEMAS: dict[str, type[BaseModel]] = {"compressed-tensors": CompressedTensors, 
 def rule_pattern(rule: str) -> str:
     """The regular expression of a key of GPTQ's `dynamic`."""
     return rule.removeprefix("+:").removeprefix("-:")
+
+
+def gptq_scheme(section: dict[str, Any], name: str) -> Scheme | None:
+    """How a GPTQ checkpoint stores a module, None where `dynamic` leaves it out."""
+    keys = ("bits", "group_size", "sym", "desc_act")
+    settings: dict[str, Any] = {key: section.get(key) for key in keys}
+    for rule, override in (section.get("dynamic") or {}).items():
+        if re.match(rule_pattern(rule), name):
+            if rule.startswith("-:"):
+                return None
+            settings |= {key: override[key] for key in settings if key in override}
+            break
+    size = settings["group_size"] or -1
+    return Scheme(
+        settings["bits"],
+        size if size > 0 else None,
+        settings["sym"] is not False,  # where a file says nothing, as its writers have it
+        act_order=bool(settings["desc_act"]),
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

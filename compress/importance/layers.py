@@ -65,7 +65,7 @@ class LayerImportance(Protocol):
         ...
 
 
-class _UnitByUnit:
+class UnitByUnit:
     """A strategy whose score of a unit does not depend on the others."""
 
     def score(self, unit: UnitFacts) -> float:
@@ -138,7 +138,7 @@ def _cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
 
 
 @LAYER_IMPORTANCE.register("layer_embedding_change")
-class LayerEmbeddingChange(_UnitByUnit):
+class LayerEmbeddingChange(UnitByUnit):
     """LIM: a layer that changes its input more matters more. Units of one layer share its score."""
 
     needs = "change"
@@ -152,7 +152,7 @@ class LayerEmbeddingChange(_UnitByUnit):
 
 
 @LAYER_IMPORTANCE.register("outlier_weight_count")
-class OutlierWeightCount(_UnitByUnit):
+class OutlierWeightCount(UnitByUnit):
     """Minus ZD: the fewer of its weights stand out, the more a unit matters. Needs no data.
 
     Mean and standard deviation are those of all linears of the unit together, as in the paper,
@@ -198,7 +198,7 @@ def outlier_share(weights: list[Tensor], two_sided: bool = False) -> float:
 # From errors, one per width
 
 
-class _Measured(_UnitByUnit):
+class _Measured(UnitByUnit):
     """A strategy with an error for each width, which allocators can use as it is.
 
     The score is what narrowing the unit costs: the error at the narrowest width less that at the
@@ -256,7 +256,7 @@ class Position:
 
 
 @LAYER_IMPORTANCE.register("random")
-class Random(_UnitByUnit):
+class Random(UnitByUnit):
     """A number from 0 to 1 that depends on the seed and the unit's name alone."""
 
     needs = None

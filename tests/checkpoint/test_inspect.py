@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from compress.checkpoint.inspect import inspect
+from compress.checkpoint.packed import PackedLinears
 from compress.errors import CheckpointError, UsageError
 from compress.storage.safetensors import CheckpointReader, save_tensors
 from support.refusals import refused
@@ -42,6 +44,25 @@ def test_inspect_lists_every_matrix_and_every_byte(mixed):
     assert packed < size["quantized"] < 1.5 * packed
     assert found["recipe"] is None
     assert found["provenance"] is None
+
+
+def test_what_dynamic_says_of_a_module_is_its_scheme(tmp_path):
+    """As packed loading has it: both read the same rules."""
+    foreign = Path(__file__).parents[1] / "interop" / "foreign" / "gptqmodel-mixed"
+    folder = shutil.copytree(foreign, tmp_path / "mixed")
+    config = json.loads((folder / "config.json").read_text())
+    rules = config["quantization_config"]["dynamic"]
+    for rule, override in rules.items():
+        if rule.startswith("+:"):
+            override["sym"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").unlink(missing_ok=True)
+    found = {m["name"]: m for m in inspect(folder)["modules"] if m["symmetric"] is not None}
+    assert {m["symmetric"] for m in found.values()} == {True, False}
+    assert all(m["group_size"] for m in found.values())
+    for name, scheme in PackedLinears(folder).schemes.items():
+        facts = scheme.bits, scheme.group_size, scheme.symmetric
+        assert (found[name]["bits"], found[name]["group_size"], found[name]["symmetric"]) == facts
 
 
 def test_inspect_reads_recipe_and_provenance(mixed, tmp_path):

@@ -74,7 +74,7 @@ def total(W, linear, H) -> float:
 # ---- what comes out -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("method", sorted(SOLVERS))
 @pytest.mark.parametrize("bits", BITS)
 @either_symmetry
 @either_group
@@ -155,7 +155,7 @@ def test_changed_holds_a_share_for_each_sweep(W, H, sweeps):
 # ---- rows, parts, repetition --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("method", sorted(SOLVERS))
 @either_symmetry
 def test_rows_taken_apart_join_to_the_same_linear(W, H, method, symmetric):
     linear = solved(W, H, UniformGrid(3, symmetric, torch.bfloat16), 32, method)
@@ -202,14 +202,14 @@ def test_solving_some_rows_at_a_time_gives_the_same(
     assert found.changed == pytest.approx(expected.changed)
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("method", sorted(SOLVERS))
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_same_again_is_the_same_to_the_bit(W, H, method, act_order):
     settings = {"method": method, "group_size": 32, "act_order": act_order}
     assert_same(solved(W, H, **settings), solved(W, H, **settings))
 
 
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("method", sorted(SOLVERS))
 @pytest.mark.parametrize("shape", [(N, K), (1, K), (5, 1), (1, 1)])
 def test_the_weight_is_left_as_it_was(W, method, shape):
     rows, columns = shape
