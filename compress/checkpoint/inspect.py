@@ -14,6 +14,7 @@ from compress.checkpoint.compressed_tensors import module_schemes
 from compress.checkpoint.gguf.inspect import inspect_gguf
 from compress.checkpoint.quantization_config import checked_section, gptq_scheme, read_config
 from compress.errors import CheckpointError, UsageError
+from compress.scheme import Scheme
 from compress.storage.files import read_json
 from compress.storage.safetensors import CheckpointReader
 
@@ -75,10 +76,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
 def _quantised_modules(reader: CheckpointReader, section: dict[str, Any]) -> dict[str, Any]:
     names = sorted({name.rpartition(".")[0] for name in reader.names})
     if section.get("quant_method") == "gptq":
-        found = {n: gptq_scheme(section, n) for n in names if f"{n}.qweight" in reader}
-    else:
-        scaled = [name for name in names if f"{name}.weight_scale" in reader]
-        found = dict(module_schemes(section, scaled))
+        return {n: _gptq_module(reader, n, section) for n in names if f"{n}.qweight" in reader}
+    scaled = [name for name in names if f"{name}.weight_scale" in reader]
     return {
         name: {
             "shape": _shape(reader, name, scheme.bits),
@@ -87,22 +86,33 @@ def _quantised_modules(reader: CheckpointReader, section: dict[str, Any]) -> dic
             "symmetric": scheme.symmetric,
             **{key: value for key in RARE_FIELDS if (value := getattr(scheme, key))},
         }
-        for name, scheme in found.items()
-        if scheme is not None
+        for name, scheme in module_schemes(section, scaled).items()
     }
 
 
 def _shape(reader: CheckpointReader, name: str, bits: int) -> list[int]:
-    if f"{name}.qweight" in reader:
-        words, N = reader.shape(f"{name}.qweight")
-        known = f"{name}.g_idx" in reader  # where words end in unused bits, it alone says
-        return [N, reader.shape(f"{name}.g_idx")[0] if known else words * 32 // bits]
     if f"{name}.weight_shape" in reader:  # two integers; the packed width alone is ambiguous
         return reader.tensor(f"{name}.weight_shape").tolist()
     if f"{name}.weight_packed" in reader:  # of small floats, which fill their bytes
         N, columns = reader.shape(f"{name}.weight_packed")
         return [N, columns * 8 * reader.dtype(f"{name}.weight_packed").itemsize // bits]
     return list(reader.shape(f"{name}.weight"))
+
+
+def _gptq_module(reader: CheckpointReader, name: str, section: dict[str, Any]) -> dict[str, Any]:
+    """Width and groups as the shapes have them, where they say it; all else by the section."""
+    scheme = gptq_scheme(section, name) or Scheme(section["bits"], None)
+    words, N = reader.shape(f"{name}.qweight")
+    groups = reader.shape(f"{name}.scales")[0]
+    known = f"{name}.g_idx" in reader
+    K = reader.shape(f"{name}.g_idx")[0] if known else words * 32 // scheme.bits
+    return {
+        "shape": [N, K],
+        "bits": words * 32 // K,
+        "group_size": -(-K // groups) if groups > 1 else scheme.group_size,
+        "symmetric": scheme.symmetric,
+        **({"act_order": True} if scheme.act_order else {}),
+    }
 
 
 def _plain_module(reader: CheckpointReader, name: str) -> dict[str, Any]:
