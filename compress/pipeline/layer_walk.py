@@ -163,7 +163,7 @@ class LayerWalk:
         def attended(i: int) -> None:
             if i in stream.prompts:
                 x = stream.x[i].to(self.device)
-                tap.rotary = stream.layer_inputs(source, i, x)["position_embeddings"]
+                tap.turned(stream.layer_inputs(source, i, x)["position_embeddings"])
                 valid = stream.prompts[i].views[-1].valid.to(self.device)
                 stream.scores[i] = tap.scores(valid).cpu()
 
