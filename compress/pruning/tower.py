@@ -351,8 +351,9 @@ def anyres_places(newline: Tensor, side: int, several: bool) -> tuple[Tensor, Te
     base = index < side**2
     rest = index - side**2
     width = side
-    if several:
-        width = int(newline[side**2 :].nonzero()[0]) + 1 if newline.any() else len(index) - side**2
+    tiles = len(index) - side**2
+    if several and tiles:  # a very wide picture has none: its padding is all there is
+        width = int(newline[side**2 :].nonzero()[0]) + 1 if newline.any() else tiles
     segment = torch.where(base, 0, 1).masked_fill(newline, -1)
     row = torch.where(base, index // side, rest.clamp(min=0) // width)
     column = torch.where(base, index % side, rest.clamp(min=0) % width)
