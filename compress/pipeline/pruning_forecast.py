@@ -202,6 +202,12 @@ def _notes(inputs: RunInputs, planned: PruningCosts) -> list[str]:
         notes.append(
             "calibration data holds no images: the Hessians are those of text, which is not pruned"
         )
+    strategy, visual = PruneStrategy.from_dict(planned["strategy"]), planned["prompt"]
+    if strategy.stage_without(int(visual["visual_tokens"])) is not None:
+        notes.append(
+            f"a share of the {visual['visual_tokens']} visual tokens of {visual['source']} is less "
+            "than one token: one stays"
+        )
     return notes
 
 

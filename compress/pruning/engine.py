@@ -52,7 +52,7 @@ def prune_visual_tokens(
     """A context in which `model` prunes the visual tokens of its prompts.
 
     Args:
-        model: one of the classes of `compress.pruning.families`.
+        model: one of the classes of `compress.pruning.families`, or PEFT's wrapper round one.
         strategy: which tokens stay, and where.
         processor: the model's processor or image processor. Only the entropy term asks it, for the
             pixels' mean and deviation; without it the vision tower's usual ones are assumed.
@@ -85,6 +85,7 @@ class VisualTokenPruning:
     def __init__(
         self, model: PreTrainedModel, strategy: PruneStrategy, processor: Processor | None = None
     ):
+        self._wrappers, model = unwrapped(model)
         tower = tower_of(model)
         self.model, self.strategy = model, strategy
         self.base, self.text = model.model, model.model.language_model
@@ -125,7 +126,10 @@ class VisualTokenPruning:
         self._generator = torch.Generator().manual_seed(self.strategy.seed)
         self._handles = self.tap.install()
         before = partial(self._hook, with_kwargs=True)
-        before(self.model, self._before_head)
+        # An adapter's wrapper calls the forward of what it holds, and no hook of it.
+        for module in (self.model, *self._wrappers):
+            before(module, self._before_head)
+        self._adapted = _has_adapters(self.model)
         before(self.base, self._before_model)
         before(self.text, self._before_text)
         for number, layer in enumerate(self.layers):
@@ -167,6 +171,11 @@ class VisualTokenPruning:
         names = list(signature(type(module).forward).parameters)[1:]
         inputs = dict(zip(names, args, strict=False)) | kwargs
         self._now.value = None
+        if _has_adapters(self.model) != self._adapted:
+            raise UsageError(
+                "adapters were added to the model, or taken off it, while its visual tokens were "
+                "pruned: leave the context, or call stop_pruning, and prune anew"
+            )
         check_inputs(inputs)
         cache: Cache | None = inputs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -320,6 +329,19 @@ class VisualTokenPruning:
         return prompt.view(0).index.shape[1] != prompt.length or any(
             image.kept_at(0) < len(image.tokens) for image in prompt.images
         )
+
+
+def unwrapped(model: PreTrainedModel) -> tuple[list[nn.Module], PreTrainedModel]:
+    """PEFT's modules round a model, none for a model as it is, and the model itself."""
+    inside = getattr(model, "get_base_model", None)
+    if inside is None:
+        return [], model
+    found = inside()
+    return [module for module in (model, model.base_model) if module is not found], found
+
+
+def _has_adapters(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "peft_config", None))
 
 
 def _appended_mask(mask: Tensor | None, prompt: PrunedPrompt, new: int) -> Tensor:

@@ -17,7 +17,7 @@ from compress.models.vision import Inputs
 # Settings of `generate` that a pruned cache cannot follow, with the values that are fine.
 GENERATE_SETTINGS: dict[str, tuple[str | int | None, ...]] = {
     "num_beams": (None, 1),
-    "cache_implementation": (None, "dynamic", "dynamic_full"),
+    "cache_implementation": (None, "dynamic", "dynamic_full", "offloaded"),
     "assistant_model": (None,),
     "assistant_early_exit": (None,),
     "use_mtp": (None, False),

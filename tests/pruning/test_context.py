@@ -366,3 +366,33 @@ def test_another_threads_prompt_is_not_the_latest_of_this_one():
         in_threads([lambda: model(**tiny_inputs(model, BATCH))])
         assert pruning.last is mine
         assert in_threads([lambda: pruning.last])[0] is not mine  # the latest of all
+
+
+class NoStream:
+    """Stands for an accelerator's stream where there is none."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_an_offloaded_cache_gives_the_same_logits(family, monkeypatch):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, BATCH)
+    settings = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    with prune_visual_tokens(model, THREE):
+        expected = model.generate(**inputs, do_sample=False, **settings)
+        monkeypatch.setattr(torch, "Stream", NoStream)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: NoStream())
+        found = model.generate(
+            **inputs, do_sample=False, cache_implementation="offloaded", **settings
+        )
+    assert found.past_key_values.offloading
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        close(a, b)

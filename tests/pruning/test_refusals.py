@@ -137,19 +137,18 @@ def test_forwards_that_cannot_be_pruned_are_refused():
 
 
 @torch.no_grad()
-def test_budgets_that_leave_nothing_are_refused():
+def test_budgets_that_leave_nothing_keep_the_least_and_are_counted():
     model = tiny_model("llava")
     cases = [
-        (PruneStrategy(ratios=(0.01,)), ("36 visual tokens",)),
-        (PruneStrategy(ratios=(0.1,), cell=2), (9, "36 visual tokens", 4)),
+        (PruneStrategy(ratios=(0.01,)), 1, "images_at_least"),
+        (PruneStrategy(ratios=(0.1,), cell=2), 4, "images_not_recycled"),
     ]
-    for strategy, named in cases:
-        with prune_visual_tokens(model, strategy), refused(UsageError, *named):
+    for strategy, kept, counted in cases:
+        with prune_visual_tokens(model, strategy) as pruning:
             model(**tiny_inputs(model))
-    model = tiny_model("llava_next")
-    tight = PruneStrategy(ratios=(0.02,))
-    with prune_visual_tokens(model, tight), refused(UsageError, "protected"):
-        model(**tiny_inputs(model))
+        totals = pruning.stats.as_dict()
+        assert pruning.stats.images[0].kept == (kept,) * LAYERS
+        assert totals["images_at_least"] + totals["images_not_recycled"] == totals[counted] == 1
 
 
 def test_a_model_is_not_copied_while_it_prunes():
