@@ -155,6 +155,9 @@ def _prompt(source: CalibrationSource, skeleton: Skeleton) -> tuple[int, list[in
 
 def _costs(inputs: RunInputs, strategy: PruneStrategy, layers: int) -> PruningCosts:
     total, images, source = _prompt(inputs.source, inputs.skeleton)
+    vision = inputs.skeleton.model_config.vision_config
+    if hasattr(vision, "image_size"):  # no image has fewer tokens than one crop
+        strategy.check_tokens((vision.image_size // vision.patch_size) ** 2)
     counts = [sum(c) for c in zip(*(strategy.counts(n, layers) for n in images), strict=True)]
     visual = sum(images)
     kept = [visual] * strategy.stages[0]
