@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives
     from compress.pipeline.run import run as run
     from compress.pruning.engine import prune_visual_tokens as prune_visual_tokens
     from compress.pruning.pictures import draw_pruning as draw_pruning
+    from compress.pruning.saved import stop_pruning as stop_pruning
     from compress.pruning.search import search_strategy as search_strategy
     from compress.recipe.recipe import Recipe as Recipe
     from compress.recipe.strategy import PruneStrategy as PruneStrategy
@@ -47,6 +48,7 @@ _HOMES = {
     "push": "compress.checkpoint.hub",
     "prune_visual_tokens": "compress.pruning.engine",
     "PruneStrategy": "compress.recipe.strategy",
+    "stop_pruning": "compress.pruning.saved",
     "draw_pruning": "compress.pruning.pictures",
     "search_strategy": "compress.pruning.search",
     "ModelpressConfig": "compress.loading.transformers_plugin",

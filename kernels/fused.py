@@ -46,7 +46,8 @@ class SharedLinear(nn.Module):
         super().__init__()
         self.linear, self.sizes = linear, list(sizes)
         # (input, its version, outputs, who has had theirs), replaced as a whole: two threads that
-        # run one model may compute a product twice, and never mix two inputs.
+        # run one model may compute a product twice, and never mix two inputs. Who reads it keeps a
+        # name of its own for it: what another thread puts here meanwhile does not concern it.
         self._product: tuple[Tensor, int, tuple[Tensor, ...], set[int]] | None = None
 
     def part(self, index: int, x: Tensor) -> Tensor:

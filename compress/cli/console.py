@@ -169,6 +169,8 @@ def run_table(result: "RunResult") -> Table:
     if check := result.self_check:
         text = f"relative error {check['relative_error']:.2g}, {check['tolerance']:.0e} allowed"
         rows.append(("self-check", text))
+    if result.rounded_to_nearest:
+        rows.append(("rounded", f"{result.rounded_to_nearest} linears to nearest: gptq was worse"))
     if result.warnings:
         rows.append(("warnings", str(len(result.warnings))))
     if result.report:

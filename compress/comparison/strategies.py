@@ -159,7 +159,7 @@ class PruningComparison:
             return found.strategy, None
         try:
             strategy = section.strategy_for(self.layers)
-            strategy.counts(self._visual_tokens(source), self.layers)
+            strategy.check_tokens(self._visual_tokens(source))
         except UsageError:
             nearest = self._least(section, source)
             if nearest is None:

@@ -113,13 +113,23 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def open_image(path: Path, called: str) -> "Image":
-    """An image in RGB; UsageError, in which it is `called` so, if it cannot be read."""
-    from PIL import Image, UnidentifiedImageError  # an optional extra
+    """An image in RGB, upright as its EXIF data say, as transformers opens it.
+
+    Raises UsageError, in which it is `called` so, if it cannot be read, or if its pixels are not 8
+    bits deep: PIL would cut them off at 255, which leaves a blank picture.
+    """
+    from PIL import Image, ImageOps  # an optional extra
 
     try:
         with Image.open(path) as file:
-            return file.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+            if file.mode == "F" or file.mode.startswith("I"):
+                raise UsageError(
+                    f"{called} has pixels of {'floats' if file.mode == 'F' else 'more than 8 bits'}"
+                    f" (PIL's mode {file.mode}), which a processor would take for blank: save it "
+                    "with 8 bits a channel"
+                )
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"{called} cannot be opened: {error}") from error
 
 

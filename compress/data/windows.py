@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # slow to import
 
 PROBE_TOKENS = 64  # of the self-check, where no calibration data gives any
 BATCH = 64  # documents handed to the tokenizer at once
+PHRASE = 32  # tokens that do not follow one another twice by chance
+MOST_REPEATED = 0.5  # share of phrases that may be there more than once before it is said
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,47 @@ def text_windows(source: CalibrationSource, skeleton: Skeleton) -> CalibrationWi
         corpus, skeleton.tokenizer(), c.samples, c.length, c.bos, c.seed, context
     )
     return expand(windows, c.expansion)
+
+
+def repeated_share(ids: Tensor) -> float:
+    """How much of windows [N, T] is there again elsewhere in them, from 0 to 1.
+
+    Counts phrases of 32 tokens: windows of one text that overlap share theirs, and so do documents
+    that are drawn twice and a text that repeats itself.
+    """
+    length = min(PHRASE, ids.shape[1])
+    mixed = ids * -7046029254386353131  # wraps round, as all of this does: a hash of each phrase
+    found = torch.zeros_like(ids[:, : ids.shape[1] - length + 1])
+    for place in range(length):
+        found.mul_(6364136223846793005).add_(mixed[:, place : place + found.shape[1]])
+        found ^= found >> 29
+    return 1 - len(found.unique()) / found.numel()
+
+
+def doubts(windows: CalibrationWindows, expansion: int, inputs: int, vocabulary: int) -> list[str]:
+    """What is said before Hessians are made of windows that tell too little, a line each.
+
+    Args:
+        windows: expanded, `expansion` for each that was drawn.
+        inputs: of the linears that read the first layer's normed input, which depends on the token
+            alone: fewer distinct tokens leave directions that no token points in.
+        vocabulary: of the model; one of fewer tokens than twice `inputs` is asked for half of it.
+    """
+    found = []
+    ids = windows.input_ids[::expansion]
+    distinct, needed = len(ids[windows.mask[::expansion]].unique()), min(inputs, vocabulary // 2)
+    if distinct < needed:
+        found.append(
+            f"calibration: {distinct} distinct tokens, fewer than the {inputs} inputs of a linear: "
+            "most directions of its weights are not calibrated; use a text with more words"
+        )
+    share = repeated_share(ids)
+    if share > MOST_REPEATED:
+        found.append(
+            f"calibration: {share:.0%} of the windows' text is there more than once: they overlap "
+            "or the text repeats itself; use a longer text or fewer samples"
+        )
+    return found
 
 
 def check_token_ids(parts: list[tuple[Tensor, Tensor]], vocabulary: int) -> None:

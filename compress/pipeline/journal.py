@@ -48,6 +48,7 @@ class ModuleFacts(TypedDict):
     dead_columns: int  # inputs that were zero on every calibration token
     changed: list[float]  # share of codes that each refinement sweep changed
     seconds: float
+    rounded_to_nearest: NotRequired[bool]  # it was better than the solver's, by the Hessian
 
 
 class LayerFacts(TypedDict):

@@ -163,7 +163,7 @@ class LayerWalk:
         def attended(i: int) -> None:
             if i in stream.prompts:
                 x = stream.x[i].to(self.device)
-                tap.rotary = stream.layer_inputs(source, i, x)["position_embeddings"]
+                tap.turned(stream.layer_inputs(source, i, x)["position_embeddings"])
                 valid = stream.prompts[i].views[-1].valid.to(self.device)
                 stream.scores[i] = tap.scores(valid).cpu()
 
@@ -219,6 +219,8 @@ class LayerWalk:
                 "changed": [round(share, 6) for share in linear.changed],
                 "seconds": round(seconds / len(solved), 3),
             }
+            if linear.rounded:
+                facts["rounded_to_nearest"] = True
             modules.append(facts)
             self.observer.module(facts["name"], facts)
             self._warn_of(facts)
@@ -255,6 +257,11 @@ class LayerWalk:
             self.warn(f"{facts['name']}: damping was raised from {damping} to {facts['damping']}")
         if facts["dead_columns"]:
             self.warn(f"{facts['name']}: {facts['dead_columns']} inputs were always zero")
+        if facts.get("rounded_to_nearest"):
+            self.warn(
+                f"{facts['name']}: gptq was worse than rounding to nearest on its own Hessian, "
+                "which was kept instead"
+            )
 
 
 def _chosen(group: tuple[str, ...], schemes: Schemes) -> dict[str, Scheme]:

@@ -60,6 +60,7 @@ def provenance(
         "pruning": result.pruning,
         "bytes": {"original": skeleton.reader.nbytes()} | plan.bytes,
         "layers": result.layers,
+        "rounded_to_nearest": result.rounded_to_nearest,
         "self_check": result.self_check,
         "source_check": result.source_check,
         "seconds": {name: round(value, 2) for name, value in result.seconds.items()},

@@ -155,6 +155,9 @@ def _prompt(source: CalibrationSource, skeleton: Skeleton) -> tuple[int, list[in
 
 def _costs(inputs: RunInputs, strategy: PruneStrategy, layers: int) -> PruningCosts:
     total, images, source = _prompt(inputs.source, inputs.skeleton)
+    vision = inputs.skeleton.model_config.vision_config
+    if hasattr(vision, "image_size"):  # no image has fewer tokens than one crop
+        strategy.check_tokens((vision.image_size // vision.patch_size) ** 2)
     counts = [sum(c) for c in zip(*(strategy.counts(n, layers) for n in images), strict=True)]
     visual = sum(images)
     kept = [visual] * strategy.stages[0]
@@ -201,6 +204,12 @@ def _notes(inputs: RunInputs, planned: PruningCosts) -> list[str]:
     if not inputs.source.images and inputs.recipe.quantize.method == "gptq":
         notes.append(
             "calibration data holds no images: the Hessians are those of text, which is not pruned"
+        )
+    strategy, visual = PruneStrategy.from_dict(planned["strategy"]), planned["prompt"]
+    if strategy.stage_without(int(visual["visual_tokens"])) is not None:
+        notes.append(
+            f"a share of the {visual['visual_tokens']} visual tokens of {visual['source']} is less "
+            "than one token: one stays"
         )
     return notes
 

@@ -38,6 +38,13 @@ class RunResult:
     source_check: SourceCheck = field(default_factory=SourceCheck)
     pruning: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def rounded_to_nearest(self) -> int:
+        """Linears whose solution was worse than rounding to nearest, which took its place."""
+        modules = (module for layer in self.layers for module in layer["modules"])
+        return sum(module.get("rounded_to_nearest", False) for module in modules)
+
     report: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from compress.data.activations import activations_on_disk
 from compress.data.prompts import CalibrationData, calibration_data, probe_prompt
 from compress.data.samples import read_samples
-from compress.data.windows import check_token_ids
+from compress.data.windows import CalibrationWindows, check_token_ids, doubts
 from compress.errors import CompressError, UsageError
 from compress.loading.load import load
 from compress.memory import check_device, peak_memory, release_memory
@@ -150,6 +150,8 @@ def _compressed(
         for note in plan.notes:
             if plan.pruning is None or note != plan.pruning["summary"]:
                 log.warn(note)
+        for doubt in job.doubts():
+            log.warn(doubt)
         job.walk(done)
         job.finish_tensors()
         checked = job.assemble(self_check)
@@ -370,6 +372,14 @@ class Job:
                 f"{free / 1e9:.1f} GB are free"
             )
         return needed <= free
+
+    def doubts(self) -> list[str]:
+        """What the calibration data leave open; none where no Hessian is made of windows."""
+        recipe, config = self.inputs.recipe, self.skeleton.config
+        if recipe.quantize.method != "gptq" or not isinstance(self.data, CalibrationWindows):
+            return []
+        expansion = self.inputs.source.settings.expansion
+        return doubts(self.data, expansion, config.hidden_size, config.vocab_size)
 
     def pruning_facts(self) -> dict[str, Any] | None:
         """What modelpress.json says about pruned visual tokens."""

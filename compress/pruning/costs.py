@@ -68,6 +68,8 @@ class ImageStats:
     kept: tuple[int, ...]  # at each decoder layer, recycled ones included
     merged: int = 0  # kept tokens that hold a mean of others
     empty_voters: int = 0  # crops where no patch reached the threshold: plain attention was used
+    at_least: bool = False  # kept more than its share: one token, or the protected ones
+    not_recycled: bool = False  # more cells than tokens that may stay
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class CostTotals(TypedDict):
     average_kept: float
     merged_tokens: int
     crops_without_voters: int
+    images_at_least: int
+    images_not_recycled: int
     prefill_flops: int
     prefill_flops_unpruned: int
     kv_bytes: int
@@ -153,6 +157,8 @@ class PruningStats:
             "average_kept": self.average_kept,
             "merged_tokens": sum(image.merged for image in self.images),
             "crops_without_voters": sum(image.empty_voters for image in self.images),
+            "images_at_least": sum(image.at_least for image in self.images),
+            "images_not_recycled": sum(image.not_recycled for image in self.images),
             "prefill_flops": self.flops,
             "prefill_flops_unpruned": sum(p.flops_unpruned for p in self.prompts),
             "kv_bytes": self.kv_bytes,
@@ -172,6 +178,8 @@ def prompt_stats(shape: DecoderShape, prompt: PrunedPrompt) -> PromptStats:
             kept=tuple(image.kept_at(layer) for layer in depth),
             merged=0 if image.merged is None else len(image.merged),
             empty_voters=image.tokens.empty_voters,
+            at_least=image.at_least,
+            not_recycled=image.not_recycled,
         )
         for image in prompt.images
     )

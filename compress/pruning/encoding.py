@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from compress.errors import CompressError, UsageError
 from compress.models.vision import Inputs
+from compress.pruning.per_thread import PerThread
 from compress.pruning.prompt import PromptImage
 from compress.pruning.tower import VisionTap, VisualTokens
 
@@ -25,11 +26,16 @@ Encoder = Callable[P, BaseModelOutputWithPooling | tuple]
 
 
 class EncodedImages:
-    """The images of the latest call of `get_image_features`."""
+    """The images of this thread's latest call of `get_image_features`."""
 
     def __init__(self, tap: VisionTap):
         self.tap = tap
-        self.latest: list[tuple[Tensor, VisualTokens]] = []
+        self._latest = PerThread[list[tuple[Tensor, VisualTokens]]](list)
+
+    @property
+    def latest(self) -> list[tuple[Tensor, VisualTokens]]:
+        """The features of each image, and what is known of its tokens."""
+        return self._latest.value
 
     def noting(self, encode: Encoder[P]) -> Encoder[P]:
         """`encode`, which also notes what became of each image."""
@@ -40,7 +46,7 @@ class EncodedImages:
         ) -> BaseModelOutputWithPooling | tuple:
             inputs = signature(encode).bind_partial(*args, **kwargs).arguments
             output = encode(*args, **kwargs)
-            self.latest = list(zip(_features(output), self.tap.images(inputs), strict=True))
+            self._latest.value = list(zip(_features(output), self.tap.images(inputs), strict=True))
             return output
 
         return get_image_features
@@ -48,7 +54,7 @@ class EncodedImages:
     def begin(self, inputs: Inputs) -> None:
         """Before a forward over a prompt: one without ready features will encode its own images."""
         if ready_features(inputs) is None:
-            self.latest = []
+            self._latest.value = []
 
     def placed(self, inputs: Inputs, image_token: int) -> list[PromptImage]:
         """The images of a forward at their placeholders in `input_ids` [B, L], nothing pruned.

@@ -5,9 +5,10 @@
     pruning.stats.as_dict(), pruning.last
 
 Hooks sit on this one model's modules, wrappers round its `generate` and `get_image_features`; they
-go when the context closes, and all state is on the context: two models in two threads do not see
-each other. A pruned run equals the full run in which the pruned keys are masked out from their
-stage on; what is left keeps its positions.
+go when the context closes. The state of a forward belongs to the thread that it runs in, so threads
+may share a model: each forward is what it is alone (`random` draws in the order of forwards). A
+pruned run equals the full run in which the pruned keys are masked out from their stage on; what is
+left keeps its positions.
 
 Stage 0 shortens what enters the language model, a stage before layer k the hidden states, rotary
 embeddings and masks of the layers from k on, whose caches are then shorter. While decoding, each
@@ -35,6 +36,7 @@ from compress.pruning.costs import DecoderShape, PruningStats, prompt_stats
 from compress.pruning.encoding import EncodedImages, ready_features
 from compress.pruning.families import tower_of
 from compress.pruning.last_token import LastTokenAttention, check_decoder
+from compress.pruning.per_thread import PerThread
 from compress.pruning.prompt import PrunedPrompt, take, take_positions
 from compress.pruning.refusals import check_inputs, checked_generate
 from compress.pruning.stages import Stages
@@ -50,7 +52,7 @@ def prune_visual_tokens(
     """A context in which `model` prunes the visual tokens of its prompts.
 
     Args:
-        model: one of the classes of `compress.pruning.families`.
+        model: one of the classes of `compress.pruning.families`, or PEFT's wrapper round one.
         strategy: which tokens stay, and where.
         processor: the model's processor or image processor. Only the entropy term asks it, for the
             pixels' mean and deviation; without it the vision tower's usual ones are assumed.
@@ -83,6 +85,7 @@ class VisualTokenPruning:
     def __init__(
         self, model: PreTrainedModel, strategy: PruneStrategy, processor: Processor | None = None
     ):
+        self._wrappers, model = unwrapped(model)
         tower = tower_of(model)
         self.model, self.strategy = model, strategy
         self.base, self.text = model.model, model.model.language_model
@@ -99,13 +102,23 @@ class VisualTokenPruning:
         self.shape = DecoderShape.of(self.text.config, self.text.dtype.itemsize)
         self.image_token = model.config.image_token_id
         self.stats = PruningStats()
-        self.last: PrunedPrompt | None = None
+        self._last: PrunedPrompt | None = None
+        self._own = PerThread[PrunedPrompt | None](lambda: None)
         self._handles: list[RemovableHandle] = []
+
+    @property
+    def last(self) -> PrunedPrompt | None:
+        """The latest prompt of this thread; where it had none, the latest of all."""
+        return self._own.value or self._last
+
+    @last.setter
+    def last(self, prompt: PrunedPrompt | None) -> None:
+        self._own.value = self._last = prompt
 
     def __enter__(self) -> "VisualTokenPruning":
         if "generate" in vars(self.model):
             raise UsageError("this model's visual tokens are already pruned: leave that context")
-        self._step: _Step | None = None
+        self._now = PerThread[_Step | None](lambda: None)
         self.encoded = EncodedImages(self.tap)
         # By cache, so that generations on one model may take turns.
         self._prompts: WeakKeyDictionary[Cache, PrunedPrompt] = WeakKeyDictionary()
@@ -113,7 +126,10 @@ class VisualTokenPruning:
         self._generator = torch.Generator().manual_seed(self.strategy.seed)
         self._handles = self.tap.install()
         before = partial(self._hook, with_kwargs=True)
-        before(self.model, self._before_head)
+        # An adapter's wrapper calls the forward of what it holds, and no hook of it.
+        for module in (self.model, *self._wrappers):
+            before(module, self._before_head)
+        self._adapted = _has_adapters(self.model)
         before(self.base, self._before_model)
         before(self.text, self._before_text)
         for number, layer in enumerate(self.layers):
@@ -131,7 +147,7 @@ class VisualTokenPruning:
             handle.remove()
         self._handles = []
         del self.model.generate, self.base.get_image_features  # the classes' own are there again
-        self._step, self.encoded.latest = None, []
+        self._now, self.encoded = PerThread(lambda: None), EncodedImages(self.tap)  # lets go
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         # The copy would hold this model's hooks, and answer for this model.
@@ -154,13 +170,18 @@ class VisualTokenPruning:
         """Finds out what this forward is: a new prompt, or the next tokens of one."""
         names = list(signature(type(module).forward).parameters)[1:]
         inputs = dict(zip(names, args, strict=False)) | kwargs
-        self._step = None
+        self._now.value = None
+        if _has_adapters(self.model) != self._adapted:
+            raise UsageError(
+                "adapters were added to the model, or taken off it, while its visual tokens were "
+                "pruned: leave the context, or call stop_pruning, and prune anew"
+            )
         check_inputs(inputs)
         cache: Cache | None = inputs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         if cache is None or past == 0:
             self.encoded.begin(inputs)
-            self._step = _Step(None, inputs, prefill=True)
+            self._now.value = _Step(None, inputs, prefill=True)
             return None
         if cache not in self._prompts:
             raise UsageError(
@@ -172,7 +193,7 @@ class VisualTokenPruning:
                 "images after the first forward: give the prompt with all its images at once"
             )
         prompt = self._prompts[cache]
-        self._step = step = _Step(prompt, inputs, prefill=False)
+        self._now.value = step = _Step(prompt, inputs, prefill=False)
         view = prompt.view(0)
         new = past + inputs["input_ids"].shape[1] - view.index.shape[1]
         step.appended = _appended_mask(inputs.get("attention_mask"), prompt, new)
@@ -195,7 +216,7 @@ class VisualTokenPruning:
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: Inputs) -> Changed:
         """Opens a new prompt and applies stage 0; while decoding, replaces the mask."""
-        step = self._step
+        step = self._now.value
         if step is None:
             return None
         if step.prefill:
@@ -227,7 +248,7 @@ class VisualTokenPruning:
 
     def _before_layer(self, number: int, module: nn.Module, args: tuple, kwargs: Inputs) -> Changed:
         """Applies the stage before this layer; the layers after it get its masks and positions."""
-        step = self._step
+        step = self._now.value
         if step is None or step.prompt is None:
             return None
         step.cache = kwargs.get("past_key_values")
@@ -244,14 +265,14 @@ class VisualTokenPruning:
                 step.override = {"attention_mask": mask}
         kwargs = kwargs | step.override
         if step.prefill and number + 1 in self.attention:
-            self.attention[number + 1].rotary = kwargs["position_embeddings"]
+            self.attention[number + 1].turned(kwargs["position_embeddings"])
         if args:
             return (hidden, *args[1:]), kwargs
         return args, kwargs | {"hidden_states": hidden}
 
     def _after_model(self, module: nn.Module, args: tuple, output: object) -> None:
         """Remembers the prompt by its cache, and what it cost."""
-        step, self._step = self._step, None
+        step, self._now.value = self._now.value, None
         if step is None or not step.prefill or step.prompt is None:
             return
         self.last = step.prompt
@@ -308,6 +329,19 @@ class VisualTokenPruning:
         return prompt.view(0).index.shape[1] != prompt.length or any(
             image.kept_at(0) < len(image.tokens) for image in prompt.images
         )
+
+
+def unwrapped(model: PreTrainedModel) -> tuple[list[nn.Module], PreTrainedModel]:
+    """PEFT's modules round a model, none for a model as it is, and the model itself."""
+    inside = getattr(model, "get_base_model", None)
+    if inside is None:
+        return [], model
+    found = inside()
+    return [module for module in (model, model.base_model) if module is not found], found
+
+
+def _has_adapters(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "peft_config", None))
 
 
 def _appended_mask(mask: Tensor | None, prompt: PrunedPrompt, new: int) -> Tensor:

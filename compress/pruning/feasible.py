@@ -88,14 +88,18 @@ class FeasibleSet:
     ):
         layouts = (Layout(image, protect_newlines) for image in images)
         # Images of one size are the same to all that follows.
-        self.layouts = list({_key(layout): layout for layout in layouts}.values())
+        found = list({_key(layout): layout for layout in layouts}.values())
         self.spans = [b - a for a, b in pairwise((*stages, layers))]
         self.budget = keep * layers - stages[0]
+        # Too small for the budget: such an image keeps its least, and sets no bounds for others.
+        given = None if recycle else cell  # one that is chosen may be as large as an image
+        fitting = [one for one in found if self._need(*_floors([one], given)) <= self.budget]
+        self.layouts = fitting or found
         self.side = max(layout.side for layout in self.layouts)
         self.breaks = _breaks(self.side - 1)
-        self.floor = self._floor(None)
-        self.first_floor = self._floor(float(self.side) if recycle else cell)
-        need = self.first_floor * self.spans[0] + self.floor * sum(self.spans[1:])
+        largest = float(self.side) if recycle else cell
+        self.first_floor, self.floor = _floors(self.layouts, largest)
+        need = self._need(self.first_floor, self.floor)
         if not need <= self.budget < sum(self.spans):
             least = (stages[0] + need) / layers
             raise UsageError(
@@ -150,10 +154,15 @@ class FeasibleSet:
     def _floor_of(self, stage: int) -> float:
         return self.floor if stage else self.first_floor
 
-    def _floor(self, cell: float | None) -> float:
-        """The least share that leaves every image what must stay."""
-        shares = (layout.least(cell) / layout.tokens for layout in self.layouts)
-        return max(shares) * (1 + SHARE_MARGIN)
+    def _need(self, first: float, later: float) -> float:
+        """The least budget of shares that are at least `first`, and `later` from stage 1 on."""
+        return first * self.spans[0] + later * sum(self.spans[1:])
+
+
+def _floors(layouts: Sequence[Layout], cell: float | None) -> tuple[float, float]:
+    """The least shares that leave every image what must stay: after stage 0, and later."""
+    first, later = (max(one.least(side) / one.tokens for one in layouts) for side in (cell, None))
+    return first * (1 + SHARE_MARGIN), later * (1 + SHARE_MARGIN)
 
 
 def ratios_of(shares: Sequence[float]) -> tuple[float, ...]:

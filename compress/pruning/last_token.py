@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compress.errors import UsageError
+from compress.pruning.per_thread import PerThread
 from compress.pruning.tower import rotate
 
 
@@ -36,12 +37,20 @@ class LastTokenAttention:
                 "do not follow here: choose another method"
             )
         self.attention = cast(DecoderAttention, attention)
-        self.rotary: tuple[Tensor, Tensor] | None = None  # cos and sin [B or 1, S, d] it was given
-        self.seen: dict[str, Tensor] = {}
+        self._seen = PerThread[dict[str, Tensor]](dict)
 
     def install(self) -> list[RemovableHandle]:
         projections = {name: self.attention.get_submodule(f"{name}_proj") for name in "qk"}
         return [m.register_forward_hook(partial(self._keep, n)) for n, m in projections.items()]
+
+    @property
+    def seen(self) -> dict[str, Tensor]:
+        """Of this thread's forward: q and k, and cos and sin [B or 1, S, d] of their positions."""
+        return self._seen.value
+
+    def turned(self, rotary: tuple[Tensor, Tensor]) -> None:
+        """Notes the rotary embedding that the layer is about to get."""
+        self.seen["cos"], self.seen["sin"] = rotary
 
     def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         if output.shape[1] > 1:  # a decoding step has nothing to rank
@@ -52,10 +61,9 @@ class LastTokenAttention:
 
         `valid` [B, S]: slots that hold a token. Forgets what it saw.
         """
-        assert self.rotary is not None
         size = self.attention.head_dim
         q, k = (self.seen[name].float().unflatten(-1, (-1, size)) for name in "qk")
-        cos, sin = (x.float().unsqueeze(2) for x in self.rotary)  # [B, S, 1, d]
+        cos, sin = (self.seen[x].float().unsqueeze(2) for x in ("cos", "sin"))  # [B, S, 1, d]
         numbers = torch.arange(valid.shape[1], device=valid.device)
         last = (valid * numbers).argmax(dim=1)  # [B]
         rows = torch.arange(len(last), device=last.device)
@@ -64,7 +72,7 @@ class LastTokenAttention:
         logits = torch.einsum("bhd,bshd->bhs", q, k) * self.attention.scaling
         seen = valid & (numbers <= last[:, None])
         weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1)
-        self.seen, self.rotary = {}, None
+        self._seen.value = {}
         return weights.mean(dim=1)
 
 

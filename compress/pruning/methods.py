@@ -36,11 +36,15 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Selection:
-    """What stays: `kept` [count], rising; those at `merged` [r] get `values` [r, D]."""
+    """What stays: `kept` [count], rising; those at `merged` [r] get `values` [r, D].
+
+    `not_recycled`: the image has more cells than tokens may stay, so the rest of it is lost.
+    """
 
     kept: Tensor
     merged: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     values: Tensor | None = None
+    not_recycled: bool = False
 
 
 class PruningMethod(Protocol):
@@ -74,6 +78,8 @@ def check_protected(protected: Tensor, count: int) -> None:
 class VisualFlow:
     """The most important by ViT attention and entropy; at stage 0 the rest is recycled.
 
+    An image with more cells than tokens may stay is not recycled, and says so.
+
     The map is the same at every stage; a recycled token keeps the importance of its place.
     arXiv 2508.05211, section 3.2.
     """
@@ -90,6 +96,9 @@ class VisualFlow:
             return Selection(keep_highest(tokens.importance, count, protected))
         check_protected(protected, count)
         cells = grid_cells(tokens.segment, tokens.row, tokens.column, self.cell)
+        if int(protected.sum()) + len(cells[~protected].unique()) > count:
+            kept = keep_highest(tokens.importance, count, protected)
+            return Selection(kept, not_recycled=True)
         kept, places = keep_with_cells(tokens.importance, cells, count, protected)
         values = merge_cells(candidates.features, tokens.importance, cells, kept, places)
         kept[places] = True

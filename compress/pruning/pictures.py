@@ -27,6 +27,7 @@ from compress.errors import UsageError
 from compress.models.vision import Inputs
 from compress.pruning.costs import CostTotals, PruningStats
 from compress.pruning.engine import VisualTokenPruning
+from compress.pruning.per_thread import PerThread
 from compress.pruning.prompt import PromptImage, PrunedPrompt
 from compress.pruning.saved import KEY
 from compress.pruning.tower import Processor
@@ -243,17 +244,19 @@ def watching(
         yield None
         return
     watched, base = Watched(pruning), pruning.base
+    inputs = PerThread[Inputs | None](lambda: None)
     encode = base.get_image_features  # the pruning context's, on this one model
 
     @wraps(encode)
     def get_image_features(*args: object, **kwargs: object) -> object:
         if watched.prompt is None:
-            watched.inputs = dict(signature(encode).bind_partial(*args, **kwargs).arguments)
+            inputs.value = dict(signature(encode).bind_partial(*args, **kwargs).arguments)
         return encode(*args, **kwargs)
 
     def after(module: torch.nn.Module, args: tuple, output: object) -> None:
         if watched.prompt is None and pruning.last is not None and pruning.last.images:
-            watched.prompt = pruning.last
+            # Both of this thread: another's pictures would not be this prompt's.
+            watched.inputs, watched.prompt = inputs.value, pruning.last
 
     earlier = pruning.last
     pruning.last = None

@@ -26,6 +26,8 @@ class PromptImage:
     alive: Tensor = field(init=False)  # [m], indices into `tokens`, rising
     kept: list[tuple[int, int]] = field(default_factory=list)  # (layer, count) of each stage
     merged: Tensor | None = None  # indices into `tokens` of those that hold a mean of others
+    at_least: bool = False  # a stage kept more than its share: one token, or the protected ones
+    not_recycled: bool = False  # more cells than tokens that may stay
 
     def __post_init__(self) -> None:
         self.alive = torch.arange(len(self.tokens), device=self.positions.device)

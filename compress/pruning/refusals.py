@@ -17,7 +17,7 @@ from compress.models.vision import Inputs
 # Settings of `generate` that a pruned cache cannot follow, with the values that are fine.
 GENERATE_SETTINGS: dict[str, tuple[str | int | None, ...]] = {
     "num_beams": (None, 1),
-    "cache_implementation": (None, "dynamic", "dynamic_full"),
+    "cache_implementation": (None, "dynamic", "dynamic_full", "offloaded"),
     "assistant_model": (None,),
     "assistant_early_exit": (None,),
     "use_mtp": (None, False),
@@ -30,8 +30,7 @@ def check_inputs(inputs: Inputs) -> None:
     """UsageError for a forward that cannot be pruned: another cache, mask or kind of input."""
     if inputs.get("input_ids") is None:
         raise UsageError("expected input_ids, found embeddings: the images' places are unknown")
-    if inputs.get("pixel_values_videos") is not None:
-        raise UsageError("videos are pruned as images: give their frames as images")
+    check_videos(inputs)
     mask = inputs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UsageError("expected a 2-D attention_mask [batch, tokens] or none, found another")
@@ -41,6 +40,13 @@ def check_inputs(inputs: Inputs) -> None:
             f"visual tokens cannot be pruned with a {type(cache).__name__} of fixed length: "
             "leave past_key_values and cache_implementation out, the cache is then dynamic"
         )
+
+
+def check_videos(inputs: Inputs) -> None:
+    """UsageError for a video, whether as pixels or encoded: `generate` encodes before a forward."""
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get("video")
+    if inputs.get("pixel_values_videos") is not None or encoded is not None:
+        raise UsageError("videos are pruned as images: give their frames as images")
 
 
 def checked_generate(
@@ -56,6 +62,7 @@ def checked_generate(
     def generate(*args: object, **kwargs: object) -> object:
         given = signature(original).bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
+        check_videos(given)
         _check_settings(model, given)
         _check_continuation(given, unpruned_length)
         return original(*args, **kwargs)

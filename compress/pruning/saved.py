@@ -84,13 +84,17 @@ def apply_strategy(
 
     Raises UsageError as `prune_visual_tokens` does.
     """
-    setattr(model, KEY, prune_visual_tokens(model, strategy, processor).__enter__())
+    context = prune_visual_tokens(model, strategy, processor).__enter__()
+    setattr(context.model, KEY, context)  # not on a wrapper, which finds it there
 
 
 def stop_pruning(model: PreTrainedModel) -> None:
-    """Undoes `apply_strategy`: the model is as it was. UsageError if nothing was applied."""
+    """Undoes `apply_strategy`, and what `load` did of it: the model is as it was.
+
+    Raises UsageError if nothing was applied.
+    """
     context = getattr(model, KEY, None)
     if not isinstance(context, VisualTokenPruning):
         raise UsageError("no strategy was applied to this model")
     context.__exit__(None, None, None)
-    delattr(model, KEY)
+    delattr(context.model, KEY)

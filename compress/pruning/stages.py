@@ -57,6 +57,9 @@ class Stages:
     ) -> tuple[Tensor, Tensor | None]:
         """Selects in every image before `layer`.
 
+        An image with fewer tokens than its share and its protected ones need keeps the least that
+        is possible, and is marked `at_least`.
+
         Args:
             hidden: [B, S, D], what would enter the layer.
             generator: on the CPU.
@@ -70,19 +73,29 @@ class Stages:
         for image in prompt.images:
             here = slots[image.row, image.positions[image.alive]]
             counts = self.strategy.counts(len(image.tokens), self.layers)
-            count = counts[self.numbers[layer]]
+            stage = self.numbers[layer]
+            count = counts[stage]
+            empty = self.strategy.stage_without(len(image.tokens))
+            image.at_least |= empty is not None and empty <= stage
             if count < len(here):
                 tokens = image.tokens.take(image.alive)
                 protect = self.strategy.protect_newlines
+                protected = tokens.newline if protect else torch.zeros_like(tokens.newline)
                 candidates = Candidates(
                     features=hidden[image.row, here],
                     tokens=tokens,
-                    protected=tokens.newline if protect else torch.zeros_like(tokens.newline),
-                    stage=self.numbers[layer],
+                    protected=protected,
+                    stage=stage,
                     generator=generator,
                     language_attention=None if scores is None else scores[image.row, here],
                 )
-                selection = self.method.select(candidates, count)
+                least = int(protected.sum())
+                if least > count:
+                    image.at_least = True
+                    selection = Selection(protected.nonzero()[:, 0])
+                else:
+                    selection = self.method.select(candidates, count)
+                image.not_recycled |= selection.not_recycled
                 hidden = _with_merged(hidden, image, here, selection)
                 image.alive = image.alive[selection.kept]
             image.kept.append((layer, len(image.alive)))

@@ -36,6 +36,7 @@ from compress.importance.patches import (
     voted_attention,
 )
 from compress.models.vision import Inputs
+from compress.pruning.per_thread import PerThread
 
 # The first two have, or hold, the pixels' statistics; `load` gives a tokenizer for a text model.
 Processor = ProcessorMixin | BaseImageProcessor | PreTrainedTokenizerBase
@@ -132,7 +133,12 @@ class PatchTower:
         self.tower = base.get_submodule("vision_tower")
         self.layers = encoder_layers(self.tower)
         self.layer = _tapped_layer(self._feature_layer(), settings.layer, len(self.layers))
-        self.seen: dict[str, Tensor] = {}
+        self._seen = PerThread[dict[str, Tensor]](dict)
+
+    @property
+    def seen(self) -> dict[str, Tensor]:
+        """What reached the tower in this thread's forward, and its attention."""
+        return self._seen.value
 
     def _feature_layer(self) -> int:
         """The layer whose output is `hidden_states[vision_feature_layer]`, the last if several."""
@@ -151,7 +157,7 @@ class PatchTower:
         return handles
 
     def _before(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
-        self.seen = {"pixels": args[0] if args else kwargs["pixel_values"]}
+        self._seen.value = {"pixels": args[0] if args else kwargs["pixel_values"]}
 
     def _keep(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.seen[name] = output.detach()
@@ -160,7 +166,7 @@ class PatchTower:
         """One entry per image, in the order of the prompt; forgets what it saw."""
         pixels = self.seen["pixels"]
         signals, empty = self._signals(pixels)
-        self.seen = {}
+        self._seen.value = {}
         crops = self.crops(self.base, inputs)
         # The first channel exists for its NaNs: they tell which tokens are newlines.
         flags = torch.zeros(len(pixels), self.side**2, 1, device=pixels.device)
@@ -231,7 +237,12 @@ class MergingTower:
         depth = len(self.blocks)
         full = getattr(self.tower, "fullatt_block_indexes", None)
         self.layer = _tapped_layer(max(full) if full else depth - 1, settings.layer, depth)
-        self.seen: Inputs = {}  # what reached the tower, and its attention
+        self._seen = PerThread[Inputs](dict)
+
+    @property
+    def seen(self) -> Inputs:
+        """What reached the tower in this thread's forward, and its attention."""
+        return self._seen.value
 
     def install(self) -> list[RemovableHandle]:
         attention = self.blocks[self.layer].get_submodule("attn")
@@ -242,10 +253,10 @@ class MergingTower:
         return handles
 
     def _before(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
-        self.seen = {"pixels": args[0] if args else kwargs["hidden_states"]}
+        self._seen.value = {"pixels": args[0] if args else kwargs["hidden_states"]}
 
     def _arguments(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
-        self.seen |= {name: kwargs[name] for name in ("cu_seqlens", "position_embeddings")}
+        self.seen.update({name: kwargs[name] for name in ("cu_seqlens", "position_embeddings")})
 
     def _projected(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.seen["qkv"] = output.detach()
@@ -254,7 +265,7 @@ class MergingTower:
         """One entry per image, in the order of the prompt; forgets what it saw."""
         grids = inputs["image_grid_thw"]
         signals, empty = self._signals(grids)
-        self.seen = {}
+        self._seen.value = {}
         sizes = (grids.prod(-1) // self.merge**2).tolist()
         parts = {name: signal.split(sizes) for name, signal in signals.items()}
         result = []
@@ -340,8 +351,9 @@ def anyres_places(newline: Tensor, side: int, several: bool) -> tuple[Tensor, Te
     base = index < side**2
     rest = index - side**2
     width = side
-    if several:
-        width = int(newline[side**2 :].nonzero()[0]) + 1 if newline.any() else len(index) - side**2
+    tiles = len(index) - side**2
+    if several and tiles:  # a very wide picture has none: its padding is all there is
+        width = int(newline[side**2 :].nonzero()[0]) + 1 if newline.any() else tiles
     segment = torch.where(base, 0, 1).masked_fill(newline, -1)
     row = torch.where(base, index // side, rest.clamp(min=0) // width)
     column = torch.where(base, index % side, rest.clamp(min=0) % width)

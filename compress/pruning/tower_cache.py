@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.models.vision import Inputs
+from compress.pruning.per_thread import PerThread
 from compress.pruning.tower import encoder_layers
 
 MOST_BYTES = 2**30
@@ -31,14 +32,14 @@ class OutputCache:
 
     def put(self, name: str, value: Tensor) -> None:
         size = value.numel() * value.element_size()
-        if size <= self.left:
+        if name not in self.kept and size <= self.left:
             self.kept[name] = value
             self.left -= size
 
 
 @dataclass
 class _Forward:
-    """The forward that goes on: its pixels' hash, and what is known of them."""
+    """The forward that goes on in a thread: its pixels' hash, and what is known of them."""
 
     name: str = ""
     known: Tensor | None = None
@@ -56,15 +57,17 @@ def tower_cached(model: PreTrainedModel, cache: OutputCache) -> Iterator[None]:
     if tower is None or not layers:
         yield
         return
-    now = _Forward()
+    forwards = PerThread(_Forward)
 
     def before(module: nn.Module, args: tuple, kwargs: Inputs) -> None:
         pixels = args[0] if args else kwargs["pixel_values"]
+        now = forwards.value
         now.name = _digest(pixels)
         now.known = cache.kept.get(now.name)
 
     def reading(forward: Callable[..., Tensor], first: bool, last: bool) -> Callable[..., Tensor]:
         def layer(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+            now = forwards.value
             if now.known is not None:
                 return now.known if first else hidden
             output = forward(hidden, *args, **kwargs)

@@ -173,10 +173,12 @@ def solve_group(
         weights = [linear.weight for linear in linears]
         W = weights[0] if len(weights) == 1 else torch.cat(weights)
         whole = solver.solve(W, statistics, grid, scheme.group_size)
-        del W, weights
+        del W
         ends = accumulate(linear.out_features for linear in linears)
         for name, linear, end in zip(names, linears, ends, strict=True):
-            solved[name] = whole.rows(slice(end - linear.out_features, end))
+            found = whole.rows(slice(end - linear.out_features, end))
+            solved[name] = solver.settle(linear.weight, found, statistics, grid, scheme.group_size)
+        del weights
     del statistics  # two K x K matrices, before weights are made
     for name, part in solved.items():
         linear_in(layer, name).weight = nn.Parameter(part.weight(), requires_grad=False)

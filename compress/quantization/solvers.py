@@ -30,6 +30,7 @@ SOLVERS: Registry[type["Solver"]] = Registry("solver")
 # that the working set of a block stays in its cache, and the temporaries small.
 WEIGHTS_AT_A_TIME = {"cpu": 1 << 21, "cuda": 1 << 27}
 LEAST_ROWS = 256
+SAME = 1e-3  # errors that differ by less are equal
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class QuantizedLinear:
         damping: the damping that the factorisation needed; None where there was none.
         dead_columns: inputs that were zero on every calibration token; their weights became 0.
         changed: share of codes that each refinement sweep changed.
+        rounded: rounding to nearest took the place of a solution that was worse.
     """
 
     codes: Tensor
@@ -65,6 +67,7 @@ class QuantizedLinear:
     damping: float | None = None
     dead_columns: int = 0
     changed: tuple[float, ...] = ()
+    rounded: bool = False
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dequantised weight as a reader computes it: (codes - zero) * scale, [N, K]."""
@@ -164,6 +167,23 @@ class Solver(Protocol):
         """W [N, K] and the statistics of its input -> codes."""
         ...
 
+    def settle(
+        self,
+        W: Tensor,
+        found: QuantizedLinear,
+        statistics: HessianFactor | None,
+        grid: UniformGrid,
+        group_size: int | None,
+    ) -> QuantizedLinear:
+        """What `solve` found for a whole linear, or what is better by the statistics."""
+        ...
+
+
+def _some_rows(W: Tensor) -> tuple[Tensor, ...]:
+    """W [N, K] in parts of as many rows as are solved at a time."""
+    rows = max(LEAST_ROWS, WEIGHTS_AT_A_TIME[W.device.type] // W.shape[1])
+    return W.chunk(-(-W.shape[0] // rows))
+
 
 def make_solver(section: Quantize) -> Solver | None:
     """The solver that a recipe's `quantize` section names; None for `method: none`."""
@@ -195,6 +215,17 @@ class RoundToNearest:
         importance = torch.ones(Wt.shape[0], dtype=Wt.dtype, device=Wt.device)
         return _finish(nearest(Wt, grid, group_size, self.settings.clip_search, importance), grid)
 
+    def settle(
+        self,
+        W: Tensor,
+        found: QuantizedLinear,
+        statistics: HessianFactor | None,
+        grid: UniformGrid,
+        group_size: int | None,
+    ) -> QuantizedLinear:
+        """What was found."""
+        return found
+
 
 @SOLVERS.register("gptq")
 class Gptq:
@@ -224,10 +255,41 @@ class Gptq:
     ) -> QuantizedLinear:
         """W [N, K] and the statistics of its input -> codes."""
         assert statistics is not None, "gptq needs a Hessian"
-        rows = max(LEAST_ROWS, WEIGHTS_AT_A_TIME[W.device.type] // W.shape[1])
-        parts = W.chunk(-(-W.shape[0] // rows))
         return QuantizedLinear.join(
-            [self._solve_rows(part, statistics, grid, group_size) for part in parts]
+            [self._solve_rows(part, statistics, grid, group_size) for part in _some_rows(W)]
+        )
+
+    def settle(
+        self,
+        W: Tensor,
+        found: QuantizedLinear,
+        statistics: HessianFactor | None,
+        grid: UniformGrid,
+        group_size: int | None,
+    ) -> QuantizedLinear:
+        """What was found, or W rounded to nearest where that is less off on the Hessian."""
+        assert statistics is not None and found.error is not None
+        H, error = statistics.H, 0.0
+        parts = []
+        for part in _some_rows(W):
+            Wt = part.T.clone(memory_format=torch.contiguous_format).to(H.dtype)
+            Wt[statistics.dead] = 0
+            result = nearest(
+                Wt, grid, group_size, self.settings.clip_search, torch.ones_like(Wt[:, 0])
+            )
+            parts.append(_finish(result, grid))
+            parts[-1].error = quadratic(H, Wt.sub_(result.dequantised()))
+            error += float(parts[-1].error.sum())
+        # By more than what the sums themselves are off.
+        if not error < float(found.error.sum()) * (1 - SAME):
+            return found
+        rounded = QuantizedLinear.join(parts)
+        return replace(
+            rounded,
+            power=found.power,
+            damping=found.damping,
+            dead_columns=found.dead_columns,
+            rounded=True,
         )
 
     def _solve_rows(

@@ -136,11 +136,24 @@ class PruneStrategy(BaseModel):
         """How many of an image's `tokens` are left after each stage, in a model of `layers`.
 
         Each is its share, rounded up or down so that the sum over layers comes closest to the
-        budget; of equally close ones, those nearest to the shares.
-
-        Raises UsageError if a stage leaves none.
+        budget; of equally close ones, those nearest to the shares. One is left in any case.
         """
         return _whole_tokens(self.stages, self.ratios, tokens, layers)
+
+    def stage_without(self, tokens: int) -> int | None:
+        """The first stage whose share of an image's `tokens` is none, though one is left there."""
+        shares = enumerate(accumulate(self.ratios, mul))
+        return next((stage for stage, x in shares if tokens * x < 0.5 - ROUNDING), None)
+
+    def check_tokens(self, tokens: int) -> None:
+        """UsageError if a stage's share of an image with so many `tokens` is none."""
+        stage = self.stage_without(tokens)
+        if stage is not None:
+            share = math.prod(self.ratios[: stage + 1])
+            raise UsageError(
+                f"stage {stage} keeps {share:.4g} of an image with {tokens} visual tokens, which "
+                "is none: raise the ratios"
+            )
 
     def save(self, path: str | Path) -> None:
         """Writes JSON with every setting; `load` gives an equal strategy."""
@@ -196,12 +209,6 @@ def _whole_tokens(
 ) -> tuple[int, ...]:
     exact = [tokens * share for share in accumulate(ratios, mul)]
     spans = [b - a for a, b in pairwise((*stages, layers))]
-    if exact[-1] < 0.5 - ROUNDING:
-        stage = next(i for i, n in enumerate(exact) if n < 0.5 - ROUNDING)
-        raise UsageError(
-            f"stage {stage} keeps {exact[stage] / tokens:.4g} of an image with {tokens} visual "
-            "tokens, which is none: raise the ratios"
-        )
     choices = [
         sorted({max(math.floor(n + ROUNDING), 1), max(math.ceil(n - ROUNDING), 1)}) for n in exact
     ]

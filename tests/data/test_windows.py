@@ -8,7 +8,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from compress.data.text import Corpus
-from compress.data.windows import CalibrationWindows, draw_windows, expand, token_stream
+from compress.data.windows import (
+    CalibrationWindows,
+    doubts,
+    draw_windows,
+    expand,
+    repeated_share,
+    token_stream,
+)
 from compress.errors import UsageError
 from support.refusals import refused
 
@@ -161,3 +168,43 @@ def test_expansion_shifts_each_window_and_its_mask_together(M, prefix):
             assert torch.equal(row[:prefix], ids[j, :prefix])  # BOS stays in front
             assert torch.equal(row[prefix:], ids[j, prefix:].roll(k * step))
             assert torch.equal(out.mask[j * M + k], row % 3 > 0)
+
+
+def windows_of(ids, expansion=1):
+    return expand(CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool)), expansion)
+
+
+def random_ids(*shape, high=1000):
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("expansion", [1, 4])
+def test_calibration_that_tells_enough_is_not_doubted(expansion):
+    ids = random_ids(16, 256)
+    assert repeated_share(ids) == 0
+    assert doubts(windows_of(ids, expansion), expansion, 128, 1000) == []
+    few = random_ids(16, 256, high=50)  # of a vocabulary that has no more
+    assert doubts(windows_of(few, expansion), expansion, 128, 53) == []
+
+
+def overlapping():
+    stream = random_ids(600)
+    return torch.stack([stream[start : start + 256] for start in range(0, 320, 20)])
+
+
+DOUBTED = {
+    "one token": (torch.full((16, 256), 7), ("1 distinct", 128, "100%")),
+    "two tokens in turn": (torch.tensor([[3, 9]]).repeat(16, 128), ("2 distinct", 128, "%")),
+    "few words": (random_ids(16, 256, high=20), ("20 distinct", 128)),
+    "windows that overlap": (overlapping(), ("more than once",)),
+    "the same document": (random_ids(1, 256).repeat(4, 1), ("75%",)),
+    "shorter than a phrase": (random_ids(1, 16, high=400).repeat(9, 1), ("distinct", "89%")),
+}
+
+
+@pytest.mark.parametrize("case", DOUBTED)
+@pytest.mark.parametrize("expansion", [1, 4])
+def test_calibration_that_tells_too_little_is_said(case, expansion):
+    ids, named = DOUBTED[case]
+    said = " ".join(doubts(windows_of(ids, expansion), expansion, 128, 1000))
+    assert all(str(part) in said for part in ("calibration", *named))

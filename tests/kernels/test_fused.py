@@ -99,7 +99,8 @@ def test_threads_do_not_mix_their_inputs():
             if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected)):  # noqa: B905
                 wrong.append(x)
 
-    threads = [threading.Thread(target=work, args=(X * i,)) for i in (1, 2, 3)]
+    one = X * 4  # two threads may read the very same tensor
+    threads = [threading.Thread(target=work, args=(x,)) for x in (X, X * 2, one, one)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,5 +1,7 @@
 """What a run says about its modules: their errors, dead inputs and effective sample sizes."""
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from compress.models.skeleton import Skeleton
 from compress.observer import Observer
 from compress.pipeline.run import run
+from compress.quantization import solvers
 from support.calling import pretend
 from support.tiny_checkpoints import (
     LAYERS,
@@ -128,3 +131,38 @@ def test_a_self_check_that_does_not_fit_in_memory_is_left_out_and_said(
     else:
         assert heard == []
         assert (len(checks), result.self_check) == (1, verdict)
+
+
+def test_linears_that_are_rounded_to_nearest_after_all_are_said_and_counted(
+    checkpoint, tmp_path, monkeypatch
+):
+    loop = solvers.column_loop
+
+    def worse(*args, **kwargs):
+        """Every code one level too low."""
+        found = loop(*args, **kwargs)
+        found.x.sub_(1).clamp_(min=-4)
+        found.error = None
+        return found
+
+    quantize = {"method": "gptq", "bits": 3, "refine_sweeps": 0}
+    recipe, seen, heard = recipe_for(checkpoint(), quantize=quantize), Recorder(), []
+    healthy = run(recipe, tmp_path / "healthy", windows=WINDOWS, self_check=False)
+    assert healthy.rounded_to_nearest == 0
+    monkeypatch.setattr(solvers, "column_loop", worse)
+    seen.warning = heard.append
+    result = run(recipe, tmp_path / "out", windows=WINDOWS, self_check=False, observer=seen)
+    facts = json.loads((tmp_path / "out" / "modelpress.json").read_text())
+    assert result.rounded_to_nearest == facts["rounded_to_nearest"] == len(seen.modules) > 0
+    for name, module in seen.modules.items():
+        assert module["rounded_to_nearest"]
+        assert any(name in warning and "nearest" in warning for warning in heard)
+
+
+def test_calibration_of_one_repeated_token_is_said(checkpoint, tmp_path):
+    ids = torch.full_like(WINDOWS.input_ids, 5)
+    windows, seen, heard = replace(WINDOWS, input_ids=ids), Recorder(), []
+    seen.warning = heard.append
+    run(recipe_for(checkpoint()), tmp_path / "out", windows=windows, observer=seen)
+    assert any("calibration" in warning and "1 distinct" in warning for warning in heard)
+    assert any("calibration" in warning and "more than once" in warning for warning in heard)

@@ -2,6 +2,8 @@
 
 import inspect
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -304,3 +306,93 @@ def test_the_cache_of_a_token_is_that_of_its_key_value_heads():
 def test_the_package_offers_it():
     assert compress.prune_visual_tokens is prune_visual_tokens
     assert compress.PruneStrategy is PruneStrategy
+
+
+def in_threads(jobs):
+    """What each job returns, run in a thread of its own beside the others; raises its error."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return [future.result() for future in [pool.submit(job) for job in jobs]]
+
+
+@pytest.mark.parametrize(
+    ("family", "strategy"),
+    [
+        ("llava", THREE),
+        ("llava_onevision", HALF),
+        ("qwen2_5_vl", THREE),
+        ("llava", PruneStrategy(method="fastv", stages=(2,), ratios=(0.5,))),
+        ("llava", PruneStrategy(method="visionzip", ratios=(0.5,))),
+        ("llava", PruneStrategy(stages=(0, 2), ratios=(0.5, 0.5), cell=3.0)),
+    ],
+    ids=["llava", "onevision", "qwen", "fastv", "visionzip", "recycling"],
+)
+def test_threads_share_a_model_and_each_forward_is_what_it_is_alone(family, strategy):
+    model = tiny_model(family)
+    prompts = [BATCH, SINGLE, [[9, (20, 40), 11]], [[7], [2, (24, 24), 4]]]
+    inputs = [tiny_inputs(model, rows) for rows in prompts]
+    with prune_visual_tokens(model, strategy) as pruning:
+
+        def forwards(given, times):
+            with torch.no_grad():
+                found = [model(**given).logits for _ in range(times)]
+                images = pruning.last.images
+            return found, [image.alive.tolist() for image in images]
+
+        alone = [forwards(given, 1) for given in inputs]
+        together = in_threads([partial(forwards, given, 25) for given in inputs])
+        assert len(pruning.stats.prompts) == 4 * 26
+    for (expected, tokens), (found, kept) in zip(alone, together, strict=True):
+        assert kept == tokens
+        assert all(torch.equal(logits, expected[0]) for logits in found)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_threads_may_generate_on_one_model(family):
+    model = tiny_model(family)
+    inputs = [tiny_inputs(model, rows) for rows in (BATCH, SINGLE, [[9, (20, 40), 11]], [[7]])]
+    with prune_visual_tokens(model, THREE):
+        jobs = [partial(generate, model, given, steps=3) for given in inputs]
+        alone = [job()[1] for job in jobs]
+        for _ in range(3):
+            for expected, (_, found) in zip(alone, in_threads(jobs), strict=True):
+                assert all(map(torch.equal, expected, found))
+
+
+def test_another_threads_prompt_is_not_the_latest_of_this_one():
+    model = tiny_model("llava")
+    with torch.no_grad(), prune_visual_tokens(model, HALF) as pruning:
+        model(**tiny_inputs(model, SINGLE))
+        mine = pruning.last
+        in_threads([lambda: model(**tiny_inputs(model, BATCH))])
+        assert pruning.last is mine
+        assert in_threads([lambda: pruning.last])[0] is not mine  # the latest of all
+
+
+class NoStream:
+    """Stands for an accelerator's stream where there is none."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_an_offloaded_cache_gives_the_same_logits(family, monkeypatch):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, BATCH)
+    settings = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    with prune_visual_tokens(model, THREE):
+        expected = model.generate(**inputs, do_sample=False, **settings)
+        monkeypatch.setattr(torch, "Stream", NoStream)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: NoStream())
+        found = model.generate(
+            **inputs, do_sample=False, cache_implementation="offloaded", **settings
+        )
+    assert found.past_key_values.offloading
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        close(a, b)

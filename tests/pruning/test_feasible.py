@@ -160,11 +160,15 @@ def test_a_given_cell_raises_the_first_floor():
     feasible(0.03)
 
 
-def test_budgets_that_leave_an_image_no_token_are_refused():
-    with refused(UsageError, [0], 0.1429, "keep 0.1"):
-        feasible(0.1, images="several", stages=(0,))  # 7 tokens
-    found = feasible(0.143, images="several", stages=(0,))
-    assert PruneStrategy(ratios=ratios_of(found.shares([]))).counts(7, 28) == (1,)
+def test_an_image_too_small_for_a_budget_keeps_its_least_and_bounds_no_other():
+    for keep in (0.1, 0.143):  # one of 7 tokens keeps .1429 at least
+        found = feasible(keep, images="several", stages=(0,))
+        assert PruneStrategy(ratios=ratios_of(found.shares([]))).counts(7, 28) == (1,)
+
+
+def test_budgets_that_leave_every_image_no_token_are_refused():
+    with refused(UsageError, [0], "keep 0.001"):
+        feasible(0.001, images="several", stages=(0,))
     with refused(UsageError, [14], "keep 0.5"):
         feasible(0.5, stages=(14,))
 

@@ -9,7 +9,7 @@ from compress.errors import CompressError, UsageError
 from compress.pruning.engine import prune_visual_tokens
 from compress.recipe.strategy import PruneStrategy
 from support.refusals import refused
-from support.tiny_models import LAYERS, masked_run, tiny_inputs, tiny_model
+from support.tiny_models import LAYERS, VIDEO, masked_run, tiny_inputs, tiny_model
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 HALF = PruneStrategy(ratios=(0.5,), voter_threshold=1.1)
@@ -137,19 +137,18 @@ def test_forwards_that_cannot_be_pruned_are_refused():
 
 
 @torch.no_grad()
-def test_budgets_that_leave_nothing_are_refused():
+def test_budgets_that_leave_nothing_keep_the_least_and_are_counted():
     model = tiny_model("llava")
     cases = [
-        (PruneStrategy(ratios=(0.01,)), ("36 visual tokens",)),
-        (PruneStrategy(ratios=(0.1,), cell=2), (9, "36 visual tokens", 4)),
+        (PruneStrategy(ratios=(0.01,)), 1, "images_at_least"),
+        (PruneStrategy(ratios=(0.1,), cell=2), 4, "images_not_recycled"),
     ]
-    for strategy, named in cases:
-        with prune_visual_tokens(model, strategy), refused(UsageError, *named):
+    for strategy, kept, counted in cases:
+        with prune_visual_tokens(model, strategy) as pruning:
             model(**tiny_inputs(model))
-    model = tiny_model("llava_next")
-    tight = PruneStrategy(ratios=(0.02,))
-    with prune_visual_tokens(model, tight), refused(UsageError, "protected"):
-        model(**tiny_inputs(model))
+        totals = pruning.stats.as_dict()
+        assert pruning.stats.images[0].kept == (kept,) * LAYERS
+        assert totals["images_at_least"] + totals["images_not_recycled"] == totals[counted] == 1
 
 
 def test_a_model_is_not_copied_while_it_prunes():
@@ -183,3 +182,43 @@ def test_models_that_cannot_be_pruned_are_refused():
     )
     with refused(UsageError, "sliding-window"):
         prune_visual_tokens(windows, HALF)
+
+
+def video_inputs(model):
+    """Arguments for a prompt with one video of two frames; its tokens are never counted."""
+    if model.config.model_type == "llava_onevision":
+        pixels = {"pixel_values_videos": torch.randn(1, 2, 3, 24, 24)}
+    else:
+        pixels = {
+            "pixel_values_videos": torch.randn(16, 3 * 2 * 16),
+            "video_grid_thw": torch.tensor([[1, 4, 4]]),
+        }
+    ids = torch.tensor([[5, *[VIDEO] * 4, 6]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | pixels
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "qwen2_5_vl"])
+@torch.no_grad()
+def test_a_video_is_refused_wherever_it_is_given(family):
+    model = tiny_model(family)
+    inputs = video_inputs(model)
+    videos = {k: v for k, v in inputs.items() if "video" in k}
+    features = model.model.get_video_features(**videos, return_dict=True)
+    encoded = {k: v for k, v in inputs.items() if k not in videos}
+    encoded["mm_encoder_outputs"] = {"video": features}
+    beside = tiny_inputs(model) | videos
+    for given in (inputs, encoded, beside):
+        with prune_visual_tokens(model, HALF) as pruning:
+            with refused(UsageError, "videos", "frames"):
+                model(**given)
+            with refused(UsageError, "videos", "frames"):
+                model.generate(**given, max_new_tokens=2)
+            assert not pruning.stats.prompts
+
+
+@torch.no_grad()
+def test_generation_from_embeddings_is_refused():
+    model = tiny_model("llava")
+    embeddings = model.get_input_embeddings()(torch.tensor([[5, 6]]))
+    with prune_visual_tokens(model, HALF), refused(UsageError, "input_ids"):
+        model.generate(inputs_embeds=embeddings, max_new_tokens=2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from compress.quantization import solvers
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
 from compress.quantization.layer import solve_group
@@ -108,3 +109,31 @@ def test_what_the_others_are_does_not_matter(layer):
         arguments = quantised(schemes), solver_of("gptq"), hessian(), torch.bfloat16
         codes.append(solve_group(copy.deepcopy(layer), *arguments)["q"].codes)
     assert all(torch.equal(found, codes[0]) for found in codes)
+
+
+def test_a_solution_worse_than_rounding_to_nearest_gives_way_to_it(layer, monkeypatch):
+    """Whatever makes it worse: here the column loop is made to count down one level too far."""
+    before, solver = copy.deepcopy(layer), solver_of("gptq", sweeps=0)
+    healthy = solve_group(layer, {"q": FOUR}, solver, hessian(), torch.bfloat16)["q"]
+    assert not healthy.rounded
+    loop = solvers.column_loop
+
+    def worse(*args, **kwargs):
+        found = loop(*args, **kwargs)
+        found.x.sub_(1).clamp_(min=-8)
+        found.error = None
+        return found
+
+    monkeypatch.setattr(solvers, "column_loop", worse)
+    schemes = {"q": FOUR, "k": FOUR}
+    found = solve_group(copy.deepcopy(before), schemes, solver, hessian(), torch.bfloat16)
+    nearest = solve_group(copy.deepcopy(before), schemes, solver_of("rtn"), None, torch.bfloat16)
+    H = hessian().matrix()
+    for name, linear in found.items():
+        assert linear.rounded
+        for part in ("codes", "scale"):
+            assert torch.equal(getattr(linear, part), getattr(nearest[name], part))
+        E = (getattr(before, name).weight - linear.weight()).double()
+        expected = float(((E @ H.double()) * E).sum())
+        assert float(linear.error.sum()) == pytest.approx(expected, rel=1e-3)
+        assert linear.relative_error() > healthy.relative_error()

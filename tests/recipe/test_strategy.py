@@ -70,13 +70,16 @@ def test_counts_are_whole_shares_closest_to_the_budget_over_layers(tokens, stage
         )
 
 
-def test_whole_shares_are_met_and_none_is_refused():
+def test_whole_shares_are_met_and_at_least_one_token_stays():
     strategy = PruneStrategy(stages=(0, 4, 8), ratios=(91.54 / 144, 12.82 / 91.54, 3.64 / 12.82))
     assert sum(strategy.counts(144, 12)) == 108  # a quarter; each to nearest would be 109
     strategy = PruneStrategy(stages=(0, 1), ratios=(0.25, 0.5))
     assert strategy.counts(200, 2) == (50, 25)
     with refused(UsageError, "stage 1", 0.125, 3):
-        strategy.counts(3, 2)
+        strategy.check_tokens(3)
+    assert strategy.counts(3, 2) == (1, 1)  # the least possible
+    assert (strategy.stage_without(3), strategy.stage_without(1)) == (1, 0)
+    assert strategy.stage_without(4) is None
 
 
 @pytest.mark.parametrize("method", METHODS)
