@@ -60,7 +60,7 @@ def load_config(folder: Path) -> "PretrainedConfig":
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: expected a transformers model folder")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"{folder / 'config.json'} cannot be read: {reason}") from error

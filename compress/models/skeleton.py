@@ -86,7 +86,10 @@ class Skeleton:
         # Buffers (rotary frequencies) stay real: they come from the config, not from the file.
         with init_empty_weights(include_buffers=False):
             model = kind.from_config(
-                self.model_config, dtype=torch.float32, attn_implementation="sdpa"
+                self.model_config,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                trust_remote_code=False,
             )
         return model.eval().requires_grad_(False)
 
@@ -132,14 +135,14 @@ class Skeleton:
         from transformers import AutoTokenizer  # slow to import
 
         try:
-            return AutoTokenizer.from_pretrained(self.folder)
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except (ValueError, OSError, KeyError) as error:
             raise UsageError(f"{self.folder} has no tokenizer that transformers reads") from error
 
     def processor(self) -> "ProcessorMixin":
         """A multimodal checkpoint's processor; UsageError if the folder has none."""
         try:
-            return processor_reader(self.model_config)(self.folder)
+            return processor_reader(self.model_config)(self.folder, trust_remote_code=False)
         except (ValueError, OSError, KeyError, ImportError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(

@@ -63,6 +63,10 @@ class Source:
                 return self.places[location[:end]]
         return self.places[()]
 
+    def in_file(self, location: Location) -> bool:
+        """Whether the file gave the value, not the command line."""
+        return self.place(location).startswith(self.places[()])
+
     def assign(self, assignment: str, schema: type[BaseModel]) -> None:
         """Applies one `section.key=value`; the value is YAML."""
         key, equals, text = assignment.partition("=")
