@@ -1,7 +1,7 @@
 """Where each value of a recipe came from, so that an error can name file, line and field.
 
-YAML is composed once: its nodes give the values and the line of every key. A text that is too large,
-too deep, or would become so once its aliases are written out is refused before it is composed.
+YAML is composed once: its nodes give the values and the line of every key. A text that is too
+large or too deep, or would be with its aliases written out, is refused before it is composed.
 A command-line override replaces a value and its place together. The rest is a translation: what
 pydantic says about a value becomes one line that a person can act on.
 
@@ -25,7 +25,7 @@ from compress.errors import RecipeError, did_you_mean
 Location = tuple[str | int, ...]
 
 
-# What a recipe may hold: a shipped one has 1 kB, and a line for each linear of a large model 100 kB.
+# What a recipe may hold. A shipped one has 1 kB, one with a line for each linear of a model 100.
 YAML_BYTES = 1_000_000
 YAML_NODES = 20_000  # with every alias written out
 YAML_DEPTH = 32
