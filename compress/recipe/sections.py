@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from compress.eval.settings import EvaluationSettings
+from compress.recipe.expressions import check_expression
 from compress.recipe.source import FieldError
 from compress.registry import LAYER_IMPORTANCE, TOKEN_IMPORTANCE, Registry
 from compress.scheme import Scheme
@@ -36,10 +37,8 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def _check_pattern(pattern: str) -> str:
-    try:
-        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    if pattern.startswith("re:"):
+        check_expression(pattern[3:], pattern)
     return pattern
 
 

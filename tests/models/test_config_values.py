@@ -1,4 +1,4 @@
-"""Wrong values in a folder's JSON files: one line with file, key and value, and nothing allocated."""
+"""Wrong values in a folder's JSON files: one line with file, key, value; nothing allocated."""
 
 import json
 import shutil
