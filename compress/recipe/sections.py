@@ -194,6 +194,11 @@ class Quantize(Section):
         hit = next((o for o in self.overrides if matches(o.match, module_name)), None)
         return hit is not None and (hit.ignore or hit.bits is not None)
 
+    def left_out(self, module_names: Iterable[str]) -> dict[str, list[str]]:
+        """What each pattern of `ignore` matches of the modules; nothing where no method is."""
+        names = list(module_names) if self.method != "none" else []
+        return {p: found for p in self.ignore if (found := [n for n in names if matches(p, n)])}
+
     def unmatched(self, module_names: Iterable[str]) -> list[str]:
         """The patterns of `ignore` and `overrides` that name none of the modules: likely typos."""
         names = list(module_names)

@@ -24,7 +24,8 @@ USUAL = [
     ".*", ".*lm_head", "model.layers.1.*", r".*\.(q|k|v|o|gate|up|down)_proj$", "visual.*",
     r"model\.layers\.(0|1|2|31)\.mlp\..*", r"^(?!.*lm_head).*$",
     r".*layers\.\d+\..*experts\.\d+\..*",
-    r"(?:model\.)?layers\.\d{1,2}\.", r".*self_attn\.[qkvo]_proj", "", "model", r".*\.mlp\.gate$", r"(\d+\.)+x",
+    r"(?:model\.)?layers\.\d{1,2}\.", r".*self_attn\.[qkvo]_proj", "", "model", r".*\.mlp\.gate$",
+    r"(\d+\.)+x",
     "|".join(f"model.layers.{i}.mlp" for i in range(100)), r"(.*\.)?(attn|mlp)\.(.*)_proj.*",
 ]  # fmt: skip
 
