@@ -169,9 +169,10 @@ def _steps(recipe: Facts, prompts: int | None) -> list[str]:
             )
     if method != "none":
         grid = "symmetric" if quantize.get("symmetric", True) else "asymmetric"
+        left = in_markdown(", ".join(quantize.get("ignore") or []) or "nothing")
         steps.append(
             f"The linear layers were quantised with {METHODS.get(method, method)} on a {grid} "
-            f"grid; {in_markdown(', '.join(quantize.get('ignore') or []) or 'nothing')} was left out."
+            f"grid; {left} was left out."
         )
     return steps
 

@@ -1,7 +1,7 @@
 r"""Regular expressions of other people, which may take no longer than a name is long.
 
-Python's `re` goes back and tries again: `(a+)+$` takes 2^n steps on n letters. An expression's steps
-are bounded from its parse, and one that may take too many is refused where it is read, before it is
+Python's `re` goes back and tries again: `(a+)+$` takes 2^n steps on n letters. An expression's
+steps are bounded from its parse, and one that may take too many is refused where it is read, before it is
 matched: parts in a row multiply, alternatives add up, a repeat without an end counts as a name's
 length, and one inside another has no bound.
 
@@ -37,8 +37,8 @@ def check_expression(expression: str, said: str = "") -> None:
         raise ValueError(f"{shown} is not a regular expression: it is too deep") from None
     if steps > STEPS:
         raise ValueError(
-            f"{shown} could match for very long: expected at most four repeats such as .* in a row, "
-            f"and none inside another"
+            f"{shown} could match for very long: expected at most four repeats such as .* in "
+            f"a row, and none inside another"
         )
 
 
