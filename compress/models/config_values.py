@@ -187,5 +187,7 @@ def reason_of(error: Exception) -> str:
     """What transformers says of a folder, in one line, without the names of its exceptions."""
     if isinstance(error, KeyError):
         return f"{error.args[0] if error.args else ''!r} is missing or not known"
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own (auto_map), and such code is never run here"
     words = [w for w in str(error).split() if not w.rstrip(":").endswith(("Error", "Exception"))]
     return " ".join(words)[:300] or "a value is not of the kind that its key needs"

@@ -2,8 +2,8 @@ r"""Regular expressions of other people, which may take no longer than a name is
 
 Python's `re` goes back and tries again: `(a+)+$` takes 2^n steps on n letters. An expression's
 steps are bounded from its parse, and one that may take too many is refused where it is read, before
-it is matched: parts in a row multiply, alternatives add up, a repeat without an end counts as a name's
-length, and one inside another has no bound.
+it is matched. Parts in a row multiply, alternatives add up, a repeat without an end counts as a
+name's length, and one inside another has no bound.
 
     check_expression(r"model\.layers\.\d+\.mlp\..*")
 """
