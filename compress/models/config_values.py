@@ -28,7 +28,7 @@ def _whole(least: int, most: int) -> Check:
 
 def _number(least: float, most: float) -> Check:
     expected = f"a number from {least:g} to {most:g}"
-    return expected, lambda v: _is_number(v) and least <= v <= most  # type: ignore[operator]
+    return expected, lambda v: _is_number(v) and least <= v <= most
 
 
 def _is_number(value: object) -> bool:

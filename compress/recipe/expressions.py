@@ -12,6 +12,9 @@ import re
 from collections.abc import Iterable
 from math import inf, prod
 from re import _parser  # type: ignore[attr-defined]  # the only parse that is sure to be re's own
+from typing import cast
+
+Parts = Iterable[tuple[object, object]]  # kind and value of each, in a row
 
 LENGTH = 4_000  # characters: some dozens of alternatives
 NAME = 64  # letters of a module's name
@@ -42,7 +45,7 @@ def check_expression(expression: str, said: str = "") -> None:
         )
 
 
-def _steps(parts: Iterable[tuple[object, object]]) -> float:
+def _steps(parts: Parts) -> float:
     """The most ways of going through a sequence of parts."""
     parts = list(parts)
     following = [*parts[1:], ("", None)]
@@ -70,21 +73,20 @@ def _ends_at(kind: str, value: object, after: tuple[object, object]) -> bool:
 def _ways(kind: str, value: object) -> float:
     """The most ways of going through one part, as `re` parses it."""
     if kind in REPEATS:
-        least, most, inner = value  # type: ignore[misc]
+        least, most, inner = cast("tuple[int, int, Parts]", value)
         ways = _steps(inner)
         if most == _parser.MAXREPEAT:
             return inf if ways > 1 else NAME
         most = min(most, NAME)
         return (most - min(least, most) + 1) * ways**most if ways < STEPS else inf
     if kind == "BRANCH":
-        return sum(map(_steps, value[1]))  # type: ignore[index]
-    if kind == "SUBPATTERN":
-        return _steps(value[3])  # type: ignore[index]
-    if kind in ("ASSERT", "ASSERT_NOT"):
-        return _steps(value[1])  # type: ignore[index]
+        _, branches = cast("tuple[None, list[Parts]]", value)
+        return sum(_steps(branch) for branch in branches)
+    if kind in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
+        return _steps(cast("tuple[Parts, ...]", value)[-1])
     if kind == "ATOMIC_GROUP":
-        return _steps(value)  # type: ignore[arg-type]
+        return _steps(cast("Parts", value))
     if kind == "GROUPREF_EXISTS":
-        _, yes, no = value  # type: ignore[misc]
+        _, yes, no = cast("tuple[int, Parts, Parts | None]", value)
         return _steps(yes) + _steps(no or [])
     return 1

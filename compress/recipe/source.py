@@ -17,7 +17,6 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from compress.errors import RecipeError, did_you_mean
@@ -69,8 +68,8 @@ def _check_extent(text: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in open_nodes):
                 problem = f"the anchor {event.anchor!r} contains itself"
-                raise ComposerError(None, None, problem, event.start_mark)
-            count += sizes.get(event.anchor, 1)
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            count += sizes.get(event.anchor or "", 1)
         elif isinstance(event, yaml.NodeEvent):
             count += 1
             if isinstance(event, yaml.CollectionStartEvent):
@@ -83,7 +82,8 @@ def _check_extent(text: str) -> None:
                 sizes[anchor] = count - before
         if count > YAML_NODES or len(open_nodes) > YAML_DEPTH:
             limit = f"{YAML_NODES:,} values, aliases written out, and {YAML_DEPTH} levels"
-            raise ComposerError(None, None, f"expected at most {limit}", event.start_mark)
+            problem = f"expected at most {limit}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 class FieldError(ValueError):

@@ -112,8 +112,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def _deeper(content: object, depth: int) -> bool:
     """Whether objects and lists lie in each other more than `depth` times."""
-    level = [content]
-    for _ in range(depth + 1):
+    level: list[dict[str, object] | list[object]] = [[content]]
+    for _ in range(depth + 2):
         parts = [part.values() if isinstance(part, dict) else part for part in level]
         level = [v for values in parts for v in values if isinstance(v, dict | list)]
         if not level:
