@@ -12,7 +12,7 @@ pydantic says about a value becomes one line that a person can act on.
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -68,7 +68,9 @@ def _check_extent(text: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in open_nodes):
                 problem = f"the anchor {event.anchor!r} contains itself"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=problem, problem_mark=cast("yaml.Mark", event.start_mark)
+                )
             count += sizes.get(event.anchor or "", 1)
         elif isinstance(event, yaml.NodeEvent):
             count += 1
@@ -83,7 +85,9 @@ def _check_extent(text: str) -> None:
         if count > YAML_NODES or len(open_nodes) > YAML_DEPTH:
             limit = f"{YAML_NODES:,} values, aliases written out, and {YAML_DEPTH} levels"
             problem = f"expected at most {limit}"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=problem, problem_mark=cast("yaml.Mark", event.start_mark)
+            )
 
 
 class FieldError(ValueError):
