@@ -60,7 +60,10 @@ def load_config(folder: Path) -> "PretrainedConfig":
     from transformers import AutoConfig  # slow to import
 
     file = folder / "config.json"
-    values = read_json(file)
+    try:
+        values = read_json(file)
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
     if values is None:
         raise UsageError(f"{folder} has no config.json: expected a transformers model folder")
     check_config(values, file)

@@ -86,8 +86,8 @@ def test_a_wrong_value_inside_a_multimodal_config(tmp_path, part):
 @pytest.mark.parametrize("depth", [50, 500, 100_000])
 def test_deep_json_is_refused(folder, depth):
     (folder / "config.json").write_text('{"a":' * depth + "1" + "}" * depth)
-    for call in (Skeleton.open, compress.load):
-        with refused(CheckpointError, folder / "config.json"):
+    for call, kind in ((Skeleton.open, UsageError), (compress.load, CheckpointError)):
+        with refused(kind, folder / "config.json"):
             call(folder)
 
 
