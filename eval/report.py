@@ -26,8 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from compress.errors import UsageError, import_extra
+from compress.eval.markup import in_markdown
 
 if TYPE_CHECKING:  # an extra
     from matplotlib.axes import Axes
@@ -161,7 +163,7 @@ def quality_table(rows: Sequence[Row]) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(row.name, *map(row.cell, columns))
+        table.add_row(Text(row.name), *map(row.cell, columns))
     return table
 
 
@@ -169,10 +171,9 @@ def markdown_table(rows: Sequence[Row], conditions: str) -> str:
     """The same rows as a Markdown table, with the conditions in a line below it."""
     columns = columns_of(rows)
     lines = [["name", *columns], ["---", *("---:" for _ in columns)]]
-    lines += [[row.name, *map(row.cell, columns)] for row in rows]
-    text = "\n".join(
-        "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
-    )
+    lines[0] = list(map(in_markdown, lines[0]))
+    lines += [[in_markdown(row.name), *map(row.cell, columns)] for row in rows]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{text}\n\n{conditions}\n"
 
 

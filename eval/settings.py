@@ -14,7 +14,8 @@ class EvaluationSettings:
     """Tasks, a text, and how both are put to a model.
 
     Attributes:
-        tasks: names of tasks, groups or tags, glob patterns, or paths of task files.
+        tasks: names of tasks, groups or tags, glob patterns, or paths of task files (of a recipe's
+            file: names alone, for a task's file can run code).
         include_path: further folders of task files.
         limit: items of each task, or a share of them if below 1; None for all.
         batch_size: windows, documents or requests in a forward pass.

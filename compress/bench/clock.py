@@ -241,7 +241,14 @@ def _clocks(index: int) -> dict[str, str] | None:
     query = f"--query-gpu={','.join(fields)}"
     command = ["nvidia-smi", f"--id={index}", query, "--format=csv,noheader"]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        run = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return dict(zip(fields, (part.strip() for part in run.stdout.split(",")), strict=False))

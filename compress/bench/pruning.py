@@ -94,7 +94,9 @@ def random_llava(bench: PruningBench) -> hf.LlavaForConditionalGeneration:
         vision_feature_layer=-1,
     )
     with torch.device(bench.device):
-        return hf.AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        return hf.AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        ).eval()
 
 
 def random_prompt(bench: PruningBench) -> dict[str, Tensor]:

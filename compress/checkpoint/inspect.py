@@ -14,6 +14,7 @@ from compress.checkpoint.compressed_tensors import module_schemes
 from compress.checkpoint.gguf.inspect import inspect_gguf
 from compress.checkpoint.quantization_config import checked_section, gptq_scheme, read_config
 from compress.errors import CheckpointError, UsageError
+from compress.recipe.source import parse_yaml
 from compress.scheme import Scheme
 from compress.storage.files import read_json
 from compress.storage.safetensors import CheckpointReader
@@ -129,9 +130,9 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 def _read_recipe(folder: Path) -> Any:
     try:
-        return yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        return parse_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))[1]
     except FileNotFoundError:
         return None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder / 'recipe.yaml'} is not valid YAML: {reason}") from None

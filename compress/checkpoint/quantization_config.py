@@ -9,7 +9,6 @@ about the weights and may hold anything; sections of other methods are left to t
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +16,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from compress.errors import CheckpointError
 from compress.kernels.activations import BITS as ACTIVATION_BITS
+from compress.recipe.expressions import check_expression
 from compress.recipe.sections import Pattern
 from compress.recipe.source import FieldError, Source
 from compress.scheme import Scheme
 from compress.storage.files import read_json
 
 METHODS = ("compressed-tensors", "gptq")
+# Keys under which other methods list what they leave out.
+LEFT_OUT = ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers")
 INTEGERS = ("pack-quantized", "int-quantized")  # formats of compressed-tensors that run packed
 # Methods of old that say so by a flag: the only sections without a quant_method.
 FLAGS = ("load_in_4bit", "load_in_8bit")
@@ -32,10 +34,7 @@ FLAGS = ("load_in_4bit", "load_in_8bit")
 
 
 def _check_rule(rule: str) -> str:
-    try:
-        re.compile(rule_pattern(rule))
-    except re.error as error:
-        raise ValueError(f"{rule!r} is not a regular expression: {error}") from None
+    check_expression(rule_pattern(rule), rule)
     return rule
 
 
@@ -212,6 +211,7 @@ def checked_section(config: dict[str, Any], place: str | Path) -> dict[str, Any]
     where = f"{place}: quantization_config"
     if not isinstance(section, dict):
         raise CheckpointError(f"{where}: expected a JSON object, found {json.dumps(section)[:60]}")
+    _check_others(section, where)
     method = section.get("quant_method")
     if not section or (method is None and any(section.get(flag) for flag in FLAGS)):
         return section
@@ -229,6 +229,17 @@ def checked_section(config: dict[str, Any], place: str | Path) -> dict[str, Any]
             line = Source(section, {(): where}).one_line(error, schema).replace(".[key]", "")
             raise CheckpointError(line) from None
     return section
+
+
+def _check_others(section: dict[str, Any], where: str) -> None:
+    """The lists of any method that transformers matches as expressions, names for the most part."""
+    for key in LEFT_OUT:
+        names = section.get(key)
+        for name in names if isinstance(names, list) else ():
+            try:
+                check_expression(str(name))
+            except ValueError as error:
+                raise CheckpointError(f"{where}.{key}: {error}") from None
 
 
 # ---- what it says -------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compress.data.text import check_characters
 from compress.errors import UsageError
 from compress.models.vision import Inputs
 from compress.recipes.demo import scenes
@@ -93,7 +94,7 @@ def _demo_scenes(processor: Processor, count: int, seed: int, answers: bool) -> 
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The file's objects with the numbers of their lines; empty lines are left out."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as JSON lines: {error}") from error
     rows = []
@@ -102,10 +103,16 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}:{number}: not a line of JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise UsageError(f'{path}:{number}: expected {{"image": path, "prompt": text}}')
+            found = json.dumps(row)[:60]
+            raise UsageError(
+                f'{path}:{number}: expected {{"image": path, "prompt": text}}, found {found}'
+            )
+        for key in ("prompt", "answer"):
+            if isinstance(row.get(key), str):
+                check_characters(row[key], f"{path}:{number}: {key}")
         rows.append((number, row))
     if not rows:
         raise UsageError(f"{path}: expected prompts, found an empty file")

@@ -65,8 +65,12 @@ class CalibrationSource:
 def has_images(path: str | Path) -> bool:
     """Whether the first line of a file of JSON lines is a prompt with an image."""
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with Path(path).open(encoding="utf-8-sig") as file:
             row = json.loads(next((line for line in file if line.strip()), "null"))
-    except (OSError, ValueError):  # reading the whole file will say what is wrong with it
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ):  # reading all of it says what is wrong
         return False
     return isinstance(row, dict) and {"image", "prompt"} <= row.keys()

@@ -8,6 +8,7 @@
 | pajama | documents of RedPajama's sample | no | hub: train only |
 | FILE.txt | the file | yes | - |
 | FILE.jsonl | one object a line, its `text_field` | yes | - |
+| FILE.json, FILE.csv, FILE.parquet | refused: how to make a FILE.jsonl of it | | - |
 | any hub id | rows | yes | hub: train / test, or validation where there is no test |
 
 In a corpus that is one stream, documents follow each other behind a blank line and a window may
@@ -73,6 +74,8 @@ def load_documents(dataset: str, split: Split, text_field: str = "text") -> Corp
         corpus = DATASETS[dataset](split)
     elif Path(dataset).suffix in (".txt", ".jsonl"):
         corpus = _read_file(Path(dataset).expanduser(), text_field)
+    elif Path(dataset).is_file():
+        raise UsageError(_other_format(Path(dataset)))
     else:
         corpus = _from_hub(dataset, split, text_field)
     if len(corpus.texts) == 0:
@@ -141,9 +144,24 @@ def _pajama(split: Split) -> Corpus:
     return Corpus("pajama", column, one_stream=False)
 
 
+def _other_format(path: Path) -> str:
+    """What to do with a file that is neither text nor JSON lines."""
+    remedies = {
+        ".json": "write each of its objects on a line of its own, as FILE.jsonl",
+        ".csv": "write its text column as FILE.jsonl (pandas: read_csv, to_json(orient='records', "
+        "lines=True))",
+        ".parquet": "write its text column as FILE.jsonl (pandas: read_parquet, "
+        "to_json(orient='records', lines=True))",
+    }
+    remedy = remedies.get(path.suffix, "write it as one of these")
+    return (
+        f"dataset {path} is a {path.suffix or 'nameless'} file: expected .txt or .jsonl; {remedy}"
+    )
+
+
 def _read_file(path: Path, text_field: str) -> Corpus:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"dataset {path} cannot be read as UTF-8 text: {error}") from error
     if path.suffix == ".txt":
@@ -158,16 +176,33 @@ def _document(place: str, line: str, text_field: str) -> str:
     """The text of one JSON line."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{place}: not valid JSON: {error}") from error
     if not isinstance(row, dict):
-        raise UsageError(f"{place}: expected an object, found {type(row).__name__}")
-    if not isinstance(row.get(text_field), str):
+        whole = "; a whole array is no file of JSON lines" if isinstance(row, list) else ""
+        raise UsageError(f"{place}: expected an object, found {json.dumps(row)[:60]}{whole}")
+    if text_field in row and not isinstance(row[text_field], str):
+        found = json.dumps(row[text_field])[:60]
+        raise UsageError(f"{place}: {text_field}: expected a text, found {found}")
+    if text_field not in row:
         raise UsageError(
             f"{place}: no text in field {text_field!r}{did_you_mean(text_field, row)}: "
             f"found {', '.join(row) or 'no fields'}; name it with text_field"
         )
+    check_characters(row[text_field], f"{place}: {text_field}")
     return row[text_field]
+
+
+def check_characters(text: str, place: str) -> None:
+    """UsageError for half of a surrogate pair (`\\ud800` in JSON), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UsageError(
+            f"{place}: expected text, found {half} at character {error.start}, which is half of a "
+            f"surrogate pair and no character"
+        ) from None
 
 
 def _from_hub(dataset: str, split: Split, text_field: str) -> Corpus:

@@ -41,6 +41,7 @@ from compress.checkpoint.quantization_config import (
 from compress.errors import CheckpointError, UsageError
 from compress.kernels.cpu import native
 from compress.loading.transformers_plugin import ModelpressConfig
+from compress.models.config_values import check_config, check_extent, check_tokenizer
 from compress.models.families import refuse_partly_seen
 from compress.models.pretrained import TOKENIZER_FILES, guarded, processor_reader
 from compress.pruning.families import FAMILIES
@@ -153,13 +154,16 @@ def _check_path(path: str | Path) -> None:
         except HFValidationError:
             raise UsageError(f"no such model folder: {path}") from None
         return
-    checked_section(read_config(folder), folder / "config.json")  # before transformers reads it
-    CheckpointReader(folder)
+    config, file = read_config(folder), folder / "config.json"
+    check_config(config, file)  # before transformers reads it
+    checked_section(config, file)
+    check_extent(config, CheckpointReader(folder), file)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the files of the "
             f"model it was made from"
         )
+    check_tokenizer(folder)
 
 
 def _check_status(folder: Path, section: dict[str, Any]) -> None:

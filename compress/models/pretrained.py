@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
-from compress.errors import CheckpointError, UsageError
+from compress.errors import CheckpointError, CompressError, UsageError
+from compress.models.config_values import check_config, reason_of
 from compress.storage.companions import WEIGHTS
+from compress.storage.files import read_json
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PretrainedConfig, ProcessorMixin
@@ -57,21 +59,28 @@ def load_config(folder: Path) -> "PretrainedConfig":
     """The transformers config of a folder; UsageError in one line if there is none to read."""
     from transformers import AutoConfig  # slow to import
 
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder} has no config.json: expected a transformers model folder")
+    file = folder / "config.json"
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"{folder / 'config.json'} cannot be read: {reason}") from error
+        values = read_json(file)
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
+    if values is None:
+        raise UsageError(f"{folder} has no config.json: expected a transformers model folder")
+    check_config(values, file)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # what a wrong value sets off is of any kind
+        raise UsageError(f"{file} cannot be read: {reason_of(error)}") from error
 
 
 def guarded(path: str | Path, from_pretrained: Callable[..., Read], **options: Any) -> Read:
     """Calls a `from_pretrained`, and turns what it raises into one line."""
     try:
         return from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except CompressError:
+        raise
+    except Exception as error:  # what a wrong value sets off is of any kind
+        reason = reason_of(error)
         if isinstance(error, OSError) and not Path(path).is_dir():
             raise UsageError(
                 f"{str(path)!r} is neither a folder here nor a model id that can be reached "

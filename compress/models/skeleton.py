@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CheckpointError, UsageError
+from compress.models.config_values import check_extent, check_tokenizer, reason_of
 from compress.models.families import architecture_of, head_dim_of
 from compress.models.pretrained import load_config, local_folder, processor_reader
 from compress.models.stored import left_over, names_of, refuse_adapter, refuse_packed
+from compress.storage.files import read_json
 from compress.storage.safetensors import CheckpointReader
 
 if TYPE_CHECKING:  # slow to import
@@ -62,7 +64,12 @@ class Skeleton:
         self.spec = architecture_of(self.model_config)
         self.config = self.model_config.get_text_config()
         refuse_packed(folder)
-        self.model = self._empty_model()
+        file = folder / "config.json"
+        check_extent(read_json(file) or {}, CheckpointReader(folder), file)
+        try:
+            self.model = self._empty_model()
+        except Exception as error:  # what a wrong value sets off is of any kind
+            raise UsageError(f"{file} describes no model: {reason_of(error)}") from error
         names = names_of(self.model, f"{self.model.base_model_prefix}.", self.spec.module_name)
         self.reader = CheckpointReader(folder, names)
         self.left = left_over(self.reader, self.model)
@@ -86,7 +93,10 @@ class Skeleton:
         # Buffers (rotary frequencies) stay real: they come from the config, not from the file.
         with init_empty_weights(include_buffers=False):
             model = kind.from_config(
-                self.model_config, dtype=torch.float32, attn_implementation="sdpa"
+                self.model_config,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                trust_remote_code=False,
             )
         return model.eval().requires_grad_(False)
 
@@ -131,19 +141,22 @@ class Skeleton:
         """The checkpoint's tokenizer; UsageError if the folder has none."""
         from transformers import AutoTokenizer  # slow to import
 
+        check_tokenizer(self.folder)
         try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except (ValueError, OSError, KeyError) as error:
-            raise UsageError(f"{self.folder} has no tokenizer that transformers reads") from error
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises the base class itself
+            raise UsageError(
+                f"{self.folder} has no tokenizer that transformers reads: {reason_of(error)}"
+            ) from error
 
     def processor(self) -> "ProcessorMixin":
         """A multimodal checkpoint's processor; UsageError if the folder has none."""
+        check_tokenizer(self.folder)
         try:
-            return processor_reader(self.model_config)(self.folder)
-        except (ValueError, OSError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
+            return processor_reader(self.model_config)(self.folder, trust_remote_code=False)
+        except Exception as error:  # as above
             raise UsageError(
-                f"{self.folder} has no processor that transformers reads: {reason}"
+                f"{self.folder} has no processor that transformers reads: {reason_of(error)}"
             ) from error
 
     def linear_names(self) -> list[str]:

@@ -26,6 +26,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compress.checkpoint.engines import loading_table
+from compress.eval.markup import fence_for, in_code, in_markdown, quoted
 from compress.eval.report import (
     NLL,
     Facts,
@@ -85,10 +86,12 @@ def model_card(result: Facts) -> str:
     evaluation = result.get("evaluation") or {}
     baseline = result.get("baseline") or evaluation.get("baseline") or {}
     prompts = ((result.get("provenance") or {}).get("calibration") or {}).get("prompts")
+    recipe_text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip()
     text = page.get_template("card.md.jinja").render(
         front_matter=_front_matter(result, bits),
-        name=" ".join(str(result["name"]).split()),
-        base_model=result.get("base_model"),
+        name=in_markdown(result["name"]),
+        quoted=quoted(result["name"]),
+        base_model=in_code(result["base_model"]) if result.get("base_model") else None,
         steps=_steps(recipe, prompts) + _pruning_steps(result.get("pruning")),
         multimodal=bool(result.get("multimodal")),
         pruned=bool(result.get("pruning")),
@@ -100,8 +103,11 @@ def model_card(result: Facts) -> str:
         engines=_engine_table(bits),
         dequantize=not bits.get("symmetric", True),
         limitations=_limitations(bits, evaluation, result.get("pruning")),
-        recipe=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip(),
-        provenance=list(flatten(result.get("provenance") or {})),
+        recipe=recipe_text,
+        fence=fence_for(recipe_text),
+        provenance=[
+            tuple(map(in_markdown, pair)) for pair in flatten(result.get("provenance") or {})
+        ],
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -152,7 +158,7 @@ def _steps(recipe: Facts, prompts: int | None) -> list[str]:
         if prompts:
             size = f"{prompts} prompts with images"
         steps.append(
-            f"Calibration on {size} of {calibration.get('dataset', '?')}, seed "
+            f"Calibration on {size} of {in_markdown(calibration.get('dataset', '?'))}, seed "
             f"{calibration.get('seed', 0)}."
         )
         importance = quantize.get("token_importance") or {}
@@ -163,9 +169,10 @@ def _steps(recipe: Facts, prompts: int | None) -> list[str]:
             )
     if method != "none":
         grid = "symmetric" if quantize.get("symmetric", True) else "asymmetric"
+        left = in_markdown(", ".join(quantize.get("ignore") or []) or "nothing")
         steps.append(
             f"The linear layers were quantised with {METHODS.get(method, method)} on a {grid} "
-            f"grid; {', '.join(quantize.get('ignore') or []) or 'nothing'} was left out."
+            f"grid; {left} was left out."
         )
     return steps
 
@@ -201,9 +208,14 @@ def _pruning_steps(pruning: Facts | None) -> list[str]:
 
 def _table(*rows: tuple) -> str:
     """A Markdown table whose first row is the head; empty without any other row."""
-    lines = ["| " + " | ".join(format_number(cell) for cell in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
     lines.insert(1, "|" + " --- |" * len(rows[0]))
     return "\n".join(lines) if len(rows) > 1 else ""
+
+
+def _cell(value: object) -> str:
+    """A cell: our own Markdown stays, a bar would be the next cell."""
+    return re.sub(r"(?<!\\)\|", r"\\|", " ".join(format_number(value).split()))
 
 
 def _width_table(bits: Facts) -> str:
@@ -241,7 +253,10 @@ def _quality_table(evaluation: Facts, baseline: Facts) -> str:
 
 def _conditions(evaluation: Facts) -> list[str]:
     lines = [(evaluation.get(part) or {}).get("line") for part in ("perplexity", "kl")]
-    lines += [f"{key}: {value}" for key, value in flatten(evaluation.get("conditions") or {})]
+    lines += [
+        f"{in_markdown(key)}: {in_markdown(value)}"
+        for key, value in flatten(evaluation.get("conditions") or {})
+    ]
     return [line for line in lines if line]
 
 

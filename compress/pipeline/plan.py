@@ -25,6 +25,8 @@ from compress.pipeline.source_check import SourceCheck
 from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
 
+LISTED = 8  # linears that a pattern's note names; `ignored` has them all
+
 
 @dataclass
 class Plan:
@@ -38,6 +40,7 @@ class Plan:
         file_bytes: the same with the header of a safetensors file, to 0.5 %; what a budget bounds.
         allocation: how widths were chosen, where the recipe asks for it and the scores were read.
         pruning: the visual-token strategy and its costs, as `pruning_forecast` tells.
+        ignored: what each pattern of `quantize.ignore` matches, by the names of the source.
         source_check: how far our forward is from that of transformers, where it was asked for.
     """
 
@@ -54,6 +57,7 @@ class Plan:
     allocation: Allocation | None = None
     pruning: PruningForecast | None = None
     multimodal: bool = False
+    ignored: dict[str, list[str]] = field(default_factory=dict)
     source_check: SourceCheck | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,6 +74,7 @@ class Plan:
             "peak_memory": self.peak_memory,
             "problems": self.problems,
             "notes": self.notes,
+            "ignored": self.ignored,
             "allocation": None if self.allocation is None else asdict(self.allocation),
             "pruning": self.pruning,
             "source_check": self.source_check,
@@ -116,7 +121,8 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         file_bytes=quantized + other + _header_bytes(modules, kept),
         peak_memory={"host": host_memory(inputs, shapes), "device": 0},
         problems=_problems(inputs, names, shapes, found) + problems,
-        notes=_notes(inputs, schemes, untied) + notes,
+        notes=_left_out(inputs, names) + _notes(inputs, schemes, untied) + notes,
+        ignored=recipe.quantize.left_out(names),
         untied=untied,
         schemes=schemes,
         layers=layers,
@@ -265,6 +271,17 @@ def _problems(
             f"context of {context}"
         )
     return problems
+
+
+def _left_out(inputs: RunInputs, names: list[str]) -> list[str]:
+    """A line for each pattern of `ignore`: how many linears it matches, and which."""
+    notes = []
+    for pattern, found in inputs.recipe.quantize.left_out(names).items():
+        if found != [pattern]:
+            shown = found if len(found) <= LISTED else [*found[: LISTED - 1], "...", found[-1]]
+            count = f"{len(found)} of {len(names)} linears"
+            notes.append(f"quantize.ignore: {pattern!r} matches {count}: {', '.join(shown)}")
+    return notes
 
 
 def _notes(inputs: RunInputs, schemes: Schemes, untied: bool) -> list[str]:

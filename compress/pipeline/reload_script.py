@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 def compare(folder: str, probe: dict[str, torch.Tensor], dequantize: bool) -> dict:
     """The report: what did not load, and max |found - expected| / max |expected| of the logits."""
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     options = {"output_loading_info": True, "dtype": torch.float32}
     architecture = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
     if dequantize:
@@ -27,9 +27,11 @@ def compare(folder: str, probe: dict[str, torch.Tensor], dequantize: bool) -> di
         # its scale, as it does for those who load the folder.
         quantization = transformers.CompressedTensorsConfig(dequantize=True)
         options |= {"state_dict": with_wide_scales(folder), "quantization_config": quantization}
-        model, loading = architecture.from_pretrained(None, config=config, **options)
+        model, loading = architecture.from_pretrained(
+            None, config=config, trust_remote_code=False, **options
+        )
     else:
-        model, loading = architecture.from_pretrained(folder, **options)
+        model, loading = architecture.from_pretrained(folder, trust_remote_code=False, **options)
     report = {key: sorted(map(str, loading[key])) for key in loading if loading[key]}
     if report:
         return {"loading": report}

@@ -72,8 +72,9 @@ def _run(folder: Path, probe: Path, dequantize: bool) -> dict:
     command = [sys.executable, "-P", str(SCRIPT), str(folder.resolve()), str(probe.resolve())]
     command += ["--dequantize"] if dequantize else []
     child = subprocess.run(
-        command, env=os.environ | OFFLINE, capture_output=True, text=True, check=False
-    )
+        command, env=os.environ | OFFLINE, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     try:
         return json.loads(child.stdout)
     except ValueError:  # killed, for want of memory perhaps, before it could report

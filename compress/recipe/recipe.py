@@ -103,6 +103,7 @@ class Recipe(Section):
         """Reads a recipe file, or a shipped recipe by its bare name.
 
         `model` replaces `model.path`; `overrides` are `section.key=value` and win over all.
+        A path among `evaluate.tasks` is taken from `overrides` alone.
         Raises RecipeError, one line: file and line (or the override), field, expected, found.
         """
         file = _find_recipe(path)
@@ -116,7 +117,9 @@ class Recipe(Section):
                 source.data["model"].pop("revision", None)
         for assignment in overrides:
             source.assign(assignment, cls)
-        return cls._validated(source, file.resolve().parent)
+        recipe = cls._validated(source, file.resolve().parent)
+        _refuse_task_files(recipe, source)
+        return recipe
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object], source: str = "recipe") -> "Recipe":
@@ -188,6 +191,18 @@ class Recipe(Section):
                 f"recipe {self.name!r} names no model: give --model, or model: in the recipe"
             )
         return self.resolve_path(self.model.path)
+
+
+def _refuse_task_files(recipe: Recipe, source: Source) -> None:
+    """RecipeError for a path among the tasks of a recipe's file: what lies there may run code."""
+    for i, task in enumerate(recipe.evaluate.tasks if recipe.evaluate else ()):
+        path = task.endswith((".yaml", ".yml")) or "/" in task or "\\" in task
+        if path and source.in_file(("evaluate", "tasks", i)):
+            raise RecipeError(
+                f"{source.place(('evaluate', 'tasks', i))}: evaluate.tasks[{i}]: expected the name "
+                f"of a task, found the path {task!r}: a task's file can run code, so it is taken "
+                f"from the command line alone (--set 'evaluate.tasks=[{task}]')"
+            )
 
 
 def shipped_folder() -> Path:

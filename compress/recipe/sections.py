@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from compress.eval.settings import EvaluationSettings
+from compress.recipe.expressions import check_expression
 from compress.recipe.source import FieldError
 from compress.registry import LAYER_IMPORTANCE, TOKEN_IMPORTANCE, Registry
 from compress.scheme import Scheme
@@ -36,10 +37,8 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def _check_pattern(pattern: str) -> str:
-    try:
-        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    if pattern.startswith("re:"):
+        check_expression(pattern[3:], pattern)
     return pattern
 
 
@@ -194,6 +193,11 @@ class Quantize(Section):
         """Whether an override says how many bits this linear has, so that nothing else may."""
         hit = next((o for o in self.overrides if matches(o.match, module_name)), None)
         return hit is not None and (hit.ignore or hit.bits is not None)
+
+    def left_out(self, module_names: Iterable[str]) -> dict[str, list[str]]:
+        """What each pattern of `ignore` matches of the modules; nothing where no method is."""
+        names = list(module_names) if self.method != "none" else []
+        return {p: found for p in self.ignore if (found := [n for n in names if matches(p, n)])}
 
     def unmatched(self, module_names: Iterable[str]) -> list[str]:
         """The patterns of `ignore` and `overrides` that name none of the modules: likely typos."""

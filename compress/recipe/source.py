@@ -1,6 +1,7 @@
 """Where each value of a recipe came from, so that an error can name file, line and field.
 
-YAML is read twice from one text: `safe_load` for the values, `compose` for the line of every key.
+YAML is composed once: its nodes give the values and the line of every key. A text that is too
+large or too deep, or would be with its aliases written out, is refused before it is composed.
 A command-line override replaces a value and its place together. The rest is a translation: what
 pydantic says about a value becomes one line that a person can act on.
 
@@ -11,15 +12,82 @@ pydantic says about a value becomes one line that a person can act on.
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from yaml.constructor import ConstructorError
 
 from compress.errors import RecipeError, did_you_mean
 
 Location = tuple[str | int, ...]
+
+
+# What a recipe may hold. A shipped one has 1 kB, one with a line for each linear of a model 100.
+YAML_BYTES = 1_000_000
+YAML_NODES = 20_000  # with every alias written out
+YAML_DEPTH = 32
+
+
+class _Loader(yaml.SafeLoader):
+    """`SafeLoader`, which tells the line of a value that is not what its tag says."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{_found(node.value)} is no {kind}"
+            raise ConstructorError(None, None, problem, node.start_mark) from error
+
+
+def parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
+    """The nodes of a YAML text, and its values.
+
+    Raises yaml.YAMLError if it is none, or more than the limits above; whatever the text, that is
+    told within seconds.
+    """
+    if len(text.encode(errors="replace")) > YAML_BYTES:
+        raise yaml.YAMLError(f"expected at most {YAML_BYTES:,} bytes")
+    _check_extent(text)
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        return root, None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _check_extent(text: str) -> None:
+    """Counts nodes, those behind aliases each time, without building any."""
+    sizes: dict[str, int] = {}  # of what an anchor stands for
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, nodes before it
+    count = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in open_nodes):
+                problem = f"the anchor {event.anchor!r} contains itself"
+                raise yaml.MarkedYAMLError(
+                    problem=problem, problem_mark=cast("yaml.Mark", event.start_mark)
+                )
+            count += sizes.get(event.anchor or "", 1)
+        elif isinstance(event, yaml.NodeEvent):
+            count += 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_nodes.append((event.anchor, count - 1))
+            elif event.anchor:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor:
+                sizes[anchor] = count - before
+        if count > YAML_NODES or len(open_nodes) > YAML_DEPTH:
+            limit = f"{YAML_NODES:,} values, aliases written out, and {YAML_DEPTH} levels"
+            problem = f"expected at most {limit}"
+            raise yaml.MarkedYAMLError(
+                problem=problem, problem_mark=cast("yaml.Mark", event.start_mark)
+            )
 
 
 class FieldError(ValueError):
@@ -41,9 +109,9 @@ class Source:
     def read(cls, path: Path) -> "Source":
         """Parses a file. Raises RecipeError: unreadable, not YAML, a key twice, not a mapping."""
         try:
-            text = path.read_text(encoding="utf-8")
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
-            data = yaml.safe_load(text)
+            with path.open("rb") as file:
+                text = file.read(YAML_BYTES + 1).decode("utf-8-sig")
+            root, data = parse_yaml(text)
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
         except yaml.YAMLError as error:
@@ -63,16 +131,20 @@ class Source:
                 return self.places[location[:end]]
         return self.places[()]
 
+    def in_file(self, location: Location) -> bool:
+        """Whether the file gave the value, not the command line."""
+        return self.place(location).startswith(self.places[()])
+
     def assign(self, assignment: str, schema: type[BaseModel]) -> None:
         """Applies one `section.key=value`; the value is YAML."""
         key, equals, text = assignment.partition("=")
         if not equals or not all(key.split(".")):
             raise RecipeError(f"--set {assignment!r}: expected section.key=value")
         try:
-            value = yaml.safe_load(text)
+            _, value = parse_yaml(text)
         except yaml.YAMLError as error:
             raise RecipeError(
-                f"--set {assignment}: the value is not valid YAML: {_problem(error)}"
+                f"--set {_short(assignment)}: the value is not valid YAML: {_problem(error)}"
             ) from error
         self.put(tuple(key.split(".")), value, f"--set {assignment}", schema)
 
@@ -174,6 +246,10 @@ def _found(value: object) -> str:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except ValueError:  # an anchor that contains itself
         text = f"a {type(value).__name__} that contains itself"
+    return _short(text)
+
+
+def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

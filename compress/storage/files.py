@@ -20,6 +20,7 @@ from compress.errors import CheckpointError, UsageError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+JSON_DEPTH = 32  # of objects and lists in each other
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
@@ -92,7 +93,7 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, None if there is no file.
 
-    Raises CheckpointError if it cannot be read, or holds no such object.
+    Raises CheckpointError if it cannot be read, holds no such object, or is deeper than any of use.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -104,7 +105,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not valid: expected a JSON object")
+    if _deeper(content, JSON_DEPTH):
+        raise CheckpointError(f"{path} is not valid: it is more than {JSON_DEPTH} levels deep")
     return content
+
+
+def _deeper(content: object, depth: int) -> bool:
+    """Whether objects and lists lie in each other more than `depth` times."""
+    level: list[dict[str, object] | list[object]] = [[content]]
+    for _ in range(depth + 2):
+        parts = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [v for values in parts for v in values if isinstance(v, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def file_digest(path: Path) -> str:

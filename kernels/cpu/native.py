@@ -272,7 +272,10 @@ def compile_library(compiler: str, version: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary) / "kernels.so"
         command = [compiler, *flags, "-o", str(built), *map(str, SOURCES)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+        subprocess.run(
+            command, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=COMPILE_SECONDS,
+        )  # fmt: skip
         built.chmod(0o700)
         path = folder / f"kernels-{key}-{hashlib.sha256(built.read_bytes()).hexdigest()}.so"
         built.replace(path)  # whole or not at all, also if two processes compile at once
@@ -291,8 +294,9 @@ def load(path: Path) -> ctypes.CDLL:
 
 def _version(compiler: str) -> str:
     run = subprocess.run(
-        [compiler, "--version"], check=True, capture_output=True, text=True, timeout=20
-    )
+        [compiler, "--version"], check=True, stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=20,
+    )  # fmt: skip
     return run.stdout.splitlines()[0].strip() if run.stdout else compiler
 
 

@@ -211,5 +211,8 @@ def _shown_by(command: Sequence[str], compiled: CompiledKernel, stage: str) -> s
     with tempfile.NamedTemporaryFile(suffix=f".{stage}") as file:
         file.write(content if isinstance(content, bytes) else content.encode())
         file.flush()
-        shown = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
+        shown = subprocess.run(
+            [*command, file.name],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
+        )  # fmt: skip
     return shown.stdout + shown.stderr

@@ -51,8 +51,10 @@ def exact_match(model: Any, tokenizer: Any, seed: int, count: int) -> dict[str, 
 @torch.no_grad()
 def generated_match(folder: Path, seed: int, count: int) -> dict[str, float]:
     """Exact match per type of the saved model, one question a prompt, through `generate`."""
-    processor = transformers.AutoProcessor.from_pretrained(folder)
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.bfloat16, trust_remote_code=False
+    )
     items = list(scenes.examples("held_out", seed, count))
     right: dict[str, list[bool]] = {name: [] for name in scenes.TYPES}
     for start in range(0, count, 28):

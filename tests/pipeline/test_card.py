@@ -1,5 +1,7 @@
 """The card says what the run found, leaves out what is missing, and its front matter is YAML."""
 
+import ast
+import re
 from itertools import pairwise
 
 import pytest
@@ -152,3 +154,43 @@ def test_a_blank_line_ends_every_table():
     for row, below in pairwise(lines):
         if row.startswith("|"):
             assert below.startswith("|") or not below.strip()
+
+
+# ---- names that are markup ----------------------------------------------------------------------
+
+HOSTILE = [
+    'm"); import os; os.system("x', "a\\", "a\nb", "# head", "`code`", "a``b`", "<img src=x>",
+    "[text](http://x.y)", "![x](y)", "a|b", "*bold*", "_it_", "$x$", "<!-- x", "&lt;", "```",
+    "www.x.y", "a\u202eb", "a\x1b[31mb", "---", "{{ 7 * 7 }}", "'''", "a\u2028b",
+]  # fmt: skip
+
+
+def python_blocks(card: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", card, flags=re.S | re.M)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_stays_text(name):
+    recipe = RESULT["recipe"] | {"calibration": {"dataset": name}, "name": name}
+    provenance = {"folder": name, name: 1}
+    card = model_card(RESULT | {"name": name, "base_model": name, "recipe": recipe,
+                                "provenance": provenance})  # fmt: skip
+    plain = model_card(RESULT)
+    assert front_matter(card)["library_name"] == "transformers"
+    # the same headings, code blocks and table rows as for a plain name
+    for mark in (r"^## .*$", r"^```python$", r"^\| .* \|$", r"^# "):
+        count = [len(re.findall(mark, text, flags=re.M)) for text in (card, plain)]
+        assert count[0] == count[1], mark
+    seen = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(name.split()))
+    for block in python_blocks(card):
+        texts = [n.value for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Constant)]
+        assert seen in texts
+        assert "os" not in [n.id for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Name)]
+    prose = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", card, flags=re.S)  # without code
+    assert not re.search(r"<(img|!--)|(?<!\\)\]\(http|\x1b|\u202e", prose)
+
+
+def test_usual_names_are_not_touched():
+    card = model_card(RESULT)
+    assert "# me/tiny-w3" in card and "`maker/tiny`" in card
+    assert 'from_pretrained("me/tiny-w3"' in card

@@ -13,7 +13,7 @@ from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import FIXED_MEMORY
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
-from support.refusals import refused
+from support.refusals import check_line, refused
 from support.tiny_checkpoints import LAYERS, WINDOWS, recipe_for, write_checkpoint
 
 
@@ -247,3 +247,23 @@ def test_activations_of_every_unit_at_every_width_count(checkpoint):
 def test_memory_does_not_grow_with_depth(tmp_path):
     folders = [write_checkpoint(tmp_path / str(n), layers=n) for n in (1, 4)]
     assert host_memory(folders[0]) == host_memory(folders[1])
+
+
+def test_what_a_pattern_of_ignore_matches_is_listed(checkpoint):
+    plan = plan_of(checkpoint(), quantize={"ignore": ["lm_head", "re:model.layers.1.*up_proj"]})
+    assert plan.ignored == {
+        "lm_head": ["lm_head"],
+        "re:model.layers.1.*up_proj": ["model.layers.1.mlp.up_proj"],
+    }
+    (note,) = [note for note in plan.notes if "quantize.ignore" in note]
+    check_line(note, "'re:model.layers.1.*up_proj'", "1", "model.layers.1.mlp.up_proj")
+    assert plan.as_dict()["ignored"] == plan.ignored
+
+
+def test_a_pattern_that_matches_more_layers_than_meant_shows_it(checkpoint):
+    folder = checkpoint(layers=12)
+    plan = plan_of(folder, quantize={"ignore": ["lm_head", "re:model.layers.1.*"]})
+    found = plan.ignored["re:model.layers.1.*"]
+    assert {name.split(".")[2] for name in found} == {"1", "10", "11"}
+    (note,) = [note for note in plan.notes if "quantize.ignore" in note]
+    check_line(note, len(found), found[0], found[-1])

@@ -417,3 +417,32 @@ def test_a_recipe_without_a_model_says_so_when_it_is_needed():
     with refused(RecipeError, "--model"):
         Recipe.load("rsq-w4").model_location()
     assert Recipe(model="owner/name").model_location() == "owner/name"
+
+
+# ---- task files can run code --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["mine.yaml", "mine.yml", "tasks/mine", "/a/mine.yaml", "..\\x"])
+@pytest.mark.parametrize("lines", ["  tasks: [demo_code, {}]", "  tasks:\n  - demo_code\n  - {}"])
+def test_a_recipe_file_names_no_task_file(tmp_path, task, lines):
+    path = tmp_path / "r.yaml"
+    path.write_text("evaluate:\n" + lines.format(task) + "\n")
+    with refused(RecipeError, f"{path}:", "evaluate.tasks[1]", f"{task!r}"):
+        Recipe.load(path)
+
+
+def test_a_task_file_behind_an_anchor_is_found(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("name: &t mine.yaml\nevaluate: {tasks: [*t]}\n")
+    with refused(RecipeError, "evaluate.tasks[0]", "'mine.yaml'"):
+        Recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    ["evaluate.tasks=[m.yaml]", "evaluate={tasks: [m.yaml]}", "evaluate.tasks.0=m.yaml"],
+)
+def test_the_command_line_names_a_task_file(tmp_path, assignment):
+    path = tmp_path / "r.yaml"
+    path.write_text("evaluate: {tasks: [demo_code]}\n")
+    assert Recipe.load(path, [assignment]).evaluate.tasks == ["m.yaml"]
