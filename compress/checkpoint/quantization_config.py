@@ -9,6 +9,7 @@ about the weights and may hold anything; sections of other methods are left to t
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
