@@ -51,8 +51,8 @@ class Tiles:
     split: int | None = None
 
 
-# What tuning tries: the fastest at 8192 x 8192 with 4 bits on an H100, and at 4096 x 4096 with 3 and
-# 4 bits on an H200. Above 32 rows they were timed while products could overlap (`settled`).
+# What tuning tries: the fastest at 8192 x 8192 with 4 bits on an H100, and at 4096 x 4096 with 3
+# and 4 bits on an H200. Above 32 rows they were timed while products could overlap (`settled`).
 CANDIDATES = (
     Tiles(8, block_m=8, block_n=64, warps=2, stages=2),
     Tiles(8, block_m=8, block_n=32, warps=2, stages=3),

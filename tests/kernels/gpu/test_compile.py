@@ -149,11 +149,11 @@ def test_table_fits_a_hopper_multiprocessor():
         assert wanted is None or product.instructions * 2.17 < 40.1 / wanted
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (8, 128), (4, None)])
 @pytest.mark.parametrize("tiles", [tiles for tiles in CANDIDATES if tiles.rows in (64, 512)])
-def test_no_weight_is_written_over_while_a_product_may_read_it(bits, tiles):
+def test_no_weight_is_written_over_while_a_product_may_read_it(bits, group, tiles):
     """wgmma reads its left operand from registers until a wait says that it has ended."""
-    loop = longest_loop(compile_product(bits, 128, "fp16", tiles, HOPPER))
+    loop = longest_loop(compile_product(bits, group, "fp16", tiles, HOPPER))
     assert any("HGMMA" in line for line in loop)
     running: list[set[int]] = []  # left operands of each group that no wait has covered
     group: set[int] = set()
