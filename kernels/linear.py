@@ -19,7 +19,7 @@ from compress.kernels.activations import BITS, integer_matmul, quantize_tokens
 from compress.kernels.codes import Codes
 from compress.kernels.cpu.products import cpu_matmul, pack_cpu, pack_integers
 from compress.kernels.cpu.weight import CpuWeight
-from compress.kernels.gpu.layout import KernelWeight, pack_kernel, unpack_kernel
+from compress.kernels.gpu.layout import KernelWeight, kernel_rows, pack_kernel, unpack_kernel
 from compress.kernels.reference import dequantize
 
 BUFFERS = ("words", "high", "packed", "scale", "zero", "order")  # of any layout
@@ -83,6 +83,13 @@ class QuantLinear(nn.Module):
         """The codes, scales and zero points, as they came."""
         weight = self.packed_weight()
         return unpack_kernel(weight) if isinstance(weight, KernelWeight) else weight.unpack()
+
+    def rows(self, ids: Tensor) -> Codes:
+        """The codes of some outputs [n], in that order; the rest stays packed."""
+        weight = self.packed_weight()
+        if isinstance(weight, KernelWeight):
+            return unpack_kernel(kernel_rows(weight, ids))
+        return weight.rows(ids)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [out_features, in_features], each entry rounded once."""

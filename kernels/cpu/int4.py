@@ -65,6 +65,10 @@ class Int4Weight(FloatWeight):
         codes = torch.cat([(block.to(torch.int16) + middle).to(torch.uint8) for block in rows])
         return codes.T.contiguous()
 
+    def row_codes(self, ids: Tensor) -> Tensor:
+        """Gives rows [n] of the codes, uint8 [n, K]; the operator's layout is read back whole."""
+        return self.unpack_codes()[ids]
+
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Multiplies x [M, K]: bf16 [M, N]. Raises ValueError for x in another dtype than bf16."""
         if x.dtype != torch.bfloat16:

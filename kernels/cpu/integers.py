@@ -11,6 +11,8 @@ reads nothing narrower, and each group of inputs in one piece.
     y = weight.matmul(values, token_scale, bias, torch.bfloat16)
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -58,6 +60,11 @@ class QuadsWeight(IntegerWeight):
         codes = (vectors >> shifts[:, None, None]) & (2**stored - 1)
         return codes.flatten(2, 4).transpose(1, 2).reshape(tiles * TILE, steps * QUAD)
 
+    def row_codes(self, ids: Tensor) -> Tensor:
+        """Gives rows [n] of the codes, uint8 [n, steps * 4]."""
+        tiles = replace(self, packed=self.packed[ids // TILE]).unpack_codes()
+        return tiles.view(len(ids), TILE, -1)[torch.arange(len(ids)), ids % TILE]
+
     def matmul(
         self, values: Tensor, token_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
@@ -88,6 +95,10 @@ class GroupsWeight(IntegerWeight):
         """Gives codes uint8 [N, G * inputs] back, the padding included."""
         values = self.packed.transpose(0, 1).flatten(1).to(torch.int16)
         return (values + 2 ** (self.bits - 1)).to(torch.uint8)
+
+    def row_codes(self, ids: Tensor) -> Tensor:
+        """Gives rows [n] of the codes, uint8 [n, G * inputs]."""
+        return replace(self, packed=self.packed[:, ids]).unpack_codes()
 
     def matmul(
         self, values: Tensor, token_scale: Tensor, bias: Tensor | None, dtype: torch.dtype

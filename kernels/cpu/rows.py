@@ -60,6 +60,14 @@ class RowsWeight(FloatWeight):
         inputs = [(_expand(b, bits)[:, :N] + middle).to(torch.uint8) for b in blocks]
         return torch.cat(inputs).T
 
+    def row_codes(self, ids: Tensor) -> Tensor:
+        """Gives rows [n] of the codes, uint8 [n, K]."""
+        stored = STORED_BITS[self.bits]
+        each = 8 // stored
+        octets = self.packed[:, ids // each]
+        codes = (octets >> (ids % each * stored).to(torch.uint8)) & (2**stored - 1)
+        return codes.T.contiguous()
+
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Multiplies x [M, K]: [M, N] in x's dtype."""
         size = self.group_size or 0

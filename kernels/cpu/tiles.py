@@ -48,6 +48,15 @@ class TilesWeight(FloatWeight):
             codes |= _part(packed[..., LANES * low :], 1) << 2
         return codes.permute(0, 3, 1, 2).reshape(len(packed) * TILE, -1)
 
+    def row_codes(self, ids: Tensor) -> Tensor:
+        """Gives rows [n] of the codes, uint8 [n, pairs * 2]."""
+        low = 2 if self.bits == 3 else self.bits
+        tiles, output = self.packed[ids // TILE], ids % TILE
+        codes = _row(tiles[..., : LANES * low], low, output)
+        if self.bits == 3:
+            codes |= _row(tiles[..., LANES * low :], 1, output) << 2
+        return codes
+
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Multiplies x [M, K]: [M, N] in x's dtype. Raises ValueError without compiled kernels."""
         size = self.group_size or 0
@@ -98,6 +107,12 @@ def _of_pairs(packed: Tensor) -> Tensor:
     tiles, vectors, _, K = packed.shape
     inputs = packed.view(tiles, vectors * LANES, K).transpose(1, 2).contiguous()
     return inputs.view(tiles, K // 2, 2 * vectors * LANES)
+
+
+def _row(packed: Tensor, bits: int, output: Tensor) -> Tensor:
+    """The codes of one output of each tile: [n, pairs, 16 * bits], [n] -> [n, pairs * 2]."""
+    codes = _part(packed, bits)
+    return codes[torch.arange(len(output)), :, :, output].flatten(1)
 
 
 def _part(packed: Tensor, bits: int) -> Tensor:

@@ -67,6 +67,12 @@ class CpuWeight(TensorRecord, ABC):
             order=self.order,
         )
 
+    def rows(self, ids: Tensor) -> Codes:
+        """The codes of some rows [n] of the weight, in that order, exact; the rest stays packed."""
+        scale, zero = self.plain_scale().T[ids], None if self.zero is None else self.zero.T[ids]
+        codes = self.row_codes(ids)[:, : self.shape[1]]
+        return Codes(codes, scale, zero, self.bits, self.group_size, self.order)
+
     def plain_scale(self) -> Tensor:
         """The scales [G, N], in a layout that holds more beside them too."""
         return self.scale
@@ -79,6 +85,10 @@ class CpuWeight(TensorRecord, ABC):
     @abstractmethod
     def unpack_codes(self) -> Tensor:
         """Gives codes uint8 [N, K] back; rows and columns of padding may follow them."""
+
+    @abstractmethod
+    def row_codes(self, ids: Tensor) -> Tensor:
+        """Gives rows [n] of the codes, uint8 [n, K]; columns of padding may follow them."""
 
 
 class FloatWeight(CpuWeight):

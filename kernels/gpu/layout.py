@@ -23,7 +23,7 @@ input.
     codes = unpack_kernel(weight)          # exact
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -94,6 +94,17 @@ def pack_kernel(weight: Codes) -> KernelWeight:
         group_size=weight.group_size,
         columns=K,
         order=weight.order,
+    )
+
+
+def kernel_rows(weight: KernelWeight, ids: Tensor) -> KernelWeight:
+    """The weight of some outputs [n], in that order."""
+    return replace(
+        weight,
+        words=weight.words[:, ids],
+        high=None if weight.high is None else weight.high[:, ids],
+        scale=weight.scale[:, ids],
+        zero=None if weight.zero is None else weight.zero[:, ids],
     )
 
 
