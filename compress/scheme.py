@@ -1,7 +1,7 @@
 """How one linear is quantised: the one vocabulary of recipes, plans, solvers and formats.
 
 Scheme(3, 128)                       # 3 bits, a scale for each 128 inputs, symmetric
-PlannedModule("model.layers.0.mlp.up_proj", (N, K), Scheme(3, 128)).packed_bytes(2)
+PlannedModule("model.layers.0.mlp.up_proj", (N, K), Scheme(3, 128)).weights
 """
 
 from dataclasses import dataclass
@@ -56,11 +56,3 @@ class PlannedModule:
             "symmetric": scheme.symmetric,
             "score": self.score,
         }
-
-    def packed_bytes(self, scale_bytes: int) -> int:
-        """Bytes of its tensors in a compressed-tensors file."""
-        N, K = self.shape
-        bits = self.scheme.bits
-        groups = K // (self.scheme.group_size or K)
-        packed = N * -(-K * bits // 32) * 4 + N * groups * scale_bytes + 16
-        return packed if self.scheme.symmetric else packed + -(-N * bits // 32) * groups * 4

@@ -30,6 +30,7 @@ from compress.allocation.allocators import (
 )
 from compress.allocation.scores import Scorer
 from compress.allocation.search import EvolutionState
+from compress.checkpoint.packed_formats import planned_bytes
 from compress.data.windows import CalibrationWindows
 from compress.models.skeleton import Skeleton, linear_in
 from compress.observer import Observer
@@ -105,18 +106,19 @@ def find_units(
             name = prefix if section.unit == "layer" else f"{prefix}.{'+'.join(group)}"
             if not members:
                 continue
+            linears = [planned[name] for name in members]
             sizes = {
-                bits: sum(_at(planned[m], bits).packed_bytes(scale_bytes) for m in members)
+                bits: sum(planned_bytes(_at(linears, bits), scale_bytes).values())
                 for bits in widths
             }
-            weights = sum(planned[m].weights for m in members)
+            weights = sum(linear.weights for linear in linears)
             units.append(Unit(name, weights, sizes, modules=tuple(members), layer=index))
     return units
 
 
-def _at(module: PlannedModule, bits: int) -> PlannedModule:
-    """The linear at another width."""
-    return replace(module, scheme=replace(module.scheme, bits=bits))
+def _at(modules: list[PlannedModule], bits: int) -> list[PlannedModule]:
+    """The linears at another width."""
+    return [replace(m, scheme=replace(m.scheme, bits=bits)) for m in modules]
 
 
 def _whole_layers(quantize: Quantize, skeleton: Skeleton) -> list[Unit]:

@@ -11,8 +11,9 @@ Shapes below are of a linear [N, K] of b bits in G groups of inputs (G = 1 for o
     tensors = FORMATS["gptq"].write(codes, Scheme(4, 128))
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from compress.kernels.codes import WIDTHS, Codes, group_count
 from compress.kernels.packing import WIDTHS as FILE_WIDTHS
 from compress.kernels.packing import pack_rows, packed_columns, unpack_rows
-from compress.scheme import Scheme
+from compress.scheme import PlannedModule, Scheme
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -162,6 +163,14 @@ class PackQuantized(CompressedTensors):
     def encode(self, codes: Tensor, bits: int) -> Tensor:
         return pack_rows(codes, bits)
 
+    def nbytes(self, scheme: Scheme, shape: tuple[int, int], scale_bytes: int) -> dict[str, int]:
+        """Bytes of the tensors that `write` gives for a linear of `shape` [N, K], whose inputs no
+        act-order permutes. `scale_bytes`: of one scale."""
+        item = {"weight_scale": scale_bytes, "weight_shape": 8}  # the others hold int32
+        shapes = self.shapes(scheme, shape)
+        del shapes[self.g_idx]
+        return {key: math.prod(held) * item.get(key, 4) for key, held in shapes.items()}
+
 
 class IntQuantized(CompressedTensors):
     """Codes as they are.
@@ -237,12 +246,22 @@ class Gptq(PackedFormat):
         }
 
 
+PACK_QUANTIZED = PackQuantized()  # what runs write
 FORMATS: dict[str, PackedFormat] = {
-    "pack-quantized": PackQuantized(),
+    "pack-quantized": PACK_QUANTIZED,
     "int-quantized": IntQuantized(),
     "gptq": Gptq(version=1),
     "gptq_v2": Gptq(version=2),
 }
+
+
+def planned_bytes(modules: Iterable[PlannedModule], scale_bytes: int) -> dict[str, int]:
+    """The tensors that a run writes for these linears, by their full names: bytes of each."""
+    return {
+        f"{module.name}.{key}": size
+        for module in modules
+        for key, size in PACK_QUANTIZED.nbytes(module.scheme, module.shape, scale_bytes).items()
+    }
 
 
 # ---- codes --------------------------------------------------------------------------------------

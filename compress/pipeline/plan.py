@@ -5,7 +5,6 @@ plan.problems            # what would make the run fail; empty if it can start
 plan.bytes["total"]      # of the tensors that will be written
 """
 
-import json
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from compress.allocation.allocate import Allocation, allocate, check_allocation, find_units
 from compress.allocation.allocators import Unit
 from compress.checkpoint.engines import Schemes, plan_notes
+from compress.checkpoint.packed_formats import planned_bytes
 from compress.data.prompts import CalibrationData, ImagePrompts, calibration_data
 from compress.errors import UsageError, did_you_mean
 from compress.models.skeleton import Skeleton, linear_in
@@ -24,6 +24,7 @@ from compress.pipeline.pruning_forecast import PruningForecast, forecast
 from compress.pipeline.source_check import SourceCheck
 from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
+from compress.storage.safetensors_header import header_bytes
 
 LISTED = 8  # linears that a pattern's note names; `ignored` has them all
 
@@ -110,7 +111,8 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     untied = skeleton.tied and (rotated or schemes[skeleton.spec.head] is not None)
     itemsize = inputs.dtype.itemsize
     kept = _unquantised(skeleton, modules, layers, untied)
-    quantized = sum(module.packed_bytes(itemsize) for module in modules)
+    packed = planned_bytes(modules, itemsize)
+    quantized = sum(packed.values())
     other = sum(kept.values()) * itemsize
     weights = sum(module.weights for module in modules)
     pruning, problems, notes = forecast(inputs, len(layers))
@@ -118,7 +120,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         modules=modules,
         average_bits=sum(m.bits * m.weights for m in modules) / weights if weights else 0.0,
         bytes={"quantized": quantized, "other": other, "total": quantized + other},
-        file_bytes=quantized + other + _header_bytes(modules, kept),
+        file_bytes=quantized + other + header_bytes([*kept, *packed]),
         peak_memory={"host": host_memory(inputs, shapes), "device": 0},
         problems=_problems(inputs, names, shapes, found) + problems,
         notes=_left_out(inputs, names) + _notes(inputs, schemes, untied) + notes,
@@ -184,8 +186,8 @@ def _units(inputs: RunInputs, plan: Plan) -> tuple[list[Unit], int]:
     assert recipe.allocate is not None
     units = find_units(recipe.allocate, recipe.quantize, inputs.skeleton, plan.modules, itemsize)
     free = {name for unit in units for name in unit.modules}
-    changing = sum(m.packed_bytes(itemsize) for m in plan.modules if m.name in free)
-    return units, plan.file_bytes - changing
+    changing = planned_bytes([m for m in plan.modules if m.name in free], itemsize)
+    return units, plan.file_bytes - sum(changing.values())
 
 
 def _name_in_result(name: str, skeleton: Skeleton, layers: list[int]) -> str:
@@ -207,17 +209,6 @@ def _unquantised(
         parameters.pop(f"{skeleton.spec.head}.weight", None)
     named = ((_name_in_result(name, skeleton, layers), p) for name, p in parameters.items())
     return {name: p.numel() for name, p in named if name and name not in chosen}
-
-
-def _header_bytes(modules: list[PlannedModule], kept: dict[str, int]) -> int:
-    """What naming the tensors takes in a safetensors file: a JSON object with an entry for each."""
-    entry = {"dtype": "BF16", "shape": [1024, 1024], "data_offsets": [10**7, 10**7]}
-    names = list(kept)
-    for module in modules:
-        keys = ["weight_packed", "weight_scale", "weight_shape"]
-        names += [f"{module.name}.{key}" for key in keys]
-        names += [] if module.scheme.symmetric else [f"{module.name}.weight_zero_point"]
-    return len(json.dumps(dict.fromkeys(names, entry), separators=(",", ":"))) + 8
 
 
 def _shape(skeleton: Skeleton, name: str) -> tuple[int, int]:

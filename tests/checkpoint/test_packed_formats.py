@@ -9,16 +9,21 @@ import pytest
 import torch
 
 from compress.checkpoint.compressed_tensors import quantization_config
-from compress.checkpoint.packed_formats import FORMATS, codes_of_signed, with_fp16_scales
+from compress.checkpoint.packed_formats import (
+    FORMATS,
+    PACK_QUANTIZED,
+    codes_of_signed,
+    planned_bytes,
+    with_fp16_scales,
+)
 from compress.kernels.codes import Codes
 from compress.kernels.gpu.layout import pack_kernel, unpack_kernel
 from compress.kernels.reference import dequantize
-from compress.scheme import Scheme
+from compress.scheme import PlannedModule, Scheme
 from support.gptq_reader import fields, read_naively
 from support.refusals import refused
 from support.weights import assert_same, random_weight
 
-PACKED = FORMATS["pack-quantized"]
 WIDTHS = [(name, bits) for name, format in FORMATS.items() for bits in format.widths]
 SHAPES = [(32, 64, 32), (33, 96, 32), (5, 40, None), (1, 7, None), (70, 33, 11), (40, 200, 96)]
 
@@ -58,6 +63,17 @@ def test_every_format_gives_back_what_it_was_given(name, bits, shape, symmetric)
     assert_same(format.read(tensors, scheme, "up_proj"), weight)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", PACK_QUANTIZED.widths)
+def test_a_plan_counts_the_tensors_that_are_written(bits, shape, symmetric):
+    N, K, group_size = shape
+    weight = random_weight(N, K, bits, group_size, symmetric)
+    planned = PlannedModule("up_proj", (N, K), scheme_of(weight))
+    written = PACK_QUANTIZED.write(weight, scheme_of(weight))
+    expected = {f"up_proj.{key}": tensor.nbytes for key, tensor in written.items()}
+    assert planned_bytes([planned], weight.scale.itemsize) == expected
+
+
 def test_signed_integers_are_the_same_weight(symmetric):
     weight = random_weight(33, 96, 3, 32, symmetric)
     signed = weight.codes.to(torch.int8) - 4
@@ -93,7 +109,7 @@ def test_compressed_tensors_reads_the_same_weight(bits, dtype, symmetric):
     from compressed_tensors.quantization import QuantizationConfig
 
     weight = random_weight(33, 96, bits, 32, symmetric, dtype)
-    tensors = PACKED.write(weight, scheme_of(weight))
+    tensors = PACK_QUANTIZED.write(weight, scheme_of(weight))
     config = quantization_config({"m": scheme_of(weight)}, [])
     scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")

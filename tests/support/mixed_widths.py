@@ -7,6 +7,7 @@ assert widths_in_file(press(recipe)) == plan_of(recipe).allocation.bits()
 from pathlib import Path
 
 from compress.allocation.allocate import find_units
+from compress.checkpoint.packed_formats import planned_bytes
 from compress.models.skeleton import Skeleton
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import allocated_plan, make_plan
@@ -29,7 +30,8 @@ def with_budget(folder: Path, kind: str, share: float, **sections):
         units = find_units(recipe.allocate, recipe.quantize, skeleton, plan.modules, itemsize)
         least, most = (sum(f(u.bytes.values()) for u in units) for f in (min, max))
         free = {name for unit in units for name in unit.modules}
-        own = sum(m.packed_bytes(itemsize) for m in plan.modules if m.name in free)
+        changing = [module for module in plan.modules if module.name in free]
+        own = sum(planned_bytes(changing, itemsize).values())
         value = f"{(plan.file_bytes - own + least + share * (most - least)) / 1000:.3f}KB"
     section = sections["allocate"] | {"average_bits": None, kind: value}
     return recipe_for(folder, **sections | {"allocate": section})
