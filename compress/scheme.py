@@ -29,13 +29,16 @@ class Scheme:
 class PlannedModule:
     """One linear that will be quantised: its weight's shape (out, in) = (N, K), and how.
 
-    `score`: its importance, where widths are chosen by one; higher = keep more bits.
+    `score`: its importance, where widths are chosen by one; higher = keep more bits. `format`: how
+    its codes are stored. `twin`: the module whose codes these are too, in the file once.
     """
 
     name: str
     shape: tuple[int, int]
     scheme: Scheme
     score: float | None = None
+    format: str = "pack-quantized"
+    twin: str | None = None
 
     @property
     def weights(self) -> int:

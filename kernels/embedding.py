@@ -56,7 +56,7 @@ class QuantEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] -> rows [..., embedding_dim], each value rounded once to the module's dtype."""
         flat = ids.flatten()
-        if flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < self.num_embeddings):
+        if flat.numel() and not (int(flat.min()) >= 0 and int(flat.max()) < self.num_embeddings):
             raise IndexError(
                 f"token ids lie in [0, {self.num_embeddings - 1}], found "
                 f"[{int(flat.min())}, {int(flat.max())}]"
@@ -73,7 +73,7 @@ class QuantEmbedding(nn.Module):
         return Codes(codes, self.scale, self.zero, self.bits, self.group_size)
 
     def packed_bytes(self) -> int:
-        """Bytes that the table takes, scales and zero points included; none where the head has it."""
+        """Bytes that the table takes, scales and zero points too; none where the head has it."""
         own = (self.words, self.scale, self.zero)
         return sum(tensor.nbytes for tensor in own if tensor is not None)
 

@@ -9,7 +9,7 @@ is legal; transformers and vLLM read it (transformers: symmetric only, or one as
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compress.checkpoint.quantization_config import groups_of, has_act_order, strategy_of
@@ -18,34 +18,50 @@ from compress.scheme import Scheme
 # The release whose layout this is. 3, 5, 6 and 7 bits were padded to 32 // b codes a word before
 # the dense stream (vllm-project/compressed-tensors#732); older readers misread those widths.
 LAYOUT_VERSION = "0.20.0"
+PACKED, MIXED = "pack-quantized", "mixed-precision"  # of a section: of its groups, if they differ
+EMBEDDING_CLASS = "Embedding"
 
 
-def quantization_config(modules: dict[str, Scheme], ignore: list[str]) -> dict:
+def quantization_config(
+    modules: dict[str, Scheme],
+    ignore: list[str],
+    tables: Mapping[str, str] | None = None,
+    embedding: str | None = None,
+) -> dict:
     """The `quantization_config` section of config.json.
 
-    modules: full module name -> scheme, for every quantised linear. ignore: full names (or
-    `re:PATTERN`) of all other linears, the head included. Modules of one scheme share a config
-    group. With a single scheme its target is the class `Linear`, which relies on `ignore` being
-    complete; with several, each group lists its modules by name, since engines take the first
-    target that matches and a name wins over a class.
+    modules: full module name -> scheme, for every quantised module. ignore: full names (or
+    `re:PATTERN`) of all other linears, the head included. tables: the format of the embedding and
+    the head, where they have sections of their own; all else is `pack-quantized`. embedding: its
+    name, which engines that build it without one find by its class.
+
+    Modules of one scheme share a config group. With a single scheme of linears its target is the
+    class `Linear`, which relies on `ignore` being complete; with several, each group lists its
+    modules by name, since engines take the first target that matches and a name wins over a class.
     """
-    groups: dict[Scheme, list[str]] = {}
+    tables = tables or {}
+    groups: dict[tuple[Scheme, str, bool], list[str]] = {}
     for name, scheme in modules.items():
-        groups.setdefault(scheme, []).append(name)
+        kind = (scheme, tables.get(name, PACKED), name in tables)
+        groups.setdefault(kind, []).append(name)
+        if name == embedding:
+            groups[kind].append(EMBEDDING_CLASS)
+    alone = sum(not table for _, _, table in groups) == 1
+    formats = {format for _, format, _ in groups}
     return {
         "quant_method": "compressed-tensors",
         "version": LAYOUT_VERSION,
-        "format": "pack-quantized",
+        "format": PACKED if formats == {PACKED} else MIXED,
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{i}": {
-                "targets": ["Linear"] if len(groups) == 1 else names,
-                "format": "pack-quantized",
+                "targets": ["Linear"] if alone and not table else names,
+                "format": format,
                 "input_activations": None,
                 "output_activations": None,
                 "weights": _weight_arguments(scheme),
             }
-            for i, (scheme, names) in enumerate(groups.items())
+            for i, ((scheme, format, table), names) in enumerate(groups.items())
         },
         "ignore": list(ignore),
         "kv_cache_scheme": None,
@@ -71,7 +87,8 @@ def module_schemes(config: dict, names: Iterable[str]) -> dict[str, Scheme]:
 
     Reads what others wrote too. As in compressed-tensors, a name wins over a pattern, a pattern
     over a class name, of several patterns the first in the alphabet, of equal targets the last.
-    Any class name is taken to mean every linear, `Linear` before others.
+    Any class name but that of embeddings, which are named, is taken to mean every linear, `Linear`
+    before others.
     """
     targets: dict[str, Scheme] = {}
     for group in groups_of(config):
@@ -117,4 +134,5 @@ def _pattern(rule: str) -> re.Pattern[str]:
 
 
 def _is_class(target: str) -> bool:
-    return not _is_rule(target) and "." not in target and target[:1].isupper()
+    named = not _is_rule(target) and "." not in target and target[:1].isupper()
+    return named and target != EMBEDDING_CLASS

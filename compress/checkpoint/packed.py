@@ -18,6 +18,7 @@ is left to transformers. Kernels run less than files hold: whoever means to run 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint.compressed_tensors import module_schemes
-from compress.checkpoint.packed_formats import FORMATS, by_input
+from compress.checkpoint.packed_formats import FORMATS, PackedFormat, by_input
 from compress.checkpoint.quantization_config import (
     INTEGERS,
     METHODS,
@@ -35,6 +36,7 @@ from compress.checkpoint.quantization_config import (
     format_of,
     gptq_scheme,
     groups_of,
+    is_tied,
     needs_own_reader,
     read_config,
 )
@@ -45,6 +47,7 @@ from compress.storage.safetensors import CheckpointReader
 
 INTEGER_STEP = 32  # inputs of one product of integers
 WIDEST_SHIFTED = 4  # bits of codes whose zero points go with quantised activations
+EMBEDDING, HEAD = "embed_tokens", "lm_head"  # last parts of their names, in every family
 # Tensors that say: these codes are read in another way than ours.
 FOREIGN = ("weight_global_scale", "input_scale", "input_zero_point", "output_scale")
 LOAD_DENSE = "load it with packed=False (--dense)"
@@ -117,7 +120,8 @@ class PackedLinears:
         folder, config, reader: where it is, its config.json, its tensors.
         section: `quantization_config` of its config.json.
         method: `compressed-tensors` or `gptq`.
-        format: a row of FORMATS.
+        formats: the row of FORMATS of each packed module, by its name in the files.
+        twins: modules whose codes are those of another: a head tied to a packed embedding.
         schemes: how each packed linear is quantised, by its name in the files.
         remedy: what to do with a folder that is refused.
 
@@ -133,20 +137,26 @@ class PackedLinears:
         self.method = str(self.section.get("quant_method"))
         self.remedy = NOT_EVEN_DENSE if needs_own_reader(self.section) else LOAD_DENSE
         self._refuse_section()
-        self.format = FORMATS[format_of(self.section)]
         self.reader = CheckpointReader(self.folder)
+        self.twins: dict[str, str] = {}
+        self.formats = self._formats()
         self.schemes = {name: self._rounded(name, s) for name, s in self._schemes().items()}
         for name, scheme in self.schemes.items():
             self._refuse_scheme(name, scheme)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """N and K of each linear, as the files of pack-quantized say them.
+        """N and K of each linear, as the files of compressed-tensors say them.
 
         Raises UnpackableError where a linear's tensors do not have the shapes that they ask for.
         """
-        shapes = {}
+        shapes: dict[str, tuple[int, int]] = {}
         for name in self.schemes:
+            if "weight_shape" not in self.formats[name].suffixes:
+                N, K = self.reader.shape(f"{self.twins.get(name, name)}.weight")
+                self.check(name, (N, K))
+                shapes[name] = (N, K)
+                continue
             stored = self.reader.tensor(f"{name}.weight_shape")
             if stored.shape != (2,):
                 raise self._error(f"{name}.weight_shape has shape {list(stored.shape)}, not [2]")
@@ -176,25 +186,25 @@ class PackedLinears:
 
     def check(self, name: str, shape: tuple[int, int]) -> None:
         """Raises UnpackableError unless the files hold a linear of `shape` [N, K] under `name`."""
-        scheme, (N, K) = self.schemes[name], shape
+        scheme, (N, K), format = self.schemes[name], shape, self.formats[name]
         groups = "one group" if scheme.group_size is None else f"groups of {scheme.group_size}"
-        for key, right in self.format.shapes(scheme, shape).items():
-            if f"{name}.{key}" not in self.reader:
+        for key, right in format.shapes(scheme, shape).items():
+            if (stored_name := self._place(name, key)) not in self.reader:
                 ordered = scheme.act_order and scheme.group_size is not None
-                if key == self.format.g_idx and not ordered:
+                if key == format.g_idx and not ordered:
                     continue
-                why = ", though config.json says act-order" if key == self.format.g_idx else ""
+                why = ", though config.json says act-order" if key == format.g_idx else ""
                 raise self._error(f"{name} has no {key}{why}: the checkpoint is damaged")
-            found = self.reader.shape(f"{name}.{key}")
+            found = self.reader.shape(stored_name)
             alone = right == (1,) and math.prod(found) == 1  # however many axes it has
-            if key == self.format.scale:
+            if key == format.scale:
                 refuse_scale_dtype(self.reader, f"{name}.{key}")
             if found != right and not alone:
                 raise self._error(
                     f"{name}.{key} has shape {list(found)}, but {scheme.bits} bits in {groups} of "
                     f"a linear [{N}, {K}] take {list(right)}"
                 )
-        if "weight_shape" in self.format.suffixes:
+        if "weight_shape" in format.suffixes:
             stored = self.reader.tensor(f"{name}.weight_shape").tolist()
             if stored != [N, K]:
                 raise self._error(
@@ -207,28 +217,33 @@ class PackedLinears:
         Raises UnpackableError for inputs permuted across groups in a way that is no act-order,
         CheckpointError for a scale that no writer of codes gives.
         """
-        scheme = self.schemes[name]
+        scheme, format = self.schemes[name], self.formats[name]
         tensors = {
-            key: self.reader.tensor(f"{name}.{key}").to(device)
-            for key in self.format.suffixes
-            if f"{name}.{key}" in self.reader
+            key: self.reader.tensor(stored).to(device)
+            for key in format.suffixes
+            if (stored := self._place(name, key)) in self.reader
         }
         try:
-            codes = self.format.read(tensors, scheme, name)
+            codes = format.read(tensors, scheme, name)
         except ValueError as error:
             raise self._error(str(error)) from error
-        _refuse_scales(codes, f"{self.folder}: {name}.{self.format.scale}")
+        _refuse_scales(codes, f"{self.folder}: {name}.{format.scale}")
         return codes
+
+    def _place(self, name: str, key: str) -> str:
+        """The tensor of the files that a module reads: of a twin, the codes of the other one."""
+        twin = self.twins.get(name) if key == self.formats[name].main else None
+        return f"{twin or name}.{key}"
 
     def tensors(self, name: str, codes: Codes) -> dict[str, Tensor]:
         """The inverse of `codes`, in any width: the tensors of the files, by their names inside.
 
         They are on the CPU.
         """
-        scheme = self.schemes[name]
-        written = self.format.write(with_bits(codes.to("cpu"), scheme.bits), scheme)
+        scheme, format = self.schemes[name], self.formats[name]
+        written = format.write(with_bits(codes.to("cpu"), scheme.bits), scheme)
         tensors = {}
-        for key in self.format.suffixes:
+        for key in format.suffixes:
             stored = f"{name}.{key}"
             if stored not in self.reader:
                 continue
@@ -267,7 +282,7 @@ class PackedLinears:
                 )
             return
         formats = {format_of(self.section, group) for group in groups_of(self.section)}
-        if len(formats) != 1 or not formats <= {*INTEGERS}:
+        if not formats or not formats <= {*INTEGERS}:
             raise self._error(
                 f"packed loading reads compressed-tensors in the format pack-quantized or "
                 f"int-quantized, found {', '.join(sorted(formats)) or 'no config group'}: "
@@ -277,30 +292,56 @@ class PackedLinears:
             if present:
                 raise self._error(f"{what} cannot be run packed: {self.remedy}")
 
-    def _schemes(self) -> dict[str, Scheme]:
-        main = self.format.main
-        packed = self._named(main)
-        if main == "weight":  # plain linears have one as well
-            packed = [n for n in packed if self.reader.dtype(f"{n}.weight") == torch.int8]
+    def _formats(self) -> dict[str, PackedFormat]:
+        """The format of each packed module, by its tensors; `twins` are found on the way."""
+        said = {format_of(self.section)}
+        if self.method != "gptq":
+            said = {format_of(self.section, group) for group in groups_of(self.section)}
+        formats: dict[str, PackedFormat] = {}
+        for format in (FORMATS[key] for key in sorted(said)):
+            packed = self._named(format.main)
+            if format.main == "weight":  # plain linears have one as well
+                packed = [n for n in packed if self.reader.dtype(f"{n}.weight") == torch.int8]
+            formats |= dict.fromkeys(packed, format)
         # a main tensor that is missing leaves its companions
-        for suffix in (*self.format.companions, *FOREIGN):
+        companions = dict.fromkeys(key for name in sorted(said) for key in FORMATS[name].companions)
+        for suffix in (*companions, *FOREIGN):
             for name in self._named(suffix):
                 if suffix in FOREIGN:
                     raise self._error(
                         f"{name}.{suffix} is more than codes and scales, which cannot be run packed"
                     )
-                if name not in packed:
-                    raise self._error(f"{name} has {suffix} but no {main}: it is not packed")
-        if not packed:
+                if name in formats:
+                    continue
+                twin = self._twin(name, formats) if suffix == "weight_scale" else None
+                if twin is None:
+                    mains = " or ".join(sorted(FORMATS[key].main for key in said))
+                    raise self._error(f"{name} has {suffix} but no {mains}: it is not packed")
+                self.twins[name], formats[name] = twin, formats[twin]
+        if not formats:
             raise self._error("nothing is packed, though config.json says so")
+        return formats
+
+    def _twin(self, name: str, formats: Mapping[str, PackedFormat]) -> str | None:
+        """The packed embedding whose codes a tied head, of scales alone, multiplies by."""
+        if name.rpartition(".")[2] != HEAD or not is_tied(self.config):
+            return None
+        for other, format in formats.items():
+            scales = f"{name}.weight_scale", f"{other}.weight_scale"
+            table = other.rpartition(".")[2] == EMBEDDING and format.main == "weight"
+            if table and scales[1] in self.reader and self.reader.equal(*scales):
+                return other
+        return None
+
+    def _schemes(self) -> dict[str, Scheme]:
         if self.method == "gptq":
-            found = {name: gptq_scheme(self.section, name) for name in packed}
+            found = {name: gptq_scheme(self.section, name) for name in self.formats}
             for name, scheme in found.items():
                 if scheme is None:
                     raise self._error(f"{name} is packed, but `dynamic` leaves it unquantised")
             return {name: scheme for name, scheme in found.items() if scheme is not None}
-        schemes = module_schemes(self.section, packed)
-        for name in packed:
+        schemes = module_schemes(self.section, self.formats)
+        for name in self.formats:
             if name not in schemes:
                 raise self._error(f"{name} is packed, but config.json does not say how")
         return schemes
@@ -319,10 +360,11 @@ class PackedLinears:
         return replace(scheme, activation_bits=wanted)
 
     def _refuse_scheme(self, name: str, scheme: Scheme) -> None:
-        if scheme.bits not in self.format.widths:
+        widths = self.formats[name].widths
+        if scheme.bits not in widths:
             raise self._error(
                 f"{name} has {scheme.bits} bits, packed {self.method} runs "
-                f"{', '.join(map(str, self.format.widths))}"
+                f"{', '.join(map(str, widths))}"
             )
         if scheme.symmetric and f"{name}.weight_zero_point" in self.reader:
             raise self._error(f"{name} has a weight_zero_point, but config.json says symmetric")

@@ -78,6 +78,7 @@ class CompressedTensors(PackedFormat):
     g_idx = "weight_g_idx"
     scale, zero = "weight_scale", "weight_zero_point"
     widths = tuple(FILE_WIDTHS)
+    code_bytes: int  # of an integer that holds codes or zero points
 
     @abstractmethod
     def stored_columns(self, columns: int, bits: int) -> int:
@@ -105,6 +106,15 @@ class CompressedTensors(PackedFormat):
             zeros = (1,) if scheme.per_tensor else (self.stored_columns(N, bits), G)
             shapes["weight_zero_point"] = zeros
         return shapes
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, int], scale_bytes: int) -> dict[str, int]:
+        """Bytes of the tensors that `write` gives for a linear of `shape` [N, K], whose inputs no
+        act-order permutes. `scale_bytes`: of one scale."""
+        item = {"weight_scale": scale_bytes, "weight_shape": 8}
+        shapes = self.shapes(scheme, shape)
+        del shapes[self.g_idx]
+        sizes = {key: item.get(key, self.code_bytes) for key in shapes}
+        return {key: math.prod(held) * sizes[key] for key, held in shapes.items()}
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
         bits, stored = scheme.bits, tensors[self.main]
@@ -153,6 +163,7 @@ class PackQuantized(CompressedTensors):
 
     main = "weight_packed"
     companions = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+    code_bytes = 4
 
     def stored_columns(self, columns: int, bits: int) -> int:
         return packed_columns(columns, bits)
@@ -162,14 +173,6 @@ class PackQuantized(CompressedTensors):
 
     def encode(self, codes: Tensor, bits: int) -> Tensor:
         return pack_rows(codes, bits)
-
-    def nbytes(self, scheme: Scheme, shape: tuple[int, int], scale_bytes: int) -> dict[str, int]:
-        """Bytes of the tensors that `write` gives for a linear of `shape` [N, K], whose inputs no
-        act-order permutes. `scale_bytes`: of one scale."""
-        item = {"weight_scale": scale_bytes, "weight_shape": 8}  # the others hold int32
-        shapes = self.shapes(scheme, shape)
-        del shapes[self.g_idx]
-        return {key: math.prod(held) * item.get(key, 4) for key, held in shapes.items()}
 
 
 class IntQuantized(CompressedTensors):
@@ -181,6 +184,7 @@ class IntQuantized(CompressedTensors):
 
     main = "weight"
     companions = ("weight_scale", "weight_zero_point", "weight_g_idx")
+    code_bytes = 1
 
     def stored_columns(self, columns: int, bits: int) -> int:
         return columns
@@ -246,10 +250,12 @@ class Gptq(PackedFormat):
         }
 
 
-PACK_QUANTIZED = PackQuantized()  # what runs write
-FORMATS: dict[str, PackedFormat] = {
-    "pack-quantized": PACK_QUANTIZED,
+WRITTEN: dict[str, CompressedTensors] = {  # by runs
+    "pack-quantized": PackQuantized(),
     "int-quantized": IntQuantized(),
+}
+FORMATS: dict[str, PackedFormat] = {
+    **WRITTEN,
     "gptq": Gptq(version=1),
     "gptq_v2": Gptq(version=2),
 }
@@ -257,11 +263,13 @@ FORMATS: dict[str, PackedFormat] = {
 
 def planned_bytes(modules: Iterable[PlannedModule], scale_bytes: int) -> dict[str, int]:
     """The tensors that a run writes for these linears, by their full names: bytes of each."""
-    return {
-        f"{module.name}.{key}": size
-        for module in modules
-        for key, size in PACK_QUANTIZED.nbytes(module.scheme, module.shape, scale_bytes).items()
-    }
+    sizes = {}
+    for module in modules:
+        format = WRITTEN[module.format]
+        for key, size in format.nbytes(module.scheme, module.shape, scale_bytes).items():
+            if module.twin is None or key != format.main:
+                sizes[f"{module.name}.{key}"] = size
+    return sizes
 
 
 # ---- codes --------------------------------------------------------------------------------------

@@ -197,6 +197,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def is_tied(config: dict[str, Any]) -> bool:
+    """Whether a config.json says that the head is the embedding, at its top or in its text part.
+
+    Where it says nothing, transformers has a default for each family: taken for no here.
+    """
+    text = config.get("text_config")
+    parts = (config, text if isinstance(text, dict) else {})
+    return any(part.get("tie_word_embeddings") for part in parts)
+
+
 def checked_section(config: dict[str, Any], place: str | Path) -> dict[str, Any]:
     """`quantization_config` of a config.json, {} if it has none.
 
@@ -349,4 +359,4 @@ def is_packed(section: dict[str, Any]) -> bool:
     if formats == {"int-quantized"}:
         inputs = [group.get("input_activations") for group in groups]
         return all(found is not None and _by_token(found) for found in inputs)
-    return formats == {"pack-quantized"}
+    return "pack-quantized" in formats and formats <= {*INTEGERS}

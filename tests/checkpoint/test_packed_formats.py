@@ -11,7 +11,7 @@ import torch
 from compress.checkpoint.compressed_tensors import quantization_config
 from compress.checkpoint.packed_formats import (
     FORMATS,
-    PACK_QUANTIZED,
+    WRITTEN,
     codes_of_signed,
     planned_bytes,
     with_fp16_scales,
@@ -64,12 +64,12 @@ def test_every_format_gives_back_what_it_was_given(name, bits, shape, symmetric)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bits", PACK_QUANTIZED.widths)
-def test_a_plan_counts_the_tensors_that_are_written(bits, shape, symmetric):
+@pytest.mark.parametrize(("name", "bits"), [(n, b) for n, f in WRITTEN.items() for b in f.widths])
+def test_a_plan_counts_the_tensors_that_are_written(name, bits, shape, symmetric):
     N, K, group_size = shape
     weight = random_weight(N, K, bits, group_size, symmetric)
-    planned = PlannedModule("up_proj", (N, K), scheme_of(weight))
-    written = PACK_QUANTIZED.write(weight, scheme_of(weight))
+    planned = PlannedModule("up_proj", (N, K), scheme_of(weight), format=name)
+    written = WRITTEN[name].write(weight, scheme_of(weight))
     expected = {f"up_proj.{key}": tensor.nbytes for key, tensor in written.items()}
     assert planned_bytes([planned], weight.scale.itemsize) == expected
 
@@ -109,7 +109,7 @@ def test_compressed_tensors_reads_the_same_weight(bits, dtype, symmetric):
     from compressed_tensors.quantization import QuantizationConfig
 
     weight = random_weight(33, 96, bits, 32, symmetric, dtype)
-    tensors = PACK_QUANTIZED.write(weight, scheme_of(weight))
+    tensors = FORMATS["pack-quantized"].write(weight, scheme_of(weight))
     config = quantization_config({"m": scheme_of(weight)}, [])
     scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")

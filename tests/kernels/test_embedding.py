@@ -1,4 +1,4 @@
-"""Packed embedding tables: rows as the dense table has them, on their own and shared with a head."""
+"""Packed embedding tables: rows as the dense table has them, alone and shared with a head."""
 
 import pytest
 import torch
