@@ -27,6 +27,7 @@ from compress.checkpoint.gguf.format import GgufFormat
 from compress.checkpoint.gptq import GptqFormat
 from compress.checkpoint.packed import PackedLinears, UnpackableError
 from compress.checkpoint.quantization_config import (
+    INTEGERS,
     checked_section,
     extras,
     format_of,
@@ -56,13 +57,14 @@ EXPORT = "export"  # in the place of a run's fingerprint
 class CheckpointFormat(Protocol):
     """How a packed checkpoint is written in one format.
 
-    `companions`: with the tokenizer files. `can_requantise`: it is constructed with a second
-    argument, whether what it cannot hold as it is may be stored otherwise.
+    `companions`: with the tokenizer files. `options`: what it takes beside the checkpoint, by name:
+    `requantise`, whether what it cannot hold as it is may be stored otherwise; `keep_embeddings`,
+    whether an embedding and a head in 16 bits stay so.
     """
 
     name: str
     companions: bool
-    can_requantise: bool
+    options: frozenset[str]
 
     def __init__(self, source: PackedLinears): ...
 
@@ -110,6 +112,7 @@ def export(
     overwrite: bool = False,
     round_scales: bool = False,
     requantise: bool = False,
+    keep_embeddings: bool = False,
     shard_size: str = "5GB",
 ) -> ExportResult:
     """Writes the compressed-tensors checkpoint in `folder` to `output` in another format.
@@ -120,6 +123,8 @@ def export(
         round_scales: round scales that are not fp16 numbers, instead of refusing them.
         requantise: store modules that the format has no place for in the nearest one it has; the
             notes of the result say which, and how far their weights moved.
+        keep_embeddings: leave an embedding and a head that are not quantised as they are, where the
+            format would round them to 8 bits.
         shard_size: the most that one file of weights holds, where the format has shards.
 
     Raises:
@@ -138,11 +143,14 @@ def export(
         shard_bytes = parse_size(shard_size)
         source = _opened(folder)
         check_output(output, overwrite, held.abandoned and _exported(output, kind.name, source))
-        if requantise and not kind.can_requantise:
+        asked = {"requantise": requantise, "keep_embeddings": keep_embeddings}
+        options = {option: True for option, value in asked.items() if value}
+        if foreign := options.keys() - kind.options:
+            option = min(foreign).replace("_", "-")
             raise UsageError(
-                f"{kind.name} holds every module as it is, or not: leave out --requantise"
+                f"{kind.name} holds every module as it is, or not: leave out --{option}"
             )
-        exporter: CheckpointFormat = kind(source, True) if requantise else kind(source)
+        exporter: CheckpointFormat = kind(source, **options)
         notes = exporter.check()
         rounding = _check_scales(source, round_scales)
         if rounding.changed:
@@ -253,7 +261,8 @@ def _refuse_section(folder: Path, section: dict[str, Any]) -> None:
     for what, present in more.items():
         if present:
             raise UsageError(f"{folder} has {what}, which other formats cannot hold")
-    if {format_of(section, group) for group in groups} != {"pack-quantized"}:
+    formats = {format_of(section, group) for group in groups}
+    if "pack-quantized" not in formats or not formats <= {*INTEGERS}:
         raise CheckpointError(
             f"{folder}: no module is packed as pack-quantized, which is what export reads"
         )
@@ -261,10 +270,10 @@ def _refuse_section(folder: Path, section: dict[str, Any]) -> None:
 
 def _refuse_tensors(source: PackedLinears) -> None:
     """A quantised module holds what its scheme needs, perhaps a bias, and nothing else."""
-    known = {*source.format.suffixes, "bias"} - {source.format.g_idx}
     for tensor in source.reader.names:
         module, _, key = tensor.rpartition(".")
-        if module in source.schemes and key not in known:
+        format = source.formats.get(module)
+        if format and key not in {*format.suffixes, "bias"} - {format.g_idx}:
             raise UsageError(
                 f"{tensor} is more than codes and scales, which no other format can hold"
             )

@@ -19,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress.checkpoint.engines import (
@@ -29,9 +30,10 @@ from compress.checkpoint.engines import (
     place_in_layers,
     same_in_every_layer,
 )
-from compress.checkpoint.packed import PackedLinears
+from compress.checkpoint.packed import EMBEDDING, PackedLinears
 from compress.checkpoint.packed_formats import FORMATS, with_fp16_scales
 from compress.errors import UsageError
+from compress.kernels.reference import dequantize
 from compress.scheme import Scheme
 from compress.storage.files import write_json
 from compress.storage.safetensors import merge_shards, save_tensors
@@ -154,17 +156,21 @@ class GptqFormat:
 
     name = "gptq"
     companions = True  # tokenizer and generation settings lie beside the weights
-    can_requantise = False
+    options: frozenset[str] = frozenset()
 
     def __init__(self, source: PackedLinears):
         self.source = source
-        self.format = FORMATS[written_format(source.schemes)]
+        # A packed embedding becomes dense again, and with it the head that is the same table.
+        self.tables = {n for n in source.schemes if n.rpartition(".")[2] == EMBEDDING}
+        dense = {*self.tables, *source.twins}
+        self.schemes = {name: s for name, s in source.schemes.items() if name not in dense}
+        self.format = FORMATS[written_format(self.schemes)]
         matrices = [
             name.removesuffix(".weight")
             for name in source.reader.names
             if name.endswith(".weight") and len(source.reader.shape(name)) == 2
         ]
-        self.plain = [n for n in matrices if n not in source.schemes and place_in_layers(n)]
+        self.plain = [n for n in matrices if n not in self.schemes and place_in_layers(n)]
 
     def check(self) -> list[str]:
         """What readers will not load; UsageError for what the format itself cannot hold."""
@@ -173,7 +179,7 @@ class GptqFormat:
                 "GPTQ export knows language models alone, this one sees images: keep "
                 "compressed-tensors"
             )
-        for name, scheme in self.source.schemes.items():
+        for name, scheme in self.schemes.items():
             N, K = self.source.shapes[name]
             if scheme.bits not in self.format.widths:
                 raise UsageError(
@@ -190,7 +196,11 @@ class GptqFormat:
                     f"GPTQ holds linears of numbered layers and {HEAD}, {name} is neither: keep "
                     f"compressed-tensors, or leave that module unquantised"
                 )
-        return gptq_notes(self.source.schemes, self.plain)
+        notes = gptq_notes(self.schemes, self.plain)
+        for name in sorted(self.tables):
+            dtype = str(self._dtype(name)).removeprefix("torch.")
+            notes.append(f"{name} is stored in {dtype}: GPTQ has no place for a packed embedding")
+        return notes
 
     def write(self, folder: Path, shard_bytes: int) -> dict[str, int]:
         """Weights, config.json and quantize_config.json; bytes as {"quantized", "other"}."""
@@ -206,7 +216,7 @@ class GptqFormat:
         for name, tensors in self._modules():
             for key, tensor in tensors.items():
                 pending[f"{name}.{key}"] = tensor
-                packed = name in self.source.schemes and key != "bias"  # as `inspect` counts
+                packed = name in self.schemes and key != "bias"  # as `inspect` counts
                 sizes["quantized" if packed else "other"] += tensor.nbytes
             if sum(tensor.nbytes for tensor in pending.values()) >= PART_BYTES:
                 flush()
@@ -214,7 +224,7 @@ class GptqFormat:
             flush()
         merge_shards(parts, folder, shard_bytes)
         weights = {name: N * K for name, (N, K) in self.source.shapes.items()}
-        section = quantization_config(self.source.schemes, self.plain, weights)
+        section = quantization_config(self.schemes, self.plain, weights)
         config = self.source.config | {"quantization_config": section}
         write_json(folder / "config.json", config)
         write_json(folder / "quantize_config.json", section)
@@ -224,10 +234,19 @@ class GptqFormat:
         """The tensors of each module as they are written, by their names inside it."""
         source = self.source
         for module, names in groupby(source.reader.names, lambda name: name.rpartition(".")[0]):
-            if module in source.schemes:
+            if module in source.twins:
+                continue
+            if module in self.tables:
+                tensors = {"weight": dequantize(source.codes(module)).to(self._dtype(module))}
+                names = iter(())
+            elif module in self.schemes:
                 codes = with_fp16_scales(source.codes(module))
-                tensors = self.format.write(codes, source.schemes[module])
+                tensors = self.format.write(codes, self.schemes[module])
                 names = (name for name in names if name.endswith(".bias"))
             else:
                 tensors = {}
             yield module, tensors | {n.rpartition(".")[2]: source.reader.tensor(n) for n in names}
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """Of a table that becomes dense: that of its scales."""
+        return self.source.reader.dtype(f"{name}.weight_scale")

@@ -33,6 +33,10 @@ def export(
     requantise: Annotated[
         bool, typer.Option("--requantise", help="Store what has no place there in the nearest.")
     ] = False,
+    keep_embeddings: Annotated[
+        bool,
+        typer.Option("--keep-embeddings", help="gguf: leave a 16-bit embedding and head as it is."),
+    ] = False,
     shard_size: Annotated[str, typer.Option(help="Most that one file of weights holds.")] = "5GB",
 ) -> Answer:
     """Write a result in another format: the same codes and scales, packed otherwise."""
@@ -45,6 +49,7 @@ def export(
         overwrite=overwrite,
         round_scales=round_scales,
         requantise=requantise,
+        keep_embeddings=keep_embeddings,
         shard_size=shard_size,
     )
     notes = [("note", note) for note in made.notes]

@@ -10,9 +10,10 @@ transformers asks first, knows no longer: act-order "group".) Importing this fil
 classes with transformers, by its public functions; it changes nothing in transformers that was
 there before.
 
-How weights get in: linears that the files hold packed are taken out of the empty model, so that
-transformers loads all the rest; then each is read, packed for its device, and put in its place. A
-dense copy of a packed weight never exists. `save_pretrained` writes what was read: the same
+How weights get in: linears and embeddings that the files hold packed are taken out of the empty
+model, so that transformers loads all the rest; then each is read, packed for its device, and put in
+its place. A dense copy of a packed weight never exists, and a head that is the packed embedding is
+held once. `save_pretrained` writes what was read: the same
 tensors, and the same section of config.json.
 """
 
@@ -34,12 +35,12 @@ from compress.checkpoint.packed import PackedLinears, UnpackableError
 from compress.errors import UsageError
 from compress.kernels.activations import BITS as ACTIVATION_BITS
 from compress.kernels.codes import WIDTHS, Codes, with_bits
+from compress.kernels.embedding import QuantEmbedding
 from compress.kernels.fused import FusedPart, SharedLinear, fuse_linears
 from compress.kernels.linear import QuantLinear
 from compress.kernels.reference import dequantize
 from compress.loading.config_merge import MergesWithCheckpoint
 from compress.memory import release_memory
-from compress.models.skeleton import linear_in
 
 METHOD = "modelpress"
 # After so many bytes of codes, what packing needed on the way is given back: often enough to stay
@@ -104,13 +105,12 @@ class ModelpressConfig(CompressedTensorsConfig, metaclass=MergesWithCheckpoint):
 
 
 class PackedPlaceholder(nn.Module):
-    """Where a packed linear will be: its shape, and its bias, which transformers loads."""
+    """Where a packed module will be: what it is of, and its bias, which transformers loads."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, module: nn.Linear | nn.Embedding):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.dtype = linear.weight.dtype
-        self.bias = linear.bias
+        self.kind, self.dtype = type(module), module.weight.dtype
+        self.bias = module.bias if isinstance(module, nn.Linear) else None
 
 
 @register_quantizer(METHOD)
@@ -154,12 +154,12 @@ class ModelpressQuantizer(HfQuantizer):
             self.linears.check_runs()
             self.places = find_places(model, self.linears)
         for place in self.places.values():
-            _put(model, place, PackedPlaceholder(linear_in(model, place)))
-        suffixes = self.linears.format.suffixes
-        taken = {rf"\.({'|'.join(suffix for suffix in suffixes if suffix != 'weight')})$"}
-        if "weight" in suffixes:  # not those of other modules
-            places = {*self.places, *self.places.values()}
-            taken |= {rf"^{re.escape(place)}\.weight$" for place in places}
+            _put(model, place, PackedPlaceholder(_matrix_in(model, place)))
+        taken = set()
+        for name, place in self.places.items():
+            keys = "|".join(self.linears.formats[name].suffixes)
+            taken |= {rf"^{re.escape(spelled)}\.({keys})$" for spelled in (name, place)}
+        self._untie(model)
         model._keys_to_ignore_on_load_unexpected = taken | set(
             model._keys_to_ignore_on_load_unexpected or ()
         )
@@ -177,12 +177,19 @@ class ModelpressQuantizer(HfQuantizer):
             )
         (device,) = devices
         passed = 0
-        for name, place in self.places.items():
+        # A head that an embedding shares its codes with is there first.
+        twins = {table: head for head, table in self.linears.twins.items()}
+        for name in sorted(self.places, key=lambda name: name in twins):
+            place = self.places[name]
             placeholder = model.get_submodule(place)
             assert isinstance(placeholder, PackedPlaceholder)
+            if name in twins:
+                head = model.get_submodule(self.places[twins[name]])
+                _put(model, place, _table_of(head))
+                continue
             codes = self.linears.codes(name, device)
             passed += codes.codes.nbytes
-            _put(model, place, self._linear(name, codes, placeholder))
+            _put(model, place, self._module(name, codes, placeholder))
             del codes
             if passed > RELEASE_BYTES:
                 release_memory()
@@ -192,15 +199,35 @@ class ModelpressQuantizer(HfQuantizer):
         release_memory()  # or the process would stay several times as large as its weights
         if not self.quantization_config.packed:
             self.remove_quantization_config(model)
+            self._tie_again(model)
         return model
 
-    def _linear(self, name: str, codes: Codes, placeholder: PackedPlaceholder) -> nn.Module:
-        bits = self.linears.schemes[name].activation_bits
-        if self.quantization_config.packed:
+    def _module(self, name: str, codes: Codes, placeholder: PackedPlaceholder) -> nn.Module:
+        bits, packed = self.linears.schemes[name].activation_bits, self.quantization_config.packed
+        if placeholder.kind is nn.Embedding:
+            if packed:
+                return QuantEmbedding(codes, placeholder.dtype)
+            return dense_embedding(codes, placeholder.dtype)
+        if packed:
             codes = codes if codes.bits in WIDTHS else with_bits(codes, 8)
             return QuantLinear(codes, placeholder.bias, placeholder.dtype, bits)
         self._refuse_dense(name)
         return dense_linear(codes, placeholder.bias, placeholder.dtype)
+
+    def _untie(self, model: PreTrainedModel) -> None:
+        """Takes weights that are packed from those that transformers ties, now and when asked."""
+        packed = {f"{place}.weight" for place in self.places.values()}
+
+        def plain(keys: dict[str, str] | None) -> dict[str, str]:
+            return {a: b for a, b in (keys or {}).items() if not packed & {a, b}}
+
+        model.all_tied_weights_keys = plain(model.all_tied_weights_keys)
+        model._tied_weights_keys = plain(model._tied_weights_keys)
+
+    def _tie_again(self, model: PreTrainedModel) -> None:
+        """Undoes `_untie` for a model that is dense."""
+        model.__dict__.pop("_tied_weights_keys", None)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
     def _refuse_dense(self, name: str) -> None:
         if self.linears.schemes[name].activation_bits is None:
@@ -220,7 +247,14 @@ class ModelpressQuantizer(HfQuantizer):
         dtype = dtype or next(model.parameters()).dtype  # model.dtype may be a name after saving
         for place in self.places.values():
             layer = _packed_in(model, place)
-            _put(model, place, dense_linear(layer.codes(), layer.bias, dtype))
+            if isinstance(layer, QuantEmbedding):
+                _put(model, place, dense_embedding(layer.codes(), dtype))
+            else:
+                _put(model, place, dense_linear(layer.codes(), layer.bias, dtype))
+        for head, table in self.linears.twins.items():
+            shared = _matrix_in(model, self.places[table]).weight
+            _matrix_in(model, self.places[head]).weight = shared
+        self._tie_again(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, SharedLinear):
                 parent, _, leaf = name.rpartition(".")
@@ -231,46 +265,48 @@ class ModelpressQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: packed linears as their files had them."""
-        kinds = (QuantLinear, SharedLinear)
+        kinds = (QuantLinear, QuantEmbedding, SharedLinear)
         own = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, kinds))
         state = {key: t for key, t in model.state_dict().items() if not key.startswith(own)}
         for name, place in self.places.items():
             layer = _packed_in(model, place)
             tensors = self.linears.tensors(name, layer.codes())
-            if layer.bias is not None:
-                tensors["bias"] = layer.bias
+            bias = None if isinstance(layer, QuantEmbedding) else layer.bias
+            if bias is not None:
+                tensors["bias"] = bias
             state |= {f"{place}.{key}": tensor for key, tensor in tensors.items()}
         return state, {}
 
 
 def find_places(model: PreTrainedModel, linears: PackedLinears) -> dict[str, str]:
-    """The linear of the model for each packed one of the files, by name.
+    """The linear or embedding of the model for each packed one of the files, by name.
 
-    Raises UnpackableError for a module that the model does not have as a plain linear of the right
+    Raises UnpackableError for a module that the model does not have as a plain one of the right
     shape with a weight of its own, and for a bias that it has no place for.
     """
     modules = dict(model.named_modules())
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     rename = _renamer(model)
     places = {}
+    shared = {*linears.twins, *linears.twins.values()}
     for name in linears.schemes:
         place = name if isinstance(modules.get(name), nn.Linear) else rename(name)
-        linear = modules.get(place)
-        if type(linear) is not nn.Linear:
-            found = "nothing of that name" if linear is None else f"a {type(linear).__name__}"
+        module = modules.get(place)
+        if type(module) is not nn.Linear and type(module) is not nn.Embedding:
+            found = "nothing of that name" if module is None else f"a {type(module).__name__}"
             raise UnpackableError(
                 f"{linears.folder}: {name} is packed, but the model has {found}, not a plain "
-                f"linear: {linears.remedy}"
+                f"linear or embedding: {linears.remedy}"
             )
-        if f"{place}.weight" in tied:
+        if f"{place}.weight" in tied and name not in shared:
             raise UnpackableError(
                 f"{linears.folder}: {name} is packed, but config.json ties its weight to another: "
                 f"set tie_word_embeddings to false"
             )
-        linears.check(name, (linear.out_features, linear.in_features))
+        linears.check(name, (module.weight.shape[0], module.weight.shape[1]))
         bias = linears.bias(name)  # a NaN in it is told here, wherever it is read later
         # zeros, as old GPTQ writers leave them, say nothing
-        if bias is not None and linear.bias is None and bias.any():
+        if bias is not None and getattr(module, "bias", None) is None and bias.any():
             raise UnpackableError(
                 f"{linears.folder}: {name} has a bias, the model's linear has none"
             )
@@ -288,6 +324,29 @@ def dense_linear(codes: Codes, bias: Tensor | None, dtype: torch.dtype) -> nn.Li
     return linear
 
 
+def dense_embedding(codes: Codes, dtype: torch.dtype) -> nn.Embedding:
+    """The table [V, d] that the codes stand for, each value rounded once to `dtype`."""
+    table = nn.Embedding(*codes.codes.shape, device="meta")
+    table.weight = nn.Parameter(dequantize(codes).to(dtype))
+    return table
+
+
+def _table_of(head: nn.Module) -> nn.Module:
+    """The embedding that has its rows from a head, packed or dense."""
+    if isinstance(head, QuantLinear):
+        return QuantEmbedding.of(head)
+    assert isinstance(head, nn.Linear)
+    table = nn.Embedding(head.out_features, head.in_features, device="meta")
+    table.weight = head.weight
+    return table
+
+
+def _matrix_in(model: nn.Module, place: str) -> nn.Linear | nn.Embedding:
+    module = model.get_submodule(place)
+    assert isinstance(module, nn.Linear | nn.Embedding), f"{place} is a {type(module).__name__}"
+    return module
+
+
 def _renamer(model: PreTrainedModel) -> Callable[[str], str]:
     """What transformers calls a module that the files have under another, perhaps older, name."""
     steps = get_model_conversion_mapping(model)
@@ -302,9 +361,9 @@ def _renamer(model: PreTrainedModel) -> Callable[[str], str]:
     return rename
 
 
-def _packed_in(model: nn.Module, place: str) -> QuantLinear | FusedPart:
+def _packed_in(model: nn.Module, place: str) -> QuantLinear | QuantEmbedding | FusedPart:
     layer = model.get_submodule(place)
-    assert isinstance(layer, QuantLinear | FusedPart), f"{place} is not packed"
+    assert isinstance(layer, QuantLinear | QuantEmbedding | FusedPart), f"{place} is not packed"
     return layer
 
 

@@ -32,7 +32,7 @@ from support.tiny_checkpoints import (
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_keeps_every_bit(packed, tmp_path, family):
     source = packed(family)
-    result = export(source.folder, "gguf", tmp_path / "out")
+    result = export(source.folder, "gguf", tmp_path / "out", keep_embeddings=True)
     config = AutoConfig.from_pretrained(source.folder)
     read = Read(tmp_path / "out" / FILE)
     assert_same(as_checkpoint(read, config), source.weights)
@@ -49,7 +49,7 @@ def test_every_family_keeps_every_bit(packed, tmp_path, family):
 def test_rotary_embedding_of_llamacpp_gives_the_same_attention(packed, tmp_path, family):
     """Pairs of neighbours for Llama, half a head apart for Qwen: q . k stays what it was."""
     source = packed(family)
-    export(source.folder, "gguf", tmp_path / "out")
+    export(source.folder, "gguf", tmp_path / "out", keep_embeddings=True)
     config, read = AutoConfig.from_pretrained(source.folder), Read(tmp_path / "out" / FILE)
     size = head_dim_of(config)
     angles = torch.arange(1.0, 1 + size // 2).double()  # of some distance, another for each pair
@@ -78,7 +78,7 @@ def test_rotary_embedding_of_llamacpp_gives_the_same_attention(packed, tmp_path,
 def test_transformers_reads_the_same_model(packed, tmp_path, family):
     """Its reader of GGUF is another implementation; of families with fewer settings."""
     source = packed(family)
-    export(source.folder, "gguf", tmp_path / "out")
+    export(source.folder, "gguf", tmp_path / "out", keep_embeddings=True)
     read = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", gguf_file=FILE, dtype=torch.float32
     )
@@ -106,7 +106,7 @@ def test_mixed_widths_have_a_type_each(packed, tmp_path):
         {"match": "lm_head", "bits": 8, "group_size": 32},
     ]
     source = packed("llama", wide, overrides=overrides, ignore=[])
-    result = export(source.folder, "gguf", tmp_path / "out")
+    result = export(source.folder, "gguf", tmp_path / "out", keep_embeddings=True)
     read = Read(tmp_path / "out" / FILE)
     types = {name.split(".")[-2]: kind for name, kind in read.types.items() if "norm" not in name}
     kinds = ["Q2_K", "Q3_K", "Q4_K", "Q5_0", "Q6_K", "Q8_0", "Q2_K", "Q8_0", "BF16"]
@@ -124,7 +124,7 @@ def test_what_is_not_quantised_keeps_its_values(packed, tmp_path, copy, dtype):
     plain = [name for name in plain if not name.endswith("scale")]
     tensors |= {name: tensors[name].to(dtype) for name in plain}
     save_tensors(copy / "model.safetensors", tensors)
-    export(copy, "gguf", tmp_path / "out")
+    export(copy, "gguf", tmp_path / "out", keep_embeddings=True)
     read = Read(tmp_path / "out" / FILE)
     expected = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
     assert {read.types["token_embd.weight"], read.types["output.weight"]} == {expected}
@@ -136,7 +136,7 @@ def test_what_is_not_quantised_keeps_its_values(packed, tmp_path, copy, dtype):
 
 def test_a_tied_head_is_left_out(packed, tmp_path):
     source = packed("qwen2", {"tied": True})
-    export(source.folder, "gguf", tmp_path / "out")
+    export(source.folder, "gguf", tmp_path / "out", keep_embeddings=True)
     read = Read(tmp_path / "out" / FILE)
     assert "output.weight" not in read.values
     assert_same(as_checkpoint(read, AutoConfig.from_pretrained(source.folder)), source.weights)
@@ -148,7 +148,7 @@ def test_a_tied_head_is_left_out(packed, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_settings_are_those_of_the_config(packed, tmp_path, family):
     source = packed(family)
-    export(source.folder, "gguf", tmp_path / "out")
+    export(source.folder, "gguf", tmp_path / "out", keep_embeddings=True)
     config, read = AutoConfig.from_pretrained(source.folder), Read(tmp_path / "out" / FILE)
     head_dim = {"mistral": 16, "qwen3": 32}.get(family, 16)
     expected = {
@@ -174,7 +174,7 @@ def test_the_frequencies_of_llama_3_are_those_of_transformers(copy, tmp_path):
     rope = {"rope_type": "llama3", "rope_theta": 1e5, "original_max_position_embeddings": 512}
     rope |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     change_config(copy, rope_parameters=rope)
-    export(copy, "gguf", tmp_path / "out")
+    export(copy, "gguf", tmp_path / "out", keep_embeddings=True)
     factors = Read(tmp_path / "out" / FILE).values["rope_freqs.weight"]
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](AutoConfig.from_pretrained(copy), "cpu")
     plain = 1e5 ** -(torch.arange(0, 16, 2) / 16)
@@ -188,7 +188,7 @@ def test_scaled_rope_is_named(copy, tmp_path, kind):
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
     rope |= {"original_max_position_embeddings": 16} if kind == "yarn" else {}
     change_config(copy, rope_parameters=rope)
-    export(copy, "gguf", tmp_path / "out")
+    export(copy, "gguf", tmp_path / "out", keep_embeddings=True)
     read = Read(tmp_path / "out" / FILE)
     assert (read.setting("rope.scaling.type"), read.setting("rope.scaling.factor")) == (kind, 4.0)
     if kind == "yarn":
@@ -196,9 +196,9 @@ def test_scaled_rope_is_named(copy, tmp_path, kind):
 
 
 def test_a_sliding_window_is_said_to_be_lost(packed, tmp_path):
-    notes = export(packed("mistral").folder, "gguf", tmp_path / "out").notes
+    notes = export(packed("mistral").folder, "gguf", tmp_path / "out", keep_embeddings=True).notes
     assert any("window of 8 tokens" in note for note in notes)
-    assert export(packed().folder, "gguf", tmp_path / "out2").notes == []
+    assert export(packed().folder, "gguf", tmp_path / "out2", keep_embeddings=True).notes == []
 
 
 # ---- the file -----------------------------------------------------------------------------------
@@ -207,16 +207,16 @@ def test_a_sliding_window_is_said_to_be_lost(packed, tmp_path):
 def test_the_same_export_gives_the_same_bytes(packed, tmp_path):
     source = packed("qwen2").folder
     moved = shutil.copytree(source, tmp_path / "elsewhere")
-    export(source, "gguf", tmp_path / "a")
-    export(moved, "gguf", tmp_path / "b")
+    export(source, "gguf", tmp_path / "a", keep_embeddings=True)
+    export(moved, "gguf", tmp_path / "b", keep_embeddings=True)
     assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
     assert every_file(tmp_path / "a").keys() == {FILE, "modelpress.json", "recipe.yaml"}
 
 
 def test_shards_hold_the_same_tensors(packed, tmp_path):
     source = packed().folder
-    export(source, "gguf", tmp_path / "one")
-    export(source, "gguf", tmp_path / "many", shard_size="40KB")
+    export(source, "gguf", tmp_path / "one", keep_embeddings=True)
+    export(source, "gguf", tmp_path / "many", shard_size="40KB", keep_embeddings=True)
     shards = sorted((tmp_path / "many").glob("*.gguf"))
     assert len(shards) > 2
     assert shards[0].name == f"model-00001-of-{len(shards):05d}.gguf"
@@ -224,7 +224,7 @@ def test_shards_hold_the_same_tensors(packed, tmp_path):
     assert many.fields["split.count"] == len(shards)
     assert one.types == many.types
     assert_same(many.values, one.values)
-    export(source, "gguf", tmp_path / "many", overwrite=True)
+    export(source, "gguf", tmp_path / "many", overwrite=True, keep_embeddings=True)
     assert [file.name for file in (tmp_path / "many").glob("*.gguf")] == [FILE]
 
 
@@ -234,7 +234,7 @@ def test_a_damaged_weight_leaves_nothing_behind(copy, packed, tmp_path):
     save_tensors(copy / "model.safetensors", tensors)
     refused_export("gguf", copy, tmp_path / "out", "lm_head.weight", kind=CheckpointError)
     kept = tmp_path / "kept"
-    export(packed().folder, "gguf", kept)
+    export(packed().folder, "gguf", kept, keep_embeddings=True)
     refused_export("gguf", copy, kept, "lm_head.weight", kind=CheckpointError, overwrite=True)
 
 
@@ -245,3 +245,20 @@ def test_a_full_disk_is_one_line(packed, tmp_path, monkeypatch):
     monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", full)
     said = (FILE, "No space left")
     refused_export("gguf", packed().folder, tmp_path / "out", *said, kind=CheckpointError)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_are_rounded_as_llamacpp_does(packed, tmp_path, tied):
+    source = packed("llama", {"tie_word_embeddings": tied})
+    notes = export(source.folder, "gguf", tmp_path / "out").notes
+    read = Read(tmp_path / "out" / FILE)
+    tables = {"token_embd.weight": "model.embed_tokens.weight"}
+    tables |= {} if tied else {"output.weight": "lm_head.weight"}
+    assert len(notes) == 1 and "Q8_0" in notes[0] and "--keep-embeddings" in notes[0]
+    for name, original in tables.items():
+        assert read.types[name] == "Q8_0"
+        weight = source.weights[original].float()
+        blocks = weight.view(len(weight), -1, 32)
+        scale = (blocks.abs().amax(-1, keepdim=True) / 127).half().float()
+        moved = (read.values[name].view_as(blocks) - blocks).abs()
+        assert bool((moved <= scale * 0.57).all())  # half of it, and d in fp16

@@ -16,7 +16,7 @@ from support.refusals import refused
 
 @pytest.fixture
 def exported(packed, tmp_path):
-    export(packed().folder, "gguf", tmp_path / "out")
+    export(packed().folder, "gguf", tmp_path / "out", keep_embeddings=True)
     return tmp_path / "out"
 
 

@@ -27,7 +27,7 @@ def test_groups_that_no_type_has_are_stored_wider_only_if_allowed(packed, tmp_pa
     source = packed(bits=3)
     module = ("model.layers.0.mlp.down_proj", "3 bits", 32)
     refused_export("gguf", source.folder, tmp_path / "out", *module, "Q4_0", "--requantise")
-    result = export(source.folder, "gguf", tmp_path / "out", requantise=True)
+    result = export(source.folder, "gguf", tmp_path / "out", requantise=True, keep_embeddings=True)
     read = Read(tmp_path / "out" / FILE)
     assert_same(as_checkpoint(read, AutoConfig.from_pretrained(source.folder)), source.weights)
     check_line(result.notes[0], "14 of 14")
@@ -46,7 +46,7 @@ def test_groups_that_no_type_has_are_stored_wider_only_if_allowed(packed, tmp_pa
 def test_what_no_type_holds_is_rounded_anew_only_if_allowed(packed, tmp_path, quantize, kind, most):
     source = packed("llama", {"intermediate_size": 112} if kind == "F16" else None, **quantize)
     refused_export("gguf", source.folder, tmp_path / "out", kind, "--requantise")
-    result = export(source.folder, "gguf", tmp_path / "out", requantise=True)
+    result = export(source.folder, "gguf", tmp_path / "out", requantise=True, keep_embeddings=True)
     read = Read(tmp_path / "out" / FILE)
     found = as_checkpoint(read, AutoConfig.from_pretrained(source.folder))
     changed = read.fields["modelpress.requantised"]
@@ -98,7 +98,7 @@ def test_scales_are_rounded_only_if_allowed(copy, tmp_path):
             tensors[name] = tensors[name].float() * (1 + step)
     save_tensors(copy / "model.safetensors", tensors)
     refused_export("gguf", copy, tmp_path / "out", "--round-scales")
-    result = export(copy, "gguf", tmp_path / "out", round_scales=True)
+    result = export(copy, "gguf", tmp_path / "out", round_scales=True, keep_embeddings=True)
     assert result.rounding.largest == pytest.approx(step, rel=1e-2)
     module = "model.layers.0.mlp.up_proj"
     exact = dequantised({n: t for n, t in tensors.items() if n.startswith(module)}, {module: 4})

@@ -162,10 +162,10 @@ def check_down_proj(folder: Path) -> None:
             {
                 "config_groups": {
                     **groups_of({})["config_groups"],
-                    "group_1": {"targets": ["lm_head"], "format": "int-quantized", "weights": {}},
+                    "group_1": {"targets": ["lm_head"], "format": "float-quantized"},
                 }
             },
-            ("int-quantized, pack-quantized",),
+            ("float-quantized, pack-quantized",),
         ),
         (groups_of({}, format="naive-quantized"), ("naive-quantized",)),
         (groups_of({}, input_activations={"num_bits": 8}), ("activations", "token")),

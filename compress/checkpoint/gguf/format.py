@@ -12,10 +12,11 @@ One scale a row is a group of all columns. What has no type of its width is refu
 `requantise` stored in the smallest wider type that holds the same values; where none does, the
 values are rounded anew to Q8_0 or fp16. Notes and metadata say which modules that were.
 
-Matrices that are not quantised keep their dtype, vectors become fp32: llama.cpp adds and scales in
-it. Its Llama turns neighbouring pairs of a head's rows where transformers turns rows half a head
-apart, so rows of q and k change places. Written by the library `gguf`: pip install
-'modelpress[gguf]'.
+The embedding and the head, where they are not quantised, are rounded to Q8_0 as llama.cpp does, or
+with `keep_embeddings` stay as they are. Other matrices keep their dtype, vectors become fp32:
+llama.cpp adds and scales in it. Its Llama turns neighbouring pairs of a head's rows where
+transformers turns rows half a head apart, so rows of q and k change places. Written by the library
+`gguf`: pip install 'modelpress[gguf]'.
 
     export("out", "gguf", "out-gguf")                 # out-gguf/model.gguf
 """
@@ -56,11 +57,13 @@ class GgufFormat:
 
     name = "gguf"
     companions = False  # settings and tokenizer are inside the file
-    can_requantise = True
+    options = frozenset({"requantise", "keep_embeddings"})
 
-    def __init__(self, source: PackedLinears, requantise: bool = False):
+    def __init__(
+        self, source: PackedLinears, requantise: bool = False, keep_embeddings: bool = False
+    ):
         self.source = source
-        self.requantise = requantise
+        self.requantise, self.keep_embeddings = requantise, keep_embeddings
 
     def check(self) -> list[str]:
         """Notes, a line each; UsageError for what GGUF or llama.cpp cannot hold."""
@@ -70,14 +73,16 @@ class GgufFormat:
         self.config: PretrainedConfig = guarded(self.source.folder, AutoConfig.from_pretrained)
         self.family = checked_family(self.config)
         self.names = self._names()
-        self.vocabulary: Vocabulary = read_vocabulary(
-            self.source.folder, self.source.reader.shape(EMBEDDING)[0]
-        )
+        table = EMBEDDING.removesuffix(".weight")
+        rows = self.source.shapes.get(table) or self.source.reader.shape(EMBEDDING)
+        self.vocabulary: Vocabulary = read_vocabulary(self.source.folder, rows[0])
         self.types: dict[str, str] = {}
         self.wider: list[str] = []
         self.changed: dict[str, float] = {}  # module -> relative error
+        self.rounded: list[str] = []  # tables of 16 bits, to Q8_0
         for name in self.source.schemes:
-            self.types[name] = self._type_of(name)
+            if name not in self.source.twins:
+                self.types[name] = self._type_of(name)
         self.layout = {name: self._layout(source) for name, source in self.names.items()}
         return self._notes()
 
@@ -96,7 +101,9 @@ class GgufFormat:
             module, _, key = tensor.rpartition(".")
             if key == "inv_freq" or (tensor == f"{HEAD}.weight" and self._head_is_embedding()):
                 continue  # neither is read by transformers
-            if module in self.source.schemes and key in self.source.format.suffixes:
+            if module in self.source.twins:
+                continue  # the embedding's, which llama.cpp takes where there is no head
+            if module in self.source.schemes and key in self.source.formats[module].suffixes:
                 tensor = f"{module}.weight"
             found = mapping.get_name(tensor, try_suffixes=(".weight", ".bias"))
             allowed, leaf = self.family.biases, module.rpartition(".")[2]
@@ -113,7 +120,8 @@ class GgufFormat:
         """Whether the head is a copy of the embedding: one of its own is used, whatever is said."""
         reader = self.source.reader
         head, table = f"{HEAD}.weight", EMBEDDING
-        return self.config.tie_word_embeddings and reader.equal(head, table)
+        both = head in reader and table in reader
+        return both and self.config.tie_word_embeddings and reader.equal(head, table)
 
     def _type_of(self, name: str) -> str:
         """The GGUF type of a quantised module."""
@@ -154,6 +162,11 @@ class GgufFormat:
             notes.append(
                 f"{len(self.wider)} of {len(self.types)} modules are stored in a wider type, the "
                 f"first {first} as {self.types[first]}: the values are the same, the file is larger"
+            )
+        if self.rounded:
+            notes.append(
+                f"{' and '.join(self.rounded)} rounded to Q8_0, as llama.cpp does: "
+                f"--keep-embeddings leaves them in 16 bits"
             )
         window = getattr(self.config, "sliding_window", None)
         if window and window < self.config.max_position_embeddings:
@@ -216,6 +229,10 @@ class GgufFormat:
         shape, dtype = self.source.reader.shape(source), self.source.reader.dtype(source)
         if dtype not in DTYPES:
             raise UsageError(f"{source} is {dtype}: GGUF takes float32, float16 and bfloat16 here")
+        tables = (EMBEDDING, f"{HEAD}.weight")
+        if source in tables and shape[1] % SMALL == 0 and not self.keep_embeddings:
+            self.rounded.append(module)
+            return "Q8_0", shape
         return "F32" if len(shape) == 1 else DTYPES[dtype], shape
 
     def _data(self, source: str) -> np.ndarray:
@@ -224,6 +241,8 @@ class GgufFormat:
         rows = self._row_order(source)
         if module_name not in self.types:
             tensor = self.source.reader.tensor(source)
+            if module_name in self.rounded:
+                return _rounded(tensor.float(), "Q8_0")
             tensor = tensor.float() if tensor.dim() == 1 else tensor
             return (tensor if rows is None else tensor[rows]).contiguous().view(torch.uint8).numpy()
         weight, kind = self.source.codes(module_name), self.types[module_name]
