@@ -5,7 +5,7 @@ given back.
 
     tensors = model.vision_tensors()                    # of RotatedModel
     with vision_at_work(skeleton, tensors, "cpu"):
-        encoded = encode(skeleton, inputs, table)       # what the language model would get
+        encoded = encode(skeleton, inputs, lookup)      # what the language model would get
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compress.models.skeleton import Skeleton
 
+Lookup = Callable[[Tensor], Tensor]  # rows of the embedding in fp32, by token ids on the CPU
 Inputs = dict[str, Any]  # keyword arguments of a forward, or of `get_image_features`
 
 
@@ -56,22 +57,27 @@ def vision_at_work(skeleton: Skeleton, tensors: dict[str, Tensor], device: str) 
             parents[name].register_parameter(places[name][1], empty)
 
 
+def rows_of(table: Tensor) -> Lookup:
+    """Looks rows up in a dense embedding [vocabulary, d]."""
+    return lambda ids: table[ids].float()
+
+
 def on_device(inputs: Inputs, device: str | torch.device) -> Inputs:
     """The arguments with their tensors on a device."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 @torch.no_grad()
-def encode(skeleton: Skeleton, inputs: Inputs, table: Tensor, device: str = "cpu") -> Encoded:
+def encode(skeleton: Skeleton, inputs: Inputs, lookup: Lookup, device: str = "cpu") -> Encoded:
     """One prompt through everything before the language model, by the family's own forward.
 
     Args:
         inputs: keyword arguments of a forward.
-        table: the embedding [vocabulary, d], on the CPU.
+        lookup: rows of the embedding in fp32, by token ids; on the CPU.
     """
     base = skeleton.base
     decoder = base.language_model
-    base.language_model = recorder = _Recorder(table)
+    base.language_model = recorder = _Recorder(lookup)
     try:
         base(**on_device(inputs, device), use_cache=False)
     finally:
@@ -86,13 +92,14 @@ def encode(skeleton: Skeleton, inputs: Inputs, table: Tensor, device: str = "cpu
 class _Recorder(nn.Module):
     """In the place of the language model: notes what it is called with."""
 
-    def __init__(self, table: Tensor):
+    def __init__(self, lookup: Lookup):
         super().__init__()
-        self.table = table  # neither parameter nor buffer: it stays where it is
+        self.lookup = (lookup,)  # no submodule: it stays where it is
         self.seen: Inputs = {}
 
     def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
-        return lambda ids: self.table[ids.cpu()].float().to(ids.device)
+        (lookup,) = self.lookup
+        return lambda ids: lookup(ids.cpu()).to(ids.device)
 
     def forward(self, **kwargs: Any) -> object:
         from transformers.modeling_outputs import BaseModelOutputWithPast  # slow to import

@@ -31,7 +31,9 @@ from compress.quantization.solvers import make_solver
 from compress.quantization.token_weights import TokenWeigher
 from compress.recipe.sections import Quantize
 from compress.rotation.model import RotatedModel
-from compress.scheme import Scheme
+from compress.scheme import PlannedModule, Scheme
+
+HEAD_WEIGHTS = "head-weights.safetensors"  # in the folder of the activations
 
 
 class LayerWalk:
@@ -58,6 +60,9 @@ class LayerWalk:
             counts += count_tokens(ids, mask, len(counts))
         # The list itself: where visual tokens are pruned, its batches become shorter.
         self.weigher = TokenWeigher(section.token_importance, stream.batches, counts)
+        # Of the last layer's tokens, for a head that is quantised: by batch.
+        self.last_weights: dict[int, Tensor] = {}
+        self.tables: list[LayerFacts] = []  # of the embedding, where it is quantised
         self.facts = journal.facts()
         for module in (module for layer in self.facts for module in layer["modules"]):
             self._warn_of(module)
@@ -65,15 +70,25 @@ class LayerWalk:
     def run(self, first: int) -> None:
         """All decoder layers from `first`, which is the first that the journal does not have."""
         total = len(self.plan.layers)
+        if first == total and self._weighs_head():
+            self.last_weights = {int(i): w for i, w in self.stream.noted(HEAD_WEIGHTS).items()}
         self.observer.stage("layers")
         for index in range(first, total):
             self.observer.layers(index, total)
             started = time.perf_counter()
             tensors, facts = self._layer(index)
             facts["seconds"] = round(time.perf_counter() - started, 3)
+            if index == total - 1 and self._weighs_head():
+                self.stream.note(HEAD_WEIGHTS, {str(i): w for i, w in self.last_weights.items()})
             self.journal.record(index, tensors, facts, self.stream.state())
             self.facts.append(facts)
         self.observer.layers(total, total)
+        self.facts += self.tables
+
+    def _weighs_head(self) -> bool:
+        """Whether the head has a Hessian, whose tokens weigh what they do in the last layer."""
+        head = self.plan.module(self.spec.head)
+        return head is not None and not self.plan.shared and self._needs_hessian({"": head.scheme})
 
     # ---- one layer ------------------------------------------------------------------------------
 
@@ -143,6 +158,8 @@ class LayerWalk:
         inputs = self.stream.layer_inputs(source, i, x)
         window = self.skeleton.sliding_window(source)
         w = self.weigher.weights(i, x, normed, layer, self.spec, inputs, window)
+        if w is not None and source == self.plan.layers[-1] and self._weighs_head():
+            self.last_weights[i] = w.cpu()
         ids, mask = self.stream.batches[i]
         counted = mask.sum(-1).double().mean().item()
         sizes.append(counted if w is None else effective_sample_size(w))
@@ -205,7 +222,8 @@ class LayerWalk:
         for name, linear in solved.items():
             scale = self.model.stored(f"{prefix}{name}.weight_scale", linear.scale)
             codes = codes_of_signed(linear.codes, scale, linear.zero, schemes[name])
-            packed = FORMATS["pack-quantized"].write(codes, schemes[name])
+            format = FORMATS[self.plan.table_formats.get(name, "pack-quantized")]
+            packed = format.write(codes, schemes[name])
             tensors |= {f"{prefix}{name}.{key}": tensor for key, tensor in packed.items()}
         seconds = time.perf_counter() - started
         for name, linear in solved.items():
@@ -226,6 +244,20 @@ class LayerWalk:
             self._warn_of(facts)
         return tensors
 
+    def note_table(self, planned: PlannedModule, seconds: float) -> None:
+        """Puts the embedding, rounded to nearest before the walk, among the facts."""
+        facts: ModuleFacts = {
+            "name": planned.name,
+            "bits": planned.bits,
+            "group_size": planned.scheme.group_size,
+            "error": None,
+            "damping": None,
+            "dead_columns": 0,
+            "changed": [],
+            "seconds": round(seconds, 3),
+        }
+        self.tables = [{"layer": None, "modules": [facts], "seconds": facts["seconds"]}]
+
     def solve_head(
         self, weight: Tensor, norm: nn.Module, scheme: Scheme
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -244,7 +276,9 @@ class LayerWalk:
             H = Hessian(inputs, self.device)
             for i, (_, mask) in enumerate(self.stream.batches):
                 x = self.stream.x[i].to(self.device)
-                H.add_batch(norm(x), mask.to(self.device).float())
+                w = self.last_weights.get(i)
+                w = mask.float() if w is None else w
+                H.add_batch(norm(x), w.to(self.device))
         modules: list[ModuleFacts] = []
         packed = self._solve("", holder, {name: scheme}, H, modules)
         self.facts.append({"layer": None, "modules": modules, "seconds": modules[0]["seconds"]})

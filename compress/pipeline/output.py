@@ -26,6 +26,7 @@ import torch
 
 from compress.checkpoint.compressed_tensors import quantization_config
 from compress.checkpoint.inspect import inspect
+from compress.checkpoint.packed_formats import FORMATS
 from compress.errors import CompressError
 from compress.eval.report import write_report
 from compress.models.skeleton import Skeleton
@@ -91,6 +92,8 @@ def checkpoint_config(skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> dic
         # From the config as transformers reads it: an older file derives them from the depth.
         if types := getattr(skeleton.config, "layer_types", None):
             decoder["layer_types"] = [types[index] for index in plan.layers]
+    if any(module.twin for module in plan.modules):
+        config["tie_word_embeddings"] = True  # which some files leave to their family's default
     if plan.modules:
         modules = {module.name: module.scheme for module in plan.modules}
         ignored = [name for name in plan.schemes if name not in modules]
@@ -99,14 +102,19 @@ def checkpoint_config(skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> dic
             head = skeleton.spec.head
             ignored = [f"re:.*{name}$" if name == head else name for name in ignored]
             ignored += vision.ignored
-        config["quantization_config"] = quantization_config(modules, ignored)
+        # By its class it would be the position embedding of a vision tower too.
+        by_class = None if skeleton.spec.vision else skeleton.spec.embedding
+        config["quantization_config"] = quantization_config(
+            modules, ignored, plan.table_formats, by_class
+        )
     return config
 
 
 def _check_counts(folder: Path, plan: Plan) -> None:
     """Every planned module must be in the file, packed, and the bytes must be the plan's."""
     reader = CheckpointReader(folder)
-    lost = [m.name for m in plan.modules if f"{m.name}.weight_packed" not in reader]
+    places = {m.name: f"{m.twin or m.name}.{FORMATS[m.format].main}" for m in plan.modules}
+    lost = [name for name, place in places.items() if place not in reader]
     if lost:
         raise CompressError(f"{len(lost)} modules were planned but not written: {lost[0]}, ...")
     if reader.nbytes() != plan.bytes["total"]:

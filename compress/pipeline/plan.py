@@ -26,6 +26,7 @@ from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
 from compress.storage.safetensors_header import header_bytes
 
+WHOLE_BYTE = 8  # bits
 LISTED = 8  # linears that a pattern's note names; `ignored` has them all
 
 
@@ -41,6 +42,8 @@ class Plan:
         file_bytes: the same with the header of a safetensors file, to 0.5 %; what a budget bounds.
         allocation: how widths were chosen, where the recipe asks for it and the scores were read.
         pruning: the visual-token strategy and its costs, as `pruning_forecast` tells.
+        shared: whether the head has the codes of the embedding.
+        table_formats: how the embedding and the head are stored, where they are quantised as such.
         ignored: what each pattern of `quantize.ignore` matches, by the names of the source.
         source_check: how far our forward is from that of transformers, where it was asked for.
     """
@@ -59,7 +62,13 @@ class Plan:
     pruning: PruningForecast | None = None
     multimodal: bool = False
     ignored: dict[str, list[str]] = field(default_factory=dict)
+    shared: bool = False
+    table_formats: dict[str, str] = field(default_factory=dict)
     source_check: SourceCheck | None = None
+
+    def module(self, name: str) -> PlannedModule | None:
+        """A module by its name in the result, if it is quantised."""
+        return next((module for module in self.modules if module.name == name), None)
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: the keys of the architecture, modules without their `symmetric`."""
@@ -92,6 +101,8 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     names = skeleton.linear_names()
     shapes = {name: _shape(skeleton, name) for name in names}
     found = {name: recipe.quantize.scheme_for(name) for name in names}
+    if recipe.quantize.head is not None:
+        found[skeleton.spec.head] = recipe.quantize.head.scheme()
     removing = recipe.allocate is not None and recipe.allocate.method == "remove"
     widths = allocation.bits() if allocation and not removing else {}
     removed = allocation.removed() if allocation else []
@@ -108,17 +119,21 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         if (scheme := schemes.get(named[name])) is not None:
             modules.append(PlannedModule(named[name], shapes[name], scheme, scores.get(name)))
     rotated = recipe.rotate.kind != "none"
-    untied = skeleton.tied and (rotated or schemes[skeleton.spec.head] is not None)
+    tables, shared = _tables(inputs, schemes, rotated)
+    modules = [module for module in modules if module.name != skeleton.spec.head] + tables
+    schemes |= {module.name: module.scheme for module in tables}
+    once = any(module.twin for module in tables)
+    untied = skeleton.tied and not once and (rotated or schemes[skeleton.spec.head] is not None)
     itemsize = inputs.dtype.itemsize
     kept = _unquantised(skeleton, modules, layers, untied)
     packed = planned_bytes(modules, itemsize)
     quantized = sum(packed.values())
     other = sum(kept.values()) * itemsize
-    weights = sum(module.weights for module in modules)
+    weights = sum(module.weights for module in modules if module.twin is None)
     pruning, problems, notes = forecast(inputs, len(layers))
     plan = Plan(
         modules=modules,
-        average_bits=sum(m.bits * m.weights for m in modules) / weights if weights else 0.0,
+        average_bits=sum(m.bits * m.weights for m in modules if not m.twin) / max(weights, 1),
         bytes={"quantized": quantized, "other": other, "total": quantized + other},
         file_bytes=quantized + other + header_bytes([*kept, *packed]),
         peak_memory={"host": host_memory(inputs, shapes), "device": 0},
@@ -126,6 +141,8 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         notes=_left_out(inputs, names) + _notes(inputs, schemes, untied) + notes,
         ignored=recipe.quantize.left_out(names),
         untied=untied,
+        shared=shared,
+        table_formats={m.name: m.format for m in tables} if recipe.quantize.has_tables else {},
         schemes=schemes,
         layers=layers,
         allocation=allocation,
@@ -190,6 +207,36 @@ def _units(inputs: RunInputs, plan: Plan) -> tuple[list[Unit], int]:
     return units, plan.file_bytes - sum(changing.values())
 
 
+def _tables(inputs: RunInputs, schemes: Schemes, rotated: bool) -> tuple[list[PlannedModule], bool]:
+    """The embedding and the head, where they are quantised, and whether their codes are the same.
+
+    An embedding that is tied to the head, and is not rotated, is one table with it; the file holds
+    it once where its format has a place for such.
+    """
+    section, skeleton, spec = inputs.recipe.quantize, inputs.skeleton, inputs.skeleton.spec
+    wanted = inputs.recipe.save.table_format
+    shape = (skeleton.config.vocab_size, skeleton.config.hidden_size)
+
+    def table(name: str, scheme: Scheme, twin: str | None = None) -> PlannedModule:
+        packed = wanted == "pack-quantized" or (wanted == "auto" and scheme.bits != WHOLE_BYTE)
+        format = "pack-quantized" if packed else "int-quantized"
+        return PlannedModule(name, shape, scheme, format=format, twin=twin)
+
+    own = schemes[spec.head]
+    if section.embedding is None:
+        if own is None:
+            return [], False
+        if section.head is None:
+            return [PlannedModule(spec.head, shape, own)], False
+        return [table(spec.head, own)], False
+    embedding = table(spec.embedding, section.embedding.scheme())
+    if skeleton.tied and not rotated and own in (None, embedding.scheme):
+        once = embedding.format == "int-quantized"
+        twin = spec.embedding if once else None
+        return [embedding, table(spec.head, embedding.scheme, twin)], True
+    return [embedding, *([table(spec.head, own)] if own else [])], False
+
+
 def _name_in_result(name: str, skeleton: Skeleton, layers: list[int]) -> str:
     """A linear's name once some layers are left out; empty for one that is left out with them."""
     prefix = f"{skeleton.spec.layers}."
@@ -239,6 +286,10 @@ def _problems(
     for name, scheme in schemes.items():
         if scheme and scheme.group_size and shapes[name][1] % scheme.group_size:
             misfits.setdefault((scheme.group_size, shapes[name][1]), []).append(name)
+    if table := recipe.quantize.embedding:
+        hidden = skeleton.config.hidden_size
+        if table.group_size != "channel" and hidden % table.group_size:
+            misfits.setdefault((table.group_size, hidden), []).append(skeleton.spec.embedding)
     for (size, columns), found in misfits.items():
         fitting = [str(s) for s in (256, 128, 64, 32) if columns % s == 0]
         problems.append(
@@ -246,6 +297,13 @@ def _problems(
             + (f" and {len(found) - 1} more" if len(found) > 1 else "")
             + f": use {' or '.join([*fitting, 'channel'])}"
         )
+    for table in (recipe.quantize.embedding, recipe.quantize.head):
+        if table and table.bits != WHOLE_BYTE and recipe.save.table_format == "int-quantized":
+            problems.append(
+                f"save.table_format: int-quantized takes a byte for a code, expected 8 bits, found "
+                f"{table.bits}: use pack-quantized"
+            )
+            break
     if recipe.quantize.method != "none" and not any(schemes.values()):
         problems.append("quantize: every linear is ignored; method none would say so")
     context = getattr(skeleton.config, "max_position_embeddings", None)

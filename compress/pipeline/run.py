@@ -13,6 +13,7 @@ after its last finished layer, or what came behind, and ends with the same bytes
     result = run(Recipe.load("recipes/demo-lm.yaml"), output="out")
 """
 
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,18 @@ import psutil
 import torch
 from torch import Tensor
 
+from compress.checkpoint.packed_formats import FORMATS, codes_of_signed
 from compress.data.activations import activations_on_disk
 from compress.data.prompts import CalibrationData, calibration_data, probe_prompt
 from compress.data.samples import read_samples
 from compress.data.windows import CalibrationWindows, check_token_ids, doubts
 from compress.errors import CompressError, UsageError
+from compress.kernels.codes import Codes
+from compress.kernels.embedding import QuantEmbedding
+from compress.kernels.reference import dequantize
 from compress.loading.load import load
 from compress.memory import check_device, peak_memory, release_memory
-from compress.models.vision import vision_at_work
+from compress.models.vision import Lookup, rows_of, vision_at_work
 from compress.observer import Observer
 from compress.pipeline.evaluation import check_evaluation
 from compress.pipeline.finish import RunLog, left_by, measure, publish_result, restored
@@ -46,12 +51,14 @@ from compress.pipeline.stream import CalibrationStream
 from compress.pipeline.verify import reload_and_compare, write_probe
 from compress.pruning.search import search_as_told
 from compress.pruning.stages import Stages
+from compress.quantization.tables import round_table
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
+from compress.scheme import PlannedModule
 from compress.storage.files import read_json, write_json
 from compress.storage.lease import WORK_FOLDER, lease
 from compress.storage.output_folder import FINAL, check_output, refuse, withdraw
-from compress.storage.safetensors import save_tensors
+from compress.storage.safetensors import read_tensors, save_tensors
 
 SOURCE_FILE = "source-check.json"  # in the work folder: that the source was checked
 
@@ -282,10 +289,33 @@ class Job:
             self.stream.restore(done, self._vision_at_work, self._table, state)
         self.log.lap("calibration")
 
-    def _table(self) -> Tensor:
+    def _table(self) -> Lookup:
         """The embedding as it is written."""
+        if self.plan.module(self.spec.embedding):
+            return QuantEmbedding(self._embedding_codes(), torch.float32)
+        return rows_of(self._dense_table())
+
+    def _dense_table(self) -> Tensor:
         name = f"{self.spec.embedding}.weight"
         return self.model.stored(name, self.model.embedding(self.model.dtype))
+
+    def _embedding_codes(self) -> Codes:
+        """The codes of a quantised embedding, from the file that it was written to."""
+        planned = self.plan.module(self.spec.embedding)
+        assert planned is not None
+        tensors = {n.rpartition(".")[2]: t for n, t in read_tensors(self.parts[0]).items()}
+        return FORMATS[planned.format].read(tensors, planned.scheme, planned.name)
+
+    def _packed_table(self, planned: PlannedModule) -> dict[str, Tensor]:
+        """The embedding, rounded: the tensors of the file."""
+        started = time.perf_counter()
+        table, name = self.model.embedding(torch.float32), planned.name
+        linear = round_table(table, planned.scheme, self.model.dtype)
+        scale = self.model.stored(f"{name}.weight_scale", linear.scale)
+        codes = codes_of_signed(linear.codes, scale, linear.zero, planned.scheme)
+        packed = FORMATS[planned.format].write(codes, planned.scheme)
+        self.layers.note_table(planned, time.perf_counter() - started)
+        return {f"{name}.{key}": tensor for key, tensor in packed.items()}
 
     def _vision_at_work(self) -> AbstractContextManager[None]:
         return vision_at_work(self.skeleton, self.model.vision_tensors(), self.model.device)
@@ -296,7 +326,11 @@ class Job:
         A tower's tensors keep the names of the source's file, since engines differ in what they
         call the modules.
         """
-        save_tensors(self.parts[0], {f"{self.spec.embedding}.weight": self._table()})
+        planned = self.plan.module(self.spec.embedding)
+        if planned is not None:
+            save_tensors(self.parts[0], self._packed_table(planned))
+        else:
+            save_tensors(self.parts[0], {f"{self.spec.embedding}.weight": self._dense_table()})
         if self.spec.vision is not None:
             written, tensors = self.skeleton.reader.written_name, self.model.vision_tensors()
             save_tensors(self.parts[1], {written(n): t for n, t in tensors.items()})
@@ -312,13 +346,20 @@ class Job:
         """Final norm and head, and the probe for the self-check: logits of a prompt."""
         self.log.observer.stage("head")
         spec, model, device = self.spec, self.model, self.model.device
-        scheme = self.plan.schemes[spec.head]
-        head, gamma = model.head(torch.float32 if scheme else model.dtype)
+        planned = self.plan.module(spec.head)
+        head, gamma = model.head(torch.float32 if planned else model.dtype)
         gamma = model.stored(f"{spec.final_norm}.weight", gamma)
         tensors = {f"{spec.final_norm}.weight": gamma}
         with model.final_norm(gamma) as norm:
-            if scheme is not None:
-                head, packed = self.layers.solve_head(head.float(), norm, scheme)
+            if planned is not None and self.plan.shared:
+                codes = self._embedding_codes()
+                head = dequantize(codes).float()
+                packed = FORMATS[planned.format].write(codes, planned.scheme)
+                if planned.twin:
+                    del packed[FORMATS[planned.format].main]
+                tensors |= {f"{spec.head}.{key}": tensor for key, tensor in packed.items()}
+            elif planned is not None:
+                head, packed = self.layers.solve_head(head.float(), norm, planned.scheme)
                 tensors.update(packed)
             elif not self.skeleton.tied or self.plan.untied:
                 name = f"{spec.head}.weight"

@@ -32,7 +32,7 @@ from compress.data.prompts import probe_prompt
 from compress.errors import CheckpointError
 from compress.memory import release_memory
 from compress.models.skeleton import Skeleton
-from compress.models.vision import Encoded, encode, vision_at_work
+from compress.models.vision import Encoded, encode, rows_of, vision_at_work
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import FIXED_MEMORY
 from compress.pipeline.verify import OFFLINE
@@ -163,7 +163,7 @@ def _embedded(model: RotatedModel, probe: dict[str, Tensor]) -> Encoded:
     if len(probe) == 1:
         return Encoded(table[probe["input_ids"]].float(), None)
     with vision_at_work(model.skeleton, model.vision_tensors(rounded=False), model.device):
-        return encode(model.skeleton, probe, table, model.device)
+        return encode(model.skeleton, probe, rows_of(table), model.device)
 
 
 # ---- the forward of transformers ----------------------------------------------------------------

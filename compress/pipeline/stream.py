@@ -25,7 +25,7 @@ from compress.data.activations import TOKENS_PER_BATCH, ActivationStore
 from compress.data.prompts import CalibrationData, ImagePrompts
 from compress.errors import CheckpointError
 from compress.models.skeleton import LayerInputs, Skeleton
-from compress.models.vision import Encoded, EncodesImages, Inputs, encode
+from compress.models.vision import Encoded, EncodesImages, Inputs, Lookup, encode
 from compress.pruning.costs import CostTotals, DecoderShape, PruningStats, prompt_stats
 from compress.pruning.encoding import EncodedImages
 from compress.pruning.families import FAMILIES
@@ -38,7 +38,7 @@ from compress.storage.safetensors import read_tensors, save_tensors
 if TYPE_CHECKING:  # slow to import
     from transformers import ProcessorMixin
 
-Table = Callable[[], Tensor]  # gives the embedding [vocabulary, d]
+Table = Callable[[], Lookup]  # reads the embedding
 # Opens the vision tower for as long as images are encoded.
 Encoder = Callable[[], AbstractContextManager[None]]
 
@@ -47,7 +47,7 @@ class StreamState(TypedDict):
     """What is known of the files that the next layer needs."""
 
     inputs: list[int]  # the checksum of each batch
-    stages: dict[str, str]  # the digest of each file on which visual tokens are left
+    stages: dict[str, str]  # the digest of each file beside them, as which visual tokens are left
 
 
 class CalibrationStream:
@@ -114,22 +114,22 @@ class CalibrationStream:
         found = ActivationStore.found(*self.place(layer), shapes, state["inputs"])
         self.x = found if self.on_disk else found.in_memory()
 
-    def _encoded(self, encoder: Encoder, table: Tensor) -> Iterator[Encoded]:
+    def _encoded(self, encoder: Encoder, lookup: Lookup) -> Iterator[Encoded]:
         """The embeddings of every batch, and of the probe."""
         if not isinstance(self.data, ImagePrompts):
             for ids, _ in self.batches:
-                yield Encoded(table[ids].float(), None)
+                yield Encoded(lookup(ids), None)
         if self.probe is None:
             return
         with encoder():
             if isinstance(self.data, ImagePrompts):
                 for i, inputs in enumerate(self.data.inputs):
-                    yield self._encode(i, inputs, table)
-            yield encode(self.skeleton, self.probe, table, self.device)
+                    yield self._encode(i, inputs, lookup)
+            yield encode(self.skeleton, self.probe, lookup, self.device)
 
-    def _encode(self, i: int, inputs: Inputs, table: Tensor) -> Encoded:
+    def _encode(self, i: int, inputs: Inputs, lookup: Lookup) -> Encoded:
         if self.stages is None:
-            return encode(self.skeleton, inputs, table, self.device)
+            return encode(self.skeleton, inputs, lookup, self.device)
         base, config = self.skeleton.base, self.skeleton.model_config
         assert isinstance(base, EncodesImages)
         tap = self.stages.tap(base, FAMILIES[config.model_type], self.processor)
@@ -137,7 +137,7 @@ class CalibrationStream:
         handles = tap.install()
         base.get_image_features = images.noting(base.get_image_features)
         try:
-            encoded = encode(self.skeleton, inputs, table, self.device)
+            encoded = encode(self.skeleton, inputs, lookup, self.device)
         finally:
             del base.get_image_features  # the class's own is there again
             for handle in handles:
@@ -175,6 +175,20 @@ class CalibrationStream:
         """What a resumed run checks the files against that it finds."""
         return {"inputs": self.x.sums, "stages": dict(self._left)}
 
+    def note(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keeps tensors beside the activations; `state` has the digest of the file."""
+        save_tensors(self.folder / name, tensors)
+        self._left[name] = file_digest(self.folder / name)
+
+    def noted(self, name: str) -> dict[str, Tensor]:
+        """What an earlier process has kept, checked; CheckpointError if it is not there."""
+        file = self.folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: start again with --no-resume")
+        if self._left.get(name) != file_digest(file):
+            raise CheckpointError(f"{file} is not what was written: start again with --no-resume")
+        return read_tensors(file)
+
     def ranks_before(self, layer: int) -> bool:
         """Whether the stage before `layer` asks what the layer before it attends to."""
         stages = self.stages
@@ -201,19 +215,12 @@ class CalibrationStream:
                 if image.merged is not None:
                     left[f"{i}.{j}.merged"] = image.merged
         self.scores = {}
-        file = self._left_file(layer)
-        save_tensors(file, left)
-        self._left[file.name] = file_digest(file)
+        self.note(self._left_file(layer), left)
 
     def _narrow_again(self, layer: int) -> None:
         """The stage before `layer` as an earlier process has decided it."""
         assert self.stages is not None
-        file = self._left_file(layer)
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing: start again with --no-resume")
-        if self._left.get(file.name) != file_digest(file):
-            raise CheckpointError(f"{file} is not what was written: start again with --no-resume")
-        left = read_tensors(file)
+        left = self.noted(self._left_file(layer))
         for i, prompt in self.prompts.items():
             for j, image in enumerate(prompt.images):
                 image.alive = left[f"{i}.{j}.alive"]
@@ -233,8 +240,8 @@ class CalibrationStream:
         self.positions[i] = self.stages.positions(self.prompts[i], layer, positions, order)
         self.batches[i] = take(ids, order), take(mask, order)
 
-    def _left_file(self, layer: int) -> Path:
-        return self.folder / f"visual-{layer:05d}.safetensors"
+    def _left_file(self, layer: int) -> str:
+        return f"visual-{layer:05d}.safetensors"
 
     def _seed(self, i: int, layer: int) -> int:
         """The seed of one prompt at one stage, so that a resumed run draws the same numbers."""

@@ -179,7 +179,7 @@ class Solver(Protocol):
         ...
 
 
-def _some_rows(W: Tensor) -> tuple[Tensor, ...]:
+def some_rows(W: Tensor) -> tuple[Tensor, ...]:
     """W [N, K] in parts of as many rows as are solved at a time."""
     rows = max(LEAST_ROWS, WEIGHTS_AT_A_TIME[W.device.type] // W.shape[1])
     return W.chunk(-(-W.shape[0] // rows))
@@ -256,7 +256,7 @@ class Gptq:
         """W [N, K] and the statistics of its input -> codes."""
         assert statistics is not None, "gptq needs a Hessian"
         return QuantizedLinear.join(
-            [self._solve_rows(part, statistics, grid, group_size) for part in _some_rows(W)]
+            [self._solve_rows(part, statistics, grid, group_size) for part in some_rows(W)]
         )
 
     def settle(
@@ -271,7 +271,7 @@ class Gptq:
         assert statistics is not None and found.error is not None
         H, error = statistics.H, 0.0
         parts = []
-        for part in _some_rows(W):
+        for part in some_rows(W):
             Wt = part.T.clone(memory_format=torch.contiguous_format).to(H.dtype)
             Wt[statistics.dead] = 0
             result = nearest(

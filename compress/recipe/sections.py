@@ -157,6 +157,17 @@ class Override(Section):
         return self
 
 
+class Table(Section):
+    """How the embedding or the head is quantised: symmetrically, in rows of the vocabulary."""
+
+    bits: Literal[2, 3, 4, 5, 6, 8] = 8
+    group_size: GroupSize = "channel"
+
+    def scheme(self) -> Scheme:
+        """The same, as plans and solvers take it."""
+        return Scheme(self.bits, None if self.group_size == "channel" else self.group_size)
+
+
 class Quantize(Section):
     """Which weights become which integers. `method: none` writes the rotated 16-bit model."""
 
@@ -171,8 +182,24 @@ class Quantize(Section):
     damping: Number = Field(0.01, ge=0)  # share of mean(diag H) that is added to the diagonal
     act_order: bool = False
     token_importance: TokenImportance = TokenImportance()
+    # null leaves them in 16 bits. Where both are one table (tied, not rotated) `embedding` is for
+    # the head too. `head` wins over `ignore` and `overrides`.
+    embedding: Table | None = None
+    head: Table | None = None
     ignore: list[Pattern] = ["lm_head"]
     overrides: list[Override] = []
+
+    @model_validator(mode="after")
+    def _check_tables(self) -> "Quantize":
+        for name in ("embedding", "head"):
+            if self.method == "none" and getattr(self, name) is not None:
+                raise FieldError((name,), "method none quantises nothing: leave it out")
+        return self
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether the embedding or the head has a section of its own."""
+        return self.embedding is not None or self.head is not None
 
     def scheme_for(self, module_name: str) -> Scheme | None:
         """The scheme of a linear by its full name; None if it stays unquantised.
@@ -293,6 +320,10 @@ class Save(Section):
     """How the result is written. Sizes are decimal, as transformers counts them."""
 
     format: Literal["compressed-tensors"] = "compressed-tensors"
+    # Of a quantised embedding, and of the head beside it. int-quantized: 8 bits, which transformers
+    # reads, and both in one table where they are tied; pack-quantized: any width, which vLLM reads,
+    # each on its own. auto: int-quantized for 8 bits.
+    table_format: Literal["auto", "int-quantized", "pack-quantized"] = "auto"
     shard_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*[KMG]B$")] = "5GB"
 
 

@@ -138,7 +138,7 @@ def test_a_decoder_that_is_not_supported_is_named(folder):
 
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
 def test_one_layer_is_in_memory_and_the_tower_only_while_it_encodes(family, tmp_path):
-    from compress.models.vision import encode, vision_at_work
+    from compress.models.vision import encode, rows_of, vision_at_work
     from compress.recipe.sections import Rotate
     from compress.rotation.model import RotatedModel
 
@@ -153,7 +153,7 @@ def test_one_layer_is_in_memory_and_the_tower_only_while_it_encodes(family, tmp_
     assert real() == set()
     with vision_at_work(skeleton, tensors, "cpu"):
         assert real() == set(skeleton.vision_names())
-        encoded = encode(skeleton, inputs, table)
+        encoded = encode(skeleton, inputs, rows_of(table))
     assert real() == set()
     assert encoded.embeds.shape == (1, inputs["input_ids"].shape[1], table.shape[1])
     text = inputs["input_ids"] != 90
