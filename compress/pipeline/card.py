@@ -37,6 +37,7 @@ from compress.eval.report import (
     format_number,
     paired_differences,
 )
+from compress.scheme import Scheme
 
 ROTATIONS = {"hadamard": "a randomised Hadamard matrix", "random": "a random orthogonal matrix"}
 PRUNING = {
@@ -55,10 +56,15 @@ METHODS = {"gptq": "GPTQ (arXiv 2210.17323)", "rtn": "round to nearest"}
 def bits_summary(modules: Iterable[Facts]) -> dict[str, Any]:
     """What the card says about widths, from the `modules` that `inspect` lists.
 
-    Returns {"average", "symmetric", "schemes", "widths": [{"bits", "group_size", "modules",
-    "parameters"}]} over the quantised modules; average is in bits per weight, scales not counted.
+    Returns {"average", "symmetric", "engines": [(engine, how it loads them)], "widths": [{"bits",
+    "group_size", "modules", "parameters"}]} over the quantised modules; average is in bits per
+    weight, scales not counted.
     """
+    modules = list(modules)
     quantised = [module for module in modules if module["symmetric"] is not None]
+    schemes: dict[str, Scheme | None] = {module["name"]: None for module in modules}
+    for module in quantised:
+        schemes[module["name"]] = Scheme(module["bits"], module["group_size"], module["symmetric"])
     widths: dict[tuple, dict[str, Any]] = {}
     for module in quantised:
         row = {"bits": module["bits"], "group_size": module["group_size"] or "channel"}
@@ -71,7 +77,7 @@ def bits_summary(modules: Iterable[Facts]) -> dict[str, Any]:
     return {
         "average": total / parameters if parameters else None,
         "symmetric": all(module["symmetric"] for module in quantised),
-        "schemes": len({(m["bits"], m["group_size"], m["symmetric"]) for m in quantised}),
+        "engines": loading_table(schemes) if quantised else [],
         "widths": rows,
     }
 
@@ -100,7 +106,7 @@ def model_card(result: Facts) -> str:
         sizes=_sizes(result.get("bytes") or {}),
         quality=_quality_table(evaluation, baseline),
         conditions=_conditions(evaluation),
-        engines=_engine_table(bits),
+        engines=_table(("engine", "loads it"), *bits.get("engines", [])),
         dequantize=not bits.get("symmetric", True),
         limitations=_limitations(bits, evaluation, result.get("pruning")),
         recipe=recipe_text,
@@ -258,15 +264,6 @@ def _conditions(evaluation: Facts) -> list[str]:
         for key, value in flatten(evaluation.get("conditions") or {})
     ]
     return [line for line in lines if line]
-
-
-def _engine_table(bits: Facts) -> str:
-    """Which engine loads it, by width and symmetry; nothing if nothing is quantised."""
-    widths = {row["bits"] for row in bits.get("widths", [])}
-    if not widths:
-        return ""
-    rows = loading_table(widths, bits.get("symmetric", True), bits.get("schemes", 1))
-    return _table(("engine", "loads it"), *rows)
 
 
 def _limitations(bits: Facts, evaluation: Facts, pruning: Facts | None) -> list[str]:
