@@ -229,7 +229,9 @@ def settings_of(recipe: Recipe) -> EvaluationSettings:
     if recipe.evaluate is None:
         return EvaluationSettings()
     text = recipe.evaluate.perplexity
-    return recipe.evaluate.settings(None if text is None else locate(recipe, text.dataset))
+    return recipe.evaluate.settings(
+        None if text is None else locate(text.dataset, recipe.resolve_path)
+    )
 
 
 def evaluate_recipe(
@@ -247,7 +249,7 @@ def evaluate_recipe(
 def evaluated_texts(recipe: Recipe) -> dict[str, str]:
     """The files that the recipe's evaluation reads, each with a hash of what it holds now."""
     text = recipe.evaluate and recipe.evaluate.perplexity
-    return content_digests([locate(recipe, text.dataset)] if text else [])
+    return content_digests([locate(text.dataset, recipe.resolve_path)] if text else [])
 
 
 def check_tasks(settings: EvaluationSettings) -> None:
