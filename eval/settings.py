@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+WINDOW = 2048  # tokens, where neither `length` nor the model's context says less
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -23,7 +25,8 @@ class EvaluationSettings:
             defined with none stay so.
         perplexity: the dataset whose held-out part is the text; None for no text.
         text_field: key of a FILE.jsonl's text, or column of a hub dataset's.
-        length: tokens that the model sees in a window, BOS included; the most of a document.
+        length: tokens that the model sees in a window, BOS included; the most of a document. None:
+            2048, or the model's context where that is shorter.
         stride: tokens from one window to the next; None: windows do not overlap.
         bos: whether the tokenizer's BOS stands in front of each window or document.
         tokens: only the first so many tokens of the text; None for all.
@@ -39,12 +42,16 @@ class EvaluationSettings:
     num_fewshot: int | None = None
     perplexity: str | None = None
     text_field: str = "text"
-    length: int = 512
+    length: int | None = None
     stride: int | None = None
     bos: bool = False
     tokens: int | None = None
     per_document: bool = False
     seed: int = 0
+
+    def window(self, context: int | None) -> int:
+        """Tokens of a window, for a model whose config says that it takes `context` tokens."""
+        return self.length or min(WINDOW, context or WINDOW)
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> "EvaluationSettings":

@@ -18,7 +18,7 @@ gives every token more context, so a perplexity means nothing without length, st
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class Text:
 
     ids: Tensor | Sequence[int] = ()
     documents: Sequence[Sequence[int]] | None = None
-    length: int = 512
+    length: int = field(kw_only=True)
     stride: int | None = None
     bos: int | None = None
 

@@ -33,7 +33,7 @@ def quantization_config(
     modules: full module name -> scheme, for every quantised module. ignore: full names (or
     `re:PATTERN`) of all other linears, the head included. tables: the format of the embedding and
     the head, where they have sections of their own; all else is `pack-quantized`. embedding: its
-    name, which engines that build it without one find by its class.
+    name; engines that build it without one find it by its class.
 
     Modules of one scheme share a config group. With a single scheme of linears its target is the
     class `Linear`, which relies on `ignore` being complete; with several, each group lists its
@@ -41,10 +41,11 @@ def quantization_config(
     """
     tables = tables or {}
     groups: dict[tuple[Scheme, str, bool], list[str]] = {}
-    for name, scheme in modules.items():
-        kind = (scheme, tables.get(name, PACKED), name in tables)
+    # Tables first: who goes by the first target that matches meets the name before a class.
+    for name in sorted(modules, key=lambda name: name not in tables):
+        kind = (modules[name], tables.get(name, PACKED), name in tables)
         groups.setdefault(kind, []).append(name)
-        if name == embedding:
+        if name == embedding and kind[1] == PACKED:
             groups[kind].append(EMBEDDING_CLASS)
     alone = sum(not table for _, _, table in groups) == 1
     formats = {format for _, format, _ in groups}

@@ -1,11 +1,13 @@
 """Which engine loads what: the one table of what is known of vLLM, SGLang and transformers.
 
-                             vLLM 0.33               SGLang 0.5      transformers 5.23
+                             vLLM 0.33               SGLang 0.5.23   transformers 5.23
     compressed-tensors
         4 and 8 bits         yes                     yes             yes
         other widths         with `humming` kernels  no              yes
-        asymmetric           yes                     not known       one scheme, dequantize=True
-        parts that differ    no                      not known       yes
+        4 bits asymmetric    yes                     yes             one scheme, dequantize=True
+        others asymmetric    with `humming` kernels  no              one scheme, dequantize=True
+        groups of 256        4 bits                  no              yes
+        parts that differ    no                      no              yes
     GPTQ
         widths               symmetric 4 and 8 bits  not known       one scheme, in every layer
         parts that differ    no                      no              no
@@ -13,11 +15,11 @@
 
 Parts: vLLM and SGLang run q/k/v, and gate/up, as one matrix, which has one scheme.
 
-    plan_notes(plan.schemes), gptq_notes(modules), loading_table({3, 4}, True, 2)
+    plan_notes(plan.schemes), gptq_notes(modules), loading_table(plan.schemes)
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from compress.checkpoint.quantization_config import groups_of
@@ -25,6 +27,10 @@ from compress.errors import CheckpointError
 from compress.scheme import Scheme
 
 OWN_WIDTHS = {4, 8}  # of vLLM 0.33 and SGLang, without further packages
+ASYMMETRIC_WIDTHS = {4}  # of these, with zero points
+MARLIN_GROUPS = {None, 32, 64, 128}
+TRANSFORMERS = "transformers, compressed-tensors >= 0.20"
+PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
 HEAD = "lm_head"
 # The linears that engines run as one, by the name of that one.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -82,39 +88,87 @@ def same_in_every_layer(schemes: Schemes) -> list[str] | None:
 # ---- compressed-tensors -------------------------------------------------------------------------
 
 
-def plan_notes(schemes: Schemes) -> list[str]:
-    """What a person should know before a run: a line for each engine that will want more."""
-    notes = []
+def loading_table(
+    schemes: Schemes, tables: Mapping[str, str] | None = None
+) -> list[tuple[str, str]]:
+    """(engine, how it loads) a checkpoint of these modules; `how` begins with yes, with or no.
+
+    tables: the format of the embedding and the head, where they are quantised as such.
+
+    vLLM and SGLang were read, not run: in vLLM 0.33 Marlin and a Triton kernel of 4 bits are what
+    needs no further package, SGLang 0.5.23 has Marlin alone, and Marlin's zero points are of 4
+    bits. (For fp16 activations vLLM's exllama takes 8 bits in larger groups too.)
+    """
     found = {scheme for scheme in schemes.values() if scheme is not None}
-    if any(not scheme.symmetric for scheme in found):
-        notes.append(
-            "asymmetric weights: vLLM loads them; transformers only with "
-            "CompressedTensorsConfig(dequantize=True)"
-            + (" and not with several widths" if len(found) > 1 else "")
-        )
-    if odd := sorted({scheme.bits for scheme in found} - OWN_WIDTHS):
-        widths = ", ".join(map(str, odd))
-        notes.append(f"{widths}-bit weights: vLLM needs the `humming` package, SGLang has none")
-    if split := split_fusions(schemes):
-        parts = ", ".join(next(iter(split.values())))
-        notes.append(f"{parts} differ in scheme; vLLM fuses them and will refuse")
-    return notes
-
-
-def loading_table(widths: set[int], symmetric: bool, schemes: int) -> list[tuple[str, str]]:
-    """(engine, how it loads) a checkpoint of these widths, in so many different schemes."""
-    if symmetric:
+    if all(scheme.symmetric for scheme in found):
         transformers = "yes, on CPU too; weights become dense at the first forward"
-    elif schemes == 1:
+    elif not mixes_asymmetric(found):
         transformers = "with `CompressedTensorsConfig(dequantize=True)`"
     else:
         transformers = "no: asymmetric and of several widths or group sizes"
-    own = widths <= OWN_WIDTHS
+    marlin = {s for s in found if s.bits in (OWN_WIDTHS if s.symmetric else ASYMMETRIC_WIDTHS)}
+    marlin = {scheme for scheme in marlin if scheme.group_size in MARLIN_GROUPS}
+    triton = {s for s in found if s.bits == 4 and s.group_size in {*MARLIN_GROUPS, 256}}
+    vllm, sglang = found - marlin - triton, found - marlin
+    if tables:
+        return _with_tables(schemes, tables)
+    if split := split_fusions(schemes):
+        torn = f"no: {', '.join(next(iter(split.values())))} differ in scheme and run as one"
+        return [(TRANSFORMERS, transformers), ("vLLM", torn), ("SGLang", torn)]
     return [
-        ("transformers, compressed-tensors >= 0.20", transformers),
-        ("vLLM", "yes" if own else "with the optional `humming` kernels (NVIDIA)"),
-        ("SGLang", "yes" if own else "no: 4 and 8 bits only"),
+        (TRANSFORMERS, transformers),
+        ("vLLM", f"with `humming` kernels (NVIDIA) for {_listed(vllm)}" if vllm else "yes"),
+        ("SGLang", f"no: {_listed(sglang)}" if sglang else "yes"),
     ]
+
+
+def _with_tables(schemes: Schemes, tables: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The same with a quantised embedding or head; a line says the first thing in the way.
+
+    transformers makes no room for an embedding in words, vLLM reads no codes in int8 beside
+    activations of 16 bits, and an embedding in words of 4 and 8 bits alone; SGLang reads none.
+    """
+    linears = {name: scheme for name, scheme in schemes.items() if name not in tables}
+    found = dict(loading_table(linears))
+    own = {scheme for name in tables if (scheme := schemes[name]) is not None}
+    embedding = next((name for name in tables if name.rpartition(".")[2] != HEAD), None)
+    asymmetric = any(s is not None and not s.symmetric for s in linears.values())
+    if asymmetric:
+        found[TRANSFORMERS] = f"no: asymmetric, beside {' and '.join(tables)} in another scheme"
+    elif embedding and tables[embedding] == PACK_QUANTIZED:
+        found[TRANSFORMERS] = f"no: {embedding} in pack-quantized, compress.load does"
+    for engine in ("vLLM", "SGLang"):
+        if INT_QUANTIZED in tables.values():
+            found[engine] = f"no: {' and '.join(tables)} in int8, it reads pack-quantized"
+        elif engine == "SGLang" and embedding:
+            found[engine] = f"no: a quantised {embedding}"
+        elif odd := {s for s in own if s.bits not in OWN_WIDTHS}:
+            found[engine] = f"no: {' and '.join(tables)} of {_listed(odd)}"
+    return list(found.items())
+
+
+def plan_notes(schemes: Schemes, tables: Mapping[str, str] | None = None) -> list[str]:
+    """What a person should know before a run: a line for each engine that will want more."""
+    return [
+        f"loading in {engine}: {how}"
+        for engine, how in loading_table(schemes, tables)
+        if not how.startswith("yes")
+    ]
+
+
+def mixes_asymmetric(schemes: Collection[Scheme]) -> bool:
+    """Whether some are asymmetric and not all are the same, which transformers cannot load."""
+    return len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes)
+
+
+def _listed(schemes: Iterable[Scheme]) -> str:
+    """What kernels go by, for people: `2 bits in groups of 64, 8 bits asymmetric`."""
+    return ", ".join(
+        f"{s.bits} bits"
+        + (f" in groups of {s.group_size}" if s.group_size else "")
+        + ("" if s.symmetric else " asymmetric")
+        for s in sorted(schemes, key=lambda s: (s.bits, s.group_size or 0, s.symmetric))
+    )
 
 
 def must_dequantize_on_load(section: dict[str, Any]) -> bool:

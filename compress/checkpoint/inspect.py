@@ -8,10 +8,13 @@ Ours or anybody's: compressed-tensors, GPTQ, GGUF, or 16 bits.
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from compress.checkpoint.compressed_tensors import module_schemes
+from compress.checkpoint.engines import HEAD
 from compress.checkpoint.gguf.inspect import inspect_gguf
+from compress.checkpoint.packed import EMBEDDING
 from compress.checkpoint.quantization_config import checked_section, gptq_scheme, read_config
 from compress.errors import CheckpointError, UsageError
 from compress.recipe.source import parse_yaml
@@ -30,8 +33,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
     "bytes": {"quantized", "other", "total"}, "recipe", "provenance"}. Every matrix is a module;
     one that is not quantised has the bits of its dtype and None for group_size and symmetric.
     group_size None on a quantised module is one scale per output channel, or one in all;
-    `per_tensor`, `act_order` and `activation_bits` are there where they say something. A GGUF file,
-    or a folder without others, has llama.cpp's names. Raises UsageError if there is no such folder,
+    `per_tensor`, `act_order` and `activation_bits` are there where they say something, `format`
+    where codes are in int8, `codes_of` for a head that is the embedding. A GGUF file, or a folder
+    without others, has llama.cpp's names. Raises UsageError if there is no such folder,
     CheckpointError if it is damaged.
     """
     folder = Path(path)
@@ -86,9 +90,28 @@ def _quantised_modules(reader: CheckpointReader, section: dict[str, Any]) -> dic
             "group_size": scheme.group_size,
             "symmetric": scheme.symmetric,
             **{key: value for key in RARE_FIELDS if (value := getattr(scheme, key))},
+            **_int8(reader, name),
         }
         for name, scheme in module_schemes(section, scaled).items()
     }
+
+
+def _int8(reader: CheckpointReader, name: str) -> dict[str, str]:
+    """The format of a module whose codes are in int8: its own, or those of the embedding."""
+    weight = f"{name}.weight"
+    if weight in reader and reader.dtype(weight) == torch.int8:
+        return {"format": "int-quantized"}
+    if weight not in reader and (table := _table(reader, name)):
+        return {"format": "int-quantized", "codes_of": table}
+    return {}
+
+
+def _table(reader: CheckpointReader, name: str) -> str | None:
+    """The embedding in int8 whose codes a tied head of scales alone multiplies by."""
+    packed = f"{name}.weight_packed" in reader or name.rpartition(".")[2] != HEAD
+    ends = (n for n in reader.names if n.endswith(f"{EMBEDDING}.weight"))
+    found = next((n for n in ends if reader.dtype(n) == torch.int8), None)
+    return None if packed or found is None else found.removesuffix(".weight")
 
 
 def _shape(reader: CheckpointReader, name: str, bits: int) -> list[int]:
@@ -97,7 +120,10 @@ def _shape(reader: CheckpointReader, name: str, bits: int) -> list[int]:
     if f"{name}.weight_packed" in reader:  # of small floats, which fill their bytes
         N, columns = reader.shape(f"{name}.weight_packed")
         return [N, columns * 8 * reader.dtype(f"{name}.weight_packed").itemsize // bits]
-    return list(reader.shape(f"{name}.weight"))
+    weight = f"{name}.weight"
+    if weight not in reader and (table := _table(reader, name)):
+        weight = f"{table}.weight"
+    return list(reader.shape(weight))
 
 
 def _gptq_module(reader: CheckpointReader, name: str, section: dict[str, Any]) -> dict[str, Any]:

@@ -326,11 +326,22 @@ def _is_decompressed(section: dict[str, Any]) -> bool:
     return section.get("quantization_status") == "decompressed"
 
 
+def has_packed_table(section: dict[str, Any]) -> bool:
+    """Whether an embedding is among what is packed in words."""
+    return any(
+        target == "Embedding" or target.rpartition(".")[2] == "embed_tokens"
+        for group in groups_of(section)
+        if format_of(section, group) == "pack-quantized"
+        for target in group["targets"]
+    )
+
+
 def needs_own_reader(section: dict[str, Any]) -> bool:
     """Whether transformers alone does not load such weights as dense ones, and `codes` does.
 
     GPTQ, for which it wants two more packages; asymmetric compressed-tensors, of which it loads
-    one scheme only; and act-order, which compressed-tensors gave up in 0.19.
+    one scheme only; an embedding in words, for which it makes no room; and act-order, which
+    compressed-tensors gave up in 0.19.
     """
     if section.get("quant_method") == "gptq":
         return True
@@ -342,7 +353,7 @@ def needs_own_reader(section: dict[str, Any]) -> bool:
     weights = [group["weights"] for group in groups_of(section) if group.get("weights")]
     asymmetric = not all(w.get("symmetric", True) for w in weights)
     packed_zeros = asymmetric and "pack-quantized" in formats
-    return packed_zeros or any(has_act_order(w) for w in weights)
+    return packed_zeros or has_packed_table(section) or any(has_act_order(w) for w in weights)
 
 
 def is_packed(section: dict[str, Any]) -> bool:

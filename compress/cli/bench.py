@@ -5,11 +5,8 @@ needs torch is inside a command.
 """
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
-from functools import partial, wraps
-from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, get_args, get_origin, get_type_hints
+from typing import Annotated
 
 import typer
 
@@ -21,7 +18,7 @@ from compress.bench.settings import (
     PruningBench,
     QuantizeBench,
 )
-from compress.cli.common import Answer, add_command
+from compress.cli.common import Answer, add_command, expanded
 from compress.cli.console import console
 from compress.cli.options import (
     ActivationBitsOption,
@@ -45,55 +42,10 @@ SHARED = {
 bench = typer.Typer(no_args_is_help=True, help="Time and memory, beside what the method needs.")
 
 
-def expanded(command: Callable[..., Answer]) -> Callable[..., Answer]:
-    """The command with the fields of each parameter whose type is a dataclass in its place."""
-    hints = {n: k for n, k in get_type_hints(command).items() if n != "return"}
-    kinds = {n: k for n, k in hints.items() if isinstance(k, type) and is_dataclass(k)}
-    parameters: list[Parameter] = []
-    parsers: dict[str, Callable[[str], object]] = {}
-    for given in signature(command).parameters.values():
-        if given.name not in kinds:
-            parameters.append(given)
-            continue
-        for name, hint in get_type_hints(kinds[given.name], include_extras=True).items():
-            own = hint if get_origin(hint) is Annotated else SHARED.get(name)
-            if own is None:
-                continue
-            kind, option, *parse = get_args(own)
-            default = getattr(kinds[given.name], name, Parameter.empty)
-            if parse:
-                named = isinstance(option.default, str)  # typer keeps the first name there
-                called = option.default if named else "--" + name.replace("_", "-")
-                parsers[name] = partial(parse[0], option=called)
-                kind, default = (str | None, None) if default is None else (str, _text(default))
-            annotation = Annotated[kind, option]  # type: ignore[valid-type]  # made at run time
-            parameters.append(given.replace(name=name, annotation=annotation, default=default))
-
-    @wraps(command)
-    def run(**values: object) -> Answer:
-        for name, parse in parsers.items():
-            if isinstance(text := values[name], str):
-                values[name] = parse(text)
-        for name, kind in kinds.items():
-            own = [field.name for field in fields(kind) if field.name in values]
-            values[name] = kind(**{field: values.pop(field) for field in own})
-        return command(**values)
-
-    # What typer reads.
-    run.__dict__["__signature__"] = Signature(parameters, return_annotation=Answer)
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
-    return run
-
-
 def _answer(
     report: Report, file: Path | None, afterwards: Callable[[], object] = lambda: None
 ) -> Answer:
     return Answer(report.values, lambda out: out.print(report.table()), file, afterwards=afterwards)
-
-
-def _text(value: object) -> str:
-    """What one would write on the command line for a value."""
-    return ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
 
 
 def bench_quantize(
@@ -168,4 +120,4 @@ for _name, _command in (
     ("pruning", bench_pruning),
     ("model", bench_model),
 ):
-    add_command(bench, expanded(_command), _name)
+    add_command(bench, expanded(_command, SHARED), _name)

@@ -10,11 +10,11 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
@@ -79,6 +79,55 @@ def add_command(app: typer.Typer, function: Callable[..., Any], name: str | None
     # What typer reads.
     command.__dict__["__signature__"] = signature.replace(parameters=parameters)
     app.command(name)(command)
+
+
+def expanded(command: Callable[..., Answer], options: Mapping[str, Any]) -> Callable[..., Answer]:
+    """The command with the fields of each parameter whose type is a dataclass in its place.
+
+    A field's annotation is its option, and behind that what makes its value of the command line's
+    text; `options` has them of fields that are annotated with none. A field of neither is none.
+    """
+    hints = {n: k for n, k in get_type_hints(command).items() if n != "return"}
+    kinds = {n: k for n, k in hints.items() if isinstance(k, type) and is_dataclass(k)}
+    parameters: list[Parameter] = []
+    parsers: dict[str, Callable[[str], object]] = {}
+    for given in inspect.signature(command).parameters.values():
+        if given.name not in kinds:
+            parameters.append(given)
+            continue
+        for name, hint in get_type_hints(kinds[given.name], include_extras=True).items():
+            own = hint if get_origin(hint) is Annotated else options.get(name)
+            if own is None:
+                continue
+            kind, option, *parse = get_args(own)
+            default = getattr(kinds[given.name], name, Parameter.empty)
+            if parse:
+                named = isinstance(option.default, str)  # typer keeps the first name there
+                called = option.default if named else "--" + name.replace("_", "-")
+                parsers[name] = functools.partial(parse[0], option=called)
+                kind, default = (str | None, None) if default is None else (str, _text(default))
+            annotation = Annotated[kind, option]  # type: ignore[valid-type]  # made at run time
+            parameters.append(given.replace(name=name, annotation=annotation, default=default))
+
+    @functools.wraps(command)
+    def run(**values: object) -> Answer:
+        for name, parse in parsers.items():
+            if isinstance(text := values[name], str):
+                values[name] = parse(text)
+        for name, kind in kinds.items():
+            own = [field.name for field in fields(kind) if field.name in values]
+            values[name] = kind(**{field: values.pop(field) for field in own})
+        return command(**values)
+
+    # What typer reads.
+    run.__dict__["__signature__"] = inspect.Signature(parameters, return_annotation=Answer)
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def _text(value: object) -> str:
+    """What one would write on the command line for a value."""
+    return ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
 
 
 class InterruptError(CompressError):

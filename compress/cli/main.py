@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from compress.cli.bench import bench
 from compress.cli.checkpoints import export, generate, inspect, push, recipes
-from compress.cli.common import InterruptError, add_command
-from compress.cli.measure import compare, evaluate
+from compress.cli.common import InterruptError, add_command, expanded
+from compress.cli.measure import MEASURED, compare, evaluate
 from compress.cli.options import DebugOption, Settings, VersionOption
 from compress.cli.run import plan, run
 from compress.cli.search_pruning import search_pruning
@@ -59,7 +59,7 @@ def _top(version: VersionOption = False, debug: DebugOption = False) -> None:
 
 add_command(app, run)
 add_command(app, plan)
-add_command(app, evaluate, "eval")
+add_command(app, expanded(evaluate, MEASURED), "eval")
 for command in (compare, export, inspect, generate, recipes, push, search_pruning):
     add_command(app, command)
 app.add_typer(bench, name="bench")  # last in the help

@@ -5,6 +5,7 @@ Every import that needs torch is inside a command.
 
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,37 @@ from compress.cli.options import (
 from compress.cli.progress import RunProgress
 from compress.errors import UsageError
 from compress.eval.report import quality_table
+from compress.eval.settings import EvaluationSettings
+
+
+def _tasks(text: str, option: str) -> list[str]:
+    return names(text)
+
+
+# The options of what is measured and how: of the fields of EvaluationSettings.
+MEASURED = {
+    "tasks": Annotated[
+        Sequence[str], typer.Option(help="Tasks of lm-eval or shipped, with commas."), _tasks
+    ],
+    "include_path": Annotated[Path | None, typer.Option(help="A folder of more tasks.")],
+    "limit": Annotated[int | None, typer.Option(min=1, help="Examples per task.")],
+    "batch_size": Annotated[int, typer.Option(min=1)],
+    "num_fewshot": Annotated[int | None, typer.Option(min=0, help="Instead of the task's.")],
+    "perplexity": Annotated[
+        str | None, typer.Option(metavar="DATASET", help="wikitext2, FILE.txt, FILE.jsonl, hub id.")
+    ],
+    "text_field": Annotated[str, typer.Option(help="Key of a FILE.jsonl's text.")],
+    "length": Annotated[
+        int | None, typer.Option(min=2, help="Of a window; the model's context, 2048 at most.")
+    ],
+    "stride": Annotated[int | None, typer.Option(min=1, help="Between windows; length if absent.")],
+    "bos": Annotated[bool, typer.Option(help="Put BOS at each window's start.")],
+    "tokens": Annotated[int | None, typer.Option(min=2, help="Only the text's first so many.")],
+    "per_document": Annotated[
+        bool, typer.Option("--per-document", help="Each document on its own, not one stream.")
+    ],
+    "seed": SeedOption,
+}
 
 
 def evaluate(
@@ -34,43 +66,30 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(help="The 16-bit model, measured on the same data.")
     ] = None,
-    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval or shipped, with commas.")] = "",
-    include_path: Annotated[Path | None, typer.Option(help="A folder of more tasks.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Examples per task.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Instead of the task's.")] = None,
-    perplexity: Annotated[
-        str | None, typer.Option(metavar="DATASET", help="wikitext2, FILE.txt, FILE.jsonl, hub id.")
-    ] = None,
-    text_field: Annotated[str, typer.Option(help="Key of a FILE.jsonl's text.")] = "text",
-    length: Annotated[int, typer.Option(min=2, help="Tokens of context.")] = 512,
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Between windows; length if absent.")
-    ] = None,
-    bos: Annotated[bool, typer.Option(help="Put BOS at each window's start.")] = False,
-    tokens: Annotated[
-        int | None, typer.Option(min=2, help="Only the text's first so many.")
-    ] = None,
-    per_document: Annotated[
-        bool, typer.Option("--per-document", help="Each document on its own, not one stream.")
-    ] = False,
+    *,
+    settings: EvaluationSettings,
     pictures: Annotated[
         Path | None, typer.Option(help="Folder for pictures of pruned patches.")
     ] = None,
     dense: PackingOption = None,
     activation_bits: ActivationBitsOption = None,
-    seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     output: OutputFileOption = None,
 ) -> Answer:
     """Measure a model: tasks, perplexity, and the distance to its baseline."""
-    settings = {**locals(), "tasks": names(tasks)}  # named as the arguments of `compress.evaluate`
-    del settings["output"]
-    if not settings["tasks"] and not perplexity:
+    if not settings.tasks and not settings.perplexity:
         raise UsageError("nothing to measure: give --tasks, --perplexity, or both")
     from compress.pipeline.evaluation import evaluate as evaluate_model
 
-    scores = evaluate_model(**settings)
+    scores = evaluate_model(
+        model,
+        **vars(settings),
+        baseline=baseline,
+        device=device,
+        dense=dense,
+        activation_bits=activation_bits,
+        pictures=pictures,
+    )
     return Answer(scores, lambda out: print_scores(out, model, scores, baseline or ""), output)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from compress.comparison.study import Entry, Run, conditions_of, keep, kept, seeded
 from compress.data.prompts import CalibrationData, calibration_data
-from compress.data.source import CalibrationSource
 from compress.errors import UsageError
 from compress.eval.harness import DRAWN_TASKS
 from compress.models.pretrained import local_folder
@@ -142,7 +141,7 @@ class ResultComparison:
         name = recipe.calibration.model_dump_json(exclude={"offload"})
         if name not in self._data:
             self.observer.stage("calibration data")
-            source = CalibrationSource.of(recipe, self.skeleton)
+            source = RunInputs.of(recipe, self.skeleton).source
             self._data[name] = calibration_data(source, self.skeleton)
         return self._data[name]
 

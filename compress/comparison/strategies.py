@@ -31,6 +31,7 @@ from compress.models.skeleton import Skeleton
 from compress.models.vision import Inputs
 from compress.observer import Observer
 from compress.pipeline.evaluation import Evaluator, evaluated_texts, load_measured
+from compress.pipeline.inputs import RunInputs
 from compress.pruning.families import tower_of
 from compress.pruning.saved import apply_strategy, stop_pruning
 from compress.pruning.search import search_as_told
@@ -83,7 +84,7 @@ class PruningComparison:
         recipe, seed, folder = seeded(entry.recipe, entry.seed), entry.seed, entry.folder
         section = recipe.prune_visual_tokens
         assert section is not None and recipe.evaluate is not None
-        source = CalibrationSource.of(recipe, self.skeleton)
+        source = RunInputs.of(recipe, self.skeleton).source
         prompts = sample_digests(source.location) if source.images else {}
         basis = {"model": self.skeleton.reader.fingerprint()} | prompts
         file, begun = folder / "measured.json", self._begin(recipe, folder, basis)

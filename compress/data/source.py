@@ -1,20 +1,18 @@
 """What a recipe's `calibration` section reads, settled once: where it lies and what it holds.
 
-source = CalibrationSource.of(recipe, skeleton)
+source = CalibrationSource(recipe.calibration, recipe.resolve_path, used=True, sees=False)
 source.images, source.location
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from compress.data.samples import DEMO_SCENES
 from compress.data.text import locate
-from compress.models.skeleton import Skeleton
-from compress.recipe.recipe import Recipe
 from compress.recipe.sections import Calibration
-from compress.recipe.strategy import LANGUAGE_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,9 @@ class CalibrationSource:
 
     Attributes:
         settings: the recipe's section.
+        resolve: finds the files that it names: the recipe's `resolve_path`.
         used: whether the run reads it at all.
+        sees: whether the model takes images.
         answers: whether a prompt's answer is read behind it: not where the prompt's last token
             ranks the visual ones.
         location: a name of DATASETS, a file's path or a hub id; RecipeError for a path that does
@@ -32,31 +32,18 @@ class CalibrationSource:
     """
 
     settings: Calibration
+    resolve: Callable[[str], str]
     used: bool
-    answers: bool
-    _recipe: Recipe
-    _sees: bool
-
-    @classmethod
-    def of(cls, recipe: Recipe, skeleton: Skeleton) -> "CalibrationSource":
-        """What the recipe's `calibration` section means for this model."""
-        pruning = recipe.prune_visual_tokens
-        method = pruning.strategy.method if pruning and pruning.strategy else None
-        return cls(
-            settings=recipe.calibration,
-            used=recipe.calibrates,
-            answers=method not in LANGUAGE_ATTENTION,
-            _recipe=recipe,
-            _sees=skeleton.spec.vision is not None,
-        )
+    sees: bool
+    answers: bool = True
 
     @cached_property
     def location(self) -> str:
-        return locate(self._recipe, self.settings.dataset)
+        return locate(self.settings.dataset, self.resolve)
 
     @cached_property
     def images(self) -> bool:
-        if not self._sees:
+        if not self.sees:
             return False
         dataset = self.settings.dataset
         return dataset == DEMO_SCENES or (dataset.endswith(".jsonl") and has_images(self.location))
@@ -67,10 +54,6 @@ def has_images(path: str | Path) -> bool:
     try:
         with Path(path).open(encoding="utf-8-sig") as file:
             row = json.loads(next((line for line in file if line.strip()), "null"))
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ):  # reading all of it says what is wrong
+    except (OSError, ValueError, RecursionError):  # reading all of it says what is wrong
         return False
     return isinstance(row, dict) and {"image", "prompt"} <= row.keys()

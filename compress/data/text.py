@@ -26,7 +26,6 @@ from typing import Any, Protocol
 
 from compress.data.stdlib import Split, python_stdlib
 from compress.errors import CompressError, UsageError, did_you_mean
-from compress.recipe.recipe import Recipe
 from compress.registry import Registry
 from compress.storage.files import file_digest
 
@@ -56,12 +55,13 @@ class Corpus:
     one_stream: bool
 
 
-def locate(recipe: Recipe, dataset: str) -> str:
+def locate(dataset: str, resolve: Callable[[str], str]) -> str:
     """A dataset of a recipe as somewhere to read it from: its name, a file's path, or a hub id.
 
-    Raises RecipeError for a path that does not exist and cannot be a hub id.
+    `resolve` looks for files: the recipe's `resolve_path`, which raises RecipeError for a path that
+    does not exist and cannot be a hub id.
     """
-    return dataset if dataset in DATASETS else recipe.resolve_path(dataset)
+    return dataset if dataset in DATASETS else resolve(dataset)
 
 
 def load_documents(dataset: str, split: Split, text_field: str = "text") -> Corpus:

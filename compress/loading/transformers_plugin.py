@@ -271,6 +271,8 @@ class ModelpressQuantizer(HfQuantizer):
         for name, place in self.places.items():
             layer = _packed_in(model, place)
             tensors = self.linears.tensors(name, layer.codes())
+            if name in self.linears.twins:  # else of one memory with the embedding's
+                tensors = {key: tensor.clone() for key, tensor in tensors.items()}
             bias = None if isinstance(layer, QuantEmbedding) else layer.bias
             if bias is not None:
                 tensors["bias"] = bias

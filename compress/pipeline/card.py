@@ -26,6 +26,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compress.checkpoint.engines import loading_table
+from compress.checkpoint.packed import EMBEDDING
 from compress.eval.markup import fence_for, in_code, in_markdown, quoted
 from compress.eval.report import (
     NLL,
@@ -37,6 +38,7 @@ from compress.eval.report import (
     format_number,
     paired_differences,
 )
+from compress.scheme import Scheme
 
 ROTATIONS = {"hadamard": "a randomised Hadamard matrix", "random": "a random orthogonal matrix"}
 PRUNING = {
@@ -55,10 +57,16 @@ METHODS = {"gptq": "GPTQ (arXiv 2210.17323)", "rtn": "round to nearest"}
 def bits_summary(modules: Iterable[Facts]) -> dict[str, Any]:
     """What the card says about widths, from the `modules` that `inspect` lists.
 
-    Returns {"average", "symmetric", "schemes", "widths": [{"bits", "group_size", "modules",
-    "parameters"}]} over the quantised modules; average is in bits per weight, scales not counted.
+    Returns {"average", "symmetric", "engines": [(engine, how it loads them)], "widths": [{"bits",
+    "group_size", "modules", "parameters"}]} over the quantised modules; average is in bits per
+    weight, scales not counted.
     """
+    modules = list(modules)
     quantised = [module for module in modules if module["symmetric"] is not None]
+    schemes: dict[str, Scheme | None] = {module["name"]: None for module in modules}
+    for module in quantised:
+        schemes[module["name"]] = Scheme(module["bits"], module["group_size"], module["symmetric"])
+    tables = {m["name"]: m.get("format", "pack-quantized") for m in quantised if _is_table(m)}
     widths: dict[tuple, dict[str, Any]] = {}
     for module in quantised:
         row = {"bits": module["bits"], "group_size": module["group_size"] or "channel"}
@@ -71,9 +79,14 @@ def bits_summary(modules: Iterable[Facts]) -> dict[str, Any]:
     return {
         "average": total / parameters if parameters else None,
         "symmetric": all(module["symmetric"] for module in quantised),
-        "schemes": len({(m["bits"], m["group_size"], m["symmetric"]) for m in quantised}),
+        "engines": loading_table(schemes, tables) if quantised else [],
         "widths": rows,
     }
+
+
+def _is_table(module: Facts) -> bool:
+    """Whether it is the embedding, or a head that is stored as one."""
+    return module["name"].endswith(EMBEDDING) or "format" in module
 
 
 def model_card(result: Facts) -> str:
@@ -100,7 +113,7 @@ def model_card(result: Facts) -> str:
         sizes=_sizes(result.get("bytes") or {}),
         quality=_quality_table(evaluation, baseline),
         conditions=_conditions(evaluation),
-        engines=_engine_table(bits),
+        engines=_table(("engine", "loads it"), *bits.get("engines", [])),
         dequantize=not bits.get("symmetric", True),
         limitations=_limitations(bits, evaluation, result.get("pruning")),
         recipe=recipe_text,
@@ -258,15 +271,6 @@ def _conditions(evaluation: Facts) -> list[str]:
         for key, value in flatten(evaluation.get("conditions") or {})
     ]
     return [line for line in lines if line]
-
-
-def _engine_table(bits: Facts) -> str:
-    """Which engine loads it, by width and symmetry; nothing if nothing is quantised."""
-    widths = {row["bits"] for row in bits.get("widths", [])}
-    if not widths:
-        return ""
-    rows = loading_table(widths, bits.get("symmetric", True), bits.get("schemes", 1))
-    return _table(("engine", "loads it"), *rows)
 
 
 def _limitations(bits: Facts, evaluation: Facts, pruning: Facts | None) -> list[str]:

@@ -12,6 +12,7 @@ visual tokens is measured pruning, its baseline never does.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def evaluate(
     num_fewshot: int | None = None,
     perplexity: str | None = None,
     text_field: str = "text",
-    length: int = 512,
+    length: int | None = None,
     stride: int | None = None,
     bos: bool = False,
     tokens: int | None = None,
@@ -65,7 +66,8 @@ def evaluate(
         batch_size: windows, documents or requests in a forward pass.
         perplexity: a dataset's name, FILE.txt, FILE.jsonl or hub id; its held-out part is read.
         text_field: key of a FILE.jsonl's text.
-        length, stride: tokens of a window and from one window to the next; None: no overlap.
+        length: tokens of a window; None: 2048, or the model's context where that is shorter.
+        stride: tokens from one window to the next; None: no overlap.
         bos: put the tokenizer's BOS in front of each window.
         tokens: only the first so many tokens of the text.
         per_document: each document on its own, cut to `length`, instead of one stream.
@@ -148,7 +150,8 @@ class Evaluator:
         If it prunes visual tokens, `pruning` has what that saved in this very measurement.
         """
         if self._text is None and self.settings.perplexity is not None:
-            self._text = read_text(self.settings, getattr(processor, "tokenizer", processor))
+            tokenizer = getattr(processor, "tokenizer", processor)
+            self._text = read_text(self.settings, tokenizer, context_of(model))
         if self._baseline is None and self.baseline_path is not None:
             reference, _ = load_measured(self.baseline_path, self.device, prune=False)
             self._baseline, self._baseline_linears = Baseline(reference), linears_of(reference)
@@ -188,8 +191,13 @@ def load_measured(
     return load(path, device, dtype, prune=prune, packed=packed, activation_bits=activation_bits)
 
 
-def read_text(settings: EvaluationSettings, tokenizer: Any) -> Text:
-    """The held-out text as ids: one stream, or a list a document.
+def context_of(model: "PreTrainedModel") -> int | None:
+    """How many tokens the model takes, as its config says it."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def read_text(settings: EvaluationSettings, tokenizer: Any, context: int | None) -> Text:
+    """The held-out text as ids, for a model of this context: one stream, or a list a document.
 
     Raises UsageError for a dataset that cannot be read, and for a BOS that the tokenizer lacks.
     """
@@ -197,10 +205,10 @@ def read_text(settings: EvaluationSettings, tokenizer: Any) -> Text:
     if settings.bos and tokenizer.bos_token_id is None:
         raise UsageError("bos was asked for, but this model's tokenizer has no BOS token")
     bos = tokenizer.bos_token_id if settings.bos else None
+    cut = partial(Text, length=settings.window(context), stride=settings.stride, bos=bos)
     corpus = load_documents(settings.perplexity, "held_out", settings.text_field)
     if not settings.per_document:
-        stream = token_stream(corpus, tokenizer, settings.tokens)
-        return Text(stream, None, settings.length, settings.stride, bos)
+        return cut(token_stream(corpus, tokenizer, settings.tokens))
     documents: list[list[int]] = []
     total = 0
     for ids in encode(tokenizer, list(corpus.texts)):
@@ -208,7 +216,7 @@ def read_text(settings: EvaluationSettings, tokenizer: Any) -> Text:
             break
         documents.append(ids)
         total += len(ids)
-    return Text((), documents, settings.length, settings.stride, bos)
+    return cut(documents=documents)
 
 
 def linears_of(model: torch.nn.Module) -> str:
@@ -221,7 +229,9 @@ def settings_of(recipe: Recipe) -> EvaluationSettings:
     if recipe.evaluate is None:
         return EvaluationSettings()
     text = recipe.evaluate.perplexity
-    return recipe.evaluate.settings(None if text is None else locate(recipe, text.dataset))
+    return recipe.evaluate.settings(
+        None if text is None else locate(text.dataset, recipe.resolve_path)
+    )
 
 
 def evaluate_recipe(
@@ -239,7 +249,7 @@ def evaluate_recipe(
 def evaluated_texts(recipe: Recipe) -> dict[str, str]:
     """The files that the recipe's evaluation reads, each with a hash of what it holds now."""
     text = recipe.evaluate and recipe.evaluate.perplexity
-    return content_digests([locate(recipe, text.dataset)] if text else [])
+    return content_digests([locate(text.dataset, recipe.resolve_path)] if text else [])
 
 
 def check_tasks(settings: EvaluationSettings) -> None:

@@ -11,6 +11,7 @@ import torch
 from compress.data.source import CalibrationSource
 from compress.models.skeleton import Skeleton
 from compress.recipe.recipe import Recipe
+from compress.recipe.strategy import LANGUAGE_ATTENTION
 from compress.rotation.model import RotatedModel, storage_dtype
 
 
@@ -40,7 +41,15 @@ class RunInputs:
     @classmethod
     def of(cls, recipe: Recipe, skeleton: Skeleton, device: str = "cpu") -> "RunInputs":
         """The same for a model that is open already."""
-        source = CalibrationSource.of(recipe, skeleton)
+        pruning = recipe.prune_visual_tokens
+        method = pruning.strategy.method if pruning and pruning.strategy else None
+        source = CalibrationSource(
+            recipe.calibration,
+            recipe.resolve_path,
+            used=recipe.calibrates,
+            sees=skeleton.spec.vision is not None,
+            answers=method not in LANGUAGE_ATTENTION,
+        )
         return cls(recipe, skeleton, source, storage_dtype(recipe.model, skeleton), device)
 
     def rotated_model(self) -> RotatedModel:

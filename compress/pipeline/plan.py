@@ -122,6 +122,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     tables, shared = _tables(inputs, schemes, rotated)
     modules = [module for module in modules if module.name != skeleton.spec.head] + tables
     schemes |= {module.name: module.scheme for module in tables}
+    formats = {m.name: m.format for m in tables} if recipe.quantize.has_tables else {}
     once = any(module.twin for module in tables)
     untied = skeleton.tied and not once and (rotated or schemes[skeleton.spec.head] is not None)
     itemsize = inputs.dtype.itemsize
@@ -138,11 +139,11 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         file_bytes=quantized + other + header_bytes([*kept, *packed]),
         peak_memory={"host": host_memory(inputs, shapes), "device": 0},
         problems=_problems(inputs, names, shapes, found) + problems,
-        notes=_left_out(inputs, names) + _notes(inputs, schemes, untied) + notes,
+        notes=_left_out(inputs, names) + _notes(inputs, schemes, untied, formats) + notes,
         ignored=recipe.quantize.left_out(names),
         untied=untied,
         shared=shared,
-        table_formats={m.name: m.format for m in tables} if recipe.quantize.has_tables else {},
+        table_formats=formats,
         schemes=schemes,
         layers=layers,
         allocation=allocation,
@@ -333,7 +334,7 @@ def _left_out(inputs: RunInputs, names: list[str]) -> list[str]:
     return notes
 
 
-def _notes(inputs: RunInputs, schemes: Schemes, untied: bool) -> list[str]:
+def _notes(inputs: RunInputs, schemes: Schemes, untied: bool, formats: dict[str, str]) -> list[str]:
     notes = []
     if untied:
         notes.append("embedding and head share one tensor in this model; they will be untied")
@@ -348,4 +349,4 @@ def _notes(inputs: RunInputs, schemes: Schemes, untied: bool) -> list[str]:
     skipped = head_rotation_skipped(inputs.recipe.rotate.kind, inputs.skeleton.head_dim)
     if skipped:
         notes.append(skipped)
-    return notes + plan_notes(schemes)
+    return notes + plan_notes(schemes, formats)

@@ -23,6 +23,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from compress.checkpoint.engines import mixes_asymmetric
 from compress.checkpoint.packed_formats import FORMATS, codes_of_signed
 from compress.data.activations import activations_on_disk
 from compress.data.prompts import CalibrationData, calibration_data, probe_prompt
@@ -399,7 +400,7 @@ class Job:
     def _fits_self_check(self) -> bool:
         """Whether transformers can reload the result here: it holds the whole model in fp32."""
         schemes = {scheme for scheme in self.plan.schemes.values() if scheme is not None}
-        if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
+        if mixes_asymmetric(schemes):
             self.log.warn(
                 "no self-check: transformers cannot load asymmetric modules of several widths or "
                 "group sizes (compress.load does)"

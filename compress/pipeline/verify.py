@@ -19,9 +19,10 @@ from pathlib import Path
 from torch import Tensor
 
 from compress.checkpoint.engines import must_dequantize_on_load
+from compress.checkpoint.packed import EMBEDDING
 from compress.checkpoint.quantization_config import read_config
 from compress.errors import CheckpointError
-from compress.storage.safetensors import save_tensors
+from compress.storage.safetensors import CheckpointReader, save_tensors
 
 SCRIPT = Path(__file__).with_name("reload_script.py")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -44,7 +45,8 @@ def reload_and_compare(
     """
     folder = Path(folder)
     section = read_config(folder).get("quantization_config") or {}
-    report = _run(folder, Path(probe_path), must_dequantize_on_load(section))
+    table = packed_table(CheckpointReader(folder))
+    report = _run(folder, Path(probe_path), must_dequantize_on_load(section), table)
     if "failure" in report:
         raise CheckpointError(f"{folder} does not load in transformers: {report['failure']}")
     if "loading" in report:
@@ -66,11 +68,19 @@ def reload_and_compare(
     return {"relative_error": error, "tolerance": tolerance, "tokens": report["tokens"]}
 
 
-def _run(folder: Path, probe: Path, dequantize: bool) -> dict:
+def packed_table(reader: CheckpointReader) -> str | None:
+    """The embedding, where its codes are packed in words."""
+    end = f"{EMBEDDING}.weight_packed"
+    found = next((name for name in reader.names if name.endswith(end)), None)
+    return None if found is None else found.removesuffix(".weight_packed")
+
+
+def _run(folder: Path, probe: Path, dequantize: bool, table: str | None) -> dict:
     # -P: this folder must not become the child's first import path, or our compressed_tensors.py
     # would stand in for the compressed_tensors package.
     command = [sys.executable, "-P", str(SCRIPT), str(folder.resolve()), str(probe.resolve())]
     command += ["--dequantize"] if dequantize else []
+    command += [] if table is None else ["--table", table]
     child = subprocess.run(
         command, env=os.environ | OFFLINE, stdin=subprocess.DEVNULL,
         capture_output=True, text=True, check=False,

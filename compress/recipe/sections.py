@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from compress.eval.settings import EvaluationSettings
+from compress.eval.settings import WINDOW, EvaluationSettings
 from compress.recipe.expressions import check_expression
 from compress.recipe.source import FieldError
 from compress.registry import LAYER_IMPORTANCE, TOKEN_IMPORTANCE, Registry
@@ -328,23 +328,28 @@ class Save(Section):
 
 
 class Perplexity(Section):
-    """Perplexity on a dataset's held-out part. `stride: null` = length: windows do not overlap."""
+    """Perplexity on a dataset's held-out part.
+
+    `length: null` is 2048 or the model's context where that is shorter; `stride: null` is length:
+    windows do not overlap.
+    """
 
     short_form = "dataset"
     dataset: str = "wikitext2"
-    text_field: str = "text"
-    length: int = Field(2048, ge=2)
-    stride: int | None = Field(None, ge=1)
-    bos: bool = False
-    tokens: int | None = Field(None, ge=2)  # only the first so many tokens of the text
-    per_document: bool = False  # each document on its own, cut to length, not one stream
+    text_field: str = EvaluationSettings.text_field
+    length: int | None = Field(EvaluationSettings.length, ge=2)
+    stride: int | None = Field(EvaluationSettings.stride, ge=1)
+    bos: bool = EvaluationSettings.bos
+    tokens: int | None = Field(EvaluationSettings.tokens, ge=2)  # only the text's first so many
+    per_document: bool = EvaluationSettings.per_document  # cut to length, instead of one stream
 
     @model_validator(mode="after")
     def _check_stride(self) -> "Perplexity":
-        if self.stride is not None and self.stride > self.length:
+        longest = self.length or WINDOW
+        if self.stride is not None and self.stride > longest:
             # Tokens between two windows would never be predicted.
             raise FieldError(
-                ("stride",), f"expected at most length ({self.length}), found {self.stride}"
+                ("stride",), f"expected at most length ({longest}), found {self.stride}"
             )
         return self
 
@@ -356,8 +361,9 @@ class Evaluate(Section):
     perplexity: Perplexity | None = None
     baseline: bool = True
     limit: int | None = Field(None, ge=1)  # examples per task
-    batch_size: int = Field(8, ge=1)
-    seed: Seed = 0  # of what a task draws: examples in front of its items, or the items themselves
+    batch_size: int = Field(EvaluationSettings.batch_size, ge=1)
+    # Of what a task draws: examples in front of its items, or the items themselves.
+    seed: Seed = EvaluationSettings.seed
 
     def settings(self, dataset: str | None) -> EvaluationSettings:
         """The section as `compress.eval` takes it; `dataset`: where its text is to be read."""

@@ -1,5 +1,11 @@
 """Engines that will not load a checkpoint are named, and told apart by what they go by."""
 
+import re
+from itertools import combinations, dropwhile, takewhile
+from pathlib import Path
+
+import pytest
+
 from compress.checkpoint.compressed_tensors import quantization_config
 from compress.checkpoint.engines import (
     gptq_notes,
@@ -40,22 +46,70 @@ def test_readers_that_will_not_load_it_are_named():
 
 def test_what_a_plan_says_of_engines():
     assert plan_notes(UNIFORM | {"lm_head": None}) == []
-    (fused,) = plan_notes(TORN)
-    assert all(part in fused for part in QKV)
-    (narrow,) = plan_notes(dict.fromkeys(UNIFORM, B))
-    check_line(narrow, "2-bit", "vLLM")
+    fused = plan_notes(TORN)
+    assert [engine in note for note, engine in zip(fused, ("vLLM", "SGLang"), strict=True)]
+    assert all(part in note for part in QKV for note in fused)
+    for note, engine in zip(plan_notes(dict.fromkeys(UNIFORM, B)), ("vLLM", "SGLang"), strict=True):
+        check_line(note, "2 bits", engine)
     asymmetric = dict.fromkeys(UNIFORM, Scheme(4, 32, symmetric=False))
-    assert "several widths" not in " ".join(plan_notes(asymmetric))
-    mixed = asymmetric | {"model.layers.1.mlp.down_proj": A}
-    assert "several widths" in " ".join(plan_notes(mixed))
+    (dequantized,) = plan_notes(asymmetric)
+    check_line(dequantized, "transformers", "dequantize=True")
+    (mixed,) = plan_notes(asymmetric | {"model.layers.1.mlp.down_proj": A})
+    check_line(mixed, "transformers", "several widths")
 
 
-def test_the_table_of_a_card():
-    loads = dict(loading_table({4, 8}, symmetric=True, schemes=2))
-    assert all(how.startswith("yes") for how in loads.values())
-    loads = dict(loading_table({3, 4}, symmetric=False, schemes=2))
-    assert "humming" in loads["vLLM"]
-    assert sum(how.startswith("no") for how in loads.values()) == 2
+def hardness(how: str) -> int:
+    """How a cell begins: with yes, with what else is needed, or with no."""
+    return ("yes", "with", "no").index(how.split()[0].strip(",:"))
+
+
+def test_several_schemes_load_where_each_of_them_does():
+    pool = [Scheme(b, g, s) for b in (2, 4, 8) for g in (None, 64, 256) for s in (True, False)]
+    for pair in combinations(pool, 2):
+        together = dict(loading_table(dict(zip(("o_proj", "down_proj"), pair, strict=True))))
+        alone = [dict(loading_table({"o_proj": scheme})) for scheme in pair]
+        for engine in ("vLLM", "SGLang"):
+            assert hardness(together[engine]) == max(hardness(one[engine]) for one in alone)
+
+
+def readme_rows() -> dict[str, list[str]]:
+    """The rows of README's table of what loads where, by what they are about."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    lines = text.split("## What loads where")[1].split("\n## ")[0].splitlines()
+    table = list(takewhile(bool, dropwhile(lambda line: not line.startswith("|"), lines)))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert [cell.split()[0] for cell in rows[0][1:]] == [
+        "transformers",
+        "lm-eval",
+        "vLLM",
+        "SGLang",
+    ]
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+def schemes_of(label: str) -> list[list[Scheme]]:
+    """The schemes of checkpoints that a row speaks of: a list a width."""
+    if "bits" not in label or "none" in label:
+        return [[]]
+    widths, kind = label.split(" bits", 1)
+    sizes = [256] if "256" in kind else [None, 32, 128]
+    symmetric = "asymmetric" not in kind
+    grid = {
+        int(b): [Scheme(int(b), g, symmetric) for g in sizes] for b in re.findall(r"\d", widths)
+    }
+    if "several" in kind:
+        return [*grid.values()]
+    return [[scheme] for same in grid.values() for scheme in same]
+
+
+@pytest.mark.parametrize("label", readme_rows())
+def test_readme_says_what_the_table_says(label):
+    transformers, lm_eval, vllm, sglang = readme_rows()[label]
+    for schemes in schemes_of(label):
+        rows = loading_table({f"layers.{i}.o_proj": scheme for i, scheme in enumerate(schemes)})
+        expected = [hardness(how) for _, how in rows]
+        assert [hardness(cell) for cell in (transformers, vllm, sglang)] == expected
+        assert (lm_eval == "yes") == (expected[0] == 0)
 
 
 def test_what_transformers_cannot_load_is_said():

@@ -13,10 +13,12 @@ from compress.bench.report import Report
 from compress.bench.settings import QuantizeBench
 from compress.cli import bench as bench_commands
 from compress.cli import checkpoints as checkpoint_commands
-from compress.cli.measure import evaluate
+from compress.cli.common import expanded
+from compress.cli.measure import MEASURED, evaluate
 from compress.cli.run import run
 from compress.errors import CompressError
 from compress.eval.report import Row
+from compress.eval.settings import EvaluationSettings
 from compress.recipe.recipe import Recipe
 from support.calling import call, modelpress, pretend, write_recipe
 from support.refusals import check_line
@@ -205,11 +207,18 @@ def test_no_command_takes_a_token():
         assert not [name for name in inspect.signature(command).parameters if name == "token"]
 
 
-def test_bench_takes_every_field_with_its_default():
-    command = bench_commands.expanded(bench_commands.bench_quantize)
-    options = inspect.signature(command).parameters
-    for field in fields(QuantizeBench):
-        assert str(options[field.name].default) == str(field.default), field.name
+@pytest.mark.parametrize(
+    ("command", "options", "settings"),
+    [
+        (bench_commands.bench_quantize, bench_commands.SHARED, QuantizeBench),
+        (evaluate, MEASURED, EvaluationSettings),
+    ],
+)
+def test_a_command_takes_every_field_with_its_default(command, options, settings):
+    taken = inspect.signature(expanded(command, options)).parameters
+    for field in fields(settings):
+        default = "" if field.default == () else str(field.default)  # as one would write it
+        assert str(taken[field.name].default) == default, field.name
 
 
 def test_bench_prints_a_column_a_run(monkeypatch, tmp_path, capsys):

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.data.prompts import ImagePrompts, calibration_data, probe_prompt
-from compress.data.source import CalibrationSource, has_images
+from compress.data.source import has_images
 from compress.data.windows import CalibrationWindows
 from compress.errors import CheckpointError, UsageError
 from compress.models.families import architecture_of
 from compress.models.skeleton import Skeleton
+from compress.pipeline.inputs import RunInputs
 from compress.recipe.recipe import Recipe
 from support.refusals import refused
 from support.tiny_folders import tiny_folder, write_samples
@@ -43,7 +44,7 @@ def recipe_of(folder, dataset, method="vflowopt", **calibration):
 def data_of(folder, dataset, **options):
     skeleton = Skeleton(folder)
     recipe = recipe_of(folder, dataset, **options)
-    return calibration_data(CalibrationSource.of(recipe, skeleton), skeleton)
+    return calibration_data(RunInputs.of(recipe, skeleton).source, skeleton)
 
 
 def test_prompts_are_drawn_from_the_seed_and_their_hash_tells_them_apart(folder, samples):
@@ -84,7 +85,7 @@ def test_a_text_model_reads_no_images(checkpoint, samples):
     recipe = Recipe.from_dict({"calibration": {"dataset": str(samples), "length": 16}})
     with refused(UsageError, f"{samples}:1: ", "'text'"):
         calibration_data(
-            CalibrationSource.of(recipe, Skeleton(checkpoint())), Skeleton(checkpoint())
+            RunInputs.of(recipe, Skeleton(checkpoint())).source, Skeleton(checkpoint())
         )
 
 

@@ -115,6 +115,6 @@ def test_contradictory_requests():
     with refused(UsageError, "evaluate", "tasks"):
         evaluate_model(tiny_llama(), None, TEXT_ALONE)
     with refused(UsageError, "ids", "documents"):
-        Text(random_ids(64, 257), documents=[[1, 2]])
+        Text(random_ids(64, 257), documents=[[1, 2]], length=4)
     with refused(UsageError, "stride 4"):
-        Text(documents=[[1, 2]], stride=4)
+        Text(documents=[[1, 2]], length=8, stride=4)

@@ -5,7 +5,7 @@ from inspect import signature
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from compress.data.text import load_documents
 from compress.data.windows import encode, token_stream
@@ -13,12 +13,13 @@ from compress.errors import UsageError
 from compress.eval import evaluate as measuring
 from compress.eval.divergence import kl_divergence
 from compress.eval.perplexity import perplexity
-from compress.eval.settings import EvaluationSettings
+from compress.eval.settings import WINDOW, EvaluationSettings
 from compress.eval.windows import Text
 from compress.kernels.cpu.native import packed_is_faster
 from compress.pipeline import evaluation
 from compress.pipeline.evaluation import Evaluator, check_evaluation, evaluate, evaluate_recipe
 from compress.recipe.recipe import Recipe
+from compress.recipe.sections import Evaluate
 from support.calling import pretend
 from support.refusals import refused
 from support.tiny_checkpoints import load_whole, recipe_for, write_checkpoint
@@ -111,6 +112,24 @@ def test_arguments_have_the_defaults_of_the_settings():
     arguments = signature(evaluate).parameters
     for field in fields(EvaluationSettings):
         assert arguments[field.name].default == field.default, field.name
+
+
+def test_windows_are_as_long_as_the_model_takes_where_nothing_is_said(checkpoint, text):
+    """The recipe, the command line and Python have the same defaults."""
+    model = checkpoint()
+    context = AutoConfig.from_pretrained(model).max_position_embeddings
+    found = evaluate(model, perplexity=str(text))["perplexity"]
+    assert found["length"] == context < WINDOW
+    by_recipe = evaluate_recipe(
+        recipe_with(checkpoint, {"perplexity": str(text), "baseline": False}), model, model
+    )
+    assert by_recipe["perplexity"] == found
+    settings = EvaluationSettings()
+    assert settings.window(None) == settings.window(10 * WINDOW) == WINDOW
+    assert EvaluationSettings(length=WINDOW + 1).window(context) == WINDOW + 1
+    assert Evaluate(perplexity=str(text)).settings(str(text)) == EvaluationSettings(
+        tasks=[], perplexity=str(text)
+    )
 
 
 # ---- once ---------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, CompressedTensorsConfig
 
 from compress.data.prompts import calibration_data
-from compress.data.source import CalibrationSource
 from compress.data.windows import CalibrationWindows
 from compress.models.skeleton import Skeleton
+from compress.pipeline.inputs import RunInputs
 from compress.pipeline.run import run
 from compress.recipe.recipe import Recipe
 from compress.registry import TOKEN_IMPORTANCE
@@ -340,7 +340,7 @@ def test_an_expanded_recipe_is_calibrated_on_its_windows_and_their_shifts(checkp
     ]
     plain, expanded = (weight_files(press(recipe, None)) for recipe in recipes)
     drawn = calibration_data(
-        CalibrationSource.of(recipes[0], Skeleton(checkpoint())), Skeleton(checkpoint())
+        RunInputs.of(recipes[0], Skeleton(checkpoint())).source, Skeleton(checkpoint())
     )
     shifts = [drawn.input_ids.roll(8 * k, dims=1) for k in range(3)]  # 24 tokens, a third each
     by_hand = torch.stack(shifts, dim=1).flatten(0, 1)

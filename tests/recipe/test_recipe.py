@@ -404,7 +404,7 @@ def test_relative_paths_are_looked_up_from_here_the_recipe_and_its_parent(tmp_pa
 def test_a_dataset_name_is_never_taken_for_a_folder(tmp_path):
     (tmp_path / "c4").mkdir()
     (tmp_path / "r.yaml").write_text("name: r\n")
-    assert locate(Recipe.load(tmp_path / "r.yaml"), "c4") == "c4"
+    assert locate("c4", Recipe.load(tmp_path / "r.yaml").resolve_path) == "c4"
 
 
 def test_shipped_paths_are_found_from_anywhere(tmp_path, monkeypatch):
