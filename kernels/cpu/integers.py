@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compress.kernels.codes import Codes
+from compress.kernels.codes import WIDTHS, Codes
 from compress.kernels.cpu import native
 from compress.kernels.cpu.native import LANES, QUAD, TILE
 from compress.kernels.cpu.weight import STORED_BITS, IntegerWeight
@@ -31,6 +31,7 @@ class QuadsWeight(IntegerWeight):
         return (
             library is not None
             and library.takes_quads()
+            and weight.bits in WIDTHS
             and weight.scale.dtype in native.KINDS
             and (weight.group_size or 0) % QUAD == 0
         )
@@ -73,8 +74,8 @@ class GroupsWeight(IntegerWeight):
 
     @classmethod
     def takes(cls, weight: Codes) -> bool:
-        """Every weight."""
-        return True
+        """Every weight of a width that kernels run."""
+        return weight.bits in WIDTHS
 
     @staticmethod
     def pack_codes(codes: Tensor, bits: int, group_size: int | None) -> Tensor:
