@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint.engines import Schemes
-from compress.checkpoint.packed_formats import FORMATS, codes_of_signed
+from compress.checkpoint.packed_formats import PACK_QUANTIZED, codes_of_signed
 from compress.errors import naming
 from compress.importance.tokens import count_tokens, effective_sample_size
 from compress.memory import release_memory
@@ -206,7 +206,7 @@ class LayerWalk:
         for name, linear in solved.items():
             scale = self.model.stored(f"{prefix}{name}.weight_scale", linear.scale)
             codes = codes_of_signed(linear.codes, scale, linear.zero, schemes[name])
-            packed = FORMATS["pack-quantized"].write(codes, schemes[name])
+            packed = PACK_QUANTIZED.write(codes, schemes[name])
             tensors |= {f"{prefix}{name}.{key}": tensor for key, tensor in packed.items()}
         seconds = time.perf_counter() - started
         for name, linear in solved.items():

@@ -132,17 +132,12 @@ def quads_matmul(
 
 
 @quads_matmul.register_fake
-def _(
-    values: Tensor,
-    token_scale: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype,
+def _product(
+    values: Tensor, token_scale: Tensor, packed: Tensor, scale: Tensor, *others: object
 ) -> Tensor:
+    """An empty product [M, N]; the dtype is the last of what both operators take."""
+    dtype = others[-1]
+    assert isinstance(dtype, torch.dtype)
     return values.new_empty(values.shape[0], scale.shape[1], dtype=dtype)
 
 
@@ -168,18 +163,7 @@ def groups_matmul(
     return y.to(dtype)
 
 
-@groups_matmul.register_fake
-def _(
-    values: Tensor,
-    token_scale: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return values.new_empty(values.shape[0], scale.shape[1], dtype=dtype)
+groups_matmul.register_fake(_product)
 
 
 def _group_products(
