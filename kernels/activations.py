@@ -183,16 +183,7 @@ def _integer_matmul(
 
 
 @_integer_matmul.register_fake
-def _(
-    values: Tensor,
-    token_scale: Tensor,
-    words: Tensor,
-    high: Tensor | None,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(values: Tensor, token_scale: Tensor, words: Tensor, *others: object) -> Tensor:
+    dtype = others[-1]
+    assert isinstance(dtype, torch.dtype)
     return values.new_empty(values.shape[0], words.shape[1], dtype=dtype)

@@ -27,13 +27,3 @@ def reference_matmul(x: Tensor, weight: Codes, bias: Tensor | None = None) -> Te
     """x [..., K] times the weight's transpose, plus bias [N]: fp64 [..., N]."""
     y = x.double() @ dequantize(weight).T
     return y if bias is None else y + bias.double()
-
-
-def reference_hadamard(x: Tensor, factors: tuple[Tensor, ...] = ()) -> Tensor:
-    """x [..., n] times the transpose of F_1 (x) F_2 (x) ... (x) Sylvester / sqrt(n), in fp64."""
-    H = torch.ones(1, 1, dtype=torch.float64, device=x.device)
-    for factor in factors:
-        H = torch.kron(H, factor.to(H))
-    while len(H) < x.shape[-1]:
-        H = torch.kron(H, torch.tensor([[1.0, 1.0], [1.0, -1.0]]).to(H))
-    return x.double() @ H.T / x.shape[-1] ** 0.5

@@ -147,14 +147,19 @@ def test_the_house_has_few_floors():
     assert max(floor.values()) <= MOST_FLOORS
 
 
-def test_the_map_names_every_file_once():
+def test_the_map_says_of_every_file_what_it_says_itself():
     """docs/map.md; of the files that only say what their folder is, the package's face alone."""
     lines = (ROOT / "docs" / "map.md").read_text(encoding="utf-8").splitlines()
-    named = [line.split("`")[1] for line in lines if line.startswith("| `")]
+    told = [line.strip("| ").split(" | ", 1) for line in lines if line.startswith("| `")]
     files = {
-        str(file.relative_to(ROOT))
+        file
         for folder in ("compress", "kernels", "eval", "recipes")
         for file in (ROOT / folder).rglob("*.py")
         if file.name != "__init__.py"
     }
-    assert sorted(named) == sorted(files | {"compress/__init__.py"})
+    expected = {}
+    for file in files | {ROOT / "compress" / "__init__.py"}:
+        head = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        expected[f"`{file.relative_to(ROOT)}`"] = head.partition("\n")[0]
+    assert sorted(name for name, _ in told) == sorted(expected)  # each once
+    assert dict(told) == expected

@@ -7,6 +7,8 @@ the same calls run one after another. A sample is the time of one such pass, per
     clock = Clock("cuda", rounds=15)
     samples = clock.take_turns({"mine": [call for each copy], "theirs": [...]})
     samples["mine"].median, samples["mine"].spread           # seconds, share of the median
+
+What takes long by itself, a prefill or a whole run, is timed once by a `Stopwatch`.
 """
 
 import gc
@@ -149,10 +151,29 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(seconds), "minimum": min(seconds), "maximum": max(seconds)}
 
 
-def wait(device: str) -> None:
-    """Returns when the device has done all that it was given."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+class Stopwatch:
+    """Seconds of a block of code that is long enough to be timed once: `with` it, ask `seconds`.
+
+    The device has done all that it was given before the block begins and before it counts as over.
+    """
+
+    seconds: float
+
+    def __init__(self, device: str = "cpu"):
+        self._gpu = device.startswith("cuda")
+
+    def __enter__(self) -> "Stopwatch":
+        self._wait()
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._wait()
+        self.seconds = time.perf_counter() - self._started
+
+    def _wait(self) -> None:
+        if self._gpu:
+            torch.cuda.synchronize()
 
 
 def check_dtype(name: str) -> None:

@@ -10,7 +10,6 @@ the best rate of a square product, or twice that rate where activations are roun
     bench_model(ModelBench("outputs/demo-lm", baseline="recipes/demo/lm"))["rows"]
 """
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -26,12 +25,12 @@ from compress.bench.alone import alone
 from compress.bench.clock import (
     DTYPES,
     Clock,
+    Stopwatch,
     check_dtype,
     conditions,
     copy_bandwidth,
     product_rate,
     spread,
-    wait,
 )
 from compress.bench.report import Report, spread_cell, table_of
 from compress.bench.settings import ModelBench
@@ -79,16 +78,15 @@ def measure(bench: ModelBench) -> dict[str, Any]:
     """One row, in this process."""
     check_device(bench.device)
     before = _resident()
-    started = time.perf_counter()
-    model, _ = load(
-        bench.model,
-        bench.device,
-        DTYPES[bench.dtype],
-        prune=False,
-        packed=False if bench.dense else None,
-        activation_bits=bench.activation_bits,
-    )
-    loading = time.perf_counter() - started
+    with Stopwatch() as loading:
+        model, _ = load(
+            bench.model,
+            bench.device,
+            DTYPES[bench.dtype],
+            prune=False,
+            packed=False if bench.dense else None,
+            activation_bits=bench.activation_bits,
+        )
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(bench.seed)
     least = min(LEAST_TOKEN, vocabulary - 1)
@@ -112,7 +110,7 @@ def measure(bench: ModelBench) -> dict[str, Any]:
         "activation_bits": bench.activation_bits,
         "weights": weights,
         "resident": resident if bench.device == "cpu" else torch.cuda.max_memory_allocated(),
-        "loading": loading,
+        "loading": loading.seconds,
         "prefill": prefill,
         "prefill_floor": {
             length: max(read / bandwidth, (body * length + head) / rate) for length in prefill
@@ -126,11 +124,9 @@ def measure(bench: ModelBench) -> dict[str, Any]:
 
 
 def _prefill(model: PreTrainedModel, ids: Tensor, bench: ModelBench) -> float:
-    wait(bench.device)
-    started = time.perf_counter()
-    model(input_ids=ids, logits_to_keep=1)
-    wait(bench.device)
-    return time.perf_counter() - started
+    with Stopwatch(bench.device) as watch:
+        model(input_ids=ids, logits_to_keep=1)
+    return watch.seconds
 
 
 def _decode(model: PreTrainedModel, ids: Tensor, bench: ModelBench) -> list[float]:
@@ -138,12 +134,10 @@ def _decode(model: PreTrainedModel, ids: Tensor, bench: ModelBench) -> list[floa
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     seconds = []
     for _ in range(bench.new_tokens):
-        wait(bench.device)
-        started = time.perf_counter()
-        token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        wait(bench.device)
-        seconds.append(time.perf_counter() - started)
+        with Stopwatch(bench.device) as watch:
+            token = output.logits[:, -1:].argmax(-1)
+            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        seconds.append(watch.seconds)
     return seconds
 
 

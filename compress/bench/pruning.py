@@ -16,7 +16,6 @@ The shares take turns, so that a machine that slows down slows all of them down.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -27,7 +26,7 @@ import transformers as hf
 from rich.table import Table
 from torch import Tensor
 
-from compress.bench.clock import DTYPES, Clock, copy_bandwidth, product_rate, spread, wait
+from compress.bench.clock import DTYPES, Clock, Stopwatch, copy_bandwidth, product_rate, spread
 from compress.bench.report import Report, spread_cell, table_of
 from compress.bench.settings import PruningBench
 from compress.data.samples import prompt_inputs
@@ -191,11 +190,9 @@ def _image_part(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _seconds(call: Callable[[], object], bench: PruningBench) -> float:
-    wait(bench.device)
-    started = time.perf_counter()
-    call()
-    wait(bench.device)
-    return time.perf_counter() - started
+    with Stopwatch(bench.device) as watch:
+        call()
+    return watch.seconds
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ own; importing libraries and the reload in the self-check are not timed.
 """
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.bench.alone import alone
-from compress.bench.clock import Clock, product_rate
+from compress.bench.clock import Clock, Stopwatch, product_rate
 from compress.bench.report import Report, table_of
 from compress.bench.settings import QuantizeBench
 from compress.data.windows import CalibrationWindows
@@ -150,12 +149,12 @@ def measure(folder: Path, bench: QuantizeBench) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(bench.vocabulary, (bench.samples, bench.length), generator=generator)
     windows = CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool))
-    started = time.perf_counter()
-    result = run(recipe, folder / "out", windows=windows, self_check=False, device=bench.device)
+    with Stopwatch() as watch:
+        result = run(recipe, folder / "out", windows=windows, self_check=False, device=bench.device)
     modules = [module for layer in result.layers for module in layer["modules"]]
     errors = [module["error"] for module in modules if module["error"] is not None]
     return {
-        "seconds": time.perf_counter() - started,
+        "seconds": watch.seconds,
         "layers_seconds": result.seconds["layers"],
         "peak_memory": result.peak_memory,
         "mean_error": sum(errors) / len(errors),

@@ -16,7 +16,11 @@ from compress.cli.progress import RunProgress
 from compress.errors import UsageError
 
 if TYPE_CHECKING:  # needs torch
+    from transformers import PreTrainedModel
+
+    from compress.models.vision import Inputs
     from compress.pruning.search import SearchResult
+    from compress.pruning.tower import Processor
 
 
 def search_pruning(
@@ -62,22 +66,16 @@ def search_pruning(
     given = None if start is None else PruneStrategy.load(start)
     layers = None if stages is None else _rising("--stages", stages)
     searched = None if variables is None else with_new_names(names(variables))
-    from compress.data.samples import DEMO_SCENES, read_samples
-    from compress.loading.load import load
+    from compress.data.samples import DEMO_SCENES
     from compress.memory import check_device
-    from compress.pruning.families import tower_of
-    from compress.pruning.saved import save_strategy
     from compress.pruning.search import check_search, search_strategy
-    from compress.storage.lease import file_lease, lease
+    from compress.storage.lease import file_lease
 
     check_device(device)
     check_search(keep, trials, sampler)
     if str(data) != DEMO_SCENES and not data.is_file():
         raise UsageError(f"--data: no such file: {data}")
-    packed = False if dense else None
-    loaded, processor = load(model, device=device, prune=False, packed=packed)
-    tower_of(loaded)  # refuses a text model, whose tokenizer takes no images
-    prompts = read_samples(data, processor, samples, seed)
+    loaded, processor, prompts = _subject(model, device, dense, data, samples, seed)
     if layers is not None:
         depth = loaded.config.get_text_config().num_hidden_layers
         given = PruneStrategy.for_budget("vflowopt", keep, depth, stages=layers)
@@ -103,15 +101,36 @@ def search_pruning(
             processor=processor,
             observer=progress,
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    found.strategy.save(output)
-    if save:
-        with lease(Path(model)):
-            save_strategy(found.strategy, model)
+    _save(found, output, model if save else None)
     rows = [*_rows(found), ("strategy", str(output)), ("trials", str(tried))]
     if save:
         rows.append(("saved with", model))
     return Answer(found.as_dict(), lambda out: out.print(pairs_table(rows)))
+
+
+def _subject(
+    model: str, device: str, dense: bool, data: Path, samples: int, seed: int
+) -> "tuple[PreTrainedModel, Processor, list[Inputs]]":
+    """The model, its processor, and the prompts that it is searched on."""
+    from compress.data.samples import read_samples
+    from compress.loading.load import load
+    from compress.pruning.families import tower_of
+
+    loaded, processor = load(model, device=device, prune=False, packed=False if dense else None)
+    tower_of(loaded)  # refuses a text model, whose tokenizer takes no images
+    return loaded, processor, read_samples(data, processor, samples, seed)
+
+
+def _save(found: "SearchResult", output: Path, model: str | None) -> None:
+    """Writes the strategy to a file of its own, and into a model's folder."""
+    from compress.pruning.saved import save_strategy
+    from compress.storage.lease import lease
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    found.strategy.save(output)
+    if model is not None:
+        with lease(Path(model)):
+            save_strategy(found.strategy, model)
 
 
 def _rows(found: "SearchResult") -> list[tuple[str, str]]:

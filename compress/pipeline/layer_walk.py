@@ -1,5 +1,6 @@
-"""The walk over the decoder layers: one at a time in memory, quantised as the calibration data
-passes through it.
+"""The walk over the decoder layers, each quantised as the calibration data passes through it.
+
+One layer is in memory at a time.
 
     for each layer: read, fuse norms, rotate -> token weights -> Hessians -> solve -> pack
         -> part file, journal -> visual tokens pruned, where a stage lies before the next layer

@@ -176,7 +176,7 @@ class Solver(Protocol):
         group_size: int | None,
     ) -> QuantizedLinear:
         """What `solve` found for a whole linear, or what is better by the statistics."""
-        ...
+        return found
 
 
 def some_rows(W: Tensor) -> tuple[Tensor, ...]:
@@ -196,7 +196,7 @@ def make_solver(section: Quantize) -> Solver | None:
 
 
 @SOLVERS.register("rtn")
-class RoundToNearest:
+class RoundToNearest(Solver):
     """Every weight to its nearest level; the clip search sees the weights alone."""
 
     needs_hessian = False
@@ -214,17 +214,6 @@ class RoundToNearest:
         Wt = W.T.contiguous()
         importance = torch.ones(Wt.shape[0], dtype=Wt.dtype, device=Wt.device)
         return _finish(nearest(Wt, grid, group_size, self.settings.clip_search, importance), grid)
-
-    def settle(
-        self,
-        W: Tensor,
-        found: QuantizedLinear,
-        statistics: HessianFactor | None,
-        grid: UniformGrid,
-        group_size: int | None,
-    ) -> QuantizedLinear:
-        """What was found."""
-        return found
 
 
 @SOLVERS.register("gptq")

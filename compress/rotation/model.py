@@ -1,5 +1,6 @@
-"""The model that is quantised: the source with its norms fused and its weights rotated, if the
-recipe rotates, and otherwise the source itself. One layer is in memory at a time.
+"""The model that is quantised: the source, its norms fused and its weights rotated.
+
+It is the source itself where the recipe does not rotate. One layer is in memory at a time.
 
     model = RotatedModel(skeleton, recipe.rotate, torch.bfloat16, "cpu")
     x = model.embed(ids)                                 # [B, T, d]

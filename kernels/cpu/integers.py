@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compress.kernels.codes import Codes
+from compress.kernels.codes import WIDTHS, Codes
 from compress.kernels.cpu import native
 from compress.kernels.cpu.native import LANES, QUAD, TILE
 from compress.kernels.cpu.weight import STORED_BITS, IntegerWeight
@@ -33,6 +33,7 @@ class QuadsWeight(IntegerWeight):
         return (
             library is not None
             and library.takes_quads()
+            and weight.bits in WIDTHS
             and weight.scale.dtype in native.KINDS
             and (weight.group_size or 0) % QUAD == 0
         )
@@ -80,8 +81,8 @@ class GroupsWeight(IntegerWeight):
 
     @classmethod
     def takes(cls, weight: Codes) -> bool:
-        """Every weight."""
-        return True
+        """Every weight of a width that kernels run."""
+        return weight.bits in WIDTHS
 
     @staticmethod
     def pack_codes(codes: Tensor, bits: int, group_size: int | None) -> Tensor:
@@ -142,17 +143,12 @@ def quads_matmul(
 
 
 @quads_matmul.register_fake
-def _(
-    values: Tensor,
-    token_scale: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype,
+def _product(
+    values: Tensor, token_scale: Tensor, packed: Tensor, scale: Tensor, *others: object
 ) -> Tensor:
+    """An empty product [M, N]; the dtype is the last of what both operators take."""
+    dtype = others[-1]
+    assert isinstance(dtype, torch.dtype)
     return values.new_empty(values.shape[0], scale.shape[1], dtype=dtype)
 
 
@@ -178,18 +174,7 @@ def groups_matmul(
     return y.to(dtype)
 
 
-@groups_matmul.register_fake
-def _(
-    values: Tensor,
-    token_scale: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return values.new_empty(values.shape[0], scale.shape[1], dtype=dtype)
+groups_matmul.register_fake(_product)
 
 
 def _group_products(

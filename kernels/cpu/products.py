@@ -20,22 +20,27 @@ from compress.kernels.cpu.tiles import TilesWeight
 from compress.kernels.cpu.weight import CpuWeight, FloatWeight, IntegerWeight
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of activations
-# The fastest first; the last one takes every weight.
+# The fastest first; the last one takes every weight of a width in WIDTHS.
 FLOAT_LAYOUTS: tuple[type[FloatWeight], ...] = (TilesWeight, Int4Weight, RowsWeight)
 INTEGER_LAYOUTS: tuple[type[IntegerWeight], ...] = (QuadsWeight, GroupsWeight)
 
 
 def pack_cpu(weight: Codes, dtype: torch.dtype) -> FloatWeight:
-    """Packs codes in the layout that is fastest on this machine for activations of `dtype`."""
-    return next(layout for layout in FLOAT_LAYOUTS if layout.takes(weight, dtype)).pack(weight)
+    """Packs codes in the layout that is fastest on this machine for activations of `dtype`.
+
+    Raises ValueError for a width that kernels do not run.
+    """
+    fit = (layout for layout in FLOAT_LAYOUTS if layout.takes(weight, dtype))
+    return next(fit, FLOAT_LAYOUTS[-1]).pack(weight)
 
 
 def pack_integers(weight: Codes) -> IntegerWeight:
     """Packs codes in the layout that is fastest on this machine for activations rounded to int8.
 
-    Raises ValueError as `check_integer_sums` does.
+    Raises ValueError for a width that kernels do not run, and as `check_integer_sums` does.
     """
-    return next(layout for layout in INTEGER_LAYOUTS if layout.takes(weight)).pack(weight)
+    fit = (layout for layout in INTEGER_LAYOUTS if layout.takes(weight))
+    return next(fit, INTEGER_LAYOUTS[-1]).pack(weight)
 
 
 def cpu_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ another.
 import torch
 from torch import Tensor
 
-from compress.kernels.codes import Codes
+from compress.kernels.codes import WIDTHS, Codes
 from compress.kernels.cpu.weight import STORED_BITS, FloatWeight
 
 # Above this many rows, expanding the weight costs less than reading it once for each row.
@@ -34,8 +34,8 @@ class RowsWeight(FloatWeight):
 
     @classmethod
     def takes(cls, weight: Codes, dtype: torch.dtype) -> bool:
-        """Every weight."""
-        return True
+        """Every weight of a width that kernels run."""
+        return weight.bits in WIDTHS
 
     @staticmethod
     def pack_codes(codes: Tensor, bits: int, group_size: int | None) -> Tensor:
@@ -101,17 +101,8 @@ def rows_matmul(
 
 
 @rows_matmul.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    outputs: int,
-) -> Tensor:
-    return x.new_empty(x.shape[0], outputs)
+def _(x: Tensor, packed: Tensor, scale: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], scale.shape[1])
 
 
 def _bag_products(

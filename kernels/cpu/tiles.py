@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compress.kernels.codes import Codes
+from compress.kernels.codes import WIDTHS, Codes
 from compress.kernels.cpu import native
 from compress.kernels.cpu.native import LANES, TILE
 from compress.kernels.cpu.weight import FloatWeight
@@ -24,8 +24,12 @@ class TilesWeight(FloatWeight):
     @classmethod
     def takes(cls, weight: Codes, dtype: torch.dtype) -> bool:
         """Whether there are compiled kernels, and groups of an even size."""
-        pairs = (weight.group_size or 2) % 2 == 0
-        return native.kernels() is not None and weight.scale.dtype in native.KINDS and pairs
+        return (
+            native.kernels() is not None
+            and weight.bits in WIDTHS
+            and weight.scale.dtype in native.KINDS
+            and (weight.group_size or 2) % 2 == 0
+        )
 
     @staticmethod
     def pack_codes(codes: Tensor, bits: int, group_size: int | None) -> Tensor:

@@ -19,9 +19,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from compress.kernels.codes import Codes, TensorRecord, check_integer_sums
+from compress.kernels.codes import WIDTHS, Codes, TensorRecord, check_integer_sums
 
-STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}  # of a code, where bytes hold one, two or four of them
+# Of a code, where bytes hold one, two or four of them; for each of WIDTHS.
+STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class CpuWeight(TensorRecord, ABC):
     @classmethod
     def pack(cls, weight: Codes) -> Self:
         """Packs codes in this layout. Raises ValueError where it cannot hold or multiply them."""
+        if weight.bits not in WIDTHS:
+            widths = ", ".join(map(str, WIDTHS))
+            raise ValueError(f"expected codes of {widths} bits, found {weight.bits}: see with_bits")
         N, K = weight.codes.shape
         return cls(
             packed=cls.pack_codes(weight.codes, weight.bits, weight.group_size),

@@ -9,7 +9,8 @@ import torch
 from compress.kernels.activations import integer_matmul, quantize_tokens
 from compress.kernels.cpu import native
 from compress.kernels.cpu.products import cpu_matmul, pack_cpu, pack_integers
-from compress.kernels.reference import dequantize, reference_hadamard, reference_matmul
+from compress.kernels.reference import dequantize, reference_matmul
+from support.hadamard import reference_hadamard
 from support.weights import random_weight, relative_error
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

@@ -10,11 +10,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from compress.checkpoint.export import export
 from compress.pipeline.run import run
-from support.crashes import killed_at
+from support.crashes import FORKS, killed_at
 from support.tiny_checkpoints import (
     WINDOWS,
     every_file,
@@ -26,16 +25,7 @@ EVERY = 1 if os.environ.get("MODELPRESS_CRASHES") == "all" else 17
 # What takes time into account, or says what a process needed.
 TIMED = ("modelpress.json", "README.md", "report.html", "eval/results.json")
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A forked child has no other, and sums depend on their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [FORKS, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

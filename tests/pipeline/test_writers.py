@@ -19,21 +19,13 @@ from compress.errors import UsageError
 from compress.pipeline.run import run
 from compress.storage import lease as leases
 from compress.storage.lease import lease
+from support.crashes import FORKS
 from support.tiny_checkpoints import every_file, recipe_for, weight_files, write_checkpoint
 
 TIMES = 20 if os.environ.get("MODELPRESS_CRASHES") == "all" else 3
 DONE, REFUSED, FAILED = 0, 2, 3
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A forked child has no other, and sums depend on their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [FORKS, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

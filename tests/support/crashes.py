@@ -16,9 +16,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 import torch
 
 KILLED, FAILED = 137, 3
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 # Of the interpreter's audit events, those that change files; where in their arguments a path is.
 EVENTS = {"os.rename": 1, "os.remove": 0, "os.rmdir": 0, "os.mkdir": 0, "os.truncate": 0}

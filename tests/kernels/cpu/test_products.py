@@ -1,13 +1,21 @@
 """Packed products on a CPU: right, packed, and exact both ways, in each layout there is."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from compress.kernels.codes import with_bits
 from compress.kernels.cpu import native
 from compress.kernels.cpu.int4 import Int4Weight
-from compress.kernels.cpu.products import cpu_matmul, pack_cpu
+from compress.kernels.cpu.products import (
+    FLOAT_LAYOUTS,
+    INTEGER_LAYOUTS,
+    cpu_matmul,
+    pack_cpu,
+    pack_integers,
+)
 from compress.kernels.cpu.rows import BAG_ROWS, RowsWeight
 from compress.kernels.cpu.tiles import TilesWeight
 from compress.kernels.reference import dequantize, reference_matmul
@@ -193,6 +201,22 @@ def test_int4_operator_is_taken_only_where_it_is_exact(uncompiled):
         assert type(pack_cpu(weight, torch.bfloat16)) is RowsWeight
         with pytest.raises(ValueError, match="takes no such weight"):
             Int4Weight.pack(weight)
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_widths_that_no_kernel_runs_are_taken_by_none(bits):
+    """They are widened first, exactly."""
+    weight = random_weight(64, 64, bits, 32)
+    assert not any(layout.takes(weight, torch.float16) for layout in FLOAT_LAYOUTS)
+    assert not any(layout.takes(weight) for layout in INTEGER_LAYOUTS)
+    for pack in (
+        lambda: pack_cpu(weight, torch.float16),
+        lambda: pack_integers(weight),
+        *(partial(layout.pack, weight) for layout in (*FLOAT_LAYOUTS, *INTEGER_LAYOUTS)),
+    ):
+        with pytest.raises(ValueError, match=rf"found {bits}|no such weight"):
+            pack()
+    assert FLOAT_LAYOUTS[-1].takes(with_bits(weight, 8), torch.float16)
 
 
 def test_groups_of_an_odd_size():

@@ -29,7 +29,8 @@ from compress.kernels.gpu.matmul import (
     tiles_for,
 )
 from compress.kernels.gpu.occupancy import split_of
-from compress.kernels.reference import dequantize, reference_hadamard, reference_matmul
+from compress.kernels.reference import dequantize, reference_matmul
+from support.hadamard import reference_hadamard
 from support.weights import random_weight
 
 DEVICE = "cpu" if interpreted() else "cuda"
