@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.activations import ActivationStore
-from compress.importance.tokens import mean_one, normalise
+from compress.importance.weighting import mean_one, normalise
 from compress.models.skeleton import Skeleton
 from compress.quantization.layer import run_layer, without
 from compress.quantization.token_weights import TokenWeigher
