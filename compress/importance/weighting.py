@@ -107,13 +107,15 @@ def token_weights(settings: TokenSettings, context: LayerContext) -> TokenWeight
     sinks = torch.zeros_like(mask) if settings.sinks == "keep" else find_sinks(scores, mask)
     ranged = mask & ~sinks  # whose scores span the range
     counted = ranged if settings.sinks == "drop" else mask
+    if settings.scale is not None or settings.quantile is not None:
+        scores = scores.double()  # a narrow range would show fp32's rounding
     if settings.scale is not None:
         scores = scores.sign() * scores.abs() ** POWERS[settings.scale]
     if settings.reverse:
         scores = -scores
     if settings.normalize in VIEWERS:
         seen = viewers(mask, context.sliding_window).clamp(min=1)  # 1: of a masked place
-        scores = (scores.double() / seen ** VIEWERS[settings.normalize]).float()
+        scores = scores.double() / seen ** VIEWERS[settings.normalize]
     low, high = extent(scores, ranged, settings.quantile)
     flat = (low >= high).squeeze(-1)
     if settings.normalize == "none":
@@ -160,7 +162,7 @@ def extent(scores: Tensor, among: Tensor, quantile: float | None = None) -> tupl
         below = place.long()
         above = torch.minimum(below + 1, last.clamp(min=0))
         left, right = ordered.gather(-1, below).double(), ordered.gather(-1, above).double()
-        return torch.lerp(left, right, place - below).float()
+        return torch.lerp(left, right, place - below).to(scores.dtype)
 
     return at(1 - quantile), at(quantile)
 
@@ -244,11 +246,11 @@ def hold_cap(w: Tensor, mask: Tensor, cap: float) -> Tensor:
 
     Tokens that weigh nothing still do. Raises CompressError where too few weigh anything.
     """
-    n = mask.sum(dim=-1, keepdim=True)
+    n = mask.sum(dim=-1, keepdim=True).double()
     _check_support(w, n, n / cap, f"weight_cap {cap:g}")
     ordered = w.double().sort(dim=-1, descending=True).values
     behind = ordered.flip(-1).cumsum(dim=-1).flip(-1)  # the sum of this one and all smaller ones
-    place = torch.arange(w.shape[-1], device=w.device)
+    place = torch.arange(w.shape[-1], device=w.device).double()
     # c if the tokens before this place are at the cap, and no others.
     c = (n - place * cap) / behind
     fits = (c * ordered <= cap * (1 + 1e-12)) & (ordered > 0)

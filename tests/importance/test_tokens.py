@@ -1,17 +1,28 @@
 """Token importance: closed forms, orders, the streamed attention sums, and the weights' algebra."""
 
+import numpy as np
 import pytest
 import torch
 
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.importance.tokens import (
     TOKEN_IMPORTANCE,
     attention_concentration,
     count_tokens,
+    nearest_centroid,
 )
-from compress.importance.weighting import normalise
+from compress.importance.weighting import normalise, token_weights
 from support.refusals import refused
-from support.token_contexts import B, D, T, context_of, heads, weights_of, whole_context
+from support.token_contexts import (
+    B,
+    D,
+    T,
+    context_of,
+    heads,
+    settings_of,
+    weights_of,
+    whole_context,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +181,106 @@ def test_hard_masks_count_unmasked_places_only():
     context = context_of(torch.zeros(1, 72, 1), mask=mask)
     weights = weights_of("first_n", context, minimum=0.0)
     assert weights[0].nonzero().flatten().tolist() == list(range(8, 16))
+
+
+def test_dot_is_the_row_sums_of_all_inner_products():
+    Z, mask = torch.randn(B, T, D), torch.rand(B, T) > 0.3
+    found = TOKEN_IMPORTANCE["dot"]().score(context_of(Z, mask=mask)).double()
+    whole = Z.double() @ Z.double().mT * mask[:, None]
+    torch.testing.assert_close(found, whole.sum(dim=-1), rtol=1e-6, atol=1e-5)
+
+
+# Chunks
+
+
+def chunks(text, n):
+    mask = torch.ones(1, n, dtype=torch.bool)
+    score = TOKEN_IMPORTANCE["chunks"](text).score(context_of(torch.zeros(1, n, 1), mask=mask))
+    return score[0].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("text", ["0_8", "0_31_32", "3_1_4", "0_1", "5_7", "0_2_4_6_8"])
+@pytest.mark.parametrize("n", [64, 100, 1023])
+def test_chunks_are_the_named_stretches_of_equal_length(text, n):
+    *named, count = map(int, text.split("_"))
+    stretches = [range(c * n // count, (c + 1) * n // count) for c in sorted(named)]
+    assert chunks(text, n) == [t for stretch in stretches for t in stretch]
+
+
+def test_the_first_half_is_left_out_by_its_name():
+    assert chunks("first_half", 64) == chunks("1_2", 64) == list(range(32, 64))
+
+
+@pytest.mark.parametrize(("name", "text"), [("first_n", "0_8"), ("first_last_n", "0_31_32")])
+def test_the_papers_masks_are_chunks(name, text):
+    for n in (64, 4096):
+        context = context_of(torch.zeros(1, n, 1))
+        assert TOKEN_IMPORTANCE[name]().score(context)[0].nonzero().flatten().tolist() == chunks(
+            text, n
+        )
+
+
+def test_chunks_are_of_the_tokens_that_count():
+    mask = torch.ones(1, 72, dtype=torch.bool)
+    mask[:, :8] = False
+    context = context_of(torch.zeros(1, 72, 1), mask=mask)
+    weights = weights_of("chunks", context, minimum=0.0, chunks="1_2")
+    assert weights[0].nonzero().flatten().tolist() == list(range(40, 72))
+
+
+def test_a_chunk_without_tokens_is_counted_and_weighs_all_alike():
+    context = context_of(torch.zeros(1, 4, 1))
+    found = token_weights(settings_of("chunks", 0.0, chunks="0_8"), context)
+    assert found.flat.tolist() == [True] and (found.w == 1).all()
+
+
+# Position
+
+
+@pytest.mark.parametrize("window", [None, 1, 9, 100])
+def test_position_is_what_attention_that_prefers_nothing_gives(window):
+    q, k = heads(4, 2)
+    mask = torch.arange(T).expand(B, T) < torch.tensor([T, 50, 3])[:, None]
+    context = context_of(torch.zeros(B, T, 1), mask=mask, sliding_window=window)
+    found = TOKEN_IMPORTANCE["position"]().score(context)
+    even = attention_concentration(0 * q, k, 1.0, sliding_window=window, query_mask=mask)
+    torch.testing.assert_close(found, even / 4, rtol=1e-5, atol=1e-6)
+
+
+# Clusters
+
+
+def k_means(Z, first):
+    """Squared distances by Lloyd's algorithm in numpy, 64 bits, from the tokens `first`."""
+    Z = Z.double().numpy()
+    centroids = Z[first]
+    for _ in range(30):
+        nearest = ((Z[:, None] - centroids) ** 2).sum(-1).argmin(-1)
+        centroids = np.array(
+            [
+                Z[nearest == c].mean(0) if (nearest == c).any() else m
+                for c, m in enumerate(centroids)
+            ]
+        )
+    return torch.from_numpy(((Z[:, None] - centroids) ** 2).sum(-1).min(-1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("K", [1, 3, 20, 63])
+def test_clusters_are_those_of_k_means_from_tokens_drawn_by_the_seed(K, seed):
+    Z = torch.randn(T, D, generator=torch.Generator().manual_seed(seed))
+    first = torch.randperm(T, generator=torch.Generator().manual_seed(seed))[:K]
+    found = nearest_centroid(Z, K, seed).double()
+    torch.testing.assert_close(found, k_means(Z, first.numpy()), rtol=1e-5, atol=1e-6)
+    if K in (3, 20):  # drawn from all tokens, not the first K in another order
+        assert not torch.allclose(found, k_means(Z, np.arange(K)))
+
+
+def test_clusters_of_a_window_that_has_too_few_tokens_are_an_error():
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 5:] = False
+    with refused(CompressError, "cluster", "centroids", 5):
+        weights_of("cluster", context_of(torch.randn(2, 12, D), mask=mask), centroids=5)
 
 
 def test_an_unknown_strategy_names_the_known_ones():
