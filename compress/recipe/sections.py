@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from compress.eval.settings import EvaluationSettings
 from compress.recipe.expressions import check_expression
@@ -55,8 +55,16 @@ def _one_of(registry: Registry) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _text_in_quotes(value: object) -> object:
+    """YAML reads 0_31_32 as a number in base 8, which cannot be told from others afterwards."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError(f'expected text in quotes, such as "0_31_32", found the number {value}')
+    return value
+
+
 TokenStrategyName = Annotated[str, _one_of(TOKEN_IMPORTANCE)]
 LayerStrategyName = Annotated[str, _one_of(LAYER_IMPORTANCE)]
+Chunks = Annotated[str | None, BeforeValidator(_text_in_quotes)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
 # Lax, because YAML reads `1e-2` (no point) as text.
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
@@ -134,7 +142,7 @@ class TokenImportance(Section):
     minimum: Number | None = Field(None, ge=0)
     maximum: Number = Field(1.0, gt=0)
     power: Literal[1, 2] = 1  # 1: weights r (the released code); 2: r^2 (the paper's text)
-    chunks: str | None = None  # of `chunks`: "0_31_32" is chunks 0 and 31 of 32; or first_half
+    chunks: Chunks = None  # of `chunks`: "0_31_32" is chunks 0 and 31 of 32; or first_half
     centroids: int = Field(100, ge=1)  # of `cluster`
     seed: Seed = 0  # of `cluster`
     scale: Literal["square", "sqrt"] | None = None  # of the scores; keeps their sign
