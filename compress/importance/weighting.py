@@ -40,8 +40,8 @@ from compress.registry import TOKEN_IMPORTANCE
 # A sink is a token whose score is more than so many times the mean: of attention concentration,
 # one that receives more than so many times its share. If all queries looked at all tokens alike,
 # the first token would receive ln T + 0.58 times the mean, 8.9 at 4096 tokens: a place alone makes
-# no sink. SmolLM2-135M on 512 tokens: those in layers 2 to 10 and 12 to 29 have 30 to 360 times the
-# mean, and are in the middle of the window too; other tokens at most about 20.
+# no sink. SmolLM2-135M on 512 tokens: the strongest of a window has 57 to 362 times the mean in
+# layers 3 to 10 and 12 to 29, also in the middle of the window; in layers 0 and 11 at most 10.
 SINK = 20.0
 POWERS = {"square": 2.0, "sqrt": 0.5}
 VIEWERS = {"linear": 1.0, "sqrt": 0.5}

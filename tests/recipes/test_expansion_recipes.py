@@ -40,7 +40,9 @@ def test_they_differ_in_what_is_studied_alone(recipes):
     assert all(section == sections[0] for section in sections)
 
 
-def test_expansion_and_its_control_are_compared_by_one_command(checkpoint, text, tmp_path, monkeypatch, capsys):
+def test_expansion_and_its_control_are_compared_by_one_command(
+    checkpoint, text, tmp_path, monkeypatch, capsys
+):
     """On a tiny model and text: as many windows, the same of them in both."""
     pretend(monkeypatch, "compress.pipeline.run", "reload_and_compare", {})
     perplexity = f"{{dataset: {text}, length: 16, tokens: 64}}"
