@@ -318,8 +318,8 @@ def _token_notes(
         notes.append(f"token_importance.modules: weights for {chosen} of {len(names)} linears")
         if more := second_hessians(inputs, shapes):
             notes[-1] += (
-                f"; {len(more)} groups of a layer share an input but not the weights: a second "
-                f"Hessian for each, at most {format_bytes(max(more))} at a time"
+                f"; groups of a layer that share an input but not the weights: {len(more)}, "
+                f"a second Hessian for each, at most {format_bytes(max(more))} at a time"
             )
     return notes
 

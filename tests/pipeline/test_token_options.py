@@ -101,7 +101,7 @@ def test_a_plan_counts_the_second_hessians_and_their_memory(checkpoint):
         plan = plan_of(folder, **NORM, modules=modules)
         assert plan.problems == []
         assert plan.peak_memory["host"] == plain.peak_memory["host"] + 4 * K**2
-        check_line(" ".join(plan.notes), "token_importance.modules", f"{split} groups", "16.38 kB")
+        check_line(" ".join(plan.notes), "token_importance.modules", f": {split}", "16.38 kB")
     whole = plan_of(folder, **NORM, modules=["re:.*[qkv]_proj", "re:.*down_proj"])
     assert whole.peak_memory == plain.peak_memory
     (note,) = [note for note in whole.notes if "modules" in note]
