@@ -51,7 +51,7 @@ class Registry(dict[str, Entry], Generic[Entry]):
         return unknown(self.kind, name, sorted(self.names()))
 
 
-# Filled by `compress.importance.tokens`.
+# Filled by `compress.importance.tokens`, which `compress.importance.weighting` imports.
 TOKEN_IMPORTANCE: Registry[Any] = Registry(
     "token importance",
     (
@@ -61,8 +61,12 @@ TOKEN_IMPORTANCE: Registry[Any] = Registry(
         "activation_difference",
         "token_frequency",
         "token_similarity",
+        "dot",
+        "cluster",
         "first_n",
         "first_last_n",
+        "chunks",
+        "position",
     ),
 )
 # Filled by `compress.importance.layers`.

@@ -70,15 +70,17 @@ def replaced(layer: nn.Module, weights: Replaced) -> Iterator[None]:
 
 @contextmanager
 def gathering(
-    layer: nn.Module, hessians: Mapping[tuple[str, ...], Hessian], weights: Tensor | None
+    layer: nn.Module,
+    hessians: Mapping[tuple[str, ...], Hessian],
+    weights: Mapping[tuple[str, ...], Tensor | None],
 ) -> Iterator[None]:
     """Adds what each group's linears read in a forward pass to the group's Hessian."""
 
-    def adding(H: Hessian) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: H.add_batch(args[0], weights)
+    def adding(H: Hessian, w: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: H.add_batch(args[0], w)
 
     hooks = [
-        layer.get_submodule(group[0]).register_forward_pre_hook(adding(H))
+        layer.get_submodule(group[0]).register_forward_pre_hook(adding(H, weights[group]))
         for group, H in hessians.items()
     ]
     try:
@@ -231,18 +233,28 @@ class ScoreWalk:
     def _hessians(
         self, layer: nn.Module, index: int, x: ActivationStore, schemes: Mapping[str, Scheme]
     ) -> dict[tuple[str, ...], Hessian]:
-        """The token-weighted Hessian of each group's input, in the 16-bit model."""
+        """The Hessian of each group's input in the 16-bit model, token-weighted.
+
+        A group that the token weights are for in part is two groups.
+        """
+        weighted = {
+            part: on
+            for group in self.spec.groups
+            for part, on in self.weigher.parts(f"{self.spec.layers}.{index}.", group)
+            if any(name in schemes for name in part)
+        }
         hessians = {
             group: Hessian(linear_in(layer, group[0]).in_features, self.device)
-            for group in self.spec.groups
-            if any(name in schemes for name in group)
+            for group in weighted
         }
         norm = layer.get_submodule(self.spec.input_norm)
         window = self.skeleton.sliding_window(index)
         for i in range(len(x)):
             z = x[i].to(self.device)
             inputs = self.skeleton.layer_inputs(index, z)
-            weights = self.weigher.weights(i, z, norm(z), layer, self.spec, inputs, window)
+            w = self.weigher.weights(i, z, norm(z), layer, self.spec, inputs, window)
+            alike = self.weigher.uniform(i, z)
+            weights = {group: w if on else alike for group, on in weighted.items()}
             with gathering(layer, hessians, weights):
                 self.model.forward(layer, index, z)
         return hessians

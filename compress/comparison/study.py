@@ -66,10 +66,13 @@ def folder_name(name: str) -> str:
 def seeded(recipe: Recipe, seed: int) -> Recipe:
     """The recipe with this seed for all that it draws.
 
-    Calibration, rotation, a random order of layers, an evolving allocation, a pruning strategy and
-    its search.
+    Calibration, rotation, clusters of tokens, a random order of layers, an evolving allocation, a
+    pruning strategy and its search.
     """
     changes: dict[str, Any] = {"calibration": {"seed": seed}, "rotate": {"seed": seed}}
+    tokens = recipe.quantize.token_importance
+    if tokens.name == "cluster":
+        changes["quantize"] = {"token_importance": tokens.model_dump() | {"seed": seed}}
     if recipe.allocate is not None:
         changes["allocate"] = {"seed": seed}
         if recipe.allocate.importance.base == "random":

@@ -1,19 +1,11 @@
-"""Who matters in a sequence: one weight per token for the Hessian of a layer (RSQ).
+"""Who matters in a sequence: a raw score s_t for each token of a calibration window (RSQ).
 
-Each strategy gives a raw score s_t, higher = more important. Per sample, over unmasked tokens:
+Strategies of Sung et al., "RSQ: Learning from Important Tokens Leads to Better Quantized LLMs",
+arXiv 2503.01820, each a class that gives scores [B, T], higher = more important, and controls.
+`weighting.py` makes weights of them. B samples of T tokens, n of them unmasked, h heads on h_kv key
+heads, width d.
 
-    r_t     = r_min + (r_max - r_min) * (s_t - min s) / (max s - min s)   all r_max if s is constant
-    w_t     = r_t^power                             1: the released code, 2: the paper's X R^2 X^T
-    w_hat_t = w_t * n / sum w                       mean 1: every sample has the same total weight
-
-    H = (2 / N) sum_j sum_t w_hat_jt x_jt x_jt^T
-
-One vector per sample serves all linears of a layer: Sung et al., "RSQ: Learning from Important
-Tokens Leads to Better Quantized LLMs", arXiv 2503.01820, equation 4 (r) and figure 1.
-With an attention sink its token takes r_max and the others fall near r_min: `effective_sample_size`
-says how few tokens carry the weight. B samples of T tokens, h heads on h_kv key heads, width d.
-
-    w = token_weights("attention_concentration", context, minimum=0.01, maximum=1.0, power=1)
+    scores = TOKEN_IMPORTANCE["attention_concentration"]().score(context)
 """
 
 from collections.abc import Callable
@@ -25,6 +17,9 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.registry import TOKEN_IMPORTANCE
+
+CLUSTER_STEPS = 30  # of k-means, as in the released code
+FORMS = {"first_half": "1_2"}  # chunks by another name
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,10 @@ class LayerContext:
 
 
 class TokenImportance(Protocol):
-    """A strategy: raw scores [B, T], higher = more important. Masked positions are ignored."""
+    """A strategy: raw scores [B, T], higher = more important. Masked positions are ignored.
+
+    One that takes settings of the recipe names them in `options`: its constructor's keywords.
+    """
 
     def score(self, context: LayerContext) -> Tensor: ...
 
@@ -107,6 +105,33 @@ class TokenSimilarity:
         return (Z - mean).square().sum(dim=-1)
 
 
+@TOKEN_IMPORTANCE.register("dot")
+class Dot:
+    """sum_s <Z_t, Z_s>, the row sums of Z Z^T: tokens along the window's mean matter. O(T d)."""
+
+    def score(self, context: LayerContext) -> Tensor:
+        Z, weight = context.hidden_states.float(), context.mask.unsqueeze(-1).float()
+        return (Z @ (Z * weight).sum(dim=1).unsqueeze(-1)).squeeze(-1)
+
+
+@TOKEN_IMPORTANCE.register("cluster")
+class Cluster:
+    """||Z_t - c||^2 to the nearest of K centroids of the window: tokens outside clusters matter."""
+
+    options = ("centroids", "seed")
+
+    def __init__(self, centroids: int = 100, seed: int = 0):
+        self.centroids, self.seed = centroids, seed
+
+    def score(self, context: LayerContext) -> Tensor:
+        scores = torch.zeros(context.mask.shape, device=context.mask.device)
+        for j, mask in enumerate(context.mask):
+            scores[j, mask] = nearest_centroid(
+                context.hidden_states[j][mask].float(), self.centroids, self.seed
+            )
+        return scores
+
+
 @TOKEN_IMPORTANCE.register("first_n")
 class FirstN:
     """The first eighth of the sequence, 512 of 4096 tokens in the paper. A hard mask at r_min 0."""
@@ -126,9 +151,87 @@ class FirstLastN:
         return ((position < share) | (position >= n - share)).float()
 
 
+@TOKEN_IMPORTANCE.register("chunks")
+class Chunks:
+    """The named ones of P equal chunks of the sequence. A hard mask at r_min 0.
+
+    "0_31_32": chunks 0 and 31 of 32; "first_half" leaves the first half out, as "1_2" does. Chunk c
+    of n tokens is floor(c n / P) .. floor((c + 1) n / P) - 1.
+    """
+
+    options = ("chunks",)
+
+    def __init__(self, chunks: str):
+        *self.chosen, self.count = map(int, FORMS.get(chunks, chunks).split("_"))
+
+    def score(self, context: LayerContext) -> Tensor:
+        position, n = _positions(context.mask)
+        chunk = ((position + 1) * self.count - 1) // n.clamp(min=1)
+        return torch.isin(chunk, torch.tensor(self.chosen, device=chunk.device)).float()
+
+
+@TOKEN_IMPORTANCE.register("position")
+class Position:
+    """What a token would receive if all queries looked at all tokens alike: a control, no paper's.
+
+    s_t = sum over queries i >= t of 1 / (i + 1): the part of attention concentration that only
+    tells where a token stands.
+    """
+
+    def score(self, context: LayerContext) -> Tensor:
+        T = context.mask.shape[1]
+        seen = torch.arange(1, T + 1, device=context.mask.device)
+        if context.sliding_window is not None:
+            seen = seen.clamp(max=context.sliding_window)
+        return viewers(context.mask / seen, context.sliding_window).float()
+
+
 def _positions(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Each token's place among the unmasked ones of its sample [B, T], and their number [B, 1]."""
     return mask.cumsum(dim=-1) - 1, mask.sum(dim=-1, keepdim=True)
+
+
+def viewers(queries: Tensor, sliding_window: int | None) -> Tensor:
+    """The sum of `queries` [B, T] over those that can see each token: [B, T] fp64.
+
+    Those at its place and behind it, so many as the window reaches.
+    """
+    before = torch.nn.functional.pad(queries.double().cumsum(dim=-1), (1, 0))  # [B, T + 1]
+    T = queries.shape[1]
+    first = torch.arange(T, device=queries.device)
+    last = first + (T if sliding_window is None else sliding_window)
+    return before[:, last.clamp(max=T)] - before[:, first]
+
+
+def nearest_centroid(Z: Tensor, K: int, seed: int) -> Tensor:
+    """Squared distances of Z [n, d] to the nearest of K centroids of k-means: [n].
+
+    Starts from K different tokens drawn from all n. Raises CompressError for K >= n, where each
+    token would be its own centroid.
+    """
+    n = len(Z)
+    if n <= K:
+        raise CompressError(
+            f"token importance cluster: expected more tokens in a window than the {K} centroids, "
+            f"found {n}: lower token_importance.centroids"
+        )
+    drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:K]
+    centroids = Z[drawn.to(Z.device)]
+    for _ in range(CLUSTER_STEPS):
+        nearest = _nearest(Z, centroids)
+        members = torch.zeros(K, n, device=Z.device)
+        members[nearest, torch.arange(n, device=Z.device)] = 1.0
+        size = members.sum(dim=1, keepdim=True)
+        moved = torch.where(size > 0, members @ Z / size.clamp(min=1), centroids)
+        if torch.equal(moved, centroids):
+            break
+        centroids = moved
+    return (Z - centroids[_nearest(Z, centroids)]).square().sum(dim=-1)
+
+
+def _nearest(Z: Tensor, centroids: Tensor) -> Tensor:
+    """Which centroid [K, d] is nearest to each of Z [n, d]: [n]."""
+    return torch.addmm(centroids.square().sum(dim=-1), Z, centroids.T, alpha=-2).argmin(dim=-1)
 
 
 def count_tokens(input_ids: Tensor, mask: Tensor, vocabulary: int) -> Tensor:
@@ -176,58 +279,3 @@ def attention_concentration(
         share = counted[:, None, start:end] / logits.sum(dim=-1)  # [B, h, b]
         sums[:, first:end] += (share.unsqueeze(-2) @ logits).sum(dim=(1, 2))
     return sums
-
-
-def normalise(scores: Tensor, minimum: float, maximum: float, mask: Tensor) -> Tensor:
-    """Min-max per sample over unmasked tokens into [minimum, maximum] (RSQ eq. 4): [B, T] fp32.
-
-    Constant scores give `maximum` everywhere; masked tokens give 0. Raises CompressError if a score
-    is not finite.
-    """
-    scores = scores.float()
-    if not scores[mask].isfinite().all():
-        raise CompressError(
-            "token importance: expected finite scores, found NaN or infinity: "
-            "the layer's activations have overflowed"
-        )
-    low = scores.masked_fill(~mask, torch.inf).amin(dim=-1, keepdim=True)
-    high = scores.masked_fill(~mask, -torch.inf).amax(dim=-1, keepdim=True)
-    share = ((scores - low) / (high - low)).clamp(0, 1)
-    r = torch.where(high > low, minimum + share * (maximum - minimum), maximum)
-    return r.masked_fill(~mask, 0.0)
-
-
-def mean_one(weights: Tensor, mask: Tensor) -> Tensor:
-    """w_hat = w * n / sum w per sample, n = its number of unmasked tokens: [B, T] fp32.
-
-    Equal weights give exactly 1, so that uniform importance is plain GPTQ to the bit. Raises
-    CompressError if the weights of a sample are all zero, or if one is negative or not finite.
-    """
-    weights = weights.float().masked_fill(~mask, 0.0)
-    if not (weights.isfinite().all() and (weights >= 0).all()):
-        raise CompressError("token weights: expected finite numbers from 0, found others")
-    total = weights.double().sum(dim=-1, keepdim=True)
-    empty = (total == 0).flatten().nonzero().flatten().tolist()
-    if empty:
-        cause = "all weights are zero" if mask[empty[0]].any() else "all tokens are masked"
-        raise CompressError(
-            f"token weights: sample {empty[0]}: {cause} ({len(empty)} of {len(total)} samples): "
-            "raise token_importance.minimum, or leave the sample out"
-        )
-    # fp64 adds up to 2^29 equal fp32 numbers without rounding, so that w * n / sum is exactly 1.
-    return (weights.double() * mask.sum(dim=-1, keepdim=True) / total).float()
-
-
-def effective_sample_size(weights: Tensor) -> float:
-    """(sum w)^2 / sum w^2 per sample, averaged over samples: T if uniform, 1 if one token rules."""
-    w = weights.double()
-    return (w.sum(dim=-1).square() / w.square().sum(dim=-1)).mean().item()
-
-
-def token_weights(
-    name: str, context: LayerContext, minimum: float, maximum: float, power: int
-) -> Tensor:
-    """w_hat [B, T] fp32 of a layer by the strategy `name`: score, normalise, power, mean one."""
-    scores = TOKEN_IMPORTANCE[name]().score(context)
-    r = normalise(scores, minimum, maximum, context.mask)
-    return mean_one(r**power, context.mask)

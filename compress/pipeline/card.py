@@ -38,6 +38,7 @@ from compress.eval.report import (
     format_number,
     paired_differences,
 )
+from compress.recipe.sections import TokenImportance
 from compress.scheme import Scheme
 
 ROTATIONS = {"hadamard": "a randomised Hadamard matrix", "random": "a random orthogonal matrix"}
@@ -176,8 +177,10 @@ def _steps(recipe: Facts, prompts: int | None) -> list[str]:
         )
         importance = quantize.get("token_importance") or {}
         if importance.get("name", "uniform") != "uniform":
+            options = TokenImportance(**importance).options
+            listed = "".join(f", {key} {in_markdown(value)}" for key, value in options.items())
             steps.append(
-                f"Tokens were weighted by {importance['name'].replace('_', ' ')} "
+                f"Tokens were weighted by {importance['name'].replace('_', ' ')}{listed} "
                 f"(RSQ, arXiv 2503.01820)."
             )
     if method != "none":

@@ -24,12 +24,13 @@ that is no longer what was written, is a CheckpointError.
 import hashlib
 import json
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired, Required, TypedDict
 
 from torch import Tensor
 
 from compress.errors import CheckpointError, CompressError, UsageError
 from compress.pipeline.stream import StreamState
+from compress.quantization.token_weights import WeightFacts
 from compress.storage.files import append_line, file_digest, write_text
 from compress.storage.safetensors import save_tensors
 
@@ -49,17 +50,18 @@ class ModuleFacts(TypedDict):
     changed: list[float]  # share of codes that each refinement sweep changed
     seconds: float
     rounded_to_nearest: NotRequired[bool]  # it was better than the solver's, by the Hessian
+    effective_sample_size: NotRequired[float]  # where it is not the layer's: all tokens alike
 
 
-class LayerFacts(TypedDict):
+class LayerFacts(WeightFacts, total=False):
     """What became of a decoder layer, or of the head."""
 
-    layer: int | None  # None: the head
-    modules: list[ModuleFacts]
-    source_layer: NotRequired[int]  # where it is another, since layers were left out
-    effective_sample_size: NotRequired[float]  # averaged over windows; with a Hessian
-    tokens_per_window: NotRequired[float]
-    seconds: NotRequired[float]
+    layer: Required[int | None]  # None: the head
+    modules: Required[list[ModuleFacts]]
+    source_layer: int  # where it is another, since layers were left out
+    effective_sample_size: float  # averaged over windows; with a Hessian
+    tokens_per_window: float
+    seconds: float
 
 
 class Entry(TypedDict):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from compress.checkpoint.engines import Schemes
 from compress.checkpoint.packed_formats import FORMATS, codes_of_signed
 from compress.errors import naming
-from compress.importance.tokens import count_tokens, effective_sample_size
+from compress.importance.tokens import count_tokens
+from compress.importance.weighting import effective_sample_size
 from compress.memory import release_memory
 from compress.observer import Observer
 from compress.pipeline.journal import Journal, LayerFacts, ModuleFacts
@@ -65,8 +66,10 @@ class LayerWalk:
         self.last_weights: dict[int, Tensor] = {}
         self.tables: list[LayerFacts] = []  # of the embedding, where it is quantised
         self.facts = journal.facts()
-        for module in (module for layer in self.facts for module in layer["modules"]):
-            self._warn_of(module)
+        for layer in self.facts:
+            for module in layer["modules"]:
+                self._warn_of(module)
+            self._warn_of_weights(layer)
 
     def run(self, first: int) -> None:
         """All decoder layers from `first`, which is the first that the journal does not have."""
@@ -88,8 +91,11 @@ class LayerWalk:
 
     def _weighs_head(self) -> bool:
         """Whether the head has a Hessian, whose tokens weigh what they do in the last layer."""
-        head = self.plan.module(self.spec.head)
-        return head is not None and not self.plan.shared and self._needs_hessian({"": head.scheme})
+        name = self.spec.head
+        head = self.plan.module(name)
+        if head is None or self.plan.shared or not self._needs_hessian({name: head.scheme}):
+            return False
+        return self.section.token_importance.applies_to(name)
 
     # ---- one layer ------------------------------------------------------------------------------
 
@@ -106,8 +112,10 @@ class LayerWalk:
             if schemes.get(name.removesuffix(".weight")) is None
         }
         modules: list[ModuleFacts] = []
+        alike: set[str] = set()  # linears that the token weights are not for
         sizes: list[float] = []
         tokens: list[float] = []
+        counted: list[float] = []
         with ExitStack() as opened:
             layer = opened.enter_context(skeleton.layer(source, weights, self.device))
             del weights
@@ -116,8 +124,13 @@ class LayerWalk:
                 written.update(self._solve(prefix, layer, _chosen(group, schemes), H, modules))
                 # Memory peaks in the MLP: before it and in its middle, what is free goes back.
                 # Doing so more often costs more in page faults than it saves.
-                if group in ((spec.output,), spec.mlp_in):
+                if spec.output in group or spec.mlp_in[-1] in group:
                     release_memory()
+
+            def split(group: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool]]:
+                parts = self.weigher.parts(f"{spec.layers}.{source}.", group)
+                alike.update(prefix + name for names, on in parts for name in names if not on)
+                return parts
 
             y = stream.outputs(index)
             run_layer(
@@ -129,7 +142,11 @@ class LayerWalk:
                 stream.scratch(),
                 quantise=quantise,
                 needs_hessian=lambda group: self._needs_hessian(_chosen(group, schemes)),
-                weigh=lambda i, x, normed: self._weigh(layer, source, i, x, normed, sizes, tokens),
+                weigh=lambda i, x, normed: self._weigh(
+                    layer, source, i, x, normed, sizes, tokens, counted
+                ),
+                uniform=self.weigher.uniform,
+                split=split,
                 counted=len(stream.batches),
                 attended=self._ranking(layer, index, source, opened),
                 device=self.device,
@@ -141,6 +158,11 @@ class LayerWalk:
         if sizes:
             facts["effective_sample_size"] = round(sum(sizes) / len(sizes), 1)
             facts["tokens_per_window"] = round(sum(tokens) / len(tokens), 1)
+            facts.update(self.weigher.facts())
+            self._warn_of_weights(facts)
+        for module in modules:
+            if module["name"] in alike and counted:
+                module["effective_sample_size"] = round(sum(counted) / len(counted), 1)
         return written, facts
 
     def _weigh(
@@ -152,8 +174,12 @@ class LayerWalk:
         normed: Tensor,
         sizes: list[float],
         tokens: list[float],
+        counts: list[float],
     ) -> Tensor | None:
-        """Token weights of a batch, None for uniform; their sample size goes to `sizes`."""
+        """Token weights of a batch, None for uniform; their sample size goes to `sizes`.
+
+        Its tokens a window go to `tokens`, and how many of these count to `counts`.
+        """
         if self.solver is None or not self.solver.needs_hessian:
             return None
         inputs = self.stream.layer_inputs(source, i, x)
@@ -165,6 +191,7 @@ class LayerWalk:
         counted = mask.sum(-1).double().mean().item()
         sizes.append(counted if w is None else effective_sample_size(w))
         tokens.append(float(ids.shape[1]))
+        counts.append(counted)
         return w
 
     def _ranking(
@@ -284,6 +311,14 @@ class LayerWalk:
         packed = self._solve("", holder, {name: scheme}, H, modules)
         self.facts.append({"layer": None, "modules": modules, "seconds": modules[0]["seconds"]})
         return head.weight, packed
+
+    def _warn_of_weights(self, facts: LayerFacts) -> None:
+        """Says where the scores of tokens told nothing."""
+        if flat := facts.get("flat_windows"):
+            self.warn(
+                f"layer {facts['layer']}: in {flat} windows all tokens score the same by "
+                f"{self.section.token_importance.name}, and weigh the same"
+            )
 
     def _warn_of(self, facts: ModuleFacts) -> None:
         """Says what was out of the ordinary about a module."""

@@ -21,6 +21,31 @@ SOLVER_COPIES = 3  # of a Hessian while it is factored; as many of a group's wei
 LOGIT_COPIES = 8  # of a chunk of logits while a divergence is taken of two of them
 
 
+def split_groups(inputs: RunInputs) -> list[tuple[str, ...]]:
+    """The groups of linears that share an input and not the token weights: two Hessians each.
+
+    Names in the model, of one layer that has most of them; only linears that are quantised count.
+    """
+    recipe, skeleton = inputs.recipe, inputs.skeleton
+    section = recipe.quantize.token_importance
+    if section.modules is None or not recipe.calibrates:
+        return []
+    found: list[list[tuple[str, ...]]] = [[]]
+    for index in range(skeleton.num_layers):
+        prefix = f"{skeleton.spec.layers}.{index}."
+        groups = [tuple(prefix + name for name in group) for group in skeleton.spec.groups]
+        quantised = [
+            tuple(n for n in group if recipe.quantize.scheme_for(n) is not None) for group in groups
+        ]
+        found.append([g for g in quantised if len({section.applies_to(n) for n in g}) > 1])
+    return max(found, key=len)
+
+
+def second_hessians(inputs: RunInputs, shapes: Shapes) -> list[int]:
+    """Bytes of the Hessian that each split group has more than others."""
+    return [4 * shapes[group[0]][1] ** 2 for group in split_groups(inputs)]
+
+
 def host_memory(inputs: RunInputs, shapes: Shapes) -> int:
     """Bytes."""
     return FIXED_MEMORY + max(_run(inputs, shapes), _scores(inputs, shapes))
@@ -49,6 +74,7 @@ def _run(inputs: RunInputs, shapes: Shapes) -> int:
     return (
         total
         + _working(recipe.calibration.length, skeleton, inside)
+        + max(second_hessians(inputs, shapes), default=0)
         + (0 if on_disk else activations)
     )
 
@@ -73,6 +99,7 @@ def _scores(inputs: RunInputs, shapes: Shapes) -> int:
     if measured:  # every group's Hessian, and the layer's codes at every width
         first = f"{skeleton.spec.layers}.0."
         hessians = sum(shapes[first + group[0]][1] ** 2 * 4 for group in groups)
+        hessians += sum(second_hessians(inputs, shapes))
         walk += _working(c.length, skeleton, inside) + hessians + layer * len(section.widths)
     chunk = min(c.length * skeleton.config.vocab_size, CHUNK_ELEMENTS) * 4
     head = _vocabulary(skeleton) + chunk * LOGIT_COPIES

@@ -36,6 +36,7 @@ from compress.pipeline.journal import LayerFacts
 from compress.pipeline.plan import Plan
 from compress.pipeline.result import RunResult
 from compress.pruning.saved import save_strategy
+from compress.quantization.token_weights import WeightFacts
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
 from compress.storage.companions import copy_companions
@@ -156,9 +157,12 @@ def document(
 
 
 def module_rows(layers: Sequence[LayerFacts]) -> list[dict[str, Any]]:
-    """The modules of all layers, each with its layer's effective sample size: for the report."""
-    return [
-        {**module, "effective_sample_size": layer.get("effective_sample_size")}
-        for layer in layers
-        for module in layer["modules"]
-    ]
+    """The modules of all layers, each with what its layer says of token weights: for the report."""
+    rows = []
+    for layer in layers:
+        said = {name: fact for name, fact in layer.items() if name in WeightFacts.__annotations__}
+        said["effective_sample_size"] = layer.get("effective_sample_size")
+        for module in layer["modules"]:
+            # A linear with a sample size of its own is one that the layer's weights are not for.
+            rows.append({**module} if "effective_sample_size" in module else {**module, **said})
+    return rows

@@ -16,12 +16,14 @@ from compress.checkpoint.engines import Schemes, plan_notes
 from compress.checkpoint.packed_formats import planned_bytes
 from compress.data.prompts import CalibrationData, ImagePrompts, calibration_data
 from compress.errors import UsageError, did_you_mean
+from compress.eval.report import format_bytes
 from compress.models.skeleton import Skeleton, linear_in
 from compress.observer import Observer
 from compress.pipeline.inputs import RunInputs
-from compress.pipeline.memory_forecast import host_memory
+from compress.pipeline.memory_forecast import host_memory, second_hessians
 from compress.pipeline.pruning_forecast import PruningForecast, forecast
 from compress.pipeline.source_check import SourceCheck
+from compress.recipe.sections import matches
 from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
 from compress.storage.safetensors_header import header_bytes
@@ -139,7 +141,10 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         file_bytes=quantized + other + header_bytes([*kept, *packed]),
         peak_memory={"host": host_memory(inputs, shapes), "device": 0},
         problems=_problems(inputs, names, shapes, found) + problems,
-        notes=_left_out(inputs, names) + _notes(inputs, schemes, untied, formats) + notes,
+        notes=_left_out(inputs, names)
+        + _token_notes(inputs, shapes, found)
+        + _notes(inputs, schemes, untied, formats)
+        + notes,
         ignored=recipe.quantize.left_out(names),
         untied=untied,
         shared=shared,
@@ -283,6 +288,14 @@ def _problems(
         problems.append(
             f"quantize: {pattern!r} matches no linear of this model{did_you_mean(pattern, names)}"
         )
+    if recipe.quantize.method == "gptq":
+        weighable = _weighable(inputs, schemes)
+        for pattern in recipe.quantize.token_importance.modules or ():
+            if not any(matches(pattern, name) for name in weighable):
+                problems.append(
+                    f"quantize.token_importance.modules: {pattern!r} matches no quantised linear "
+                    f"of a decoder layer{did_you_mean(pattern, weighable)}"
+                )
     misfits: dict[tuple[int, int], list[str]] = {}
     for name, scheme in schemes.items():
         if scheme and scheme.group_size and shapes[name][1] % scheme.group_size:
@@ -331,6 +344,34 @@ def _left_out(inputs: RunInputs, names: list[str]) -> list[str]:
             shown = found if len(found) <= LISTED else [*found[: LISTED - 1], "...", found[-1]]
             count = f"{len(found)} of {len(names)} linears"
             notes.append(f"quantize.ignore: {pattern!r} matches {count}: {', '.join(shown)}")
+    return notes
+
+
+def _weighable(inputs: RunInputs, schemes: dict[str, Scheme | None]) -> list[str]:
+    """The quantised linears, whose Hessians may have token weights."""
+    spec = inputs.skeleton.spec
+    kinds = (f"{spec.layers}.", spec.head)
+    return [name for name, scheme in schemes.items() if scheme and name.startswith(kinds)]
+
+
+def _token_notes(
+    inputs: RunInputs, shapes: dict[str, tuple[int, int]], schemes: dict[str, Scheme | None]
+) -> list[str]:
+    """How tokens are weighed, where a recipe asks for more than a strategy and its range."""
+    section = inputs.recipe.quantize.token_importance
+    if inputs.recipe.quantize.method != "gptq" or not section.options:
+        return []
+    options = ", ".join(f"{k} {v}" for k, v in section.options.items() if k != "modules")
+    notes = [f"token_importance: {section.name}" + (f", {options}" if options else "")]
+    if section.modules is not None:
+        names = _weighable(inputs, schemes)
+        chosen = sum(map(section.applies_to, names))
+        notes.append(f"token_importance.modules: weights for {chosen} of {len(names)} linears")
+        if more := second_hessians(inputs, shapes):
+            notes[-1] += (
+                f"; groups of a layer that share an input but not the weights: {len(more)}, "
+                f"a second Hessian for each, at most {format_bytes(max(more))} at a time"
+            )
     return notes
 
 

@@ -21,6 +21,7 @@ attention and activation functions are never written again here.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -39,6 +40,18 @@ from compress.scheme import Scheme
 QuantiseGroup = Callable[[tuple[str, ...], Hessian | None], None]
 # Token weights [B, T] of batch i from the layer's input and its normed input, or None for uniform.
 Weigh = Callable[[int, Tensor, Tensor], Tensor | None]
+# A group in parts: the linears whose Hessian has the token weights, and those for which all tokens
+# are alike. Each part has a Hessian of its own.
+Split = Callable[[tuple[str, ...]], list[tuple[tuple[str, ...], bool]]]
+
+
+@dataclass
+class Part:
+    """Some linears of a group, and the Hessian of their input where they need one."""
+
+    names: tuple[str, ...]
+    weighted: bool
+    H: Hessian | None
 
 
 @contextmanager
@@ -65,6 +78,8 @@ def run_layer(
     quantise: QuantiseGroup,
     needs_hessian: Callable[[tuple[str, ...]], bool],
     weigh: Weigh,
+    uniform: Callable[[int, Tensor], Tensor | None] = lambda i, x: None,
+    split: Split = lambda group: [(group, True)],
     counted: int | None = None,
     attended: Callable[[int], None] | None = None,
     device: str = "cpu",
@@ -77,6 +92,8 @@ def run_layer(
         y: where its outputs go: an empty store, or `x` itself.
         work: an empty store for what waits between two stages; empty again afterwards.
         needs_hessian: whether `quantise` is to be given the Hessian of a group.
+        uniform: number of a batch, batch -> weights [B, T] where all tokens that count are alike.
+        split: the parts of a group that `quantise` is given one after the other.
         counted: only the first so many batches are in the Hessians; None: all.
         attended: called with the number of each batch that has passed the quantised attention.
     """
@@ -84,57 +101,65 @@ def run_layer(
     counted = len(x) if counted is None else counted
     weights: list[Tensor | None] = []
 
-    def add(H: Hessian | None, i: int, rows: Tensor) -> None:
-        if H is not None and i < counted:
-            H.add_batch(rows, weights[i])
+    def add(parts: list[Part], i: int, rows: Tensor) -> None:
+        for part in parts:
+            if part.H is not None and i < counted:
+                part.H.add_batch(rows, weights[i] if part.weighted else uniform(i, rows))
 
-    def statistics(group: tuple[str, ...]) -> Hessian | None:
+    def statistics(group: tuple[str, ...]) -> list[Part]:
         columns = linear_in(layer, group[0]).in_features
-        return Hessian(columns, device) if needs_hessian(group) else None
+        return [
+            Part(names, weighted, Hessian(columns, device) if needs_hessian(names) else None)
+            for names, weighted in split(group)
+        ]
+
+    def solve(parts: list[Part]) -> None:
+        while parts:  # a Hessian is not held longer than its part
+            part = parts.pop(0)
+            quantise(part.names, part.H)
 
     def batches(store: ActivationStore) -> Iterator[tuple[int, Tensor]]:
         return ((i, store[i].to(device)) for i in range(len(x)))
 
-    group = (spec.query, spec.key, spec.value)
-    H = statistics(group)
+    parts = statistics((spec.query, spec.key, spec.value))
     for i, z in batches(x):
         normed = input_norm(z)
         if i < counted:
             weights.append(weigh(i, z, normed))
-        add(H, i, normed)
+        add(parts, i, normed)
     del z, normed  # here and below: not to be held while the group is solved
-    quantise(group, H)
+    solve(parts)
 
-    H = statistics((spec.output,))
+    parts = statistics((spec.output,))
     with without(layer, spec.output) as attention:
         for i, z in batches(x):
             mixed = attention(hidden_states=input_norm(z), **inputs(i, z))[0]
             if attended is not None:
                 attended(i)
             work.append(mixed)
-            add(H, i, mixed)
+            add(parts, i, mixed)
     del z, mixed
-    quantise((spec.output,), H)
+    solve(parts)
 
-    H = statistics(spec.mlp_in)
+    parts = statistics(spec.mlp_in)
     output = layer.get_submodule(spec.output)
     for i, z in batches(x):
         z = z + output(work[i].to(device))
         y.put(i, z)
-        if H is not None:  # or the norm would be computed for nothing
-            add(H, i, post_norm(z))
+        if any(part.H is not None for part in parts):  # or the norm is computed for nothing
+            add(parts, i, post_norm(z))
     work.clear()
     del z
-    quantise(spec.mlp_in, H)
+    solve(parts)
 
-    H = statistics((spec.mlp_out,))
+    parts = statistics((spec.mlp_out,))
     with without(layer, spec.mlp_out) as mlp:
         for i, z in batches(y):
             wide = mlp(post_norm(z))
             work.append(wide)
-            add(H, i, wide)
+            add(parts, i, wide)
     del z, wide
-    quantise((spec.mlp_out,), H)
+    solve(parts)
 
     down = layer.get_submodule(spec.mlp_out)
     for i, z in batches(y):

@@ -2,14 +2,16 @@
 
 weigher = TokenWeigher(recipe.quantize.token_importance, batches, counts)
 w = weigher.weights(i, x, norm(x), layer, spec, inputs, None)      # [B, T], None: all alike
+weigher.facts()                                            # of the weights since the last call
 """
 
 import sys
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor, nn
 
-from compress.importance.tokens import LayerContext, token_weights
+from compress.importance.tokens import LayerContext
+from compress.importance.weighting import TokenSettings, TokenWeights, mean_one, token_weights
 from compress.models.families import ArchitectureSpec
 from compress.models.skeleton import LayerInputs
 from compress.recipe.sections import TokenImportance
@@ -23,6 +25,16 @@ class Heads(Protocol):
     scaling: float
 
 
+class WeightFacts(TypedDict, total=False):
+    """What was done to the weights of a layer, as modelpress.json has it; only what was asked for,
+    and windows with equal scores where there are any."""
+
+    sinks_per_window: float
+    capped_per_window: float  # tokens at the cap
+    uniform_share: float  # of equal weights in the mixture, averaged over windows
+    flat_windows: int  # whose tokens all scored the same, and weigh the same
+
+
 class TokenWeigher:
     """Weighs the tokens of a layer's batches by one strategy."""
 
@@ -33,8 +45,10 @@ class TokenWeigher:
         token_counts: Tensor,
     ):
         assert section.minimum is not None, "a recipe resolves it"
-        self.settings = (section.name, section.minimum, section.maximum, section.power)
+        self.section = section
+        self.settings = TokenSettings(**section.model_dump(exclude={"modules"}))
         self.batches, self.token_counts = batches, token_counts
+        self._sums: dict[str, float] = {}
         self.masked = not all(bool(mask.all()) for _, mask in batches)
 
     def weights(
@@ -48,8 +62,8 @@ class TokenWeigher:
         sliding_window: int | None,
     ) -> Tensor | None:
         """w_hat [B, T] of batch i, or None where every token weighs the same."""
-        if self.settings[0] == "uniform" and not self.masked:
-            return None
+        if self.settings.name == "uniform":
+            return self.uniform(i, x)
         input_ids, mask = (t.to(x.device) for t in self.batches[i])
         context = LayerContext(
             hidden_states=x,
@@ -60,8 +74,51 @@ class TokenWeigher:
             sliding_window=sliding_window,
             token_counts=self.token_counts,
         )
-        name, minimum, maximum, power = self.settings
-        return token_weights(name, context, minimum, maximum, power)
+        found = token_weights(self.settings, context)
+        self._add(found)
+        return found.w
+
+    def uniform(self, i: int, x: Tensor) -> Tensor | None:
+        """The weights [B, T] of batch i, on x's device, where all tokens that count are alike."""
+        if not self.masked:
+            return None
+        mask = self.batches[i][1].to(x.device)
+        return mean_one(mask.float(), mask)
+
+    def parts(self, prefix: str, group: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool]]:
+        """A group of linears in up to two parts: whether the weights are for them, and which.
+
+        `prefix`: what stands before their names in the model.
+        """
+        applies = {name: self.section.applies_to(prefix + name) for name in group}
+        kinds = dict.fromkeys(applies.values())
+        return [(tuple(n for n in group if applies[n] is kind), kind) for kind in kinds]
+
+    def _add(self, found: TokenWeights) -> None:
+        parts = {
+            "windows": len(found.w),
+            "flat": int(found.flat.sum()),
+            "sinks": int(found.sinks.sum()),
+            "capped": int(found.capped.sum()),
+            "uniform": float(found.uniform_share.sum()),
+        }
+        self._sums = {name: self._sums.get(name, 0) + value for name, value in parts.items()}
+
+    def facts(self) -> WeightFacts:
+        """What was done to the weights that were given since the last call."""
+        sums, self._sums = self._sums, {}
+        facts: WeightFacts = {}
+        if not sums:
+            return facts
+        if self.settings.sinks != "keep":
+            facts["sinks_per_window"] = round(sums["sinks"] / sums["windows"], 3)
+        if self.settings.weight_cap is not None:
+            facts["capped_per_window"] = round(sums["capped"] / sums["windows"], 3)
+        if self.settings.sample_size_floor is not None:
+            facts["uniform_share"] = round(sums["uniform"] / sums["windows"], 6)
+        if sums["flat"]:
+            facts["flat_windows"] = int(sums["flat"])
+        return facts
 
 
 def queries_keys(

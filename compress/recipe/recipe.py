@@ -32,6 +32,7 @@ from compress.recipe.sections import (
     Rotate,
     Save,
     Section,
+    TokenImportance,
 )
 from compress.recipe.source import FieldError, Source
 
@@ -73,6 +74,7 @@ class Recipe(Section):
                     "hessian needs calibration, which rtn does not do: use magnitude or none",
                 )
             changes["clip_search"] = "magnitude"
+        self._check_tokens(importance)
         if importance.minimum is None:
             minimum = self._best_minimum()
             if minimum > importance.maximum:
@@ -86,9 +88,24 @@ class Recipe(Section):
             object.__setattr__(self, "quantize", quantize.model_copy(update=changes))
         return self
 
+    def _check_tokens(self, importance: TokenImportance) -> None:
+        """FieldError for parts of a window, or clusters of its tokens, that it has too few for."""
+        length = self.calibration.length
+        if importance.parts > length:
+            raise FieldError(
+                ("quantize", "token_importance", "chunks"),
+                f"expected at most calibration.length ({length}) of them, found {importance.parts}",
+            )
+        if importance.name == "cluster" and importance.centroids >= length:
+            raise FieldError(
+                ("quantize", "token_importance", "centroids"),
+                f"expected fewer than calibration.length ({length}), found {importance.centroids}",
+            )
+
     def _best_minimum(self) -> float:
         """RSQ section 5.2 (rotated) and appendix C.5 (not rotated)."""
-        if self.quantize.token_importance.name in HARD_MASKS:
+        importance = self.quantize.token_importance
+        if importance.name in HARD_MASKS or importance.without_range:
             return 0.0
         return 0.1 if self.rotate.kind == "none" else 0.01
 

@@ -117,6 +117,28 @@ def test_the_first_output_error_is_what_a_run_reports(checkpoint, press, rotate,
     assert found.errors["output_error"][unit][2] > 2 * error
 
 
+def test_the_output_error_is_weighted_for_the_linears_that_the_weights_are_for(checkpoint):
+    """k alone of its group: it scores as where all are weighed, its neighbours as where none is."""
+    tokens = {"name": "activation_norm", "minimum": 0, "power": 2}
+    errors = {}
+    for case, chosen in (
+        ("none", "uniform"),
+        ("all", tokens),
+        ("some", tokens | {"modules": ["re:.*[.]0[.].*k_proj", "re:.*mlp"]}),
+    ):
+        quantize = {"token_importance": chosen, "refine_sweeps": 0}
+        found, _ = walked(
+            recipe_for(checkpoint(), quantize=quantize | {"ignore": ["re:.*[qv]_proj", "lm_head"]},
+            allocate=LIM), MASKED, [3], "fused_group",
+        )  # fmt: skip
+        errors[case] = {unit: by[3] for unit, by in found.errors["output_error"].items()}
+    for unit, error in errors["some"].items():
+        weighed = "mlp" in unit or unit == "0 self_attn.q_proj"  # of whose group only k is left
+        right, wrong = ("all", "none") if weighed else ("none", "all")
+        assert error == pytest.approx(errors[right][unit], rel=1e-4), unit
+        assert error != pytest.approx(errors[wrong][unit], rel=1e-4), unit
+
+
 @pytest.fixture(params=["none", "hadamard"])
 def rounded(request, checkpoint, press):
     """recipe, the model before rounding, and the weights of `rtn` at 4 and 2 bits."""

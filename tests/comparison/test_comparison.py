@@ -240,6 +240,17 @@ def test_a_random_order_of_layers_and_an_evolving_one_are_drawn_by_the_seed(chec
     assert seeded(by_place, 5).allocate.importance == by_place.allocate.importance
 
 
+def test_clusters_of_tokens_are_drawn_by_the_seed(checkpoint, text):
+    clusters = {"name": "cluster", "centroids": 5, "reverse": True}
+    recipe = recipe_of(checkpoint(), text, "c").with_changes(
+        quantize={"token_importance": clusters}
+    )
+    before, after = recipe.quantize, seeded(recipe, 5).quantize
+    assert after.token_importance.seed == 5 and before.token_importance.seed == 0
+    same = {"token_importance": before.token_importance}
+    assert after.model_copy(update=same) == before
+
+
 def test_rows_that_differ_in_a_number_alone_are_lines(checkpoint, text, measured, tmp_path):
     names = ("a narrow=0", "a narrow=1", "b narrow=0")
     recipes = [

@@ -208,3 +208,20 @@ def test_calibration_that_tells_too_little_is_said(case, expansion):
     ids, named = DOUBTED[case]
     said = " ".join(doubts(windows_of(ids, expansion), expansion, 128, 1000))
     assert all(str(part) in said for part in ("calibration", *named))
+
+
+@pytest.mark.parametrize("one_stream", [True, False])
+@pytest.mark.parametrize("bos", [True, False])
+def test_more_windows_begin_with_the_fewer_and_so_does_each_run_of_shifts(
+    tokenizer, one_stream, bos
+):
+    """Expansion, its control of as many other windows, and neither, then differ in nothing else."""
+    texts = ["".join(chr(97 + (i * i + n) % 26) for i in range(60)) for n in range(40)]
+    corpus = Corpus("test", texts, one_stream)
+    few, many = (draw_windows(corpus, tokenizer, N, 17, bos=bos, seed=3) for N in (4, 32))
+    assert torch.equal(many.input_ids[:4], few.input_ids)
+    expanded = expand(few, 8)
+    assert expanded.input_ids.shape == many.input_ids.shape
+    assert torch.equal(expanded.input_ids[::8], few.input_ids)
+    for row, parent in zip(expanded.input_ids, few.input_ids.repeat_interleave(8, 0), strict=True):
+        assert row.sort().values.tolist() == parent.sort().values.tolist()

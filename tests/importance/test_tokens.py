@@ -1,49 +1,33 @@
 """Token importance: closed forms, orders, the streamed attention sums, and the weights' algebra."""
 
+import numpy as np
 import pytest
 import torch
 
 from compress.errors import CompressError, UsageError
 from compress.importance.tokens import (
     TOKEN_IMPORTANCE,
-    LayerContext,
     attention_concentration,
     count_tokens,
-    effective_sample_size,
-    mean_one,
-    normalise,
-    token_weights,
+    nearest_centroid,
 )
+from compress.importance.weighting import normalise, token_weights
 from support.refusals import refused
-
-B, T, D = 3, 64, 8
+from support.token_contexts import (
+    B,
+    D,
+    T,
+    context_of,
+    heads,
+    settings_of,
+    weights_of,
+    whole_context,
+)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def unused(*_):
-    raise AssertionError("a strategy asked for something it does not need")
-
-
-def context_of(Z=None, ids=None, mask=None, **parts) -> LayerContext:
-    Z = torch.randn(B, T, D) if Z is None else Z
-    ids = torch.zeros(Z.shape[:2], dtype=torch.int64) if ids is None else ids
-    mask = torch.ones(Z.shape[:2], dtype=torch.bool) if mask is None else mask
-    return LayerContext(
-        hidden_states=Z,
-        input_ids=ids,
-        mask=mask,
-        **{"queries_keys": unused, "output": unused} | parts,
-    )
-
-
-def heads(h, h_kv, length=T, d_h=4, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    q = torch.randn(B, h, length, d_h, generator=draw)
-    return q, torch.randn(B, h_kv, length, d_h, generator=draw)
 
 
 def materialised(q, k, scaling, window=None):
@@ -55,23 +39,6 @@ def materialised(q, k, scaling, window=None):
     if window:
         hidden |= i[:, None] - i >= window
     return logits.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-
-
-def all_weights(name, minimum=0.01, power=1, mask=None):
-    """A context that satisfies every strategy."""
-    Z, output = torch.randn(2, B, T, D)
-    q, k = heads(4, 2)
-    ids = torch.randint(9, (B, T))
-    keep = torch.ones(B, T, dtype=torch.bool) if mask is None else mask
-    context = context_of(
-        Z,
-        ids,
-        mask,
-        queries_keys=lambda: (q, k, 0.5),
-        output=lambda: output,
-        token_counts=count_tokens(ids, keep, 9),
-    )
-    return token_weights(name, context, minimum, 1.0, power), context
 
 
 # Attention concentration
@@ -138,7 +105,7 @@ def test_a_token_that_every_query_looks_at_is_the_most_important():
     q[..., 0], k[..., 0] = 3.0, 0.0
     k[:, :, 5, 0] = 3.0
     context = context_of(queries_keys=lambda: (q, k, 1.0))
-    weights = token_weights("attention_concentration", context, 0.01, 1.0, 1)
+    weights = weights_of("attention_concentration", context)
     assert (weights.argmax(dim=-1) == 5).all()
 
 
@@ -176,7 +143,7 @@ def test_frequencies_belong_to_their_sample_after_any_shuffle():
 
     def weights(rows):
         context = context_of(Z=torch.zeros(5, 16, 1), ids=rows, token_counts=counts)
-        return token_weights("token_frequency", context, 0.01, 1.0, 1)
+        return weights_of("token_frequency", context)
 
     shuffle = torch.randperm(5)
     assert torch.equal(weights(ids)[shuffle], weights(ids[shuffle]))
@@ -202,7 +169,7 @@ def test_similarity_is_the_mean_squared_distance_to_all_tokens():
     ("name", "places"), [("first_n", [0, 1, 2, 3, 4, 5, 6, 7]), ("first_last_n", [0, 1, 62, 63])]
 )
 def test_hard_masks_keep_exactly_the_stated_tokens(name, places):
-    weights, _ = all_weights(name, minimum=0.0)
+    weights = weights_of(name, whole_context(), minimum=0.0)
     for row in weights:
         assert row.nonzero().flatten().tolist() == places
         torch.testing.assert_close(row[places], torch.full((len(places),), T / len(places)))
@@ -212,132 +179,110 @@ def test_hard_masks_count_unmasked_places_only():
     mask = torch.ones(1, 72, dtype=torch.bool)
     mask[:, :8] = False  # 64 tokens behind 8 of padding
     context = context_of(torch.zeros(1, 72, 1), mask=mask)
-    weights = token_weights("first_n", context, 0.0, 1.0, 1)
+    weights = weights_of("first_n", context, minimum=0.0)
     assert weights[0].nonzero().flatten().tolist() == list(range(8, 16))
+
+
+def test_dot_is_the_row_sums_of_all_inner_products():
+    Z, mask = torch.randn(B, T, D), torch.rand(B, T) > 0.3
+    found = TOKEN_IMPORTANCE["dot"]().score(context_of(Z, mask=mask)).double()
+    whole = Z.double() @ Z.double().mT * mask[:, None]
+    torch.testing.assert_close(found, whole.sum(dim=-1), rtol=1e-6, atol=1e-5)
+
+
+# Chunks
+
+
+def chunks(text, n):
+    mask = torch.ones(1, n, dtype=torch.bool)
+    score = TOKEN_IMPORTANCE["chunks"](text).score(context_of(torch.zeros(1, n, 1), mask=mask))
+    return score[0].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("text", ["0_8", "0_31_32", "3_1_4", "0_1", "5_7", "0_2_4_6_8"])
+@pytest.mark.parametrize("n", [64, 100, 1023])
+def test_chunks_are_the_named_stretches_of_equal_length(text, n):
+    *named, count = map(int, text.split("_"))
+    stretches = [range(c * n // count, (c + 1) * n // count) for c in sorted(named)]
+    assert chunks(text, n) == [t for stretch in stretches for t in stretch]
+
+
+def test_the_first_half_is_left_out_by_its_name():
+    assert chunks("first_half", 64) == chunks("1_2", 64) == list(range(32, 64))
+
+
+@pytest.mark.parametrize(("name", "text"), [("first_n", "0_8"), ("first_last_n", "0_31_32")])
+def test_the_papers_masks_are_chunks(name, text):
+    for n in (64, 4096):
+        context = context_of(torch.zeros(1, n, 1))
+        assert TOKEN_IMPORTANCE[name]().score(context)[0].nonzero().flatten().tolist() == chunks(
+            text, n
+        )
+
+
+def test_chunks_are_of_the_tokens_that_count():
+    mask = torch.ones(1, 72, dtype=torch.bool)
+    mask[:, :8] = False
+    context = context_of(torch.zeros(1, 72, 1), mask=mask)
+    weights = weights_of("chunks", context, minimum=0.0, chunks="1_2")
+    assert weights[0].nonzero().flatten().tolist() == list(range(40, 72))
+
+
+def test_a_chunk_without_tokens_is_counted_and_weighs_all_alike():
+    context = context_of(torch.zeros(1, 4, 1))
+    found = token_weights(settings_of("chunks", 0.0, chunks="0_8"), context)
+    assert found.flat.tolist() == [True] and (found.w == 1).all()
+
+
+# Position
+
+
+@pytest.mark.parametrize("window", [None, 1, 9, 100])
+def test_position_is_what_attention_that_prefers_nothing_gives(window):
+    q, k = heads(4, 2)
+    mask = torch.arange(T).expand(B, T) < torch.tensor([T, 50, 3])[:, None]
+    context = context_of(torch.zeros(B, T, 1), mask=mask, sliding_window=window)
+    found = TOKEN_IMPORTANCE["position"]().score(context)
+    even = attention_concentration(0 * q, k, 1.0, sliding_window=window, query_mask=mask)
+    torch.testing.assert_close(found, even / 4, rtol=1e-5, atol=1e-6)
+
+
+# Clusters
+
+
+def k_means(Z, first):
+    """Squared distances by Lloyd's algorithm in numpy, 64 bits, from the tokens `first`."""
+    Z = Z.double().numpy()
+    centroids = Z[first]
+    for _ in range(30):
+        nearest = ((Z[:, None] - centroids) ** 2).sum(-1).argmin(-1)
+        centroids = np.array(
+            [
+                Z[nearest == c].mean(0) if (nearest == c).any() else m
+                for c, m in enumerate(centroids)
+            ]
+        )
+    return torch.from_numpy(((Z[:, None] - centroids) ** 2).sum(-1).min(-1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("K", [1, 3, 20, 63])
+def test_clusters_are_those_of_k_means_from_tokens_drawn_by_the_seed(K, seed):
+    Z = torch.randn(T, D, generator=torch.Generator().manual_seed(seed))
+    first = torch.randperm(T, generator=torch.Generator().manual_seed(seed))[:K]
+    found = nearest_centroid(Z, K, seed).double()
+    torch.testing.assert_close(found, k_means(Z, first.numpy()), rtol=1e-5, atol=1e-6)
+    if K in (3, 20):  # drawn from all tokens, not the first K in another order
+        assert not torch.allclose(found, k_means(Z, np.arange(K)))
+
+
+def test_clusters_of_a_window_that_has_too_few_tokens_are_an_error():
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 5:] = False
+    with refused(CompressError, "cluster", "centroids", 5):
+        weights_of("cluster", context_of(torch.randn(2, 12, D), mask=mask), centroids=5)
 
 
 def test_an_unknown_strategy_names_the_known_ones():
     with refused(UsageError, "'unifrom'", "'uniform'"):
-        token_weights("unifrom", context_of(), 0.01, 1.0, 1)
-
-
-# Normalising
-
-
-def test_min_max_reaches_both_ends_and_keeps_the_order():
-    scores = torch.randn(B, T)
-    mask = torch.rand(B, T) > 0.2
-    r = normalise(scores, 0.05, 0.8, mask)
-    for s, w, m in zip(scores, r, mask, strict=True):
-        assert w[m].min() == pytest.approx(0.05) and w[m].max() == pytest.approx(0.8)
-        assert torch.equal(s[m].argsort(), w[m].argsort())
-        assert (w[~m] == 0).all()
-    torch.testing.assert_close(normalise(7 * scores + 3, 0.05, 0.8, mask), r)
-
-
-def test_scores_behind_the_mask_are_never_read():
-    scores, mask = torch.randn(1, 8), torch.ones(1, 8, dtype=torch.bool)
-    mask[0, 3] = False
-    expected = normalise(scores, 0, 1, mask)
-    for value in (1e9, torch.inf, torch.nan):
-        scores[0, 3] = value
-        assert torch.equal(normalise(scores, 0, 1, mask), expected)
-
-
-def test_constant_scores_are_uniform_and_not_nan():
-    mask = torch.rand(B, T) > 0.2
-    r = normalise(torch.full((B, T), 3.3), 0.01, 0.7, mask)
-    assert (r[mask] == torch.tensor(0.7)).all() and (r[~mask] == 0).all()
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_scores_that_are_no_numbers_are_an_error(value):
-    scores = torch.zeros(1, 4)
-    scores[0, 1] = value
-    with refused(CompressError, "token importance", "NaN"):
-        normalise(scores, 0, 1, torch.ones(1, 4, dtype=torch.bool))
-
-
-# Mean one
-
-
-@pytest.mark.parametrize("constant", [1.0, 0.1, 0.7, 3.3e-5])
-def test_equal_weights_are_exactly_one(constant):
-    mask = torch.rand(B, 999) > 0.3
-    weights = mean_one(torch.full((B, 999), constant), mask)
-    assert (weights[mask] == 1).all() and (weights[~mask] == 0).all()
-
-
-def test_mean_is_one_per_sample_whatever_the_scale():
-    w, mask = torch.rand(B, T) + 0.01, torch.rand(B, T) > 0.3
-    weights = mean_one(w, mask)
-    n = mask.sum(dim=-1).float()
-    torch.testing.assert_close(weights.sum(dim=-1), n)
-    torch.testing.assert_close(mean_one(w * 37.5, mask), weights)
-
-
-@pytest.mark.parametrize(
-    ("weights", "mask", "named"),
-    [
-        ([0.0, 0.0], [True, True], ("sample 1", "zero")),
-        ([1.0, 0.0], [False, True], ("sample 1", "zero")),
-        ([1.0, 1.0], [False, False], ("sample 1", "masked")),
-        ([-1.0, 2.0], [True, True], ("finite",)),
-        ([torch.nan, 2.0], [True, True], ("finite",)),
-    ],
-)
-def test_samples_without_weight_are_an_error(weights, mask, named):
-    w, m = torch.tensor([[1.0, 1.0], weights]), torch.tensor([[True, True], mask])
-    with refused(CompressError, "token weights", *named):
-        mean_one(w, m)
-
-
-def test_effective_sample_size_counts_the_tokens_that_carry_the_weight():
-    assert effective_sample_size(torch.ones(2, 50)) == pytest.approx(50)
-    one = torch.zeros(2, 50)
-    one[:, :10] = 5.0
-    assert effective_sample_size(one) == pytest.approx(10)
-    assert effective_sample_size(torch.stack([torch.ones(50), one[0]])) == pytest.approx(30)
-    assert effective_sample_size(one * 3) == pytest.approx(10)
-
-
-# Whole weights
-
-
-@pytest.mark.parametrize("name", sorted(TOKEN_IMPORTANCE))
-@pytest.mark.parametrize("masked", [False, True])
-def test_weights_of_every_strategy(name, masked):
-    mask = torch.rand(B, T) > 0.3 if masked else None
-    weights, context = all_weights(name, mask=mask)
-    assert weights.shape == (B, T) and weights.dtype == torch.float32
-    assert weights.isfinite().all() and (weights[context.mask] > 0).all()
-    assert (weights[~context.mask] == 0).all()
-    torch.testing.assert_close(weights.sum(dim=-1), context.mask.sum(dim=-1).float())
-
-
-def test_uniform_is_exactly_one_for_every_range_and_power():
-    for minimum, maximum, power in ((0.01, 1.0, 1), (0.3, 0.7, 2)):
-        assert (token_weights("uniform", context_of(), minimum, maximum, power) == 1).all()
-
-
-def test_power_two_squares_the_normalised_scores():
-    context = context_of()
-    r = normalise(context.hidden_states.norm(dim=-1), 0.1, 1.0, context.mask)
-    weights = token_weights("activation_norm", context, 0.1, 1.0, 2)
-    torch.testing.assert_close(weights, mean_one(r.square(), context.mask))
-
-
-@pytest.mark.parametrize("name", sorted(set(TOKEN_IMPORTANCE) - {"uniform"}))
-def test_weights_of_a_sample_do_not_depend_on_the_rest_of_the_batch(name):
-    weights, context = all_weights(name)
-    q, k, scaling = context.queries_keys()
-    for j in range(B):
-        one = slice(j, j + 1)
-        alone = context_of(
-            context.hidden_states[one],
-            context.input_ids[one],
-            queries_keys=lambda one=one: (q[one], k[one], scaling),
-            output=lambda one=one: context.output()[one],
-            token_counts=context.token_counts,
-        )
-        torch.testing.assert_close(token_weights(name, alone, 0.01, 1.0, 1), weights[one])
+        weights_of("unifrom", context_of())

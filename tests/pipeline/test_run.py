@@ -36,6 +36,7 @@ from support.tiny_checkpoints import (
     widths_of,
     write_checkpoint,
 )
+from support.token_contexts import told
 
 tied_or_not = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 DOWN = "re:.*down_proj$"
@@ -377,7 +378,7 @@ def test_what_stands_in_padding_changes_nothing(checkpoint, press, importance):
     ids = WINDOWS.input_ids
     length = ids.shape[1] - torch.arange(len(ids))[:, None]
     mask = torch.arange(ids.shape[1]) < length
-    quantize = {"token_importance": importance, "ignore": []}
+    quantize = {"token_importance": told(importance), "ignore": []}
     recipe = recipe_for(checkpoint("mistral"), quantize=quantize)
     results = []
     for seed in (1, 2):
@@ -421,8 +422,8 @@ def test_no_token_passes_a_linear_more_than_twice(checkpoint, press, importance)
 
     hook = torch.nn.modules.module.register_module_forward_hook(count)
     try:
-        recipe = recipe_for(checkpoint("qwen3"), quantize={"token_importance": importance})
-        press(recipe, check_source=False)
+        quantize = {"token_importance": told(importance)}
+        press(recipe_for(checkpoint("qwen3"), quantize=quantize), check_source=False)
     finally:
         hook.remove()
     passes = Counter(count / WINDOWS.input_ids.numel() for count in tokens.values())

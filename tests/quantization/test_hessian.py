@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.errors import CompressError
-from compress.importance.tokens import mean_one
+from compress.importance.weighting import mean_one
 from compress.quantization import hessian
 from compress.quantization.hessian import Hessian, factor
 from support.refusals import refused

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.activations import ActivationStore
-from compress.importance.tokens import mean_one, normalise
+from compress.importance.weighting import mean_one, normalise
 from compress.models.skeleton import Skeleton
 from compress.quantization.layer import run_layer, without
 from compress.quantization.token_weights import TokenWeigher
@@ -65,7 +65,17 @@ def coarse(layer: nn.Module, group) -> None:
 class Walk:
     """`run_layer` with everything it calls recorded: Hessians, the order of groups, tokens seen."""
 
-    def __init__(self, skeleton, layer, quantise=coarse, weights=None, needs=lambda group: True):
+    def __init__(
+        self,
+        skeleton,
+        layer,
+        quantise=coarse,
+        weights=None,
+        needs=lambda group: True,
+        weighed=lambda name: True,
+        alike=None,
+    ):
+        self.chosen, self.alike = weighed, alike
         self.skeleton, self.layer, self.change, self.weights = skeleton, layer, quantise, weights
         self.needs = needs
         self.groups: list[tuple[str, ...]] = []
@@ -95,8 +105,14 @@ class Walk:
             quantise=self.quantise,
             needs_hessian=self.needs,
             weigh=self.weigh,
+            uniform=lambda i, x: None if self.alike is None else self.alike[i],
+            split=self.split,
         )
         return list(y)
+
+    def split(self, group):
+        kinds = {on: tuple(n for n in group if self.chosen(n) == on) for on in (True, False)}
+        return [(names, on) for on, names in kinds.items() if names]
 
 
 def whole(skeleton, layer, xs) -> list[Tensor]:
@@ -182,6 +198,41 @@ def test_hessians_are_those_of_a_layer_whose_earlier_groups_are_quantised(
             for name in group:
                 x = seen_by(skeleton, oracle, name, batches())
                 expected = second_moment(x, torch.cat(weights) if weighted else None)
+                assert_close(walk.H[name], expected)
+            coarse(oracle, group)
+
+
+@every_family
+@pytest.mark.parametrize("masked", [False, True])
+def test_linears_of_one_input_have_two_hessians_where_the_weights_are_for_some(
+    checkpoint, family, masked
+):
+    """q and down are weighed; k, v, gate, up are not, o neither: what is masked counts nowhere."""
+    weights, alike = token_weights(), None
+    if masked:
+        draw = torch.Generator().manual_seed(5)
+        masks = [torch.rand(B, T, generator=draw) > 0.3 for B, T in SIZES]
+        weights = [mean_one(w, mask) for w, mask in zip(weights, masks, strict=True)]
+        alike = [mean_one(mask.float(), mask) for mask in masks]
+
+    with opened(checkpoint, family) as (skeleton, layer):
+        spec = skeleton.spec
+        oracle = copy.deepcopy(layer)
+        walk = Walk(
+            skeleton,
+            layer,
+            weights=weights,
+            alike=alike,
+            weighed=lambda name: name in (spec.query, spec.mlp_out),
+        )
+        walk.run(stored(batches()))
+        assert set(walk.H) == set(spec.linears)
+        assert [n for group in walk.groups for n in group] == [n for g in spec.groups for n in g]
+        for group in spec.groups:
+            for name in group:
+                x = seen_by(skeleton, oracle, name, batches())
+                chosen = weights if name in (spec.query, spec.mlp_out) else alike
+                expected = second_moment(x, None if chosen is None else torch.cat(chosen))
                 assert_close(walk.H[name], expected)
             coarse(oracle, group)
 
@@ -283,6 +334,29 @@ def test_uniform_tokens_have_no_weights_unless_some_are_masked(checkpoint):
     with opened(checkpoint) as (skeleton, layer):
         assert weighed(skeleton, layer, x, "uniform", ALL) is None
         assert torch.equal(weighed(skeleton, layer, x, "uniform", SOME), SOME.float())
+
+
+def weigher_of(mask, **section):
+    return TokenWeigher(TokenImportance(minimum=0.1, **section), [(IDS, mask)], torch.zeros(512))
+
+
+def test_a_group_is_in_two_parts_where_patterns_take_some_of_it():
+    group = ("a.q", "a.k", "a.v")
+    cases = {
+        None: [(group, True)],
+        ("re:.*",): [(group, True)],
+        ("m.0.a.k",): [(("a.q", "a.v"), False), (("a.k",), True)],
+        ("re:.*[qv]$", "m.0.a.q"): [(("a.q", "a.v"), True), (("a.k",), False)],
+        ("m.1.a.q",): [(group, False)],
+    }
+    for patterns, parts in cases.items():
+        weigher = weigher_of(ALL, modules=patterns and list(patterns))
+        assert weigher.parts("m.0.", group) == parts
+
+
+def test_where_all_tokens_are_alike_those_that_are_masked_still_weigh_nothing():
+    assert weigher_of(ALL).uniform(0, torch.zeros(1)) is None
+    assert torch.equal(weigher_of(SOME).uniform(0, torch.zeros(1)), SOME.float())
 
 
 @every_family

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from compress.errors import CompressError, UsageError
-from compress.importance.tokens import mean_one
+from compress.importance.weighting import mean_one
 from compress.quantization import solvers
 from compress.quantization.gptq import column_loop
 from compress.quantization.grid import UniformGrid
