@@ -260,13 +260,15 @@ class Job:
         depth, strategy = len(self.plan.layers), self.pruning.strategy
         hidden = self.skeleton.config.hidden_size
         widest = max((module.shape[1] for module in self.plan.modules), default=0)
-        nbytes = self.data.tokens * (hidden + widest) * 4
+        full_precision = self.inputs.recipe.quantize.target.name == "full_precision"
+        nbytes = self.data.tokens * (hidden * (2 if full_precision else 1) + widest) * 4
         return CalibrationStream(
             self.skeleton,
             self.data,
             None if strategy is None else Stages(strategy, depth),
             self.work / "activations",
             activations_on_disk(self.inputs.source.settings.offload, nbytes),
+            full_precision=full_precision,
             probe=probe,
             processor=processor,
             device=self.inputs.device,
