@@ -105,7 +105,7 @@ class Drift:
         if weights is not None:
             difference *= weights.unsqueeze(-1)
         K = x.shape[-1]
-        self.cross.addmm_(difference.view(-1, K).T, x.reshape(-1, K).to(self.cross.dtype))
+        self.cross.addmm_(difference.reshape(-1, K).T, x.reshape(-1, K).to(self.cross.dtype))
 
     def matrices(self) -> tuple[Tensor, Tensor] | None:
         """D and F; None where x0 was x for every token."""
