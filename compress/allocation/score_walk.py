@@ -36,6 +36,7 @@ from compress.models.skeleton import linear_in
 from compress.observer import Observer
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
+from compress.quantization.layer import replaced
 from compress.quantization.rounding import quadratic
 from compress.quantization.solvers import QuantizedLinear, make_solver
 from compress.quantization.token_weights import TokenWeigher
@@ -53,19 +54,6 @@ class Scores:
 
     changes: dict[int, float] = field(default_factory=dict)
     errors: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
-
-
-@contextmanager
-def replaced(layer: nn.Module, weights: Replaced) -> Iterator[None]:
-    """The layer with some linears' weights exchanged; names are relative to the layer."""
-    before = {name: linear_in(layer, name).weight for name in weights}
-    try:
-        for name, weight in weights.items():
-            linear_in(layer, name).weight = nn.Parameter(weight, requires_grad=False)
-        yield
-    finally:
-        for name, weight in before.items():
-            linear_in(layer, name).weight = weight
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class ModuleFacts(TypedDict):
     name: str  # in the result
     bits: int
     group_size: int | None  # None: one scale per output channel
-    error: float | None  # tr((W-Q) H (W-Q)^T) / tr(W H W^T); None without a Hessian
+    error: float | None  # sum w ||y - Q x||^2 / sum w ||y||^2, y the target; None without a Hessian
     damping: float | None  # that the Hessian's factorisation needed
     dead_columns: int  # inputs that were zero on every calibration token
     changed: list[float]  # share of codes that each refinement sweep changed

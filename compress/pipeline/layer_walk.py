@@ -132,7 +132,7 @@ class LayerWalk:
                 alike.update(prefix + name for names, on in parts for name in names if not on)
                 return parts
 
-            y = stream.outputs(index)
+            y, y0 = stream.outputs(index), stream.twin_outputs(index)
             run_layer(
                 layer,
                 spec,
@@ -149,9 +149,11 @@ class LayerWalk:
                 split=split,
                 counted=len(stream.batches),
                 attended=self._ranking(layer, index, source, opened),
+                x0=stream.x0,
+                y0=y0,
                 device=self.device,
             )
-        stream.advance(y, index + 1)
+        stream.advance(y, index + 1, y0)
         facts: LayerFacts = {"layer": index, "modules": modules}
         if source != index:
             facts["source_layer"] = source
@@ -301,12 +303,14 @@ class LayerWalk:
         holder.add_module(name, head)
         H = None
         if self._needs_hessian({name: scheme}):
-            H = Hessian(inputs, self.device)
+            x0 = self.stream.x0
+            H = Hessian(inputs, self.device, drift=x0 is not None)
             for i, (_, mask) in enumerate(self.stream.batches):
-                x = self.stream.x[i].to(self.device)
+                x = norm(self.stream.x[i].to(self.device))
+                twin = None if x0 is None else norm(x0[i].to(self.device))
                 w = self.last_weights.get(i)
                 w = mask.float() if w is None else w
-                H.add_batch(norm(x), w.to(self.device))
+                H.add_batch(x, w.to(self.device), twin)
         modules: list[ModuleFacts] = []
         packed = self._solve("", holder, {name: scheme}, H, modules)
         self.facts.append({"layer": None, "modules": modules, "seconds": modules[0]["seconds"]})

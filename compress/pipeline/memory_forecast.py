@@ -4,7 +4,9 @@ host_memory(inputs, shapes)
 
 An estimate: one layer, the statistics of its widest linear, the batch in flight, the activations of
 all calibration windows unless they go to disk, and the fixed cost of Python, torch and
-transformers; or, if that is more, what the scores of `allocate` need.
+transformers; or, if that is more, what the scores of `allocate` need. With `quantize.target:
+full_precision` the 16-bit model's activations between layers come on top, two more statistics of
+the widest linear's input, and the 16-bit weights of a group while its outputs are taken.
 """
 
 from compress.data.activations import TOKENS_PER_BATCH, activations_on_disk
@@ -69,11 +71,13 @@ def _run(inputs: RunInputs, shapes: Shapes) -> int:
         return total
     widest = max(K for _, K in inside)
     hidden = skeleton.config.hidden_size
-    activations = calibration_tokens(inputs.source, skeleton) * (hidden + widest) * 4
+    twin = recipe.quantize.target.name == "full_precision"
+    streams = hidden * (2 if twin else 1) + widest
+    activations = calibration_tokens(inputs.source, skeleton) * streams * 4
     on_disk = activations_on_disk(recipe.calibration.offload, activations)
     return (
         total
-        + _working(recipe.calibration.length, skeleton, inside)
+        + _working(recipe.calibration.length, skeleton, inside, twin)
         + max(second_hessians(inputs, shapes), default=0)
         + (0 if on_disk else activations)
     )
@@ -118,10 +122,17 @@ def _vocabulary(skeleton: Skeleton) -> int:
     return skeleton.config.vocab_size * skeleton.config.hidden_size * 4
 
 
-def _working(length: int, skeleton: Skeleton, inside: list[tuple[int, int]]) -> int:
-    """A batch in flight, or a linear being solved."""
+def _working(
+    length: int, skeleton: Skeleton, inside: list[tuple[int, int]], twin: bool = False
+) -> int:
+    """A batch in flight, or a linear being solved; `twin`: with the 16-bit model's beside it."""
     widest = max(K for _, K in inside)
     tokens = max(TOKENS_PER_BATCH, length)
     batch = tokens * (skeleton.config.hidden_size + 3 * widest) * 4
-    solver = SOLVER_COPIES * 4 * (widest**2 + max(N * K for N, K in inside))
+    weights = max(N * K for N, K in inside)
+    solver = SOLVER_COPIES * 4 * (widest**2 + weights)
+    if twin:  # x0 and x0 - x; H, D and F; gate and up as they were
+        batch += tokens * (skeleton.config.hidden_size + 2 * widest) * 4
+        batch += 3 * 4 * widest**2 + 2 * 4 * weights
+        solver += 4 * weights  # W D
     return max(batch, solver)

@@ -140,7 +140,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         bytes={"quantized": quantized, "other": other, "total": quantized + other},
         file_bytes=quantized + other + header_bytes([*kept, *packed]),
         peak_memory={"host": host_memory(inputs, shapes), "device": 0},
-        problems=_problems(inputs, names, shapes, found) + problems,
+        problems=_problems(inputs, names, shapes, found, pruning is not None) + problems,
         notes=_left_out(inputs, names)
         + _token_notes(inputs, shapes, found)
         + _notes(inputs, schemes, untied, formats)
@@ -274,6 +274,7 @@ def _problems(
     names: list[str],
     shapes: dict[str, tuple[int, int]],
     schemes: dict[str, Scheme | None],
+    pruned: bool,
 ) -> list[str]:
     recipe, skeleton, source = inputs.recipe, inputs.skeleton, inputs.source
     problems = []
@@ -332,6 +333,11 @@ def _problems(
         problems.append(
             f"calibration.length: {recipe.calibration.length} tokens are more than the model's "
             f"context of {context}"
+        )
+    if images and pruned and recipe.quantize.target.name == "full_precision":
+        problems.append(
+            "quantize.target: full_precision needs every token in both models, and visual tokens "
+            "of the calibration prompts are pruned: use quantized, or calibrate on text"
         )
     return problems
 

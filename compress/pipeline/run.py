@@ -268,13 +268,15 @@ class Job:
         depth, strategy = len(self.plan.layers), self.pruning.strategy
         hidden = self.skeleton.config.hidden_size
         widest = max((module.shape[1] for module in self.plan.modules), default=0)
-        nbytes = self.data.tokens * (hidden + widest) * 4
+        full_precision = self.inputs.recipe.quantize.target.name == "full_precision"
+        nbytes = self.data.tokens * (hidden * (2 if full_precision else 1) + widest) * 4
         return CalibrationStream(
             self.skeleton,
             self.data,
             None if strategy is None else Stages(strategy, depth),
             self.work / "activations",
             activations_on_disk(self.inputs.source.settings.offload, nbytes),
+            full_precision=full_precision,
             probe=probe,
             processor=processor,
             device=self.inputs.device,
@@ -284,7 +286,9 @@ class Job:
         """Puts the inputs of the first layer that is not `done` in place."""
         self._write_embedding()  # again, where a run goes on: what an earlier process left of it
         if done == 0:  # is not in the journal
-            self.stream.embed(self._vision_at_work, self._table)
+            rounded = self.plan.module(self.spec.embedding) is not None
+            exact = (lambda: rows_of(self._dense_table())) if rounded else None
+            self.stream.embed(self._vision_at_work, self._table, exact)
         else:
             state = self.journal.state()
             self.stream.restore(done, self._vision_at_work, self._table, state)

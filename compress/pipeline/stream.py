@@ -15,7 +15,7 @@ logits any engine can check.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from compress.data.activations import TOKENS_PER_BATCH, ActivationStore
 from compress.data.prompts import CalibrationData, ImagePrompts
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, UsageError
 from compress.models.skeleton import LayerInputs, Skeleton
 from compress.models.vision import Encoded, EncodesImages, Inputs, Lookup, encode
 from compress.pruning.costs import CostTotals, DecoderShape, PruningStats, prompt_stats
@@ -47,6 +47,7 @@ class StreamState(TypedDict):
     """What is known of the files that the next layer needs."""
 
     inputs: list[int]  # the checksum of each batch
+    full_precision: NotRequired[list[int]]  # the same of the 16-bit model's
     stages: dict[str, str]  # the digest of each file beside them, as which visual tokens are left
 
 
@@ -56,6 +57,7 @@ class CalibrationStream:
     Attributes:
         batches: ids and mask [B, T] of the tokens that are still there, without the probe's.
         x: the inputs of the next layer, [B, T, d] each; the probe's last.
+        x0: those of the 16-bit model, for every batch but the probe; None where nobody asks.
         probe: what the probe is made of, None for a text model.
         scores: attention of prompts' last tokens [1, T] in the layer that has just run, by batch.
     """
@@ -68,6 +70,7 @@ class CalibrationStream:
         folder: Path,
         on_disk: bool,
         *,
+        full_precision: bool = False,
         probe: Inputs | None = None,
         processor: "ProcessorMixin | None" = None,
         device: str = "cpu",
@@ -81,17 +84,33 @@ class CalibrationStream:
         self.scores: dict[int, Tensor] = {}
         self._left: dict[str, str] = {}  # digests of what the stages have noted
         self.x = ActivationStore()
+        self.x0 = ActivationStore() if full_precision else None
+        if full_precision and stages is not None and isinstance(data, ImagePrompts):
+            raise UsageError(
+                "quantize.target: full_precision needs every token in both models, and "
+                "prune_visual_tokens prunes the calibration prompts: use quantized, or text"
+            )
         folder.mkdir(parents=True, exist_ok=True)
 
     # ---- the start ------------------------------------------------------------------------------
 
-    def embed(self, encoder: Encoder, table: Table) -> None:
-        """Puts the first layer's inputs in place."""
+    def embed(self, encoder: Encoder, table: Table, exact: Table | None = None) -> None:
+        """Puts the first layer's inputs in place.
+
+        `exact`: reads the embedding of the 16-bit model, where it is another.
+        """
         self.x = ActivationStore(*(self.place(0) if self.on_disk else ()))
+        if self.x0 is not None:
+            self.x0 = ActivationStore(*(self.twin_place(0) if self.on_disk else ()))
         self.positions = []
-        for encoded in self._encoded(encoder, table()):
+        for i, encoded in enumerate(self._encoded(encoder, table())):
             self.positions.append(encoded.positions)
             self.x.append(encoded.embeds)
+            if self.x0 is not None and exact is None and i < len(self.batches):
+                self.x0.append(encoded.embeds)
+        if self.x0 is not None and exact is not None:
+            for _, encoded in zip(self.batches, self._encoded(encoder, exact()), strict=False):
+                self.x0.append(encoded.embeds)
         self._narrow(0)
 
     def restore(self, layer: int, encoder: Encoder, table: Table, state: StreamState) -> None:
@@ -111,8 +130,16 @@ class CalibrationStream:
                 self._narrow_again(stage)
         lengths[: len(self.batches)] = [ids.shape for ids, _ in self.batches]
         shapes = [torch.Size([*length, d]) for length in lengths]
-        found = ActivationStore.found(*self.place(layer), shapes, state["inputs"])
-        self.x = found if self.on_disk else found.in_memory()
+        self.x = self._found(self.place(layer), shapes, state["inputs"])
+        if self.x0 is not None:
+            shapes = shapes[: len(self.batches)]
+            self.x0 = self._found(self.twin_place(layer), shapes, state["full_precision"])
+
+    def _found(
+        self, place: tuple[Path, str], shapes: list[torch.Size], sums: list[int]
+    ) -> ActivationStore:
+        found = ActivationStore.found(*place, shapes, sums)
+        return found if self.on_disk else found.in_memory()
 
     def _encoded(self, encoder: Encoder, lookup: Lookup) -> Iterator[Encoded]:
         """The embeddings of every batch, and of the probe."""
@@ -153,9 +180,19 @@ class CalibrationStream:
         stay until the next one's are whole, and files are written over rather than made anew."""
         return self.folder, f"inputs-{layer % 2}"
 
+    def twin_place(self, layer: int) -> tuple[Path, str]:
+        """The same of the 16-bit model."""
+        return self.folder, f"full-precision-{layer % 2}"
+
     def outputs(self, layer: int) -> ActivationStore:
         """Where the outputs of `layer` go."""
         return ActivationStore(*self.place(layer + 1)) if self.on_disk else self.x
+
+    def twin_outputs(self, layer: int) -> ActivationStore | None:
+        """The same of the 16-bit model."""
+        if self.x0 is None or not self.on_disk:
+            return self.x0
+        return ActivationStore(*self.twin_place(layer + 1))
 
     def scratch(self) -> ActivationStore:
         """An empty store for what waits inside a layer."""
@@ -165,15 +202,23 @@ class CalibrationStream:
         """What the decoder layer `source` of the model needs beside batch i."""
         return self.skeleton.layer_inputs(source, x, self.positions[i])
 
-    def advance(self, y: ActivationStore, layer: int) -> None:
-        """Makes `y` the inputs of `layer`, shortened by the stage there, and puts them on disk."""
-        self.x = y
+    def advance(self, y: ActivationStore, layer: int, y0: ActivationStore | None = None) -> None:
+        """Makes `y` the inputs of `layer`, shortened by the stage there, and puts them on disk.
+
+        `y0`: the same of the 16-bit model.
+        """
+        self.x, self.x0 = y, y0
         self._narrow(layer)
         self.x.dump(*self.place(layer))
+        if self.x0 is not None:
+            self.x0.dump(*self.twin_place(layer))
 
     def state(self) -> StreamState:
         """What a resumed run checks the files against that it finds."""
-        return {"inputs": self.x.sums, "stages": dict(self._left)}
+        state: StreamState = {"inputs": self.x.sums, "stages": dict(self._left)}
+        if self.x0 is not None:
+            state["full_precision"] = self.x0.sums
+        return state
 
     def note(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Keeps tensors beside the activations; `state` has the digest of the file."""

@@ -10,6 +10,14 @@ columns before it have left, which is all that the column loop has to know.
     statistics = Hessian(columns=1024)
     statistics.add_batch(x, weights)          # x [B, T, K], weights [B, T] or None
     R, damping = factor(statistics.matrix(), damping=0.01)
+
+Where a linear's target is the output W x0 of the 16-bit model, two matrices more say how far its
+input has drifted from x0 (GPTAQ, arXiv 2504.02692; Qronos, 2505.11695), same windows and weights:
+
+    D = (2/N) sum w (x0 - x) x^T        F = (2/N) sum w (x0 - x) (x0 - x)^T
+
+D is the difference of the cross statistics (2/N) sum w x0 x^T and H, summed as such: where nothing
+has drifted it is zero to the bit.
 """
 
 import torch
@@ -26,15 +34,25 @@ DAMPING_LIMIT = 1.0
 
 
 class Hessian:
-    """Accumulates H over batches of calibration windows. Holds one [K, K] matrix."""
+    """Accumulates H over batches of calibration windows. Holds one [K, K] matrix.
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu"):
+    drift: holds D and F as well, two more of that size, until they are taken.
+    """
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu", drift: bool = False):
         self.lower = torch.zeros(columns, columns, device=device)
         self.windows = 0
         self.block = BLOCK[self.lower.device.type]
+        self.drift = Drift(columns, device) if drift else None
 
-    def add_batch(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """Adds the tokens of x [B, T, K]; weights [B, T] have mean one in each window, or None."""
+    def add_batch(self, x: Tensor, weights: Tensor | None = None, x0: Tensor | None = None) -> None:
+        """Adds the tokens of x [B, T, K]; weights [B, T] have mean one in each window, or None.
+
+        `x0` [B, T, K]: the same tokens in the 16-bit model, where the drift is asked for.
+        """
+        if self.drift is not None:
+            assert x0 is not None, "a drift is one of two inputs"
+            self.drift.add_batch(x, x0, weights)
         self.windows += x.shape[0]
         rows = x.reshape(-1, x.shape[-1]).to(self.lower.dtype)  # [tokens, K]
         if weights is not None:
@@ -66,6 +84,34 @@ class Hessian:
             H[block, block] = square + square.tril(-1).T
         del self.lower
         return H
+
+    def take_drift(self) -> tuple[Tensor, Tensor] | None:
+        """D and F, each [K, K], whose memory is then the caller's; None where nothing drifted."""
+        drift, self.drift = self.drift, None
+        return None if drift is None else drift.matrices()
+
+
+class Drift:
+    """Accumulates D and F: how far the inputs x of a linear are from those of the 16-bit model."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu"):
+        self.cross = torch.zeros(columns, columns, device=device)
+        self.square = Hessian(columns, device)
+
+    def add_batch(self, x: Tensor, x0: Tensor, weights: Tensor | None) -> None:
+        """x, x0 [B, T, K]; weights [B, T] or None."""
+        difference = x0.to(self.cross.dtype) - x
+        self.square.add_batch(difference, weights)
+        if weights is not None:
+            difference *= weights.unsqueeze(-1)
+        K = x.shape[-1]
+        self.cross.addmm_(difference.reshape(-1, K).T, x.reshape(-1, K).to(self.cross.dtype))
+
+    def matrices(self) -> tuple[Tensor, Tensor] | None:
+        """D and F; None where x0 was x for every token."""
+        windows = max(1, self.square.windows)
+        F = self.square.matrix()
+        return (self.cross.mul_(2 / windows), F) if F.any() else None
 
 
 def factor(H: Tensor, damping: float) -> tuple[Tensor, float]:

@@ -16,10 +16,15 @@ group, the input of o or of down, waits in a second store.
 A stage's input is what the family's own module computes with its output projection taken out, so
 attention and activation functions are never written again here.
 
+Where the target is the 16-bit model's output, that model's activations x0 pass beside them: each
+batch goes through the stage's 16-bit weights right behind its twin, so the two inputs of a group
+are there together. What is kept for that are a group's 16-bit weights until the next stage is
+through, and nothing of x0 waits between stages.
+
     run_layer(layer, spec, inputs, x, y, work, quantise=..., needs_hessian=..., weigh=...)
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -32,7 +37,7 @@ from compress.models.families import ArchitectureSpec
 from compress.models.skeleton import LayerInputs, linear_in
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
-from compress.quantization.solvers import QuantizedLinear, Solver
+from compress.quantization.solvers import QuantizedLinear, Solver, Target
 from compress.scheme import Scheme
 
 # Quantises the linears of a group, in place in the layer, given the Hessian of their input; the
@@ -67,6 +72,19 @@ def without(layer: nn.Module, name: str) -> Iterator[nn.Module]:
         setattr(parent, child, linear)
 
 
+@contextmanager
+def replaced(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The layer with some linears' weights exchanged; names are relative to the layer."""
+    before = {name: linear_in(layer, name).weight for name in weights}
+    try:
+        for name, weight in weights.items():
+            linear_in(layer, name).weight = nn.Parameter(weight, requires_grad=False)
+        yield
+    finally:
+        for name, weight in before.items():
+            linear_in(layer, name).weight = weight
+
+
 def run_layer(
     layer: nn.Module,
     spec: ArchitectureSpec,
@@ -82,6 +100,8 @@ def run_layer(
     split: Split = lambda group: [(group, True)],
     counted: int | None = None,
     attended: Callable[[int], None] | None = None,
+    x0: ActivationStore | None = None,
+    y0: ActivationStore | None = None,
     device: str = "cpu",
 ) -> None:
     """Moves all batches in `x` [B, T, d] through the layer, quantising it on the way.
@@ -96,72 +116,119 @@ def run_layer(
         split: the parts of a group that `quantise` is given one after the other.
         counted: only the first so many batches are in the Hessians; None: all.
         attended: called with the number of each batch that has passed the quantised attention.
+        x0, y0: inputs of the 16-bit model for the counted batches, and where its outputs go: an
+            empty store, or `x0` itself. Hessians then have their drift. None: there is no such.
     """
+    assert (x0 is None) == (y0 is None), "inputs and outputs of the 16-bit model go together"
     input_norm, post_norm = (layer.get_submodule(n) for n in (spec.input_norm, spec.post_norm))
     counted = len(x) if counted is None else counted
     weights: list[Tensor | None] = []
 
-    def add(parts: list[Part], i: int, rows: Tensor) -> None:
+    def add(parts: list[Part], i: int, rows: Tensor, rows0: Tensor | None) -> None:
         for part in parts:
             if part.H is not None and i < counted:
-                part.H.add_batch(rows, weights[i] if part.weighted else uniform(i, rows))
+                w = weights[i] if part.weighted else uniform(i, rows)
+                part.H.add_batch(rows, w, rows0)
 
     def statistics(group: tuple[str, ...]) -> list[Part]:
         columns = linear_in(layer, group[0]).in_features
+        drift = x0 is not None
         return [
-            Part(names, weighted, Hessian(columns, device) if needs_hessian(names) else None)
+            Part(names, weighted, Hessian(columns, device, drift) if needs_hessian(names) else None)
             for names, weighted in split(group)
         ]
+
+    def needed(parts: list[Part]) -> bool:
+        return any(part.H is not None for part in parts)
 
     def solve(parts: list[Part]) -> None:
         while parts:  # a Hessian is not held longer than its part
             part = parts.pop(0)
             quantise(part.names, part.H)
 
+    def twin(i: int, store: ActivationStore | None, norm: nn.Module) -> Tensor | None:
+        """What a norm gives for batch i in the 16-bit model."""
+        return None if store is None or i >= counted else norm(store[i].to(device))
+
+    def twin_through(
+        i: int,
+        store: ActivationStore | None,
+        part: Callable[[int, Tensor], Tensor],
+        kept: dict[str, Tensor],
+        last: nn.Module,
+    ) -> Tensor | None:
+        """The input of linear `last` for batch i in the 16-bit model, and its output to `y0`.
+
+        `part`: from the stream to that input; `kept` are the 16-bit weights in it.
+        """
+        if store is None or y0 is None or i >= counted:
+            return None
+        z = store[i].to(device)
+        with replaced(layer, kept):
+            inner = part(i, z)
+        y0.put(i, z + last(inner))
+        return inner
+
+    def weights_of(group: Iterable[str]) -> dict[str, Tensor]:
+        """A group's 16-bit weights, for the pass behind its quantisation."""
+        return {} if x0 is None else {name: linear_in(layer, name).weight for name in group}
+
     def batches(store: ActivationStore) -> Iterator[tuple[int, Tensor]]:
         return ((i, store[i].to(device)) for i in range(len(x)))
 
-    parts = statistics((spec.query, spec.key, spec.value))
+    group = (spec.query, spec.key, spec.value)
+    parts = statistics(group)
     for i, z in batches(x):
         normed = input_norm(z)
         if i < counted:
             weights.append(weigh(i, z, normed))
-        add(parts, i, normed)
+        if needed(parts):
+            add(parts, i, normed, twin(i, x0, input_norm))
     del z, normed  # here and below: not to be held while the group is solved
+    kept = weights_of(group)
     solve(parts)
 
     parts = statistics((spec.output,))
+    output = layer.get_submodule(spec.output)
     with without(layer, spec.output) as attention:
+
+        def attend(i: int, z: Tensor) -> Tensor:
+            return attention(hidden_states=input_norm(z), **inputs(i, z))[0]
+
         for i, z in batches(x):
-            mixed = attention(hidden_states=input_norm(z), **inputs(i, z))[0]
+            mixed = attend(i, z)
             if attended is not None:
                 attended(i)
             work.append(mixed)
-            add(parts, i, mixed)
-    del z, mixed
+            add(parts, i, mixed, twin_through(i, x0, attend, kept, output))
+    del z, mixed, kept
     solve(parts)
 
     parts = statistics(spec.mlp_in)
-    output = layer.get_submodule(spec.output)
     for i, z in batches(x):
         z = z + output(work[i].to(device))
         y.put(i, z)
-        if any(part.H is not None for part in parts):  # or the norm is computed for nothing
-            add(parts, i, post_norm(z))
+        if needed(parts):  # or the norm would be computed for nothing
+            add(parts, i, post_norm(z), twin(i, y0, post_norm))
     work.clear()
     del z
+    kept = weights_of(spec.mlp_in)
     solve(parts)
 
     parts = statistics((spec.mlp_out,))
+    down = layer.get_submodule(spec.mlp_out)
     with without(layer, spec.mlp_out) as mlp:
+
+        def widen(i: int, z: Tensor) -> Tensor:
+            return mlp(post_norm(z))
+
         for i, z in batches(y):
-            wide = mlp(post_norm(z))
+            wide = widen(i, z)
             work.append(wide)
-            add(parts, i, wide)
-    del z, wide
+            add(parts, i, wide, twin_through(i, y0, widen, kept, down))
+    del z, wide, kept
     solve(parts)
 
-    down = layer.get_submodule(spec.mlp_out)
     for i, z in batches(y):
         y[i] = z + down(work[i].to(device))
     work.clear()
@@ -180,7 +247,8 @@ def solve_group(
 
     Args:
         schemes: name -> scheme of each linear of the group that is quantised.
-        solver: of SOLVERS; H is the Hessian of the group's input if it needs one.
+        solver: of SOLVERS; H is the Hessian of the group's input if it needs one. Where that has
+            drifted, the target is the 16-bit model's output.
 
     Raises:
         CompressError: the Hessian cannot be factored.
@@ -190,21 +258,30 @@ def solve_group(
         stacks.setdefault(scheme, []).append(name)
     if not stacks:
         return {}
+    targets: dict[Scheme, Target] = {}
+    if H is not None and (drift := H.take_drift()) is not None:
+        targets = {s: Target.of(_stacked(layer, names), *drift) for s, names in stacks.items()}
+        del drift  # two K x K matrices, before there are others
     statistics = None if H is None else solver.prepare(H.matrix())
     solved: dict[str, QuantizedLinear] = {}
     for scheme, names in stacks.items():
+        grid, size = UniformGrid(scheme.bits, scheme.symmetric, scale_dtype), scheme.group_size
+        target = targets.pop(scheme, None)
+        whole = solver.solve(_stacked(layer, names), statistics, grid, size, target)
         linears = [linear_in(layer, name) for name in names]
-        grid = UniformGrid(scheme.bits, scheme.symmetric, scale_dtype)
-        weights = [linear.weight for linear in linears]
-        W = weights[0] if len(weights) == 1 else torch.cat(weights)
-        whole = solver.solve(W, statistics, grid, scheme.group_size)
-        del W
         ends = accumulate(linear.out_features for linear in linears)
         for name, linear, end in zip(names, linears, ends, strict=True):
-            found = whole.rows(slice(end - linear.out_features, end))
-            solved[name] = solver.settle(linear.weight, found, statistics, grid, scheme.group_size)
-        del weights
+            part = slice(end - linear.out_features, end)
+            aim = None if target is None else target.rows(part)
+            found = whole.rows(part)
+            solved[name] = solver.settle(linear.weight, found, statistics, grid, size, aim)
     del statistics  # two K x K matrices, before weights are made
-    for name, part in solved.items():
-        linear_in(layer, name).weight = nn.Parameter(part.weight(), requires_grad=False)
+    for name, result in solved.items():
+        linear_in(layer, name).weight = nn.Parameter(result.weight(), requires_grad=False)
     return solved
+
+
+def _stacked(layer: nn.Module, names: list[str]) -> Tensor:
+    """The weights of linears that share an input, one below the other."""
+    weights = [linear_in(layer, name).weight for name in names]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -7,8 +7,19 @@
 
 RTN rounds every weight to nearest and needs no data. GPTQ (arXiv 2210.17323) runs the column loop
 of `gptq.py`; `refine_sweeps` adds the coordinate descent of `refine.py`.
+
+With a `Target` the outputs aimed at are those of the 16-bit model, W x0, and not W x. With D and F
+of `hessian.py`, E = W - Q, and sums weighted as H is,
+
+    sum ||W x0 - Q x||^2 = tr(E H E^T) + 2 tr(W D E^T) + tr(W F W^T)
+    W' = W + strength W D (H + damping)^-1
+
+and W' is what the column loop and the sweeps represent instead of W: at full strength the minimiser
+of that sum plus damping ||W - Q||^2. What cannot be reached, F and what D leaves of it, is
+part of the errors given back.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from operator import mul
@@ -41,6 +52,7 @@ class SolverSettings:
     refine_sweeps: int = 5
     damping: float = 0.01
     act_order: bool = False
+    target_strength: float = 1.0  # with a `Target`
 
 
 @dataclass
@@ -51,8 +63,8 @@ class QuantizedLinear:
         codes: [N, K] int8, signed.
         scale: [N, G], in the checkpoint's dtype; G = 1 for one scale a row.
         zero: [N, G] int8, or None for a symmetric grid.
-        error, power: [N] fp64, the diagonals of (W-Q) H (W-Q)^T and of W H W^T; None without a
-            Hessian.
+        error, power: [N] fp64, sum w (y - Q x)^2 and sum w y^2 of each output y: the diagonals of
+            (W-Q) H (W-Q)^T and of W H W^T where y = W x; None without a Hessian.
         damping: the damping that the factorisation needed; None where there was none.
         dead_columns: inputs that were zero on every calibration token; their weights became 0.
         changed: share of codes that each refinement sweep changed.
@@ -78,7 +90,7 @@ class QuantizedLinear:
         return codes.mul_(self.scale.to(dtype).unsqueeze(-1)).view(N, K)
 
     def relative_error(self) -> float | None:
-        """tr((W-Q) H (W-Q)^T) / tr(W H W^T); 0 where the linear gives nothing but zeros."""
+        """Error over power, summed over outputs; 0 where the linear gives nothing but zeros."""
         if self.error is None or self.power is None:
             return None
         power = float(self.power.sum())
@@ -149,6 +161,49 @@ class HessianFactor:
     damping: float
     added: float
 
+    def divide(self, A: Tensor) -> Tensor:
+        """(H + damping)^-1 A for A [K, N], by the factor that is there: two triangular solves."""
+        A = A if self.order is None else A[self.order]
+        A = torch.linalg.solve_triangular(self.M, A, upper=True, unitriangular=True)
+        A.div_(self.pivots[:, None])
+        A = torch.linalg.solve_triangular(self.M.T, A, upper=False, unitriangular=True)
+        if self.order is None:
+            return A
+        result = torch.empty_like(A)
+        result[self.order] = A
+        return result
+
+
+@dataclass
+class Target:
+    """The outputs W x0 of the 16-bit model, as what a linear is to give for its own inputs x.
+
+    Attributes:
+        cross: [N, K], W D.
+        rest: [N] fp64, the diagonal of W F W^T.
+    """
+
+    cross: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, W: Tensor, D: Tensor, F: Tensor) -> "Target":
+        """For W [N, K], whose inputs have drifted by D and F [K, K]."""
+        W = W.to(D.dtype)
+        rest = torch.cat([quadratic(F, part.T.contiguous()) for part in some_rows(W)])
+        return cls(W @ D, rest)
+
+    def rows(self, part: slice) -> "Target":
+        """Of some outputs."""
+        return Target(self.cross[part], self.rest[part])
+
+    def beyond(self, Et: Tensor) -> Tensor:
+        """sum w (y - Q x)^2 of each output y of W x0, less (E H E^T)_nn, for Et = (W - Q)^T [K, N].
+
+        [N] fp64.
+        """
+        return 2 * (self.cross.T * Et).sum(0, dtype=torch.float64) + self.rest
+
 
 class Solver(Protocol):
     """Codes from weights. `prepare` is asked for only where `needs_hessian`."""
@@ -162,9 +217,14 @@ class Solver(Protocol):
         ...
 
     def solve(
-        self, W: Tensor, statistics: HessianFactor | None, grid: UniformGrid, group_size: int | None
+        self,
+        W: Tensor,
+        statistics: HessianFactor | None,
+        grid: UniformGrid,
+        group_size: int | None,
+        target: Target | None = None,
     ) -> QuantizedLinear:
-        """W [N, K] and the statistics of its input -> codes."""
+        """W [N, K] and the statistics of its input -> codes. `target`: None is W x."""
         ...
 
     def settle(
@@ -174,6 +234,7 @@ class Solver(Protocol):
         statistics: HessianFactor | None,
         grid: UniformGrid,
         group_size: int | None,
+        target: Target | None = None,
     ) -> QuantizedLinear:
         """What `solve` found for a whole linear, or what is better by the statistics."""
         return found
@@ -185,12 +246,31 @@ def some_rows(W: Tensor) -> tuple[Tensor, ...]:
     return W.chunk(-(-W.shape[0] // rows))
 
 
+def _parts(W: Tensor, target: Target | None) -> Iterator[tuple[Tensor, Target | None]]:
+    """The same, with the target of each."""
+    start = 0
+    for part in some_rows(W):
+        stop = start + len(part)
+        yield part, None if target is None else target.rows(slice(start, stop))
+        start = stop
+
+
+def _error(H: Tensor, Et: Tensor, target: Target | None) -> Tensor:
+    """sum w (y - Q x)^2 of each output y, for Et = (W - Q)^T [K, N]: [N] fp64."""
+    error = quadratic(H, Et)
+    return error if target is None else error + target.beyond(Et)
+
+
 def make_solver(section: Quantize) -> Solver | None:
     """The solver that a recipe's `quantize` section names; None for `method: none`."""
     if section.method == "none":
         return None
     settings = SolverSettings(
-        section.clip_search, section.refine_sweeps, section.damping, section.act_order
+        section.clip_search,
+        section.refine_sweeps,
+        section.damping,
+        section.act_order,
+        section.target.strength,
     )
     return SOLVERS[section.method](settings)
 
@@ -208,7 +288,12 @@ class RoundToNearest(Solver):
         raise NotImplementedError("rounding to nearest reads no Hessian")
 
     def solve(
-        self, W: Tensor, statistics: HessianFactor | None, grid: UniformGrid, group_size: int | None
+        self,
+        W: Tensor,
+        statistics: HessianFactor | None,
+        grid: UniformGrid,
+        group_size: int | None,
+        target: Target | None = None,
     ) -> QuantizedLinear:
         """W [N, K] -> codes."""
         Wt = W.T.contiguous()
@@ -240,12 +325,20 @@ class Gptq:
         return HessianFactor(H, dead, R.div_(diagonal), diagonal.square_(), order, damping, added)
 
     def solve(
-        self, W: Tensor, statistics: HessianFactor | None, grid: UniformGrid, group_size: int | None
+        self,
+        W: Tensor,
+        statistics: HessianFactor | None,
+        grid: UniformGrid,
+        group_size: int | None,
+        target: Target | None = None,
     ) -> QuantizedLinear:
         """W [N, K] and the statistics of its input -> codes."""
         assert statistics is not None, "gptq needs a Hessian"
         return QuantizedLinear.join(
-            [self._solve_rows(part, statistics, grid, group_size) for part in some_rows(W)]
+            [
+                self._solve_rows(part, statistics, grid, group_size, aim)
+                for part, aim in _parts(W, target)
+            ]
         )
 
     def settle(
@@ -255,19 +348,20 @@ class Gptq:
         statistics: HessianFactor | None,
         grid: UniformGrid,
         group_size: int | None,
+        target: Target | None = None,
     ) -> QuantizedLinear:
-        """What was found, or W rounded to nearest where that is less off on the Hessian."""
+        """What was found, or W rounded to nearest where that is less off from the target."""
         assert statistics is not None and found.error is not None
         H, error = statistics.H, 0.0
         parts = []
-        for part in some_rows(W):
+        for part, aim in _parts(W, target):
             Wt = part.T.clone(memory_format=torch.contiguous_format).to(H.dtype)
             Wt[statistics.dead] = 0
             result = nearest(
                 Wt, grid, group_size, self.settings.clip_search, torch.ones_like(Wt[:, 0])
             )
             parts.append(_finish(result, grid))
-            parts[-1].error = quadratic(H, Wt.sub_(result.dequantised()))
+            parts[-1].error = _error(H, Wt.sub_(result.dequantised()), aim)
             error += float(parts[-1].error.sum())
         # By more than what the sums themselves are off.
         if not error < float(found.error.sum()) * (1 - SAME):
@@ -282,28 +376,37 @@ class Gptq:
         )
 
     def _solve_rows(
-        self, W: Tensor, statistics: HessianFactor, grid: UniformGrid, group_size: int | None
+        self,
+        W: Tensor,
+        statistics: HessianFactor,
+        grid: UniformGrid,
+        group_size: int | None,
+        target: Target | None,
     ) -> QuantizedLinear:
         H, settings = statistics.H, self.settings
         # A copy even where W.T is contiguous already, as for one row: it is changed below.
         Wt = W.T.clone(memory_format=torch.contiguous_format).to(H.dtype)
         Wt[statistics.dead] = 0
+        aim = Wt
+        if target is not None:
+            shift = statistics.divide(target.cross.T)
+            aim = torch.add(Wt, shift, alpha=settings.target_strength)
         result = column_loop(
-            Wt,
+            aim,
             statistics.M,
             grid,
             group_size,
             settings.clip_search,
             importance=H.diagonal(),
             order=statistics.order,
-            pivots=statistics.pivots,
+            pivots=statistics.pivots if target is None else None,
         )
-        changed = refine(result, Wt, H, grid, group_size, settings.refine_sweeps)
+        changed = refine(result, aim, H, grid, group_size, settings.refine_sweeps)
         linear = _finish(result, grid)
-        linear.power = quadratic(H, Wt)
+        linear.power = _error(H, Wt, target)
         E = Wt.sub_(result.dequantised())
         if changed or result.error is None:
-            linear.error = quadratic(H, E)
+            linear.error = _error(H, E, target)
         else:  # known for the damped H
             linear.error = result.error - statistics.added * E.square_().sum(0)
         linear.damping, linear.dead_columns = statistics.damping, int(statistics.dead.sum())

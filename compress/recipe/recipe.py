@@ -75,6 +75,11 @@ class Recipe(Section):
                 )
             changes["clip_search"] = "magnitude"
         self._check_tokens(importance)
+        if quantize.target.name == "full_precision" and quantize.method in ("rtn", "none"):
+            raise FieldError(
+                ("quantize", "target"),
+                f"full_precision needs calibration, which {quantize.method} does not do: use gptq",
+            )
         if importance.minimum is None:
             minimum = self._best_minimum()
             if minimum > importance.maximum:

@@ -273,6 +273,20 @@ def _check_chunks(text: str) -> None:
     )
 
 
+class Target(Section):
+    """What a quantised linear is to give for its input x: W x, or the 16-bit model's W x0."""
+
+    short_form = "name"
+    name: Literal["quantized", "full_precision"] = "quantized"
+    strength: Number = Field(1.0, ge=0, le=1)  # full_precision: 0 leaves the weights as they are
+
+    @model_validator(mode="after")
+    def _check_strength(self) -> "Target":
+        if self.name != "full_precision" and self.strength != 1:
+            raise FieldError(("strength",), f"is for full_precision, and name is {self.name}")
+        return self
+
+
 class Override(Section):
     """Other settings for the modules that `match` names; what is not given stays as it is."""
 
@@ -313,6 +327,7 @@ class Quantize(Section):
     refine_sweeps: int = Field(5, ge=0)  # coordinate descent after the column loop
     damping: Number = Field(0.01, ge=0)  # share of mean(diag H) that is added to the diagonal
     act_order: bool = False
+    target: Target = Target()
     token_importance: TokenImportance = TokenImportance()
     # null leaves them in 16 bits. Where both are one table (tied, not rotated) `embedding` is for
     # the head too. `head` wins over `ignore` and `overrides`.

@@ -73,6 +73,9 @@ def recipe_of(model, prose, **sections):
 CASES = {
     "ram": {"calibration": {"offload": "ram"}},
     "disk": {"calibration": {"offload": "disk"}},
+    "full precision": {
+        "calibration": {"offload": "disk"}, "quantize": {"target": "full_precision"}
+    },
     "evaluated": {"evaluated": True, "quantize": {"method": "rtn"}},
     "allocated": {
         "allocate": {"importance": "output_error", "method": "knapsack", "average_bits": 3.5,

@@ -163,9 +163,9 @@ def test_pruned_tokens_do_not_reach_the_hessians(folder_of, tmp_path, monkeypatc
     rows: list[int] = []
 
     class Counting(Hessian):
-        def add_batch(self, x, weights=None):
+        def add_batch(self, x, weights=None, x0=None):
             rows.append(x.shape[1])
-            super().add_batch(x, weights)
+            super().add_batch(x, weights, x0)
 
     monkeypatch.setattr(layer_module, "Hessian", Counting)
     run(recipe_of(folder, strategy, GPTQ), tmp_path / "out", windows=data, self_check=False)

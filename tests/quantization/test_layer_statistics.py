@@ -81,10 +81,13 @@ class Walk:
         self.groups: list[tuple[str, ...]] = []
         self.H: dict[str, Tensor] = {}
         self.weighed: list[tuple[int, Tensor, Tensor]] = []
+        self.drift: dict[str, tuple[Tensor, Tensor] | None] = {}
 
     def quantise(self, group, H) -> None:
         self.groups.append(group)
         if H is not None:
+            drift = H.take_drift()
+            self.drift |= dict.fromkeys(group, drift)
             matrix = H.matrix()
             self.H |= dict.fromkeys(group, matrix)
         self.change(self.layer, group)
@@ -93,7 +96,7 @@ class Walk:
         self.weighed.append((i, x.clone(), normed.clone()))
         return None if self.weights is None else self.weights[i]
 
-    def run(self, x: ActivationStore, y=None, work=None) -> list[Tensor]:
+    def run(self, x: ActivationStore, y=None, work=None, **more) -> list[Tensor]:
         y = x if y is None else y
         run_layer(
             self.layer,
@@ -107,6 +110,7 @@ class Walk:
             weigh=self.weigh,
             uniform=lambda i, x: None if self.alike is None else self.alike[i],
             split=self.split,
+            **more,
         )
         return list(y)
 
@@ -272,6 +276,95 @@ def test_groups_that_need_no_hessian_get_none(checkpoint):
         assert walk.groups == list(spec.groups)
         assert set(walk.H) == set(spec.mlp_in)
         assert torch.equal(walk.H[spec.mlp_in[0]], expected.H[spec.mlp_in[0]])
+
+
+# ---- beside the 16-bit model --------------------------------------------------------------------
+
+
+def damaged() -> list[Tensor]:
+    return [x + 0.1 * noise for x, noise in zip(batches(), batches(seed=9), strict=True)]
+
+
+@every_family
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_drift_is_that_between_a_layer_half_quantised_and_the_16_bit_layer(
+    checkpoint, family, weighted
+):
+    weights = token_weights() if weighted else None
+    with opened(checkpoint, family) as (skeleton, layer):
+        before, oracle = copy.deepcopy(layer), copy.deepcopy(layer)
+        expected_outputs = whole(skeleton, before, batches())
+        x0 = stored(batches())
+        walk = Walk(skeleton, layer, weights=weights)
+        outputs = walk.run(stored(damaged()), x0=x0, y0=x0)
+        plain = Walk(skeleton, copy.deepcopy(before), weights=weights)
+        assert all(map(torch.equal, outputs, plain.run(stored(damaged()))))
+        for found, expected in zip(x0, expected_outputs, strict=True):
+            assert_close(found, expected)
+        w = torch.cat(weights).unsqueeze(-1) if weighted else 1.0
+        for group in skeleton.spec.groups:
+            for name in group:
+                x = seen_by(skeleton, oracle, name, damaged()).double()
+                difference = seen_by(skeleton, before, name, batches()).double() - x
+                D, F = walk.drift[name]
+                assert_close(
+                    walk.H[name], second_moment(x, torch.cat(weights) if weighted else None)
+                )
+                K, N = x.shape[-1], len(x)
+                cross = 2 / N * (w * difference).reshape(-1, K).T @ x.reshape(-1, K)
+                square = 2 / N * (w * difference).reshape(-1, K).T @ difference.reshape(-1, K)
+                assert_close(D, cross, 1e-4)
+                assert_close(F, square, 1e-4)
+            coarse(oracle, group)
+
+
+def test_only_where_quantised_weights_come_before_has_equal_input_drifted(checkpoint):
+    with opened(checkpoint) as (skeleton, layer):
+        x0 = stored(batches())
+        walk = Walk(skeleton, layer)
+        walk.run(stored(batches()), x0=x0, y0=x0)
+        drifted = [walk.drift[group[0]] is not None for group in skeleton.spec.groups]
+        assert drifted == [False, True, True, True]
+
+
+def test_with_nothing_quantised_both_models_stay_the_same_to_the_bit(checkpoint):
+    with opened(checkpoint) as (skeleton, layer):
+        x0 = stored(batches())
+        walk = Walk(skeleton, layer, quantise=lambda *_: None)
+        outputs = walk.run(stored(batches()), x0=x0, y0=x0)
+        assert all(map(torch.equal, outputs, x0))
+        assert set(walk.drift.values()) == {None}
+
+
+def test_where_the_16_bit_activations_live_changes_no_bit(checkpoint, tmp_path):
+    """And the last batch, which does not count, has no twin."""
+    with opened(checkpoint) as (skeleton, layer):
+        weights = copy.deepcopy(layer.state_dict())
+        expected = None
+        for folder, apart in ((None, False), (None, True), (tmp_path, False), (tmp_path, True)):
+            layer.load_state_dict(weights)
+            x0 = stored(batches()[:2], folder, "x0")
+            y0 = ActivationStore(folder, "y0") if apart else x0
+            walk = Walk(skeleton, layer)
+            outputs = walk.run(stored(damaged()), counted=2, x0=x0, y0=y0)
+            assert len(outputs) == 3 and len(y0) == 2
+            if apart:
+                assert all(map(torch.equal, x0, batches()))
+            drift = [D for pair in walk.drift.values() for D in pair]
+            expected = expected or (outputs, list(y0), drift)
+            for found, before in zip((outputs, y0, drift), expected, strict=True):
+                assert all(map(torch.equal, found, before))
+
+
+def test_groups_that_need_no_hessian_pass_the_16_bit_model_all_the_same(checkpoint):
+    with opened(checkpoint) as (skeleton, layer):
+        expected = whole(skeleton, copy.deepcopy(layer), batches())
+        x0 = stored(batches())
+        walk = Walk(skeleton, layer, needs=lambda group: group == (skeleton.spec.mlp_out,))
+        walk.run(stored(damaged()), x0=x0, y0=x0)
+        assert set(walk.drift) == set(walk.H) == {"mlp.down_proj"}
+        for found, y in zip(x0, expected, strict=True):
+            assert_close(found, y)
 
 
 # ---- the layer's own parts ----------------------------------------------------------------------

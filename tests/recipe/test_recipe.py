@@ -159,6 +159,28 @@ def test_clip_search_of_rtn_needs_no_data(write):
         Recipe.load(path)
 
 
+@pytest.mark.parametrize("method", ["rtn", "none"])
+def test_the_16_bit_output_is_no_target_of_a_method_without_data(write, method):
+    path = write(f"quantize:\n  method: {method}\n  target: full_precision\n")
+    with refused(RecipeError, f"{path}:3: quantize.target: ", "full_precision", method):
+        Recipe.load(path)
+    with refused(RecipeError, "quantize.target", "full_precision", method):
+        write(f"quantize:\n  method: {method}\n")
+        Recipe.load(path, overrides=["quantize.target=full_precision"])
+
+
+def test_a_target_is_a_name_with_a_strength(write):
+    assert Recipe().quantize.target.name == "quantized"
+    target = Recipe(quantize={"target": "full_precision"}).quantize.target
+    assert target == Recipe(quantize={"target": {"name": "full_precision"}}).quantize.target
+    path = write("quantize:\n  target: {name: full_precision}\n")
+    weak = Recipe.load(path, overrides=["quantize.target.strength=0.25"])
+    assert (weak.quantize.target.name, weak.quantize.target.strength) == ("full_precision", 0.25)
+    path = write("quantize:\n  target: {strength: 0.5}\n")
+    with refused(RecipeError, f"{path}:2: quantize.target.strength: ", "full_precision"):
+        Recipe.load(path)
+
+
 def test_strategies_named_in_the_schema_are_those_registered():
     assert set(TOKEN_IMPORTANCE.shipped) == set(TOKEN_IMPORTANCE)
 
@@ -258,6 +280,13 @@ def test_shard_size_in_bytes():
         ("evaluate:\n  perplexity:\n    stride: 4096\n", 3, "evaluate.perplexity.stride", ["4096"]),
         ("evaluate:\n  task: [a]\n", 2, "evaluate.task", ["'tasks'"]),
         ("model: a\nrotate: none\nmodel: b\n", 3, "model", ["twice"]),
+        ("quantize: {target: exact}\n", 1, "quantize.target.name", ["full_precision", '"exact"']),
+        (
+            "quantize:\n  target: {name: full_precision, strength: 1.5}\n",
+            2,
+            "quantize.target.strength",
+            ["1.5"],
+        ),
         ("quantize:\n  bits: 4\n  online: []\n", 3, "quantize.online", ["overrides"]),
     ],
 )
