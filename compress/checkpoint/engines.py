@@ -4,6 +4,9 @@
     compressed-tensors
         4 and 8 bits         yes                     yes             yes
         other widths         with `humming` kernels  no              yes
+        groups of 32, 64,    yes                     yes             yes
+        128 and whole rows
+        other groups         symmetric, in fp16      no              yes
         asymmetric           yes                     not known       one scheme, dequantize=True
         parts that differ    no                      not known       yes
     GPTQ
@@ -11,20 +14,24 @@
         parts that differ    no                      no              no
         quantised lm_head    yes                     yes             no
 
+GPTQModel 7.7 runs groups of 16, 32, ..., 1024 and whole rows, each module's own by `dynamic`.
 Parts: vLLM and SGLang run q/k/v, and gate/up, as one matrix, which has one scheme.
 
-    plan_notes(plan.schemes), gptq_notes(modules), loading_table({3, 4}, True, 2)
+    plan_notes(plan.schemes), gptq_notes(modules), loading_table({3, 4}, True, 2, {64, 128})
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from compress.checkpoint.quantization_config import groups_of
 from compress.errors import CheckpointError
+from compress.kernels.codes import LEAST_GROUP
 from compress.scheme import Scheme
 
 OWN_WIDTHS = {4, 8}  # of vLLM 0.33 and SGLang, without further packages
+OWN_SIZES = {32, 64, 128, None}  # of groups: Marlin's, which SGLang runs alone
+GPTQMODEL_SIZES = {16, 32, 64, 128, 256, 512, 1024, None}
 HEAD = "lm_head"
 # The linears that engines run as one, by the name of that one.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -90,30 +97,53 @@ def plan_notes(schemes: Schemes) -> list[str]:
         notes.append(
             "asymmetric weights: vLLM loads them; transformers only with "
             "CompressedTensorsConfig(dequantize=True)"
-            + (" and not with several widths" if len(found) > 1 else "")
+            + (" and not with several widths or group sizes" if len(found) > 1 else "")
         )
     if odd := sorted({scheme.bits for scheme in found} - OWN_WIDTHS):
         widths = ", ".join(map(str, odd))
         notes.append(f"{widths}-bit weights: vLLM needs the `humming` package, SGLang has none")
+    if sizes := _other_sizes(found, OWN_SIZES):
+        notes.append(
+            f"groups of {sizes}: vLLM runs them in fp16 and symmetric only, SGLang not at all; "
+            f"both run 32, 64, 128 and channel"
+        )
+    if any(scheme.group_size is not None and scheme.group_size % LEAST_GROUP for scheme in found):
+        notes.append(
+            f"groups of no multiple of {LEAST_GROUP} inputs do not run packed here: load them with "
+            f"packed=False, or --dense"
+        )
     if split := split_fusions(schemes):
         parts = ", ".join(next(iter(split.values())))
         notes.append(f"{parts} differ in scheme; vLLM fuses them and will refuse")
     return notes
 
 
-def loading_table(widths: set[int], symmetric: bool, schemes: int) -> list[tuple[str, str]]:
-    """(engine, how it loads) a checkpoint of these widths, in so many different schemes."""
+def _other_sizes(schemes: Iterable[Scheme], known: set[int | None]) -> str:
+    """The group sizes that are not among the known ones, as a list; empty if all are."""
+    sizes = {scheme.group_size for scheme in schemes} - known
+    return ", ".join(map(str, sorted(filter(None, sizes))))
+
+
+def loading_table(
+    widths: set[int], symmetric: bool, schemes: int, sizes: set[int | None]
+) -> list[tuple[str, str]]:
+    """(engine, how it loads) a checkpoint of these widths and group sizes, in so many schemes."""
     if symmetric:
         transformers = "yes, on CPU too; weights become dense at the first forward"
     elif schemes == 1:
         transformers = "with `CompressedTensorsConfig(dequantize=True)`"
     else:
         transformers = "no: asymmetric and of several widths or group sizes"
-    own = widths <= OWN_WIDTHS
+    vllm = sglang = "yes"
+    if widths - OWN_WIDTHS:
+        vllm, sglang = "with the optional `humming` kernels (NVIDIA)", "no: 4 and 8 bits only"
+    elif sizes - OWN_SIZES:
+        sglang = "no: groups of 32, 64, 128 or one a row only"
+        vllm = "with `--dtype float16`" if symmetric else sglang
     return [
         ("transformers, compressed-tensors >= 0.20", transformers),
-        ("vLLM", "yes" if own else "with the optional `humming` kernels (NVIDIA)"),
-        ("SGLang", "yes" if own else "no: 4 and 8 bits only"),
+        ("vLLM", vllm),
+        ("SGLang", sglang),
     ]
 
 
@@ -150,6 +180,8 @@ def gptq_notes(modules: Mapping[str, Scheme], plain: Sequence[str] = ()) -> list
         notes.append(f"vLLM and SGLang will not load this: the parts of {first} differ in width")
     elif any(s.bits not in OWN_WIDTHS or not s.symmetric for s in modules.values()):
         notes.append("vLLM will not load this: its GPTQ takes symmetric 4 and 8 bits only")
+    if sizes := _other_sizes(modules.values(), GPTQMODEL_SIZES):
+        notes.append(f"GPTQModel will not load this: it has no kernels for groups of {sizes}")
     inside = {scheme for name, scheme in modules.items() if name != HEAD}
     uneven = bool(plain) and not same_in_every_layer(schemes)
     if len(inside) > 1 or HEAD in modules or uneven:

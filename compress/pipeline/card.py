@@ -265,7 +265,9 @@ def _engine_table(bits: Facts) -> str:
     widths = {row["bits"] for row in bits.get("widths", [])}
     if not widths:
         return ""
-    rows = loading_table(widths, bits.get("symmetric", True), bits.get("schemes", 1))
+    found = {row["group_size"] for row in bits["widths"]}
+    sizes = {None if size == "channel" else size for size in found}
+    rows = loading_table(widths, bits.get("symmetric", True), bits.get("schemes", 1), sizes)
     return _table(("engine", "loads it"), *rows)
 
 

@@ -22,6 +22,7 @@ from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import host_memory
 from compress.pipeline.pruning_forecast import PruningForecast, forecast
 from compress.pipeline.source_check import SourceCheck
+from compress.recipe.sections import AUTO_SIZES
 from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
 
@@ -90,7 +91,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     recipe, skeleton = inputs.recipe, inputs.skeleton
     names = skeleton.linear_names()
     shapes = {name: _shape(skeleton, name) for name in names}
-    found = {name: recipe.quantize.scheme_for(name) for name in names}
+    found = {name: recipe.quantize.scheme_for(name, shapes[name][1]) for name in names}
     removing = recipe.allocate is not None and recipe.allocate.method == "remove"
     widths = allocation.bits() if allocation and not removing else {}
     removed = allocation.removed() if allocation else []
@@ -102,10 +103,11 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         if named[name]
     }
     scores = allocation.score_of() if allocation else {}
-    modules = []
+    modules, sized = [], []  # `sized`: those whose group size was left to us
     for name in names:
         if (scheme := schemes.get(named[name])) is not None:
             modules.append(PlannedModule(named[name], shapes[name], scheme, scores.get(name)))
+            sized += modules[-1:] if recipe.quantize.group_size_for(name) == "auto" else []
     rotated = recipe.rotate.kind != "none"
     untied = skeleton.tied and (rotated or schemes[skeleton.spec.head] is not None)
     itemsize = inputs.dtype.itemsize
@@ -121,7 +123,12 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         file_bytes=quantized + other + _header_bytes(modules, kept),
         peak_memory={"host": host_memory(inputs, shapes), "device": 0},
         problems=_problems(inputs, names, shapes, found) + problems,
-        notes=_left_out(inputs, names) + _notes(inputs, schemes, untied) + notes,
+        notes=[
+            *_left_out(inputs, names),
+            *_group_sizes(sized),
+            *_notes(inputs, schemes, untied),
+            *notes,
+        ],
         ignored=recipe.quantize.left_out(names),
         untied=untied,
         schemes=schemes,
@@ -249,7 +256,7 @@ def _problems(
         if scheme and scheme.group_size and shapes[name][1] % scheme.group_size:
             misfits.setdefault((scheme.group_size, shapes[name][1]), []).append(name)
     for (size, columns), found in misfits.items():
-        fitting = [str(s) for s in (256, 128, 64, 32) if columns % s == 0]
+        fitting = ["auto", *(str(s) for s in (256, 128, 64, 32, 16) if columns % s == 0)]
         problems.append(
             f"quantize.group_size: {size} does not divide the {columns} inputs of {found[0]}"
             + (f" and {len(found) - 1} more" if len(found) > 1 else "")
@@ -282,6 +289,27 @@ def _left_out(inputs: RunInputs, names: list[str]) -> list[str]:
             count = f"{len(found)} of {len(names)} linears"
             notes.append(f"quantize.ignore: {pattern!r} matches {count}: {', '.join(shown)}")
     return notes
+
+
+def _group_sizes(modules: list[PlannedModule]) -> list[str]:
+    """What `group_size: auto` has chosen, where it is not one size for all; and whole rows."""
+    found: dict[int | None, list[PlannedModule]] = {}
+    for module in modules:
+        found.setdefault(module.scheme.group_size, []).append(module)
+    rows = found.pop(None, [])
+    sizes = [f"{size} for {_linears(found[size])}" for size in AUTO_SIZES if size in found]
+    notes = [f"quantize.group_size: auto is {', '.join(sizes)}"] if len(sizes) > 1 else []
+    if rows:
+        sizes = list(map(str, AUTO_SIZES))
+        notes.append(
+            f"quantize.group_size: auto is channel, one scale a row, for {_linears(rows)}: none of "
+            f"{', '.join(sizes)} divides the {rows[0].shape[1]} inputs of {rows[0].name}"
+        )
+    return notes
+
+
+def _linears(modules: list[PlannedModule]) -> str:
+    return "1 linear" if len(modules) == 1 else f"{len(modules)} linears"
 
 
 def _notes(inputs: RunInputs, schemes: Schemes, untied: bool) -> list[str]:

@@ -50,10 +50,26 @@ def test_what_a_plan_says_of_engines():
     assert "several widths" in " ".join(plan_notes(mixed))
 
 
+def test_group_sizes_that_engines_do_not_run():
+    assert plan_notes({"a": A, "b": Scheme(4, 64), "c": C}) == []
+    (both,) = plan_notes(dict.fromkeys(UNIFORM, Scheme(4, 512)))
+    check_line(both, 512, "vLLM", "SGLang")
+    (_, here) = plan_notes({"a": Scheme(4, 36)})
+    check_line(here, "packed=False", 8)
+    assert gptq_notes(dict.fromkeys(UNIFORM, Scheme(4, 512))) == []
+    (note,) = gptq_notes(dict.fromkeys(UNIFORM, Scheme(4, 192)))
+    check_line(note, "GPTQModel", 192)
+
+
 def test_the_table_of_a_card():
-    loads = dict(loading_table({4, 8}, symmetric=True, schemes=2))
+    loads = dict(loading_table({4, 8}, symmetric=True, schemes=2, sizes={64, 128, None}))
     assert all(how.startswith("yes") for how in loads.values())
-    loads = dict(loading_table({3, 4}, symmetric=False, schemes=2))
+    loads = dict(loading_table({4}, symmetric=True, schemes=1, sizes={16}))
+    assert "float16" in loads["vLLM"]
+    assert loads["SGLang"].startswith("no")
+    loads = dict(loading_table({4}, symmetric=False, schemes=1, sizes={16}))
+    assert loads["vLLM"].startswith("no")
+    loads = dict(loading_table({3, 4}, symmetric=False, schemes=2, sizes={128}))
     assert "humming" in loads["vLLM"]
     assert sum(how.startswith("no") for how in loads.values()) == 2
 
