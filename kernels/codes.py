@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 WIDTHS = (2, 3, 4, 8)
-LEAST_GROUP = 16  # the least depth of a tensor-core product: groups are multiples of it
+LEAST_GROUP = 8  # inputs; groups are multiples of it: for each a kernel has a product of its own
 LONGEST = 1 << 16  # inputs of a group of integer products: 2^15 * LONGEST is what an int32 holds
 LARGEST_POWER = 1 << 15  # of butterflies: one program of a GPU holds them in registers
 
@@ -146,7 +146,7 @@ def butterfly_size(n: int, factors: tuple[Tensor, ...]) -> int:
 
 
 def check_scheme(bits: int, group_size: int | None, name: str) -> None:
-    """Refuses a width that kernels do not run, and groups that are no multiple of 16 inputs.
+    """Refuses a width that kernels do not run, and groups that are no multiple of 8 inputs.
 
     Raises ValueError, naming the module `name`.
     """

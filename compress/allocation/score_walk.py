@@ -165,7 +165,10 @@ class ScoreWalk:
 
     def _schemes(self, unit: Unit) -> dict[str, Scheme]:
         """The unit's linears that are quantised, by full name."""
-        found = {name: self.quantize.scheme_for(name) for name in unit.modules}
+        found = {
+            name: self.quantize.scheme_for(name, linear_in(self.skeleton.model, name).in_features)
+            for name in unit.modules
+        }
         return {name: scheme for name, scheme in found.items() if scheme}
 
     def _units_of(self, index: int) -> list[Unit]:

@@ -35,7 +35,14 @@ from compress.bench.report import Report
 from compress.bench.settings import KernelBench
 from compress.errors import UsageError
 from compress.kernels.activations import integer_matmul, quantize_tokens
-from compress.kernels.codes import WIDTHS, Codes, TensorRecord, group_count, tensors_of
+from compress.kernels.codes import (
+    LEAST_GROUP,
+    WIDTHS,
+    Codes,
+    TensorRecord,
+    group_count,
+    tensors_of,
+)
 from compress.kernels.cpu import native
 from compress.kernels.cpu.products import cpu_matmul, pack_cpu, pack_integers
 from compress.kernels.gpu import tuning
@@ -89,8 +96,10 @@ def check_scheme(bits: Sequence[int], group_size: int | None, dtype: str) -> Non
     check_dtype(dtype)
     if wrong := [b for b in bits if b not in WIDTHS]:
         raise UsageError(f"bits: kernels take 2, 3, 4 and 8, found {wrong[0]}")
-    if group_size is not None and (group_size < 16 or group_size % 16):
-        raise UsageError(f"group size: expected a multiple of 16 or channel, found {group_size}")
+    if group_size is not None and (group_size < 1 or group_size % LEAST_GROUP):
+        raise UsageError(
+            f"group size: expected a multiple of {LEAST_GROUP} or channel, found {group_size}"
+        )
 
 
 def bench_kernels(bench: KernelBench, progress: Progress = lambda line: None) -> Report:

@@ -7,12 +7,14 @@
         4 bits asymmetric    yes                     yes             one scheme, dequantize=True
         others asymmetric    with `humming` kernels  no              one scheme, dequantize=True
         groups of 256        4 bits                  no              yes
+        other groups         symmetric, in fp16      no              yes
         parts that differ    no                      no              yes
     GPTQ
         widths               symmetric 4 and 8 bits  not known       one scheme, in every layer
         parts that differ    no                      no              no
         quantised lm_head    yes                     yes             no
 
+GPTQModel 7.7 runs groups of 16, 32, ..., 1024 and whole rows, each module's own by `dynamic`.
 Parts: vLLM and SGLang run q/k/v, and gate/up, as one matrix, which has one scheme.
 
     plan_notes(plan.schemes), gptq_notes(modules), loading_table(plan.schemes)
@@ -24,11 +26,13 @@ from typing import Any
 
 from compress.checkpoint.quantization_config import groups_of
 from compress.errors import CheckpointError
+from compress.kernels.codes import LEAST_GROUP
 from compress.scheme import Scheme
 
 OWN_WIDTHS = {4, 8}  # of vLLM 0.33 and SGLang, without further packages
 ASYMMETRIC_WIDTHS = {4}  # of these, with zero points
 MARLIN_GROUPS = {None, 32, 64, 128}
+GPTQMODEL_SIZES = {16, 32, 64, 128, 256, 512, 1024, None}
 TRANSFORMERS = "transformers, compressed-tensors >= 0.20"
 PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
 HEAD = "lm_head"
@@ -97,7 +101,7 @@ def loading_table(
 
     vLLM and SGLang were read, not run: in vLLM 0.33 Marlin and a Triton kernel of 4 bits are what
     needs no further package, SGLang 0.5.23 has Marlin alone, and Marlin's zero points are of 4
-    bits. (For fp16 activations vLLM's exllama takes 8 bits in larger groups too.)
+    bits. For fp16 activations vLLM has exllama, which takes symmetric 4 and 8 bits in any groups.
     """
     found = {scheme for scheme in schemes.values() if scheme is not None}
     if all(scheme.symmetric for scheme in found):
@@ -109,7 +113,13 @@ def loading_table(
     marlin = {s for s in found if s.bits in (OWN_WIDTHS if s.symmetric else ASYMMETRIC_WIDTHS)}
     marlin = {scheme for scheme in marlin if scheme.group_size in MARLIN_GROUPS}
     triton = {s for s in found if s.bits == 4 and s.group_size in {*MARLIN_GROUPS, 256}}
-    vllm, sglang = found - marlin - triton, found - marlin
+    others, sglang = found - marlin - triton, found - marlin
+    exllama = {s for s in others if s.symmetric and s.bits in OWN_WIDTHS}
+    vllm = "yes"
+    if others - exllama:
+        vllm = f"with `humming` kernels (NVIDIA) for {_listed(others - exllama)}"
+    elif exllama:
+        vllm = f"with `--dtype float16` for {_listed(exllama)}"
     if tables:
         return _with_tables(schemes, tables)
     if split := split_fusions(schemes):
@@ -117,7 +127,7 @@ def loading_table(
         return [(TRANSFORMERS, transformers), ("vLLM", torn), ("SGLang", torn)]
     return [
         (TRANSFORMERS, transformers),
-        ("vLLM", f"with `humming` kernels (NVIDIA) for {_listed(vllm)}" if vllm else "yes"),
+        ("vLLM", vllm),
         ("SGLang", f"no: {_listed(sglang)}" if sglang else "yes"),
     ]
 
@@ -149,11 +159,23 @@ def _with_tables(schemes: Schemes, tables: Mapping[str, str]) -> list[tuple[str,
 
 def plan_notes(schemes: Schemes, tables: Mapping[str, str] | None = None) -> list[str]:
     """What a person should know before a run: a line for each engine that will want more."""
-    return [
+    notes = [
         f"loading in {engine}: {how}"
         for engine, how in loading_table(schemes, tables)
         if not how.startswith("yes")
     ]
+    if any(s is not None and (s.group_size or 0) % LEAST_GROUP for s in schemes.values()):
+        notes.append(
+            f"groups of no multiple of {LEAST_GROUP} inputs do not run packed here: load them with "
+            f"packed=False, or --dense"
+        )
+    return notes
+
+
+def _other_sizes(schemes: Iterable[Scheme], known: set[int | None]) -> str:
+    """The group sizes that are not among the known ones, as a list; empty if all are."""
+    sizes = {scheme.group_size for scheme in schemes} - known
+    return ", ".join(map(str, sorted(filter(None, sizes))))
 
 
 def mixes_asymmetric(schemes: Collection[Scheme]) -> bool:
@@ -204,6 +226,8 @@ def gptq_notes(modules: Mapping[str, Scheme], plain: Sequence[str] = ()) -> list
         notes.append(f"vLLM and SGLang will not load this: the parts of {first} differ in width")
     elif any(s.bits not in OWN_WIDTHS or not s.symmetric for s in modules.values()):
         notes.append("vLLM will not load this: its GPTQ takes symmetric 4 and 8 bits only")
+    if sizes := _other_sizes(modules.values(), GPTQMODEL_SIZES):
+        notes.append(f"GPTQModel will not load this: it has no kernels for groups of {sizes}")
     inside = {scheme for name, scheme in modules.items() if name != HEAD}
     uneven = bool(plain) and not same_in_every_layer(schemes)
     if len(inside) > 1 or HEAD in modules or uneven:

@@ -36,9 +36,7 @@ def split_groups(inputs: RunInputs) -> list[tuple[str, ...]]:
     for index in range(skeleton.num_layers):
         prefix = f"{skeleton.spec.layers}.{index}."
         groups = [tuple(prefix + name for name in group) for group in skeleton.spec.groups]
-        quantised = [
-            tuple(n for n in group if recipe.quantize.scheme_for(n) is not None) for group in groups
-        ]
+        quantised = [tuple(n for n in group if recipe.quantize.quantises(n)) for group in groups]
         found.append([g for g in quantised if len({section.applies_to(n) for n in g}) > 1])
     return max(found, key=len)
 

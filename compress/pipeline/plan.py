@@ -23,7 +23,7 @@ from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import host_memory, second_hessians
 from compress.pipeline.pruning_forecast import PruningForecast, forecast
 from compress.pipeline.source_check import SourceCheck
-from compress.recipe.sections import matches
+from compress.recipe.sections import AUTO_SIZES, matches
 from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
 from compress.storage.safetensors_header import header_bytes
@@ -102,9 +102,9 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     recipe, skeleton = inputs.recipe, inputs.skeleton
     names = skeleton.linear_names()
     shapes = {name: _shape(skeleton, name) for name in names}
-    found = {name: recipe.quantize.scheme_for(name) for name in names}
+    found = {name: recipe.quantize.scheme_for(name, shapes[name][1]) for name in names}
     if recipe.quantize.head is not None:
-        found[skeleton.spec.head] = recipe.quantize.head.scheme()
+        found[skeleton.spec.head] = recipe.quantize.head.scheme(skeleton.config.hidden_size)
     removing = recipe.allocate is not None and recipe.allocate.method == "remove"
     widths = allocation.bits() if allocation and not removing else {}
     removed = allocation.removed() if allocation else []
@@ -116,10 +116,13 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         if named[name]
     }
     scores = allocation.score_of() if allocation else {}
-    modules = []
+    modules, sized = [], []  # `sized`: those whose group size was left to us
     for name in names:
         if (scheme := schemes.get(named[name])) is not None:
             modules.append(PlannedModule(named[name], shapes[name], scheme, scores.get(name)))
+            own = name == skeleton.spec.head and recipe.quantize.head is not None
+            if not own and recipe.quantize.group_size_for(name) == "auto":
+                sized.append(modules[-1])
     rotated = recipe.rotate.kind != "none"
     tables, shared = _tables(inputs, schemes, rotated)
     modules = [module for module in modules if module.name != skeleton.spec.head] + tables
@@ -141,10 +144,13 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         file_bytes=quantized + other + header_bytes([*kept, *packed]),
         peak_memory={"host": host_memory(inputs, shapes), "device": 0},
         problems=_problems(inputs, names, shapes, found, pruning is not None) + problems,
-        notes=_left_out(inputs, names)
-        + _token_notes(inputs, shapes, found)
-        + _notes(inputs, schemes, untied, formats)
-        + notes,
+        notes=[
+            *_left_out(inputs, names),
+            *_group_sizes(sized),
+            *_token_notes(inputs, shapes, found),
+            *_notes(inputs, schemes, untied, formats),
+            *notes,
+        ],
         ignored=recipe.quantize.left_out(names),
         untied=untied,
         shared=shared,
@@ -235,7 +241,7 @@ def _tables(inputs: RunInputs, schemes: Schemes, rotated: bool) -> tuple[list[Pl
         if section.head is None:
             return [PlannedModule(spec.head, shape, own)], False
         return [table(spec.head, own)], False
-    embedding = table(spec.embedding, section.embedding.scheme())
+    embedding = table(spec.embedding, section.embedding.scheme(skeleton.config.hidden_size))
     if skeleton.tied and not rotated and own in (None, embedding.scheme):
         once = embedding.format == "int-quantized"
         twin = spec.embedding if once else None
@@ -303,10 +309,11 @@ def _problems(
             misfits.setdefault((scheme.group_size, shapes[name][1]), []).append(name)
     if table := recipe.quantize.embedding:
         hidden = skeleton.config.hidden_size
-        if table.group_size != "channel" and hidden % table.group_size:
-            misfits.setdefault((table.group_size, hidden), []).append(skeleton.spec.embedding)
+        size = table.scheme(hidden).group_size
+        if size and hidden % size:
+            misfits.setdefault((size, hidden), []).append(skeleton.spec.embedding)
     for (size, columns), found in misfits.items():
-        fitting = [str(s) for s in (256, 128, 64, 32) if columns % s == 0]
+        fitting = ["auto", *(str(s) for s in (256, 128, 64, 32, 16) if columns % s == 0)]
         problems.append(
             f"quantize.group_size: {size} does not divide the {columns} inputs of {found[0]}"
             + (f" and {len(found) - 1} more" if len(found) > 1 else "")
@@ -379,6 +386,27 @@ def _token_notes(
                 f"a second Hessian for each, at most {format_bytes(max(more))} at a time"
             )
     return notes
+
+
+def _group_sizes(modules: list[PlannedModule]) -> list[str]:
+    """What `group_size: auto` has chosen, where it is not one size for all; and whole rows."""
+    found: dict[int | None, list[PlannedModule]] = {}
+    for module in modules:
+        found.setdefault(module.scheme.group_size, []).append(module)
+    rows = found.pop(None, [])
+    sizes = [f"{size} for {_linears(found[size])}" for size in AUTO_SIZES if size in found]
+    notes = [f"quantize.group_size: auto is {', '.join(sizes)}"] if len(sizes) > 1 else []
+    if rows:
+        sizes = list(map(str, AUTO_SIZES))
+        notes.append(
+            f"quantize.group_size: auto is channel, one scale a row, for {_linears(rows)}: none of "
+            f"{', '.join(sizes)} divides the {rows[0].shape[1]} inputs of {rows[0].name}"
+        )
+    return notes
+
+
+def _linears(modules: list[PlannedModule]) -> str:
+    return "1 linear" if len(modules) == 1 else f"{len(modules)} linears"
 
 
 def _notes(inputs: RunInputs, schemes: Schemes, untied: bool, formats: dict[str, str]) -> list[str]:

@@ -4,7 +4,7 @@ Every key has a default, the paper's where there is one; unknown keys are errors
 (arXiv 2503.01820) for rotation and token importance, section 5.2 and appendix C.5 for `minimum`;
 GPTQ (arXiv 2210.17323) for damping and act-order; arXiv 2406.17415 for `allocate`.
 
-    Quantize(bits=3, group_size=64).scheme_for("model.layers.0.mlp.up_proj")
+    Quantize(bits=3).scheme_for("model.layers.0.mlp.up_proj", inputs=576)    # Scheme(3, 64)
 """
 
 import re
@@ -12,7 +12,16 @@ from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from compress.eval.settings import WINDOW, EvaluationSettings
 from compress.recipe.expressions import check_expression
@@ -26,6 +35,7 @@ HARD_MASKS = ("first_n", "first_last_n", "chunks")
 SIGNED_SCORES = ("activation_difference", "token_frequency", "dot")
 # Layer scores that are an error for each width.
 MEASURED_SCORES = ("weight_error", "output_error", "logit_divergence")
+AUTO_SIZES = (128, 64, 32)  # of `group_size: auto`: every engine runs these, and whole rows
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -62,13 +72,30 @@ def _text_in_quotes(value: object) -> object:
     return value
 
 
+def _check_group_size(size: object) -> int | str:
+    """Inputs that share a scale, `channel` for all of them, which -1 means too, or `auto`."""
+    if size in ("auto", "channel") or (type(size) is int and size > 0):
+        return size
+    if type(size) is int and size == -1:
+        return "channel"
+    raise PydanticCustomError("group_size", "expected a number of inputs, 'channel' or 'auto'")
+
+
+def auto_group_size(inputs: int) -> int | None:
+    """The largest of AUTO_SIZES that divides a linear's inputs; None, a scale a row, if none does.
+
+    The linears of a layer that engines run as one have the same inputs, hence the same size.
+    """
+    return next((size for size in AUTO_SIZES if inputs % size == 0), None)
+
+
 TokenStrategyName = Annotated[str, _one_of(TOKEN_IMPORTANCE)]
 LayerStrategyName = Annotated[str, _one_of(LAYER_IMPORTANCE)]
 Chunks = Annotated[str | None, BeforeValidator(_text_in_quotes)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
 # Lax, because YAML reads `1e-2` (no point) as text.
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
-GroupSize = Literal[32, 64, 128, 256, "channel"]
+GroupSize = Annotated[int | str, PlainValidator(_check_group_size)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -309,9 +336,10 @@ class Table(Section):
     bits: Literal[2, 3, 4, 5, 6, 8] = 8
     group_size: GroupSize = "channel"
 
-    def scheme(self) -> Scheme:
-        """The same, as plans and solvers take it."""
-        return Scheme(self.bits, None if self.group_size == "channel" else self.group_size)
+    def scheme(self, inputs: int) -> Scheme:
+        """The same for rows of so many numbers, as plans and solvers take it."""
+        size = auto_group_size(inputs) if self.group_size == "auto" else self.group_size
+        return Scheme(self.bits, size if isinstance(size, int) else None)
 
 
 class Quantize(Section):
@@ -320,7 +348,8 @@ class Quantize(Section):
     method: Literal["gptq", "rtn", "rsq", "none"] = "gptq"
     grid: Literal["uniform"] = "uniform"
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    group_size: GroupSize = 128
+    # inputs that share a scale: any number that divides them, `channel` (or -1) for all, or `auto`
+    group_size: GroupSize = "auto"
     symmetric: bool = True
     # hessian: error weighted by diag(H), gptq's default; magnitude: |e|^2.4, rtn's default
     clip_search: Literal["hessian", "magnitude", "none"] = "hessian"
@@ -348,24 +377,38 @@ class Quantize(Section):
         """Whether the embedding or the head has a section of its own."""
         return self.embedding is not None or self.head is not None
 
-    def scheme_for(self, module_name: str) -> Scheme | None:
-        """The scheme of a linear by its full name; None if it stays unquantised.
+    def scheme_for(self, module_name: str, inputs: int) -> Scheme | None:
+        """The scheme of a linear by its full name and width; None if it stays unquantised.
 
         `ignore` comes before `overrides`; the first override that matches is the only one used.
         """
-        if self.method == "none" or any(matches(p, module_name) for p in self.ignore):
+        if not self.quantises(module_name):
             return None
-        hit = next((o for o in self.overrides if matches(o.match, module_name)), None)
-        if hit and (hit.ignore or hit.bits == 16):
-            return None
+        hit = self._override(module_name)
         bits = hit.bits if hit and hit.bits is not None else self.bits
-        size = hit.group_size if hit and hit.group_size is not None else self.group_size
         symmetric = hit.symmetric if hit and hit.symmetric is not None else self.symmetric
-        return Scheme(bits, None if size == "channel" else size, symmetric)
+        asked = self.group_size_for(module_name)
+        size = asked if isinstance(asked, int) else None
+        return Scheme(bits, auto_group_size(inputs) if asked == "auto" else size, symmetric)
+
+    def quantises(self, module_name: str) -> bool:
+        """Whether a linear has a scheme."""
+        hit = self._override(module_name)
+        left = hit is not None and (hit.ignore or hit.bits == 16)
+        ignored = any(matches(p, module_name) for p in self.ignore)
+        return not (left or ignored or self.method == "none")
+
+    def _override(self, module_name: str) -> Override | None:
+        return next((o for o in self.overrides if matches(o.match, module_name)), None)
+
+    def group_size_for(self, module_name: str) -> int | str:
+        """What the recipe asks of a linear by its full name: a number, `channel` or `auto`."""
+        hit = self._override(module_name)
+        return hit.group_size if hit and hit.group_size is not None else self.group_size
 
     def has_own_width(self, module_name: str) -> bool:
         """Whether an override says how many bits this linear has, so that nothing else may."""
-        hit = next((o for o in self.overrides if matches(o.match, module_name)), None)
+        hit = self._override(module_name)
         return hit is not None and (hit.ignore or hit.bits is not None)
 
     def left_out(self, module_names: Iterable[str]) -> dict[str, list[str]]:

@@ -70,7 +70,7 @@ def pack_kernel(weight: Codes) -> KernelWeight:
     """Lays the codes of a weight out for GPU kernels, on the device that holds them.
 
     Raises ValueError for a width other than 2, 3, 4 and 8, and for groups that are no multiple of
-    16 inputs.
+    8 inputs.
     """
     check_scheme(weight.bits, weight.group_size, "weight")
     codes, bits = weight.codes, weight.bits

@@ -8,7 +8,7 @@ Nothing here chooses or checks anything; matmul.py does. Common to all:
     BITS     width of a code
     GROUP    inputs that share a scale, 0 for one scale per output
     CHUNK    inputs that are multiplied at once, a divisor of the block
-    STEP     those of them that share a scale: less than CHUNK only for groups of 16, 48, ...
+    STEP     those of them that share a scale: less than CHUNK only for groups of 8, 16, 24, 48, ...
     WARPS    warps that divide the outputs of a tile among them
 
 The weight is the left operand, W x^T, and outputs are the rows of a tile. Tensor cores take their

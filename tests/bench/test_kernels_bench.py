@@ -143,7 +143,7 @@ def test_json_is_one_object(small_device, capsys):
         (["--shapes", "4096"], "--shapes: expected NxK"),
         (["--m", "1,zero"], "--m: expected numbers above 0"),
         (["--bits", "5"], "bits: kernels take 2, 3, 4 and 8, found 5"),
-        (["--group-size", "24"], "group size: expected a multiple of 16 or channel, found 24"),
+        (["--group-size", "20"], "group size: expected a multiple of 8 or channel, found 20"),
         (["--dtype", "int8"], "dtype: expected fp16, bf16, fp32, found 'int8'"),
         (["--activation-bits", "9"], "activation bits: expected 2 to 8, found 9"),
         (

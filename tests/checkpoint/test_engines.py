@@ -92,7 +92,8 @@ def schemes_of(label: str) -> list[list[Scheme]]:
     if "bits" not in label or "none" in label:
         return [[]]
     widths, kind = label.split(" bits", 1)
-    sizes = [256] if "256" in kind else [None, 32, 128]
+    size = re.search(r"groups of (\d+)", kind)
+    sizes = [int(size[1])] if size else [None, 32, 128]
     symmetric = "asymmetric" not in kind
     grid = {
         int(b): [Scheme(int(b), g, symmetric) for g in sizes] for b in re.findall(r"\d", widths)
@@ -118,3 +119,18 @@ def test_what_transformers_cannot_load_is_said():
     mixture = {"a": Scheme(3, 32, False), "b": Scheme(4, 32, False)}
     with refused(CheckpointError, "vLLM"):
         must_dequantize_on_load(quantization_config(mixture, []))
+
+
+def test_group_sizes_that_engines_do_not_run():
+    assert plan_notes({"a": A, "b": Scheme(4, 64), "c": C}) == []
+    for bits in (4, 8):
+        vllm, sglang = plan_notes(dict.fromkeys(UNIFORM, Scheme(bits, 512)))
+        check_line(vllm, 512, "vLLM", "float16")
+        check_line(sglang, 512, "SGLang")
+    *_, here = plan_notes({"a": Scheme(4, 36)})
+    check_line(here, "packed=False", 8)
+    assert gptq_notes(dict.fromkeys(UNIFORM, Scheme(4, 512))) == []
+    (note,) = gptq_notes(dict.fromkeys(UNIFORM, Scheme(4, 192)))
+    check_line(note, "GPTQModel", 192)
+    loads = dict(loading_table({"a": Scheme(4, 16, symmetric=False)}))
+    assert "humming" in loads["vLLM"] and loads["SGLang"].startswith("no")

@@ -46,5 +46,5 @@ def test_weights_without_a_kernel_are_refused():
     for bits in (5, 6, 7):
         with pytest.raises(ValueError, match=f"expected 2, 3, 4 and 8 bits, found {bits}"):
             pack_kernel(random_weight(20, 64, bits, 32))
-    with pytest.raises(ValueError, match=r"multiple of 16 inputs.* found 24"):
-        pack_kernel(random_weight(20, 96, 4, 24))
+    with pytest.raises(ValueError, match=r"multiple of 8 inputs.* found 20"):
+        pack_kernel(random_weight(20, 96, 4, 20))

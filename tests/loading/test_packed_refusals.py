@@ -147,7 +147,7 @@ def check_down_proj(folder: Path) -> None:
     ("section", "named"),
     [
         (groups_of({"num_bits": 9}), (DOWN, "9 bits")),
-        (groups_of({"group_size": 24}), (DOWN, 24, 16)),
+        (groups_of({"group_size": 12}), (DOWN, 12, 8)),
         (groups_of({"num_bits": 3}), (f"{DOWN}.weight_packed", "3 bits", [64, 12], [64, 9])),
         (groups_of({"group_size": 64}), (f"{DOWN}.weight_scale", [64, 3], [64, 2])),
         (groups_of({"type": "float"}), ("weights", "integers")),
@@ -208,7 +208,7 @@ def test_compressed_tensors_sections(damaged, section, named):
     ("section", "named"),
     [
         ({"bits": 5}, (DOWN, "5 bits", "2, 3, 4, 8")),
-        ({"group_size": 40}, (DOWN, 40, 16)),
+        ({"group_size": 20}, (DOWN, 20, 8)),
         ({"bits": 8}, (f"{DOWN}.qweight", "8 bits", [12, 64], [24, 64])),
         ({"checkpoint_format": "marlin"}, ("'marlin'",)),
         ({"pack_dtype": "int16"}, ("'gptq'", "int16")),

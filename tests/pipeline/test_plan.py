@@ -41,6 +41,8 @@ SCHEMES = {
     "3 bits": {"bits": 3, "group_size": 64},
     "4 bits": {"bits": 4, "group_size": 64},
     "5 bits": {"bits": 5, "group_size": 32},
+    "auto": {"bits": 3, "group_size": "auto"},
+    "groups of 16": {"bits": 4, "group_size": 16},
     "8 bits": {"bits": 8, "group_size": "channel"},
     "3 bits a row": {"bits": 3, "group_size": "channel"},
     "asymmetric": {"bits": 3, "group_size": 32, "symmetric": False},
@@ -164,9 +166,9 @@ def test_problems_are_found_and_stop_the_run_before_any_weight_is_read(
 def test_a_group_size_that_fits_is_suggested(checkpoint):
     (problem,) = plan_of(checkpoint(), quantize={"group_size": 128}).problems
     suggested = re.search(r"use (.*)$", problem)[1].split(" or ")
-    assert suggested == ["64", "32", "channel"]
+    assert suggested == ["auto", "64", "32", "16", "channel"]
     for size in suggested:
-        size = size if size == "channel" else int(size)
+        size = int(size) if size.isdigit() else size
         assert not plan_of(checkpoint(), quantize={"group_size": size}).problems
 
 

@@ -197,23 +197,48 @@ def test_a_strategy_registered_elsewhere_can_be_named(monkeypatch):
 def test_first_override_that_matches_wins_and_ignore_comes_first(write):
     quantize = Recipe.load(write(EVERY_SECTION)).quantize
     layer = "model.layers.0."
-    assert quantize.scheme_for("lm_head") is None
-    assert quantize.scheme_for(layer + "mlp.gate") is None
-    assert quantize.scheme_for(layer + "mlp.down_proj") == Scheme(4, None, True)
-    assert quantize.scheme_for(layer + "self_attn.o_proj") is None
-    assert quantize.scheme_for(layer + "self_attn.q_proj") is None
-    assert quantize.scheme_for(layer + "self_attn.k_proj") == Scheme(3, 32, False)
-    assert quantize.scheme_for(layer + "self_attn.v_proj") == Scheme(3, None, True)
+    assert quantize.scheme_for("lm_head", 576) is None
+    assert quantize.scheme_for(layer + "mlp.gate", 576) is None
+    assert quantize.scheme_for(layer + "mlp.down_proj", 576) == Scheme(4, None, True)
+    assert quantize.scheme_for(layer + "self_attn.o_proj", 576) is None
+    assert quantize.scheme_for(layer + "self_attn.q_proj", 576) is None
+    assert quantize.scheme_for(layer + "self_attn.k_proj", 576) == Scheme(3, 32, False)
+    assert quantize.scheme_for(layer + "self_attn.v_proj", 576) == Scheme(3, None, True)
 
 
 def test_overrides_in_the_other_order_give_the_other_scheme():
     specific, general = {"match": "a.b", "bits": 8}, {"match": "re:.*b$", "bits": 4}
     for order, bits in (([specific, general], 8), ([general, specific], 4)):
-        assert Recipe(quantize={"overrides": order}).quantize.scheme_for("a.b").bits == bits
+        assert Recipe(quantize={"overrides": order}).quantize.scheme_for("a.b", 576).bits == bits
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        (16, {576: 16, 1536: 16}),
+        (512, {1536: 512}),
+        (36, {576: 36}),
+        (-1, {576: None, 172: None}),
+        ("channel", {576: None}),
+        ("auto", {4096: 128, 1536: 128, 576: 64, 96: 32, 2736: None, 172: None}),
+    ],
+)
+def test_group_sizes(asked, found):
+    for settings in ({"group_size": asked}, {"overrides": [{"match": "a", "group_size": asked}]}):
+        quantize = Recipe(quantize=settings).quantize
+        assert {inputs: quantize.scheme_for("a", inputs).group_size for inputs in found} == found
+    dumped = Recipe.from_dict(yaml.safe_load(Recipe(quantize=settings).dump()))
+    assert dumped.quantize == quantize
+
+
+def test_recipes_for_any_model_leave_the_group_size_to_its_widths():
+    assert Recipe().quantize.group_size == "auto"
+    for name in ("gptq-w4", "rsq-w3", "rsq-w4"):
+        assert Recipe.load(name).quantize.group_size == "auto"
 
 
 def test_method_none_quantises_nothing():
-    assert Recipe(quantize={"method": "none"}).quantize.scheme_for("a") is None
+    assert Recipe(quantize={"method": "none"}).quantize.scheme_for("a", 576) is None
 
 
 def test_patterns_match_whole_names_or_from_the_start():
@@ -243,7 +268,18 @@ def test_shard_size_in_bytes():
         ("model: m\nquantise: {bits: 4}\n", 2, "quantise", ["'quantize'"]),
         ("quantize:\n\n  bits: 7\n", 3, "quantize.bits", ["2, 3, 4, 5, 6 or 8", 7]),
         ("quantize: {bits: '4'}\n", 1, "quantize.bits", ['"4"']),
-        ("quantize: {group_size: 100}\n", 1, "quantize.group_size", ["'channel'", 100]),
+        ("quantize: {group_size: 0}\n", 1, "quantize.group_size", ["'channel'", "'auto'", 0]),
+        ("quantize: {group_size: -2}\n", 1, "quantize.group_size", ["'auto'", -2]),
+        ("quantize: {group_size: true}\n", 1, "quantize.group_size", ["'auto'", "true"]),
+        ("quantize: {group_size: 64.0}\n", 1, "quantize.group_size", ["'auto'", "64.0"]),
+        ("quantize: {group_size: '64'}\n", 1, "quantize.group_size", ["'auto'", '"64"']),
+        ("quantize: {group_size: null}\n", 1, "quantize.group_size", ["'auto'", "null"]),
+        (
+            "quantize:\n  overrides:\n  - {match: a, group_size: 0}\n",
+            3,
+            "quantize.overrides[0].group_size",
+            ["'auto'", 0],
+        ),
         ("calibration:\n  samples: many\n", 2, "calibration.samples", ["integer", '"many"']),
         ("calibration:\n  samples: 0\n", 2, "calibration.samples", [0]),
         ("calibration:\n  bos: 1\n", 2, "calibration.bos", [1]),
@@ -362,7 +398,7 @@ def test_set_reaches_through_short_forms_null_sections_and_lists(write):
     assert recipe.evaluate.limit == 5
     assert recipe.quantize.token_importance.name == "activation_norm"
     assert recipe.quantize.token_importance.power == 2
-    assert recipe.quantize.scheme_for("x").bits == 8
+    assert recipe.quantize.scheme_for("x", 576).bits == 8
 
 
 @pytest.mark.parametrize(
@@ -411,7 +447,7 @@ def test_demo_recipes_differ_in_the_method_alone():
     for recipe in recipes[1:]:
         assert recipe.calibration == recipes[0].calibration
         assert recipe.evaluate == recipes[0].evaluate
-        assert recipe.quantize.scheme_for("x") == recipes[0].quantize.scheme_for("x")
+        assert recipe.quantize.scheme_for("x", 576) == recipes[0].quantize.scheme_for("x", 576)
 
 
 def test_relative_paths_are_looked_up_from_here_the_recipe_and_its_parent(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compress.data.windows import CalibrationWindows
-from compress.models.skeleton import Skeleton
+from compress.models.skeleton import Skeleton, linear_in
 from compress.recipe.recipe import Recipe
 
 VOCABULARY = 260  # 256 bytes, BOS, EOS, and two rows that no tokenizer gives
@@ -211,8 +211,11 @@ def dequantised(tensors: dict[str, Tensor], bits: dict[str, int]) -> dict[str, T
 
 def widths_of(recipe: Recipe, folder) -> dict[str, int]:
     """The width that the recipe gives to each quantised linear."""
-    names = Skeleton(folder).linear_names()
-    schemes = {name: recipe.quantize.scheme_for(name) for name in names}
+    skeleton = Skeleton(folder)
+    schemes = {
+        name: recipe.quantize.scheme_for(name, linear_in(skeleton.model, name).in_features)
+        for name in skeleton.linear_names()
+    }
     return {name: scheme.bits for name, scheme in schemes.items() if scheme}
 
 

@@ -36,7 +36,7 @@ def layout(request):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("group_size", [32, 128, None])
+@pytest.mark.parametrize("group_size", [24, 32, 128, None])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("M", ROWS)
 def test_fp32_products(bits, group_size, symmetric, M, layout):

@@ -64,11 +64,11 @@ def longest_ptx_loop(ptx):
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY, ids=str)
-@pytest.mark.parametrize("bits", [2, 3])
-def test_odd_groups_fit(bits, capability):
-    """Groups of 48: a product, and on Blackwell tensor memory, for every 16 inputs."""
+@pytest.mark.parametrize(("bits", "group"), [(2, 48), (3, 48), (4, 24)])
+def test_odd_groups_fit(bits, group, capability):
+    """Groups of 48: a product, and on Blackwell tensor memory, for every 16 inputs; of 24, 8."""
     for tiles in ODD_TABLE:
-        compiled = compile_product(bits, 48, "bf16", tiles, capability, symmetric=False)
+        compiled = compile_product(bits, group, "bf16", tiles, capability, symmetric=False)
         assert compiled.metadata.shared <= SHARED_MEMORY[capability].program
         assert (getattr(compiled.metadata, "tmem_size", 0) or 0) <= 512
 

@@ -105,7 +105,7 @@ def test_tiled_and_split(bits, group_size, symmetric, dtype, split):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("group_size", [16, 96, 256])
+@pytest.mark.parametrize("group_size", [16, 24, 96, 256])
 def test_groups_that_are_no_divisor_of_a_block(bits, group_size):
     x, weight, bias, expected = problem(3, 16, 256, bits, group_size, dtype=torch.float32)
     check(tiled_matmul(x, weight, bias, SMALL), expected, x)
@@ -140,7 +140,7 @@ def test_rows_and_not_tiles_decide_where_scales_go():
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("group_size", [16, 96])
+@pytest.mark.parametrize("group_size", [24, 96])
 def test_scales_on_the_weights_of_odd_groups(bits, group_size):
     x, weight, bias, expected = problem(33, 16, 256, bits, group_size, dtype=torch.float32)
     check(tiled_matmul(x, weight, bias, SCALED), expected, x)
