@@ -16,6 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from compress.errors import CheckpointError
+from compress.models.config_values import without_names
 from compress.models.skeleton import Skeleton
 
 Inputs = dict[str, Any]  # keyword arguments of a forward, or of `get_image_features`
@@ -68,12 +70,19 @@ def encode(skeleton: Skeleton, inputs: Inputs, table: Tensor, device: str = "cpu
     Args:
         inputs: keyword arguments of a forward.
         table: the embedding [vocabulary, d], on the CPU.
+
+    Raises CheckpointError if the model takes no such prompt.
     """
     base = skeleton.base
     decoder = base.language_model
     base.language_model = recorder = _Recorder(table)
     try:
         base(**on_device(inputs, device), use_cache=False)
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise CheckpointError(
+            f"{skeleton.folder}: the vision tower does not take what the processor beside it makes "
+            f"of images: {without_names(str(error))}"
+        ) from error
     finally:
         base.language_model = decoder
     positions = recorder.seen.get("position_ids")

@@ -21,6 +21,7 @@ from torch import Tensor
 from compress.checkpoint.engines import must_dequantize_on_load
 from compress.checkpoint.quantization_config import read_config
 from compress.errors import CheckpointError
+from compress.models.config_values import without_names
 from compress.storage.safetensors import save_tensors
 
 SCRIPT = Path(__file__).with_name("reload_script.py")
@@ -46,7 +47,8 @@ def reload_and_compare(
     section = read_config(folder).get("quantization_config") or {}
     report = _run(folder, Path(probe_path), must_dequantize_on_load(section))
     if "failure" in report:
-        raise CheckpointError(f"{folder} does not load in transformers: {report['failure']}")
+        reason = without_names(report["failure"])
+        raise CheckpointError(f"{folder} does not load in transformers: {reason}")
     if "loading" in report:
         faults = "; ".join(
             f"{kind.replace('_', ' ')}: {', '.join(names[:3])}"

@@ -7,15 +7,14 @@ GPTQ (arXiv 2210.17323) for damping and act-order; arXiv 2406.17415 for `allocat
     Quantize(bits=3, group_size=64).scheme_for("model.layers.0.mlp.up_proj")
 """
 
-import re
 from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compress.eval.settings import EvaluationSettings
-from compress.recipe.expressions import check_expression
+from compress.recipe.expressions import check_pattern, check_patterns, compiled
 from compress.recipe.source import FieldError
 from compress.registry import LAYER_IMPORTANCE, TOKEN_IMPORTANCE, Registry
 from compress.scheme import Scheme
@@ -32,14 +31,18 @@ def matches(pattern: str, name: str) -> bool:
     The expression must match from the start of the name, as in compressed-tensors.
     """
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
+        return compiled(pattern[3:]).match(name) is not None
     return pattern == name
 
 
 def _check_pattern(pattern: str) -> str:
-    if pattern.startswith("re:"):
-        check_expression(pattern[3:], pattern)
+    check_pattern(pattern)
     return pattern
+
+
+def _check_patterns(patterns: list[str]) -> list[str]:
+    check_patterns(patterns)
+    return patterns
 
 
 def _one_of(registry: Registry) -> AfterValidator:
@@ -56,6 +59,7 @@ def _one_of(registry: Registry) -> AfterValidator:
 TokenStrategyName = Annotated[str, _one_of(TOKEN_IMPORTANCE)]
 LayerStrategyName = Annotated[str, _one_of(LAYER_IMPORTANCE)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
+Patterns = Annotated[list[Pattern], AfterValidator(_check_patterns)]
 # Lax, because YAML reads `1e-2` (no point) as text.
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 GroupSize = Literal[32, 64, 128, 256, "channel"]
@@ -171,8 +175,14 @@ class Quantize(Section):
     damping: Number = Field(0.01, ge=0)  # share of mean(diag H) that is added to the diagonal
     act_order: bool = False
     token_importance: TokenImportance = TokenImportance()
-    ignore: list[Pattern] = ["lm_head"]
+    ignore: Patterns = ["lm_head"]
     overrides: list[Override] = []
+
+    @field_validator("overrides")
+    @classmethod
+    def _check_overrides(cls, overrides: list[Override]) -> list[Override]:
+        check_patterns(override.match for override in overrides)
+        return overrides
 
     def scheme_for(self, module_name: str) -> Scheme | None:
         """The scheme of a linear by its full name; None if it stays unquantised.

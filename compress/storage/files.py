@@ -21,6 +21,9 @@ from compress.errors import CheckpointError, UsageError
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 JSON_DEPTH = 32  # of objects and lists in each other
+JSON_BYTES = 32 * 2**20  # a config.json has 1 to 500 kB, our own reports some MB
+# By the end of the name: an index names each tensor of the largest models, a vocabulary each token.
+LARGE_JSON = {".index.json": 128 * 2**20, "tokenizer.json": 128 * 2**20}
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
@@ -93,10 +96,16 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, None if there is no file.
 
-    Raises CheckpointError if it cannot be read, holds no such object, or is deeper than any of use.
+    Raises CheckpointError if it cannot be read, holds no such object, or is deeper or has more
+    bytes than any of use; what is too large is not parsed.
     """
+    most = next((size for end, size in LARGE_JSON.items() if path.name.endswith(end)), JSON_BYTES)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(most + 1)
+        if len(text) > most:
+            raise CheckpointError(f"{path} is not valid: expected at most {most:,} bytes")
+        content = json.loads(text.decode())
     except FileNotFoundError:
         return None
     except OSError as error:
