@@ -18,6 +18,7 @@ Not for: beam search, assisted decoding, static and sliding-window caches, promp
 prefilled in pieces. Each is refused.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
@@ -32,7 +33,7 @@ from transformers.masking_utils import create_causal_mask
 
 from compress.errors import UsageError
 from compress.models.vision import Inputs
-from compress.pruning.costs import DecoderShape, PruningStats, prompt_stats
+from compress.pruning.costs import DecoderShape, PruningStats, prompt_stats, without_voters
 from compress.pruning.encoding import EncodedImages, ready_features
 from compress.pruning.families import tower_of
 from compress.pruning.last_token import LastTokenAttention, check_decoder
@@ -102,6 +103,7 @@ class VisualTokenPruning:
         self.shape = DecoderShape.of(self.text.config, self.text.dtype.itemsize)
         self.image_token = model.config.image_token_id
         self.stats = PruningStats()
+        self.warns = True  # once, of images in which no patch votes
         self._last: PrunedPrompt | None = None
         self._own = PerThread[PrunedPrompt | None](lambda: None)
         self._handles: list[RemovableHandle] = []
@@ -282,6 +284,10 @@ class VisualTokenPruning:
             if step.final_positions is not None:
                 self._final[step.cache] = step.final_positions
         self.stats.prompts.append(prompt_stats(self.shape, step.prompt))
+        images = self.stats.prompts[-1].images
+        if (crops := sum(image.empty_voters for image in images)) and self.warns:
+            self.warns = False  # the stats count them all
+            warnings.warn(without_voters(crops, len(images), self.strategy), stacklevel=2)
 
     def _open(self, inputs: Inputs, embeds: Tensor) -> PrunedPrompt:
         """The prompt with its images, nothing pruned yet."""

@@ -112,7 +112,7 @@ def _check_header(
     # Through JSON, as the file's own settings went: tuples are lists there.
     ours, theirs = json.loads(json.dumps(header["settings"])), found.get("settings", {})
     for name in sorted({*ours, *theirs}):
-        if ours.get(name) != theirs.get(name):
+        if _given(ours.get(name)) != _given(theirs.get(name)):
             raise UsageError(
                 f"{path} is of a search with {name} {theirs.get(name)}, not {ours.get(name)}: "
                 f"{remedy}"
@@ -123,6 +123,13 @@ def _check_header(
         for a, b in zip(before, fingerprint, strict=True)
     ):
         raise UsageError(f"{path} is of another model or other samples: {remedy}")
+
+
+def _given(value: object) -> object:
+    """A value without the keys that are null in it, which earlier versions may not know."""
+    if isinstance(value, dict):
+        return {key: inner for key, inner in value.items() if inner is not None}
+    return value
 
 
 def _trial(path: Path, number: int, line: Line) -> Trial:
