@@ -119,6 +119,36 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def write_sealed(path: Path, content: Mapping[str, object]) -> None:
+    """Writes a JSON object with a digest of it, which `read_sealed` goes by."""
+    write_json(path, {"sha256": seal(content), "content": content})
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What `write_sealed` wrote, None if there is no file.
+
+    Raises CheckpointError for anything else, however little of it was changed.
+    """
+    found = read_json(path)
+    if found is None:
+        return None
+    content = found.get("content")
+    if not isinstance(content, dict) or found.get("sha256") != seal(content):
+        raise changed(path)
+    return content
+
+
+def changed(path: Path) -> CheckpointError:
+    """The error for work files that are not what this program left there."""
+    return CheckpointError(f"{path} is not what was written: start again with --no-resume")
+
+
+def seal(content: Mapping[str, object]) -> str:
+    """The sha256 of a JSON object, whatever the order of its keys."""
+    plain = json.loads(json.dumps(content))  # keys that are numbers become text
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 def _deeper(content: object, depth: int) -> bool:
     """Whether objects and lists lie in each other more than `depth` times."""
     level: list[dict[str, object] | list[object]] = [[content]]
