@@ -145,10 +145,14 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def _read_recipe(folder: Path) -> Any:
+    file = folder / "recipe.yaml"
     try:
-        return parse_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))[1]
+        recipe = parse_yaml(file.read_text(encoding="utf-8"))[1]
     except FileNotFoundError:
         return None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder / 'recipe.yaml'} is not valid YAML: {reason}") from None
+        raise CheckpointError(f"{file} is not valid YAML: {reason}") from None
+    if not isinstance(recipe, dict):
+        raise CheckpointError(f"{file} is not a recipe: expected sections such as `model:`")
+    return recipe

@@ -107,13 +107,6 @@ def load(
             f"{path} lacks {len(missing)} tensors that the model needs, or has them in a format "
             f"that transformers does not know; the first is {missing[0]}"
         )
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias") and not parameter.is_floating_point():
-            found = str(parameter.dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{path}: {name} has dtype {found}, expected floating-point numbers: the "
-                f"checkpoint is damaged, or of another format"
-            )
     read = processor_reader(config) if multimodal else AutoTokenizer.from_pretrained
     processor = guarded(path, read)
     model = model.eval().to(device)
@@ -156,7 +149,15 @@ def _checked_folder(path: str | Path) -> Path:
     config, file = read_config(folder), folder / "config.json"
     check_config(config, file)  # before transformers reads it
     checked_section(config, file)
-    check_extent(config, CheckpointReader(folder), file)
+    reader = CheckpointReader(folder)
+    check_extent(config, reader, file)
+    for name in reader.names:
+        if name.endswith(".bias") and not reader.dtype(name).is_floating_point:
+            found = str(reader.dtype(name)).removeprefix("torch.")
+            raise CheckpointError(
+                f"{folder}: {name} has dtype {found}, expected floating-point numbers: the "
+                f"checkpoint is damaged, or of another format"
+            )
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the files of the "
