@@ -131,7 +131,7 @@ class VisualTokenPruning:
         # An adapter's wrapper calls the forward of what it holds, and no hook of it.
         for module in (self.model, *self._wrappers):
             before(module, self._before_head)
-        self._adapted = _has_adapters(self.model)
+        self._adapted = _adapters(self.model)
         before(self.base, self._before_model)
         before(self.text, self._before_text)
         for number, layer in enumerate(self.layers):
@@ -173,7 +173,7 @@ class VisualTokenPruning:
         names = list(signature(type(module).forward).parameters)[1:]
         inputs = dict(zip(names, args, strict=False)) | kwargs
         self._now.value = None
-        if _has_adapters(self.model) != self._adapted:
+        if _adapters(self.model) != self._adapted:
             raise UsageError(
                 "adapters were added to the model, or taken off it, while its visual tokens were "
                 "pruned: leave the context, or call stop_pruning, and prune anew"
@@ -346,8 +346,9 @@ def unwrapped(model: PreTrainedModel) -> tuple[list[nn.Module], PreTrainedModel]
     return [module for module in (model, model.base_model) if module is not found], found
 
 
-def _has_adapters(model: PreTrainedModel) -> bool:
-    return bool(getattr(model, "peft_config", None))
+def _adapters(model: PreTrainedModel) -> frozenset[str]:
+    """The names of the adapters that PEFT has put into a model."""
+    return frozenset(getattr(model, "peft_config", None) or ())
 
 
 def _appended_mask(mask: Tensor | None, prompt: PrunedPrompt, new: int) -> Tensor:
