@@ -204,6 +204,7 @@ def write_report(path: str | Path, result: Mapping[str, Any]) -> Path:
         layer_columns=_layer_columns(layers),
         layers=layers,
         recipe=list(flatten(result.get("recipe") or {})),
+        rounded=sum(bool(layer.get("rounded_to_nearest")) for layer in layers),
         provenance=list(flatten(result.get("provenance") or {})),
         number=format_number,
     )

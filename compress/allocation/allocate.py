@@ -38,7 +38,7 @@ from compress.recipe.sections import MEASURED_SCORES, Allocate, Quantize
 from compress.registry import LAYER_IMPORTANCE
 from compress.rotation.model import RotatedModel
 from compress.scheme import PlannedModule
-from compress.storage.files import parse_size, read_json, write_json, writing
+from compress.storage.files import changed, parse_size, read_sealed, write_sealed, writing
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _allocated(
     section: Allocate, units: list[Unit], fixed_bytes: int, scorer: Scorer, mark: str
 ) -> Allocation:
     kept = scorer.work / "allocation.json"
-    if (found := read_json(kept)) is not None:
+    if (found := read_sealed(kept)) is not None:
         return Allocation.of_json(found)
     scored = _kept_scores(scorer, units)
     chosen = _choose(section, scored, fixed_bytes, scorer, mark)
@@ -226,7 +226,7 @@ def _allocated(
         fitness=chosen.fitness,
         average_bits=chosen.average_bits,
     )
-    write_json(kept, asdict(allocation))
+    write_sealed(kept, asdict(allocation))
     scorer.drop_candidates()
     return allocation
 
@@ -234,11 +234,16 @@ def _allocated(
 def _kept_scores(scorer: Scorer, units: list[Unit]) -> list[Unit]:
     """The units with their scores; those of an earlier process, where it has written them."""
     file = scorer.work / "scores.json"
-    if (known := read_json(file)) is None:
+    if (known := read_sealed(file)) is None:
         scored = scorer.scored()
-        write_json(file, {u.name: [u.score, u.errors and list(u.errors.items())] for u in scored})
+        scores = {u.name: [u.score, u.errors and list(u.errors.items())] for u in scored}
+        write_sealed(file, {"units": scores, "candidates": scorer.candidates()})
         return scored
-    pairs = [(unit, *known[unit.name]) for unit in units]
+    found = scorer.candidates()
+    for name in sorted({*found, *known["candidates"]}):
+        if found.get(name) != known["candidates"].get(name):
+            raise changed(scorer.work / "candidates" / name)
+    pairs = [(unit, *known["units"][unit.name]) for unit in units]
     return [replace(u, score=score, errors=errors and dict(errors)) for u, score, errors in pairs]
 
 
@@ -259,7 +264,7 @@ def _choose(
     scorer.observer.stage("evolve")
 
     def save(values: EvolutionState) -> None:
-        write_json(state, values)
+        write_sealed(state, values)
         history = values["history"]
         scorer.observer.generation(len(history) - 1, section.generations, history[-1])
 
@@ -272,6 +277,6 @@ def _choose(
             offspring=section.offspring,
             seed=section.seed,
             identity=mark,
-            state=read_json(state),
+            state=read_sealed(state),
             save=save,
         )

@@ -25,6 +25,7 @@ from compress.quantization.solvers import QuantizedLinear
 from compress.recipe.sections import MEASURED_SCORES, Allocate, Quantize
 from compress.registry import LAYER_IMPORTANCE
 from compress.rotation.model import RotatedModel
+from compress.storage.files import file_digest
 from compress.storage.safetensors import save_tensors
 
 
@@ -118,6 +119,11 @@ class Scorer:
             if linear.zero is not None:
                 tensors[f"{name}.zero"] = linear.zero
         save_tensors(path, tensors)
+
+    def candidates(self) -> dict[str, str]:
+        """The files that are kept of the candidates: name -> sha256."""
+        files = sorted((self.work / "candidates").glob("*.safetensors"))
+        return {file.name: file_digest(file) for file in files}
 
     def drop_candidates(self) -> None:
         """Removes the candidates of every linear, once nothing is measured any more."""

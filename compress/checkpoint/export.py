@@ -193,8 +193,15 @@ def _final_folder(output: Path) -> Iterator[Path]:
 def _exported(output: Path, name: str, source: PackedLinears) -> bool:
     """Whether `output` holds an export of this checkpoint to this format, begun or done."""
     facts = read_json(output / PROVENANCE) or {}
-    made = (facts.get("export") or {}).get("format"), (facts.get("exported_from") or {})
-    return made[0] == name and made[1].get("fingerprint") == source.reader.fingerprint()
+    made, origin = _part(facts, "export"), _part(facts, "exported_from")
+    same = origin.get("fingerprint") == source.reader.fingerprint()
+    return made.get("format") == name and same
+
+
+def _part(facts: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of modelpress.json; empty where it is none, whoever wrote it."""
+    found = facts.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _provenance(source: PackedLinears, result: ExportResult) -> dict[str, Any]:
@@ -202,7 +209,7 @@ def _provenance(source: PackedLinears, result: ExportResult) -> dict[str, Any]:
     history = read_json(source.folder / PROVENANCE) or {}
     history.pop("fingerprint", None)  # of the run, whose bytes these are not
     return history | {
-        "bytes": history.get("bytes", {}) | result.bytes,
+        "bytes": _part(history, "bytes") | result.bytes,
         "exported_from": {
             "path": str(source.folder),
             "format": "compressed-tensors",

@@ -18,6 +18,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, filter_repo_objects, validate_repo_id
 
 from compress.errors import CompressError, UsageError
+from compress.models.config_values import without_names
 from compress.storage.lease import WORK_FOLDER, lease
 from compress.storage.output_folder import FINAL
 from compress.storage.safetensors import CheckpointReader
@@ -141,6 +142,6 @@ def _explain(error: Exception, repo_id: str, token: str | None) -> str:
         remedy = REMEDIES.get(status, "try again later")
         return f"the hub refused {repo_id} (HTTP {status}): {remedy} [{reason}]"
     return (
-        f"{repo_id} could not be reached ({type(error).__name__}: {reason}): check the network, "
+        f"{repo_id} could not be reached ({without_names(reason)}): check the network, "
         f"and that HF_HUB_OFFLINE is not set"
     )

@@ -17,6 +17,8 @@ from compress.checkpoint.gguf.inspect import inspect_gguf
 from compress.checkpoint.packed import EMBEDDING
 from compress.checkpoint.quantization_config import checked_section, gptq_scheme, read_config
 from compress.errors import CheckpointError, UsageError
+from compress.models.config_values import check_config
+from compress.models.families import ARCHITECTURES, MULTIMODAL
 from compress.recipe.source import parse_yaml
 from compress.scheme import Scheme
 from compress.storage.files import read_json
@@ -50,7 +52,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
         return found
     if not folder.is_dir():
         raise UsageError(f"no such model folder: {path} (download a hub model first: hf download)")
-    section = checked_section(read_config(folder), folder / "config.json")
+    config, file = read_config(folder), folder / "config.json"
+    if config.get("model_type") in (*ARCHITECTURES, *MULTIMODAL):  # others mean else by these keys
+        check_config(config, file)
+    section = checked_section(config, file)
     reader = CheckpointReader(folder)
     quantised = _quantised_modules(reader, section)
     modules = quantised | {
@@ -116,9 +121,10 @@ def _table(reader: CheckpointReader, name: str) -> str | None:
 
 def _shape(reader: CheckpointReader, name: str, bits: int) -> list[int]:
     if f"{name}.weight_shape" in reader:  # two integers; the packed width alone is ambiguous
+        _sizes(reader, f"{name}.weight_shape", 1)
         return reader.tensor(f"{name}.weight_shape").tolist()
     if f"{name}.weight_packed" in reader:  # of small floats, which fill their bytes
-        N, columns = reader.shape(f"{name}.weight_packed")
+        N, columns = _sizes(reader, f"{name}.weight_packed", 2)
         return [N, columns * 8 * reader.dtype(f"{name}.weight_packed").itemsize // bits]
     weight = f"{name}.weight"
     if weight not in reader and (table := _table(reader, name)):
@@ -126,13 +132,23 @@ def _shape(reader: CheckpointReader, name: str, bits: int) -> list[int]:
     return list(reader.shape(weight))
 
 
+def _sizes(reader: CheckpointReader, name: str, axes: int) -> tuple[int, ...]:
+    """The shape of a tensor that has so many axes, none of them empty; CheckpointError if not."""
+    shape = reader.shape(name)
+    if len(shape) != axes or 0 in shape:
+        raise CheckpointError(
+            f"{reader.folder}: {name} has shape {list(shape)}, expected {axes} sizes above 0"
+        )
+    return shape
+
+
 def _gptq_module(reader: CheckpointReader, name: str, section: dict[str, Any]) -> dict[str, Any]:
     """Width and groups as the shapes have them, where they say it; all else by the section."""
     scheme = gptq_scheme(section, name) or Scheme(section["bits"], None)
-    words, N = reader.shape(f"{name}.qweight")
-    groups = reader.shape(f"{name}.scales")[0]
+    words, N = _sizes(reader, f"{name}.qweight", 2)
+    groups, _ = _sizes(reader, f"{name}.scales", 2)
     known = f"{name}.g_idx" in reader
-    K = reader.shape(f"{name}.g_idx")[0] if known else words * 32 // scheme.bits
+    K = _sizes(reader, f"{name}.g_idx", 1)[0] if known else words * 32 // scheme.bits
     return {
         "shape": [N, K],
         "bits": words * 32 // K,
@@ -155,10 +171,14 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def _read_recipe(folder: Path) -> Any:
+    file = folder / "recipe.yaml"
     try:
-        return parse_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))[1]
+        recipe = parse_yaml(file.read_text(encoding="utf-8"))[1]
     except FileNotFoundError:
         return None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder / 'recipe.yaml'} is not valid YAML: {reason}") from None
+        raise CheckpointError(f"{file} is not valid YAML: {reason}") from None
+    if not isinstance(recipe, dict):
+        raise CheckpointError(f"{file} is not a recipe: expected sections such as `model:`")
+    return recipe

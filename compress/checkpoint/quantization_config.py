@@ -9,16 +9,23 @@ about the weights and may hold anything; sections of other methods are left to t
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from compress.errors import CheckpointError
 from compress.kernels.activations import BITS as ACTIVATION_BITS
-from compress.recipe.expressions import check_expression
-from compress.recipe.sections import Pattern
+from compress.recipe.expressions import LONGEST_NAME, check_expression, check_patterns, compiled
+from compress.recipe.sections import Patterns
 from compress.recipe.source import FieldError, Source
 from compress.scheme import Scheme
 from compress.storage.files import read_json
@@ -51,6 +58,7 @@ def _switch_or_name(value: Any) -> Any:
     return value
 
 
+Name = Annotated[str, Field(max_length=LONGEST_NAME)]
 Rule = Annotated[str, AfterValidator(_check_rule)]
 Bits = Annotated[int, Field(ge=1, le=64)]
 GroupSize = Annotated[int, AfterValidator(_check_group_size)]
@@ -67,9 +75,9 @@ class Arguments(_Part):
     """How weights or activations are rounded; the defaults are those of compressed-tensors."""
 
     num_bits: Bits = 8
-    type: str = "int"
+    type: Name = "int"
     symmetric: bool = True
-    strategy: str | None = None
+    strategy: Name | None = None
     group_size: GroupSize | None = None
     dynamic: SwitchOrName = False
     actorder: SwitchOrName | None = None
@@ -87,8 +95,8 @@ class Arguments(_Part):
 class Group(_Part):
     """Modules of one scheme."""
 
-    targets: list[Pattern]
-    format: str | None = None
+    targets: Patterns
+    format: Name | None = None
     weights: Arguments | None = None
     input_activations: Arguments | None = None
     output_activations: Arguments | None = None
@@ -97,13 +105,13 @@ class Group(_Part):
 class Sparsity(_Part):
     """Which weights are left out of the files."""
 
-    format: str | None = None
+    format: Name | None = None
 
 
 class Rotation(_Part):
     """Where a rotation is applied."""
 
-    location: str | None = None
+    location: Name | None = None
 
 
 class Rotations(_Part):
@@ -121,13 +129,19 @@ class Transforms(_Part):
 class CompressedTensors(_Part):
     """A section of compressed-tensors."""
 
-    format: str | None = None
-    quantization_status: str | None = None
+    format: Name | None = None
+    quantization_status: Name | None = None
     config_groups: dict[str, Group] | None = None
-    ignore: list[Pattern] | None = None
+    ignore: Patterns | None = None
     kv_cache_scheme: dict[str, Any] | None = None
     sparsity_config: Sparsity | None = None
     transform_config: Transforms | None = None
+
+    @field_validator("config_groups")
+    @classmethod
+    def _check_targets(cls, groups: dict[str, Group] | None) -> dict[str, Group] | None:
+        check_patterns(target for group in (groups or {}).values() for target in group.targets)
+        return groups
 
     @model_validator(mode="after")
     def _says_what_is_packed(self) -> "CompressedTensors":
@@ -156,10 +170,16 @@ class Gptq(_Part):
     group_size: GroupSize | None = None
     sym: bool | None = None
     desc_act: bool | None = None
-    format: str | None = None
-    checkpoint_format: str | None = None
-    pack_dtype: str | None = None
+    format: Name | None = None
+    checkpoint_format: Name | None = None
+    pack_dtype: Name | None = None
     dynamic: dict[Rule, Override] | None = None
+
+    @field_validator("dynamic")
+    @classmethod
+    def _check_rules(cls, rules: dict[str, Override] | None) -> dict[str, Override] | None:
+        check_patterns(f"re:{rule_pattern(rule)}" for rule in rules or {})
+        return rules
 
 
 SCHEMAS: dict[str, type[BaseModel]] = {"compressed-tensors": CompressedTensors, "gptq": Gptq}
@@ -175,7 +195,7 @@ def gptq_scheme(section: dict[str, Any], name: str) -> Scheme | None:
     keys = ("bits", "group_size", "sym", "desc_act")
     settings: dict[str, Any] = {key: section.get(key) for key in keys}
     for rule, override in (section.get("dynamic") or {}).items():
-        if re.match(rule_pattern(rule), name):
+        if compiled(rule_pattern(rule)).match(name):
             if rule.startswith("-:"):
                 return None
             settings |= {key: override[key] for key in settings if key in override}
@@ -226,7 +246,7 @@ def checked_section(config: dict[str, Any], place: str | Path) -> dict[str, Any]
     method = section.get("quant_method")
     if not section or (method is None and any(section.get(flag) for flag in FLAGS)):
         return section
-    if not isinstance(method, str):
+    if not isinstance(method, str) or len(method) > LONGEST_NAME:
         raise CheckpointError(
             f"{where}: quant_method: expected a name such as {' or '.join(METHODS)}, found "
             f"{json.dumps(method)[:60]}"
@@ -246,18 +266,19 @@ def _check_others(section: dict[str, Any], where: str) -> None:
     """The lists of any method that transformers matches as expressions, names for the most part."""
     for key in LEFT_OUT:
         names = section.get(key)
-        for name in names if isinstance(names, list) else ():
-            try:
-                check_expression(str(name))
-            except ValueError as error:
-                raise CheckpointError(f"{where}.{key}: {error}") from None
+        try:
+            check_patterns(f"re:{name}" for name in (names if isinstance(names, list) else ()))
+        except ValueError as error:
+            raise CheckpointError(f"{where}.{key}: {error}") from None
 
 
 # ---- what it says -------------------------------------------------------------------------------
 
 
 def groups_of(section: dict[str, Any]) -> list[dict[str, Any]]:
-    """The config groups of a compressed-tensors section."""
+    """The config groups of a compressed-tensors section, none of others."""
+    if section.get("quant_method", "compressed-tensors") != "compressed-tensors":
+        return []
     return list((section.get("config_groups") or {}).values())
 
 

@@ -71,7 +71,8 @@ def inspect(
         if found["recipe"]:
             rows.append(("recipe", f"{found['recipe'].get('name')} ({model / 'recipe.yaml'})"))
         if found["provenance"]:
-            made = found["provenance"].get("versions", {}).items()
+            versions = found["provenance"].get("versions")
+            made = versions.items() if isinstance(versions, dict) else ()
             rows.append(("made with", ", ".join(f"{name} {version}" for name, version in made)))
         out.print(pairs_table(rows))
 

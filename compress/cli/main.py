@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if settings.debug:
             traceback.print_exc()
-        return _explain(error, settings.debug)
+        return explain(error, settings.debug)
     if code == InterruptError.exit_code:  # typer turns the exception into its code
         return _fail("interrupted", InterruptError.exit_code)
     return code if isinstance(code, int) else 0
@@ -133,7 +133,7 @@ def _interrupted_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _explain(error: Exception, debug: bool) -> int:
+def explain(error: Exception, debug: bool) -> int:
     """One line for what a command raised."""
     if isinstance(error, InterruptError):
         return _fail(f"interrupted: {error}", error.exit_code)

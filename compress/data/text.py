@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from compress.data.stdlib import Split, python_stdlib
 from compress.errors import CompressError, UsageError, did_you_mean
+from compress.models.config_values import reason_of
 from compress.registry import Registry
 from compress.storage.files import file_digest
 
@@ -241,9 +242,8 @@ def _hub_table(dataset: str, hub_id: str, **options: Option) -> Any:
     try:
         return load_dataset(hub_id, **options)
     except Exception as error:  # the network, the hub and the parsers each raise their own kinds
-        reason = " ".join(str(error).split())[:200]
         raise CompressError(
-            f"dataset {dataset!r} ({hub_id}) could not be read: {type(error).__name__}: {reason}: "
+            f"dataset {dataset!r} ({hub_id}) could not be read: {reason_of(error)}: "
             f"check the name{did_you_mean(dataset, DATASETS)} and the network, "
             "or use python-stdlib, FILE.txt or FILE.jsonl"
         ) from error

@@ -4,6 +4,7 @@ A is the head-averaged attention of one ViT layer over the N patches of a crop, 
 
     r_j = mean_i A_ij                       attention received
     K   = { j : r_j > t * mean(r) }         the voters: background patches have no say
+          or the share 1 - quantile of the patches with the highest r, at least one
     I_j = mean_{k in K} A_kj  +  alpha * softmax(H)_j       (the paper sums over K: vote="sum")
     H_j = - sum_v p_v log2 p_v              entropy of the patch's 256 grey levels, in bits
 
@@ -47,6 +48,7 @@ def voted_attention(
     scaling: float,
     *,
     threshold: float,
+    quantile: float | None = None,
     vote: str = "mean",
     prefix: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +57,8 @@ def voted_attention(
     Args:
         q, k: [C, h, prefix + N, d].
         threshold: t; 0 lets every patch vote.
+        quantile: in [0, 1), in the place of t: every patch votes that receives at least what the
+            lowest of the highest (1 - quantile) N does; of 0 all.
         vote: `mean` over the voters, or `sum`.
         prefix: tokens before the patches (a CLS token): they neither vote nor are scored.
 
@@ -66,7 +70,11 @@ def voted_attention(
     patches = q.shape[2]
     ones = torch.ones(q.shape[0], patches, device=q.device)
     received = received_attention(q, k, scaling, ones / patches)[:, prefix:]
-    voters = received > threshold * received.mean(dim=1, keepdim=True)  # [C, N]
+    if quantile is None:
+        voters = received > threshold * received.mean(dim=1, keepdim=True)  # [C, N]
+    else:
+        count = max(1, round((1 - quantile) * patches))
+        voters = received >= received.topk(count, dim=1).values[:, -1:]
     counts = voters.sum(dim=1)
     empty = counts == 0
     most = int(counts.max())

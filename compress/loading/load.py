@@ -11,12 +11,10 @@ strategy was saved with it.
 """
 
 import copy
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,7 +41,7 @@ from compress.kernels.cpu import native
 from compress.loading.transformers_plugin import ModelpressConfig
 from compress.models.config_values import check_config, check_extent, check_tokenizer
 from compress.models.families import refuse_partly_seen
-from compress.models.pretrained import TOKENIZER_FILES, guarded, processor_reader
+from compress.models.pretrained import TOKENIZER_FILES, guarded, local_folder, processor_reader
 from compress.pruning.families import FAMILIES
 from compress.pruning.saved import apply_strategy, saved_strategy
 from compress.storage.indexed import indexed
@@ -79,14 +77,14 @@ def load(
         raise UsageError(
             "activation_bits is for packed linears: leave it out, or packed=False (--dense)"
         )
-    _check_path(path)
+    given, path = path, _checked_folder(path)
     config = guarded(path, AutoConfig.from_pretrained)
     refuse_partly_seen(config)
     strategy = saved_strategy(config, path) if prune else None
     multimodal = config.model_type in FAMILIES
     kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True}
-    section = checked_section(config.to_dict(), Path(path) / "config.json")
+    section = checked_section(config.to_dict(), path / "config.json")
     if packed is None:
         packed = is_packed(section)
     if section and (packed or needs_own_reader(section)):
@@ -97,10 +95,10 @@ def load(
     elif activation_bits is not None:
         raise UsageError(f"{path} has no packed linears: leave out activation_bits")
     elif section.get("quant_method") == "compressed-tensors":
-        _check_status(Path(path), section)
+        _check_status(path, section)
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}  # or all of it would lie in the host's memory first
-    with indexed(path) if Path(path).is_dir() else nullcontext(path) as place:
+    with indexed(path) as place:
         loaded: Any = guarded(place, kind.from_pretrained, output_loading_info=True, **options)
     model, report = loaded
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
@@ -112,7 +110,7 @@ def load(
     read = processor_reader(config) if multimodal else AutoTokenizer.from_pretrained
     processor = guarded(path, read)
     model = model.eval().to(device)
-    model.name_or_path = str(path)
+    model.name_or_path = str(given)
     if strategy is not None:
         apply_strategy(model, strategy, processor)
     return model, processor
@@ -125,9 +123,9 @@ def fastest_packing(
 
     Where linears round what they read, packed: dense ones would not. Raises as `load` does.
     """
-    _check_path(path)
+    path = _checked_folder(path)
     config = guarded(path, AutoConfig.from_pretrained)
-    section = checked_section(config.to_dict(), Path(path) / "config.json")
+    section = checked_section(config.to_dict(), path / "config.json")
     if not is_packed(section):
         return None
     rounds = activation_bits is not None or any(
@@ -145,43 +143,37 @@ def without_section(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _check_path(path: str | Path) -> None:
-    """Says early and plainly what transformers would say late and in general."""
-    folder = Path(path)
-    if not folder.is_dir():
-        try:
-            validate_repo_id(str(path))
-        except HFValidationError:
-            raise UsageError(f"no such model folder: {path}") from None
-        return
+def _checked_folder(path: str | Path) -> Path:
+    """The folder, that of a hub id fetched before, once plain is what transformers says late."""
+    folder = local_folder(path)
     config, file = read_config(folder), folder / "config.json"
     check_config(config, file)  # before transformers reads it
     checked_section(config, file)
-    check_extent(config, CheckpointReader(folder), file)
+    reader = CheckpointReader(folder)
+    check_extent(config, reader, file)
+    for name in reader.names:
+        if name.endswith(".bias") and not reader.dtype(name).is_floating_point:
+            found = str(reader.dtype(name)).removeprefix("torch.")
+            raise CheckpointError(
+                f"{folder}: {name} has dtype {found}, expected floating-point numbers: the "
+                f"checkpoint is damaged, or of another format"
+            )
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}): copy the files of the "
             f"model it was made from"
         )
     check_tokenizer(folder)
+    return folder
 
 
 def _check_status(folder: Path, section: dict[str, Any]) -> None:
     """CheckpointError where transformers would take codes for weights, or weights for codes, or
     would take for scales what are none.
 
-    It goes by quantization_status alone: `compressed` is codes, all else is weights. A folder that
-    is on the hub, whose tensors are not here yet, is refused for a status that says neither.
+    It goes by quantization_status alone: `compressed` is codes, all else is weights.
     """
     status = section.get("quantization_status")
-    if not folder.is_dir():
-        formats = {format_of(section, group) for group in groups_of(section)}
-        if "int-quantized" in formats and status not in ("compressed", "decompressed"):
-            raise CheckpointError(
-                f"{folder} has int-quantized weights, but its quantization_status is {status!r}: "
-                f"transformers would take codes for weights; load it with packed=True"
-            )
-        return
     reader = CheckpointReader(folder)
     if {format_of(section, group) for group in groups_of(section)} <= {*INTEGERS}:
         for scale in (name for name in reader.names if name.endswith(".weight_scale")):

@@ -107,6 +107,13 @@ PARTS: dict[str, dict[str, Check]] = {
     "rope_scaling": ROPE,
     "rope_parameters": ROPE,
 }
+# What Python itself raises where a library meets a value that it did not foresee, and what it says
+# then is about the library.
+STUMBLES: tuple[type[Exception], ...] = (TypeError, AttributeError, IndexError, AssertionError)
+STUMBLES += (ZeroDivisionError, RecursionError, UnboundLocalError)
+NOT_THE_KIND = "a value is not of the kind that its key needs"
+MARKS = ":,.;()[]<>'\"`"  # around a word
+
 SPECIAL = _or(_or(TEXT, OBJECT), NULL)
 TOKENIZER: dict[str, dict[str, Check]] = {
     "tokenizer.json": {"model": OBJECT, "added_tokens": _or(LIST, NULL)},
@@ -184,10 +191,17 @@ def _check(values: Mapping[str, object], checks: Mapping[str, Check], place: str
 
 
 def reason_of(error: Exception) -> str:
-    """What transformers says of a folder, in one line, without the names of its exceptions."""
+    """What a library says of a folder or a name, in one line, without names of its exceptions."""
     if isinstance(error, KeyError):
         return f"{error.args[0] if error.args else ''!r} is missing or not known"
     if "trust_remote_code" in str(error):
         return "it needs Python code of its own (auto_map), and such code is never run here"
-    words = [w for w in str(error).split() if not w.rstrip(":").endswith(("Error", "Exception"))]
-    return " ".join(words)[:300] or "a value is not of the kind that its key needs"
+    if type(error) in STUMBLES:
+        return NOT_THE_KIND
+    return without_names(str(error)) or NOT_THE_KIND
+
+
+def without_names(text: str) -> str:
+    """A message on one line of at most 300 letters, without the names of exceptions."""
+    words = [w for w in text.split() if not w.strip(MARKS).endswith(("Error", "Exception"))]
+    return " ".join(words)[:300]

@@ -34,7 +34,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 def local_folder(location: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: itself, or where a hub repository has been downloaded to.
 
-    Raises UsageError if the folder has no config.json or the hub has no such repository.
+    Raises UsageError if the hub has no such repository, or one whose config.json is wrong.
     """
     location = str(location)
     if Path(location).is_dir():
@@ -42,15 +42,23 @@ def local_folder(location: str | Path, revision: str | None = None) -> Path:
     if Path(location).exists():
         raise UsageError(f"model {location!r} is a file; expected a folder or a hub id")
     try:
+        first = huggingface_hub.snapshot_download(
+            location, revision=revision, allow_patterns=["config.json"]
+        )
+        # before the weights, which may take hours
+        check_config(read_json(Path(first) / "config.json") or {}, f"{location}: config.json")
         folder = huggingface_hub.snapshot_download(
             location, revision=revision, ignore_patterns=LEFT_THERE
         )
     except HFValidationError as error:
         raise UsageError(f"model {location!r} is neither a folder nor a valid hub id") from error
+    except CompressError:
+        raise
     except Exception as error:  # the hub client's errors share no base class
         raise UsageError(
             f"model {location!r} is not a folder here and could not be fetched from the hub "
-            f"({type(error).__name__}): check the name, the network and your access"
+            f"({reason_of(error)}): check the name and the network, or log in with `hf auth "
+            f"login` if the model is gated"
         ) from error
     return Path(folder)
 
@@ -91,15 +99,31 @@ def guarded(path: str | Path, from_pretrained: Callable[..., Read], **options: A
 
 
 def processor_reader(config: "PretrainedConfig") -> "Callable[..., ProcessorMixin]":
-    """The `from_pretrained` that reads the processor of a model with this config."""
+    """The `from_pretrained` that reads the processor of a model with this config.
+
+    It raises ValueError for one that does not know the image token of the model.
+    """
     import transformers  # slow to import, as what follows
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES  # slow
     from transformers.utils import is_torchvision_available  # slow
 
     kind = getattr(transformers, PROCESSOR_MAPPING_NAMES[config.model_type])
-    if is_torchvision_available() or "video_processor" not in kind.get_attributes():
-        return transformers.AutoProcessor.from_pretrained
-    return _without_videos(kind).from_pretrained
+    whole = is_torchvision_available() or "video_processor" not in kind.get_attributes()
+    reads = transformers.AutoProcessor if whole else _without_videos(kind)
+
+    def read(folder: str | Path, *, trust_remote_code: bool, **options: Any) -> "ProcessorMixin":
+        processor = reads.from_pretrained(folder, trust_remote_code=False, **options)
+        token, expected = getattr(processor, "image_token", None), config.image_token_id
+        if token is None:
+            raise ValueError("it knows no image token: processor_config.json is missing or wrong")
+        found = processor.tokenizer.convert_tokens_to_ids(token)
+        if found != expected:
+            raise ValueError(
+                f"its image token {token!r} has the number {found}, config.json says {expected}"
+            )
+        return processor
+
+    return read
 
 
 def _without_videos(kind: "type[ProcessorMixin]") -> "type[ProcessorMixin]":

@@ -27,7 +27,12 @@ from compress.storage.files import read_json
 from compress.storage.safetensors import CheckpointReader
 
 if TYPE_CHECKING:  # slow to import
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+    )
 
 M_ROPE = ("qwen2_vl_text", "qwen2_5_vl_text")  # decoders with three rows of positions
 
@@ -44,6 +49,23 @@ def linear_in(parent: nn.Module, name: str) -> nn.Linear:
     module = parent.get_submodule(name)
     assert isinstance(module, nn.Linear), f"{name} is a {type(module).__name__}, not a linear"
     return module
+
+
+def empty_model(config: "PretrainedConfig", multimodal: bool = False) -> "PreTrainedModel":
+    """The model that a config describes, its parameters on the meta device.
+
+    Raises what transformers raises for values that do not go together.
+    """
+    from accelerate import init_empty_weights  # slow to import
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # slow
+
+    kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    # Buffers (rotary frequencies) stay real: they come from the config, not from the file.
+    with init_empty_weights(include_buffers=False):
+        model = kind.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        )
+    return model.eval().requires_grad_(False)
 
 
 class Skeleton:
@@ -67,7 +89,7 @@ class Skeleton:
         file = folder / "config.json"
         check_extent(read_json(file) or {}, CheckpointReader(folder), file)
         try:
-            self.model = self._empty_model()
+            self.model = empty_model(self.model_config, self.spec.vision is not None)
         except Exception as error:  # what a wrong value sets off is of any kind
             raise UsageError(f"{file} describes no model: {reason_of(error)}") from error
         names = names_of(self.model, f"{self.model.base_model_prefix}.", self.spec.module_name)
@@ -84,21 +106,6 @@ class Skeleton:
     @classmethod
     def open(cls, location: str | Path, revision: str | None = None) -> "Skeleton":
         return cls(local_folder(location, revision))
-
-    def _empty_model(self) -> "PreTrainedModel":
-        from accelerate import init_empty_weights  # slow to import
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # slow
-
-        kind = AutoModelForImageTextToText if self.spec.vision else AutoModelForCausalLM
-        # Buffers (rotary frequencies) stay real: they come from the config, not from the file.
-        with init_empty_weights(include_buffers=False):
-            model = kind.from_config(
-                self.model_config,
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-                trust_remote_code=False,
-            )
-        return model.eval().requires_grad_(False)
 
     @property
     def table(self) -> str:

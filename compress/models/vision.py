@@ -16,6 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from compress.errors import CheckpointError
+from compress.models.config_values import without_names
 from compress.models.skeleton import Skeleton
 
 Lookup = Callable[[Tensor], Tensor]  # rows of the embedding in fp32, by token ids on the CPU
@@ -74,12 +76,19 @@ def encode(skeleton: Skeleton, inputs: Inputs, lookup: Lookup, device: str = "cp
     Args:
         inputs: keyword arguments of a forward.
         lookup: rows of the embedding in fp32, by token ids; on the CPU.
+
+    Raises CheckpointError if the model takes no such prompt.
     """
     base = skeleton.base
     decoder = base.language_model
     base.language_model = recorder = _Recorder(lookup)
     try:
         base(**on_device(inputs, device), use_cache=False)
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise CheckpointError(
+            f"{skeleton.folder}: the vision tower does not take what the processor beside it makes "
+            f"of images: {without_names(str(error))}"
+        ) from error
     finally:
         base.language_model = decoder
     positions = recorder.seen.get("position_ids")

@@ -50,6 +50,7 @@ from compress.pipeline.result import RunResult
 from compress.pipeline.source_check import SourceCheck, check_source
 from compress.pipeline.stream import CalibrationStream
 from compress.pipeline.verify import reload_and_compare, write_probe
+from compress.pruning.costs import without_voters
 from compress.pruning.search import search_as_told
 from compress.pruning.stages import Stages
 from compress.quantization.tables import round_table
@@ -162,6 +163,8 @@ def _compressed(
             log.warn(doubt)
         job.walk(done)
         job.finish_tensors()
+        for doubt in job.pruning_doubts():
+            log.warn(doubt)
         checked = job.assemble(self_check)
     return RunResult(
         path=output,
@@ -426,6 +429,13 @@ class Job:
             return []
         expansion = self.inputs.source.settings.expansion
         return doubts(self.data, expansion, config.hidden_size, config.vocab_size)
+
+    def pruning_doubts(self) -> list[str]:
+        """What is doubtful about the pruned calibration prompts, for a person."""
+        strategy, stats = self.pruning.strategy, self.stream.pruning_stats(1)
+        if strategy is None or stats is None or not stats["crops_without_voters"]:
+            return []
+        return [without_voters(stats["crops_without_voters"], stats["images"], strategy)]
 
     def pruning_facts(self) -> dict[str, Any] | None:
         """What modelpress.json says about pruned visual tokens."""

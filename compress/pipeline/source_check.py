@@ -31,6 +31,7 @@ from torch import Tensor
 from compress.data.prompts import probe_prompt
 from compress.errors import CheckpointError
 from compress.memory import release_memory
+from compress.models.config_values import reason_of, without_names
 from compress.models.skeleton import Skeleton
 from compress.models.vision import Encoded, encode, rows_of, vision_at_work
 from compress.pipeline.inputs import RunInputs
@@ -206,7 +207,7 @@ def _here(skeleton: Skeleton, probes: Mapping[str, dict[str, Tensor]]) -> list[T
         with indexed(skeleton.folder) as place:
             return source_logits(str(place), _kind(skeleton), list(probes.values()))
     except (ValueError, RuntimeError, OSError, KeyError, ImportError) as error:
-        raise _fails(skeleton, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise _fails(skeleton, reason_of(error)) from error
 
 
 def _elsewhere(skeleton: Skeleton, probes: Mapping[str, dict[str, Tensor]]) -> list[Tensor]:
@@ -233,7 +234,7 @@ def _elsewhere(skeleton: Skeleton, probes: Mapping[str, dict[str, Tensor]]) -> l
             last = (child.stderr.strip().splitlines() or ["no message"])[-1]
             report = {"failure": f"the process left with code {child.returncode}: {last}"}
         if "failure" in report:
-            raise _fails(skeleton, report["failure"])
+            raise _fails(skeleton, without_names(report["failure"]))
         return [read_tensors(file)["logits"] for file in files]
 
 

@@ -22,6 +22,7 @@ from compress.checkpoint.engines import must_dequantize_on_load
 from compress.checkpoint.packed import EMBEDDING
 from compress.checkpoint.quantization_config import read_config
 from compress.errors import CheckpointError
+from compress.models.config_values import without_names
 from compress.storage.safetensors import CheckpointReader, save_tensors
 
 SCRIPT = Path(__file__).with_name("reload_script.py")
@@ -48,7 +49,8 @@ def reload_and_compare(
     table = packed_table(CheckpointReader(folder))
     report = _run(folder, Path(probe_path), must_dequantize_on_load(section), table)
     if "failure" in report:
-        raise CheckpointError(f"{folder} does not load in transformers: {report['failure']}")
+        reason = without_names(report["failure"])
+        raise CheckpointError(f"{folder} does not load in transformers: {reason}")
     if "loading" in report:
         faults = "; ".join(
             f"{kind.replace('_', ' ')}: {', '.join(names[:3])}"

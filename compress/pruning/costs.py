@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from compress.models.families import head_dim_of
 from compress.pruning.prompt import PrunedPrompt
+from compress.recipe.strategy import PruneStrategy
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,15 @@ class PruningStats:
             "kv_bytes": self.kv_bytes,
             "kv_bytes_unpruned": sum(p.kv_bytes_unpruned for p in self.prompts),
         }
+
+
+def without_voters(crops: int, images: int, strategy: PruneStrategy) -> str:
+    """The line for `crops` of so many `images` in which no patch was above the threshold."""
+    return (
+        f"visual tokens: in {crops} crops of {images} images no patch is above voter_threshold "
+        f"{strategy.voter_threshold:g}, so all patches voted there: lower it, or give "
+        f"voter_quantile"
+    )
 
 
 def prompt_stats(shape: DecoderShape, prompt: PrunedPrompt) -> PromptStats:

@@ -18,6 +18,7 @@ Not for: beam search, assisted decoding, static and sliding-window caches, promp
 prefilled in pieces. Each is refused.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
@@ -32,7 +33,7 @@ from transformers.masking_utils import create_causal_mask
 
 from compress.errors import UsageError
 from compress.models.vision import Inputs
-from compress.pruning.costs import DecoderShape, PruningStats, prompt_stats
+from compress.pruning.costs import DecoderShape, PruningStats, prompt_stats, without_voters
 from compress.pruning.encoding import EncodedImages, ready_features
 from compress.pruning.families import tower_of
 from compress.pruning.last_token import LastTokenAttention, check_decoder
@@ -102,6 +103,7 @@ class VisualTokenPruning:
         self.shape = DecoderShape.of(self.text.config, self.text.dtype.itemsize)
         self.image_token = model.config.image_token_id
         self.stats = PruningStats()
+        self.warns = True  # once, of images in which no patch votes
         self._last: PrunedPrompt | None = None
         self._own = PerThread[PrunedPrompt | None](lambda: None)
         self._handles: list[RemovableHandle] = []
@@ -129,7 +131,7 @@ class VisualTokenPruning:
         # An adapter's wrapper calls the forward of what it holds, and no hook of it.
         for module in (self.model, *self._wrappers):
             before(module, self._before_head)
-        self._adapted = _has_adapters(self.model)
+        self._adapted = _adapters(self.model)
         before(self.base, self._before_model)
         before(self.text, self._before_text)
         for number, layer in enumerate(self.layers):
@@ -171,7 +173,7 @@ class VisualTokenPruning:
         names = list(signature(type(module).forward).parameters)[1:]
         inputs = dict(zip(names, args, strict=False)) | kwargs
         self._now.value = None
-        if _has_adapters(self.model) != self._adapted:
+        if _adapters(self.model) != self._adapted:
             raise UsageError(
                 "adapters were added to the model, or taken off it, while its visual tokens were "
                 "pruned: leave the context, or call stop_pruning, and prune anew"
@@ -282,6 +284,10 @@ class VisualTokenPruning:
             if step.final_positions is not None:
                 self._final[step.cache] = step.final_positions
         self.stats.prompts.append(prompt_stats(self.shape, step.prompt))
+        images = self.stats.prompts[-1].images
+        if (crops := sum(image.empty_voters for image in images)) and self.warns:
+            self.warns = False  # the stats count them all
+            warnings.warn(without_voters(crops, len(images), self.strategy), stacklevel=2)
 
     def _open(self, inputs: Inputs, embeds: Tensor) -> PrunedPrompt:
         """The prompt with its images, nothing pruned yet."""
@@ -340,8 +346,9 @@ def unwrapped(model: PreTrainedModel) -> tuple[list[nn.Module], PreTrainedModel]
     return [module for module in (model, model.base_model) if module is not found], found
 
 
-def _has_adapters(model: PreTrainedModel) -> bool:
-    return bool(getattr(model, "peft_config", None))
+def _adapters(model: PreTrainedModel) -> frozenset[str]:
+    """The names of the adapters that PEFT has put into a model."""
+    return frozenset(getattr(model, "peft_config", None) or ())
 
 
 def _appended_mask(mask: Tensor | None, prompt: PrunedPrompt, new: int) -> Tensor:

@@ -11,7 +11,6 @@ held by it as `model.visual_token_pruning`; no class is changed.
     stop_pruning(model)
 """
 
-import json
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,7 +21,7 @@ from compress.pruning.engine import VisualTokenPruning, prune_visual_tokens
 from compress.pruning.families import FAMILIES
 from compress.pruning.tower import Processor
 from compress.recipe.strategy import PruneStrategy
-from compress.storage.files import write_json
+from compress.storage.files import read_json, write_json
 
 KEY = "visual_token_pruning"  # of config.json, and the name of the model's attribute
 FILE = "pruning.json"
@@ -36,9 +35,11 @@ def save_strategy(strategy: PruneStrategy, folder: str | Path) -> None:
     folder = Path(folder)
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder} holds no model: {path} cannot be read: {error}") from error
+        config = read_json(path)
+    except CheckpointError as error:
+        raise UsageError(f"{folder} holds no model: {error}") from error
+    if config is None:
+        raise UsageError(f"{folder} holds no model: it has no config.json")
     if config.get("model_type") not in FAMILIES:
         raise UsageError(
             f"visual tokens of {config.get('model_type')!r} models cannot be pruned: expected one "

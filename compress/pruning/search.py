@@ -247,7 +247,8 @@ class Objective:
         self.states = torch.cat(states)
 
     def __call__(self, strategy: PruneStrategy) -> float:
-        with prune_visual_tokens(self.model, strategy, self.processor):
+        with prune_visual_tokens(self.model, strategy, self.processor) as pruning:
+            pruning.warns = False  # a trial may well go too far
             states = [self._last_state(s, number) for number, s in enumerate(self.samples)]
         return float(torch.cosine_similarity(torch.cat(states), self.states, dim=-1).mean())
 
@@ -353,7 +354,7 @@ def search_variables(start: PruneStrategy, wanted: Sequence[str] | None) -> tupl
         name
         for name, there in {
             "ratios": len(start.stages) > 1,
-            "voter_threshold": start.method == "vflowopt",
+            "voter_threshold": start.method == "vflowopt" and start.voter_quantile is None,
             "entropy_weight": start.method == "vflowopt",
             "cell": start.method == "vflowopt" and start.stages[0] == 0,
         }.items()

@@ -40,6 +40,7 @@ class Stages:
         settings = TapSettings(
             signals=self.method.signals,
             voter_threshold=self.strategy.voter_threshold,
+            voter_quantile=self.strategy.voter_quantile,
             vote=self.strategy.vote,
             entropy_weight=self.strategy.entropy_weight,
             layer=self.strategy.vit_layer,

@@ -87,6 +87,7 @@ class TapSettings:
     layer: int | None  # None: the layer that the features come from
     pixel_mean: Tensor | None = None  # [3], of the image processor; None: the tower's usual
     pixel_std: Tensor | None = None
+    voter_quantile: float | None = None
 
 
 class VisionTap(Protocol):
@@ -203,6 +204,7 @@ class PatchTower:
                 k,
                 scaling,
                 threshold=settings.voter_threshold,
+                quantile=settings.voter_quantile,
                 vote=settings.vote,
                 prefix=self.prefix,
             )
@@ -296,7 +298,10 @@ class MergingTower:
             pair = (q[None, :, start:end], k[None, :, start:end], q.shape[-1] ** -0.5)
             if "importance" in wanted:
                 scores, none = voted_attention(
-                    *pair, threshold=settings.voter_threshold, vote=settings.vote
+                    *pair,
+                    threshold=settings.voter_threshold,
+                    quantile=settings.voter_quantile,
+                    vote=settings.vote,
                 )
                 chunks["importance"].append(scores[0])
                 empty[next(i for i, last in enumerate(ends) if start < last)] += int(none)

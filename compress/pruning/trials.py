@@ -1,9 +1,10 @@
 """The trials of a strategy search: a file of JSON lines that a search goes on from.
 
 The first line holds the settings and a fingerprint of the model's answers, each further line one
-trial: {"trial", "parameters", "strategy", "score"}. A line is on disk before the next trial begins;
-one that was cut short by a kill is dropped. What optuna needs is rebuilt from the lines. Names of
-settings that earlier versions wrote are replaced where a file is opened.
+trial: {"trial", "parameters", "strategy", "score"}, with a digest of it ("sha256"). A line is on
+disk before the next trial begins; one that was cut short by a kill is dropped. What optuna needs is
+rebuilt from the lines. Names of settings that earlier versions wrote are replaced where a file is
+opened.
 
     file = TrialFile.open(path, settings, fingerprint)
     file.trials; file.append(trial)
@@ -18,7 +19,7 @@ from typing import Any
 
 from compress.errors import CheckpointError, UsageError
 from compress.recipe.strategy import with_new_names
-from compress.storage.files import append_line, write_text
+from compress.storage.files import append_line, seal, write_text
 
 KIND = "modelpress-pruning-search"
 VERSION = 1
@@ -65,14 +66,18 @@ class TrialFile:
         _check_header(path, lines[0], header, fingerprint)
         trials = [_trial(path, number, line) for number, line in enumerate(lines[1:])]
         # Without the line that a kill has cut short, which the next one would be appended to.
-        _write(path, lines)
+        _write(path, [lines[0], *(_sealed(asdict(trial)) for trial in trials)])
         return cls(path, trials)
 
     def append(self, trial: Trial) -> None:
         """Adds a trial; it is on disk when this returns."""
         self.trials.append(trial)
         if self.path is not None:
-            append_line(self.path, _line(asdict(trial)))
+            append_line(self.path, _line(_sealed(asdict(trial))))
+
+
+def _sealed(trial: Line) -> Line:
+    return trial | {"sha256": seal(trial)}
 
 
 def _write(path: Path, lines: Iterable[dict[str, object]]) -> None:
@@ -99,6 +104,9 @@ def _whole_lines(path: Path) -> list[Line]:
             raise CheckpointError(f"{path}:{number}: not a line of JSON: {error}") from error
         if not isinstance(value, dict):
             raise CheckpointError(f"{path}:{number}: expected a JSON object")
+        digest = value.pop("sha256", None)  # files of earlier versions have none
+        if digest not in (None, seal(value)):
+            raise CheckpointError(f"{path}:{number}: not the line that was written")
         lines.append(with_new_names(value))
     return lines
 
@@ -112,7 +120,7 @@ def _check_header(
     # Through JSON, as the file's own settings went: tuples are lists there.
     ours, theirs = json.loads(json.dumps(header["settings"])), found.get("settings", {})
     for name in sorted({*ours, *theirs}):
-        if ours.get(name) != theirs.get(name):
+        if _given(ours.get(name)) != _given(theirs.get(name)):
             raise UsageError(
                 f"{path} is of a search with {name} {theirs.get(name)}, not {ours.get(name)}: "
                 f"{remedy}"
@@ -123,6 +131,13 @@ def _check_header(
         for a, b in zip(before, fingerprint, strict=True)
     ):
         raise UsageError(f"{path} is of another model or other samples: {remedy}")
+
+
+def _given(value: object) -> object:
+    """A value without the keys that are null in it, which earlier versions may not know."""
+    if isinstance(value, dict):
+        return {key: inner for key, inner in value.items() if inner is not None}
+    return value
 
 
 def _trial(path: Path, number: int, line: Line) -> Trial:

@@ -6,10 +6,12 @@ it is matched. Parts in a row multiply, alternatives add up, a repeat without an
 name's length, and one inside another has no bound.
 
     check_expression(r"model\.layers\.\d+\.mlp\..*")
+    check_patterns(["lm_head", "re:.*down_proj$"])
 """
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from math import inf, prod
 from re import _parser  # type: ignore[attr-defined]  # the only parse that is sure to be re's own
 from typing import cast
@@ -19,30 +21,74 @@ Parts = Iterable[tuple[object, object]]  # kind and value of each, in a row
 LENGTH = 4_000  # characters: some dozens of alternatives
 NAME = 64  # letters of a module's name
 STEPS = NAME**4  # a tenth of a second for one name
+ALL_STEPS = 16 * STEPS  # of one list, whose every expression may be matched with each name
+MOST = 10_000  # expressions of one list
+LONGEST_NAME = 1_000  # characters of a module's name
 REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 
 
-def check_expression(expression: str, said: str = "") -> None:
-    """ValueError for text that is no regular expression, or one that could match for too long.
+def check_patterns(patterns: Iterable[str]) -> None:
+    """ValueError for names and expressions `re:...` that are too many, or could match for too long.
+
+    Names are only looked up, so there may be any number of them.
+    """
+    found = [(pattern, check_pattern(pattern)) for pattern in patterns]
+    costs = [(pattern, steps) for pattern, steps in found if steps]
+    if len(costs) > MOST:
+        raise ValueError(f"expected at most {MOST:,} regular expressions, found {len(costs):,}")
+    total: float = 0
+    for pattern, steps in costs:
+        total += steps
+        if total > ALL_STEPS:
+            raise ValueError(
+                f"{shown(pattern)} and the expressions before it could match for very long: "
+                f"expected fewer of them, or fewer repeats such as .* in each"
+            )
+
+
+def check_pattern(pattern: str) -> float:
+    """ValueError for a name that is too long, or an expression `re:...` as below; the steps."""
+    if pattern.startswith("re:"):
+        return check_expression(pattern[3:], pattern)
+    if len(pattern) > LONGEST_NAME:
+        raise ValueError(f"{shown(pattern)} is longer than the {LONGEST_NAME:,} letters of a name")
+    return 0
+
+
+def shown(text: str) -> str:
+    """Text in quotation marks, its first letters if it is long."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+@lru_cache(maxsize=2 * MOST)  # that of `re` holds 512
+def compiled(expression: str) -> re.Pattern[str]:
+    """The expression, parsed once."""
+    return re.compile(expression)
+
+
+def check_expression(expression: str, said: str = "") -> float:
+    """The most steps that matching a name takes.
+
+    ValueError for text that is no regular expression, or one that could match for too long.
 
     `said`: how whoever wrote it spelt it, with a prefix.
     """
-    said = said or expression
-    shown = repr(said if len(said) <= 60 else f"{said[:57]}...")
+    what = shown(said or expression)
     if len(expression) > LENGTH:
-        raise ValueError(f"{shown} is longer than {LENGTH:,} characters: name fewer modules in it")
+        raise ValueError(f"{what} is longer than {LENGTH:,} characters: name fewer modules in it")
     try:
         steps = _steps(_parser.parse(expression))
         re.compile(expression)
     except (re.error, OverflowError) as error:
-        raise ValueError(f"{shown} is not a regular expression: {error}") from None
+        raise ValueError(f"{what} is not a regular expression: {error}") from None
     except RecursionError:
-        raise ValueError(f"{shown} is not a regular expression: it is too deep") from None
+        raise ValueError(f"{what} is not a regular expression: it is too deep") from None
     if steps > STEPS:
         raise ValueError(
-            f"{shown} could match for very long: expected at most four repeats such as .* in "
+            f"{what} could match for very long: expected at most four repeats such as .* in "
             f"a row, and none inside another"
         )
+    return max(steps, 1)
 
 
 def _steps(parts: Parts) -> float:

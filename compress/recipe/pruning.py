@@ -3,7 +3,7 @@
     prune_visual_tokens:
       keep: 0.25                   # share of the visual tokens, averaged over decoder layers
       stages: [0, 9, 18]           # null: the method's own
-      strategy: {method: vflowopt, voter_threshold: 5.0}       # or FILE.json of search-pruning
+      strategy: {method: vflowopt, voter_quantile: 0.97}       # or FILE.json of search-pruning
       search: {samples: 30, trials: 50}                        # null: none
 
 A strategy is `PruneStrategy`, settled once the depth of the model is known:
@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from compress.errors import UsageError
 from compress.recipe.sections import Number, Section, Seed
 from compress.recipe.source import FieldError
-from compress.recipe.strategy import Layer, Method, PruneStrategy, Ratio
+from compress.recipe.strategy import PUBLISHED_CELL, Layer, Method, PruneStrategy, Ratio
 
 # Given ratios may miss a given `keep` by the rounding of a person who wrote three digits.
 KEEP_TOLERANCE = 2e-3
@@ -37,9 +37,11 @@ class StrategySettings(Section):
     method: Method = "vflowopt"
     ratios: Annotated[list[Ratio], Field(min_length=1)] | None = None  # kept at each stage
     voter_threshold: Number = Field(_default("voter_threshold"), ge=0)
+    voter_quantile: Number | None = Field(None, ge=0, lt=1)  # in its place; null: voter_threshold
     vote: Literal["mean", "sum"] = "mean"
     entropy_weight: Number = Field(_default("entropy_weight"), ge=0)
-    cell: Number | None = Field(None, gt=0)  # side of a recycling cell in tokens
+    # side of a recycling cell in tokens, null: none; absent: VFlowOpt's at stage 0
+    cell: Number | None = Field(None, gt=0)
     vit_layer: int | None = None
     positions: Literal["original", "renumbered"] = "original"
     protect_newlines: bool = True
@@ -83,6 +85,15 @@ class PruneVisualTokens(Section):
     @model_validator(mode="after")
     def _check(self) -> "PruneVisualTokens":
         given = self.strategy or StrategySettings()
+        if (
+            given.method == "vflowopt"
+            and given.file is None
+            and "cell" not in given.model_fields_set
+            and (self.stages or [0])[0] == 0
+        ):
+            given = given.model_copy(update={"cell": PUBLISHED_CELL})
+            # A frozen model is still being built here.
+            object.__setattr__(self, "strategy", given)
         if self.search is not None and (self.keep is None or self.keep == 1):
             raise FieldError(("keep",), "is the budget of the search: expected a share below 1")
         if given.file is not None:

@@ -19,12 +19,13 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from compress.eval.settings import WINDOW, EvaluationSettings
-from compress.recipe.expressions import check_expression
+from compress.recipe.expressions import check_pattern, check_patterns, compiled
 from compress.recipe.source import FieldError
 from compress.registry import LAYER_IMPORTANCE, TOKEN_IMPORTANCE, Registry
 from compress.scheme import Scheme
@@ -44,14 +45,18 @@ def matches(pattern: str, name: str) -> bool:
     The expression must match from the start of the name, as in compressed-tensors.
     """
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
+        return compiled(pattern[3:]).match(name) is not None
     return pattern == name
 
 
 def _check_pattern(pattern: str) -> str:
-    if pattern.startswith("re:"):
-        check_expression(pattern[3:], pattern)
+    check_pattern(pattern)
     return pattern
+
+
+def _check_patterns(patterns: list[str]) -> list[str]:
+    check_patterns(patterns)
+    return patterns
 
 
 def _one_of(registry: Registry) -> AfterValidator:
@@ -93,6 +98,7 @@ TokenStrategyName = Annotated[str, _one_of(TOKEN_IMPORTANCE)]
 LayerStrategyName = Annotated[str, _one_of(LAYER_IMPORTANCE)]
 Chunks = Annotated[str | None, BeforeValidator(_text_in_quotes)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
+Patterns = Annotated[list[Pattern], AfterValidator(_check_patterns)]
 # Lax, because YAML reads `1e-2` (no point) as text.
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 GroupSize = Annotated[int | str, PlainValidator(_check_group_size)]
@@ -185,7 +191,7 @@ class TokenImportance(Section):
     weight_cap: Number | None = Field(None, gt=1)  # the most a token may weigh; the mean is 1
     # least effective sample size, as a share of the tokens: mixes in equal weights, no more than so
     sample_size_floor: Number | None = Field(None, gt=0, le=1)
-    modules: list[Pattern] | None = Field(None, min_length=1)  # linears; others: all tokens alike
+    modules: Patterns | None = Field(None, min_length=1)  # linears; others: all tokens alike
 
     @property
     def options(self) -> dict[str, object]:
@@ -362,8 +368,14 @@ class Quantize(Section):
     # the head too. `head` wins over `ignore` and `overrides`.
     embedding: Table | None = None
     head: Table | None = None
-    ignore: list[Pattern] = ["lm_head"]
+    ignore: Patterns = ["lm_head"]
     overrides: list[Override] = []
+
+    @field_validator("overrides")
+    @classmethod
+    def _check_overrides(cls, overrides: list[Override]) -> list[Override]:
+        check_patterns(override.match for override in overrides)
+        return overrides
 
     @model_validator(mode="after")
     def _check_tables(self) -> "Quantize":

@@ -21,6 +21,9 @@ from compress.errors import CheckpointError, UsageError
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 JSON_DEPTH = 32  # of objects and lists in each other
+JSON_BYTES = 32 * 2**20  # a config.json has 1 to 500 kB, our own reports some MB
+# By the end of the name: an index names each tensor of the largest models, a vocabulary each token.
+LARGE_JSON = {".index.json": 128 * 2**20, "tokenizer.json": 128 * 2**20}
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
@@ -93,10 +96,16 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, None if there is no file.
 
-    Raises CheckpointError if it cannot be read, holds no such object, or is deeper than any of use.
+    Raises CheckpointError if it cannot be read, holds no such object, or is deeper or has more
+    bytes than any of use; what is too large is not parsed.
     """
+    most = next((size for end, size in LARGE_JSON.items() if path.name.endswith(end)), JSON_BYTES)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(most + 1)
+        if len(text) > most:
+            raise CheckpointError(f"{path} is not valid: expected at most {most:,} bytes")
+        content = json.loads(text.decode())
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -108,6 +117,36 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if _deeper(content, JSON_DEPTH):
         raise CheckpointError(f"{path} is not valid: it is more than {JSON_DEPTH} levels deep")
     return content
+
+
+def write_sealed(path: Path, content: Mapping[str, object]) -> None:
+    """Writes a JSON object with a digest of it, which `read_sealed` goes by."""
+    write_json(path, {"sha256": seal(content), "content": content})
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What `write_sealed` wrote, None if there is no file.
+
+    Raises CheckpointError for anything else, however little of it was changed.
+    """
+    found = read_json(path)
+    if found is None:
+        return None
+    content = found.get("content")
+    if not isinstance(content, dict) or found.get("sha256") != seal(content):
+        raise changed(path)
+    return content
+
+
+def changed(path: Path) -> CheckpointError:
+    """The error for work files that are not what this program left there."""
+    return CheckpointError(f"{path} is not what was written: start again with --no-resume")
+
+
+def seal(content: Mapping[str, object]) -> str:
+    """The sha256 of a JSON object, whatever the order of its keys."""
+    plain = json.loads(json.dumps(content))  # keys that are numbers become text
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _deeper(content: object, depth: int) -> bool:

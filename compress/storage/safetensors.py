@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError
-from compress.storage.files import atomic_write, file_digest, write_json
+from compress.storage.files import atomic_write, file_digest, read_json, write_json
 from compress.storage.safetensors_header import (
     DTYPES,
     TensorEntry,
@@ -258,13 +258,13 @@ def _whole_set(folder: Path, shards: list[Path]) -> list[Path]:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX_FILE
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        # A shard lies beside its index; anything else is a damaged or a hostile file.
-        valid = bool(weight_map) and all(Path(shard).name == shard for shard in weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        valid = False
-    if not valid:
+    weight_map = (read_json(path) or {}).get("weight_map")
+    # A shard lies beside its index; anything else is a damaged or a hostile file.
+    if not (
+        isinstance(weight_map, dict)
+        and weight_map
+        and all(isinstance(s, str) and Path(s).name == s for s in weight_map.values())
+    ):
         raise CheckpointError(f"{path} has no valid `weight_map` of tensor names to shards")
     return weight_map
 

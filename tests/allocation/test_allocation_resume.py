@@ -6,7 +6,7 @@ import pytest
 
 from compress.allocation import scores as layer_scores
 from compress.allocation.score_walk import ScoreWalk
-from compress.errors import UsageError
+from compress.errors import CheckpointError, UsageError
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import allocated_plan
 from compress.pipeline.run import run
@@ -92,6 +92,38 @@ def test_a_run_that_is_stopped_while_it_evolves_goes_on_there(checkpoint, counts
     assert walks == 0
     assert 0 < left < measured
     assert weight_files(output) == weight_files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["scores.json", "evolve.json", "00001-2.safetensors"])
+def test_work_files_that_were_damaged_are_noticed(checkpoint, counts, tmp_path, name):
+    recipe, output = recipe_of(checkpoint, **EVOLVE), tmp_path / "out"
+    counts.start(recipe, output, stop=3)
+    damage(output, name)
+    with refused(CheckpointError, name, "--no-resume"):
+        run(recipe, output, windows=WINDOWS, self_check=False)
+    counts.start(recipe, output, resume=False)
+    counts.start(recipe, tmp_path / "fresh")
+    assert weight_files(output) == weight_files(tmp_path / "fresh")
+
+
+def test_an_allocation_that_was_damaged_is_noticed(checkpoint, counts, tmp_path):
+    recipe, output = recipe_of(checkpoint, **EVOLVE), tmp_path / "out"
+    counts.start(recipe, output, observer=Watch("layers"))
+    damage(output, "allocation.json")
+    with refused(CheckpointError, "allocation.json", "--no-resume"):
+        run(recipe, output, windows=WINDOWS, self_check=False)
+
+
+def damage(folder: Path, name: str) -> None:
+    """Turns a digit of a JSON file's content, or a bit of another, into another one."""
+    (file,) = folder.rglob(name)
+    content = bytearray(file.read_bytes())
+    if file.suffix == ".json":
+        at = max(i for i, byte in enumerate(content) if chr(byte).isdigit())
+        content[at] = ord("1") + (content[at] == ord("1"))
+    else:
+        content[-1] ^= 1
+    file.write_bytes(content)
 
 
 def test_activations_on_disk_go_when_the_scores_are_there(checkpoint, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from compress.checkpoint.export import export
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.scheme import Scheme
 from compress.storage.safetensors import save_tensors
 from support.failing_runs import refused_export
@@ -21,6 +21,28 @@ from support.tiny_checkpoints import (
     dequantised,
     read_tensors,
 )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("num_attention_heads", 2, "q_proj"),
+        ("num_key_value_heads", 1, "k_proj"),
+        ("hidden_size", 128, "embed_tokens"),
+        ("intermediate_size", 64, "gate_proj"),
+        ("vocab_size", 128, "embed_tokens"),
+        ("num_hidden_layers", 3, "layers.2"),
+        ("num_hidden_layers", 10**9, "num_hidden_layers"),
+        ("hidden_size", "64", "hidden_size"),
+        ("rms_norm_eps", None, "rms_norm_eps"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(copy, tmp_path, key, value, named):
+    change_config(copy, **{key: value})
+    with pytest.raises(CompressError) as caught:
+        export(copy, "gguf", tmp_path / "out")
+    check_line(str(caught.value).replace("_", ""), named.replace("_", ""))
+    assert not (tmp_path / "out").exists()
 
 
 def test_groups_that_no_type_has_are_stored_wider_only_if_allowed(packed, tmp_path):

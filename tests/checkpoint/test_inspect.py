@@ -12,6 +12,7 @@ from compress.checkpoint.packed import PackedLinears
 from compress.errors import CheckpointError, UsageError
 from compress.storage.safetensors import CheckpointReader, save_tensors
 from support.refusals import refused
+from support.tiny_checkpoints import change_config
 from support.tiny_quantised import tiny_llama
 
 
@@ -120,6 +121,24 @@ def test_inspect_a_gptq_folder(tmp_path, bits, groups):
     ]
 
 
+@pytest.mark.parametrize("key", ["qweight", "scales", "g_idx"])
+@pytest.mark.parametrize("shape", [(), (6,), (0, 4), (2, 3, 4)])
+def test_tensors_that_are_no_matrices_are_named(tmp_path, key, shape):
+    tensors = {
+        "qweight": torch.zeros(8, 64),
+        "scales": torch.zeros(2, 64),
+        "g_idx": torch.zeros(64),
+    }
+    tensors[key] = torch.zeros(shape)
+    if key == "g_idx" and shape == (6,):
+        tensors[key] = torch.zeros(1, 6)
+    save_tensors(tmp_path / "model.safetensors", {f"a.{k}": t for k, t in tensors.items()})
+    section = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
+    with refused(CheckpointError, tmp_path, f"a.{key}"):
+        inspect(tmp_path)
+
+
 def test_inspect_small_floats(tmp_path):
     """Two codes of 4 bits to a byte, with no tensor for the shape."""
     save_tensors(
@@ -139,6 +158,25 @@ def test_inspect_small_floats(tmp_path):
     (module,) = inspect(tmp_path)["modules"]
     assert module["shape"] == [48, 64]
     assert (module["bits"], module["group_size"]) == (4, 16)
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_size", "64"), ("num_hidden_layers", -1)])
+def test_a_wrong_value_of_the_config_is_named(mixed, tmp_path, key, value):
+    folder = shutil.copytree(mixed.folder, tmp_path / "folder")
+    change_config(folder, **{key: value})
+    with refused(UsageError, folder / "config.json", key, json.dumps(value)):
+        inspect(folder)
+    change_config(folder, model_type="another_family")  # whose keys nobody here knows
+    assert inspect(folder)["modules"]
+
+
+def test_a_method_that_is_not_known_has_no_schemes(mixed, tmp_path):
+    folder = shutil.copytree(mixed.folder, tmp_path / "folder")
+    group = {"weights": {"num_bits": "x"}, "input_activations": True, "targets": 3}
+    section = {"quant_method": "sparse-tensors", "config_groups": {"group_0": group}}
+    change_config(folder, quantization_config=section)
+    found = inspect(folder)
+    assert found["format"] == "sparse-tensors" and found["bytes"]["quantized"] == 0
 
 
 def test_inspect_no_such_folder(tmp_path):

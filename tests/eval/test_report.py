@@ -146,6 +146,16 @@ def test_missing_pieces_leave_a_page(tmp_path, result):
     assert "Undefined" not in page
 
 
+def test_linears_that_were_rounded_to_nearest_are_counted(tmp_path):
+    layers = [{"name": f"a.{i}.b", "error": 0.1} for i in range(5)]
+    path = write_report(tmp_path / "plain.html", {"layers": layers})
+    assert "rounded to nearest" not in path.read_text()
+    for layer in layers[:2]:
+        layer["rounded_to_nearest"] = True
+    path = write_report(tmp_path / "page.html", {"layers": layers})
+    assert "2 of 5 linears were rounded to nearest" in path.read_text()
+
+
 def test_error_plot_is_logarithmic_and_counts_what_it_leaves_out():
     errors = (1e-3, 1e-2, 1e-1, 0.0, None, math.nan)
     plot = error_plot([{"name": f"m.{i}.x", "error": e} for i, e in enumerate(errors)])

@@ -63,6 +63,25 @@ def test_threshold_zero_lets_all_vote():
     assert not empty.any()
 
 
+@pytest.mark.parametrize(("quantile", "count"), [(0.0, N), (0.5, N // 2), (0.99, 1)])
+@pytest.mark.parametrize("vote", ["mean", "sum"])
+def test_a_quantile_lets_its_share_vote(quantile, count, vote):
+    q, k = queries_keys()
+    A = dense(q, k)
+    scores, empty = voted_attention(q, k, 0.5, threshold=1e9, quantile=quantile, vote=vote)
+    for crop in range(C):
+        voters = A[crop].mean(0).argsort(descending=True)[:count]
+        torch.testing.assert_close(scores[crop], getattr(A[crop][voters], vote)(0))
+    assert not empty.any()
+
+
+def test_equal_patches_all_vote_under_a_quantile():
+    q, k = queries_keys()
+    scores, empty = voted_attention(q, k * 0, 0.5, threshold=1.5, quantile=0.9)
+    torch.testing.assert_close(scores, torch.full_like(scores, 1 / N))
+    assert not empty.any()
+
+
 @pytest.mark.parametrize("vote", ["mean", "sum"])
 def test_crops_without_voters_fall_back_to_received_attention_and_say_so(vote):
     q, k = queries_keys()

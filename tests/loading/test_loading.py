@@ -8,7 +8,8 @@ import torch
 
 from compress.checkpoint.packed import UnpackableError
 from compress.errors import CheckpointError, CompressError, UsageError
-from compress.loading.load import load
+from compress.loading.load import fastest_packing, load
+from compress.models.skeleton import Skeleton
 from compress.scheme import Scheme
 from compress.storage.safetensors import CheckpointReader, save_tensors
 from support.refusals import refused
@@ -32,6 +33,11 @@ def folder(mixed, tmp_path):
     copy = shutil.copytree(mixed.folder, tmp_path / "model")
     write_tokenizer(copy)
     return copy
+
+
+@pytest.fixture
+def packed_folder(packed, tmp_path):
+    return shutil.copytree(packed("llama-biased").folder, tmp_path / "biased")
 
 
 def check_refused(kind: type[CompressError], path, *named, **options) -> None:
@@ -83,8 +89,31 @@ def test_a_hub_id_that_cannot_be_reached_names_the_remedy(monkeypatch):
     def unreachable(*args, **options):
         raise OSError("We couldn't connect to 'https://huggingface.co'\nCheck your connection.")
 
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     check_refused(UsageError, "nobody/nothing", "hf auth login")
+
+
+@pytest.mark.parametrize("opened", [load, Skeleton.open, fastest_packing])
+def test_a_hub_model_with_wrong_values_is_told_before_its_weights_are_fetched(
+    folder, monkeypatch, opened
+):
+    def snapshot_download(name, allow_patterns=None, **options):
+        assert allow_patterns == ["config.json"]
+        return str(folder)
+
+    change_config(folder, hidden_size=-1)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with refused(UsageError, "somebody/something", "config.json", "hidden_size", -1):
+        opened("somebody/something")
+
+
+def test_a_hub_model_is_checked_as_a_folder_is(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(folder))
+    model, _ = load("somebody/something")
+    assert model.name_or_path == "somebody/something"
+    (folder / "tokenizer.json").write_text("[]")
+    with refused(CheckpointError, folder / "tokenizer.json"):
+        load("somebody/something")
 
 
 def test_damaged_folders(folder):
@@ -105,6 +134,14 @@ def test_damaged_folders(folder):
     check_refused(CheckpointError, folder, "config.json", "JSON")
     (folder / "config.json").unlink()
     check_refused(CheckpointError, folder, "no config.json")
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_biases_that_are_no_numbers_are_refused(packed_folder, stays):
+    name = "model.layers.0.self_attn.q_proj.bias"
+    tensors = CheckpointReader(packed_folder).tensors()
+    save_tensors(packed_folder / "model.safetensors", tensors | {name: tensors[name] > 0})
+    check_refused(CheckpointError, packed_folder, name, "bool", packed=stays)
 
 
 def test_a_missing_tensor_is_an_error_not_a_random_weight(folder):

@@ -8,14 +8,17 @@ import torch
 
 import compress
 from compress.data.samples import read_samples
-from compress.errors import CheckpointError, RecipeError, UsageError
+from compress.errors import CheckpointError, CompressError, RecipeError, UsageError
+from compress.loading.load import load
+from compress.pipeline.run import run
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.saved import FILE, KEY, save_strategy, stop_pruning
 from compress.recipe.strategy import PruneStrategy
 from support.calling import last_line, refuses
-from support.refusals import refused
+from support.refusals import check_line, refused
 from support.tiny_folders import tiny_folder, write_samples
 from support.tiny_models import LAYERS, generate, tiny_inputs
+from support.tiny_recipes import recipe_of
 
 STRATEGY = PruneStrategy(stages=(0, 2), ratios=(0.5, 0.6), voter_threshold=1.1, entropy_weight=0.3)
 
@@ -159,6 +162,30 @@ def test_strategies_that_the_model_cannot_follow_are_not_saved(folder, checkpoin
         save_strategy(STRATEGY, checkpoint())
     with refused(UsageError, tmp_path):
         save_strategy(STRATEGY, tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["no processor", "another token", "too few patches"])
+def test_a_processor_that_is_not_the_models_is_told(plain_folder, tmp_path, fault):
+    folder = shutil.copytree(plain_folder, tmp_path / "model")
+    if fault == "no processor":
+        for file in folder.glob("*processor*"):
+            file.unlink()
+    elif fault == "another token":
+        file = folder / "config.json"
+        values = json.loads(file.read_text())
+        changed = {key: 7 for key in values if key.startswith("image_token")}
+        file.write_text(json.dumps(values | changed))
+    else:
+        file = folder / "processor_config.json"
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps(values | {"patch_size": 2 * values["patch_size"]}))
+    with pytest.raises(CompressError) as caught:
+        run(recipe_of(folder), tmp_path / "out", self_check=False, check_source=False)
+    check_line(str(caught.value), folder, "processor")
+    if fault != "too few patches":  # which shows with an image alone
+        with pytest.raises(CompressError) as caught:
+            load(folder)
+        check_line(str(caught.value), folder)
 
 
 def test_a_processor_with_videos_reads_images_without_torchvision(tmp_path):

@@ -83,5 +83,16 @@ def test_an_adapter_that_comes_while_a_model_is_pruned_is_refused():
     with torch.no_grad():
         wrapped(**inputs)
     assert len(getattr(wrapped, KEY).stats.prompts) == 1
+    second = peft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
+    wrapped.add_adapter("second", second)
+    with refused(UsageError, "adapters", "stop_pruning"):
+        wrapped(**inputs)
     compress.stop_pruning(model)
     assert not hasattr(wrapped, KEY)
+    apply_strategy(wrapped, THREE)
+    wrapped.set_adapter("second")  # the two take turns
+    with torch.no_grad():
+        wrapped(**inputs)
+    wrapped.delete_adapter("default")
+    with refused(UsageError, "adapters", "stop_pruning"):
+        wrapped(**inputs)

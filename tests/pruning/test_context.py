@@ -284,9 +284,13 @@ def test_stats_add_up():
     model = tiny_model("llava")
     k = torch.zeros(32, 32)
     model.model.vision_tower.encoder.layers[1].self_attn.k_proj.weight.copy_(k)  # nobody stands out
-    with prune_visual_tokens(model, THREE) as pruning:
+    with (
+        prune_visual_tokens(model, THREE) as pruning,
+        pytest.warns(UserWarning, match=f"voter_threshold {THREE.voter_threshold:g}") as warned,
+    ):
         model(**tiny_inputs(model, BATCH))
         model(**tiny_inputs(model))
+    assert len([w for w in warned if w.category is UserWarning]) == 1  # once a context
     totals = pruning.stats.as_dict()
     assert totals["prompts"] == 4 and totals["images"] == 4
     assert totals["visual_tokens"] == 4 * PATCHES

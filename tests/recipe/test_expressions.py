@@ -6,8 +6,15 @@ import shutil
 import pytest
 
 import compress
+from compress.checkpoint.quantization_config import checked_section
 from compress.errors import CheckpointError, RecipeError
-from compress.recipe.expressions import LENGTH, check_expression
+from compress.recipe import expressions
+from compress.recipe.expressions import (
+    LENGTH,
+    LONGEST_NAME,
+    check_expression,
+    check_patterns,
+)
 from compress.recipe.recipe import Recipe
 from support.refusals import refused
 from support.tiny_checkpoints import change_config
@@ -47,6 +54,53 @@ def test_a_recipe_names_the_line(tmp_path, expression):
     path.write_text("quantize:\n  ignore:\n  - lm_head\n  - " + json.dumps(f"re:{expression}"))
     with refused(RecipeError, f"{path}:4:", "quantize.ignore[1]", repr(f"re:{expression}")):
         Recipe.load(path)
+
+
+MANY = {
+    "many": ["re:a"] * 51,
+    "long together": ["re:.*a.*b.*c.*"] * 40,
+    "a long name": ["x" * (LONGEST_NAME + 1)],
+}
+
+
+@pytest.mark.parametrize("patterns", MANY.values(), ids=MANY.keys())
+def test_lists_that_would_take_too_long_are_refused(patterns, monkeypatch):
+    monkeypatch.setattr(expressions, "MOST", 50)
+    with pytest.raises(ValueError):
+        check_patterns(patterns)
+    with pytest.raises(RecipeError, match=r"quantize\.ignore"):
+        Recipe.from_dict({"quantize": {"ignore": patterns}})
+    with pytest.raises(RecipeError, match=r"quantize\.overrides"):
+        overrides = [{"match": pattern, "bits": 8} for pattern in patterns]
+        Recipe.from_dict({"quantize": {"overrides": overrides}})
+    arguments = {"num_bits": 4, "type": "int"}
+    half = len(patterns) // 2
+    groups = {
+        "a": {"targets": patterns[:half], "weights": arguments},
+        "b": {"targets": patterns[half:], "weights": arguments},
+    }
+    method = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    for section in (
+        method | {"config_groups": groups},
+        method | {"config_groups": {"a": groups["a"] | {"targets": []}}, "ignore": patterns},
+    ):
+        with pytest.raises(CheckpointError, match=r"ignore|config_groups"):
+            checked_section({"quantization_config": section}, "config.json")
+    if len(patterns) > 1:
+        rules = {f"+:{p[3:]}{i}": {"bits": 8} for i, p in enumerate(patterns)}
+        with refused(CheckpointError, "config.json", "dynamic"):
+            section = {"quant_method": "gptq", "bits": 4, "dynamic": rules}
+            checked_section({"quantization_config": section}, "config.json")
+        with refused(CheckpointError, "config.json", "modules_to_not_convert"):
+            section = {"quant_method": "awq", "modules_to_not_convert": [p[3:] for p in patterns]}
+            checked_section({"quantization_config": section}, "config.json")
+
+
+def test_lists_as_long_as_those_of_large_models_pass():
+    check_patterns(
+        [f"model.layers.{i}.mlp.experts.{j}.up_proj" for i in range(61) for j in range(256)]
+    )
+    check_patterns([rf"re:.*\.{i}\..*(up|gate)_proj" for i in range(120)])
 
 
 SECTIONS = {

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import yaml
 
 from compress.errors import RecipeError, UsageError
+from compress.pruning.search import search_variables
 from compress.recipe.pruning import PruneVisualTokens, StrategySettings
 from compress.recipe.recipe import Recipe
-from compress.recipe.strategy import METHODS, PruneStrategy
+from compress.recipe.strategy import METHODS, PUBLISHED_CELL, PruneStrategy
 from support.refusals import refused
 
 LAYERS = 28
@@ -25,8 +27,36 @@ def test_nothing_is_pruned_unless_it_is_asked_for():
 def test_a_budget_alone_is_the_strategy_of_the_method(method):
     keep = 0.5 if method in ("fastv", "pyramiddrop") else 0.25
     found = section(keep=keep, strategy={"method": method}).strategy_for(LAYERS)
-    assert found == PruneStrategy.for_budget(method, keep, LAYERS)
+    more = {"cell": PUBLISHED_CELL} if method == "vflowopt" else {}
+    assert found == PruneStrategy.for_budget(method, keep, LAYERS, **more)
     assert found.average_kept(LAYERS) == pytest.approx(keep)
+
+
+@pytest.mark.parametrize(
+    ("keys", "cell"),
+    [
+        ({}, PUBLISHED_CELL),
+        ({"strategy": {"vit_layer": 1}}, PUBLISHED_CELL),
+        ({"stages": [0, 9]}, PUBLISHED_CELL),
+        ({"strategy": {"cell": 3}}, 3),
+        ({"strategy": {"cell": None}}, None),  # switched off
+        ({"stages": [2]}, None),  # nothing is pruned before the language model
+        ({"strategy": {"method": "visionzip"}}, None),
+    ],
+)
+def test_vflowopt_recycles_unless_it_is_told_not_to(keys, cell):
+    recipe = Recipe.from_dict({"prune_visual_tokens": {"keep": 0.25, **keys}})
+    assert recipe.prune_visual_tokens.strategy_for(LAYERS).cell == cell
+    again = Recipe.from_dict(yaml.safe_load(recipe.dump()))
+    assert again == recipe and again.prune_visual_tokens.strategy_for(LAYERS).cell == cell
+
+
+def test_a_quantile_of_voters_stands_in_the_place_of_their_threshold():
+    found = section(keep=0.25, strategy={"voter_quantile": 0.97}).strategy_for(LAYERS)
+    assert found.voter_quantile == 0.97
+    assert search_variables(found, None) == ("ratios", "entropy_weight", "cell")
+    with refused(UsageError, "voter_threshold"):
+        search_variables(found, ["voter_threshold"])
 
 
 def test_every_setting_of_a_strategy_has_a_key_with_the_same_default():
@@ -104,6 +134,12 @@ def test_given_ratios_may_be_rounded_but_not_contradict_the_budget():
             {"keep": 0.5, "strategy": {"method": "uniform", "voter_threshold": 2.0}},
             "strategy.voter_threshold",
             "uniform",
+        ),
+        ({"keep": 0.5, "strategy": {"voter_quantile": 1.0}}, "strategy.voter_quantile", 1.0),
+        (
+            {"keep": 0.5, "strategy": {"voter_quantile": 0.9, "voter_threshold": 2.0}},
+            "strategy.voter_quantile",
+            "voter_threshold",
         ),
         ({"keep": 0.5, "stages": [0], "strategy": {"method": "fastv"}}, "stages", "fastv"),
         ({"keep": 0.5, "stages": [2], "strategy": {"cell": 2}}, "strategy.cell", "stage 0"),

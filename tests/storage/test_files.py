@@ -6,7 +6,7 @@ import json
 import pytest
 
 from compress.errors import CheckpointError, UsageError
-from compress.storage.files import parse_size, read_json, write_json, writing
+from compress.storage.files import LARGE_JSON, parse_size, read_json, write_json, writing
 from support.refusals import refused
 
 
@@ -18,6 +18,20 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         write_json(path, {"bits": object()})
     assert read_json(path) == {"bits": 4}
     assert [file.name for file in path.parent.iterdir()] == ["facts.json"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_json_that_is_too_large_is_not_parsed(tmp_path, monkeypatch, name):
+    limits = dict.fromkeys(LARGE_JSON, 300)
+    monkeypatch.setattr("compress.storage.files.JSON_BYTES", 100)
+    monkeypatch.setattr("compress.storage.files.LARGE_JSON", limits)
+    most = 100 if name == "config.json" else 300
+    text = json.dumps({"a": ""})
+    (tmp_path / name).write_text(text + " " * (most - len(text)))
+    assert read_json(tmp_path / name) == {"a": ""}
+    (tmp_path / name).write_text("[" * (most + 1))
+    with refused(CheckpointError, tmp_path / name, most):
+        read_json(tmp_path / name)
 
 
 def test_what_the_system_refuses_names_the_file(tmp_path):

@@ -36,11 +36,13 @@ from compress.checkpoint.gguf.settings import add_settings, checked_family, rope
 from compress.checkpoint.gguf.vocabulary import Vocabulary, read_vocabulary
 from compress.checkpoint.packed import PackedLinears
 from compress.checkpoint.packed_formats import with_fp16_scales
-from compress.errors import UsageError, import_extra
+from compress.errors import CheckpointError, UsageError, import_extra
 from compress.kernels.codes import Codes
 from compress.kernels.reference import dequantize
+from compress.models.config_values import check_config, check_extent, reason_of
 from compress.models.families import head_dim_of
 from compress.models.pretrained import guarded
+from compress.models.skeleton import empty_model
 from compress.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -70,8 +72,12 @@ class GgufFormat:
         import_extra("gguf", "gguf", "GGUF export")
         from transformers import AutoConfig  # takes seconds, which other formats need not wait
 
-        self.config: PretrainedConfig = guarded(self.source.folder, AutoConfig.from_pretrained)
+        folder, file = self.source.folder, self.source.folder / "config.json"
+        check_config(self.source.config, file)
+        check_extent(self.source.config, self.source.reader, file)
+        self.config: PretrainedConfig = guarded(folder, AutoConfig.from_pretrained)
         self.family = checked_family(self.config)
+        self._check_shapes()
         self.names = self._names()
         table = EMBEDDING.removesuffix(".weight")
         rows = self.source.shapes.get(table) or self.source.reader.shape(EMBEDDING)
@@ -85,6 +91,30 @@ class GgufFormat:
                 self.types[name] = self._type_of(name)
         self.layout = {name: self._layout(source) for name, source in self.names.items()}
         return self._notes()
+
+    def _check_shapes(self) -> None:
+        """CheckpointError for tensors that are not those of the model in config.json."""
+        folder, reader = self.source.folder, self.source.reader
+        try:
+            model = empty_model(self.config)
+        except Exception as error:  # what a wrong value sets off is of any kind
+            reason = reason_of(error)
+            raise CheckpointError(
+                f"{folder / 'config.json'} describes no model: {reason}"
+            ) from error
+        for name, parameter in model.named_parameters():
+            module = name.removesuffix(".weight")
+            packed = name != module and module in self.source.schemes
+            if name not in reader and not packed:
+                if name == f"{HEAD}.weight" and self.config.tie_word_embeddings:
+                    continue
+                raise CheckpointError(f"{folder} lacks the tensor {name!r}")
+            found = self.source.shapes[module] if packed else reader.shape(name)
+            if found != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"tensor {name!r} in {folder} has shape {list(found)}, expected "
+                    f"{list(parameter.shape)} from config.json"
+                )
 
     # ---- what goes where ------------------------------------------------------------------------
 
