@@ -328,7 +328,8 @@ def dense_linear(codes: Codes, bias: Tensor | None, dtype: torch.dtype) -> nn.Li
 
 def dense_embedding(codes: Codes, dtype: torch.dtype) -> nn.Embedding:
     """The table [V, d] that the codes stand for, each value rounded once to `dtype`."""
-    table = nn.Embedding(*codes.codes.shape, device="meta")
+    V, d = codes.codes.shape
+    table = nn.Embedding(V, d, device="meta")
     table.weight = nn.Parameter(dequantize(codes).to(dtype))
     return table
 
