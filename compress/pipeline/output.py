@@ -94,7 +94,8 @@ def checkpoint_config(skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> dic
         if types := getattr(skeleton.config, "layer_types", None):
             decoder["layer_types"] = [types[index] for index in plan.layers]
     if any(module.twin for module in plan.modules):
-        config["tie_word_embeddings"] = True  # which some files leave to their family's default
+        # Which some files leave to their family's default.
+        config["tie_word_embeddings"] = decoder["tie_word_embeddings"] = True
     if plan.modules:
         modules = {module.name: module.scheme for module in plan.modules}
         ignored = [name for name in plan.schemes if name not in modules]

@@ -148,7 +148,8 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
             *_left_out(inputs, names),
             *_group_sizes(sized),
             *_token_notes(inputs, shapes, found),
-            *_notes(inputs, schemes, untied, formats),
+            *_untying(skeleton, packed, kept, itemsize) * untied,
+            *_notes(inputs, schemes, formats),
             *notes,
         ],
         ignored=recipe.quantize.left_out(names),
@@ -409,10 +410,21 @@ def _linears(modules: list[PlannedModule]) -> str:
     return "1 linear" if len(modules) == 1 else f"{len(modules)} linears"
 
 
-def _notes(inputs: RunInputs, schemes: Schemes, untied: bool, formats: dict[str, str]) -> list[str]:
+def _untying(
+    skeleton: Skeleton, packed: dict[str, int], kept: dict[str, int], itemsize: int
+) -> list[str]:
+    """What a second table adds to the file; `packed` in bytes, `kept` in numbers of `itemsize`."""
+    head = f"{skeleton.spec.head}."
+    added = sum(size for name, size in packed.items() if name.startswith(head))
+    added += sum(count * itemsize for name, count in kept.items() if name.startswith(head))
+    return [
+        f"embedding and head share one tensor in this model; they will be untied, which adds "
+        f"{format_bytes(added)}"
+    ]
+
+
+def _notes(inputs: RunInputs, schemes: Schemes, formats: dict[str, str]) -> list[str]:
     notes = []
-    if untied:
-        notes.append("embedding and head share one tensor in this model; they will be untied")
     if inputs.skeleton.said_tied and not inputs.skeleton.tied:
         notes.append(
             "config.json says that embedding and head share one tensor, but the file has a head of "
