@@ -5,15 +5,18 @@ plan.problems            # what would make the run fail; empty if it can start
 plan.bytes["total"]      # of the tensors that will be written
 """
 
-import json
+import math
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress.allocation.allocate import Allocation, allocate, check_allocation, find_units
 from compress.allocation.allocators import Unit
 from compress.checkpoint.engines import Schemes, plan_notes
+from compress.checkpoint.packed_formats import FORMATS
 from compress.data.prompts import CalibrationData, ImagePrompts, calibration_data
 from compress.errors import UsageError, did_you_mean
 from compress.models.skeleton import Skeleton, linear_in
@@ -25,6 +28,7 @@ from compress.pipeline.source_check import SourceCheck
 from compress.recipe.sections import AUTO_SIZES
 from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
+from compress.storage.safetensors import header_bytes
 
 LISTED = 8  # linears that a pattern's note names; `ignored` has them all
 
@@ -38,7 +42,8 @@ class Plan:
         schemes: every linear of the result; None: stays unquantised.
         layers: the source's decoder layers that the result has, in order.
         bytes: of the tensors: {"quantized", "other", "total"}.
-        file_bytes: the same with the header of a safetensors file, to 0.5 %; what a budget bounds.
+        file_bytes: the same with the header of a safetensors file; what a budget bounds. Exact for
+            one file; each further shard has a header of its own, of 100 bytes more.
         allocation: how widths were chosen, where the recipe asks for it and the scores were read.
         pruning: the visual-token strategy and its costs, as `pruning_forecast` tells.
         ignored: what each pattern of `quantize.ignore` matches, by the names of the source.
@@ -113,14 +118,14 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     itemsize = inputs.dtype.itemsize
     kept = _unquantised(skeleton, modules, layers, untied)
     quantized = sum(module.packed_bytes(itemsize) for module in modules)
-    other = sum(kept.values()) * itemsize
+    other = sum(map(math.prod, kept.values())) * itemsize
     weights = sum(module.weights for module in modules)
     pruning, problems, notes = forecast(inputs, len(layers))
     plan = Plan(
         modules=modules,
         average_bits=sum(m.bits * m.weights for m in modules) / weights if weights else 0.0,
         bytes={"quantized": quantized, "other": other, "total": quantized + other},
-        file_bytes=quantized + other + _header_bytes(modules, kept),
+        file_bytes=quantized + other + header_bytes(_written(inputs, modules, kept)),
         peak_memory={"host": host_memory(inputs, shapes), "device": 0},
         problems=_problems(inputs, names, shapes, found) + problems,
         notes=[
@@ -186,13 +191,24 @@ def allocated_plan(
 
 
 def _units(inputs: RunInputs, plan: Plan) -> tuple[list[Unit], int]:
-    """The units of `allocate`, and the bytes of the file that no width changes."""
+    """The units of `allocate`, and the bytes of the file that no width changes.
+
+    The header is that of the widest: its numbers have the most digits.
+    """
     recipe, itemsize = inputs.recipe, inputs.dtype.itemsize
     assert recipe.allocate is not None
     units = find_units(recipe.allocate, recipe.quantize, inputs.skeleton, plan.modules, itemsize)
     free = {name for unit in units for name in unit.modules}
     changing = sum(m.packed_bytes(itemsize) for m in plan.modules if m.name in free)
-    return units, plan.file_bytes - changing
+    widest = [
+        replace(m, scheme=replace(m.scheme, bits=max(recipe.allocate.widths)))
+        if m.name in free
+        else m
+        for m in plan.modules
+    ]
+    kept = _unquantised(inputs.skeleton, plan.modules, plan.layers, plan.untied)
+    header = header_bytes(_written(inputs, widest, kept))
+    return units, plan.bytes["total"] - changing + header
 
 
 def _name_in_result(name: str, skeleton: Skeleton, layers: list[int]) -> str:
@@ -206,25 +222,32 @@ def _name_in_result(name: str, skeleton: Skeleton, layers: list[int]) -> str:
 
 def _unquantised(
     skeleton: Skeleton, modules: list[PlannedModule], layers: list[int], untied: bool
-) -> dict[str, int]:
-    """The tensors that are written as they are: name in the result -> numbers in it."""
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that are written as they are: name in the result -> shape."""
     chosen = {f"{module.name}.weight" for module in modules}
     parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
     if skeleton.tied and not untied:
         parameters.pop(f"{skeleton.spec.head}.weight", None)
     named = ((_name_in_result(name, skeleton, layers), p) for name, p in parameters.items())
-    return {name: p.numel() for name, p in named if name and name not in chosen}
+    return {name: tuple(p.shape) for name, p in named if name and name not in chosen}
 
 
-def _header_bytes(modules: list[PlannedModule], kept: dict[str, int]) -> int:
-    """What naming the tensors takes in a safetensors file: a JSON object with an entry for each."""
-    entry = {"dtype": "BF16", "shape": [1024, 1024], "data_offsets": [10**7, 10**7]}
-    names = list(kept)
+def _written(
+    inputs: RunInputs, modules: list[PlannedModule], kept: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of every tensor of the result, by the name that it has there."""
+    packed, skeleton = FORMATS["pack-quantized"], inputs.skeleton
+    vision, written = {*skeleton.vision_names()}, skeleton.reader.written_name
+    tensors = {
+        written(name) if name in vision else name: (inputs.dtype, shape)
+        for name, shape in kept.items()
+    }
+    dtypes = {"weight_scale": inputs.dtype, "weight_shape": torch.int64}
     for module in modules:
-        keys = ["weight_packed", "weight_scale", "weight_shape"]
-        names += [f"{module.name}.{key}" for key in keys]
-        names += [] if module.scheme.symmetric else [f"{module.name}.weight_zero_point"]
-    return len(json.dumps(dict.fromkeys(names, entry), separators=(",", ":"))) + 8
+        for key, shape in packed.shapes(module.scheme, module.shape).items():
+            if key != packed.g_idx:
+                tensors[f"{module.name}.{key}"] = (dtypes.get(key, torch.int32), shape)
+    return tensors
 
 
 def _shape(skeleton: Skeleton, name: str) -> tuple[int, int]:

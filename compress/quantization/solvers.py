@@ -211,9 +211,12 @@ class RoundToNearest:
         self, W: Tensor, statistics: HessianFactor | None, grid: UniformGrid, group_size: int | None
     ) -> QuantizedLinear:
         """W [N, K] -> codes."""
-        Wt = W.T.contiguous()
-        importance = torch.ones(Wt.shape[0], dtype=Wt.dtype, device=Wt.device)
-        return _finish(nearest(Wt, grid, group_size, self.settings.clip_search, importance), grid)
+        importance = W.new_ones(W.shape[1])
+        clip = self.settings.clip_search
+        parts = (part.T.contiguous() for part in _some_rows(W))
+        return QuantizedLinear.join(
+            [_finish(nearest(Wt, grid, group_size, clip, importance), grid) for Wt in parts]
+        )
 
     def settle(
         self,
