@@ -185,9 +185,14 @@ def logits_of(model: torch.nn.Module, batch: Batch) -> Tensor:
     return model(**inputs, use_cache=False).logits
 
 
+def scored_at_once(vocabulary: int) -> int:
+    """How many predictions are few enough for their logits to be held in fp32."""
+    return max(1, CHUNK_ELEMENTS // vocabulary)
+
+
 def scored_chunks(scored: Tensor, vocabulary: int) -> Iterator[tuple[int, Tensor]]:
     """(row, positions) that cover every scored prediction, few enough to be held in fp32."""
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    size = scored_at_once(vocabulary)
     for row in range(scored.shape[0]):
         for positions in scored[row].nonzero().flatten().split(size):
             yield row, positions

@@ -88,7 +88,7 @@ def find_units(
     quantize: Quantize,
     skeleton: Skeleton,
     modules: list[PlannedModule],
-    scale_bytes: int,
+    scale: torch.dtype,
 ) -> list[Unit]:
     """The units of a plan at the recipe's own width, with their bytes at each candidate width."""
     spec = skeleton.spec
@@ -108,8 +108,7 @@ def find_units(
                 continue
             linears = [planned[name] for name in members]
             sizes = {
-                bits: sum(planned_bytes(_at(linears, bits), scale_bytes).values())
-                for bits in widths
+                bits: sum(planned_bytes(_at(linears, bits), scale).values()) for bits in widths
             }
             weights = sum(linear.weights for linear in linears)
             units.append(Unit(name, weights, sizes, modules=tuple(members), layer=index))

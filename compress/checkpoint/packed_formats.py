@@ -78,7 +78,7 @@ class CompressedTensors(PackedFormat):
     g_idx = "weight_g_idx"
     scale, zero = "weight_scale", "weight_zero_point"
     widths = tuple(FILE_WIDTHS)
-    code_bytes: int  # of an integer that holds codes or zero points
+    stored: torch.dtype  # of integers that hold codes or zero points
 
     @abstractmethod
     def stored_columns(self, columns: int, bits: int) -> int:
@@ -107,14 +107,11 @@ class CompressedTensors(PackedFormat):
             shapes["weight_zero_point"] = zeros
         return shapes
 
-    def nbytes(self, scheme: Scheme, shape: tuple[int, int], scale_bytes: int) -> dict[str, int]:
-        """Bytes of the tensors that `write` gives for a linear of `shape` [N, K], whose inputs no
-        act-order permutes. `scale_bytes`: of one scale."""
-        item = {"weight_scale": scale_bytes, "weight_shape": 8}
+    def written_shapes(self, scheme: Scheme, shape: tuple[int, int]) -> Shapes:
+        """The tensors that `write` gives for a linear whose inputs no act-order permutes."""
         shapes = self.shapes(scheme, shape)
         del shapes[self.g_idx]
-        sizes = {key: item.get(key, self.code_bytes) for key in shapes}
-        return {key: math.prod(held) * sizes[key] for key, held in shapes.items()}
+        return shapes
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme, name: str) -> Codes:
         bits, stored = scheme.bits, tensors[self.main]
@@ -163,7 +160,7 @@ class PackQuantized(CompressedTensors):
 
     main = "weight_packed"
     companions = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-    code_bytes = 4
+    stored = torch.int32
 
     def stored_columns(self, columns: int, bits: int) -> int:
         return packed_columns(columns, bits)
@@ -184,7 +181,7 @@ class IntQuantized(CompressedTensors):
 
     main = "weight"
     companions = ("weight_scale", "weight_zero_point", "weight_g_idx")
-    code_bytes = 1
+    stored = torch.int8
 
     def stored_columns(self, columns: int, bits: int) -> int:
         return columns
@@ -261,15 +258,24 @@ FORMATS: dict[str, PackedFormat] = {
 }
 
 
-def planned_bytes(modules: Iterable[PlannedModule], scale_bytes: int) -> dict[str, int]:
-    """The tensors that a run writes for these linears, by their full names: bytes of each."""
-    sizes = {}
+def planned_tensors(
+    modules: Iterable[PlannedModule], scale: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The tensors that a run writes for these modules, by their full names: dtype and shape."""
+    tensors = {}
     for module in modules:
         format = WRITTEN[module.format]
-        for key, size in format.nbytes(module.scheme, module.shape, scale_bytes).items():
+        dtypes = {"weight_scale": scale, "weight_shape": torch.int64}
+        for key, shape in format.written_shapes(module.scheme, module.shape).items():
             if module.twin is None or key != format.main:
-                sizes[f"{module.name}.{key}"] = size
-    return sizes
+                tensors[f"{module.name}.{key}"] = dtypes.get(key, format.stored), shape
+    return tensors
+
+
+def planned_bytes(modules: Iterable[PlannedModule], scale: torch.dtype) -> dict[str, int]:
+    """The same: bytes of each tensor."""
+    tensors = planned_tensors(modules, scale)
+    return {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in tensors.items()}
 
 
 # ---- codes --------------------------------------------------------------------------------------

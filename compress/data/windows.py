@@ -13,6 +13,7 @@ a circle by k * floor(T / M) tokens, k = 1 .. M-1, so that its tokens visit othe
 """
 
 import hashlib
+from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -142,18 +143,19 @@ def token_stream(
 
     `limit` stops after so many tokens without reading on.
     """
-    parts: list[list[int]] = []
+    stream = array("q")  # a number in a list takes 36 bytes
     total, last = 0, len(corpus.texts) - 1
     for first in range(0, len(corpus.texts), BATCH):
         batch = [
             corpus.texts[i] + (BLANK_LINE if i < last else "")
             for i in range(first, min(first + BATCH, last + 1))
         ]
-        parts += (encoded := encode(tokenizer, batch))
-        total += sum(map(len, encoded))
+        encoded = [i for ids in encode(tokenizer, batch) for i in ids]
+        stream.extend(encoded)
+        total += len(encoded)
         if limit is not None and total >= limit:
             break
-    return torch.tensor([i for ids in parts for i in ids], dtype=torch.int64)[:limit]
+    return torch.frombuffer(stream, dtype=torch.int64)[:limit] if stream else torch.empty(0).long()
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:

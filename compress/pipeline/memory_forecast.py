@@ -2,15 +2,32 @@
 
 host_memory(inputs, shapes)
 
-An estimate: one layer, the statistics of its widest linear, the batch in flight, the activations of
-all calibration windows unless they go to disk, and the fixed cost of Python, torch and
-transformers; or, if that is more, what the scores of `allocate` need. With `quantize.target:
-full_precision` the 16-bit model's activations between layers come on top, two more statistics of
-the widest linear's input, and the 16-bit weights of a group while its outputs are taken.
+The peak of resident memory of the process that runs, shared libraries included, as
+`modelpress.json` and `bench quantize` give it (VmHWM on Linux), to 10 %: the fixed cost of Python,
+torch and transformers, the activations of all calibration windows unless they go to disk, and the
+most of
+
+    a layer as it is read and in fp32, and a group of its linears being solved or a batch in flight
+    the embedding or the head as it is stored and in fp32, and the logits of a probe
+    what the scores of `allocate` need
+
+With `quantize.target: full_precision` the 16-bit model's activations between layers come on top,
+two more statistics of the widest linear's input, and the 16-bit weights of a group while its
+outputs are taken.
+
+While windows are drawn the tokens of the whole text are held, 8 bytes each, which no header
+foretells: of a small model and a long text that may be more.
+
+Two processes of their own are not in it. That of the source check holds a module at a time; that
+of the self-check has the whole model in fp32, as whoever loads it in transformers has. Evaluation
+comes after the peak and loads the result.
 """
 
+import math
+
 from compress.data.activations import TOKENS_PER_BATCH, activations_on_disk
-from compress.eval.windows import CHUNK_ELEMENTS
+from compress.data.windows import PROBE_TOKENS
+from compress.eval.windows import CHUNK_ELEMENTS, scored_at_once
 from compress.models.skeleton import Skeleton
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.pruning_forecast import calibration_tokens
@@ -18,7 +35,11 @@ from compress.recipe.sections import MEASURED_SCORES
 
 Shapes = dict[str, tuple[int, int]]  # of linears, by full name
 
-FIXED_MEMORY = 500 * 10**6  # Python, torch and transformers, measured on Linux with CPU torch
+# Python, torch, transformers and what a run imports on its way: 460 to 490 MiB on Linux with CPU
+# torch 2.13, of which 180 MiB are shared libraries.
+FIXED_MEMORY = 505 * 10**6
+# The tokenizer and what reading a text leaves behind, measured on 8 windows of `python-stdlib`.
+TEXT_MEMORY = 130 * 10**6
 SOLVER_COPIES = 3  # of a Hessian while it is factored; as many of a group's weights
 LOGIT_COPIES = 8  # of a chunk of logits while a divergence is taken of two of them
 
@@ -57,11 +78,18 @@ def _run(inputs: RunInputs, shapes: Shapes) -> int:
     inside = _inside(skeleton, shapes)
     layer = sum(N * K for N, K in inside)
     bytes_per_weight = 4 + (16 if recipe.rotate.kind != "none" else skeleton.dtype.itemsize)
-    vocabulary = _vocabulary(skeleton)
+    vocabulary = _vocabulary(inputs)
     # The vision tower encodes in fp32, beside its tensors as they are written.
     tower = sum(skeleton.model.get_parameter(name).numel() for name in skeleton.vision_names())
     seeing = tower * (4 + skeleton.dtype.itemsize) + (vocabulary if tower else 0)
-    total = max(layer * bytes_per_weight, vocabulary, seeing)
+    walk = layer * bytes_per_weight
+    if inputs.source.used:
+        twin = recipe.quantize.target.name == "full_precision"
+        walk += _working(recipe.calibration.length, skeleton, inside, twin)
+        walk += max(second_hessians(inputs, shapes), default=0)
+    elif recipe.quantize.method != "none":
+        walk += _stack(skeleton, shapes) * (4 + 1)  # in fp32, and its codes
+    total = max(walk, vocabulary, seeing)
     pruning = recipe.prune_visual_tokens
     if pruning is not None and pruning.search is not None:
         total = max(total, skeleton.reader.nbytes())
@@ -73,12 +101,8 @@ def _run(inputs: RunInputs, shapes: Shapes) -> int:
     streams = hidden * (2 if twin else 1) + widest
     activations = calibration_tokens(inputs.source, skeleton) * streams * 4
     on_disk = activations_on_disk(recipe.calibration.offload, activations)
-    return (
-        total
-        + _working(recipe.calibration.length, skeleton, inside, twin)
-        + max(second_hessians(inputs, shapes), default=0)
-        + (0 if on_disk else activations)
-    )
+    text = 0 if inputs.source.images else TEXT_MEMORY
+    return total + text + (0 if on_disk else activations)
 
 
 def _scores(inputs: RunInputs, shapes: Shapes) -> int:
@@ -104,7 +128,7 @@ def _scores(inputs: RunInputs, shapes: Shapes) -> int:
         hessians += sum(second_hessians(inputs, shapes))
         walk += _working(c.length, skeleton, inside) + hessians + layer * len(section.widths)
     chunk = min(c.length * skeleton.config.vocab_size, CHUNK_ELEMENTS) * 4
-    head = _vocabulary(skeleton) + chunk * LOGIT_COPIES
+    head = _vocabulary(inputs) + chunk * LOGIT_COPIES
     if section.method == "evolve":  # the windows before, after the 16-bit model, and after another
         return max(walk, head + max(3 * states, stored if diverging else 0))
     return max(walk, head + stored if diverging else 0)
@@ -115,9 +139,22 @@ def _inside(skeleton: Skeleton, shapes: Shapes) -> list[tuple[int, int]]:
     return [shapes[f"{skeleton.spec.layers}.0.{name}"] for name in skeleton.spec.linears]
 
 
-def _vocabulary(skeleton: Skeleton) -> int:
-    """Bytes of the embedding or of the head in fp32."""
-    return skeleton.config.vocab_size * skeleton.config.hidden_size * 4
+def _stack(skeleton: Skeleton, shapes: Shapes) -> int:
+    """The weights of the largest group of linears, which are solved as one stack of rows."""
+    first = f"{skeleton.spec.layers}.0."
+    return max(
+        sum(math.prod(shapes[first + name]) for name in group) for group in skeleton.spec.groups
+    )
+
+
+def _vocabulary(inputs: RunInputs) -> int:
+    """Bytes of the embedding or the head as it is stored and in fp32, and of a probe's logits."""
+    skeleton, stored = inputs.skeleton, inputs.skeleton.dtype.itemsize
+    copied = stored < 4 or inputs.recipe.rotate.kind != "none"
+    vocabulary = skeleton.config.vocab_size
+    length = inputs.recipe.calibration.length if inputs.source.used else PROBE_TOKENS
+    logits = min(length, scored_at_once(vocabulary)) * vocabulary * 4
+    return vocabulary * skeleton.config.hidden_size * (4 + stored * copied) + logits
 
 
 def _working(

@@ -5,15 +5,18 @@ plan.problems            # what would make the run fail; empty if it can start
 plan.bytes["total"]      # of the tensors that will be written
 """
 
+import math
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress.allocation.allocate import Allocation, allocate, check_allocation, find_units
 from compress.allocation.allocators import Unit
 from compress.checkpoint.engines import Schemes, plan_notes
-from compress.checkpoint.packed_formats import planned_bytes
+from compress.checkpoint.packed_formats import planned_bytes, planned_tensors
 from compress.data.prompts import CalibrationData, ImagePrompts, calibration_data
 from compress.errors import UsageError, did_you_mean
 from compress.eval.report import format_bytes
@@ -26,7 +29,7 @@ from compress.pipeline.source_check import SourceCheck
 from compress.recipe.sections import AUTO_SIZES, matches
 from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
-from compress.storage.safetensors_header import header_bytes
+from compress.storage.safetensors import header_bytes
 
 WHOLE_BYTE = 8  # bits
 LISTED = 8  # linears that a pattern's note names; `ignored` has them all
@@ -41,7 +44,8 @@ class Plan:
         schemes: every linear of the result; None: stays unquantised.
         layers: the source's decoder layers that the result has, in order.
         bytes: of the tensors: {"quantized", "other", "total"}.
-        file_bytes: the same with the header of a safetensors file, to 0.5 %; what a budget bounds.
+        file_bytes: the same with the header of a safetensors file; what a budget bounds. Exact for
+            one file; each further shard has a header of its own, of 100 bytes more.
         allocation: how widths were chosen, where the recipe asks for it and the scores were read.
         pruning: the visual-token strategy and its costs, as `pruning_forecast` tells.
         shared: whether the head has the codes of the embedding.
@@ -132,16 +136,16 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     untied = skeleton.tied and not once and (rotated or schemes[skeleton.spec.head] is not None)
     itemsize = inputs.dtype.itemsize
     kept = _unquantised(skeleton, modules, layers, untied)
-    packed = planned_bytes(modules, itemsize)
+    packed = planned_bytes(modules, inputs.dtype)
     quantized = sum(packed.values())
-    other = sum(kept.values()) * itemsize
+    other = sum(map(math.prod, kept.values())) * itemsize
     weights = sum(module.weights for module in modules if module.twin is None)
     pruning, problems, notes = forecast(inputs, len(layers))
     plan = Plan(
         modules=modules,
         average_bits=sum(m.bits * m.weights for m in modules if not m.twin) / max(weights, 1),
         bytes={"quantized": quantized, "other": other, "total": quantized + other},
-        file_bytes=quantized + other + header_bytes([*kept, *packed]),
+        file_bytes=quantized + other + header_bytes(_written(inputs, modules, kept)),
         peak_memory={"host": host_memory(inputs, shapes), "device": 0},
         problems=_problems(inputs, names, shapes, found, pruning is not None) + problems,
         notes=[
@@ -211,13 +215,26 @@ def allocated_plan(
 
 
 def _units(inputs: RunInputs, plan: Plan) -> tuple[list[Unit], int]:
-    """The units of `allocate`, and the bytes of the file that no width changes."""
-    recipe, itemsize = inputs.recipe, inputs.dtype.itemsize
+    """The units of `allocate`, and the bytes of the file that no width changes.
+
+    The header is that of the widest: its numbers have the most digits.
+    """
+    recipe = inputs.recipe
     assert recipe.allocate is not None
-    units = find_units(recipe.allocate, recipe.quantize, inputs.skeleton, plan.modules, itemsize)
+    units = find_units(
+        recipe.allocate, recipe.quantize, inputs.skeleton, plan.modules, inputs.dtype
+    )
     free = {name for unit in units for name in unit.modules}
-    changing = planned_bytes([m for m in plan.modules if m.name in free], itemsize)
-    return units, plan.file_bytes - sum(changing.values())
+    changing = planned_bytes([m for m in plan.modules if m.name in free], inputs.dtype)
+    widest = [
+        replace(m, scheme=replace(m.scheme, bits=max(recipe.allocate.widths)))
+        if m.name in free
+        else m
+        for m in plan.modules
+    ]
+    kept = _unquantised(inputs.skeleton, plan.modules, plan.layers, plan.untied)
+    header = header_bytes(_written(inputs, widest, kept))
+    return units, plan.bytes["total"] - sum(changing.values()) + header
 
 
 def _tables(inputs: RunInputs, schemes: Schemes, rotated: bool) -> tuple[list[PlannedModule], bool]:
@@ -261,14 +278,27 @@ def _name_in_result(name: str, skeleton: Skeleton, layers: list[int]) -> str:
 
 def _unquantised(
     skeleton: Skeleton, modules: list[PlannedModule], layers: list[int], untied: bool
-) -> dict[str, int]:
-    """The tensors that are written as they are: name in the result -> numbers in it."""
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that are written as they are: name in the result -> shape."""
     chosen = {f"{module.name}.weight" for module in modules}
     parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
     if skeleton.tied and not untied:
         parameters.pop(f"{skeleton.spec.head}.weight", None)
     named = ((_name_in_result(name, skeleton, layers), p) for name, p in parameters.items())
-    return {name: p.numel() for name, p in named if name and name not in chosen}
+    return {name: tuple(p.shape) for name, p in named if name and name not in chosen}
+
+
+def _written(
+    inputs: RunInputs, modules: list[PlannedModule], kept: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of every tensor of the result, by the name that it has there."""
+    skeleton = inputs.skeleton
+    vision, written = {*skeleton.vision_names()}, skeleton.reader.written_name
+    tensors = {
+        written(name) if name in vision else name: (inputs.dtype, shape)
+        for name, shape in kept.items()
+    }
+    return tensors | planned_tensors(modules, inputs.dtype)
 
 
 def _shape(skeleton: Skeleton, name: str) -> tuple[int, int]:
@@ -411,12 +441,16 @@ def _linears(modules: list[PlannedModule]) -> str:
 
 
 def _untying(
-    skeleton: Skeleton, packed: dict[str, int], kept: dict[str, int], itemsize: int
+    skeleton: Skeleton,
+    packed: dict[str, int],
+    kept: dict[str, tuple[int, ...]],
+    itemsize: int,
 ) -> list[str]:
-    """What a second table adds to the file; `packed` in bytes, `kept` in numbers of `itemsize`."""
+    """What a second table adds to the file; `packed` in bytes, `kept` in shapes."""
     head = f"{skeleton.spec.head}."
     added = sum(size for name, size in packed.items() if name.startswith(head))
-    added += sum(count * itemsize for name, count in kept.items() if name.startswith(head))
+    shapes = (shape for name, shape in kept.items() if name.startswith(head))
+    added += sum(map(math.prod, shapes)) * itemsize
     return [
         f"embedding and head share one tensor in this model; they will be untied, which adds "
         f"{format_bytes(added)}"

@@ -30,6 +30,7 @@ from compress.data.prompts import CalibrationData, calibration_data, probe_promp
 from compress.data.samples import read_samples
 from compress.data.windows import CalibrationWindows, check_token_ids, doubts
 from compress.errors import CompressError, UsageError
+from compress.eval.windows import scored_at_once
 from compress.kernels.codes import Codes
 from compress.kernels.embedding import QuantEmbedding
 from compress.kernels.reference import dequantize
@@ -112,6 +113,7 @@ def run(
         if data is None:
             log.observer.stage("calibration data")
             data = calibration_data(inputs.source, inputs.skeleton)
+            release_memory()  # of the whole text
         check_token_ids(data.parts, inputs.skeleton.config.vocab_size)
         mark = fingerprint(inputs, data)
         try:
@@ -384,7 +386,9 @@ class Job:
         """Inputs of a forward and the last layer's output for them, [1, T, d]."""
         stream = self.stream
         if stream.probe is None:
-            return {"input_ids": stream.batches[0][0][:1]}, stream.x[0][:1]
+            ids, x = stream.batches[0][0][:1], stream.x[0][:1]
+            some = slice(scored_at_once(self.skeleton.config.vocab_size))
+            return {"input_ids": ids[:, some]}, x[:, some]
         inputs = {k: v for k, v in stream.probe.items() if isinstance(v, Tensor)}
         return inputs, stream.x[len(stream.batches)]
 

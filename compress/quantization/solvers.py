@@ -296,9 +296,12 @@ class RoundToNearest(Solver):
         target: Target | None = None,
     ) -> QuantizedLinear:
         """W [N, K] -> codes."""
-        Wt = W.T.contiguous()
-        importance = torch.ones(Wt.shape[0], dtype=Wt.dtype, device=Wt.device)
-        return _finish(nearest(Wt, grid, group_size, self.settings.clip_search, importance), grid)
+        importance = W.new_ones(W.shape[1])
+        clip = self.settings.clip_search
+        parts = (part.T.contiguous() for part in some_rows(W))
+        return QuantizedLinear.join(
+            [_finish(nearest(Wt, grid, group_size, clip, importance), grid) for Wt in parts]
+        )
 
 
 @SOLVERS.register("gptq")

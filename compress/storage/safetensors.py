@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -306,6 +306,15 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
         file.write(header)
         for name in order:
             file.write(_raw_bytes(flat[name].cpu().contiguous()))
+
+
+def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """What stands before the data in one file of these tensors, by their dtypes and shapes."""
+    entries = {
+        name: TensorEntry(Path(), DTYPE_NAMES[dtype], shape, 0, dtype.itemsize * math.prod(shape))
+        for name, (dtype, shape) in tensors.items()
+    }
+    return len(_layout(entries)[0])
 
 
 def _layout(entries: dict[str, TensorEntry]) -> tuple[bytes, list[str]]:

@@ -9,7 +9,6 @@ shape and byte range.
 import json
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,12 +78,6 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         fault = str(error) if type(error) is ValueError else "its header is not valid JSON"
         raise CheckpointError(damaged(path, fault)) from None
     return entries
-
-
-def header_bytes(names: Iterable[str]) -> int:
-    """About what naming these tensors takes: as if all had shapes and places of a usual length."""
-    entry = {"dtype": "BF16", "shape": [1024, 1024], "data_offsets": [10**7, 10**7]}
-    return len(json.dumps(dict.fromkeys(names, entry), separators=(",", ":"))) + 8
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -71,7 +71,7 @@ def test_a_plan_counts_the_tensors_that_are_written(name, bits, shape, symmetric
     planned = PlannedModule("up_proj", (N, K), scheme_of(weight), format=name)
     written = WRITTEN[name].write(weight, scheme_of(weight))
     expected = {f"up_proj.{key}": tensor.nbytes for key, tensor in written.items()}
-    assert planned_bytes([planned], weight.scale.itemsize) == expected
+    assert planned_bytes([planned], weight.scale.dtype) == expected
 
 
 def test_signed_integers_are_the_same_weight(symmetric):

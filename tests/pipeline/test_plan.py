@@ -10,7 +10,7 @@ from compress.checkpoint.inspect import inspect
 from compress.errors import CheckpointError, UsageError
 from compress.models.skeleton import Skeleton
 from compress.pipeline.inputs import RunInputs
-from compress.pipeline.memory_forecast import FIXED_MEMORY
+from compress.pipeline.memory_forecast import FIXED_MEMORY, TEXT_MEMORY
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
 from support.refusals import check_line, refused
@@ -65,6 +65,7 @@ def test_bytes_are_those_of_the_files(checkpoint, tmp_path, scheme, rotate, tied
     )
     result = run(recipe, tmp_path / "out", self_check=False)
     assert result.plan.bytes == bytes_of(tmp_path / "out")
+    assert result.plan.file_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("family", ["llama-biased", "mistral", "qwen2", "qwen3"])
@@ -212,7 +213,30 @@ def host_memory(folder, allocate=None, **calibration) -> int:
 
 
 def test_peak_memory_of_a_tiny_model_is_little_more_than_the_libraries(checkpoint):
-    assert FIXED_MEMORY < host_memory(checkpoint()) < FIXED_MEMORY + 10e6
+    fixed = FIXED_MEMORY + TEXT_MEMORY
+    assert fixed < host_memory(checkpoint()) < fixed + 10e6
+
+
+def test_a_vocabulary_counts_as_stored_and_in_fp32_with_the_logits_of_a_probe(tmp_path):
+    """150,000 x 64 in bf16: 2 + 4 bytes each; 64 tokens of logits; no text is read."""
+    folder = write_checkpoint(tmp_path / "large", dtype=torch.bfloat16, vocab_size=150_000)
+    plan = plan_of(folder, quantize={"method": "rtn"})
+    taken = plan.peak_memory["host"] - FIXED_MEMORY
+    assert taken == 150_000 * 64 * (2 + 4) + 64 * 150_000 * 4
+    # as many tokens as 2^24 logits hold, however long a window is
+    plan = plan_of(folder, calibration={"offload": "disk", "length": 64, "samples": 9})
+    assert plan.peak_memory["host"] == FIXED_MEMORY + TEXT_MEMORY + taken
+
+
+def test_a_layer_counts_as_stored_and_in_fp32_with_the_largest_group(tmp_path):
+    """RTN, bf16: gate and up are one stack in fp32, and codes of a byte."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "layers": 1}
+    plan = plan_of(
+        write_checkpoint(tmp_path / "wide", dtype=torch.bfloat16, **sizes),
+        quantize={"method": "rtn"},
+    )
+    layer = 256 * (256 + 2 * 128 + 256 + 3 * 1024)
+    assert plan.peak_memory["host"] == FIXED_MEMORY + layer * (2 + 4) + 2 * 1024 * 256 * 5
 
 
 def test_activations_count_where_they_are_kept(checkpoint):

@@ -26,12 +26,12 @@ def with_budget(folder: Path, kind: str, share: float, **sections):
     else:
         skeleton = Skeleton(folder)
         inputs = RunInputs.of(recipe, skeleton)
-        plan, itemsize = make_plan(inputs), inputs.dtype.itemsize
-        units = find_units(recipe.allocate, recipe.quantize, skeleton, plan.modules, itemsize)
+        plan, dtype = make_plan(inputs), inputs.dtype
+        units = find_units(recipe.allocate, recipe.quantize, skeleton, plan.modules, dtype)
         least, most = (sum(f(u.bytes.values()) for u in units) for f in (min, max))
         free = {name for unit in units for name in unit.modules}
         changing = [module for module in plan.modules if module.name in free]
-        own = sum(planned_bytes(changing, itemsize).values())
+        own = sum(planned_bytes(changing, dtype).values())
         value = f"{(plan.file_bytes - own + least + share * (most - least)) / 1000:.3f}KB"
     section = sections["allocate"] | {"average_bits": None, kind: value}
     return recipe_for(folder, **sections | {"allocate": section})
