@@ -155,6 +155,18 @@ def check_config(config: Mapping[str, object], place: str | Path) -> None:
                 f"{where}layer_types: expected one for each of num_hidden_layers ({layers}), "
                 f"found {len(kinds)}"
             )
+        slides = isinstance(kinds, list) and "sliding_attention" in kinds
+        unused = str(part.get("model_type")).startswith("qwen")  # whose default is not to slide
+        if slides and unused and not part.get("use_sliding_window"):
+            raise UsageError(
+                f"{where}use_sliding_window: expected true, since layer_types has "
+                f"sliding_attention, found {json.dumps(part.get('use_sliding_window'))}"
+            )
+        if slides and part.get("sliding_window", 1) is None:
+            raise UsageError(
+                f"{where}sliding_window: expected a number of tokens, since layer_types has "
+                f"sliding_attention, found null"
+            )
 
 
 def check_generation(folder: Path) -> None:
