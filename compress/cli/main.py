@@ -12,6 +12,7 @@ A command parses, calls the library and prints; it decides nothing. Each group h
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -69,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (None: that of the process) and returns its exit code."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's names need not be characters
+            stream.reconfigure(errors="backslashreplace")
     settings = Settings()
     try:
         arguments = None if argv is None else list(argv)

@@ -20,6 +20,7 @@ import torch
 
 from compress.data.text import check_characters
 from compress.errors import UsageError
+from compress.models.config_values import STUMBLES, reason_of
 from compress.models.vision import Inputs
 from compress.recipes.demo import scenes
 from compress.storage.files import file_digest
@@ -71,7 +72,8 @@ def prompt_inputs(
 ) -> Inputs:
     """Keyword arguments of a forward for one prompt with these images.
 
-    Raises ValueError if the text has not one image token for each image: not every processor does.
+    Raises ValueError if the text has not one image token for each image: not every processor does;
+    and if the processor cannot work with its own settings.
     """
     text = prompt_text(processor, prompt, len(images), answer)
     if text.count(processor.image_token) != len(images):
@@ -79,7 +81,10 @@ def prompt_inputs(
             f"expected {len(images)} image tokens ({processor.image_token}), one for each image, "
             f"found {text.count(processor.image_token)}"
         )
-    return dict(processor(text=[text], images=images, return_tensors="pt"))
+    try:
+        return dict(processor(text=[text], images=images, return_tensors="pt"))
+    except STUMBLES as error:  # a wrong value in its files
+        raise ValueError(f"the processor fails: {reason_of(error)}") from error
 
 
 def _demo_scenes(processor: Processor, count: int, seed: int, answers: bool) -> list[Inputs]:

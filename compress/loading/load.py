@@ -39,7 +39,12 @@ from compress.checkpoint.quantization_config import (
 from compress.errors import CheckpointError, UsageError
 from compress.kernels.cpu import native
 from compress.loading.transformers_plugin import ModelpressConfig
-from compress.models.config_values import check_config, check_extent, check_tokenizer
+from compress.models.config_values import (
+    check_config,
+    check_extent,
+    check_generation,
+    check_tokenizer,
+)
 from compress.models.families import refuse_partly_seen
 from compress.models.pretrained import TOKENIZER_FILES, guarded, local_folder, processor_reader
 from compress.pruning.families import FAMILIES
@@ -148,6 +153,7 @@ def _checked_folder(path: str | Path) -> Path:
     folder = local_folder(path)
     config, file = read_config(folder), folder / "config.json"
     check_config(config, file)  # before transformers reads it
+    check_generation(folder)
     checked_section(config, file)
     reader = CheckpointReader(folder)
     check_extent(config, reader, file)

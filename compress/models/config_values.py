@@ -110,10 +110,15 @@ PARTS: dict[str, dict[str, Check]] = {
 # What Python itself raises where a library meets a value that it did not foresee, and what it says
 # then is about the library.
 STUMBLES: tuple[type[Exception], ...] = (TypeError, AttributeError, IndexError, AssertionError)
-STUMBLES += (ZeroDivisionError, RecursionError, UnboundLocalError)
+STUMBLES += (ZeroDivisionError, RecursionError, UnboundLocalError, KeyError)
 NOT_THE_KIND = "a value is not of the kind that its key needs"
 MARKS = ":,.;()[]<>'\"`"  # around a word
 
+GENERATION: dict[str, Check] = {
+    "bos_token_id": CONFIG["bos_token_id"],
+    "eos_token_id": CONFIG["eos_token_id"],
+    "pad_token_id": CONFIG["pad_token_id"],
+}
 SPECIAL = _or(_or(TEXT, OBJECT), NULL)
 TOKENIZER: dict[str, dict[str, Check]] = {
     "tokenizer.json": {"model": OBJECT, "added_tokens": _or(LIST, NULL)},
@@ -150,6 +155,33 @@ def check_config(config: Mapping[str, object], place: str | Path) -> None:
                 f"{where}layer_types: expected one for each of num_hidden_layers ({layers}), "
                 f"found {len(kinds)}"
             )
+        slides = isinstance(kinds, list) and "sliding_attention" in kinds
+        unused = str(part.get("model_type")).startswith("qwen")  # whose default is not to slide
+        if slides and unused and not part.get("use_sliding_window"):
+            raise UsageError(
+                f"{where}use_sliding_window: expected true, since layer_types has "
+                f"sliding_attention, found {json.dumps(part.get('use_sliding_window'))}"
+            )
+        if slides and part.get("sliding_window", 1) is None:
+            raise UsageError(
+                f"{where}sliding_window: expected a number of tokens, since layer_types has "
+                f"sliding_attention, found null"
+            )
+
+
+def check_generation(folder: Path) -> None:
+    """UsageError for a generation_config.json with values that transformers stops at."""
+    file = folder / "generation_config.json"
+    values = read_json(file)
+    if values is None:
+        return
+    from transformers import GenerationConfig  # slow to import
+
+    _check(values, GENERATION, f"{file}: ")
+    try:
+        GenerationConfig.from_dict(values)
+    except Exception as error:  # what a wrong value sets off is of any kind
+        raise UsageError(f"{file} cannot be read: {reason_of(error)}") from error
 
 
 def check_extent(config: Mapping[str, object], reader: CheckpointReader, place: Path) -> None:

@@ -16,7 +16,7 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
 from compress.errors import CheckpointError, CompressError, UsageError
-from compress.models.config_values import check_config, reason_of
+from compress.models.config_values import check_config, check_generation, reason_of
 from compress.storage.companions import WEIGHTS
 from compress.storage.files import read_json
 
@@ -75,6 +75,7 @@ def load_config(folder: Path) -> "PretrainedConfig":
     if values is None:
         raise UsageError(f"{folder} has no config.json: expected a transformers model folder")
     check_config(values, file)
+    check_generation(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what a wrong value sets off is of any kind

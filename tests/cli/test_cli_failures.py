@@ -273,3 +273,11 @@ def test_closed_pipe_is_quiet(argv):
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert done.stderr == b""
+
+
+def test_text_that_is_no_characters_is_shown_escaped(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint(), tmp_path / "model")
+    (folder / "recipe.yaml").write_text("name: x")
+    (folder / "modelpress.json").write_text(json.dumps({"versions": {"\ud800": "1"}}))
+    done = modelpress("inspect", folder)
+    assert done.returncode == 0 and "\\ud800" in done.stdout and done.stderr == ""

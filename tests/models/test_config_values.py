@@ -53,6 +53,30 @@ def test_a_wrong_value_is_named(folder, key, value):
     check_line(str(caught.value), key)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("pad_token_id", {"value": 0}), ("eos_token_id", ["x"]), ("cache_implementation", "attic")],
+)
+def test_a_wrong_value_of_the_generation_config_is_named(folder, key, value):
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({key: value}))
+    for call in (Skeleton.open, compress.load):
+        with refused(UsageError, file, key):
+            call(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("use_sliding_window", False), ("sliding_window", None)]
+)
+def test_layers_that_slide_over_no_window_are_told(checkpoint, tmp_path, key, value):
+    folder = shutil.copytree(checkpoint("qwen2-sliding"), tmp_path / "model")
+    Skeleton.open(folder)
+    change_config(folder, **{key: value})
+    for call in (Skeleton.open, compress.load):
+        with refused(UsageError, folder / "config.json", f"{key}:", json.dumps(value)):
+            call(folder)
+
+
 @pytest.mark.parametrize(("key", "value"), OTHERS, ids=lambda v: json.dumps(v)[:20])
 def test_what_transformers_refuses_is_one_line(folder, key, value):
     change_config(folder, **{key: value})
