@@ -176,7 +176,7 @@ def test_a_target_is_a_name_with_a_strength(write):
     path = write("quantize:\n  target: {name: full_precision}\n")
     weak = Recipe.load(path, overrides=["quantize.target.strength=0.25"])
     assert (weak.quantize.target.name, weak.quantize.target.strength) == ("full_precision", 0.25)
-    path = write("quantize:\n  target: {strength: 0.5}\n")
+    path = write("quantize:\n  target: {strength: 1}\n")
     with refused(RecipeError, f"{path}:2: quantize.target.strength: ", "full_precision"):
         Recipe.load(path)
 
