@@ -40,7 +40,7 @@ def test_older_devices_have_a_table_of_their_own(capsys):
         (["--capability", "7.0"], ("--capability", "7.0")),
         (["--dtype", "int8"], ("dtype", "'int8'")),
         (["--bits", "5"], ("bits", 5)),
-        (["--group-size", "24"], ("group size", 24)),
+        (["--group-size", "20"], ("group size", 20)),
     ],
 )
 def test_wrong_options_are_usage_errors(arguments, named, capsys):

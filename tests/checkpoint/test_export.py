@@ -274,8 +274,8 @@ def test_groups_that_are_more_than_packed_weights(copy, tmp_path, key, value, sa
 
 
 def test_small_groups_and_groups_that_are_not_whole(tmp_path):
-    """No kernel runs groups of 12, and what is exported need not run here."""
-    small = write_checkpoint(tmp_path / "small", [Scheme(4, 12)])
+    """No kernel runs groups of 4, and what is exported need not run here."""
+    small = write_checkpoint(tmp_path / "small", [Scheme(4, 4)])
     export(small, "gptq", tmp_path / "out")
     assert_same_weights(tmp_path / "out", small)
     uneven = write_checkpoint(tmp_path / "uneven", [Scheme(4, None)])

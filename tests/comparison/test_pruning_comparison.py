@@ -139,7 +139,7 @@ def test_a_search_finds_the_best_of_its_trials_on_the_seeds_prompts(model, tmp_p
 
 def test_the_variables_of_a_search_are_the_recipes(model, tmp_path):
     section = {
-        "strategy": {"method": "vflowopt", "voter_threshold": 0},
+        "strategy": {"method": "vflowopt", "voter_threshold": 0, "cell": None},
         "search": {"samples": 2, "trials": 2, "variables": ["ratios", "entropy_weight"]},
     }
     run = compare([recipe_of(model, "it", **section)], tmp_path / "out").runs[0]

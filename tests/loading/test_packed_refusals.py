@@ -318,7 +318,7 @@ def test_the_command_line_leaves_with_2(damaged, capsys):
 
 
 def test_the_way_out_that_a_refusal_names(tmp_path, capsys):
-    write_quantised(tmp_path, [Scheme(4, 8)])
+    write_quantised(tmp_path, [Scheme(4, 4)])
     byte_tokenizer().save_pretrained(tmp_path)
     command = ["generate", tmp_path, "--prompt", "0", "--max-tokens", 2]
     refuses(capsys, [*command, "--packed"], "packed=False", "--dense")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.importance.tokens import mean_one
+from compress.importance.weighting import mean_one
 from compress.quantization import solvers
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
