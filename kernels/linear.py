@@ -20,7 +20,7 @@ from compress.kernels.codes import Codes
 from compress.kernels.cpu.products import cpu_matmul, pack_cpu, pack_integers
 from compress.kernels.cpu.weight import CpuWeight
 from compress.kernels.gpu.layout import KernelWeight, kernel_rows, pack_kernel, unpack_kernel
-from compress.kernels.reference import dequantize
+from compress.kernels.reference import dense
 
 BUFFERS = ("words", "high", "packed", "scale", "zero", "order")  # of any layout
 
@@ -93,7 +93,7 @@ class QuantLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [out_features, in_features], each entry rounded once."""
-        return dequantize(self.codes()).to(dtype or self.dtype)
+        return dense(self.codes(), dtype or self.dtype)
 
     def packed_bytes(self) -> int:
         """Bytes that the weight takes, scales and zero points included."""

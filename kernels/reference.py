@@ -5,10 +5,14 @@ y[m, n] = sum_k x[m, k] * (c[n, k] - z[n, k // g]) * s[n, k // g] + bias[n]
 expected = reference_matmul(x, codes, bias)      # x [..., K] -> fp64 [..., N]
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from compress.kernels.codes import Codes
+
+BLOCK_VALUES = 1 << 20  # in fp64 at a time
 
 
 def dequantize(weight: Codes) -> Tensor:
@@ -21,6 +25,18 @@ def dequantize(weight: Codes) -> Tensor:
     if weight.order is None:
         return columns
     return torch.empty_like(columns).index_copy_(1, weight.order, columns)
+
+
+def dense(weight: Codes, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] in `dtype`, each value rounded once, without all of it in fp64."""
+    N, K = weight.codes.shape
+    result = torch.empty(N, K, dtype=dtype, device=weight.codes.device)
+    for start in range(0, N, step := max(1, BLOCK_VALUES // max(K, 1))):
+        rows = slice(start, start + step)
+        zero = None if weight.zero is None else weight.zero[rows]
+        part = replace(weight, codes=weight.codes[rows], scale=weight.scale[rows], zero=zero)
+        result[rows] = dequantize(part).to(dtype)
+    return result
 
 
 def reference_matmul(x: Tensor, weight: Codes, bias: Tensor | None = None) -> Tensor:

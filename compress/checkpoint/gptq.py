@@ -33,7 +33,7 @@ from compress.checkpoint.engines import (
 from compress.checkpoint.packed import EMBEDDING, PackedLinears
 from compress.checkpoint.packed_formats import FORMATS, with_fp16_scales
 from compress.errors import UsageError
-from compress.kernels.reference import dequantize
+from compress.kernels.reference import dense
 from compress.scheme import Scheme
 from compress.storage.files import write_json
 from compress.storage.safetensors import merge_shards, save_tensors
@@ -237,7 +237,7 @@ class GptqFormat:
             if module in source.twins:
                 continue
             if module in self.tables:
-                tensors = {"weight": dequantize(source.codes(module)).to(self._dtype(module))}
+                tensors = {"weight": dense(source.codes(module), self._dtype(module))}
                 names = iter(())
             elif module in self.schemes:
                 codes = with_fp16_scales(source.codes(module))

@@ -38,7 +38,7 @@ from compress.kernels.codes import WIDTHS, Codes, with_bits
 from compress.kernels.embedding import QuantEmbedding
 from compress.kernels.fused import FusedPart, SharedLinear, fuse_linears
 from compress.kernels.linear import QuantLinear
-from compress.kernels.reference import dequantize
+from compress.kernels.reference import dense
 from compress.loading.config_merge import MergesWithCheckpoint
 from compress.memory import release_memory
 
@@ -320,7 +320,7 @@ def dense_linear(codes: Codes, bias: Tensor | None, dtype: torch.dtype) -> nn.Li
     """The linear that the codes stand for, with a dense weight [N, K] rounded once to `dtype`."""
     N, K = codes.codes.shape
     linear = nn.Linear(K, N, bias is not None, device="meta")
-    linear.weight = nn.Parameter(dequantize(codes).to(dtype))
+    linear.weight = nn.Parameter(dense(codes, dtype))
     if bias is not None:
         linear.bias = nn.Parameter(bias.to(dtype))
     return linear
@@ -330,7 +330,7 @@ def dense_embedding(codes: Codes, dtype: torch.dtype) -> nn.Embedding:
     """The table [V, d] that the codes stand for, each value rounded once to `dtype`."""
     V, d = codes.codes.shape
     table = nn.Embedding(V, d, device="meta")
-    table.weight = nn.Parameter(dequantize(codes).to(dtype))
+    table.weight = nn.Parameter(dense(codes, dtype))
     return table
 
 

@@ -154,7 +154,8 @@ def _vocabulary(inputs: RunInputs) -> int:
     vocabulary = skeleton.config.vocab_size
     length = inputs.recipe.calibration.length if inputs.source.used else PROBE_TOKENS
     logits = min(length, scored_at_once(vocabulary)) * vocabulary * 4
-    return vocabulary * skeleton.config.hidden_size * (4 + stored * copied) + logits
+    rounded = 4 * inputs.recipe.quantize.has_tables  # its codes, on their way to words or bytes
+    return vocabulary * skeleton.config.hidden_size * (4 + stored * copied + rounded) + logits
 
 
 def _working(

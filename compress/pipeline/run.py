@@ -33,7 +33,7 @@ from compress.errors import CompressError, UsageError
 from compress.eval.windows import scored_at_once
 from compress.kernels.codes import Codes
 from compress.kernels.embedding import QuantEmbedding
-from compress.kernels.reference import dequantize
+from compress.kernels.reference import dense
 from compress.loading.load import load
 from compress.memory import check_device, peak_memory, release_memory
 from compress.models.vision import Lookup, rows_of, vision_at_work
@@ -356,31 +356,37 @@ class Job:
         """Final norm and head, and the probe for the self-check: logits of a prompt."""
         self.log.observer.stage("head")
         spec, model, device = self.spec, self.model, self.model.device
-        planned = self.plan.module(spec.head)
-        head, gamma = model.head(torch.float32 if planned else model.dtype)
+        planned, name = self.plan.module(spec.head), f"{spec.head}.weight"
+        if planned is not None and self.plan.shared:  # then nothing is rotated
+            gamma = self.skeleton.read(spec.final_norm)
+            head, packed = self._shared_head(planned)
+        else:
+            head, gamma = model.head(torch.float32 if planned else model.dtype)
+            packed = {}
         gamma = model.stored(f"{spec.final_norm}.weight", gamma)
-        tensors = {f"{spec.final_norm}.weight": gamma}
+        tensors = {f"{spec.final_norm}.weight": gamma} | packed
         with model.final_norm(gamma) as norm:
-            if planned is not None and self.plan.shared:
-                codes = self._embedding_codes()
-                head = dequantize(codes).float()
-                packed = FORMATS[planned.format].write(codes, planned.scheme)
-                if planned.twin:
-                    del packed[FORMATS[planned.format].main]
-                tensors |= {f"{spec.head}.{key}": tensor for key, tensor in packed.items()}
-            elif planned is not None:
+            if planned is not None and not self.plan.shared:
                 head, packed = self.layers.solve_head(head.float(), norm, planned.scheme)
-                tensors.update(packed)
-            elif not self.skeleton.tied or self.plan.untied:
-                name = f"{spec.head}.weight"
+                tensors |= packed
+            elif planned is None and (self.plan.untied or not self.skeleton.tied):
                 head = tensors[name] = model.stored(name, head)
-            else:
+            elif planned is None:
                 head = head.to(model.dtype)
             save_tensors(self.work / "head.safetensors", tensors)
             inputs, x = self._probe()
             logits = norm(x.to(device)) @ head.float().to(device).T
         write_probe(self.work / "probe.safetensors", inputs, logits.cpu())
         self.log.lap("head")
+
+    def _shared_head(self, planned: PlannedModule) -> tuple[Tensor, dict[str, Tensor]]:
+        """A head with the embedding's codes: dense in fp32, and its own tensors of the file."""
+        codes, format = self._embedding_codes(), FORMATS[planned.format]
+        packed = format.write(codes, planned.scheme)
+        if planned.twin:
+            del packed[format.main]
+        tensors = {f"{planned.name}.{key}": tensor for key, tensor in packed.items()}
+        return dense(codes, torch.float32), tensors
 
     def _probe(self) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs of a forward and the last layer's output for them, [1, T, d]."""
