@@ -66,7 +66,9 @@ class PruningComparison:
         tower_of(self.model)  # refuses a text model
         self.layers = len(self.model.model.language_model.layers)
         self.skeleton = Skeleton.open(folder)
-        self.evaluator = Evaluator.of_recipe(recipe, folder, device)
+        assert recipe.evaluate is not None
+        resolve = recipe.resolve_path
+        self.evaluator = Evaluator.of_section(recipe.evaluate, resolve, folder, device)
         self._samples: dict[tuple[str, int, int], list[Inputs]] = {}
         self._tower = OutputCache()
 
@@ -88,9 +90,8 @@ class PruningComparison:
         prompts = sample_digests(source.location) if source.images else {}
         basis = {"model": self.skeleton.reader.fingerprint()} | prompts
         file, begun = folder / "measured.json", self._begin(recipe, folder, basis)
-        conditions = conditions_of(
-            recipe.evaluate, self.device, basis=basis, texts=evaluated_texts(recipe)
-        )
+        texts = evaluated_texts(recipe.evaluate, recipe.resolve_path)
+        conditions = conditions_of(recipe.evaluate, self.device, basis=basis, texts=texts)
         found = kept(file, conditions, "run") if begun else None
         if found is not None:
             return found
