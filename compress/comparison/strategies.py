@@ -38,7 +38,7 @@ from compress.pruning.search import search_as_told
 from compress.pruning.tower_cache import OutputCache, tower_cached
 from compress.recipe.pruning import PruneVisualTokens
 from compress.recipe.recipe import Recipe
-from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
+from compress.recipe.strategy import PruneStrategy
 from compress.storage.files import read_json, write_json, write_text
 from compress.storage.lease import WORK_FOLDER
 
@@ -173,7 +173,7 @@ class PruningComparison:
         """Of a method that ranks inside the language model, the strategy that keeps least: all
         tokens before its first stage, and one in the end. None for others: they can keep less."""
         given = section.strategy
-        if given is None or given.method not in LANGUAGE_ATTENTION or given.ratios is not None:
+        if given is None or given.ratios is not None or not section.ranks_by_language_attention:
             return None
         assert section.keep is not None
         options = given.options() | ({"stages": section.stages} if section.stages else {})
