@@ -113,7 +113,7 @@ def _draw_line(
 
 
 def _logarithmic(axes: "Axes", ticks: list[int]) -> None:
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import NullLocator  # an optional extra
 
     axes.set_xscale("log")
     shown = _apart(ticks)

@@ -139,7 +139,7 @@ def import_harness() -> ModuleType:
 def _harness_model(model: Any, tokenizer: Any, batch_size: int | str) -> "LM":
     if is_multimodal(tokenizer):
         return multimodal_model(model, tokenizer, batch_size)
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM  # an optional extra
 
     return HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
@@ -173,7 +173,7 @@ def find_tasks(
     Raises:
         UsageError: no task, a folder that is not there, or an unknown task.
     """
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # an optional extra
 
     include_path = settings.include_path
     tasks = [settings.tasks] if isinstance(settings.tasks, str) else settings.tasks
@@ -276,7 +276,7 @@ class _NoProgressBars:
 @contextlib.contextmanager
 def _quiet() -> Iterator[Counter[str]]:
     """Warnings are counted, not printed; progress bars show only where a terminal is watched."""
-    from lm_eval import evaluator
+    from lm_eval import evaluator  # an optional extra
 
     logger, counter = logging.getLogger("lm_eval"), _WarningCounter()
     before = logger.level, logger.propagate, logger.handlers

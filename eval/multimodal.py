@@ -28,7 +28,7 @@ def multimodal_model(model: Any, processor: Any, batch_size: int | str) -> Any:
     Raises:
         UsageError: a batch size that is no number, which `hf-multimodal` cannot work with.
     """
-    from lm_eval.models.hf_vlms import HFMultimodalLM
+    from lm_eval.models.hf_vlms import HFMultimodalLM  # an optional extra
 
     if not isinstance(batch_size, int):
         raise UsageError(f"a multimodal model needs a number as batch size, found {batch_size!r}")

@@ -187,7 +187,7 @@ def write_report(path: str | Path, result: Mapping[str, Any]) -> Path:
         path: of the file; its folder is made if need be.
         result: see the file's head. What is missing is left out of the page.
     """
-    from jinja2 import Environment, FileSystemLoader
+    from jinja2 import Environment, FileSystemLoader  # only a run writes pages
 
     # autoescape: names and recipes are other people's text
     loader = FileSystemLoader(Path(__file__).parent)
@@ -339,8 +339,8 @@ def _drawable(error: Any) -> bool:
 def blank_figure(width: float, height: float) -> "Figure":
     """A figure of so many inches; UsageError where matplotlib is not installed."""
     import_extra("matplotlib.figure", "eval", "a plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # an optional extra
+    from matplotlib.figure import Figure  # the same
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

@@ -26,8 +26,8 @@ def bench_compiled(bench: CompiledBench) -> Report:
     """
     check_scheme(bench.bits, bench.group_size, bench.dtype)
     try:
-        from compress.kernels.gpu.compiled import SHARED_MEMORY, compiled_products
-        from compress.kernels.gpu.matmul import interpreted
+        from compress.kernels.gpu.compiled import SHARED_MEMORY, compiled_products  # needs triton
+        from compress.kernels.gpu.matmul import interpreted  # needs triton
     except ImportError as error:
         raise UsageError(f"GPU kernels need triton: {error}") from None
     if interpreted():

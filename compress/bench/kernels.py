@@ -317,7 +317,7 @@ def _int4_operator(codes: Codes, clock: Clock) -> dict[str, Contender]:
 def _gemlite(codes: Codes, dtype: torch.dtype, clock: Clock) -> dict[str, Contender]:
     """gemlite, where it is installed and takes the weight; it is no dependency."""
     try:
-        from gemlite import DType, GemLiteLinear
+        from gemlite import DType, GemLiteLinear  # no dependency
     except ImportError:
         return {}
     kinds = {torch.float16: DType.FP16, torch.bfloat16: DType.BF16}
@@ -380,9 +380,9 @@ def _tune(
     copies: Sequence[KernelWeight], rows: int, dtype: torch.dtype, clock: Clock
 ) -> dict[str, Any]:
     """The fastest tiles for one bucket, and the time of the table's."""
-    from triton.runtime.errors import TritonError
+    from triton.runtime.errors import TritonError  # CPUs do without triton
 
-    from compress.kernels.gpu import matmul
+    from compress.kernels.gpu import matmul  # needs triton
 
     x = torch.randn(rows, copies[0].columns, device=clock.device).to(dtype)
     table = matmul.table_of(dtype, clock.device, copies[0].group_size)

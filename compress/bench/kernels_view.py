@@ -60,8 +60,8 @@ def plot_kernels(result: Mapping[str, Any], path: Path) -> None:
     Writes what the suffix says (.svg, .png, .pdf). Raises UsageError without matplotlib.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # an optional extra
+        from matplotlib.figure import Figure  # the same
     except ImportError:
         raise UsageError("plots need matplotlib: pip install 'modelpress[eval]'") from None
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in result["rows"]))

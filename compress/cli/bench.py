@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from compress.bench.kernels_view import plot_kernels
 from compress.bench.report import Report
 from compress.bench.settings import (
     CompiledBench,
@@ -29,6 +30,7 @@ from compress.cli.options import (
     SeedOption,
 )
 from compress.errors import UsageError
+from compress.memory import check_device
 
 # What fields without an option of their own are on the command line; others are no option.
 SHARED = {
@@ -72,7 +74,6 @@ def bench_kernels(
     """Time packed products beside dense ones, and what either takes of memory's speed."""
     from compress.bench.kernels import bench_kernels as measure
     from compress.bench.kernels import tune_kernels
-    from compress.bench.kernels_view import plot_kernels
 
     run = tune_kernels if tune else measure
     report = run(settings, console(stderr=True).print)
@@ -100,7 +101,6 @@ def bench_pruning(
     if settings.model is not None and random:
         raise UsageError("--model and --random: expected one of them")
     from compress.bench.pruning import bench_pruning as measure
-    from compress.memory import check_device
 
     check_device(settings.device)
     return _answer(measure(settings), output)

@@ -20,6 +20,7 @@ from compress.cli.options import (
 )
 from compress.errors import UsageError, unknown
 from compress.eval.report import format_bytes
+from compress.memory import check_device
 
 
 def export(
@@ -98,7 +99,6 @@ def generate(
 
     from compress.data.samples import open_image, prompt_inputs
     from compress.loading.load import fastest_packing, load
-    from compress.memory import check_device
 
     check_device(device)
     pictures = [open_image(path, f"image {path}") for path in image or ()]
@@ -139,7 +139,7 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one's YAML.")] = None,
 ) -> None:
     """List the recipes that come with modelpress, or print one."""
-    from compress.recipe.recipe import shipped_recipes
+    from compress.recipe.recipe import shipped_recipes  # --help is quicker without
 
     shipped = shipped_recipes()
     if name is None:

@@ -149,7 +149,7 @@ def load_recipe(
     path: str, model: str | None, assignments: Sequence[str] | None, more: Sequence[str] = ()
 ) -> "Recipe":
     """A recipe with --model and --set; `more` assignments win over these."""
-    from compress.recipe.recipe import Recipe
+    from compress.recipe.recipe import Recipe  # --help is quicker without
 
     return Recipe.load(path, overrides=[*(assignments or ()), *more], model=model)
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+import compress
+
 
 @dataclass
 class Settings:
@@ -22,8 +24,6 @@ def _set_debug(context: typer.Context, value: bool) -> bool:
 
 def _print_version(value: bool) -> None:
     if value:
-        import compress
-
         print(f"modelpress {compress.__version__}")
         raise typer.Exit()
 

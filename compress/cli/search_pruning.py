@@ -14,6 +14,8 @@ from compress.cli.console import console, pairs_table, print_lines
 from compress.cli.options import DenseOption, DeviceOption, ModelArgument, SeedOption
 from compress.cli.progress import RunProgress
 from compress.errors import UsageError
+from compress.memory import check_device
+from compress.storage.lease import file_lease, lease
 
 if TYPE_CHECKING:  # needs torch
     from transformers import PreTrainedModel
@@ -61,15 +63,13 @@ def search_pruning(
         raise UsageError(f"--save needs a model folder, {model} is none")
     if stages is not None and start is not None:
         raise UsageError("--stages and --start: the strategy of --start has its own stages")
-    from compress.recipe.strategy import PruneStrategy, with_new_names
+    from compress.recipe.strategy import PruneStrategy, with_new_names  # --help is quicker without
 
     given = None if start is None else PruneStrategy.load(start)
     layers = None if stages is None else _rising("--stages", stages)
     searched = None if variables is None else with_new_names(names(variables))
     from compress.data.samples import DEMO_SCENES
-    from compress.memory import check_device
     from compress.pruning.search import check_search, search_strategy
-    from compress.storage.lease import file_lease
 
     check_device(device)
     check_search(keep, trials, sampler)
@@ -124,7 +124,6 @@ def _subject(
 def _save(found: "SearchResult", output: Path, model: str | None) -> None:
     """Writes the strategy to a file of its own, and into a model's folder."""
     from compress.pruning.saved import save_strategy
-    from compress.storage.lease import lease
 
     output.parent.mkdir(parents=True, exist_ok=True)
     found.strategy.save(output)

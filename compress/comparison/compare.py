@@ -101,7 +101,7 @@ def compare(
     observer = observer or Observer()
     output = Path(output)
     section = _check_recipes(recipes, seeds)
-    check_evaluation(recipes[0])
+    check_evaluation(section, recipes[0].resolve_path)
     entries = [
         Entry(recipe, seed, output / folder_name(f"{recipe.name}-{seed}"))
         for recipe in recipes

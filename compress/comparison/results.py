@@ -123,12 +123,14 @@ class ResultComparison:
             self.device,
             result=CheckpointReader(entry.folder).fingerprint(),
             baseline=self.skeleton.reader.fingerprint(),
-            texts=evaluated_texts(self.recipe),
+            texts=evaluated_texts(section, self.recipe.resolve_path),
         )
         scores = kept(file, conditions, "evaluation")
         if scores is None:
             if self._evaluator is None:
-                self._evaluator = Evaluator.of_recipe(self.recipe, self.model, self.device)
+                self._evaluator = Evaluator.of_section(
+                    section, self.recipe.resolve_path, self.model, self.device
+                )
             seed = entry.seed if drawn_by_seed(section) else None
             scores = self._evaluator.measure(entry.folder, seed=seed)
             keep(file, conditions, "evaluation", scores)

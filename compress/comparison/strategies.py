@@ -38,7 +38,7 @@ from compress.pruning.search import search_as_told
 from compress.pruning.tower_cache import OutputCache, tower_cached
 from compress.recipe.pruning import PruneVisualTokens
 from compress.recipe.recipe import Recipe
-from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
+from compress.recipe.strategy import PruneStrategy
 from compress.storage.files import read_json, write_json, write_text
 from compress.storage.lease import WORK_FOLDER
 
@@ -66,7 +66,9 @@ class PruningComparison:
         tower_of(self.model)  # refuses a text model
         self.layers = len(self.model.model.language_model.layers)
         self.skeleton = Skeleton.open(folder)
-        self.evaluator = Evaluator.of_recipe(recipe, folder, device)
+        assert recipe.evaluate is not None
+        resolve = recipe.resolve_path
+        self.evaluator = Evaluator.of_section(recipe.evaluate, resolve, folder, device)
         self._samples: dict[tuple[str, int, int], list[Inputs]] = {}
         self._tower = OutputCache()
 
@@ -88,9 +90,8 @@ class PruningComparison:
         prompts = sample_digests(source.location) if source.images else {}
         basis = {"model": self.skeleton.reader.fingerprint()} | prompts
         file, begun = folder / "measured.json", self._begin(recipe, folder, basis)
-        conditions = conditions_of(
-            recipe.evaluate, self.device, basis=basis, texts=evaluated_texts(recipe)
-        )
+        texts = evaluated_texts(recipe.evaluate, recipe.resolve_path)
+        conditions = conditions_of(recipe.evaluate, self.device, basis=basis, texts=texts)
         found = kept(file, conditions, "run") if begun else None
         if found is not None:
             return found
@@ -172,7 +173,7 @@ class PruningComparison:
         """Of a method that ranks inside the language model, the strategy that keeps least: all
         tokens before its first stage, and one in the end. None for others: they can keep less."""
         given = section.strategy
-        if given is None or given.method not in LANGUAGE_ATTENTION or given.ratios is not None:
+        if given is None or given.ratios is not None or not section.ranks_by_language_attention:
             return None
         assert section.keep is not None
         options = given.options() | ({"stages": section.stages} if section.stages else {})

@@ -10,7 +10,7 @@ visual tokens is measured pruning, its baseline never does.
     evaluate("out", tasks=["demo_code"], perplexity="python-stdlib", baseline="recipes/demo/lm")
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from compress.eval.windows import Text
 from compress.kernels.linear import QuantLinear
 from compress.loading.load import fastest_packing, load
 from compress.pruning.pictures import watching
-from compress.recipe.recipe import Recipe
+from compress.recipe.sections import Evaluate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,10 +106,12 @@ class Evaluator:
         self._text: Text | None = None
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe, baseline: str | Path, device: str) -> "Evaluator":
-        """As the recipe's `evaluate` section says."""
-        assert recipe.evaluate is not None
-        return cls(settings_of(recipe), baseline if recipe.evaluate.baseline else None, device)
+    def of_section(
+        cls, section: Evaluate, resolve: Callable[[str], str], baseline: str | Path, device: str
+    ) -> "Evaluator":
+        """As the section says; `resolve` finds the files that it names, as `locate` takes it."""
+        settings = settings_of(section, resolve)
+        return cls(settings, baseline if section.baseline else None, device)
 
     def measure(
         self,
@@ -224,32 +226,30 @@ def linears_of(model: torch.nn.Module) -> str:
     return "packed" if any(isinstance(m, QuantLinear) for m in model.modules()) else "dense"
 
 
-def settings_of(recipe: Recipe) -> EvaluationSettings:
-    """What the recipe's `evaluate` section says; nothing is measured where there is none."""
-    if recipe.evaluate is None:
-        return EvaluationSettings()
-    text = recipe.evaluate.perplexity
-    return recipe.evaluate.settings(
-        None if text is None else locate(text.dataset, recipe.resolve_path)
-    )
+def settings_of(section: Evaluate, resolve: Callable[[str], str]) -> EvaluationSettings:
+    """The section as `compress.eval` takes it, its text found by `resolve`."""
+    text = section.perplexity
+    return section.settings(None if text is None else locate(text.dataset, resolve))
 
 
-def evaluate_recipe(
-    recipe: Recipe, model: str | Path, baseline: str | Path, device: str = "cpu"
+def evaluate_section(
+    section: Evaluate,
+    resolve: Callable[[str], str],
+    model: str | Path,
+    baseline: str | Path,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """What the recipe's `evaluate` section asks for; {} where it asks for nothing."""
-    section = recipe.evaluate
-    if section is None or not (section.tasks or section.perplexity):
+    """The figures that the section asks for; {} where it asks for nothing."""
+    if not (section.tasks or section.perplexity):
         return {}
-    return Evaluator.of_recipe(recipe, baseline, device).measure(
-        model, pictures=Path(model) / "eval"
-    )
+    evaluator = Evaluator.of_section(section, resolve, baseline, device)
+    return evaluator.measure(model, pictures=Path(model) / "eval")
 
 
-def evaluated_texts(recipe: Recipe) -> dict[str, str]:
-    """The files that the recipe's evaluation reads, each with a hash of what it holds now."""
-    text = recipe.evaluate and recipe.evaluate.perplexity
-    return content_digests([locate(text.dataset, recipe.resolve_path)] if text else [])
+def evaluated_texts(section: Evaluate, resolve: Callable[[str], str]) -> dict[str, str]:
+    """The files that the evaluation reads, each with a hash of what it holds now."""
+    text = section.perplexity
+    return content_digests([locate(text.dataset, resolve)] if text else [])
 
 
 def check_tasks(settings: EvaluationSettings) -> None:
@@ -259,9 +259,9 @@ def check_tasks(settings: EvaluationSettings) -> None:
         find_tasks(settings)
 
 
-def check_evaluation(recipe: Recipe) -> None:
+def check_evaluation(section: Evaluate, resolve: Callable[[str], str]) -> None:
     """UsageError for what an evaluation would trip over: before a long run, not after it."""
-    settings = settings_of(recipe)
+    settings = settings_of(section, resolve)
     check_tasks(settings)
     if settings.perplexity is not None:
         load_documents(settings.perplexity, "held_out", settings.text_field)

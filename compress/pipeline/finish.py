@@ -20,7 +20,7 @@ from compress.allocation.allocate import Allocation
 from compress.data.prompts import CalibrationData
 from compress.memory import peak_memory
 from compress.observer import Observer
-from compress.pipeline.evaluation import evaluate_recipe, evaluated_texts
+from compress.pipeline.evaluation import evaluate_section, evaluated_texts
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.output import document
 from compress.pipeline.plan import make_plan
@@ -147,12 +147,13 @@ def measure(
 
 def _metrics(inputs: RunInputs, output: Path, file: Path) -> dict[str, Any]:
     """The evaluation's figures: those of an earlier process, if it was asked for the same."""
-    section = inputs.recipe.evaluate
+    section, resolve = inputs.recipe.evaluate, inputs.recipe.resolve_path
     assert section is not None
-    asked = {"evaluate": section.model_dump(mode="json"), "texts": evaluated_texts(inputs.recipe)}
+    texts = evaluated_texts(section, resolve)
+    asked = {"evaluate": section.model_dump(mode="json"), "texts": texts}
     known = read_json(file) or {}
     if known.get("asked") == asked:
         return known["metrics"]
-    metrics = evaluate_recipe(inputs.recipe, output, inputs.skeleton.folder, inputs.device)
+    metrics = evaluate_section(section, resolve, output, inputs.skeleton.folder, inputs.device)
     write_json(file, {"asked": asked, "metrics": metrics})
     return metrics

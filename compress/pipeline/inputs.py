@@ -11,7 +11,6 @@ import torch
 from compress.data.source import CalibrationSource
 from compress.models.skeleton import Skeleton
 from compress.recipe.recipe import Recipe
-from compress.recipe.strategy import LANGUAGE_ATTENTION
 from compress.rotation.model import RotatedModel, storage_dtype
 
 
@@ -42,13 +41,12 @@ class RunInputs:
     def of(cls, recipe: Recipe, skeleton: Skeleton, device: str = "cpu") -> "RunInputs":
         """The same for a model that is open already."""
         pruning = recipe.prune_visual_tokens
-        method = pruning.strategy.method if pruning and pruning.strategy else None
         source = CalibrationSource(
             recipe.calibration,
             recipe.resolve_path,
             used=recipe.calibrates,
             sees=skeleton.spec.vision is not None,
-            answers=method not in LANGUAGE_ATTENTION,
+            answers=pruning is None or not pruning.ranks_by_language_attention,
         )
         return cls(recipe, skeleton, source, storage_dtype(recipe.model, skeleton), device)
 

@@ -22,7 +22,7 @@ from compress.pruning.saved import saved_strategy
 from compress.pruning.search import check_search, search_variables
 from compress.pruning.stages import Stages
 from compress.recipe.pruning import PruneVisualTokens
-from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
+from compress.recipe.strategy import PruneStrategy
 
 SECTION = "prune_visual_tokens"
 TEXT_TOKENS = 32  # of a prompt that is made up, beside its image
@@ -73,7 +73,7 @@ def strategy_of(
     base = skeleton.base
     check_decoder(base.get_submodule("language_model"))
     Stages(strategy, layers).tap(base, FAMILIES[skeleton.model_config.model_type])
-    if strategy.method in LANGUAGE_ATTENTION:
+    if strategy.ranks_by_language_attention:
         first = f"{skeleton.spec.layers}.0.{skeleton.spec.attention}"
         LastTokenAttention(skeleton.model.get_submodule(first))
     return strategy

@@ -100,7 +100,8 @@ def run(
     with lease(output) as held:
         check_output(output, overwrite, held.abandoned)
         check_device(device)
-        check_evaluation(recipe)
+        if recipe.evaluate is not None:
+            check_evaluation(recipe.evaluate, recipe.resolve_path)
         log.observer.stage("plan")
         inputs = RunInputs.open(recipe, device)
         if inputs.skeleton.folder.resolve() == output.resolve():

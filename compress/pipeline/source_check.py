@@ -225,9 +225,13 @@ def _elsewhere(skeleton: Skeleton, probes: Mapping[str, dict[str, Tensor]]) -> l
         command += ["--places", json.dumps(_places(skeleton))]
         command += ["--offload", str(Path(temporary, "offload"))]
         child = subprocess.run(
-            command, env=os.environ | OFFLINE | AT_ONCE, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            command,
+            env=os.environ | OFFLINE | AT_ONCE,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         try:
             report = json.loads(child.stdout)
         except ValueError:  # killed, for want of memory perhaps, before it could report

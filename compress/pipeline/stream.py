@@ -31,7 +31,6 @@ from compress.pruning.encoding import EncodedImages
 from compress.pruning.families import FAMILIES
 from compress.pruning.prompt import PromptImage, PrunedPrompt, take
 from compress.pruning.stages import Stages
-from compress.recipe.strategy import LANGUAGE_ATTENTION
 from compress.storage.files import file_digest
 from compress.storage.safetensors import read_tensors, save_tensors
 
@@ -239,7 +238,7 @@ class CalibrationStream:
         stages = self.stages
         if stages is None or not self.prompts or layer not in stages.numbers:
             return False
-        return stages.strategy.method in LANGUAGE_ATTENTION
+        return stages.strategy.ranks_by_language_attention
 
     def _narrow(self, layer: int) -> None:
         """Applies the stage before `layer`, and notes which tokens are left, for a resumed run."""

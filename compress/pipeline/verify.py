@@ -84,9 +84,13 @@ def _run(folder: Path, probe: Path, dequantize: bool, table: str | None) -> dict
     command += ["--dequantize"] if dequantize else []
     command += [] if table is None else ["--table", table]
     child = subprocess.run(
-        command, env=os.environ | OFFLINE, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        command,
+        env=os.environ | OFFLINE,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     try:
         return json.loads(child.stdout)
     except ValueError:  # killed, for want of memory perhaps, before it could report

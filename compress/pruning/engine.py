@@ -42,7 +42,7 @@ from compress.pruning.prompt import PrunedPrompt, take, take_positions
 from compress.pruning.refusals import check_inputs, checked_generate
 from compress.pruning.stages import Stages
 from compress.pruning.tower import Processor
-from compress.recipe.strategy import LANGUAGE_ATTENTION, PruneStrategy
+from compress.recipe.strategy import PruneStrategy
 
 Changed = tuple[tuple, Inputs] | None  # arguments that a hook puts in place of a forward's
 
@@ -98,7 +98,7 @@ class VisualTokenPruning:
         self.attention = {
             layer: LastTokenAttention(self.layers[layer - 1].self_attn)
             for layer in strategy.stages
-            if strategy.method in LANGUAGE_ATTENTION
+            if strategy.ranks_by_language_attention
         }
         self.shape = DecoderShape.of(self.text.config, self.text.dtype.itemsize)
         self.image_token = model.config.image_token_id

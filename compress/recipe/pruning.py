@@ -19,7 +19,14 @@ from pydantic import Field, ValidationError, model_validator
 from compress.errors import UsageError
 from compress.recipe.sections import Number, Section, Seed
 from compress.recipe.source import FieldError
-from compress.recipe.strategy import PUBLISHED_CELL, Layer, Method, PruneStrategy, Ratio
+from compress.recipe.strategy import (
+    LANGUAGE_ATTENTION,
+    PUBLISHED_CELL,
+    Layer,
+    Method,
+    PruneStrategy,
+    Ratio,
+)
 
 # Given ratios may miss a given `keep` by the rounding of a person who wrote three digits.
 KEEP_TOLERANCE = 2e-3
@@ -147,6 +154,12 @@ class PruneVisualTokens(Section):
                 f"{list(strategy.stages)} of {layers} keep {kept:.4g}: leave one out"
             )
         return strategy
+
+    @property
+    def ranks_by_language_attention(self) -> bool:
+        """As the strategy's, which is known before the model's depth is."""
+        given = self.read().strategy or StrategySettings()
+        return given.method in LANGUAGE_ATTENTION
 
     def read(self, path: str | None = None) -> "PruneVisualTokens":
         """The section with the settings of its strategy's file in place of the file's name.

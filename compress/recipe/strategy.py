@@ -91,7 +91,7 @@ class PruneStrategy(BaseModel):
             )
         if any(a >= b for a, b in pairwise(self.stages)):
             raise FieldError(("stages",), f"expected rising layers, found {list(self.stages)}")
-        if self.method in LANGUAGE_ATTENTION and self.stages[0] == 0:
+        if self.ranks_by_language_attention and self.stages[0] == 0:
             raise FieldError(
                 ("stages",),
                 f"{self.method} ranks by a decoder layer's attention: expected stages from 1 on",
@@ -138,6 +138,11 @@ class PruneStrategy(BaseModel):
                 later = None  # a large budget: equal ratios reach it
             found = ratios(_solve(lambda x: average_kept(stages, ratios(x), layers), keep, stages))
         return cls(method=cast(Method, method), stages=stages, ratios=found, **settings)
+
+    @property
+    def ranks_by_language_attention(self) -> bool:
+        """Whether each stage asks what the decoder layer before it attends to."""
+        return self.method in LANGUAGE_ATTENTION
 
     def average_kept(self, layers: int) -> float:
         """R: the share of visual tokens kept, averaged over a model's `layers` (equation 5)."""

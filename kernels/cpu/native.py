@@ -99,10 +99,22 @@ class Kernels:
         work = torch.empty(M * -(-K // 2) * each, dtype=torch.int32)
         y = torch.empty(M, N, dtype=torch.float32)
         self.library.modelpress_tiles_matmul(
-            x.data_ptr(), KINDS[x.dtype], work.data_ptr(), packed.data_ptr(), scale.data_ptr(),
-            KINDS[scale.dtype], None if zero is None else zero.data_ptr(), y.data_ptr(), M, N, K,
-            group_size or K, bits, 2 ** (bits - 1), torch.get_num_threads(),
-        )  # fmt: skip
+            x.data_ptr(),
+            KINDS[x.dtype],
+            work.data_ptr(),
+            packed.data_ptr(),
+            scale.data_ptr(),
+            KINDS[scale.dtype],
+            None if zero is None else zero.data_ptr(),
+            y.data_ptr(),
+            M,
+            N,
+            K,
+            group_size or K,
+            bits,
+            2 ** (bits - 1),
+            torch.get_num_threads(),
+        )
         return y
 
     def takes_quads(self) -> bool:
@@ -135,10 +147,22 @@ class Kernels:
         work = torch.empty(M * (steps + G), dtype=torch.int32)
         y = torch.empty(M, N, dtype=torch.float32)
         self.library.modelpress_quads_matmul(
-            values.data_ptr(), token_scale.data_ptr(), work.data_ptr(), packed.data_ptr(),
-            scale.data_ptr(), KINDS[scale.dtype], None if zero is None else zero.data_ptr(),
-            y.data_ptr(), M, N, K, group_size or K, bits, middle, torch.get_num_threads(),
-        )  # fmt: skip
+            values.data_ptr(),
+            token_scale.data_ptr(),
+            work.data_ptr(),
+            packed.data_ptr(),
+            scale.data_ptr(),
+            KINDS[scale.dtype],
+            None if zero is None else zero.data_ptr(),
+            y.data_ptr(),
+            M,
+            N,
+            K,
+            group_size or K,
+            bits,
+            middle,
+            torch.get_num_threads(),
+        )
         return y
 
     def round_tokens(self, x: Tensor, steps: float, half: int) -> tuple[Tensor, Tensor]:
@@ -273,9 +297,13 @@ def compile_library(compiler: str, version: str) -> Path:
         built = Path(temporary) / "kernels.so"
         command = [compiler, *flags, "-o", str(built), *map(str, SOURCES)]
         subprocess.run(
-            command, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            command,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
             timeout=COMPILE_SECONDS,
-        )  # fmt: skip
+        )
         built.chmod(0o700)
         path = folder / f"kernels-{key}-{hashlib.sha256(built.read_bytes()).hexdigest()}.so"
         built.replace(path)  # whole or not at all, also if two processes compile at once
@@ -294,9 +322,13 @@ def load(path: Path) -> ctypes.CDLL:
 
 def _version(compiler: str) -> str:
     run = subprocess.run(
-        [compiler, "--version"], check=True, stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, timeout=20,
-    )  # fmt: skip
+        [compiler, "--version"],
+        check=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     return run.stdout.splitlines()[0].strip() if run.stdout else compiler
 
 

@@ -213,6 +213,9 @@ def _shown_by(command: Sequence[str], compiled: CompiledKernel, stage: str) -> s
         file.flush()
         shown = subprocess.run(
             [*command, file.name],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     return shown.stdout + shown.stderr

@@ -112,9 +112,14 @@ def code_pairs(
         second = ((odd[None] >> (u * 4)) & MASK) | magic
         both = tl.join(first, second).permute(0, 7, 1, 2, 3, 4, 5, 6)
         pair = both.reshape(
-            T, even.shape[0], even.shape[1], even.shape[2], even.shape[3], even.shape[4],
+            T,
+            even.shape[0],
+            even.shape[1],
+            even.shape[2],
+            even.shape[3],
+            even.shape[4],
             even.shape[5],
-        )  # fmt: skip
+        )
     return pair
 
 

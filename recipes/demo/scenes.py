@@ -359,7 +359,7 @@ def examples(split: str, seed: int, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _questions_of_type(rng: np.random.Generator, index: int) -> Iterator[dict[str, Any]]:
-    from PIL import Image
+    from PIL import Image  # an optional extra
 
     while True:
         scenes = draw(rng, 16)

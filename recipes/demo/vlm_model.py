@@ -29,6 +29,7 @@ CHAT_TEMPLATE = (
 
 def build_processor() -> transformers.LlavaProcessor:
     """Words to tokens one to one, pictures by pillow; a prompt is `<image> what is red ?`."""
+    # Its own import: the rest of the file needs no pillow.
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     words = {word: i for i, word in enumerate((*SPECIAL, *scenes.WORDS))}

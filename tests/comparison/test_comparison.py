@@ -340,10 +340,13 @@ def test_a_model_of_the_hub_is_fetched_and_its_results_are_kept(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     baselines = []
-    of_recipe = Evaluator.of_recipe
-    monkeypatch.setattr(
-        Evaluator, "of_recipe", lambda r, path, d: baselines.append(path) or of_recipe(r, path, d)
-    )
+    of_section = Evaluator.of_section
+
+    def noted(section, resolve, path, device):
+        baselines.append(path)
+        return of_section(section, resolve, path, device)
+
+    monkeypatch.setattr(Evaluator, "of_section", noted)
     section = {"model": {"path": "someone/some-model", "revision": "abc"}}
     recipes = [
         recipe_of(checkpoint(), text, f"w{bits}", bits=bits).with_changes(**section)

@@ -17,7 +17,7 @@ from compress.eval.settings import WINDOW, EvaluationSettings
 from compress.eval.windows import Text
 from compress.kernels.cpu.native import packed_is_faster
 from compress.pipeline import evaluation
-from compress.pipeline.evaluation import Evaluator, check_evaluation, evaluate, evaluate_recipe
+from compress.pipeline.evaluation import Evaluator, check_evaluation, evaluate, evaluate_section
 from compress.recipe.recipe import Recipe
 from compress.recipe.sections import Evaluate
 from support.calling import pretend
@@ -120,9 +120,8 @@ def test_windows_are_as_long_as_the_model_takes_where_nothing_is_said(checkpoint
     context = AutoConfig.from_pretrained(model).max_position_embeddings
     found = evaluate(model, perplexity=str(text))["perplexity"]
     assert found["length"] == context < WINDOW
-    by_recipe = evaluate_recipe(
-        recipe_with(checkpoint, {"perplexity": str(text), "baseline": False}), model, model
-    )
+    recipe = recipe_with(checkpoint, {"perplexity": str(text), "baseline": False})
+    by_recipe = evaluate_section(recipe.evaluate, recipe.resolve_path, model, model)
     assert by_recipe["perplexity"] == found
     settings = EvaluationSettings()
     assert settings.window(None) == settings.window(10 * WINDOW) == WINDOW
@@ -156,12 +155,12 @@ def recipe_with(checkpoint, evaluate):
     return recipe_for(checkpoint(), evaluate=evaluate)
 
 
-@pytest.mark.parametrize("section", [None, {}, {"tasks": [], "limit": 3}])
-def test_a_recipe_that_asks_for_nothing_gets_nothing(checkpoint, section, monkeypatch):
+@pytest.mark.parametrize("section", [{}, {"tasks": [], "limit": 3}])
+def test_a_section_that_asks_for_nothing_gets_nothing(checkpoint, section, monkeypatch):
     loads = Counts(monkeypatch, evaluation, "load")
     recipe = recipe_with(checkpoint, section)
-    check_evaluation(recipe)
-    assert evaluate_recipe(recipe, checkpoint(), checkpoint()) == {}
+    check_evaluation(recipe.evaluate, recipe.resolve_path)
+    assert evaluate_section(recipe.evaluate, recipe.resolve_path, checkpoint(), checkpoint()) == {}
     assert loads.first == []
 
 
@@ -174,7 +173,7 @@ def test_a_recipe_is_measured_as_its_section_says(checkpoint, text, quantised, b
         "batch_size": 3,
     }
     recipe = recipe_with(checkpoint, section)
-    found = evaluate_recipe(recipe, quantised[0], checkpoint())
+    found = evaluate_section(recipe.evaluate, recipe.resolve_path, quantised[0], checkpoint())
     expected = evaluate(
         quantised[0], perplexity=str(text), length=LENGTH, stride=8, bos=True, tokens=200,
         batch_size=3, baseline=checkpoint() if baseline else None,
@@ -192,8 +191,8 @@ def test_a_recipes_text_is_looked_up_beside_the_recipe(checkpoint, text, tmp_pat
     file.write_text(recipe_with(checkpoint, section).dump())
     monkeypatch.chdir(tmp_path / "elsewhere")
     recipe = Recipe.load(file)
-    check_evaluation(recipe)
-    found = evaluate_recipe(recipe, checkpoint(), checkpoint())
+    check_evaluation(recipe.evaluate, recipe.resolve_path)
+    found = evaluate_section(recipe.evaluate, recipe.resolve_path, checkpoint(), checkpoint())
     expected = evaluate(checkpoint(), perplexity=str(text), length=LENGTH, tokens=100)
     assert found["perplexity"] == expected["perplexity"]
 
@@ -212,8 +211,9 @@ def test_what_cannot_be_measured_is_said_before_a_model_is_loaded(checkpoint, mo
     assert asked[0]["settings"] == EvaluationSettings(tasks=["demo_cod"], include_path="mine")
     cases = ({"tasks": ["demo_cod"]}, unknown), ({"perplexity": "no.txt"}, "no.txt")
     for section, said in cases:
+        recipe = recipe_with(checkpoint, section)
         with refused(UsageError, said):
-            check_evaluation(recipe_with(checkpoint, section))
+            check_evaluation(recipe.evaluate, recipe.resolve_path)
     assert loads.first == []
 
 

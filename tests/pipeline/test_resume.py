@@ -268,7 +268,7 @@ def test_a_result_whose_evaluation_fails_is_described_and_measured_later(
         raise failure
 
     with monkeypatch.context() as patch:
-        patch.setattr("compress.pipeline.finish.evaluate_recipe", fails)
+        patch.setattr("compress.pipeline.finish.evaluate_section", fails)
         with pytest.raises(type(failure)):
             run(recipe, output, windows=WINDOWS, self_check=False)
     before = weight_files(output)

@@ -120,7 +120,7 @@ class GgufFormat:
 
     def _names(self) -> dict[str, str]:
         """The name of each tensor there -> the tensor or the module (`X.weight`) here."""
-        import gguf
+        import gguf  # an optional extra
 
         architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
         mapping = gguf.get_tensor_name_map(
@@ -210,7 +210,7 @@ class GgufFormat:
 
     def write(self, folder: Path, shard_bytes: int) -> dict[str, int]:
         """folder/model.gguf, or model-0000k-of-0000n.gguf if that passes `shard_bytes`."""
-        import gguf
+        import gguf  # an optional extra
 
         sizes = {"quantized": 0, "other": 0}
         layout = {}  # name -> type, shape in bytes
@@ -295,7 +295,7 @@ class GgufFormat:
 
     def _add_metadata(self, writer: "GGUFWriter") -> None:
         """Settings of the model, the tokenizer, and who made the file."""
-        import gguf
+        import gguf  # an optional extra
 
         writer.add_quantized_by(f"modelpress {version('modelpress')}")
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -334,21 +334,21 @@ def _dense(weight: Codes) -> Tensor:
 
 def _rounded(weight: Tensor, kind: str) -> np.ndarray:
     """fp32 values [N, K] rounded to a type, as bytes."""
-    import gguf
+    import gguf  # an optional extra
 
     data = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[kind])
     return data.view(np.uint8)
 
 
 def _values(data: np.ndarray, kind: str) -> np.ndarray:
-    import gguf
+    import gguf  # an optional extra
 
     return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
 
 
 def _file_type(weights: dict[str, int]) -> int:
     """What llama.cpp shows as the type of the file: that of most quantised weights."""
-    import gguf
+    import gguf  # an optional extra
 
     kind = max(weights, key=lambda name: weights[name])
     known = gguf.LlamaFileType.__members__

@@ -59,7 +59,7 @@ def _tensors(file: Path) -> Any:
 
 def _scheme(kind: str) -> dict[str, Any]:
     """Bits, group size and symmetry of a type by its name, such as Q4_0, IQ3_XXS, BF16."""
-    import gguf
+    import gguf  # an optional extra
 
     if kind in PLAIN:
         return {"bits": PLAIN[kind], "group_size": None, "symmetric": None}

@@ -95,7 +95,7 @@ def add_settings(writer: "GGUFWriter", config: "PretrainedConfig") -> None:
 
 
 def _add_rope(writer: "GGUFWriter", config: "PretrainedConfig") -> None:
-    import gguf
+    import gguf  # an optional extra
 
     rope = config.rope_parameters
     writer.add_rope_dimension_count(head_dim_of(config))
