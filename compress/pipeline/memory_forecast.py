@@ -154,7 +154,9 @@ def _vocabulary(inputs: RunInputs) -> int:
     vocabulary = skeleton.config.vocab_size
     length = inputs.recipe.calibration.length if inputs.source.used else PROBE_TOKENS
     logits = min(length, scored_at_once(vocabulary)) * vocabulary * 4
-    rounded = 4 * inputs.recipe.quantize.has_tables  # its codes, on their way to words or bytes
+    # Its codes, on their way to words or bytes; and of a head that is solved, what it became.
+    quantize = inputs.recipe.quantize
+    rounded = 4 * quantize.has_tables + 4 * (quantize.head is not None)
     return vocabulary * skeleton.config.hidden_size * (4 + stored * copied + rounded) + logits
 
 
