@@ -32,6 +32,7 @@ from compress.models.skeleton import Skeleton
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.pruning_forecast import calibration_tokens
 from compress.recipe.sections import MEASURED_SCORES
+from compress.rotation.rotate import VALUES_AT_ONCE
 
 Shapes = dict[str, tuple[int, int]]  # of linears, by full name
 
@@ -150,14 +151,17 @@ def _stack(skeleton: Skeleton, shapes: Shapes) -> int:
 def _vocabulary(inputs: RunInputs) -> int:
     """Bytes of the embedding or the head as it is stored and in fp32, and of a probe's logits."""
     skeleton, stored = inputs.skeleton, inputs.skeleton.dtype.itemsize
-    copied = stored < 4 or inputs.recipe.rotate.kind != "none"
+    rotated = inputs.recipe.rotate.kind != "none"
+    copied = stored < 4 or rotated
     vocabulary = skeleton.config.vocab_size
     length = inputs.recipe.calibration.length if inputs.source.used else PROBE_TOKENS
     logits = min(length, scored_at_once(vocabulary)) * vocabulary * 4
     # Its codes, on their way to words or bytes; and of a head that is solved, what it became.
     quantize = inputs.recipe.quantize
     rounded = 4 * quantize.has_tables + 4 * (quantize.head is not None)
-    return vocabulary * skeleton.config.hidden_size * (4 + stored * copied + rounded) + logits
+    pieces = 3 * 8 * VALUES_AT_ONCE * rotated
+    each = 4 + stored * copied + rounded
+    return vocabulary * skeleton.config.hidden_size * each + logits + pieces
 
 
 def _working(

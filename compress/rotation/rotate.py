@@ -43,9 +43,9 @@ from compress.rotation.hadamard import HadamardTransform
 # Each takes the size and the seed of its random numbers.
 ROTATIONS: Registry[Callable[..., "Rotation | None"]] = Registry("rotation")
 
-# Rows of an embedding or head rotated at once: 2^14 fp64 rows of 8192 are 1 GiB, where the whole
-# table of a 150,000-word model would be 10 GiB.
-ROWS_AT_ONCE = 2**14
+# Numbers of an embedding or head rotated at once: 32 MiB in fp64, and a few such on the way, where
+# the whole table of a 150,000-word model would be 10 GiB.
+VALUES_AT_ONCE = 2**22
 
 
 class Rotation(ABC):
@@ -271,8 +271,9 @@ def fuse_and_rotate_head(
     The final norm must become ones. Products in fp64, returned as `dtype`.
     """
     rows = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    for start in range(0, len(weight), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
+    step = max(1, VALUES_AT_ONCE // weight.shape[1])
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
         fused = weight[part].double() * gamma.double()
         rows[part] = fused if residual is None else residual.right(fused)
     return rows

@@ -277,7 +277,7 @@ def test_head_and_embedding_in_pieces_and_in_the_asked_dtype(monkeypatch):
     gamma = torch.rand(12, generator=generator)
     residual = make_rotation("hadamard", 12, seed=0)
     Q = residual.matrix()
-    monkeypatch.setattr(rotate, "ROWS_AT_ONCE", 8)
+    monkeypatch.setattr(rotate, "VALUES_AT_ONCE", 96)
     head = fuse_and_rotate_head(weight, gamma, residual)
     assert torch.allclose(head, (weight.double() * gamma.double()) @ Q, atol=1e-12)
     embedding = rotate_embedding(weight, residual, dtype=torch.bfloat16)
