@@ -159,9 +159,9 @@ def _vocabulary(inputs: RunInputs) -> int:
     # Its codes, on their way to words or bytes; and of a head that is solved, what it became.
     quantize = inputs.recipe.quantize
     rounded = 4 * quantize.has_tables + 4 * (quantize.head is not None)
-    pieces = 3 * 8 * VALUES_AT_ONCE * rotated
-    each = 4 + stored * copied + rounded
-    return vocabulary * skeleton.config.hidden_size * each + logits + pieces
+    table = vocabulary * skeleton.config.hidden_size
+    pieces = 3 * 8 * min(table, VALUES_AT_ONCE) * rotated  # in fp64
+    return table * (4 + stored * copied + rounded) + logits + pieces
 
 
 def _working(
