@@ -70,7 +70,9 @@ def second_hessians(inputs: RunInputs, shapes: Shapes) -> list[int]:
 
 def host_memory(inputs: RunInputs, shapes: Shapes) -> int:
     """Bytes."""
-    return FIXED_MEMORY + max(_run(inputs, shapes), _scores(inputs, shapes))
+    reads_text = inputs.source.used and not inputs.source.images
+    fixed = FIXED_MEMORY + (TEXT_MEMORY if reads_text else 0)
+    return fixed + max(_run(inputs, shapes), _scores(inputs, shapes))
 
 
 def _run(inputs: RunInputs, shapes: Shapes) -> int:
@@ -102,8 +104,7 @@ def _run(inputs: RunInputs, shapes: Shapes) -> int:
     streams = hidden * (2 if twin else 1) + widest
     activations = calibration_tokens(inputs.source, skeleton) * streams * 4
     on_disk = activations_on_disk(recipe.calibration.offload, activations)
-    text = 0 if inputs.source.images else TEXT_MEMORY
-    return total + text + (0 if on_disk else activations)
+    return total + (0 if on_disk else activations)
 
 
 def _scores(inputs: RunInputs, shapes: Shapes) -> int:
