@@ -26,7 +26,7 @@ through, and nothing of x0 waits between stages.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -59,6 +59,11 @@ class Part:
     H: Hessian | None
 
 
+def needed(parts: list[Part]) -> bool:
+    """Whether any of the parts has a Hessian."""
+    return any(part.H is not None for part in parts)
+
+
 @contextmanager
 def without(layer: nn.Module, name: str) -> Iterator[nn.Module]:
     """The layer with one linear replaced by the identity; yields the linear's parent module."""
@@ -83,6 +88,178 @@ def replaced(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for name, weight in before.items():
             linear_in(layer, name).weight = weight
+
+
+class Twin:
+    """The 16-bit model's activations beside those of the pass, for the counted batches.
+
+    Without a 16-bit model, and for other batches, all it gives is None.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        x: ActivationStore | None,
+        y: ActivationStore | None,
+        counted: int,
+        device: str,
+    ):
+        assert (x is None) == (y is None), "inputs and outputs of the 16-bit model go together"
+        self.layer, self.x, self.y, self.counted, self.device = layer, x, y, counted, device
+        self.kept: dict[str, Tensor] = {}
+
+    def keep(self, group: Iterable[str]) -> None:
+        """Keeps a group's 16-bit weights, for the pass behind its quantisation, and no others."""
+        there = self.x is not None
+        self.kept = {name: linear_in(self.layer, name).weight for name in group if there}
+
+    def normed(self, i: int, store: ActivationStore | None, norm: nn.Module) -> Tensor | None:
+        """What a norm gives for batch i of a store: of `x`, or of `y`."""
+        return None if store is None or i >= self.counted else norm(store[i].to(self.device))
+
+    def through(
+        self,
+        i: int,
+        store: ActivationStore | None,
+        part: Callable[[int, Tensor], Tensor],
+        last: nn.Module,
+    ) -> Tensor | None:
+        """The input of linear `last` for batch i of a store, and its output to `y`.
+
+        `part`: from the stream to that input; it runs with the weights that are kept.
+        """
+        if store is None or self.y is None or i >= self.counted:
+            return None
+        z = store[i].to(self.device)
+        with replaced(self.layer, self.kept):
+            inner = part(i, z)
+        self.y.put(i, z + last(inner))
+        return inner
+
+
+@dataclass
+class LayerPass:
+    """All batches on their way through one layer; the fields are arguments of `run_layer`.
+
+    Each `before_...` moves them to the input of its group and adds that to the group's Hessians.
+    """
+
+    layer: nn.Module
+    spec: ArchitectureSpec
+    inputs: Callable[[int, Tensor], LayerInputs]
+    x: ActivationStore
+    y: ActivationStore
+    work: ActivationStore
+    quantise: QuantiseGroup
+    needs_hessian: Callable[[tuple[str, ...]], bool]
+    weigh: Weigh
+    uniform: Callable[[int, Tensor], Tensor | None]
+    split: Split
+    counted: int
+    attended: Callable[[int], None] | None
+    twin: Twin
+    device: str
+    weights: list[Tensor | None] = field(default_factory=list)  # of tokens, for each counted batch
+
+    def run(self) -> None:
+        """The four stages."""
+        spec = self.spec
+        self.stage((spec.query, spec.key, spec.value), self.before_qkv, keep=True)
+        self.stage((spec.output,), self.before_o, keep=False)
+        self.stage(spec.mlp_in, self.before_gate_up, keep=True)
+        self.stage((spec.mlp_out,), self.before_down, keep=False)
+        self.after_down()
+
+    def stage(
+        self, group: tuple[str, ...], before: Callable[[list[Part]], None], *, keep: bool
+    ) -> None:
+        """Moves the batches to the group's input, then quantises it.
+
+        `keep`: whether the twin goes through the group's 16-bit weights in the next stage.
+        """
+        parts = self.parts_of(group)
+        before(parts)  # a method of its own: no batch is held while the group is solved
+        self.twin.keep(group if keep else ())
+        while parts:  # a Hessian is not held longer than its part
+            part = parts.pop(0)
+            self.quantise(part.names, part.H)
+
+    def before_qkv(self, parts: list[Part]) -> None:
+        """norm(x), and the token weights."""
+        norm = self.layer.get_submodule(self.spec.input_norm)
+        for i, z in self.batches(self.x):
+            normed = norm(z)
+            if i < self.counted:
+                self.weights.append(self.weigh(i, z, normed))
+            if needed(parts):
+                self.add(parts, i, normed, self.twin.normed(i, self.twin.x, norm))
+
+    def before_o(self, parts: list[Part]) -> None:
+        """attention(norm(x)), which waits in `work`."""
+        norm, o = map(self.layer.get_submodule, (self.spec.input_norm, self.spec.output))
+        with without(self.layer, self.spec.output) as attention:
+
+            def attend(i: int, z: Tensor) -> Tensor:
+                return attention(hidden_states=norm(z), **self.inputs(i, z))[0]
+
+            for i, z in self.batches(self.x):
+                mixed = attend(i, z)
+                if self.attended is not None:
+                    self.attended(i)
+                self.work.append(mixed)
+                self.add(parts, i, mixed, self.twin.through(i, self.twin.x, attend, o))
+
+    def before_gate_up(self, parts: list[Part]) -> None:
+        """x += o(.), which goes to `y`, and norm(x)."""
+        norm, o = map(self.layer.get_submodule, (self.spec.post_norm, self.spec.output))
+        for i, z in self.batches(self.x):
+            z = z + o(self.work[i].to(self.device))
+            self.y.put(i, z)
+            if needed(parts):  # or the norm would be computed for nothing
+                self.add(parts, i, norm(z), self.twin.normed(i, self.twin.y, norm))
+        self.work.clear()
+
+    def before_down(self, parts: list[Part]) -> None:
+        """act(gate) * up, which waits in `work`."""
+        norm, down = map(self.layer.get_submodule, (self.spec.post_norm, self.spec.mlp_out))
+        with without(self.layer, self.spec.mlp_out) as mlp:
+
+            def widen(i: int, z: Tensor) -> Tensor:
+                return mlp(norm(z))
+
+            for i, z in self.batches(self.y):
+                wide = widen(i, z)
+                self.work.append(wide)
+                self.add(parts, i, wide, self.twin.through(i, self.twin.y, widen, down))
+
+    def after_down(self) -> None:
+        """x += down(.), in `y`."""
+        down = self.layer.get_submodule(self.spec.mlp_out)
+        for i, z in self.batches(self.y):
+            self.y[i] = z + down(self.work[i].to(self.device))
+        self.work.clear()
+
+    def batches(self, store: ActivationStore) -> Iterator[tuple[int, Tensor]]:
+        return ((i, store[i].to(self.device)) for i in range(len(self.x)))
+
+    def parts_of(self, group: tuple[str, ...]) -> list[Part]:
+        """The parts of a group, whose Hessians are still empty."""
+        columns, drift = linear_in(self.layer, group[0]).in_features, self.twin.x is not None
+        return [
+            Part(
+                names,
+                weighted,
+                Hessian(columns, self.device, drift) if self.needs_hessian(names) else None,
+            )
+            for names, weighted in self.split(group)
+        ]
+
+    def add(self, parts: list[Part], i: int, rows: Tensor, rows0: Tensor | None) -> None:
+        """Adds batch i to the Hessians; `rows0`: the same in the 16-bit model."""
+        for part in parts:
+            if part.H is not None and i < self.counted:
+                w = self.weights[i] if part.weighted else self.uniform(i, rows)
+                part.H.add_batch(rows, w, rows0)
 
 
 def run_layer(
@@ -119,119 +296,24 @@ def run_layer(
         x0, y0: inputs of the 16-bit model for the counted batches, and where its outputs go: an
             empty store, or `x0` itself. Hessians then have their drift. None: there is no such.
     """
-    assert (x0 is None) == (y0 is None), "inputs and outputs of the 16-bit model go together"
-    input_norm, post_norm = (layer.get_submodule(n) for n in (spec.input_norm, spec.post_norm))
     counted = len(x) if counted is None else counted
-    weights: list[Tensor | None] = []
-
-    def add(parts: list[Part], i: int, rows: Tensor, rows0: Tensor | None) -> None:
-        for part in parts:
-            if part.H is not None and i < counted:
-                w = weights[i] if part.weighted else uniform(i, rows)
-                part.H.add_batch(rows, w, rows0)
-
-    def statistics(group: tuple[str, ...]) -> list[Part]:
-        columns = linear_in(layer, group[0]).in_features
-        drift = x0 is not None
-        return [
-            Part(names, weighted, Hessian(columns, device, drift) if needs_hessian(names) else None)
-            for names, weighted in split(group)
-        ]
-
-    def needed(parts: list[Part]) -> bool:
-        return any(part.H is not None for part in parts)
-
-    def solve(parts: list[Part]) -> None:
-        while parts:  # a Hessian is not held longer than its part
-            part = parts.pop(0)
-            quantise(part.names, part.H)
-
-    def twin(i: int, store: ActivationStore | None, norm: nn.Module) -> Tensor | None:
-        """What a norm gives for batch i in the 16-bit model."""
-        return None if store is None or i >= counted else norm(store[i].to(device))
-
-    def twin_through(
-        i: int,
-        store: ActivationStore | None,
-        part: Callable[[int, Tensor], Tensor],
-        kept: dict[str, Tensor],
-        last: nn.Module,
-    ) -> Tensor | None:
-        """The input of linear `last` for batch i in the 16-bit model, and its output to `y0`.
-
-        `part`: from the stream to that input; `kept` are the 16-bit weights in it.
-        """
-        if store is None or y0 is None or i >= counted:
-            return None
-        z = store[i].to(device)
-        with replaced(layer, kept):
-            inner = part(i, z)
-        y0.put(i, z + last(inner))
-        return inner
-
-    def weights_of(group: Iterable[str]) -> dict[str, Tensor]:
-        """A group's 16-bit weights, for the pass behind its quantisation."""
-        return {} if x0 is None else {name: linear_in(layer, name).weight for name in group}
-
-    def batches(store: ActivationStore) -> Iterator[tuple[int, Tensor]]:
-        return ((i, store[i].to(device)) for i in range(len(x)))
-
-    group = (spec.query, spec.key, spec.value)
-    parts = statistics(group)
-    for i, z in batches(x):
-        normed = input_norm(z)
-        if i < counted:
-            weights.append(weigh(i, z, normed))
-        if needed(parts):
-            add(parts, i, normed, twin(i, x0, input_norm))
-    del z, normed  # here and below: not to be held while the group is solved
-    kept = weights_of(group)
-    solve(parts)
-
-    parts = statistics((spec.output,))
-    output = layer.get_submodule(spec.output)
-    with without(layer, spec.output) as attention:
-
-        def attend(i: int, z: Tensor) -> Tensor:
-            return attention(hidden_states=input_norm(z), **inputs(i, z))[0]
-
-        for i, z in batches(x):
-            mixed = attend(i, z)
-            if attended is not None:
-                attended(i)
-            work.append(mixed)
-            add(parts, i, mixed, twin_through(i, x0, attend, kept, output))
-    del z, mixed, kept
-    solve(parts)
-
-    parts = statistics(spec.mlp_in)
-    for i, z in batches(x):
-        z = z + output(work[i].to(device))
-        y.put(i, z)
-        if needed(parts):  # or the norm would be computed for nothing
-            add(parts, i, post_norm(z), twin(i, y0, post_norm))
-    work.clear()
-    del z
-    kept = weights_of(spec.mlp_in)
-    solve(parts)
-
-    parts = statistics((spec.mlp_out,))
-    down = layer.get_submodule(spec.mlp_out)
-    with without(layer, spec.mlp_out) as mlp:
-
-        def widen(i: int, z: Tensor) -> Tensor:
-            return mlp(post_norm(z))
-
-        for i, z in batches(y):
-            wide = widen(i, z)
-            work.append(wide)
-            add(parts, i, wide, twin_through(i, y0, widen, kept, down))
-    del z, wide, kept
-    solve(parts)
-
-    for i, z in batches(y):
-        y[i] = z + down(work[i].to(device))
-    work.clear()
+    LayerPass(
+        layer,
+        spec,
+        inputs,
+        x,
+        y,
+        work,
+        quantise,
+        needs_hessian,
+        weigh,
+        uniform,
+        split,
+        counted,
+        attended,
+        Twin(layer, x0, y0, counted, device),
+        device,
+    ).run()
 
 
 def solve_group(
