@@ -165,12 +165,22 @@ class PackedLinears:
             shapes[name] = (N, K)
         return shapes
 
+    @property
+    def runs(self) -> bool:
+        """Whether kernels run all linears."""
+        try:
+            self.check_runs()
+        except UnpackableError:
+            return False
+        return True
+
     def check_runs(self) -> None:
         """Raises UnpackableError for a linear that kernels do not run."""
         for name, scheme in self.schemes.items():
             rounded = scheme.activation_bits is not None
             chosen = self.activation_bits is not None
-            remedy = "leave out activation_bits" if chosen else self.remedy
+            dense = self.remedy if rounded else LOAD_DENSE
+            remedy = "leave out activation_bits" if chosen else dense
             least = INTEGER_STEP if rounded else LEAST_GROUP
             if scheme.group_size is not None and scheme.group_size % least:
                 also = " and quantised activations" if rounded else ""

@@ -26,7 +26,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from compress.checkpoint.packed import check_scale
+from compress.checkpoint.packed import PackedLinears, check_scale
 from compress.checkpoint.quantization_config import (
     INTEGERS,
     checked_section,
@@ -126,7 +126,8 @@ def fastest_packing(
 ) -> bool | None:
     """What `packed` of `load` takes least time here; None if the checkpoint has nothing packed.
 
-    Where linears round what they read, packed: dense ones would not. Raises as `load` does.
+    Where linears round what they read, packed: dense ones would not. Dense where kernels do not run
+    the groups of a linear. Raises as `load` does.
     """
     path = _checked_folder(path)
     config = guarded(path, AutoConfig.from_pretrained)
@@ -136,7 +137,9 @@ def fastest_packing(
     rounds = activation_bits is not None or any(
         group.get("input_activations") for group in groups_of(section)
     )
-    return rounds or native.packed_is_faster(device)
+    if rounds:
+        return True
+    return native.packed_is_faster(device) and PackedLinears(path).runs
 
 
 def without_section(config: PretrainedConfig) -> PretrainedConfig:

@@ -151,7 +151,8 @@ class ModelpressQuantizer(HfQuantizer):
         with torch.device("cpu"):  # transformers calls this under the meta device
             bits = self.quantization_config.activation_bits
             self.linears = PackedLinears(files[0].parent, bits)
-            self.linears.check_runs()
+            if self.quantization_config.packed:
+                self.linears.check_runs()
             self.places = find_places(model, self.linears)
         for place in self.places.values():
             _put(model, place, PackedPlaceholder(_matrix_in(model, place)))

@@ -323,6 +323,7 @@ def test_the_way_out_that_a_refusal_names(tmp_path, capsys):
     command = ["generate", tmp_path, "--prompt", "0", "--max-tokens", 2]
     refuses(capsys, [*command, "--packed"], "packed=False", "--dense")
     assert call(*command, "--dense") == 0
+    assert call(*command) == 0  # who does not choose gets what runs
 
 
 @pytest.mark.parametrize("packed", [None, False])

@@ -16,6 +16,7 @@ from compress.checkpoint.packed import PackedLinears, UnpackableError
 from compress.errors import RecipeError
 from compress.kernels.embedding import QuantEmbedding
 from compress.kernels.linear import QuantLinear
+from compress.kernels.reference import dequantize
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
@@ -30,6 +31,7 @@ from support.tiny_checkpoints import (
     recipe_for,
     relative_error,
     weight_files,
+    write_text,
 )
 from support.watching import Watch
 
@@ -126,6 +128,28 @@ def test_a_table_is_rounded_to_nearest(checkpoint, tmp_path):
     plain = original.abs().amax(1, keepdim=True) / 127
     rounded = (original / plain).round() * plain
     assert (levels * codes.scale - original).norm() < (rounded - original).norm()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_that_no_kernel_runs_are_loaded_dense(checkpoint, tmp_path, symmetric):
+    """Also where transformers alone cannot: an embedding in words, zero points."""
+    source, text = checkpoint("llama", dtype=torch.bfloat16), write_text(tmp_path / "text.jsonl")
+    sections = tables((4, 4) if symmetric else None, quantize={"symmetric": symmetric})
+    sections["quantize"]["group_size"] = 4
+    evaluate = {"perplexity": {"dataset": str(text), "length": 24, "tokens": 96}}
+    recipe = recipe_for(source, text, **sections, evaluate=evaluate)
+    assert any("packed=False" in note for note in plan_of(recipe).notes)
+    result = run(recipe, tmp_path / "out", check_source=False)
+    assert result.self_check["relative_error"] < 1e-4
+    assert result.metrics["conditions"]["linears"] == "dense"
+    with refused(UnpackableError, tmp_path / "out", "groups of 4", "packed=False"):
+        compress.load(tmp_path / "out", packed=True)
+    model, _ = compress.load(tmp_path / "out", packed=False, dtype=torch.float32)
+    linears = PackedLinears(tmp_path / "out")
+    for name in linears.schemes:
+        codes = linears.codes(name)
+        found = model.get_submodule(name).weight.detach()
+        assert torch.equal(found, dequantize(codes).to(found.dtype))
 
 
 def test_saving_a_loaded_model_gives_the_same_tensors(checkpoint, tmp_path):
