@@ -26,7 +26,8 @@ from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import host_memory, second_hessians
 from compress.pipeline.pruning_forecast import PruningForecast, forecast
 from compress.pipeline.source_check import SourceCheck
-from compress.recipe.sections import AUTO_SIZES, matches
+from compress.recipe.quantize import AUTO_SIZES
+from compress.recipe.sections import matches
 from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
 from compress.storage.safetensors import header_bytes
