@@ -34,7 +34,8 @@ from compress.checkpoint.packed_formats import planned_bytes
 from compress.data.windows import CalibrationWindows
 from compress.models.skeleton import Skeleton, linear_in
 from compress.observer import Observer
-from compress.recipe.sections import MEASURED_SCORES, Allocate, Quantize
+from compress.recipe.quantize import Quantize
+from compress.recipe.sections import MEASURED_SCORES, Allocate
 from compress.registry import LAYER_IMPORTANCE
 from compress.rotation.model import RotatedModel
 from compress.scheme import PlannedModule

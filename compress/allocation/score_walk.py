@@ -40,7 +40,8 @@ from compress.quantization.layer import replaced
 from compress.quantization.rounding import quadratic
 from compress.quantization.solvers import QuantizedLinear, make_solver
 from compress.quantization.token_weights import TokenWeigher
-from compress.recipe.sections import Allocate, Quantize
+from compress.recipe.quantize import Quantize
+from compress.recipe.sections import Allocate
 from compress.rotation.model import RotatedModel
 from compress.scheme import Scheme
 

@@ -22,7 +22,8 @@ from compress.data.windows import CalibrationWindows
 from compress.importance.layers import LayerImportance, UnitFacts
 from compress.observer import Observer
 from compress.quantization.solvers import QuantizedLinear
-from compress.recipe.sections import MEASURED_SCORES, Allocate, Quantize
+from compress.recipe.quantize import Quantize
+from compress.recipe.sections import MEASURED_SCORES, Allocate
 from compress.registry import LAYER_IMPORTANCE
 from compress.rotation.model import RotatedModel
 from compress.storage.files import file_digest

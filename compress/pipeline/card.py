@@ -38,7 +38,7 @@ from compress.eval.report import (
     format_number,
     paired_differences,
 )
-from compress.recipe.sections import TokenImportance
+from compress.recipe.token_importance import TokenImportance
 from compress.scheme import Scheme
 
 ROTATIONS = {"hadamard": "a randomised Hadamard matrix", "random": "a random orthogonal matrix"}

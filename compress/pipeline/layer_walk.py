@@ -31,7 +31,7 @@ from compress.quantization.hessian import Hessian
 from compress.quantization.layer import run_layer, solve_group
 from compress.quantization.solvers import make_solver
 from compress.quantization.token_weights import TokenWeigher
-from compress.recipe.sections import Quantize
+from compress.recipe.quantize import Quantize
 from compress.rotation.model import RotatedModel
 from compress.scheme import PlannedModule, Scheme
 

@@ -33,7 +33,7 @@ from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import factor
 from compress.quantization.refine import refine
 from compress.quantization.rounding import quadratic
-from compress.recipe.sections import Quantize
+from compress.recipe.quantize import Quantize
 from compress.registry import Registry
 
 SOLVERS: Registry[type["Solver"]] = Registry("solver")

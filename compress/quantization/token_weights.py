@@ -14,7 +14,7 @@ from compress.importance.tokens import LayerContext
 from compress.importance.weighting import TokenSettings, TokenWeights, mean_one, token_weights
 from compress.models.families import ArchitectureSpec
 from compress.models.skeleton import LayerInputs
-from compress.recipe.sections import TokenImportance
+from compress.recipe.token_importance import TokenImportance
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ when the recipe is read, so `dump` writes a recipe that makes the same bytes aga
     model: meta-llama/Llama-3.2-1B      # short for model: {path: ...}
     quantize: {bits: 4}
 
-The sections are in `sections.py`.
+The sections are in `sections.py` and, those with most keys, in files of their own.
 
     recipe = Recipe.load("recipes/demo-lm.yaml", overrides=["quantize.bits=4"])
 """
@@ -22,19 +22,10 @@ from pydantic import PrivateAttr, ValidationError, model_validator
 
 from compress.errors import RecipeError, did_you_mean
 from compress.recipe.pruning import PruneVisualTokens
-from compress.recipe.sections import (
-    HARD_MASKS,
-    Allocate,
-    Calibration,
-    Evaluate,
-    Model,
-    Quantize,
-    Rotate,
-    Save,
-    Section,
-    TokenImportance,
-)
+from compress.recipe.quantize import Quantize
+from compress.recipe.sections import Allocate, Calibration, Evaluate, Model, Rotate, Save, Section
 from compress.recipe.source import FieldError, Source
+from compress.recipe.token_importance import HARD_MASKS, TokenImportance
 
 
 class Recipe(Section):

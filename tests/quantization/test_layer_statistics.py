@@ -13,7 +13,7 @@ from compress.importance.weighting import mean_one, normalise
 from compress.models.skeleton import Skeleton
 from compress.quantization.layer import run_layer, without
 from compress.quantization.token_weights import TokenWeigher
-from compress.recipe.sections import TokenImportance
+from compress.recipe.token_importance import TokenImportance
 from support.small_linears import second_moment
 from support.tiny_checkpoints import FAMILIES, load_whole, random_ids
 

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from compress.data.text import locate
 from compress.errors import RecipeError
 from compress.importance.tokens import TOKEN_IMPORTANCE
+from compress.recipe.quantize import Quantize
 from compress.recipe.recipe import Recipe, shipped_recipes
-from compress.recipe.sections import Quantize, matches
+from compress.recipe.sections import matches
 from compress.scheme import Scheme
 from compress.storage.files import parse_size
 from support.refusals import refused

@@ -8,7 +8,7 @@ import yaml
 from compress.errors import RecipeError
 from compress.importance.weighting import TokenSettings
 from compress.recipe.recipe import Recipe
-from compress.recipe.sections import TokenImportance
+from compress.recipe.token_importance import TokenImportance
 from support.refusals import refused
 
 # Recipes by the lines under `token_importance`, and the field that is refused.

@@ -1,0 +1,196 @@
+"""What a plan says in words: problems that would stop the run, and notes on what it will do.
+
+problems = find_problems(inputs, names, shapes, schemes, pruned)
+notes = ignored_notes(inputs, names) + token_notes(inputs, shapes, schemes)
+"""
+
+import math
+
+from compress.checkpoint.engines import Schemes, plan_notes
+from compress.errors import did_you_mean
+from compress.eval.report import format_bytes
+from compress.models.skeleton import Skeleton
+from compress.pipeline.inputs import RunInputs
+from compress.pipeline.memory_forecast import second_hessians
+from compress.recipe.quantize import AUTO_SIZES
+from compress.recipe.sections import matches
+from compress.rotation.rotate import head_rotation_skipped
+from compress.scheme import PlannedModule, Scheme
+
+WHOLE_BYTE = 8  # bits
+LISTED = 8  # linears that a pattern's note names; `Plan.ignored` has them all
+
+
+def find_problems(
+    inputs: RunInputs,
+    names: list[str],
+    shapes: dict[str, tuple[int, int]],
+    schemes: dict[str, Scheme | None],
+    pruned: bool,
+) -> list[str]:
+    """A line for each thing that would make the run fail: its place in the recipe, and what to do.
+
+    Args:
+        names: every linear of the source.
+        shapes, schemes: of each, by its name; None: stays unquantised.
+        pruned: whether visual tokens are left out.
+    """
+    recipe, skeleton, source = inputs.recipe, inputs.skeleton, inputs.source
+    problems = []
+    if unknown := skeleton.left.unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        problems.append(
+            f"{skeleton.folder}: {skeleton.reader.entry(unknown[0]).file.name} holds "
+            f"{skeleton.reader.written_name(unknown[0])!r}{more}, which belongs to no part of the "
+            f"model that config.json describes: correct config.json, or leave such tensors out"
+        )
+    for pattern in recipe.quantize.unmatched(names):
+        problems.append(
+            f"quantize: {pattern!r} matches no linear of this model{did_you_mean(pattern, names)}"
+        )
+    if recipe.quantize.method == "gptq":
+        weighable = _weighable(inputs, schemes)
+        for pattern in recipe.quantize.token_importance.modules or ():
+            if not any(matches(pattern, name) for name in weighable):
+                problems.append(
+                    f"quantize.token_importance.modules: {pattern!r} matches no quantised linear "
+                    f"of a decoder layer{did_you_mean(pattern, weighable)}"
+                )
+    misfits: dict[tuple[int, int], list[str]] = {}
+    for name, scheme in schemes.items():
+        if scheme and scheme.group_size and shapes[name][1] % scheme.group_size:
+            misfits.setdefault((scheme.group_size, shapes[name][1]), []).append(name)
+    if table := recipe.quantize.embedding:
+        hidden = skeleton.config.hidden_size
+        size = table.scheme(hidden).group_size
+        if size and hidden % size:
+            misfits.setdefault((size, hidden), []).append(skeleton.spec.embedding)
+    for (size, columns), found in misfits.items():
+        fitting = ["auto", *(str(s) for s in (256, 128, 64, 32, 16) if columns % s == 0)]
+        problems.append(
+            f"quantize.group_size: {size} does not divide the {columns} inputs of {found[0]}"
+            + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+            + f": use {' or '.join([*fitting, 'channel'])}"
+        )
+    for table in (recipe.quantize.embedding, recipe.quantize.head):
+        if table and table.bits != WHOLE_BYTE and recipe.save.table_format == "int-quantized":
+            problems.append(
+                f"save.table_format: int-quantized takes a byte for a code, expected 8 bits, found "
+                f"{table.bits}: use pack-quantized"
+            )
+            break
+    if recipe.quantize.method != "none" and not any(schemes.values()):
+        problems.append("quantize: every linear is ignored; method none would say so")
+    context = getattr(skeleton.config, "max_position_embeddings", None)
+    images = source.used and source.images
+    if images and recipe.reads_windows:
+        problems.append(
+            "allocate: these scores are measured on text, and calibration.dataset holds prompts "
+            "with images: name a text, or use outlier_weight_count or position"
+        )
+    windows = source.used and not images
+    if windows and context and recipe.calibration.length > context:
+        problems.append(
+            f"calibration.length: {recipe.calibration.length} tokens are more than the model's "
+            f"context of {context}"
+        )
+    if images and pruned and recipe.quantize.target.name == "full_precision":
+        problems.append(
+            "quantize.target: full_precision needs every token in both models, and visual tokens "
+            "of the calibration prompts are pruned: use quantized, or calibrate on text"
+        )
+    return problems
+
+
+def ignored_notes(inputs: RunInputs, names: list[str]) -> list[str]:
+    """A line for each pattern of `ignore`: how many linears it matches, and which."""
+    notes = []
+    for pattern, found in inputs.recipe.quantize.left_out(names).items():
+        if found != [pattern]:
+            shown = found if len(found) <= LISTED else [*found[: LISTED - 1], "...", found[-1]]
+            count = f"{len(found)} of {len(names)} linears"
+            notes.append(f"quantize.ignore: {pattern!r} matches {count}: {', '.join(shown)}")
+    return notes
+
+
+def _weighable(inputs: RunInputs, schemes: dict[str, Scheme | None]) -> list[str]:
+    """The quantised linears, whose Hessians may have token weights."""
+    spec = inputs.skeleton.spec
+    kinds = (f"{spec.layers}.", spec.head)
+    return [name for name, scheme in schemes.items() if scheme and name.startswith(kinds)]
+
+
+def token_notes(
+    inputs: RunInputs, shapes: dict[str, tuple[int, int]], schemes: dict[str, Scheme | None]
+) -> list[str]:
+    """How tokens are weighed, where a recipe asks for more than a strategy and its range."""
+    section = inputs.recipe.quantize.token_importance
+    if inputs.recipe.quantize.method != "gptq" or not section.options:
+        return []
+    options = ", ".join(f"{k} {v}" for k, v in section.options.items() if k != "modules")
+    notes = [f"token_importance: {section.name}" + (f", {options}" if options else "")]
+    if section.modules is not None:
+        names = _weighable(inputs, schemes)
+        chosen = sum(map(section.applies_to, names))
+        notes.append(f"token_importance.modules: weights for {chosen} of {len(names)} linears")
+        if more := second_hessians(inputs, shapes):
+            notes[-1] += (
+                f"; groups of a layer that share an input but not the weights: {len(more)}, "
+                f"a second Hessian for each, at most {format_bytes(max(more))} at a time"
+            )
+    return notes
+
+
+def group_size_notes(modules: list[PlannedModule]) -> list[str]:
+    """What `group_size: auto` has chosen, where it is not one size for all; and whole rows."""
+    found: dict[int | None, list[PlannedModule]] = {}
+    for module in modules:
+        found.setdefault(module.scheme.group_size, []).append(module)
+    rows = found.pop(None, [])
+    sizes = [f"{size} for {_linears(found[size])}" for size in AUTO_SIZES if size in found]
+    notes = [f"quantize.group_size: auto is {', '.join(sizes)}"] if len(sizes) > 1 else []
+    if rows:
+        sizes = list(map(str, AUTO_SIZES))
+        notes.append(
+            f"quantize.group_size: auto is channel, one scale a row, for {_linears(rows)}: none of "
+            f"{', '.join(sizes)} divides the {rows[0].shape[1]} inputs of {rows[0].name}"
+        )
+    return notes
+
+
+def _linears(modules: list[PlannedModule]) -> str:
+    return "1 linear" if len(modules) == 1 else f"{len(modules)} linears"
+
+
+def untying_notes(
+    skeleton: Skeleton,
+    packed: dict[str, int],
+    kept: dict[str, tuple[int, ...]],
+    itemsize: int,
+) -> list[str]:
+    """What a second table adds to the file; `packed` in bytes, `kept` in shapes."""
+    head = f"{skeleton.spec.head}."
+    added = sum(size for name, size in packed.items() if name.startswith(head))
+    shapes = (shape for name, shape in kept.items() if name.startswith(head))
+    added += sum(map(math.prod, shapes)) * itemsize
+    return [
+        f"embedding and head share one tensor in this model; they will be untied, which adds "
+        f"{format_bytes(added)}"
+    ]
+
+
+def model_notes(inputs: RunInputs, schemes: Schemes, formats: dict[str, str]) -> list[str]:
+    """What the files leave out or say wrongly, what is not rotated, and what engines make of it."""
+    notes = []
+    if inputs.skeleton.said_tied and not inputs.skeleton.tied:
+        notes.append(
+            "config.json says that embedding and head share one tensor, but the file has a head of "
+            "its own, as transformers uses it: the head is kept, tie_word_embeddings becomes false"
+        )
+    if buffers := inputs.skeleton.left.buffers:
+        more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
+        notes.append(f"{buffers[0]}{more} left out: transformers computes such buffers itself")
+    skipped = head_rotation_skipped(inputs.recipe.rotate.kind, inputs.skeleton.head_dim)
+    if skipped:
+        notes.append(skipped)
+    return notes + plan_notes(schemes, formats)
