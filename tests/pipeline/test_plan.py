@@ -143,7 +143,7 @@ PROBLEMS = [
     ({"quantize": {"group_size": 128}}, ("quantize.group_size: ", 128, 64, "q_proj", "11 more")),
     (
         {"quantize": {"overrides": [DOWN | {"group_size": 256}]}},
-        ("quantize.group_size: ", 256, 128, "down_proj", "1 more"),
+        ("quantize.overrides[0].group_size: ", 256, 128, "down_proj", "1 more"),
     ),
     ({"quantize": {"ignore": ["lm_haed"]}}, ("quantize: ", "'lm_haed'", "'lm_head'")),
     ({"quantize": {"overrides": [{"match": "re:.*experts", "bits": 8}]}}, ("'re:.*experts'",)),
