@@ -20,6 +20,7 @@ from compress.checkpoint.packed_formats import planned_bytes, planned_tensors
 from compress.data.prompts import CalibrationData, ImagePrompts, calibration_data
 from compress.errors import UsageError, did_you_mean
 from compress.eval.report import format_bytes
+from compress.eval.settings import WINDOW
 from compress.models.skeleton import Skeleton, linear_in
 from compress.observer import Observer
 from compress.pipeline.inputs import RunInputs
@@ -373,6 +374,14 @@ def _problems(
             f"calibration.length: {recipe.calibration.length} tokens are more than the model's "
             f"context of {context}"
         )
+    measured = recipe.evaluate.perplexity if recipe.evaluate else None
+    if measured and measured.stride:
+        window = (measured.length or min(WINDOW, context or WINDOW)) - measured.bos
+        if measured.stride > window:
+            problems.append(
+                f"evaluate.perplexity.stride: {measured.stride} does not fit windows of {window} "
+                f"text tokens: expected 1 to {window}"
+            )
     if images and pruned and recipe.quantize.target.name == "full_precision":
         problems.append(
             "quantize.target: full_precision needs every token in both models, and visual tokens "
