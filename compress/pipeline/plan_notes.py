@@ -9,6 +9,7 @@ import math
 from compress.checkpoint.engines import Schemes, plan_notes
 from compress.errors import did_you_mean
 from compress.eval.report import format_bytes
+from compress.eval.settings import WINDOW
 from compress.models.skeleton import Skeleton
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import second_hessians
@@ -56,19 +57,19 @@ def find_problems(
                     f"quantize.token_importance.modules: {pattern!r} matches no quantised linear "
                     f"of a decoder layer{did_you_mean(pattern, weighable)}"
                 )
-    misfits: dict[tuple[int, int], list[str]] = {}
-    for name, scheme in schemes.items():
-        if scheme and scheme.group_size and shapes[name][1] % scheme.group_size:
-            misfits.setdefault((scheme.group_size, shapes[name][1]), []).append(name)
+    misfits: dict[tuple[str, int, int], list[str]] = {}
+    fitted = {name: (shapes[name][1], scheme) for name, scheme in schemes.items()}
     if table := recipe.quantize.embedding:
         hidden = skeleton.config.hidden_size
-        size = table.scheme(hidden).group_size
-        if size and hidden % size:
-            misfits.setdefault((size, hidden), []).append(skeleton.spec.embedding)
-    for (size, columns), found in misfits.items():
+        fitted[skeleton.spec.embedding] = hidden, table.scheme(hidden)
+    for name, (columns, scheme) in fitted.items():
+        if scheme and scheme.group_size and columns % scheme.group_size:
+            key = _group_size_key(inputs, name)
+            misfits.setdefault((key, scheme.group_size, columns), []).append(name)
+    for (key, size, columns), found in misfits.items():
         fitting = ["auto", *(str(s) for s in (256, 128, 64, 32, 16) if columns % s == 0)]
         problems.append(
-            f"quantize.group_size: {size} does not divide the {columns} inputs of {found[0]}"
+            f"{key}: {size} does not divide the {columns} inputs of {found[0]}"
             + (f" and {len(found) - 1} more" if len(found) > 1 else "")
             + f": use {' or '.join([*fitting, 'channel'])}"
         )
@@ -79,7 +80,8 @@ def find_problems(
                 f"{table.bits}: use pack-quantized"
             )
             break
-    if recipe.quantize.method != "none" and not any(schemes.values()):
+    none = not any(schemes.values()) and recipe.quantize.embedding is None
+    if recipe.quantize.method != "none" and none:
         problems.append("quantize: every linear is ignored; method none would say so")
     context = getattr(skeleton.config, "max_position_embeddings", None)
     images = source.used and source.images
@@ -94,12 +96,33 @@ def find_problems(
             f"calibration.length: {recipe.calibration.length} tokens are more than the model's "
             f"context of {context}"
         )
+    measured = recipe.evaluate.perplexity if recipe.evaluate else None
+    if measured and measured.stride:
+        window = (measured.length or min(WINDOW, context or WINDOW)) - measured.bos
+        if measured.stride > window:
+            problems.append(
+                f"evaluate.perplexity.stride: {measured.stride} does not fit windows of {window} "
+                f"text tokens: expected 1 to {window}"
+            )
     if images and pruned and recipe.quantize.target.name == "full_precision":
         problems.append(
             "quantize.target: full_precision needs every token in both models, and visual tokens "
             "of the calibration prompts are pruned: use quantized, or calibrate on text"
         )
     return problems
+
+
+def _group_size_key(inputs: RunInputs, name: str) -> str:
+    """The key of the recipe that gives a linear or a table its group size."""
+    section, spec = inputs.recipe.quantize, inputs.skeleton.spec
+    if name == spec.embedding:
+        return "quantize.embedding.group_size"
+    if name == spec.head and section.head is not None:
+        return "quantize.head.group_size"
+    index = next((i for i, o in enumerate(section.overrides) if matches(o.match, name)), None)
+    if index is None or section.overrides[index].group_size is None:
+        return "quantize.group_size"
+    return f"quantize.overrides[{index}].group_size"
 
 
 def ignored_notes(inputs: RunInputs, names: list[str]) -> list[str]:

@@ -139,16 +139,25 @@ def test_planning_reads_headers_only(checkpoint, unreadable):
     assert plan_of(unreadable, **sections).bytes == plan_of(checkpoint(), **sections).bytes
 
 
+STRIDE = {"dataset": "python-stdlib", "length": 32, "stride": 32, "bos": True}
 PROBLEMS = [
     ({"quantize": {"group_size": 128}}, ("quantize.group_size: ", 128, 64, "q_proj", "11 more")),
     (
         {"quantize": {"overrides": [DOWN | {"group_size": 256}]}},
-        ("quantize.group_size: ", 256, 128, "down_proj", "1 more"),
+        ("quantize.overrides[0].group_size: ", 256, 128, "down_proj", "1 more"),
     ),
     ({"quantize": {"ignore": ["lm_haed"]}}, ("quantize: ", "'lm_haed'", "'lm_head'")),
     ({"quantize": {"overrides": [{"match": "re:.*experts", "bits": 8}]}}, ("'re:.*experts'",)),
     ({"quantize": {"ignore": ["re:.*"]}}, ("quantize: ", "ignored")),
     ({"calibration": {"length": 65}}, ("calibration.length: ", 65, 64)),
+    (
+        {"evaluate": {"perplexity": {"dataset": "python-stdlib", "stride": 65}}},
+        ("evaluate.perplexity.stride: ", 65, 64),
+    ),
+    (
+        {"evaluate": {"perplexity": STRIDE}},
+        ("evaluate.perplexity.stride: ", 32, 31),
+    ),
 ]
 
 

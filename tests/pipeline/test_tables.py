@@ -165,6 +165,14 @@ def test_saving_a_loaded_model_gives_the_same_tensors(checkpoint, tmp_path):
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_the_embedding_alone(checkpoint, tmp_path):
+    recipe = recipe_for(checkpoint("llama"), **tables(8, quantize={"ignore": ["re:.*"]}))
+    run(recipe, tmp_path / "out", windows=WINDOWS, self_check=False)
+    assert PackedLinears(tmp_path / "out").schemes.keys() == {TABLE}
+    packed, _ = compress.load(tmp_path / "out", packed=True)
+    assert relative_error(logits_of(packed, IDS), logits_of(tmp_path / "out", IDS)) < 1e-5
+
+
 def test_the_head_weighs_tokens_as_the_last_layer_does(checkpoint, tmp_path, press):
     source = checkpoint("llama")
     heads = []
@@ -236,6 +244,13 @@ def test_what_a_recipe_may_not_ask(checkpoint):
         recipe_for(source, quantize={"head": {"bits": 7}})
     problems = plan_of(recipe_for(source, **tables((8, 128)))).problems
     assert len(problems) == 1 and TABLE in problems[0] and "128" in problems[0]
+    quantize = {"overrides": [{"match": "re:.*mlp", "group_size": 48}]}
+    for sections, key in (
+        (tables((8, 128)), "quantize.embedding.group_size: "),
+        (tables(None, (8, 128)), "quantize.head.group_size: "),
+        (tables(8, 8, quantize=quantize), "quantize.overrides[0].group_size: "),
+    ):
+        assert plan_of(recipe_for(source, **sections)).problems[0].startswith(key)
     problems = plan_of(recipe_for(source, **tables(4, format="int-quantized"))).problems
     assert len(problems) == 1 and "save.table_format" in problems[0]
 
