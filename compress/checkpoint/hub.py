@@ -17,6 +17,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, filter_repo_objects, validate_repo_id
 
+from compress.checkpoint.quantization_config import checked_section, read_config
 from compress.errors import CompressError, UsageError
 from compress.models.config_values import without_names
 from compress.storage.lease import WORK_FOLDER, lease
@@ -50,7 +51,8 @@ def push(
     token: None takes the one that `hf auth login` stored. api: an HfApi to use instead of a new
     one. Returns {"repo_id", "private", "files": [{"path", "bytes"}], "bytes", "dry_run"} and, of a
     dry run, "card" (the first lines of README.md), else "url". Raises UsageError for a folder or an
-    id that cannot be pushed, CompressError for what the hub answers.
+    id that cannot be pushed, CheckpointError for a config.json that cannot be read, CompressError
+    for what the hub answers.
     """
     folder = Path(folder)
     _check_repo_id(repo_id)
@@ -122,6 +124,7 @@ def _check_finished(folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: it is not a finished checkpoint")
+    checked_section(read_config(folder), folder / "config.json")  # nobody could load another
     CheckpointReader(folder)  # a truncated or missing shard is noticed here, not by those who load
 
 

@@ -83,6 +83,12 @@ def test_ids_that_are_none_are_refused(finished, repo_id):
         push(finished, repo_id, api=NoApi())
 
 
+def test_a_config_that_nobody_can_read_is_refused(finished):
+    (finished / "config.json").write_text("[" * 100_000)
+    with refused(CheckpointError, "config.json"):
+        push(finished, "me/model", dry_run=True, api=NoApi())
+
+
 def test_unfinished_folders_are_refused(finished, tmp_path):
     with refused(UsageError, "absent"):
         push(tmp_path / "absent", "me/model", api=NoApi())
