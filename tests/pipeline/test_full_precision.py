@@ -4,6 +4,7 @@ The oracle of the second stream is transformers' whole model on the result that 
 """
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -179,7 +180,7 @@ def test_pruned_prompts_are_refused(folder_of, samples, tmp_path, saved):
     """By the plan; and, where prompts are given from Python, before a layer is read."""
     folder, pruning = folder_of("llava"), {"prune_visual_tokens": HALF}
     if saved:
-        pruning = {}
+        folder, pruning = shutil.copytree(folder, tmp_path / "model"), {}
         save_strategy(PruneStrategy(ratios=(0.5,), voter_threshold=1.1), folder)
     quantize = BITS | {"target": "full_precision"}
     recipe = recipe_of(folder, calibration=images(samples), quantize=quantize, **pruning)
