@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from compress.kernels.cpu import native
 from compress.kernels.cpu.int4 import Int4Weight
 from compress.kernels.cpu.integers import GroupsWeight, QuadsWeight
 from compress.kernels.cpu.rows import RowsWeight
@@ -15,7 +14,6 @@ from compress.kernels.reference import dequantize
 from support.weights import random_weight
 
 IDS = torch.tensor([[0, 69, 3], [64, 3, 63]])
-compiled = pytest.mark.skipif(native.kernels() is None, reason="no compiled kernels here")
 LAYOUTS = [TilesWeight, QuadsWeight, GroupsWeight, RowsWeight]
 
 
