@@ -56,7 +56,12 @@ class QuantEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] -> rows [..., embedding_dim], each value rounded once to the module's dtype."""
         flat = ids.flatten()
-        if flat.numel() and not (int(flat.min()) >= 0 and int(flat.max()) < self.num_embeddings):
+        # On a GPU asking would wait for it, at every token.
+        if (
+            flat.numel()
+            and not flat.is_cuda
+            and not (int(flat.min()) >= 0 and int(flat.max()) < self.num_embeddings)
+        ):
             raise IndexError(
                 f"token ids lie in [0, {self.num_embeddings - 1}], found "
                 f"[{int(flat.min())}, {int(flat.max())}]"

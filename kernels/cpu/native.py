@@ -102,10 +102,7 @@ class Kernels:
             x.data_ptr(),
             KINDS[x.dtype],
             work.data_ptr(),
-            packed.data_ptr(),
-            scale.data_ptr(),
-            KINDS[scale.dtype],
-            None if zero is None else zero.data_ptr(),
+            *_addresses(packed, scale, zero),
             y.data_ptr(),
             M,
             N,
@@ -150,10 +147,7 @@ class Kernels:
             values.data_ptr(),
             token_scale.data_ptr(),
             work.data_ptr(),
-            packed.data_ptr(),
-            scale.data_ptr(),
-            KINDS[scale.dtype],
-            None if zero is None else zero.data_ptr(),
+            *_addresses(packed, scale, zero),
             y.data_ptr(),
             M,
             N,
@@ -182,6 +176,12 @@ class Kernels:
             torch.get_num_threads(),
         )
         return values, scale
+
+
+def _addresses(packed: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[int | None, ...]:
+    """Where codes, scales and zero points lie, and what scales are, as both products take them."""
+    zeros = None if zero is None else zero.data_ptr()
+    return packed.data_ptr(), scale.data_ptr(), KINDS[scale.dtype], zeros
 
 
 def _check_weight(packed: Tensor, scale: Tensor, zero: Tensor | None, groups: int) -> None:
