@@ -224,12 +224,13 @@ def shipped_folder() -> Path:
 
 
 def shipped_recipes() -> list[tuple[str, str, Path]]:
-    """Name, first comment line and file of every shipped recipe, sorted by name."""
-    found = []
-    for path in sorted(shipped_folder().glob("*.yaml")):
+    """Name (`smollm2/rsq`), first comment line and file of every shipped recipe, sorted by name."""
+    found, top = [], shipped_folder()
+    for path in sorted(top.rglob("*.yaml")):
+        name = path.relative_to(top).with_suffix("").as_posix()
         first = path.read_text(encoding="utf-8").partition("\n")[0]
-        found.append((path.stem, first.removeprefix("#").strip(), path))
-    return found
+        found.append((name, first.removeprefix("#").strip(), path))
+    return sorted(found)
 
 
 def _find_recipe(path: str | Path) -> Path:
