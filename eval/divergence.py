@@ -39,6 +39,7 @@ class DivergenceResult:
     stride: int | None
     bos: bool
     unit: str = "window"
+    window_kl: tuple[float, ...] = ()  # totals [nats] of each window, in order
 
     def line(self) -> str:
         """One line: the figures, their errors and conditions."""
@@ -51,7 +52,10 @@ class DivergenceResult:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Figures and conditions for JSON: all but the totals of single windows."""
+        figures = asdict(self)
+        del figures["window_kl"]
+        return figures
 
 
 def kl_divergence(
@@ -110,6 +114,7 @@ def kl_divergence(
         top1_stderr=agreement.stderr,
         tokens=tokens,
         windows=len(counts),
+        window_kl=tuple(totals),
         **text.conditions(),
     )
 

@@ -9,6 +9,7 @@ gives (parts that were not asked for are absent)
      "perplexity": {"value", "value_stderr", "mean_nll", "stderr", "tokens", "windows", "length",
                     "stride", "bos", "unit", "basis", ..., "line"},
      "kl":         {"mean", "stderr", "token_stderr", "maximum", "top1_agreement", ..., "line"},
+     "windows":    {"tokens", "nll", "kl"}: totals of each window, for pairing with other models,
      "baseline":   {"results", "perplexity"},
      "difference": {"results": {task: {metric: {"value", "stderr", "count"}}},
                     "mean_nll": {"value", "stderr", "count"}},
@@ -99,12 +100,17 @@ def evaluate_model(
     if text is not None:
         measured = perplexity(model, text, settings.batch_size)
         report["perplexity"] = measured.to_dict() | {"line": measured.line()}
+        report["windows"] = {
+            "tokens": list(measured.window_tokens),
+            "nll": list(measured.window_nll),
+        }
         if baseline is not None:
             before = baseline.perplexity(text, settings.batch_size)
             report["baseline"]["perplexity"] = before.to_dict() | {"line": before.line()}
             report["difference"]["mean_nll"] = perplexity_difference(measured, before).to_dict()
             divergence = kl_divergence(model, baseline.model, text, settings.batch_size)
             report["kl"] = divergence.to_dict() | {"line": divergence.line()}
+            report["windows"]["kl"] = list(divergence.window_kl)
     return report
 
 

@@ -100,6 +100,10 @@ def compare(
         list[str] | None,
         typer.Option("--vary", metavar="KEY=A,B,C", help="Each recipe with each of these values."),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="The recipe that the others are paired with; the first one if absent."),
+    ] = None,
     model: ModelOption = None,
     set_: SetOption = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs/compare"),
@@ -125,6 +129,7 @@ def compare(
             changed = load_recipe(recipe, model, set_, assignments)
             loaded.append(changed.with_changes(name=_label(changed.name, assignments)))
     from compress.comparison.compare import compare as compare_recipes
+    from compress.comparison.pairs import difference_rows
 
     kept = "run the same command again; what is finished is kept"
     with RunProgress(console(stderr=True)) as progress, interruptible(lambda: kept):
@@ -132,6 +137,7 @@ def compare(
             loaded,
             output,
             numbers,
+            against=against,
             device=device,
             overwrite=overwrite,
             self_check=self_check,
@@ -142,7 +148,11 @@ def compare(
     def draw(out: Console) -> None:
         out.print(quality_table(compared.rows))
         plot = [f"plot: {compared.plot}"] if compared.plot else []
-        print_lines(out, compared.conditions, *plot)
+        print_lines(out, compared.conditions)
+        if compared.differences:
+            out.print(quality_table(difference_rows(compared.differences)))
+            print_lines(out, compared.pairing)
+        print_lines(out, *plot)
 
     return Answer(compared.as_dict(), draw)
 

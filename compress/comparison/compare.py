@@ -21,11 +21,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.comparison.pairs import (
+    PairedDifference,
+    difference_rows,
+    differences_of,
+    pairing_line,
+)
 from compress.comparison.results import ResultComparison, drawn_by_seed
 from compress.comparison.strategies import PruningComparison, only_prunes
 from compress.comparison.study import Entry, Run, Study, folder_name, seeded
 from compress.comparison.table import conditions_line, csv_of, rows_of
-from compress.errors import UsageError
+from compress.errors import UsageError, unknown
 from compress.eval.curves import plot_lines
 from compress.eval.report import Row, markdown_table, plot_quality
 from compress.observer import Observer
@@ -44,6 +50,7 @@ class Comparison:
         rows: one for the 16-bit model and one a recipe, for `compress.eval.report.quality_table`.
         runs: every run's recipe, seed, bytes, seconds and evaluation.
         conditions: one line on how it was measured.
+        differences: of each recipe from one of them, paired (`compress.comparison.pairs`).
         plot: accuracy against bytes, or against visual tokens kept; None where matplotlib is
             missing or nothing can be drawn.
     """
@@ -52,16 +59,29 @@ class Comparison:
     runs: list[Run]
     conditions: str
     plot: Path | None = None
+    differences: list[PairedDifference] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """The table as Markdown, with its conditions."""
-        return markdown_table(self.rows, self.conditions)
+        """The table as Markdown, with its conditions, and that of the differences below it."""
+        table = markdown_table(self.rows, self.conditions)
+        if not self.differences:
+            return table
+        paired = markdown_table(difference_rows(self.differences), self.pairing)
+        return f"{table}\n{paired}"
+
+    @property
+    def pairing(self) -> str:
+        """How the differences were taken, in one line; "" where there are none."""
+        return pairing_line(self.differences)
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        plot = None if self.plot is None else str(self.plot)
-        return vars(self) | {"rows": [row.as_dict() for row in self.rows], "plot": plot}
+        return vars(self) | {
+            "rows": [row.as_dict() for row in self.rows],
+            "plot": None if self.plot is None else str(self.plot),
+            "differences": [found.as_dict() for found in self.differences],
+        }
 
     def write(self, folder: Path) -> None:
         """The table as Markdown and JSON, the runs as lines of JSON and as CSV."""
@@ -81,6 +101,7 @@ def compare(
     output: str | Path,
     seeds: Sequence[int] = (0,),
     *,
+    against: str | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     self_check: bool = True,
@@ -90,17 +111,19 @@ def compare(
     """Runs and measures the recipes; results go to OUTPUT/NAME-SEED, the table to OUTPUT.
 
     What an earlier, interrupted comparison has finished with the same recipes is kept, results and
-    their figures. `self_check`, `check_source`: as for `compress.run`, for each result.
+    their figures. `against` names the recipe that the others are paired with, the first one if
+    it is absent. `self_check`, `check_source`: as for `compress.run`, for each result.
 
     Raises:
-        UsageError: the recipes differ in model or `evaluate`, share a name or settings, or one
-            does not fit the model, as `plan` would say, or another process writes to `output`.
-            Nothing has run then.
+        UsageError: no recipe is named `against`, or they differ in model or `evaluate`, share a
+            name or settings, or one does not fit the model, as `plan` would say, or another
+            process writes to `output`. Nothing has run then.
         CompressError: a run failed.
     """
     observer = observer or Observer()
     output = Path(output)
     section = _check_recipes(recipes, seeds)
+    against = _reference(recipes, against)
     check_evaluation(section, recipes[0].resolve_path)
     entries = [
         Entry(recipe, seed, output / folder_name(f"{recipe.name}-{seed}"))
@@ -122,7 +145,12 @@ def compare(
             runs.append(run)
             observer.module(entry.title, Row.of(entry.recipe.name, run["evaluation"]).values)
         rows = rows_of(runs, drawn_by_seed(section))
-        comparison = Comparison(rows, runs, conditions_line(section, runs, device))
+        comparison = Comparison(
+            rows,
+            runs,
+            conditions_line(section, runs, device),
+            differences=differences_of(runs, against),
+        )
         for warning in _unmet(runs):
             comparison.warnings.append(warning)
             observer.warning(warning)
@@ -158,6 +186,16 @@ def _check_recipes(recipes: Sequence[Recipe], seeds: Sequence[int]) -> Evaluate:
     if first.evaluate is None or not (first.evaluate.tasks or first.evaluate.perplexity):
         raise UsageError(f"{first.name} evaluates nothing: set evaluate.tasks or .perplexity")
     return first.evaluate
+
+
+def _reference(recipes: Sequence[Recipe], against: str | None) -> str:
+    """The name of the recipe that the others are paired with."""
+    names = [recipe.name for recipe in recipes]
+    if against is None:
+        return names[0]
+    if against not in names:
+        raise UsageError(unknown("recipe in --against", against, names))
+    return against
 
 
 def _model_of(recipe: Recipe) -> str:

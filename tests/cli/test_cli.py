@@ -280,6 +280,7 @@ def test_compare_hands_over_recipes_and_seeds(monkeypatch, recipe, checkpoint, c
         rows=[Row("16 bits", {"perplexity": 10.5}), Row("tiny", {"perplexity": 11.25})],
         conditions="two runs, 16 tokens",
         plot=Path("here/plot.png"),
+        differences=[],
         as_dict=lambda: {"rows": 2},
     )
     calls = pretend(monkeypatch, "compress.comparison.compare", "compare", compared)

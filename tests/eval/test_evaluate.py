@@ -27,6 +27,7 @@ def test_model_and_baseline_on_the_same_data():
         "results",
         "perplexity",
         "kl",
+        "windows",
         "baseline",
         "difference",
         "conditions",
@@ -37,6 +38,10 @@ def test_model_and_baseline_on_the_same_data():
     assert report["baseline"]["perplexity"]["value"] == pytest.approx(theirs.value)
     difference = report["difference"]["mean_nll"]
     assert difference["value"] == pytest.approx(ours.mean_nll - theirs.mean_nll)
+    totals = report["windows"]
+    assert totals["tokens"] == list(ours.window_tokens)
+    assert totals["nll"] == pytest.approx(ours.window_nll)
+    assert sum(totals["kl"]) / sum(totals["tokens"]) == pytest.approx(report["kl"]["mean"])
     acc = report["difference"]["results"]["demo_code"]["acc"]
     a, b = (part["results"]["demo_code"]["acc"] for part in (report, report["baseline"]))
     assert acc["value"] == pytest.approx(a - b)
@@ -59,7 +64,8 @@ def test_a_model_is_no_worse_than_itself():
 def test_without_a_baseline_there_is_nothing_to_compare():
     text = Text(random_ids(64, 257), length=16)
     report = evaluate_model(tiny_llama(), None, TEXT_ALONE, text)
-    assert set(report) == {"perplexity"}
+    assert set(report) == {"perplexity", "windows"}
+    assert "kl" not in report["windows"]
 
 
 def test_a_baseline_is_measured_once_for_every_model_that_is_compared_with_it(monkeypatch):
