@@ -11,6 +11,7 @@ turned into predicted errors (`predict_errors`) for the allocators that need the
 """
 
 import hashlib
+import math
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from compress.allocation.allocators import (
     check_budget,
     keep_top,
     predict_errors,
+    weighed,
 )
 from compress.allocation.scores import Scorer
 from compress.allocation.search import EvolutionState
@@ -155,10 +157,12 @@ def check_allocation(
             f"allocate.importance: {section.importance.base} measures what quantising costs, but "
             "quantize.method is none"
         )
-    base = section.importance.base
-    needs = LAYER_IMPORTANCE[base].needs
-    if base not in LAYER_IMPORTANCE.shipped and needs not in (None, "weights"):
-        return f"allocate.importance: {base} needs {needs}, a recipe's own may need weights alone"
+    for name in filter(None, (section.importance.base, section.importance.weighted_by)):
+        needs = LAYER_IMPORTANCE[name].needs
+        if name not in LAYER_IMPORTANCE.shipped and needs not in (None, "weights"):
+            return (
+                f"allocate.importance: {name} needs {needs}, a recipe's own may need weights alone"
+            )
     if section.narrow is not None and section.narrow > len(units):
         return f"allocate.narrow: {section.narrow} of {len(units)} units"
     if section.method == "remove" and section.narrow == len(units):
@@ -217,12 +221,12 @@ def _allocated(
     if (found := read_sealed(kept)) is not None:
         return Allocation.of_json(found)
     scored = _kept_scores(scorer, units)
-    chosen = _choose(section, scored, fixed_bytes, scorer, mark)
+    chosen = _choose(section, weighed(scored), fixed_bytes, scorer, mark)
     allocation = Allocation(
         scores={unit.name: unit.score for unit in scored},
         widths=chosen.widths,
         modules={unit.name: unit.modules for unit in units},
-        error=chosen.error if scored[0].errors is not None else None,
+        error=_error(scored, chosen.widths),
         fitness=chosen.fitness,
         average_bits=chosen.average_bits,
     )
@@ -231,12 +235,19 @@ def _allocated(
     return allocation
 
 
+def _error(units: list[Unit], widths: dict[str, int]) -> float | None:
+    """What the units lose alone at these widths, summed, as it was measured; None if it was not."""
+    errors = [(unit.errors or {}).get(widths[unit.name]) for unit in units]
+    known = [error for error in errors if error is not None]
+    return math.fsum(known) if len(known) == len(units) else None
+
+
 def _kept_scores(scorer: Scorer, units: list[Unit]) -> list[Unit]:
     """The units with their scores; those of an earlier process, where it has written them."""
     file = scorer.work / "scores.json"
     if (known := read_sealed(file)) is None:
         scored = scorer.scored()
-        scores = {u.name: [u.score, u.errors and list(u.errors.items())] for u in scored}
+        scores = {u.name: [u.score, u.errors and list(u.errors.items()), u.factor] for u in scored}
         write_sealed(file, {"units": scores, "candidates": scorer.candidates()})
         return scored
     found = scorer.candidates()
@@ -244,7 +255,10 @@ def _kept_scores(scorer: Scorer, units: list[Unit]) -> list[Unit]:
         if found.get(name) != known["candidates"].get(name):
             raise changed(scorer.work / "candidates" / name)
     pairs = [(unit, *known["units"][unit.name]) for unit in units]
-    return [replace(u, score=score, errors=errors and dict(errors)) for u, score, errors in pairs]
+    return [
+        replace(u, score=score, errors=errors and dict(errors), factor=factor)
+        for u, score, errors, factor in pairs
+    ]
 
 
 def _choose(

@@ -46,6 +46,7 @@ class Unit:
             Its keys are the widths to choose from; a unit with one key is fixed.
         score: importance, higher = keep more bits. Read by `top_n` and `predict_errors`.
         errors: width -> predicted error; None if it is not known.
+        factor: what the errors are multiplied by when they are weighed against other units'.
         modules: the full names of its linears; for the caller.
         layer: index of the decoder layer that it is, or is a part of; for the caller.
     """
@@ -55,6 +56,7 @@ class Unit:
     bytes: Mapping[int, int]
     score: float = 0.0
     errors: Mapping[int, float] | None = None
+    factor: float = 1.0
     modules: tuple[str, ...] = ()
     layer: int = 0
 
@@ -254,13 +256,30 @@ def predict_errors(units: Sequence[Unit], minimum: float = 0.01) -> list[Unit]:
     is that of `top_n`, whatever the minimum.
     """
     _check(units)
-    low, high = min(u.score for u in units), max(u.score for u in units)
-
-    def share(unit: Unit) -> float:
-        return minimum + (1 - minimum) * (unit.score - low) / (high - low) if high > low else 1.0
-
+    shares = mapped([unit.score for unit in units], minimum)
     return [
-        replace(unit, errors={b: share(unit) * unit.weights * 4.0**-b for b in unit.bytes})
+        replace(unit, errors={b: share * unit.weights * 4.0**-b for b in unit.bytes})
+        for unit, share in zip(units, shares, strict=True)
+    ]
+
+
+def mapped(scores: Sequence[float], minimum: float) -> list[float]:
+    """The scores on [minimum, 1], lowest to highest; 1 each where all are equal."""
+    low, high = min(scores), max(scores)
+    if high == low:
+        return [1.0] * len(scores)
+    return [minimum + (1 - minimum) * (score - low) / (high - low) for score in scores]
+
+
+def weighed(units: Sequence[Unit]) -> list[Unit]:
+    """The units with scores and errors multiplied by their factors, as allocators take them."""
+    return [
+        replace(
+            unit,
+            score=unit.factor * unit.score,
+            errors=unit.errors and {b: unit.factor * e for b, e in unit.errors.items()},
+            factor=1.0,
+        )
         for unit in units
     ]
 

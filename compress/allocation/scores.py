@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from compress.allocation.allocators import Unit
+from compress.allocation.allocators import Unit, mapped
 from compress.allocation.score_walk import Scores, ScoreWalk, divergence, replaced
 from compress.data.activations import activations_on_disk
 from compress.data.windows import CalibrationWindows
@@ -59,22 +59,30 @@ class Scorer:
         if self.section.reads_windows:
             errors = evolving or score.base in MEASURED_SCORES
             found = self._walk(errors, score.base == "logit_divergence", evolving)
-        scores = self._importance().scores(self._facts(unit, found) for unit in self.units)
+        scores = self._scores(self._importance(score.base, score.name == "reverse"), found)
+        factors = [1.0] * len(scores)
+        if score.weighted_by is not None:
+            plain = self._scores(self._importance(score.weighted_by), found)
+            factors = mapped(list(plain.values()), score.minimum)
         errors_of = found.errors.get(score.base, {}) if score.measured else {}
         return [
-            replace(unit, score=scores[unit.name], errors=errors_of.get(unit.name))
-            for unit in self.units
+            replace(unit, score=scores[unit.name], errors=errors_of.get(unit.name), factor=factor)
+            for unit, factor in zip(self.units, factors, strict=True)
         ]
 
-    def _importance(self) -> LayerImportance:
-        """The strategy that the section names."""
+    def _scores(self, strategy: LayerImportance, found: Scores) -> dict[str, float]:
+        """Unit name -> score, in the order of the units."""
+        return strategy.scores(self._facts(unit, found) for unit in self.units)
+
+    def _importance(self, name: str, reverse: bool = False) -> LayerImportance:
+        """The strategy of this name, with the section's options."""
         score = self.section.importance
         options: dict[str, dict[str, int]] = {
             "outlier_weight_count": {"two_sided": score.two_sided},
             "random": {"seed": score.seed},
         }
-        strategy = LAYER_IMPORTANCE[score.base](**options.get(score.base, {}))
-        return LAYER_IMPORTANCE["reverse"](strategy) if score.name == "reverse" else strategy
+        strategy = LAYER_IMPORTANCE[name](**options.get(name, {}))
+        return LAYER_IMPORTANCE["reverse"](strategy) if reverse else strategy
 
     def _facts(self, unit: Unit, found: Scores) -> UnitFacts:
         def weights() -> Iterator[Tensor]:

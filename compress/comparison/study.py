@@ -75,8 +75,9 @@ def seeded(recipe: Recipe, seed: int) -> Recipe:
         changes["quantize"] = {"token_importance": tokens.model_dump() | {"seed": seed}}
     if recipe.allocate is not None:
         changes["allocate"] = {"seed": seed}
-        if recipe.allocate.importance.base == "random":
-            score = recipe.allocate.importance.model_dump() | {"seed": seed}
+        importance = recipe.allocate.importance
+        if "random" in (importance.base, importance.weighted_by):
+            score = importance.model_dump() | {"seed": seed}
             changes["allocate"]["importance"] = score
     section = recipe.prune_visual_tokens
     if section is not None:

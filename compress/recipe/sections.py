@@ -125,6 +125,9 @@ class LayerScore(Section):
     short_form = "name"
     name: LayerStrategyName = "layer_embedding_change"
     of: LayerStrategyName | None = None  # of `reverse`: the score that it turns round
+    # Of a measured score: another one, mapped onto [minimum, 1], which multiplies its errors.
+    weighted_by: LayerStrategyName | None = None
+    minimum: Number = Field(0.1, ge=0, le=1)  # of weighted_by
     average: Literal["token", "flattened"] = "token"  # layer_embedding_change
     sink: bool = True  # layer_embedding_change: count each window's first token
     two_sided: bool = False  # outlier_weight_count: |z| > 1 instead of z > 1
@@ -136,6 +139,14 @@ class LayerScore(Section):
             raise FieldError(("of",), "is the score that `reverse` turns round, and of it alone")
         if self.of == "reverse":
             raise FieldError(("of",), "expected a score, found reverse")
+        if self.weighted_by is not None and not self.measured:
+            raise FieldError(
+                ("weighted_by",),
+                f"multiplies measured errors, those of {', '.join(MEASURED_SCORES)}; "
+                f"{self.name} has none",
+            )
+        if self.weighted_by == "reverse" or self.weighted_by in MEASURED_SCORES:
+            raise FieldError(("weighted_by",), f"expected a plain score, found {self.weighted_by}")
         return self
 
     @property
@@ -196,6 +207,11 @@ class Allocate(Section):
         if self.maximum_kl is not None and self.importance.name != "logit_divergence":
             raise FieldError(
                 ("maximum_kl",), "bounds a predicted KL, so importance must be logit_divergence"
+            )
+        if self.maximum_kl is not None and self.importance.weighted_by is not None:
+            raise FieldError(
+                ("maximum_kl",),
+                "bounds a predicted KL, which allocate.importance.weighted_by is not",
             )
         if self.maximum_kl is not None and self.method == "evolve":
             raise FieldError(("maximum_kl",), "is predicted, evolve measures: use knapsack")

@@ -263,7 +263,7 @@ def test_what_is_not_quantised_is_not_exported(checkpoint, capsys):
 
 @pytest.fixture
 def compared(monkeypatch) -> list:
-    result = SimpleNamespace(rows=[], conditions="", plot=None, as_dict=dict)
+    result = SimpleNamespace(rows=[], conditions="", plot=None, differences=[], as_dict=dict)
     return pretend(monkeypatch, "compress.comparison.compare", "compare", result)
 
 

@@ -297,3 +297,31 @@ def test_every_score_comes_from_the_class_that_is_registered_for_it(
     monkeypatch.setattr(LAYER_IMPORTANCE[importance], "scores", broken)
     with pytest.raises(ZeroDivisionError, match=importance):
         plan_of(recipe)
+
+
+@pytest.mark.parametrize("plain", ["layer_embedding_change", "outlier_weight_count", "position"])
+def test_measured_errors_are_weighed_by_another_score(checkpoint, plain):
+    """By that score on [minimum, 1]; what is reported stays what was measured."""
+    deep = checkpoint("qwen2-sliding", layers=4)
+
+    def allocation(importance, widths):
+        section = {"importance": importance, "widths": widths, "average_bits": 3, "samples": 2}
+        quantize = {"method": "rtn", "clip_search": "none"}
+        return recipe_for(deep, quantize=quantize, allocate=section)
+
+    weighted = {"name": "output_error", "weighted_by": plain, "minimum": 0.25}
+    recipe = allocation(weighted, [4, 3, 2])
+    found = plan_of(recipe).allocation
+    alone = plan_of(allocation(plain, [4, 2])).allocation.scores
+    low, high = min(alone.values()), max(alone.values())
+    factors = [0.25 + 0.75 * (score - low) / (high - low) for score in alone.values()]
+    errors = list(walked(recipe, WINDOWS.first(2), [4, 3, 2])[0].errors["output_error"].values())
+
+    def lost(widths, factors):
+        return sum(f * e[b] for f, e, b in zip(factors, errors, widths, strict=True))
+
+    fitting = [w for w in itertools.product((4, 3, 2), repeat=4) if sum(w) <= 12]
+    best = min(fitting, key=lambda widths: lost(widths, factors))
+    assert tuple(found.widths.values()) == best
+    assert found.error == pytest.approx(lost(best, [1] * 4), rel=1e-9)
+    assert list(found.scores.values()) == pytest.approx([e[2] - e[4] for e in errors])

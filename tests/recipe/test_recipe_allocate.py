@@ -121,6 +121,22 @@ WRONG = [
     ("average_bits: 3, importance: {of: random}", "importance.of", ["reverse"]),
     ("average_bits: 3, importance: {name: reverse, of: reverse}", "importance.of", ["reverse"]),
     ("average_bits: 3, importance: {average: both}", "importance.average", ["flattened", "both"]),
+    (
+        "average_bits: 3, importance: {weighted_by: position}",
+        "importance.weighted_by",
+        ["measured"],
+    ),
+    (
+        "average_bits: 3, importance: {name: output_error, weighted_by: weight_error}",
+        "importance.weighted_by",
+        ["weight_error"],
+    ),
+    ("average_bits: 3, importance: {minimum: 2}", "importance.minimum", [2]),
+    (
+        "maximum_kl: 0.1, importance: {name: logit_divergence, weighted_by: position}",
+        "maximum_kl",
+        ["weighted_by"],
+    ),
     ("average_bits: 3, samples: 0", "samples", [0]),
     ("average_bits: 3, generations: 0", "generations", [0]),
     ("average_bits: 3, seed: -1", "seed", [-1]),
