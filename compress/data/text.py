@@ -242,8 +242,9 @@ def _hub_table(dataset: str, hub_id: str, **options: Option) -> Any:
     try:
         return load_dataset(hub_id, **options)
     except Exception as error:  # the network, the hub and the parsers each raise their own kinds
+        near = "" if dataset in DATASETS else did_you_mean(dataset, DATASETS)
         raise CompressError(
             f"dataset {dataset!r} ({hub_id}) could not be read: {reason_of(error)}: "
-            f"check the name{did_you_mean(dataset, DATASETS)} and the network, "
+            f"check the name{near} and the network, "
             "or use python-stdlib, FILE.txt or FILE.jsonl"
         ) from error
