@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 from compress.errors import CheckpointError
 
 if TYPE_CHECKING:  # what `__getattr__` gives
-    from compress.checkpoint.export import export as export
-    from compress.checkpoint.hub import push as push
     from compress.checkpoint.inspect import inspect as inspect
     from compress.comparison.compare import compare as compare
     from compress.errors import CompressError as CompressError
@@ -25,6 +23,8 @@ if TYPE_CHECKING:  # what `__getattr__` gives
     from compress.observer import Observer
     from compress.pipeline.evaluation import evaluate as evaluate
     from compress.pipeline.plan import Plan
+    from compress.pipeline.publishing import export as export
+    from compress.pipeline.publishing import push as push
     from compress.pipeline.result import RunResult as RunResult
     from compress.pipeline.run import run as run
     from compress.pruning.engine import prune_visual_tokens as prune_visual_tokens
@@ -44,8 +44,8 @@ _HOMES = {
     "inspect": "compress.checkpoint.inspect",
     "evaluate": "compress.pipeline.evaluation",
     "compare": "compress.comparison.compare",
-    "export": "compress.checkpoint.export",
-    "push": "compress.checkpoint.hub",
+    "export": "compress.pipeline.publishing",
+    "push": "compress.pipeline.publishing",
     "prune_visual_tokens": "compress.pruning.engine",
     "PruneStrategy": "compress.recipe.strategy",
     "stop_pruning": "compress.pruning.saved",

@@ -214,25 +214,40 @@ def must_dequantize_on_load(section: dict[str, Any]) -> bool:
 # ---- GPTQ ---------------------------------------------------------------------------------------
 
 
-def gptq_notes(modules: Mapping[str, Scheme], plain: Sequence[str] = ()) -> list[str]:
-    """One line for each known reader that will not load such a checkpoint as GPTQ.
+def gptq_table(modules: Mapping[str, Scheme], plain: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """(engine, how it loads) such a checkpoint as GPTQ; `how` begins with yes or no.
 
     plain: the linears inside the decoder layers that are not quantised.
     """
     schemes: Schemes = {**modules, **dict.fromkeys(plain)}
-    notes = []
+    vllm = transformers = gptqmodel = "yes"
     if split := split_fusions(schemes):
-        first = next(iter(split))
-        notes.append(f"vLLM and SGLang will not load this: the parts of {first} differ in width")
+        vllm = f"no: the parts of {next(iter(split))} differ in width"
     elif any(s.bits not in OWN_WIDTHS or not s.symmetric for s in modules.values()):
-        notes.append("vLLM will not load this: its GPTQ takes symmetric 4 and 8 bits only")
+        vllm = "no: its GPTQ takes symmetric 4 and 8 bits only"
     if sizes := _other_sizes(modules.values(), GPTQMODEL_SIZES):
-        notes.append(f"GPTQModel will not load this: it has no kernels for groups of {sizes}")
+        gptqmodel = f"no: it has no kernels for groups of {sizes}"
     inside = {scheme for name, scheme in modules.items() if name != HEAD}
     uneven = bool(plain) and not same_in_every_layer(schemes)
     if len(inside) > 1 or HEAD in modules or uneven:
-        notes.append(
-            "transformers will not load this (it takes one scheme for the same linears of every "
-            "layer, and no quantised lm_head): use GPTQModel"
+        transformers = (
+            "no: it takes one scheme for the same linears of every layer, and no quantised lm_head"
         )
-    return notes
+    fusing = [("vLLM", vllm), ("SGLang", vllm)] if split else [("vLLM", vllm)]
+    return [*fusing, ("GPTQModel", gptqmodel), ("transformers", transformers)]
+
+
+def gptq_notes(modules: Mapping[str, Scheme], plain: Sequence[str] = ()) -> list[str]:
+    """One line for each known reader that will not load such a checkpoint as GPTQ.
+
+    plain: as for `gptq_table`.
+    """
+    by_reason: dict[str, list[str]] = {}
+    for engine, how in gptq_table(modules, plain):
+        if reason := how.partition("no: ")[2]:
+            by_reason.setdefault(reason, []).append(engine)
+    return [
+        f"{' and '.join(engines)} will not load this: {reason}"
+        + (": use GPTQModel" if "transformers" in engines else "")
+        for reason, engines in by_reason.items()
+    ]

@@ -14,7 +14,7 @@ OUT/.modelpress and moved at the end, so that OUT holds a whole checkpoint or no
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,6 +114,7 @@ def export(
     requantise: bool = False,
     keep_embeddings: bool = False,
     shard_size: str = "5GB",
+    document: Callable[[Path], None] | None = None,
 ) -> ExportResult:
     """Writes the compressed-tensors checkpoint in `folder` to `output` in another format.
 
@@ -126,6 +127,7 @@ def export(
         keep_embeddings: leave an embedding and a head that are not quantised as they are, where the
             format would round them to 8 bits.
         shard_size: the most that one file of weights holds, where the format has shards.
+        document: called with the folder of the whole export, before that is moved to `output`.
 
     Raises:
         UsageError: there is no such format, it cannot hold this checkpoint, or `output` is taken or
@@ -168,6 +170,8 @@ def export(
                 shutil.copyfile(folder / "recipe.yaml", final / "recipe.yaml")
             files = [*files_below(final), PROVENANCE]
             write_json(final / PROVENANCE, _provenance(source, result) | {"files": sorted(files)})
+            if document is not None:
+                document(final)
         with writing(output):
             publish(final, output, EXPORT)
             tidy(output)

@@ -41,7 +41,7 @@ def export(
     shard_size: Annotated[str, typer.Option(help="Most that one file of weights holds.")] = "5GB",
 ) -> Answer:
     """Write a result in another format: the same codes and scales, packed otherwise."""
-    from compress.checkpoint.export import export as export_folder
+    from compress.pipeline.publishing import export as export_folder
 
     made = export_folder(
         model,
@@ -152,21 +152,46 @@ def recipes(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished result.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished result or export.")],
     repo_id: Annotated[str, typer.Argument(help="owner/name on the hub.")],
     private: Annotated[bool, typer.Option("--private", help="Create it as a private one.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what would be sent; no network.")
     ] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch; main if absent.")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="As a pull request, not a commit.")
+    ] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the 16-bit model, for the card.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Of the model, for the card.")] = None,
+    language: Annotated[str | None, typer.Option(help="Of the model, for the card.")] = None,
+    any_folder: Annotated[
+        bool, typer.Option("--any", help="Also a folder that is not compressed.")
+    ] = False,
 ) -> Answer:
     """Publish a result on the Hugging Face hub, as whoever `hf auth login` has logged in."""
-    from compress.checkpoint.hub import push as push_folder
+    from compress.pipeline.publishing import push as push_folder
 
-    report = push_folder(folder, repo_id, private=private, dry_run=dry_run)
+    report = push_folder(
+        folder,
+        repo_id,
+        private=private,
+        dry_run=dry_run,
+        revision=revision,
+        create_pr=create_pr,
+        base_model=base_model,
+        license=license,
+        language=language,
+        any_folder=any_folder,
+    )
 
     def draw(out: Console) -> None:
         files = [(file["path"], format_bytes(file["bytes"])) for file in report["files"]]
         out.print(pairs_table([*files, ("total", format_bytes(report["bytes"]))]))
+        if report["card_edited"]:
+            print_lines(out, "README.md was edited by hand and stays as it is")
         if dry_run:
             print_lines(out, "", *report["card"], "", f"dry run: nothing was sent to {repo_id}")
         else:

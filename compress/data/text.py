@@ -31,6 +31,13 @@ from compress.registry import Registry
 from compress.storage.files import file_digest
 
 DATASETS: Registry[Callable[[Split], "Corpus"]] = Registry("dataset")
+# Where those that come from the hub are.
+HUB_IDS = {
+    "wikitext2": "Salesforce/wikitext",
+    "ptb": "ptb-text-only/ptb_text_only",
+    "c4": "allenai/c4",
+    "pajama": "togethercomputer/RedPajama-Data-1T-Sample",
+}
 BLANK_LINE = "\n\n"
 Option = str | dict[str, str]  # of `datasets.load_dataset`
 
@@ -99,7 +106,7 @@ def _python_stdlib(split: Split) -> Corpus:
 def _wikitext2(split: Split) -> Corpus:
     column = _hub_column(
         "wikitext2",
-        "Salesforce/wikitext",
+        HUB_IDS["wikitext2"],
         "text",
         name="wikitext-2-raw-v1",
         split="train" if split == "train" else "test",
@@ -112,7 +119,7 @@ def _wikitext2(split: Split) -> Corpus:
 def _ptb(split: Split) -> Corpus:
     column = _hub_column(
         "ptb",
-        "ptb-text-only/ptb_text_only",
+        HUB_IDS["ptb"],
         "sentence",
         name="penn_treebank",
         split="train" if split == "train" else "test",
@@ -126,7 +133,7 @@ def _c4(split: Split) -> Corpus:
     part = "train" if split == "train" else "validation"
     shard = {"train": "en/c4-train.00000-of-01024", "validation": "en/c4-validation.00000-of-00008"}
     column = _hub_column(
-        "c4", "allenai/c4", "text", data_files={part: f"{shard[part]}.json.gz"}, split=part
+        "c4", HUB_IDS["c4"], "text", data_files={part: f"{shard[part]}.json.gz"}, split=part
     )
     return Corpus("c4", column, one_stream=False)
 
@@ -137,7 +144,7 @@ def _pajama(split: Split) -> Corpus:
         raise UsageError("dataset 'pajama' has no held-out part: evaluate on another one")
     column = _hub_column(
         "pajama",
-        "togethercomputer/RedPajama-Data-1T-Sample",
+        HUB_IDS["pajama"],
         "text",
         split="train",
         revision="refs/convert/parquet",

@@ -5,10 +5,14 @@ what is not known. Facts come from one dict, of which every key but `name` may b
 
     name         of the model; how the loading examples call it
     base_model   hub id or path of the 16-bit model
+    card         what only a person knows: {"license", "language"}
+    format       compressed-tensors, gptq or gguf
+    files        of a GGUF model
+    notes        of an export: what is known of engines that will not load it
     recipe       the resolved recipe, nested
     bits         `bits_summary(inspect(folder)["modules"])`
     bytes        {"original", "quantized", "other", "total"}
-    evaluation   as `evaluate_model` returns it
+    evaluation   as `evaluate_model` returns it; `earlier`: others, under other conditions
     baseline     {"results", "perplexity"}; absent, `evaluation["baseline"]` is taken
     provenance   versions, seeds, hashes, times, nested
     multimodal   whether it sees images
@@ -18,17 +22,19 @@ what is not known. Facts come from one dict, of which every key but `name` may b
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from compress.checkpoint.engines import loading_table
+from compress.checkpoint.engines import gptq_table, loading_table, place_in_layers
 from compress.checkpoint.packed import EMBEDDING
+from compress.data.text import HUB_IDS
 from compress.eval.markup import fence_for, in_code, in_markdown, quoted
 from compress.eval.report import (
+    ERROR,
     NLL,
     Facts,
     Row,
@@ -41,6 +47,7 @@ from compress.eval.report import (
 from compress.recipe.token_importance import TokenImportance
 from compress.scheme import Scheme
 
+ACCURACIES = ("acc", "acc_norm", "exact_match")  # of which a share is left
 ROTATIONS = {"hadamard": "a randomised Hadamard matrix", "random": "a random orthogonal matrix"}
 PRUNING = {
     "vflowopt": "VFlowOpt (arXiv 2508.05211)",
@@ -55,8 +62,8 @@ PRUNING = {
 METHODS = {"gptq": "GPTQ (arXiv 2210.17323)", "rtn": "round to nearest"}
 
 
-def bits_summary(modules: Iterable[Facts]) -> dict[str, Any]:
-    """What the card says about widths, from the `modules` that `inspect` lists.
+def bits_summary(modules: Iterable[Facts], format: str = "compressed-tensors") -> dict[str, Any]:
+    """What the card says about widths, from the `modules` and the `format` that `inspect` lists.
 
     Returns {"average", "symmetric", "engines": [(engine, how it loads them)], "widths": [{"bits",
     "group_size", "modules", "parameters"}]} over the quantised modules; average is in bits per
@@ -80,9 +87,23 @@ def bits_summary(modules: Iterable[Facts]) -> dict[str, Any]:
     return {
         "average": total / parameters if parameters else None,
         "symmetric": all(module["symmetric"] for module in quantised),
-        "engines": loading_table(schemes, tables) if quantised else [],
+        "engines": _engines(format, schemes, tables) if quantised else [],
         "widths": rows,
     }
+
+
+def _engines(
+    format: str, schemes: Mapping[str, Scheme | None], tables: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """(engine, how it loads) a checkpoint of this format; none of formats that are not ours."""
+    if format == "gguf":
+        return [("llama.cpp, and what is built on it", "yes")]
+    if format == "gptq":
+        inside = {name: s for name, s in schemes.items() if place_in_layers(name)}
+        plain = [name for name, scheme in inside.items() if scheme is None]
+        quantised = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+        return gptq_table(quantised, plain)
+    return loading_table(schemes, tables) if format == "compressed-tensors" else []
 
 
 def _is_table(module: Facts) -> bool:
@@ -105,41 +126,66 @@ def model_card(result: Facts) -> str:
         front_matter=_front_matter(result, bits),
         name=in_markdown(result["name"]),
         quoted=quoted(result["name"]),
-        base_model=in_code(result["base_model"]) if result.get("base_model") else None,
+        base_model=in_code(_public(result["base_model"])) if result.get("base_model") else None,
         steps=_steps(recipe, prompts) + _pruning_steps(result.get("pruning")),
         multimodal=bool(result.get("multimodal")),
         pruned=bool(result.get("pruning")),
+        notes=[in_markdown(note) for note in result.get("notes") or []],
         widths=_width_table(bits),
         average=format_number(bits.get("average")) if bits.get("average") else None,
         sizes=_sizes(result.get("bytes") or {}),
-        quality=_quality_table(evaluation, baseline),
-        conditions=_conditions(evaluation),
+        measured=[
+            (_quality_table(scores, of), _conditions(scores))
+            for scores, of in (
+                (evaluation, baseline),
+                *((each, each.get("baseline") or {}) for each in result.get("earlier") or []),
+            )
+            if scores
+        ],
         engines=_table(("engine", "loads it"), *bits.get("engines", [])),
+        loads=_loads(bits.get("engines", [])),
+        format=result.get("format") or "compressed-tensors",
+        file=quoted((result.get("files") or ["model.gguf"])[0]),
+        repository=in_code(f"hf.co/{result['name']}") if _is_hub_id(str(result["name"])) else None,
         dequantize=not bits.get("symmetric", True),
         limitations=_limitations(bits, evaluation, result.get("pruning")),
         recipe=recipe_text,
         fence=fence_for(recipe_text),
         provenance=[
-            tuple(map(in_markdown, pair)) for pair in flatten(result.get("provenance") or {})
+            (in_markdown(key), in_markdown(_public(value)))
+            for key, value in flatten(result.get("provenance") or {})
         ],
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _loads(engines: Sequence[tuple[str, str]]) -> dict[str, bool]:
+    """Which engines load the files, perhaps with more than themselves; those not told of do."""
+    said = {engine.partition(",")[0]: not how.startswith("no") for engine, how in engines}
+    return {engine: said.get(engine, True) for engine in ("transformers", "vLLM", "GPTQModel")}
 
 
 def _front_matter(result: Facts, bits: Facts) -> str:
     """The YAML that the hub reads. base_model only if it can be a hub id: the hub refuses paths."""
     base = str(result.get("base_model") or "")
     widths = sorted({row["bits"] for row in bits.get("widths", [])})
-    tags = ["modelpress", *(["compressed-tensors"] if widths else [])]
+    format, said = result.get("format") or "compressed-tensors", result.get("card") or {}
+    tags = ["modelpress", *([format] if widths else [])]
     tags += [f"{width}-bit" for width in widths]
     versions = (result.get("provenance") or {}).get("versions") or {}
-    fields = {
+    calibration = (result.get("recipe") or {}).get("calibration") or {}
+    data = HUB_IDS.get(str(calibration.get("dataset"))) if widths else None
+    fields: dict[str, Any] = {
+        "license": said.get("license"),
+        "language": said.get("language"),
         "base_model": base if _is_hub_id(base) else None,
         "base_model_relation": "quantized" if _is_hub_id(base) else None,
-        "library_name": "transformers",
+        "datasets": [data] if data else None,
+        "library_name": "gguf" if format == "gguf" else "transformers",
         "pipeline_tag": "image-text-to-text" if result.get("multimodal") else "text-generation",
         "tags": tags,
         "quantized_by": " ".join(filter(None, ["modelpress", versions.get("modelpress")])),
+        "model-index": _model_index(result),
     }
     # a line break in a value could end the front matter
     fields = {
@@ -148,6 +194,38 @@ def _front_matter(result: Facts, bits: Facts) -> str:
         if value is not None
     }
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
+
+
+def _model_index(result: Facts) -> list[dict[str, Any]] | None:
+    """The measured figures as the hub reads them; None where nothing was measured."""
+    kind = "image-text-to-text" if result.get("multimodal") else "text-generation"
+    task = {"type": kind}
+    found = []
+    for scores in (result.get("evaluation") or {}, *(result.get("earlier") or [])):
+        for name, metrics in (scores.get("results") or {}).items():
+            values = [
+                {"type": metric, "value": value}
+                for metric, value in metrics.items()
+                if not metric.endswith(ERROR) and isinstance(value, int | float)
+            ]
+            if values:
+                data = {"type": _plain(name), "name": _plain(name)}
+                found.append({"task": task, "dataset": data, "metrics": values})
+        text = scores.get("perplexity") or {}
+        if isinstance(text.get("value"), int | float):
+            said = (scores.get("conditions") or {}).get("perplexity_dataset", "text")
+            name = Path(str(said).removesuffix(" (held out)")).name
+            values = [{"type": "perplexity", "value": text["value"]}]
+            if kl := scores.get("kl"):
+                values.append({"type": "kl_divergence", "value": kl["mean"]})
+            data = {"type": _plain(name), "name": _plain(name)}
+            found.append({"task": task, "dataset": data, "metrics": values})
+    return [{"name": _plain(result["name"]), "results": found}] if found else None
+
+
+def _plain(name: object) -> str:
+    """A name as one word of letters, digits and what stands in file names."""
+    return re.sub(r"[^\w./-]+", "-", str(name), flags=re.ASCII).strip("-") or "model"
 
 
 def _is_hub_id(name: str) -> bool:
@@ -263,15 +341,37 @@ def _quality_table(evaluation: Facts, baseline: Facts) -> str:
     for column in columns_of([ours, theirs]):
         estimate = paired.get(column, {})
         gap = format_number(estimate.get("value"), estimate.get("stderr"))
-        rows.append((column, ours.cell(column), theirs.cell(column), gap))
-    return _table(("metric", "this model", "16 bits", "difference"), *rows)
+        rows.append(
+            (column, ours.cell(column), theirs.cell(column), gap, _kept(column, theirs, estimate))
+        )
+    if not any(row[-1] for row in rows):
+        return _table(
+            ("metric", "this model", "16 bits", "difference"), *(row[:-1] for row in rows)
+        )
+    return _table(("metric", "this model", "16 bits", "difference", "recovery"), *rows)
+
+
+def _kept(column: str, theirs: Row, estimate: Facts) -> str:
+    """The share of the 16-bit accuracy that is left, in per cent, with the difference's error."""
+    before, change = theirs.values.get(column), estimate.get("value")
+    if column.split(" ")[-1] not in ACCURACIES or not before or change is None:
+        return ""
+    error = estimate.get("stderr")
+    share = format_number(100 * (1 + change / before), 100 * error / before if error else None)
+    return f"{share} %"
+
+
+def _public(value: str) -> str:
+    """A path as the name of what lies there: where somebody keeps files is for nobody else."""
+    return Path(value).name if Path(value).is_absolute() else value
 
 
 def _conditions(evaluation: Facts) -> list[str]:
     lines = [(evaluation.get(part) or {}).get("line") for part in ("perplexity", "kl")]
+    conditions = evaluation.get("conditions") or {}
     lines += [
-        f"{in_markdown(key)}: {in_markdown(value)}"
-        for key, value in flatten(evaluation.get("conditions") or {})
+        f"{in_markdown(key)}: {in_markdown(_public(value))}"
+        for key, value in flatten({k: v for k, v in conditions.items() if k != "model"})
     ]
     return [line for line in lines if line]
 

@@ -18,29 +18,24 @@ are written again with its figures.
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compress.checkpoint.compressed_tensors import quantization_config
-from compress.checkpoint.inspect import inspect
 from compress.checkpoint.packed_formats import FORMATS
 from compress.errors import CompressError
-from compress.eval.report import write_report
 from compress.models.skeleton import Skeleton
-from compress.pipeline.card import bits_summary, model_card
+from compress.pipeline.description import describe, merged, write_results
 from compress.pipeline.inputs import RunInputs
-from compress.pipeline.journal import LayerFacts
 from compress.pipeline.plan import Plan
 from compress.pipeline.result import RunResult
 from compress.pruning.saved import save_strategy
-from compress.quantization.token_weights import WeightFacts
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
 from compress.storage.companions import copy_companions
-from compress.storage.files import parse_size, write_json, write_text
+from compress.storage.files import parse_size, write_json
 from compress.storage.output_folder import files_below
 from compress.storage.safetensors import CheckpointReader, merge_shards
 
@@ -135,35 +130,11 @@ def document(
         weights: the checkpoint that they are about.
     """
     (folder / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+    history = provenance | {"multimodal": result.plan.multimodal}
     if result.metrics:
-        (folder / "eval").mkdir(exist_ok=True)
-        write_json(folder / "eval" / "results.json", result.metrics)
-    described = {k: v for k, v in provenance.items() if k not in ("layers", "files")}
-    facts = {
-        "name": result.path.resolve().name,
-        "base_model": recipe.model.path,
-        "recipe": recipe.model_dump(),
-        "bits": bits_summary(inspect(weights)["modules"]),
-        "bytes": provenance["bytes"],
-        "evaluation": result.metrics,
-        "provenance": described,
-        "multimodal": result.plan.multimodal,
-        "pruning": result.pruning,
-        "layers": module_rows(result.layers),
-    }
-    write_text(folder / "README.md", model_card(facts))
-    write_report(folder / "report.html", facts)
+        write_results(folder, result.metrics)
+        history["evaluations"] = merged(result.metrics, [])
+    name = result.path.resolve().name
+    history = describe(folder, weights, history, name, recipe.model_dump())
     files = {*provenance.get("files", []), *files_below(folder), "modelpress.json"}
-    write_json(folder / "modelpress.json", provenance | {"files": sorted(files)})
-
-
-def module_rows(layers: Sequence[LayerFacts]) -> list[dict[str, Any]]:
-    """The modules of all layers, each with what its layer says of token weights: for the report."""
-    rows = []
-    for layer in layers:
-        said = {name: fact for name, fact in layer.items() if name in WeightFacts.__annotations__}
-        said["effective_sample_size"] = layer.get("effective_sample_size")
-        for module in layer["modules"]:
-            # A linear with a sample size of its own is one that the layer's weights are not for.
-            rows.append({**module} if "effective_sample_size" in module else {**module, **said})
-    return rows
+    write_json(folder / "modelpress.json", history | {"files": sorted(files)})

@@ -145,6 +145,14 @@ def withdraw(output: Path) -> None:
     (work / MARKER).unlink()
 
 
+def unfinished(output: Path) -> bool:
+    """Whether a folder holds a run that was not finished, or one that is under way.
+
+    One that has only its evaluation before it is finished: its result is whole.
+    """
+    return any((output / WORK_FOLDER / name).exists() for name in ("journal.jsonl", FINAL))
+
+
 def tidy(output: Path, keep: tuple[str, ...] = ()) -> None:
     """Empties the work folder, but for `keep` and for what says who holds it; the marker last."""
     work = output / WORK_FOLDER

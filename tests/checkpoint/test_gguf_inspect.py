@@ -27,7 +27,7 @@ def test_an_export_is_listed_as_its_source(packed, exported):
     listed = {m["name"]: m for m in found["modules"]}
     assert len(listed) == len(source)
     ours, theirs = source["model.layers.1.mlp.down_proj"], listed["blk.1.ffn_down"]
-    assert theirs == ours | {"name": "blk.1.ffn_down"}
+    assert theirs == ours | {"name": "blk.1.ffn_down", "type": "Q4_0"}
     assert listed["token_embd"]["symmetric"] is None
     tensors = gguf.GGUFReader(exported / FILE).tensors
     assert found["bytes"]["total"] == sum(int(tensor.n_bytes) for tensor in tensors)
@@ -61,6 +61,7 @@ def test_types_of_others(tmp_path):
         assert listed[f"blk.0.{kind}"] == {
             "name": f"blk.0.{kind}",
             "shape": [3, 512],
+            "type": kind,
             "bits": bits,
             "group_size": group_size,
             "symmetric": symmetric,

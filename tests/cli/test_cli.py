@@ -193,11 +193,14 @@ def test_recipes_are_listed_and_printed(capsys):
 
 def test_push_dry_run_lists_every_file(checkpoint, capsys):
     files = {path.name: path.stat().st_size for path in checkpoint().iterdir()}
-    assert call("push", checkpoint(), "me/model", "--private", "--dry-run", "--json") == 0
+    assert call("push", checkpoint(), "me/model", "--dry-run") == 2  # nothing is quantised
+    assert "--any" in capsys.readouterr().err
+    given = ("me/model", "--any", "--private", "--dry-run", "--json")
+    assert call("push", checkpoint(), *given) == 0
     report = json.loads(capsys.readouterr().out)
     assert {file["path"]: file["bytes"] for file in report["files"]} == files
     assert report["private"]
-    assert call("push", checkpoint(), "me/model", "--dry-run") == 0
+    assert call("push", checkpoint(), "me/model", "--any", "--dry-run") == 0
     out = capsys.readouterr().out
     assert all(name in out for name in files)
 

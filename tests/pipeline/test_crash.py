@@ -59,7 +59,9 @@ def facts_of(folder: Path) -> dict:
         for module in layer["modules"]:
             module.pop("seconds")
     facts["source_check"].pop("seconds")
-    return {name: facts[name] for name in facts if name not in ("seconds", "peak_memory")}
+    # The card has the seconds, and an evaluation says which folder it measured.
+    of_the_machine = ("seconds", "peak_memory", "card_digest", "evaluations")
+    return {name: facts[name] for name in facts if name not in of_the_machine}
 
 
 def recipe_of(model, prose, **sections):

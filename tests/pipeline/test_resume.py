@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint.hub import push
 from compress.errors import CheckpointError, CompressError, UsageError
+from compress.pipeline.publishing import push
 from compress.pipeline.run import run
 from support.refusals import refused
 from support.tiny_checkpoints import (

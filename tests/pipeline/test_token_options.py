@@ -7,8 +7,8 @@ import torch
 
 from compress.data.windows import CalibrationWindows
 from compress.models.skeleton import Skeleton
+from compress.pipeline.description import module_rows
 from compress.pipeline.inputs import RunInputs
-from compress.pipeline.output import module_rows
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
 from support.refusals import check_line

@@ -41,7 +41,7 @@ def inspect_gguf(files: Sequence[Path]) -> dict[str, Any]:
             if len(tensor.shape) >= 2 and tensor.name.endswith(".weight"):
                 shape = [int(size) for size in reversed(tensor.shape)]
                 name = tensor.name.removesuffix(".weight")
-                modules.append({"name": name, "shape": shape, **scheme})
+                modules.append({"name": name, "shape": shape, "type": kind, **scheme})
     return {
         "format": "gguf",
         "modules": modules,

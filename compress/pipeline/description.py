@@ -1,0 +1,200 @@
+"""What describes a finished folder: its card and its report, made of the folder's own files.
+
+A run writes them with the result; a later evaluation, an export and a push make them again, with
+its figures, for its format, under its name. The facts are those of modelpress.json, of recipe.yaml
+and of the weights' headers, so the documents can be made as often as is needed.
+
+    evaluations   in modelpress.json, the newest first; one that measures what an earlier one has
+                  under equal conditions takes its place
+    card          in modelpress.json: what only a person knows, `base_model`, `license`, `language`
+    card_digest   in modelpress.json: of the README.md written last. Another one was edited by hand,
+                  and stays
+
+    record_evaluation(Path("out"), scores)           # -> the files that were written
+"""
+
+import copy
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint.inspect import inspect
+from compress.eval.report import write_report
+from compress.pipeline.card import bits_summary, model_card
+from compress.pipeline.journal import LayerFacts
+from compress.quantization.token_weights import WeightFacts
+from compress.storage.files import read_json, write_json, write_text
+from compress.storage.lease import WORK_FOLDER, lease
+from compress.storage.output_folder import PROVENANCE, replace_documents, tidy, unfinished
+
+CARD, REPORT = "README.md", "report.html"
+RESULTS = "eval/results.json"
+# What modelpress.json has beside provenance.
+APART = ("layers", "files", "evaluations", "card", "card_digest", "multimodal")
+# Conditions that say which folder was measured, and not how.
+PLACES = ("model", "baseline")
+
+
+def facts_of(
+    folder: Path,
+    history: Mapping[str, Any],
+    name: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `model_card` and `write_report` take, of a folder whose modelpress.json is `history`.
+
+    Args:
+        name: how the documents call it; None: as its folder.
+        recipe: what it was made by; None: what its recipe.yaml says.
+    """
+    found = inspect(folder)
+    recipe = recipe or found["recipe"] or {}
+    said = history.get("card") or {}
+    evaluations = history.get("evaluations") or []
+    return {
+        "name": name or folder.resolve().name,
+        "base_model": said.get("base_model") or (recipe.get("model") or {}).get("path"),
+        "card": said,
+        "recipe": recipe,
+        "format": found["format"],
+        "files": [file.name for file in sorted(folder.glob("*.gguf"))],
+        "bits": bits_summary(found["modules"], found["format"]),
+        "bytes": (history.get("bytes") or {}) | found["bytes"],
+        "evaluation": evaluations[0] if evaluations else {},
+        "earlier": evaluations[1:],
+        "provenance": {key: value for key, value in history.items() if key not in APART},
+        "multimodal": bool(history.get("multimodal")),
+        "pruning": history.get("pruning"),
+        "layers": module_rows(history.get("layers") or []),
+        "notes": (history.get("export") or {}).get("notes") or [],
+    }
+
+
+def describe(
+    folder: Path,
+    weights: Path,
+    history: dict[str, Any],
+    name: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes card and report to `folder`, about the checkpoint in `weights`.
+
+    Returns `history` with the digest of the card. A card that was edited by hand stays. `name`,
+    `recipe`: as for `facts_of`.
+    """
+    facts = facts_of(weights, history, name, recipe)
+    card = model_card(facts)
+    if not edited(weights, history):
+        write_text(folder / CARD, card)
+        history = history | {"card_digest": hashlib.sha256(card.encode()).hexdigest()}
+    write_report(folder / REPORT, facts)
+    return history
+
+
+def edited(folder: Path, history: Mapping[str, Any]) -> bool:
+    """Whether the folder's card is another than the one that was written last."""
+    card = folder / CARD
+    digest = history.get("card_digest")
+    return card.is_file() and digest != hashlib.sha256(card.read_bytes()).hexdigest()
+
+
+def record_evaluation(folder: Path, scores: Mapping[str, Any]) -> list[str]:
+    """Puts the figures of an evaluation into a finished folder's documents.
+
+    Returns the files that were written, none for a folder that modelpress did not finish.
+
+    Raises UsageError if another process writes to the folder.
+    """
+    if not (folder / PROVENANCE).is_file():
+        return []
+    with lease(folder):
+        if unfinished(folder):
+            return []
+        history = read_json(folder / PROVENANCE) or {}
+        known = history.get("evaluations") or []
+        return rewrite(folder, history | {"evaluations": merged(scores, known)}, scores)
+
+
+def rewrite(
+    folder: Path,
+    history: dict[str, Any],
+    scores: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> list[str]:
+    """Makes the documents of a folder that this process holds again, and moves them in.
+
+    Returns the files that were written, modelpress.json last.
+    """
+    documents = folder / WORK_FOLDER / "documents"
+    shutil.rmtree(documents, ignore_errors=True)
+    documents.mkdir(parents=True)
+    history = describe(documents, folder, history, name)
+    written = [file for file in (CARD, REPORT) if (documents / file).is_file()]
+    if scores is not None:
+        write_results(documents, scores)
+        written.append(RESULTS)
+    history["files"] = sorted({*history.get("files", []), *written, PROVENANCE})
+    write_json(documents / PROVENANCE, history)
+    replace_documents(documents, folder)
+    tidy(folder)
+    return [*written, PROVENANCE]
+
+
+def write_results(folder: Path, scores: Mapping[str, Any]) -> None:
+    """The figures of an evaluation, as `compress.evaluate` gives them, in a file of their own."""
+    (folder / RESULTS).parent.mkdir(exist_ok=True)
+    write_json(folder / RESULTS, scores)
+
+
+def merged(scores: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations with a new one in front, and without what it measures anew.
+
+    Of an earlier one under equal conditions it takes the place of tasks that both have, and of the
+    text; what is left without any figure goes.
+    """
+    kept = []
+    for earlier in known:
+        rest = _without(earlier, scores) if _alike(earlier, scores) else dict(earlier)
+        if rest.get("results") or rest.get("perplexity"):
+            kept.append(rest)
+    return [dict(scores), *kept]
+
+
+def _alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two evaluations were taken alike, as far as both say how."""
+    ours, theirs = a.get("conditions") or {}, b.get("conditions") or {}
+    of_tasks = ("samples", "shots", "task_versions", "warnings")
+    return all(
+        ours[key] == theirs[key]
+        for key in ours.keys() & theirs.keys()
+        if key not in (*PLACES, *of_tasks)
+    )
+
+
+def _without(earlier: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation less what a newer one has as well."""
+    rest: dict[str, Any] = copy.deepcopy(dict(earlier))
+    baseline, difference = rest.get("baseline", {}), rest.get("difference", {})
+    if "perplexity" in newer:
+        for key in ("perplexity", "kl", "windows"):
+            rest.pop(key, None)
+        baseline.pop("perplexity", None)
+        difference.pop("mean_nll", None)
+    for task in newer.get("results") or {}:
+        for part in (rest, baseline, difference):
+            part.get("results", {}).pop(task, None)
+    return rest
+
+
+def module_rows(layers: Sequence[LayerFacts]) -> list[dict[str, Any]]:
+    """The modules of all layers, each with what its layer says of token weights: for the report."""
+    rows = []
+    for layer in layers:
+        said = {name: fact for name, fact in layer.items() if name in WeightFacts.__annotations__}
+        said["effective_sample_size"] = layer.get("effective_sample_size")
+        for module in layer["modules"]:
+            # A linear with a sample size of its own is one that the layer's weights are not for.
+            rows.append({**module} if "effective_sample_size" in module else {**module, **said})
+    return rows

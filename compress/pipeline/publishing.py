@@ -1,0 +1,153 @@
+"""Handing a result on: exports with a card of their own, and pushing to a hub under a name.
+
+    export("out", "gguf", "out-gguf")
+    push("out-gguf", "me/model-GGUF", license="apache-2.0", base_model="maker/model")
+
+What a push says about the model goes into the folder's documents first, so that the card speaks of
+the repository it is pushed to. A card that was edited by hand is pushed as it is.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from compress.checkpoint import export as exporting
+from compress.checkpoint import hub
+from compress.checkpoint.export import ExportResult
+from compress.checkpoint.inspect import inspect
+from compress.errors import UsageError
+from compress.pipeline.card import model_card
+from compress.pipeline.description import describe, edited, facts_of, rewrite
+from compress.storage.files import read_json, write_json
+from compress.storage.output_folder import PROVENANCE, files_below
+
+
+def export(
+    folder: str | Path,
+    format: str,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    round_scales: bool = False,
+    requantise: bool = False,
+    keep_embeddings: bool = False,
+    shard_size: str = "5GB",
+) -> ExportResult:
+    """`compress.checkpoint.export.export`, with a card and a report beside the weights.
+
+    The figures of the exported checkpoint are in them where the export holds the same numbers:
+    those of one that had to change some (`requantise`, `round_scales`) were not measured.
+    """
+    return exporting.export(
+        folder,
+        format,
+        output,
+        overwrite=overwrite,
+        round_scales=round_scales,
+        requantise=requantise,
+        keep_embeddings=keep_embeddings,
+        shard_size=shard_size,
+        document=lambda final: _describe_export(final, Path(output), requantise),
+    )
+
+
+def _describe_export(final: Path, output: Path, requantise: bool) -> None:
+    history = read_json(final / PROVENANCE) or {}
+    changed = requantise or history["export"]["scales"]["changed"]
+    if changed:
+        history |= {"evaluations": []}
+    history.pop("card_digest", None)  # of the card of the checkpoint that was exported
+    history = describe(final, final, history, output.resolve().name)
+    write_json(final / PROVENANCE, history | {"files": sorted({*files_below(final), PROVENANCE})})
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    dry_run: bool = False,
+    token: str | None = None,
+    api: HfApi | None = None,
+    *,
+    revision: str | None = None,
+    create_pr: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    any_folder: bool = False,
+) -> dict[str, Any]:
+    """Uploads a checkpoint folder as the model repository `repo_id`, creating it if need be.
+
+    Args:
+        revision: the branch; None: main.
+        create_pr: as a pull request instead of a commit.
+        base_model, license, language: for the card, of a model whose folder does not say them.
+        any_folder: also one that holds no compressed checkpoint.
+        token, api: as for `compress.checkpoint.hub.push`.
+
+    Returns what that gives, and "card_edited": whether README.md was left as somebody edited it.
+
+    Raises:
+        UsageError: a folder or an id that cannot be pushed.
+        CheckpointError: a config.json that cannot be read.
+        CompressError: what the hub answers.
+    """
+    folder = Path(folder)
+    hub.check_repo_id(repo_id)
+    with hub.nobody_writing(folder):
+        hub.check_finished(folder)
+        found = inspect(folder)
+        if not any_folder and not _compressed(found, folder):
+            raise UsageError(
+                f"{folder} is no compressed checkpoint: it is not quantised and prunes nothing; "
+                "push it all the same with --any"
+            )
+        given = {"base_model": base_model, "license": license, "language": language}
+        history = read_json(folder / PROVENANCE) or {}
+        said = (history.get("card") or {}) | {k: v for k, v in given.items() if v is not None}
+        history["card"] = said
+        by_hand = edited(folder, history)
+        card = None
+        if not by_hand:
+            card = model_card(facts_of(folder, history, repo_id))
+            if not dry_run and (folder / PROVENANCE).is_file():
+                rewrite(folder, history, name=repo_id)
+        report = hub.upload(
+            folder,
+            repo_id,
+            private=private,
+            dry_run=dry_run,
+            token=token,
+            api=api,
+            revision=revision,
+            create_pr=create_pr,
+            names=_gguf_names(folder, repo_id, found),
+            card=card,
+        )
+    return report | {"card_edited": by_hand}
+
+
+def _compressed(found: dict[str, Any], folder: Path) -> bool:
+    """Whether a folder's weights are quantised, or it prunes visual tokens."""
+    quantised = any(module["symmetric"] is not None for module in found["modules"])
+    return quantised or (folder / "pruning.json").is_file()
+
+
+def _gguf_names(folder: Path, repo_id: str, found: dict[str, Any]) -> dict[str, str]:
+    """`NAME-Q4_0.gguf` for the one model of a GGUF export: how its users expect it."""
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if found["format"] != "gguf" or not files:
+        return {}
+    name, kind = repo_id.rpartition("/")[2].removesuffix("-GGUF"), _main_type(found)
+    return {file: file.replace("model", f"{name}-{kind}", 1) for file in files}
+
+
+def _main_type(found: dict[str, Any]) -> str:
+    """llama.cpp's name of the type that most weights inside the layers have."""
+    weights: dict[str, int] = {}
+    for module in found["modules"]:
+        if module["name"].startswith("blk."):
+            size = module["shape"][0] * module["shape"][1]
+            weights[module["type"]] = weights.get(module["type"], 0) + size
+    return max(weights, key=lambda kind: weights[kind])

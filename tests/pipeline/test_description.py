@@ -1,0 +1,100 @@
+"""A finished folder's documents made again: with later evaluations, and what they replace."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from compress.pipeline.description import merged, record_evaluation
+
+
+def scores(value: float, tasks=("arc_easy",), text=True, **conditions) -> dict:
+    """An evaluation as `compress.evaluate` gives it, in small."""
+    results = {task: {"acc": value, "acc_stderr": 0.02} for task in tasks}
+    paired = {task: {"acc": {"value": -0.02, "stderr": 0.01, "count": 9}} for task in tasks}
+    found = {
+        "results": results,
+        "baseline": {"results": {task: {"acc": value + 0.02} for task in tasks}},
+        "difference": {"results": paired},
+        "conditions": {"model": f"/home/alice/{value}", "limit": 100, "samples": {}} | conditions,
+    }
+    if text:
+        found["perplexity"] = {"value": 10 * value, "value_stderr": 0.1, "line": f"text {value}"}
+        found["perplexity"] |= {"mean_nll": 2.0, "stderr": 0.01}
+        found["baseline"]["perplexity"] = {"value": 9 * value}
+        found["difference"]["mean_nll"] = {"value": 0.1, "stderr": 0.01, "count": 4}
+        found["kl"] = {"mean": 0.05, "stderr": 0.01, "line": "kl"}
+        found["conditions"]["perplexity_dataset"] = "/home/alice/text.txt (held out)"
+    return found
+
+
+@pytest.fixture
+def folder(packed, tmp_path):
+    return shutil.copytree(packed().folder, tmp_path / "result")
+
+
+def facts(folder) -> dict:
+    return json.loads((folder / "modelpress.json").read_text())
+
+
+def test_figures_go_into_card_report_and_facts(folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    before = facts(folder)
+    written = record_evaluation(folder, scores(0.5))
+    assert set(written) == {"README.md", "report.html", "eval/results.json", "modelpress.json"}
+    card = (folder / "README.md").read_text()
+    assert "Not evaluated" not in card
+    assert "0.500 ± 0.020" in card and "| 0.52 |" in card and "-0.020 ± 0.010" in card
+    assert "96.2 ± 1.9 %" in card  # 1 - 0.02 / 0.52
+    assert "0.500 ± 0.020" in (folder / "report.html").read_text()
+    assert "alice" not in card
+    after = facts(folder)
+    assert after["evaluations"] == [scores(0.5)]
+    assert {key: after[key] for key in before if key not in ("files", "card_digest")} == {
+        key: before[key] for key in before if key not in ("files", "card_digest")
+    }
+    assert set(after["files"]) == set(before["files"]) | {"eval/results.json"}
+    assert (folder / "model.safetensors").read_bytes() == weights
+    index = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    assert {(r["dataset"]["name"], m["type"], m["value"]) for r in index for m in r["metrics"]} == {
+        ("arc_easy", "acc", 0.5),
+        ("text.txt", "perplexity", 5.0),
+        ("text.txt", "kl_divergence", 0.05),
+    }
+
+
+def test_later_figures_stand_beside_earlier_ones(folder):
+    record_evaluation(folder, scores(0.5, text=False))
+    record_evaluation(folder, scores(0.25, tasks=("piqa",)))
+    record_evaluation(folder, scores(0.75, text=False, limit=7))
+    card = (folder / "README.md").read_text()
+    for figure in ("0.500", "0.250", "0.750"):
+        assert f"{figure} ± 0.020" in card
+    assert card.index("0.750 ±") < card.index("0.250 ±") < card.index("0.500 ±")
+
+
+def test_the_same_measured_again_takes_the_earlier_ones_place():
+    first = scores(0.5, tasks=("a", "b"))
+    again = merged(scores(0.6, tasks=("a",), text=False), [first])
+    assert [set(found["results"]) for found in again] == [{"a"}, {"b"}]
+    assert "perplexity" in again[1]
+    assert set(again[1]["difference"]["results"]) == set(again[1]["baseline"]["results"]) == {"b"}
+    assert merged(scores(0.6, tasks=("a", "b")), [first]) == [scores(0.6, tasks=("a", "b"))]
+    another = merged(scores(0.6, tasks=("a", "b"), limit=7), [first])
+    assert another == [scores(0.6, tasks=("a", "b"), limit=7), first]
+    assert first == scores(0.5, tasks=("a", "b"))  # which nobody has changed
+
+
+def test_a_card_that_was_edited_by_hand_stays(folder):
+    (folder / "README.md").write_text("# Mine\n")
+    assert "README.md" not in record_evaluation(folder, scores(0.5))
+    assert (folder / "README.md").read_text() == "# Mine\n"
+    assert facts(folder)["evaluations"]
+
+
+def test_other_folders_are_left_alone(folder, tmp_path):
+    (folder / "modelpress.json").unlink()
+    before = sorted(folder.iterdir())
+    assert record_evaluation(folder, scores(0.5)) == []
+    assert sorted(folder.iterdir()) == before
