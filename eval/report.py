@@ -1,22 +1,11 @@
-"""What a run did and what it cost, for people: tables, one HTML page, one picture.
+"""What was measured, for people: numbers as text, tables, pictures.
 
-The tables and the picture have a `Row` a model, made of what `evaluate_model` returns. The page
-takes one dict, of which every key but `name` may be missing:
+A `Row` is a model in a table, made of what `evaluate_model` returns.
 
-    name         of the model
-    recipe       the resolved recipe, nested
-    provenance   versions, seeds, hashes, times, peak memory, nested
-    layers       [{"name", "bits", "group_size", "error", "effective_sample_size", "seconds"}, ...]
-                 one entry a quantised linear, in the order of the model; further keys are shown too
-    evaluation   of the model, as `evaluate_model` returns it; `pruning` of a model that prunes
-                 visual tokens, with the files of its pictures
-    baseline     {"results", "perplexity"}; absent, `evaluation["baseline"]` is taken
-    bytes        {"original", "total", ...}: numbers of bytes
-
-    write_report("out/report.html", {"name": "demo", "layers": layers, "evaluation": scores})
+    row = Row.of("RSQ", scores, bytes=1_900_000)
+    print(markdown_table([row], "512 tokens"))
 """
 
-import base64
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -177,43 +166,6 @@ def markdown_table(rows: Sequence[Row], conditions: str) -> str:
     return f"{text}\n\n{conditions}\n"
 
 
-# ---------------------------------------------------------------------------- the page
-
-
-def write_report(path: str | Path, result: Mapping[str, Any]) -> Path:
-    """One HTML file that needs no other: tables, conditions, and each layer's error as SVG.
-
-    Args:
-        path: of the file; its folder is made if need be.
-        result: see the file's head. What is missing is left out of the page.
-    """
-    from jinja2 import Environment, FileSystemLoader  # only a run writes pages
-
-    # autoescape: names and recipes are other people's text
-    loader = FileSystemLoader(Path(__file__).parent)
-    page = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    layers = list(result.get("layers") or [])
-    evaluation = result.get("evaluation") or {}
-    html = page.get_template("report.html.jinja").render(
-        name=result.get("name") or "model",
-        sizes=_sizes(result.get("bytes") or {}),
-        quality=_quality(evaluation, result.get("baseline") or evaluation.get("baseline") or {}),
-        conditions=_conditions(evaluation),
-        plot=error_plot(layers),
-        pictures=_pictures(evaluation),
-        layer_columns=_layer_columns(layers),
-        layers=layers,
-        recipe=list(flatten(result.get("recipe") or {})),
-        rounded=sum(bool(layer.get("rounded_to_nearest")) for layer in layers),
-        provenance=list(flatten(result.get("provenance") or {})),
-        number=format_number,
-    )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
-    return path
-
-
 def flatten(nested: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """`{"a": {"b": 1}}` -> `("a.b", "1")`: the spelling that --set takes."""
     if isinstance(nested, Mapping) and nested:
@@ -224,62 +176,6 @@ def flatten(nested: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from flatten(value, f"{prefix}[{i}]")
     elif prefix:
         yield prefix, MISSING if nested is None else str(nested)
-
-
-def _sizes(sizes: Facts) -> list[tuple[str, str]]:
-    shown = [(key, format_bytes(value)) for key, value in sizes.items() if value is not None]
-    if sizes.get("original") and sizes.get("total"):
-        shown.append(("smaller by", f"{sizes['original'] / sizes['total']:.2f} x"))
-    return shown
-
-
-def _quality(evaluation: Facts, baseline: Facts) -> list[dict[str, str]]:
-    """One line a metric: the model, the baseline, and the paired difference of the two."""
-    ours, theirs = Row.of("", evaluation), Row.of("", baseline)
-    paired = paired_differences(evaluation)
-    for part, row in ((evaluation, ours), (baseline, theirs)):
-        if NLL in paired:
-            text = part.get("perplexity") or {}
-            row.put(NLL, text.get("mean_nll"), text.get("stderr"))
-    lines = []
-    for column in columns_of([ours, theirs]):
-        difference = paired.get(column, {})
-        lines.append(
-            {
-                "metric": column,
-                "model": ours.cell(column),
-                "baseline": theirs.cell(column),
-                "difference": format_number(difference.get("value"), difference.get("stderr")),
-            }
-        )
-    return lines
-
-
-def _conditions(evaluation: Facts) -> list[tuple[str, str]]:
-    lines = [
-        (part, evaluation[part]["line"])
-        for part in ("perplexity", "kl")
-        if (evaluation.get(part) or {}).get("line")
-    ]
-    pruning = {k: v for k, v in (evaluation.get("pruning") or {}).items() if k != "pictures"}
-    return [
-        *lines,
-        *flatten(evaluation.get("conditions") or {}),
-        *flatten({"pruning": pruning} if pruning else {}),
-    ]
-
-
-def _pictures(evaluation: Facts) -> list[str]:
-    """The PNG files that the evaluation of a pruning model names, as data URIs."""
-    files = (evaluation.get("pruning") or {}).get("pictures") or []
-    contents = [base64.b64encode(Path(file).read_bytes()).decode() for file in files]
-    return [f"data:image/png;base64,{content}" for content in contents]
-
-
-def _layer_columns(layers: Sequence[Facts]) -> list[str]:
-    """The usual columns that any layer has, then whatever else is there."""
-    keys = dict.fromkeys(key for layer in layers for key in layer)
-    return [c for c in LAYER_COLUMNS if c in keys] + [k for k in keys if k not in LAYER_COLUMNS]
 
 
 # ---------------------------------------------------------------------------- pictures

@@ -15,6 +15,7 @@ evaluation (`compress.comparison.strategies`), and a second plot shows accuracy 
 
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from compress.comparison.study import Entry, Run, Study, folder_name, seeded
 from compress.comparison.table import conditions_line, csv_of, rows_of
 from compress.errors import UsageError, unknown
 from compress.eval.curves import plot_lines
+from compress.eval.page import write_comparison
 from compress.eval.report import Row, markdown_table, plot_quality
 from compress.observer import Observer
 from compress.pipeline.evaluation import check_evaluation
@@ -94,6 +96,27 @@ class Comparison:
         for name, text in files.items():
             with atomic_write(folder / name) as file:
                 file.write(text.encode())
+        self.page(folder / "comparison.html")
+
+    def page(self, path: Path) -> Path:
+        """The page: figures, plot, differences with their intervals."""
+        with tempfile.TemporaryDirectory() as folder:
+            drawn: list[Path] = []
+            if self.plot is not None:  # or the warnings say why there is none
+                drawn = _draw(self.rows, Path(folder) / "plot.svg")
+            return write_comparison(
+                path,
+                {
+                    "title": "Comparison of " + ", ".join(row.name for row in self.rows[1:]),
+                    "rows": self.rows,
+                    "conditions": self.conditions,
+                    "differences": [found.as_dict() for found in self.differences],
+                    "pairing": self.pairing,
+                    "runs": self.runs,
+                    "warnings": self.warnings,
+                    "plots": [f.read_text(encoding="utf-8") for f in drawn if f.is_file()],
+                },
+            )
 
 
 def compare(
@@ -236,20 +259,26 @@ def _unmet(runs: Sequence[Run]) -> list[str]:
 
 
 def _plot(comparison: Comparison, path: Path, observer: Observer) -> None:
-    baseline, *rows = comparison.rows
-    sized, kept = _lines(rows, "bytes"), _lines(rows, "kept")
     try:
-        if any(len(line) > 1 for line in sized.values()):
-            comparison.plot = plot_lines(sized, baseline, path, "bytes")
-        elif sized:
-            comparison.plot = plot_quality(comparison.rows, path)
-        if kept:
-            place = path if comparison.plot is None else path.with_stem(f"{path.stem}-kept")
-            drawn = plot_lines(kept, baseline, place, "kept")
-            comparison.plot = comparison.plot or drawn
+        comparison.plot = next(iter(_draw(comparison.rows, path)), None)
     except UsageError as error:  # matplotlib is an extra: the table does without its picture
         comparison.warnings.append(f"no plot: {error}")
         observer.warning(comparison.warnings[-1])
+
+
+def _draw(rows: Sequence[Row], path: Path) -> list[Path]:
+    """Accuracy against bytes, and against visual tokens kept where some were pruned."""
+    baseline, *others = rows
+    sized, kept = _lines(others, "bytes"), _lines(others, "kept")
+    drawn = []
+    if any(len(line) > 1 for line in sized.values()):
+        drawn.append(plot_lines(sized, baseline, path, "bytes"))
+    elif sized:
+        drawn.append(plot_quality(rows, path))
+    if kept:
+        place = path.with_stem(f"{path.stem}-kept") if drawn else path
+        drawn.append(plot_lines(kept, baseline, place, "kept"))
+    return drawn
 
 
 def _lines(rows: Sequence[Row], x: str) -> dict[str, list[Row]]:

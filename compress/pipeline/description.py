@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.inspect import inspect
-from compress.eval.report import write_report
+from compress.eval.page import write_report
 from compress.pipeline.card import bits_summary, model_card
 from compress.pipeline.journal import LayerFacts
 from compress.quantization.token_weights import WeightFacts
@@ -60,6 +60,7 @@ def facts_of(
         "recipe": recipe,
         "format": found["format"],
         "files": [file.name for file in sorted(folder.glob("*.gguf"))],
+        "modules": found["modules"],
         "bits": bits_summary(found["modules"], found["format"]),
         "bytes": (history.get("bytes") or {}) | found["bytes"],
         "evaluation": evaluations[0] if evaluations else {},

@@ -263,7 +263,7 @@ def test_rows_that_differ_in_a_number_alone_are_lines(checkpoint, text, measured
             "compress.comparison.compare.plot_lines", lambda *a: drawn.append(a) or Path("x")
         )
         compare(recipes, tmp_path / "out", self_check=False)
-    ((lines, baseline, _, x),) = drawn
+    (lines, baseline, _, x), *_ = drawn
     assert {label: [row.name for row in line] for label, line in lines.items()} == {
         "a": ["a narrow=0", "a narrow=1"],
         "b": ["b narrow=0"],

@@ -1,5 +1,4 @@
 import math
-from xml.etree import ElementTree
 
 import pytest
 
@@ -13,42 +12,9 @@ from compress.eval.report import (
     markdown_table,
     plot_quality,
     quality_table,
-    write_report,
 )
+from support.evaluations import EVALUATION
 from support.refusals import refused
-
-EVALUATION = {
-    "results": {"demo_code": {"acc": 0.525, "acc_stderr": 0.0251}},
-    "perplexity": {
-        "value": 9.3172,
-        "value_stderr": 0.213,
-        "mean_nll": 2.2319,
-        "stderr": 0.0229,
-        "line": "perplexity 9.3172 with 512 tokens",
-    },
-    "kl": {"mean": 0.0831, "stderr": 0.0012, "line": "KL 0.0831"},
-    "baseline": {
-        "results": {"demo_code": {"acc": 0.6, "acc_stderr": 0.0245}},
-        "perplexity": {"value": 8.75, "value_stderr": 0.2, "mean_nll": 2.169, "stderr": 0.0228},
-    },
-    "difference": {
-        "results": {"demo_code": {"acc": {"value": -0.075, "stderr": 0.012, "count": 400}}},
-        "mean_nll": {"value": 0.0629, "stderr": 0.0031, "count": 90},
-    },
-    "conditions": {"limit": None, "samples": {"demo_code": 400}},
-}
-LAYERS = [
-    {
-        "name": f"model.layers.{i}.{part}",
-        "bits": bits,
-        "group_size": 64,
-        "error": 0.001 * (i + 1) * bits,
-        "effective_sample_size": 812.5,
-        "seconds": 0.25,
-    }
-    for i in range(20)
-    for part, bits in (("self_attn.q_proj", 3), ("mlp.down_proj", 4))
-]
 
 
 def test_numbers_show_as_many_digits_as_their_error_has():
@@ -92,68 +58,6 @@ def test_a_row_is_flat_in_json_with_errors_behind_their_figures():
         ("demo_code acc", 0.525),
         ("demo_code acc_stderr", 0.0251),
     ]
-
-
-def test_page_holds_what_it_was_given(tmp_path):
-    path = write_report(
-        tmp_path / "new" / "report.html",
-        {
-            "name": "demo <lm>",
-            "recipe": {"quantize": {"bits": 3, "overrides": [{"match": "re:.*down_proj$"}]}},
-            "provenance": {"seed": 7},
-            "layers": LAYERS,
-            "evaluation": EVALUATION,
-            "bytes": {"original": 6_000_000, "total": 2_000_000},
-        },
-    )
-    page = path.read_text(encoding="utf-8")
-    for part in (
-        "demo &lt;lm&gt;",
-        "quantize.overrides[0].match",
-        "9.32 ± 0.21",
-        "8.75 ± 0.20",
-        "-0.075 ± 0.012",
-        "0.0629 ± 0.0031",
-        "perplexity 9.3172 with 512 tokens",
-        "samples.demo_code",
-        "812.5",
-        "3.00 x",
-        "model.layers.19.mlp.down_proj: 0.08",
-    ):
-        assert part in page, part
-    assert "<lm>" not in page
-    assert not any(link in page for link in ("http:", "https:", "src=", "<script", "<link"))
-    drawing = page[page.index("<svg") : page.index("</svg>") + len("</svg>")]
-    circles = [e for e in ElementTree.fromstring(drawing).iter() if e.tag == "circle"]  # noqa: S314
-    assert len(circles) == len(LAYERS) + 2  # and two widths in the legend
-
-
-@pytest.mark.parametrize(
-    "result",
-    [
-        {},
-        {"name": "x", "layers": None, "evaluation": None, "bytes": None, "recipe": None},
-        {"layers": [{"name": "a.0.b"}, {"name": "a.1.b", "error": None, "extra": 5}]},
-        {"layers": [{"name": "a.0.b", "error": 0.5}], "evaluation": {"results": {}}},
-        {"evaluation": {"perplexity": {"value": 5.0}}},
-        {"evaluation": EVALUATION, "baseline": {"results": {}}},
-    ],
-)
-def test_missing_pieces_leave_a_page(tmp_path, result):
-    page = write_report(tmp_path / "report.html", result).read_text(encoding="utf-8")
-    assert page.startswith("<!doctype html>")
-    assert page.rstrip().endswith("</html>")
-    assert "Undefined" not in page
-
-
-def test_linears_that_were_rounded_to_nearest_are_counted(tmp_path):
-    layers = [{"name": f"a.{i}.b", "error": 0.1} for i in range(5)]
-    path = write_report(tmp_path / "plain.html", {"layers": layers})
-    assert "rounded to nearest" not in path.read_text()
-    for layer in layers[:2]:
-        layer["rounded_to_nearest"] = True
-    path = write_report(tmp_path / "page.html", {"layers": layers})
-    assert "2 of 5 linears were rounded to nearest" in path.read_text()
 
 
 def test_error_plot_is_logarithmic_and_counts_what_it_leaves_out():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import compress
-from compress.eval.report import write_report
+from compress.eval.page import write_report
 from compress.eval.settings import EvaluationSettings
 from compress.loading.load import load
 from compress.pipeline.evaluation import Evaluator, evaluate
