@@ -47,9 +47,9 @@ def expand(file: Path, model: Path, folder: Path) -> Path:
     )
     source = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     weights = dense.state_dict()
-    if source.config.tie_word_embeddings:
-        if not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
-            raise SystemExit(f"{file}: its head is not its embedding, though the model ties them")
+    head, embedding = weights["lm_head.weight"], weights["model.embed_tokens.weight"]
+    if source.config.tie_word_embeddings and not torch.equal(head, embedding):
+        raise SystemExit(f"{file}: its head is not its embedding, though the model ties them")
     source.load_state_dict(weights)
     source.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)
