@@ -7,7 +7,7 @@ It takes an environment of its own that borrows the project's packages:
         > ENV/lib/python3.X/site-packages/project.pth
     ENV/bin/pip install --no-deps gptqmodel==7.7.0 optimum==2.3.0 pypcre tokenicer logbar \\
         device-smi defuser
-    GPTQMODEL_CPU_WORKERS=1 ENV/bin/python tests/interop/board/by_gptqmodel.py MODEL TEXT OUT w3
+    GPTQMODEL_CPU_WORKERS=2 ENV/bin/python tests/interop/board/by_gptqmodel.py MODEL TEXT OUT w3
 
 TEXT is the folder that cut.py wrote; a case is w3 (GPTQ) or w3-gptaq. Its own groups are of 128, of
 which 576 is no multiple. All else is its default: symmetric, activation order within groups,
