@@ -153,6 +153,21 @@ def size_rows(sizes: Mapping[str, int]) -> list[tuple[str, str]]:
     ]
 
 
+def calibration_rows(facts: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """How much was read, or will be, and how many of its tokens count."""
+    if not facts or "windows" not in facts:
+        return []
+    windows, length = facts["windows"]
+    tokens, counted = facts["tokens"], facts["counted_tokens"]
+    kind = "conversations, at most" if "cut" in facts else "windows of"
+    text = f"{windows:,} {kind} {length:,} tokens: {tokens:,}, "
+    if counted is None:
+        text += "of which the assistant's count, once they are read"
+    else:
+        text += "all of which count" if counted == tokens else f"of which {counted:,} count"
+    return [("calibration", text)]
+
+
 def run_table(result: "RunResult") -> Table:
     """What a run has made and what it took."""
     provenance = json.loads((result.path / "modelpress.json").read_text(encoding="utf-8"))
@@ -164,6 +179,7 @@ def run_table(result: "RunResult") -> Table:
         ("average bits", f"{result.plan.average_bits:.2f} over the quantised weights"),
         ("seconds", f"{sum(result.seconds.values()):.1f} ({seconds})"),
         ("peak memory", format_memory(result.peak_memory)),
+        *calibration_rows(provenance.get("calibration")),
     ]
     rows += source_rows(result.source_check)
     if check := result.self_check:

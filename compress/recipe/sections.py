@@ -99,7 +99,11 @@ class Calibration(Section):
 
     # A name of DATASETS, FILE.txt, FILE.jsonl or a hub id; with images FILE.jsonl or demo-scenes.
     dataset: str = "wikitext2"
+    # Key or column of the text; rows without it that have messages or conversations (ShareGPT) are
+    # put into the model's chat template, a conversation a window.
     text_field: str = "text"
+    # Of conversations: whose tokens count in Hessians and in token importance, beside the first.
+    loss_mask: Literal["all", "assistant"] = "all"
     samples: int = Field(256, ge=1)
     length: int = Field(2048, ge=2)  # tokens per window
     bos: bool = False
