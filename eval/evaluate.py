@@ -13,6 +13,7 @@ gives (parts that were not asked for are absent)
      "baseline":   {"results", "perplexity"},
      "difference": {"results": {task: {metric: {"value", "stderr", "count"}}},
                     "mean_nll": {"value", "stderr", "count"}},
+     "files":      of lm-eval's own layout,
      "conditions": {"limit", "seed", "num_fewshot", "samples", "shots", "task_versions",
                     "lm_eval", "chat_template", "warnings", ...: what else was asked for}}
 
@@ -98,6 +99,8 @@ def evaluate_model(
         scores = score_tasks(model, tokenizer, settings, per_item=baseline is not None, files=files)
         report["results"] = scores.results
         report["conditions"] = _conditions(scores, settings)
+        if files is not None:
+            report["files"] = scores.files
         if baseline is not None:
             reference = baseline.scores(tokenizer, settings, files)
             report["baseline"]["results"] = reference.results
@@ -154,8 +157,6 @@ def _conditions(scores: TaskScores, settings: EvaluationSettings) -> dict[str, A
         told["chat_template_name"] = settings.apply_chat_template
     if scores.chat_template and any(scores.shots.values()):
         told["fewshot_as_multiturn"] = scores.multiturn
-    if scores.files:
-        told["files"] = scores.files
     return told | {
         "limit": settings.limit,
         "seed": settings.seed,

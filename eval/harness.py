@@ -145,7 +145,7 @@ def score_tasks(
                 num_fewshot=settings.num_fewshot,
                 gen_kwargs=dict(settings.gen_kwargs or {}) or None,
                 limit=settings.limit,
-                cache_requests=settings.cache_requests is not None,
+                cache_requests=settings.cache_requests in (True, "refresh"),
                 rewrite_requests_cache=settings.cache_requests == "refresh",
                 delete_requests_cache=settings.cache_requests == "delete",
                 bootstrap_iters=BOOTSTRAP_ITERATIONS,

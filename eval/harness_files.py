@@ -59,7 +59,7 @@ def request_cache(settings: EvaluationSettings, metadata: dict[str, Any]) -> Ite
 
     `metadata`: what tasks are told that draw their items.
     """
-    if settings.cache_requests is None:
+    if not settings.cache_requests:
         yield
         return
     from lm_eval.caching import cache  # an optional extra

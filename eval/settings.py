@@ -14,7 +14,7 @@ BATCH = 8  # windows, documents or requests in a forward pass
 
 # `auto`, or `auto:N`
 AUTO = re.compile(r"auto(:[1-9][0-9]*)?")
-CacheRequests = Literal["true", "refresh", "delete"]
+CacheRequests = bool | Literal["refresh", "delete"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class EvaluationSettings:
         max_length: the most tokens that the tasks put to the model; None: its context.
         add_bos_token: whether BOS stands before the tasks' prompts that have none; None: as the
             tokenizer does. A template that writes BOS itself never gets a second.
-        cache_requests: lm-eval keeps the prompts that it has built: `true` uses them, `refresh`
-            makes them again, `delete` removes them.
+        cache_requests: keep the prompts that lm-eval has built, and use those that it has kept;
+            `refresh` makes them again, `delete` removes them.
         log_samples: keep every prompt and answer, where lm-eval's files are written.
         metadata: what tasks are told that are made for a model, such as ruler's max_seq_lengths.
         confirm_run_unsafe_code: run tasks that execute what the model wrote.
@@ -66,7 +66,7 @@ class EvaluationSettings:
     gen_kwargs: Mapping[str, Any] | None = None
     max_length: int | None = None
     add_bos_token: bool | None = None
-    cache_requests: CacheRequests | None = None
+    cache_requests: CacheRequests = False
     log_samples: bool = False
     metadata: Mapping[str, Any] | None = None
     confirm_run_unsafe_code: bool = False

@@ -219,5 +219,11 @@ def print_scores(
         figure = format_number(estimate["value"], estimate["stderr"])
         print_lines(console, f"difference from the baseline, paired: {column} {figure}")
     lines = [scores[part]["line"] for part in ("perplexity", "kl") if scores.get(part)]
-    conditions = ", ".join(f"{k} {v}" for k, v in flatten(scores.get("conditions") or {}))
+    told = dict(scores.get("conditions") or {})
+    warnings = told.pop("warnings", None) or {}
+    conditions = ", ".join(f"{k} {v}" for k, v in flatten(told))
     print_lines(console, *lines, *([f"conditions: {conditions}"] if conditions else []))
+    for warning, times in warnings.items():
+        often = f" ({times} times)" if times > 1 else ""
+        print_lines(console, f"warning of lm-eval: {warning}{often}")
+    print_lines(console, *(f"written: {file}" for file in scores.get("files") or ()))

@@ -8,7 +8,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,7 +30,6 @@ from compress.cli.progress import RunProgress
 from compress.errors import UsageError, import_extra, unknown
 from compress.eval.report import quality_table
 from compress.eval.settings import (
-    CacheRequests,
     EvaluationSettings,
     batch_problem,
     limit_problem,
@@ -70,10 +69,12 @@ def _template(text: str, option: str) -> bool | str:
     return {"true": True, "false": False}.get(text, text)
 
 
-def _cache(text: str, option: str) -> str:
-    if text not in get_args(CacheRequests):
-        raise UsageError(f"{option}: {unknown('value', text, get_args(CacheRequests))}")
-    return text
+def _cache(text: str, option: str) -> bool | str:
+    known: dict[str, bool | str] = {"true": True, "false": False}
+    known |= {name: name for name in ("refresh", "delete")}
+    if text.lower() not in known:
+        raise UsageError(f"{option}: {unknown('value', text, known)}")
+    return known[text.lower()]
 
 
 # Options whose value may be left out, and what then stands for it.
@@ -125,7 +126,7 @@ MEASURED = {
         ),
     ],
     "cache_requests": Annotated[
-        str | None,
+        bool | str,
         typer.Option(metavar="[=refresh|=delete]", help="Keep the tasks' prompts once built."),
         _cache,
     ],

@@ -48,7 +48,7 @@ def evaluate(
     gen_kwargs: Mapping[str, Any] | None = None,
     max_length: int | None = None,
     add_bos_token: bool | None = None,
-    cache_requests: CacheRequests | None = None,
+    cache_requests: CacheRequests = False,
     log_samples: bool = False,
     metadata: Mapping[str, Any] | None = None,
     confirm_run_unsafe_code: bool = False,

@@ -282,7 +282,7 @@ class Evaluate(Section):
     gen_kwargs: dict[str, JsonValue] | None = None
     max_length: int | None = Field(EvaluationSettings.max_length, ge=2)
     add_bos_token: bool | None = EvaluationSettings.add_bos_token
-    cache_requests: CacheRequests | None = EvaluationSettings.cache_requests
+    cache_requests: CacheRequests = EvaluationSettings.cache_requests
     log_samples: bool = EvaluationSettings.log_samples  # every prompt and answer, into OUT/eval
     # Of tasks that are made for a model, as ruler.
     metadata: dict[str, JsonValue] | None = None

@@ -224,13 +224,13 @@ def test_prompts_are_kept_and_not_taken_for_others(score, tasks, tmp_path, monke
         return whole(self, doc, *arguments, **options)
 
     monkeypatch.setattr(ConfigurableTask, "fewshot_context", counted)
-    first = score(["local_choice"], cache_requests="true", limit=2)
+    first = score(["local_choice"], cache_requests=True, limit=2)
     assert len(built) == len(ROWS)  # all, for a later call that asks more
-    assert score(["local_choice"], cache_requests="true", limit=2).results == first.results
+    assert score(["local_choice"], cache_requests=True, limit=2).results == first.results
     assert len(built) == len(ROWS)
     score(["local_choice"], cache_requests="refresh")
     assert len(built) == 2 * len(ROWS)
-    score(["local_choice"], cache_requests="true", seed=1)
+    score(["local_choice"], cache_requests=True, seed=1)
     assert len(built) == 3 * len(ROWS)
     score(["local_choice"], cache_requests="delete")
     assert len(built) == 4 * len(ROWS)

@@ -123,7 +123,7 @@ def test_files_that_its_table_printer_reads(folder, tasks, tmp_path):
         output_path=tmp_path / "out",
     )  # fmt: skip
     files = sorted((tmp_path / "out").rglob("*.json*"))
-    assert found["conditions"]["files"] == [str(files[0])]
+    assert found["files"] == [str(files[0])]
     results = json.loads(files[0].read_text(encoding="utf-8"))
     table = make_table(results)
     assert all(name in table for name in KINDS)
