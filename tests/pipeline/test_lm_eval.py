@@ -1,6 +1,8 @@
 """The same figures from lm-eval's own model, from ours under its command, and from `evaluate`."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from lm_eval import simple_evaluate
@@ -11,6 +13,10 @@ from compress.cli.main import main
 from compress.errors import UsageError
 from compress.eval.task_names import LOCAL_TASKS
 from compress.pipeline.evaluation import evaluate
+from compress.pruning.saved import save_strategy
+from compress.recipe.strategy import PruneStrategy
+from compress.scheme import Scheme
+from support.demo_quantised import quantise_folder
 from support.local_tasks import KINDS, TEMPLATE, write_tasks
 from support.refusals import refused
 from support.tiny_lm import byte_tokenizer, tiny_llama
@@ -185,3 +191,49 @@ def test_named_groups_have_their_tasks(tmp_path):
         for name, task in loaded["tasks"].items():
             shots = tasks["mmlu" if name == "mmlu_inner" else name]
             assert shots is None or task.get_config("num_fewshot") == shots, name
+
+
+def test_packed_weights_run_packed(tmp_path, tasks):
+    """And hf, which makes them dense, rounds its sums otherwise."""
+    import compress.pipeline.lm_eval_models as models
+    from compress.kernels.linear import QuantLinear
+
+    scheme = Scheme(bits=4, group_size=32)
+    folder = quantise_folder(Path("recipes/demo/lm"), tmp_path / "packed", [scheme])
+    chosen = ["local_choice", "local_answer", "local_text"]
+    for packed in (True, False):
+        lm = models.ModelpressLM(str(folder), device="cpu", packed=packed, batch_size=BATCH)
+        assert any(isinstance(m, QuantLinear) for m in lm.model.modules()) == packed
+        output = simple_evaluate(
+            model=lm, tasks=chosen, random_seed=0, numpy_random_seed=0, torch_random_seed=0,
+            task_manager=TaskManager(include_path=[tasks], include_defaults=False),
+            fewshot_random_seed=0,
+        )  # fmt: skip
+        found = evaluate(
+            folder, tasks=chosen, include_path=tasks, batch_size=BATCH, dense=not packed
+        )
+        for task in chosen:
+            for metric, value in found["results"][task].items():
+                theirs = output["results"][task][f"{metric},none"]
+                assert theirs == ("N/A" if value is None else value), (packed, task, metric)
+
+
+def test_pruned_visual_tokens_stay_pruned(tmp_path):
+    import compress.pipeline.lm_eval_models as models
+
+    folder = shutil.copytree("recipes/demo/vlm", tmp_path / "vlm")
+    save_strategy(PruneStrategy(ratios=(0.2,)), folder)
+    lm = models.ModelpressMultimodalLM(str(folder), device="cpu", batch_size=4)
+    assert lm.model.visual_token_pruning is not None
+    output = simple_evaluate(
+        model=lm, tasks=["demo_vqa"], limit=8, apply_chat_template=True, random_seed=0,
+        numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0,
+        task_manager=TaskManager(
+            include_path=[LOCAL_TASKS], include_defaults=False, metadata={"seed": 0, "items": 8}
+        ),
+    )  # fmt: skip
+    found = evaluate(folder, tasks=["demo_vqa"], limit=8, batch_size=4)
+    plain = evaluate("recipes/demo/vlm", tasks=["demo_vqa"], limit=8, batch_size=4)
+    assert plain["results"] != found["results"]
+    theirs = output["results"]["demo_vqa"]
+    assert theirs["exact_match,none"] == found["results"]["demo_vqa"]["exact_match"]
