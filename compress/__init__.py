@@ -11,13 +11,12 @@ neither torch nor transformers; `from compress import run` works all the same.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:  # what `__getattr__` gives
     from compress.checkpoint.inspect import inspect as inspect
     from compress.comparison.compare import compare as compare
     from compress.errors import CompressError as CompressError
-    from compress.errors import UsageError as UsageError
     from compress.loading.load import load as load
     from compress.loading.transformers_plugin import ModelpressConfig as ModelpressConfig
     from compress.observer import Observer
@@ -68,13 +67,14 @@ def plan(
 ) -> "Plan":
     """What `run` would do: bits of each module, bytes, peak memory and problems.
 
-    Reads the model's config and headers alone, and what the scores of an `allocate` section need.
+    Reads the model's config and headers alone, conversations to calibrate on, and what the scores
+    of an `allocate` section need.
     `check_source` reads the weights as well: our forward must give the logits of transformers.
     Raises UsageError for a model that cannot be opened; what would stop the run itself is in
     `problems`.
     """
     from compress.pipeline.inputs import RunInputs  # when first used, as all below
-    from compress.pipeline.plan import allocated_plan, make_plan  # the same
+    from compress.pipeline.plan import allocated_plan, calibration_forecast, make_plan  # the same
     from compress.pipeline.source_check import check_source as check  # the same
 
     inputs = RunInputs.open(recipe, device)
@@ -86,6 +86,10 @@ def plan(
             problems.append(str(error))
     planned = allocated_plan(inputs, observer=observer)
     planned.source_check = checked
+    try:
+        planned.calibration = calibration_forecast(inputs)
+    except UsageError as error:
+        problems.append(str(error))
     planned.problems += problems
     return planned
 

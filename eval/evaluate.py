@@ -13,14 +13,16 @@ gives (parts that were not asked for are absent)
      "baseline":   {"results", "perplexity"},
      "difference": {"results": {task: {metric: {"value", "stderr", "count"}}},
                     "mean_nll": {"value", "stderr", "count"}},
+     "files":      of lm-eval's own layout,
      "conditions": {"limit", "seed", "num_fewshot", "samples", "shots", "task_versions",
-                    "lm_eval", "chat_template", "warnings"}}
+                    "lm_eval", "chat_template", "warnings", ...: what else was asked for}}
 
 `difference` is model minus baseline, paired item by item and window by window: its error is the
 one that says whether the model is worse, and it is far smaller than either figure's own.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -43,11 +45,13 @@ class Baseline:
         self.model = model
         self._kept: list[tuple[tuple[object, ...], Any]] = []
 
-    def scores(self, tokenizer: Any, settings: EvaluationSettings) -> TaskScores:
-        """Its `score_tasks`, item by item."""
+    def scores(
+        self, tokenizer: Any, settings: EvaluationSettings, files: Path | None = None
+    ) -> TaskScores:
+        """Its `score_tasks`, item by item; `files` as there, written once."""
         return self._once(
             (tokenizer.__class__, settings),
-            lambda: score_tasks(self.model, tokenizer, settings, per_item=True),
+            lambda: score_tasks(self.model, tokenizer, settings, per_item=True, files=files),
         )
 
     def perplexity(self, text: Text, batch_size: int) -> PerplexityResult:
@@ -70,6 +74,7 @@ def evaluate_model(
     settings: EvaluationSettings,
     text: Text | None = None,
     baseline: Baseline | None = None,
+    files: Path | None = None,
 ) -> dict[str, Any]:
     """Tasks, perplexity and divergence of a model, as one JSON object (keys at the file's head).
 
@@ -80,6 +85,7 @@ def evaluate_model(
         text: what `settings.perplexity` names, read and tokenised.
         baseline: the 16-bit model: measured on the same data in this same call, and the reference
             of KL and of the paired differences. Its figures are kept for the next model.
+        files: a folder for lm-eval's own files of what the tasks gave.
 
     Raises:
         UsageError: nothing to evaluate, or what the parts raise.
@@ -90,25 +96,27 @@ def evaluate_model(
     if baseline is not None:
         report["baseline"], report["difference"] = {}, {}
     if settings.tasks:
-        scores = score_tasks(model, tokenizer, settings, per_item=baseline is not None)
+        scores = score_tasks(model, tokenizer, settings, per_item=baseline is not None, files=files)
         report["results"] = scores.results
         report["conditions"] = _conditions(scores, settings)
+        if files is not None:
+            report["files"] = scores.files
         if baseline is not None:
-            reference = baseline.scores(tokenizer, settings)
+            reference = baseline.scores(tokenizer, settings, files)
             report["baseline"]["results"] = reference.results
             report["difference"]["results"] = task_differences(scores, reference)
     if text is not None:
-        measured = perplexity(model, text, settings.batch_size)
+        measured = perplexity(model, text, settings.text_batch_size)
         report["perplexity"] = measured.to_dict() | {"line": measured.line()}
         report["windows"] = {
             "tokens": list(measured.window_tokens),
             "nll": list(measured.window_nll),
         }
         if baseline is not None:
-            before = baseline.perplexity(text, settings.batch_size)
+            before = baseline.perplexity(text, settings.text_batch_size)
             report["baseline"]["perplexity"] = before.to_dict() | {"line": before.line()}
             report["difference"]["mean_nll"] = perplexity_difference(measured, before).to_dict()
-            divergence = kl_divergence(model, baseline.model, text, settings.batch_size)
+            divergence = kl_divergence(model, baseline.model, text, settings.text_batch_size)
             report["kl"] = divergence.to_dict() | {"line": divergence.line()}
             report["windows"]["kl"] = list(divergence.window_kl)
     return report
@@ -128,8 +136,28 @@ def task_differences(
     }
 
 
+# Conditions that are told only where they were asked for.
+ASKED = (
+    "system_instruction",
+    "gen_kwargs",
+    "max_length",
+    "add_bos_token",
+    "cache_requests",
+    "metadata",
+)
+
+
 def _conditions(scores: TaskScores, settings: EvaluationSettings) -> dict[str, Any]:
-    return {
+    told = {name: getattr(settings, name) for name in ASKED if getattr(settings, name)}
+    if settings.add_bos_token is not None:
+        told["add_bos_token"] = settings.add_bos_token
+    if isinstance(settings.batch_size, str):
+        told["batch_size"] = settings.batch_size
+    if isinstance(settings.apply_chat_template, str):
+        told["chat_template_name"] = settings.apply_chat_template
+    if scores.chat_template and any(scores.shots.values()):
+        told["fewshot_as_multiturn"] = scores.multiturn
+    return told | {
         "limit": settings.limit,
         "seed": settings.seed,
         "num_fewshot": settings.num_fewshot,

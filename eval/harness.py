@@ -1,7 +1,5 @@
 """Tasks of the lm-evaluation-harness on a model that is already loaded.
 
-The tasks folder beside this file is always known, `include_path` adds others, and the harness's
-own tasks are looked up only where a name is in neither (its index takes ten seconds to read).
 Metrics keep the harness's names without its filter suffix: `acc,none` is `acc`, with `acc_stderr`.
 
     settings = EvaluationSettings(tasks=["demo_code"], limit=100)
@@ -9,7 +7,8 @@ Metrics keep the harness's names without its filter suffix: `acc,none` is `acc`,
     # {"demo_code": {"acc": 0.52, "acc_stderr": 0.0502, "acc_norm": 0.55, "acc_norm_stderr": ...}}
 
 A multimodal model comes with its processor in the tokenizer's place; tasks with images then get
-them, in the processor's chat template if it has one.
+them, in the processor's chat template if it has one. `apply_chat_template` puts prompts into a text
+model's.
 
 Policy: an unknown task or a missing lm-eval is an error before anything runs. A standard error that
 the harness cannot give (a single item) is None. Its warnings are counted and kept in the result.
@@ -23,26 +22,29 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from compress.errors import UsageError, did_you_mean, import_extra
+from compress.errors import UsageError, import_extra, unknown
+from compress.eval.harness_files import HarnessFiles, request_cache
 from compress.eval.multimodal import is_multimodal, multimodal_model
 from compress.eval.settings import EvaluationSettings
+from compress.eval.task_names import check_names, find_tasks
 from compress.eval.windows import measuring
 
 if TYPE_CHECKING:  # an extra
     from lm_eval.api.model import LM
-    from lm_eval.tasks import TaskManager
 
-LOCAL_TASKS = Path(__file__).with_name("tasks")
 # What the harness does beside measuring, and what stands in for it while it runs: nothing of it is
 # kept. Outside a repository git prints `fatal: ...` past sys.stderr; the environment is asked of
 # pip, which takes seconds; pictures would be written as PNG, twice each, to be hashed.
 UNUSED: dict[str, Any] = {
     "get_git_commit_hash": lambda: None,
-    "add_env_info": lambda storage: None,
+    "add_env_info": lambda storage: storage.update(
+        transformers_version=version("transformers"), lm_eval_version=version("lm_eval")
+    ),
     "LMEVAL_HASHMM": False,
 }
 # Resamples behind the standard error of metrics that are not means (those have a closed form).
@@ -58,9 +60,17 @@ EXPECTED_WARNINGS = (
     "HF model type is neither marked as CausalLM or Seq2SeqLM",
     "[demo_vqa] Metrics were not scored on the same number",
     "[demo_vqa] No aggregation function defined",  # then it is the mean, as meant
+    # Of tasks that leave to the harness what it knows of a metric.
+    "is defined, but aggregation is not. using default",
+    "is defined, but higher_is_better is not. using default",
+    # What was asked for.
+    "Overwriting default num_fewshot of",
+    "generation_kwargs:",
 )
 # Local tasks whose items are drawn from the evaluation's seed.
 DRAWN_TASKS = ("demo_vqa",)
+# What it prints where batch sizes are found out.
+EXPECTED_LINES = ("Passed argument batch_size = auto", "Determined ")
 
 Metrics = dict[str, float | None]
 
@@ -78,13 +88,19 @@ class TaskScores:
     shots: dict[str, int]  # examples in front of each item
     versions: dict[str, Any]  # of the task definitions
     harness_version: str
-    chat_template: bool  # whether prompts were put into the processor's
+    chat_template: bool  # whether prompts were put into one
+    multiturn: bool  # whether examples were turns of their own
     warnings: dict[str, int]
     items: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)  # of lm-eval's own layout
 
 
 def score_tasks(
-    model: Any, tokenizer: Any, settings: EvaluationSettings, per_item: bool = False
+    model: Any,
+    tokenizer: Any,
+    settings: EvaluationSettings,
+    per_item: bool = False,
+    files: Path | None = None,
 ) -> TaskScores:
     """Scores of a loaded model, with how they were taken and, on request, each item's own.
 
@@ -94,30 +110,59 @@ def score_tasks(
             gives a copy its padding token).
         settings: all but those of the text.
         per_item: keep each item's metrics, for paired differences.
+        files: a folder for lm-eval's own files: results, and samples if they are asked for.
 
     Raises:
-        UsageError: lm-eval is not installed, no task is given, one does not exist, or one has
-            images and the model is not multimodal.
+        UsageError: lm-eval is not installed, no task is given, one does not exist, is there twice
+            or runs code, one has images and the model is not multimodal, or the settings ask for a
+            chat template that the tokenizer has not.
     """
+    check_names(settings)
     lm_eval = import_harness()
-    with _quiet() as warnings, measuring(model):
-        names, manager = find_tasks(settings, _drawing(settings.seed, settings.limit))
-        chat = is_multimodal(tokenizer) and bool(tokenizer.chat_template)
-        with _images_need_a_multimodal_model(names):
+    template = chosen_template(tokenizer, settings)
+    if settings.fewshot_as_multiturn and template is None:
+        raise UsageError(
+            "fewshot_as_multiturn makes turns of a conversation: give apply_chat_template "
+            "(--apply-chat-template) as well"
+        )
+    multiturn = settings.fewshot_as_multiturn
+    multiturn = template is not None if multiturn is None else multiturn
+    metadata = _metadata(model, settings)
+    with _quiet(settings.log_samples) as warnings, measuring(model):
+        names, manager = find_tasks(settings, metadata)
+        tracker = None if files is None else HarnessFiles(files)
+        with _refusals(names), request_cache(settings, metadata):
             output = lm_eval.simple_evaluate(
-                model=_harness_model(model, tokenizer, settings.batch_size),
+                model=harness_model(model, tokenizer, settings),
+                model_args={"pretrained": str(getattr(model, "name_or_path", "") or "model")},
                 tasks=names,
                 task_manager=manager,
-                apply_chat_template=chat,
+                batch_size=settings.batch_size,
+                device=str(model.device),
+                apply_chat_template=template is not None,
+                system_instruction=settings.system_instruction,
+                fewshot_as_multiturn=multiturn,
                 num_fewshot=settings.num_fewshot,
+                gen_kwargs=dict(settings.gen_kwargs or {}) or None,
                 limit=settings.limit,
+                cache_requests=settings.cache_requests in (True, "refresh"),
+                rewrite_requests_cache=settings.cache_requests == "refresh",
+                delete_requests_cache=settings.cache_requests == "delete",
                 bootstrap_iters=BOOTSTRAP_ITERATIONS,
-                log_samples=per_item,
+                log_samples=per_item or settings.log_samples,
+                evaluation_tracker=None if tracker is None else tracker.tracker,
+                confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
                 random_seed=settings.seed,
                 numpy_random_seed=settings.seed,
                 torch_random_seed=settings.seed,
                 fewshot_random_seed=settings.seed,
             )
+        samples = output.pop("samples", {})
+        written = (
+            []
+            if tracker is None
+            else tracker.write(output, samples if settings.log_samples else {})
+        )
     figures = output["results"] | output.get("groups", {})
     return TaskScores(
         results={task: clean_metrics(raw) for task, raw in figures.items()},
@@ -125,9 +170,11 @@ def score_tasks(
         shots=dict(output["n-shot"]),
         versions=dict(output["versions"]),
         harness_version=output.get("lm_eval_version", lm_eval.__version__),
-        chat_template=chat,
+        chat_template=template is not None,
+        multiturn=multiturn,
         warnings=dict(warnings),
-        items={task: _items(samples) for task, samples in output.get("samples", {}).items()},
+        items={task: _items(found) for task, found in samples.items()} if per_item else {},
+        files=[str(file) for file in written],
     )
 
 
@@ -136,69 +183,89 @@ def import_harness() -> ModuleType:
     return import_extra("lm_eval", "eval", "evaluating tasks")
 
 
-def _harness_model(model: Any, tokenizer: Any, batch_size: int | str) -> "LM":
+def harness_model(model: Any, tokenizer: Any, settings: EvaluationSettings) -> "LM":
+    """A loaded model as lm-eval asks it; the tokenizer, or processor, is copied.
+
+    Raises UsageError for a chat template that is not there, and what `multimodal_model` raises.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    if (template := chosen_template(tokenizer, settings)) is not None:
+        # lm-eval notes the name that it is given and goes on with the default one.
+        tokenizer.chat_template = template
     if is_multimodal(tokenizer):
-        return multimodal_model(model, tokenizer, batch_size)
+        return multimodal_model(model, tokenizer, settings)
     from lm_eval.models.huggingface import HFLM  # an optional extra
 
-    return HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    return HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        add_bos_token=settings.add_bos_token,
+    )
+
+
+def chosen_template(tokenizer: Any, settings: EvaluationSettings) -> str | None:
+    """The chat template that prompts are put into; None: they are not.
+
+    Raises UsageError if the settings ask for one that the tokenizer, or processor, has not.
+    """
+    wanted, templates = settings.apply_chat_template, getattr(tokenizer, "chat_template", None)
+    if wanted is None:
+        wanted = is_multimodal(tokenizer) and bool(templates)
+    if wanted is False:
+        return None
+    if not templates:
+        raise UsageError(
+            "apply_chat_template: this model's tokenizer has no chat template: leave it out"
+        )
+    named: dict[str, str] = templates if isinstance(templates, dict) else {"default": templates}
+    name = "default" if wanted is True else wanted
+    if name not in named:
+        raise UsageError("apply_chat_template: " + unknown("chat template", name, named))
+    return named[name]
 
 
 @contextlib.contextmanager
-def _images_need_a_multimodal_model(names: Sequence[str]) -> Iterator[None]:
-    """The harness finds out after loading the tasks, and raises a ValueError."""
+def _refusals(names: Sequence[str]) -> Iterator[None]:
+    """What the harness finds out once the tasks are loaded, and raises as it comes."""
     try:
         yield
     except ValueError as error:
-        if "multimodal" not in str(error):
+        said = str(error)
+        if "multimodal" in said:
+            raise UsageError(
+                f"of {', '.join(names)}, one has images or audio, which this model does not take: "
+                "evaluate a multimodal model, or other tasks"
+            ) from error
+        if found := re.search(r"Duplicate task '(.+?)'.*both '(.+?)' and '(.+?)'", said):
+            task, first, second = found.groups()
+            remedy = f"leave {task} out" if task in (first, second) else "name one of the two"
+            raise UsageError(
+                f"task {task!r} is asked for twice, by {first!r} and by {second!r}: {remedy}, "
+                "or evaluate them in two calls"
+            ) from error
+        if found := re.search(r"run task: (\S+) which is marked as unsafe", said):
+            raise UsageError(
+                f"task {found[1]!r} executes what the model writes: give "
+                "--confirm-run-unsafe-code (confirm_run_unsafe_code=True) if this machine may"
+            ) from error
+        raise
+    except AssertionError as error:
+        if "max tokens to generate" not in str(error):
             raise
         raise UsageError(
-            f"of {', '.join(names)}, one has images or audio, which this model does not take: "
-            "evaluate a multimodal model, or other tasks"
+            f"{str(error).partition(': ')[2] or error} Set --gen-kwargs max_gen_toks=N, or a "
+            "larger --max-length"
         ) from error
 
 
-def _drawing(seed: int, limit: int | float | None) -> dict[str, int]:
-    """What tasks are told that draw their items: the seed, and how many if that is a number."""
-    return {"seed": seed} | ({"items": limit} if isinstance(limit, int) else {})
-
-
-def find_tasks(
-    settings: EvaluationSettings, metadata: dict[str, Any] | None = None
-) -> tuple[list[str], "TaskManager"]:
-    """The names the harness will run, patterns expanded, and a TaskManager that knows them.
-
-    `metadata` is handed to all tasks, in place of what their definitions say.
-
-    Raises:
-        UsageError: no task, a folder that is not there, or an unknown task.
-    """
-    from lm_eval.tasks import TaskManager  # an optional extra
-
-    include_path = settings.include_path
-    tasks = [settings.tasks] if isinstance(settings.tasks, str) else settings.tasks
-    if not tasks:
-        raise UsageError("no task to evaluate: name at least one, for example demo_code")
-    given = [include_path] if isinstance(include_path, str | Path) else (include_path or [])
-    folders = [LOCAL_TASKS, *map(Path, given)]
-    for folder in folders:
-        if not folder.is_dir():
-            raise UsageError(f"task folder {folder} does not exist (include_path)")
-
-    local = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
-    manager = local
-    if not all(_expand(task, local) for task in tasks):
-        manager = TaskManager(include_path=folders, metadata=metadata)
-    names: list[str] = []
-    for task in tasks:
-        expanded = _expand(task, manager)
-        if not expanded:
-            raise UsageError(
-                f"unknown task {task!r}{did_you_mean(task, manager.all_tasks)}: local tasks are "
-                f"{', '.join(local.all_tasks)}; `lm_eval ls tasks` lists the harness's own"
-            )
-        names += [name for name in expanded if name not in names]
-    return names, manager
+def _metadata(model: Any, settings: EvaluationSettings) -> dict[str, Any]:
+    """What tasks are told that draw their items, or make them for a model: the seed, how many
+    items if that is a number, and where the tokenizer is."""
+    items = {"items": settings.limit} if isinstance(settings.limit, int) else {}
+    place = {"pretrained": name} if (name := getattr(model, "name_or_path", "")) else {}
+    return {"seed": settings.seed} | items | place | dict(settings.metadata or {})
 
 
 def clean_metrics(raw: dict[str, Any]) -> Metrics:
@@ -220,13 +287,6 @@ def clean_metrics(raw: dict[str, Any]) -> Metrics:
         shown = f"{base}[{name}]" if len(filters[metric]) > 1 else base
         metrics[shown + "_stderr" * error] = float(value) if _is_number(value) else None
     return metrics
-
-
-def _expand(task: str, manager: "TaskManager") -> list[str]:
-    """Names a pattern stands for; a path to a task file stands for itself."""
-    if task.endswith((".yaml", ".yml")) and Path(task).is_file():
-        return [task]
-    return manager.match_tasks([task])
 
 
 def _items(samples: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -265,7 +325,7 @@ class _NoProgressBars:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        if not text.startswith("\r") and text.strip():
+        if not text.startswith(("\r", *EXPECTED_LINES)) and text.strip():
             self.stream.write(text)
         return len(text)
 
@@ -274,19 +334,23 @@ class _NoProgressBars:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[Counter[str]]:
-    """Warnings are counted, not printed; progress bars show only where a terminal is watched."""
+def _quiet(pictures: bool) -> Iterator[Counter[str]]:
+    """Warnings are counted, not printed; progress bars show only where a terminal is watched.
+
+    `pictures`: whether those of the items are written, and so are to be hashed.
+    """
     from lm_eval import evaluator  # an optional extra
 
     logger, counter = logging.getLogger("lm_eval"), _WarningCounter()
     before = logger.level, logger.propagate, logger.handlers
     logger.level, logger.propagate, logger.handlers = logging.WARNING, False, [counter]
-    known = {name: getattr(evaluator, name) for name in UNUSED if hasattr(evaluator, name)}
+    unused = {name: value for name, value in UNUSED.items() if not pictures or callable(value)}
+    known = {name: getattr(evaluator, name) for name in unused if hasattr(evaluator, name)}
     for name in known:
-        setattr(evaluator, name, UNUSED[name])
+        setattr(evaluator, name, unused[name])
     stream: Any = sys.stderr if sys.stderr.isatty() else _NoProgressBars(sys.stderr)
     try:
-        with contextlib.redirect_stderr(stream):
+        with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(stream):
             yield counter.counts
     finally:
         logger.level, logger.propagate, logger.handlers = before

@@ -5,14 +5,15 @@ is handed over with the model: a checkpoint is read once, and one whose processo
 cannot read (a video processor without torchvision) works too. A model that prunes visual tokens
 goes on doing so: it is generated from like any other.
 
-    lm = multimodal_model(model, processor, batch_size=32)
+    lm = multimodal_model(model, copy.deepcopy(processor), EvaluationSettings(batch_size=32))
 """
 
-import copy
+import functools
 import gc
 from typing import Any
 
 from compress.errors import UsageError
+from compress.eval.settings import EvaluationSettings
 
 
 def is_multimodal(tokenizer: Any) -> bool:
@@ -20,18 +21,32 @@ def is_multimodal(tokenizer: Any) -> bool:
     return getattr(tokenizer, "image_processor", None) is not None
 
 
-def multimodal_model(model: Any, processor: Any, batch_size: int | str) -> Any:
-    """The harness's `hf-multimodal` round a loaded model and its processor, which stay unchanged.
+def multimodal_model(model: Any, processor: Any, settings: EvaluationSettings) -> Any:
+    """The harness's `hf-multimodal` round a loaded model and its processor.
 
     Requests without images are answered by the language model alone, as for any text model.
 
     Raises:
         UsageError: a batch size that is no number, which `hf-multimodal` cannot work with.
     """
-    from lm_eval.models.hf_vlms import HFMultimodalLM  # an optional extra
+    if not isinstance(settings.batch_size, int):
+        raise UsageError(
+            f"batch_size: a multimodal model needs a number, found {settings.batch_size!r}"
+        )
+    return loaded_multimodal()(
+        pretrained=model,
+        tokenizer=processor,  # on which it sets padding
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        add_bos_token=settings.add_bos_token,
+        convert_img_format=True,
+    )
 
-    if not isinstance(batch_size, int):
-        raise UsageError(f"a multimodal model needs a number as batch size, found {batch_size!r}")
+
+@functools.cache
+def loaded_multimodal() -> Any:
+    """A class like the harness's `hf-multimodal`, made of a loaded model and its processor."""
+    from lm_eval.models.hf_vlms import HFMultimodalLM  # an optional extra
 
     class LoadedMultimodal(HFMultimodalLM):
         def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **_: Any) -> None:
@@ -46,10 +61,4 @@ def multimodal_model(model: Any, processor: Any, batch_size: int | str) -> Any:
             finally:
                 gc.unfreeze()
 
-    # The harness sets padding on the tokenizer: on a copy.
-    return LoadedMultimodal(
-        pretrained=model,
-        tokenizer=copy.deepcopy(processor),
-        batch_size=batch_size,
-        convert_img_format=True,
-    )
+    return LoadedMultimodal

@@ -3,12 +3,18 @@
 settings = EvaluationSettings(tasks=["demo_code"], perplexity="python-stdlib", tokens=2048)
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 WINDOW = 2048  # tokens, where neither `length` nor the model's context says less
+BATCH = 8  # windows, documents or requests in a forward pass
+
+# `auto`, or `auto:N`
+AUTO = re.compile(r"auto(:[1-9][0-9]*)?")
+CacheRequests = bool | Literal["refresh", "delete"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +26,23 @@ class EvaluationSettings:
             file: names alone, for a task's file can run code).
         include_path: further folders of task files.
         limit: items of each task, or a share of them if below 1; None for all.
-        batch_size: windows, documents or requests in a forward pass.
+        batch_size: windows, documents or requests in a forward pass. `auto`: as many requests as
+            fit, found out once, `auto:N` N times; the text's windows then go 8 at a time.
         num_fewshot: examples in front of each item; None for what the task says. Tasks that are
             defined with none stay so.
+        apply_chat_template: whether prompts are put into the model's chat template, or the name of
+            one of several; None: where the model takes images and has one, otherwise not.
+        system_instruction: a system prompt; without a chat template it stands before each prompt.
+        fewshot_as_multiturn: examples as turns of their own; None: where there is a template.
+        gen_kwargs: of generation, over what the tasks say: temperature, max_gen_toks, until.
+        max_length: the most tokens that the tasks put to the model; None: its context.
+        add_bos_token: whether BOS stands before the tasks' prompts that have none; None: as the
+            tokenizer does. A template that writes BOS itself never gets a second.
+        cache_requests: keep the prompts that lm-eval has built, and use those that it has kept;
+            `refresh` makes them again, `delete` removes them.
+        log_samples: keep every prompt and answer, where lm-eval's files are written.
+        metadata: what tasks are told that are made for a model, such as ruler's max_seq_lengths.
+        confirm_run_unsafe_code: run tasks that execute what the model wrote.
         perplexity: the dataset whose held-out part is the text; None for no text.
         text_field: key of a FILE.jsonl's text, or column of a hub dataset's.
         length: tokens that the model sees in a window, BOS included; the most of a document. None:
@@ -38,8 +58,18 @@ class EvaluationSettings:
     tasks: Sequence[str] = ()
     include_path: str | Path | Sequence[str | Path] | None = None
     limit: int | float | None = None
-    batch_size: int = 8
+    batch_size: int | str = BATCH
     num_fewshot: int | None = None
+    apply_chat_template: bool | str | None = None
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool | None = None
+    gen_kwargs: Mapping[str, Any] | None = None
+    max_length: int | None = None
+    add_bos_token: bool | None = None
+    cache_requests: CacheRequests = False
+    log_samples: bool = False
+    metadata: Mapping[str, Any] | None = None
+    confirm_run_unsafe_code: bool = False
     perplexity: str | None = None
     text_field: str = "text"
     length: int | None = None
@@ -49,6 +79,11 @@ class EvaluationSettings:
     per_document: bool = False
     seed: int = 0
 
+    @property
+    def text_batch_size(self) -> int:
+        """Windows or documents of the text in a forward pass."""
+        return self.batch_size if isinstance(self.batch_size, int) else BATCH
+
     def window(self, context: int | None) -> int:
         """Tokens of a window, for a model whose config says that it takes `context` tokens."""
         return self.length or min(WINDOW, context or WINDOW)
@@ -57,3 +92,21 @@ class EvaluationSettings:
     def among(cls, arguments: Mapping[str, Any]) -> "EvaluationSettings":
         """The settings among a function's arguments, which have the names of the fields."""
         return cls(**{field.name: arguments[field.name] for field in fields(cls)})
+
+
+def limit_problem(limit: float | None) -> str | None:
+    """What is wrong with a number of items, or a share of them; None: nothing.
+
+    lm-eval takes 1.0 for one item, and cuts 2.5 to two.
+    """
+    if limit is None or (isinstance(limit, int) and limit >= 1):
+        return None
+    if isinstance(limit, float) and 0 < limit < 1:
+        return None
+    return f"expected a whole number of items, or a share of them below 1, found {limit}"
+
+
+def batch_problem(size: int | str) -> str | None:
+    """What is wrong with a batch size; None: nothing."""
+    fits = size >= 1 if isinstance(size, int) else AUTO.fullmatch(size)
+    return None if fits else f"expected a whole number, auto or auto:N, found {size!r}"

@@ -82,7 +82,23 @@ def inspect(
 
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Option(help="The text to continue, or to ask about images.")],
+    text: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="What to ask, or to continue.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Ask in the model's chat template, or continue the text as it is; what the model "
+            "has if absent.",
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt, in the template.")] = None,
+    messages: Annotated[
+        Path | None,
+        typer.Option(help="Turns before the prompt: a FILE.json or .jsonl of role and content."),
+    ] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="For a multimodal model; may be given again.")
     ] = None,
@@ -93,15 +109,22 @@ def generate(
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Continue a text, or answer about images; what is new is printed as it comes."""
+    """Ask a model, or continue a text; what is new is printed as it comes."""
+    if text is not None and prompt is not None:
+        raise UsageError(f"two prompts: {text[:40]!r} and --prompt {prompt[:40]!r}: give one")
+    asked = prompt if text is None else text
+    if asked is None and messages is None:
+        raise UsageError("no prompt: give some text, or --messages with a user's turn at its end")
     import torch
     from transformers import TextStreamer
 
-    from compress.data.samples import open_image, prompt_inputs
+    from compress.data.samples import open_image
     from compress.loading.load import fastest_packing, load
+    from compress.pipeline.asking import Question, question_inputs
 
     check_device(device)
     pictures = [open_image(path, f"image {path}") for path in image or ()]
+    question = Question.of(asked, system, messages, pictures, chat)
     packed = None if dense is None else not dense
     if dense is None:
         packed = fastest_packing(model, device, activation_bits)
@@ -110,24 +133,16 @@ def generate(
             print_lines(console(stderr=True), f"quantised linears run {how}")
     loaded, processor = load(model, device=device, packed=packed, activation_bits=activation_bits)
     tokenizer: Any = getattr(processor, "tokenizer", processor)  # of a multimodal model
-    if pictures and tokenizer is processor:
-        raise UsageError(f"{model} reads text alone: leave out --image")
-    if pictures:
-        try:
-            inputs = prompt_inputs(processor, prompt, pictures)
-        except ValueError as error:  # image tokens and images that differ in number
-            raise UsageError(f"--prompt: {' '.join(str(error).split())}") from error
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise UsageError("--prompt has no tokens: give some text to continue")
+    inputs, templated = question_inputs(processor, question, model)
+    if templated and chat is None:
+        said = "asked in the model's chat template (--raw continues the text as it is)"
+        print_lines(console(stderr=True), said)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     sampled = {"do_sample": True, "temperature": temperature}
     torch.manual_seed(seed)
     write: Any = loaded.generate  # a mixin's, which torch's stubs take for a tensor
     write(
-        **inputs,
+        **{name: value.to(device) for name, value in inputs.items()},
         **(sampled if temperature > 0 else greedy),
         max_new_tokens=max_tokens,
         pad_token_id=tokenizer.eos_token_id,

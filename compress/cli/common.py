@@ -9,6 +9,8 @@ add_command(app, inspect)      # modelpress inspect MODEL [--json] [--debug]
 import contextlib
 import functools
 import inspect
+import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+import yaml
 from rich.console import Console
 
 from compress.cli.console import console, stdout_for, write_json
@@ -157,6 +160,25 @@ def load_recipe(
 def names(text: str) -> list[str]:
     """`a, b` as names; empty ones are left out."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def key_values(text: str, option: str) -> dict[str, Any]:
+    """`a=1,b=[x, y]`, or a JSON object, as a mapping; values as YAML reads them.
+
+    Raises UsageError, which names the option and what was expected.
+    """
+    try:
+        if text.lstrip().startswith("{"):
+            return dict(json.loads(text))
+        parts = re.findall(r"""(?:[^,\["'{]|\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*')+""", text)
+        found = dict(part.split("=", 1) for part in parts)
+        if ",".join(parts) != text or not all(key.strip() for key in found):
+            raise ValueError(text)
+        return {key.strip(): yaml.safe_load(value) for key, value in found.items()}
+    except (ValueError, yaml.YAMLError):
+        raise UsageError(
+            f"{option}: expected KEY=VALUE,KEY=VALUE or a JSON object, found {text!r}"
+        ) from None
 
 
 def integers(option: str, text: str, expected: str = "whole numbers such as 0,1,2") -> list[int]:

@@ -153,6 +153,21 @@ def size_rows(sizes: Mapping[str, int]) -> list[tuple[str, str]]:
     ]
 
 
+def calibration_rows(facts: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """How much was read, or will be, and how many of its tokens count."""
+    if not facts or "windows" not in facts:
+        return []
+    windows, length = facts["windows"]
+    tokens, counted = facts["tokens"], facts["counted_tokens"]
+    kind = "conversations, at most" if "cut" in facts else "windows of"
+    text = f"{windows:,} {kind} {length:,} tokens: {tokens:,}, "
+    if counted is None:
+        text += "of which the assistant's count, once they are read"
+    else:
+        text += "all of which count" if counted == tokens else f"of which {counted:,} count"
+    return [("calibration", text)]
+
+
 def run_table(result: "RunResult") -> Table:
     """What a run has made and what it took."""
     provenance = json.loads((result.path / "modelpress.json").read_text(encoding="utf-8"))
@@ -164,6 +179,7 @@ def run_table(result: "RunResult") -> Table:
         ("average bits", f"{result.plan.average_bits:.2f} over the quantised weights"),
         ("seconds", f"{sum(result.seconds.values()):.1f} ({seconds})"),
         ("peak memory", format_memory(result.peak_memory)),
+        *calibration_rows(provenance.get("calibration")),
     ]
     rows += source_rows(result.source_check)
     if check := result.self_check:
@@ -203,5 +219,11 @@ def print_scores(
         figure = format_number(estimate["value"], estimate["stderr"])
         print_lines(console, f"difference from the baseline, paired: {column} {figure}")
     lines = [scores[part]["line"] for part in ("perplexity", "kl") if scores.get(part)]
-    conditions = ", ".join(f"{k} {v}" for k, v in flatten(scores.get("conditions") or {}))
+    told = dict(scores.get("conditions") or {})
+    warnings = told.pop("warnings", None) or {}
+    conditions = ", ".join(f"{k} {v}" for k, v in flatten(told))
     print_lines(console, *lines, *([f"conditions: {conditions}"] if conditions else []))
+    for warning, times in warnings.items():
+        often = f" ({times} times)" if times > 1 else ""
+        print_lines(console, f"warning of lm-eval: {warning}{often}")
+    print_lines(console, *(f"written: {file}" for file in scores.get("files") or ()))

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from compress.cli.bench import bench
 from compress.cli.checkpoints import export, generate, inspect, push, recipes
 from compress.cli.common import InterruptError, add_command, expanded
-from compress.cli.measure import MEASURED, compare, evaluate
+from compress.cli.measure import BARE, MEASURED, compare, evaluate, lm_eval
 from compress.cli.options import DebugOption, Settings, VersionOption
 from compress.cli.run import plan, run
 from compress.cli.search_pruning import search_pruning
@@ -61,6 +61,9 @@ def _top(version: VersionOption = False, debug: DebugOption = False) -> None:
 add_command(app, run)
 add_command(app, plan)
 add_command(app, expanded(evaluate, MEASURED), "eval")
+# All of its arguments are lm-eval's, --help as well.
+passed_on = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+app.command("lm-eval", context_settings=passed_on, add_help_option=False)(lm_eval)
 for command in (compare, export, inspect, generate, recipes, push, search_pruning):
     add_command(app, command)
 app.add_typer(bench, name="bench")  # last in the help
@@ -75,8 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     settings = Settings()
     try:
-        arguments = None if argv is None else list(argv)
-        with _no_bars(), _interrupted_by_signals():
+        given = sys.argv[1:] if argv is None else list(argv)
+        arguments = [f"{word}={BARE[word]}" if word in BARE else word for word in given]
+        bars = contextlib.nullcontext() if "lm-eval" in given[:1] else _no_bars()
+        with bars, _interrupted_by_signals():
             code = app(arguments, prog_name="modelpress", standalone_mode=False, obj=settings)
         sys.stdout.flush()  # here, where a closed pipe can still be handled
     except ParserError as error:

@@ -3,16 +3,17 @@
 Every import that needs torch is inside a command.
 """
 
+import contextlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from compress.cli.common import Answer, integers, interruptible, load_recipe, names
+from compress.cli.common import Answer, integers, interruptible, key_values, load_recipe, names
 from compress.cli.console import console, print_lines, print_scores
 from compress.cli.options import (
     ActivationBitsOption,
@@ -26,14 +27,58 @@ from compress.cli.options import (
     SetOption,
 )
 from compress.cli.progress import RunProgress
-from compress.errors import UsageError
+from compress.errors import UsageError, import_extra, unknown
 from compress.eval.report import quality_table
-from compress.eval.settings import EvaluationSettings
+from compress.eval.settings import (
+    EvaluationSettings,
+    batch_problem,
+    limit_problem,
+)
+from compress.eval.task_names import check_names
 
 
 def _tasks(text: str, option: str) -> list[str]:
     return names(text)
 
+
+def _limit(text: str, option: str) -> int | float:
+    value = _number(text)
+    if value is None or (problem := limit_problem(value)):
+        expected = "expected a whole number of items, or a share of them below 1"
+        raise UsageError(
+            f"{option}: {problem if value is not None else f'{expected}, found {text!r}'}"
+        )
+    return value
+
+
+def _number(text: str) -> int | float | None:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return None
+
+
+def _batch_size(text: str, option: str) -> int | str:
+    size = int(text) if text.strip().isdecimal() else text
+    if problem := batch_problem(size):
+        raise UsageError(f"{option}: {problem}")
+    return size
+
+
+def _template(text: str, option: str) -> bool | str:
+    return {"true": True, "false": False}.get(text, text)
+
+
+def _cache(text: str, option: str) -> bool | str:
+    known: dict[str, bool | str] = {"true": True, "false": False}
+    known |= {name: name for name in ("refresh", "delete")}
+    if text.lower() not in known:
+        raise UsageError(f"{option}: {unknown('value', text, known)}")
+    return known[text.lower()]
+
+
+# Options whose value may be left out, and what then stands for it.
+BARE = {"--apply-chat-template": "true", "--cache-requests": "true"}
 
 # The options of what is measured and how: of the fields of EvaluationSettings.
 MEASURED = {
@@ -41,9 +86,62 @@ MEASURED = {
         Sequence[str], typer.Option(help="Tasks of lm-eval or shipped, with commas."), _tasks
     ],
     "include_path": Annotated[Path | None, typer.Option(help="A folder of more tasks.")],
-    "limit": Annotated[int | None, typer.Option(min=1, help="Examples per task.")],
-    "batch_size": Annotated[int, typer.Option(min=1)],
+    "limit": Annotated[
+        float | None, typer.Option(help="Examples per task, or a share of them: 100, 0.1."), _limit
+    ],
+    "batch_size": Annotated[
+        int | str, typer.Option(help="A number; of the tasks also auto, auto:N."), _batch_size
+    ],
     "num_fewshot": Annotated[int | None, typer.Option(min=0, help="Instead of the task's.")],
+    "apply_chat_template": Annotated[
+        bool | str | None,
+        typer.Option(
+            "--apply-chat-template",
+            metavar="[=NAME]",
+            help="Put prompts into the model's chat template; =false: not even with images.",
+        ),
+        _template,
+    ],
+    "system_instruction": Annotated[str | None, typer.Option(help="A system prompt.")],
+    "fewshot_as_multiturn": Annotated[
+        bool | None,
+        typer.Option(
+            "--fewshot-as-multiturn/--fewshot-in-one-turn",
+            help="Examples as turns of their own; so in a chat template if absent.",
+        ),
+    ],
+    "gen_kwargs": Annotated[
+        Mapping[str, Any] | None,
+        typer.Option(metavar="KEY=VALUE,...", help="Of generation, as temperature=0,until=[END]."),
+        key_values,
+    ],
+    "max_length": Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of a task's prompt; the context.")
+    ],
+    "add_bos_token": Annotated[
+        bool | None,
+        typer.Option(
+            "--add-bos-token/--no-bos-token",
+            help="BOS before the tasks' prompts; as the tokenizer does if absent.",
+        ),
+    ],
+    "cache_requests": Annotated[
+        bool | str,
+        typer.Option(metavar="[=refresh|=delete]", help="Keep the tasks' prompts once built."),
+        _cache,
+    ],
+    "log_samples": Annotated[
+        bool, typer.Option("--log-samples", help="Keep prompts and answers, in --output-path.")
+    ],
+    "metadata": Annotated[
+        Mapping[str, Any] | None,
+        typer.Option(metavar="KEY=VALUE,...", help="Of tasks made for a model, as ruler."),
+        key_values,
+    ],
+    "confirm_run_unsafe_code": Annotated[
+        bool,
+        typer.Option("--confirm-run-unsafe-code", help="Run tasks that execute the answers."),
+    ],
     "perplexity": Annotated[
         str | None, typer.Option(metavar="DATASET", help="wikitext2, FILE.txt, FILE.jsonl, hub id.")
     ],
@@ -75,10 +173,17 @@ def evaluate(
     activation_bits: ActivationBitsOption = None,
     device: DeviceOption = "cpu",
     output: OutputFileOption = None,
+    output_path: Annotated[
+        Path | None, typer.Option(help="A folder for lm-eval's own files: results_*.json.")
+    ] = None,
 ) -> Answer:
     """Measure a model: tasks, perplexity, and the distance to its baseline."""
     if not settings.tasks and not settings.perplexity:
         raise UsageError("nothing to measure: give --tasks, --perplexity, or both")
+    if settings.log_samples and (output_path is None or not settings.tasks):
+        raise UsageError("--log-samples: give --tasks, and --output-path for what they answer")
+    if settings.tasks:
+        check_names(settings)  # slow: a typo is told before torch is imported
     from compress.pipeline.evaluation import evaluate as evaluate_model
 
     scores = evaluate_model(
@@ -89,8 +194,17 @@ def evaluate(
         dense=dense,
         activation_bits=activation_bits,
         pictures=pictures,
+        output_path=output_path,
     )
     return Answer(scores, lambda out: print_scores(out, model, scores, baseline or ""), output)
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval's own command, which then knows --model modelpress and modelpress-multimodal."""
+    import_extra("lm_eval", "eval", "lm-eval's command")
+    from compress.pipeline.lm_eval_models import main
+
+    main(context.args)
 
 
 def compare(

@@ -13,6 +13,7 @@ from compress.cli.common import Answer, integers, interruptible, load_recipe
 from compress.cli.console import (
     allocation_rows,
     allocation_table,
+    calibration_rows,
     console,
     module_table,
     pairs_table,
@@ -125,7 +126,8 @@ def plan(
             chosen = allocation_rows(planned.allocation)
         sizes = [*size_rows(planned.bytes), ("file", format_bytes(planned.file_bytes))]
         checked = source_rows(planned.source_check)
-        out.print(pairs_table([average, *chosen, *sizes, memory, *checked, *notes]))
+        read = calibration_rows(planned.calibration)
+        out.print(pairs_table([average, *chosen, *sizes, memory, *read, *checked, *notes]))
 
     return Answer(planned.as_dict(), draw, problems=planned.problems)
 

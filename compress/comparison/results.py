@@ -132,7 +132,8 @@ class ResultComparison:
                     section, self.recipe.resolve_path, self.model, self.device
                 )
             seed = entry.seed if drawn_by_seed(section) else None
-            scores = self._evaluator.measure(entry.folder, seed=seed)
+            files = entry.folder / "eval" if section.tasks else None
+            scores = self._evaluator.measure(entry.folder, seed=seed, files=files)
             keep(file, conditions, "evaluation", scores)
         return scores
 

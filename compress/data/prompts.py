@@ -22,6 +22,10 @@ from compress.errors import UsageError, import_extra
 from compress.models.skeleton import Skeleton
 from compress.models.vision import Inputs
 
+IMAGES_ALL_COUNT = (
+    "calibration.loss_mask: assistant is for conversations of text, and calibration.dataset holds "
+    "prompts with images, all of whose tokens count: use loss_mask: all"
+)
 PROBE_SIDE = 112  # pixels of the probe's image, which processors resize to what they need
 
 
@@ -82,6 +86,8 @@ def calibration_data(source: CalibrationSource, skeleton: Skeleton) -> Calibrati
         return random_windows(skeleton.config.vocab_size)
     if not source.images:
         return text_windows(source, skeleton)
+    if source.settings.loss_mask != "all":
+        raise UsageError(IMAGES_ALL_COUNT)
     settings, path = source.settings, source.location
     read = read_samples(
         path, skeleton.processor(), settings.samples, settings.seed, answers=source.answers

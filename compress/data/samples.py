@@ -72,10 +72,17 @@ def prompt_inputs(
 ) -> Inputs:
     """Keyword arguments of a forward for one prompt with these images.
 
+    Raises ValueError as `text_inputs` does.
+    """
+    return text_inputs(processor, prompt_text(processor, prompt, len(images), answer), images)
+
+
+def text_inputs(processor: Processor, text: str, images: "list[Image]") -> Inputs:
+    """The same for a text that is in its template already.
+
     Raises ValueError if the text has not one image token for each image: not every processor does;
     and if the processor cannot work with its own settings.
     """
-    text = prompt_text(processor, prompt, len(images), answer)
     if text.count(processor.image_token) != len(images):
         raise ValueError(
             f"expected {len(images)} image tokens ({processor.image_token}), one for each image, "
@@ -165,14 +172,24 @@ def _inputs(
 def prompt_text(processor: Processor, prompt: str, images: int, answer: str | None) -> str:
     """The text that the model reads, with a placeholder for each image."""
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+        content = [*image_parts(images), {"type": "text", "text": prompt}]
         turns = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     else:
-        token = processor.image_token
-        text = prompt if token in prompt else f"{token} " * images + prompt
+        text = raw_text(processor, prompt, images)
     # Behind the generation prompt, where the model itself would put it.
     return text if answer is None else text + (answer if text[-1:].isspace() else f" {answer}")
+
+
+def image_parts(images: int) -> list[dict[str, str]]:
+    """The images of a turn, as templates want them in front of its text."""
+    return [{"type": "image"}] * images
+
+
+def raw_text(processor: Processor, prompt: str, images: int) -> str:
+    """A prompt as it is, with the image token in front of it for each image if it holds none."""
+    token = processor.image_token
+    return prompt if token in prompt else f"{token} " * images + prompt
 
 
 def in_batches(samples: list[Inputs]) -> list[Inputs]:

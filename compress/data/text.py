@@ -7,7 +7,7 @@
 | c4 | web pages of one shard | no | hub: first train / first validation shard |
 | pajama | documents of RedPajama's sample | no | hub: train only |
 | FILE.txt | the file | yes | - |
-| FILE.jsonl | one object a line, its `text_field` | yes | - |
+| FILE.jsonl | one object a line, its `text_field`; or conversations, see `chat.py` | yes | - |
 | FILE.json, FILE.csv, FILE.parquet | refused: how to make a FILE.jsonl of it | | - |
 | any hub id | rows | yes | hub: train / test, or validation where there is no test |
 
@@ -19,7 +19,7 @@ A file is the same text in both splits: name two files where leakage matters.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,6 +89,47 @@ def load_documents(dataset: str, split: Split, text_field: str = "text") -> Corp
     if len(corpus.texts) == 0:
         raise UsageError(f"dataset {dataset!r} holds no documents")
     return corpus
+
+
+def load_rows(
+    dataset: str, split: Split, text_field: str, keys: Sequence[str]
+) -> Sequence[tuple[str, object]] | None:
+    """The rows of a FILE.jsonl or a hub dataset, each with its place; None where they are text.
+
+    They are rows if `text_field` is one of `keys`, or if it is not there and one of `keys` is: in
+    a file, of its first row. Raises UsageError, one line, for what cannot be read.
+    """
+    if Path(dataset).suffix == ".jsonl":
+        lines = _lines(Path(dataset).expanduser())
+        first = _row(*lines[0]) if lines else {}
+        if not _are_rows(first, text_field, keys):
+            return None
+        return [(place, _row(place, line)) for place, line in lines]
+    if Path(dataset).is_file():
+        return None
+    table = _split(dataset, split)
+    if not _are_rows(table.column_names, text_field, keys):
+        return None
+    return HubRows(dataset, table)
+
+
+@dataclass(frozen=True)
+class HubRows(Sequence[tuple[str, object]]):
+    """The rows of a hub dataset with their places, read one by one."""
+
+    dataset: str
+    table: Any
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: Any) -> Any:
+        return f"{self.dataset}[{i}]", self.table[i]
+
+
+def _are_rows(names: Collection[str], text_field: str, keys: Sequence[str]) -> bool:
+    found = any(key in names for key in keys)
+    return found and (text_field in keys or text_field not in names)
 
 
 def content_digests(datasets: Sequence[str]) -> dict[str, str]:
@@ -168,20 +209,31 @@ def _other_format(path: Path) -> str:
 
 
 def _read_file(path: Path, text_field: str) -> Corpus:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"dataset {path} cannot be read as UTF-8 text: {error}") from error
     if path.suffix == ".txt":
+        text = _text(path)
         return Corpus(str(path), [text] if text.strip() else [], one_stream=True)
-    # Not splitlines: a JSON string may hold U+2028 and its like unescaped.
-    lines = enumerate(text.split("\n"), start=1)
-    documents = [_document(f"{path}:{n}", line, text_field) for n, line in lines if line.strip()]
+    documents = [_document(place, line, text_field) for place, line in _lines(path)]
     return Corpus(str(path), documents, one_stream=True)
 
 
-def _document(place: str, line: str, text_field: str) -> str:
-    """The text of one JSON line."""
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"dataset {path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _lines(path: Path) -> list[tuple[str, str]]:
+    """The lines that are not empty, with their places.
+
+    Not splitlines: a JSON string may hold U+2028 and its like unescaped.
+    """
+    lines = enumerate(_text(path).split("\n"), start=1)
+    return [(f"{path}:{n}", line) for n, line in lines if line.strip()]
+
+
+def _row(place: str, line: str) -> dict[str, Any]:
+    """The object of one JSON line."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -189,6 +241,12 @@ def _document(place: str, line: str, text_field: str) -> str:
     if not isinstance(row, dict):
         whole = "; a whole array is no file of JSON lines" if isinstance(row, list) else ""
         raise UsageError(f"{place}: expected an object, found {json.dumps(row)[:60]}{whole}")
+    return row
+
+
+def _document(place: str, line: str, text_field: str) -> str:
+    """The text of one JSON line."""
+    row = _row(place, line)
     if text_field in row and not isinstance(row[text_field], str):
         found = json.dumps(row[text_field])[:60]
         raise UsageError(f"{place}: {text_field}: expected a text, found {found}")
@@ -215,6 +273,11 @@ def check_characters(text: str, place: str) -> None:
 
 def _from_hub(dataset: str, split: Split, text_field: str) -> Corpus:
     """A dataset by its hub id, in its default configuration."""
+    return Corpus(dataset, _column(dataset, _split(dataset, split), text_field), one_stream=True)
+
+
+def _split(dataset: str, split: Split) -> Any:
+    """The table of a hub dataset's split, in its default configuration."""
     table = _hub_table(dataset, dataset)
     wanted = ("train",) if split == "train" else ("test", "validation")
     part = next((name for name in wanted if name in table), None)
@@ -222,7 +285,7 @@ def _from_hub(dataset: str, split: Split, text_field: str) -> Corpus:
         raise UsageError(
             f"dataset {dataset!r}: no split {' or '.join(wanted)}: found {', '.join(table)}"
         )
-    return Corpus(dataset, _column(dataset, table[part], text_field), one_stream=True)
+    return table[part]
 
 
 def _hub_column(dataset: str, hub_id: str, field: str, **options: Option) -> Sequence[str]:

@@ -10,7 +10,7 @@ visual tokens is measured pruning, its baseline never does.
     evaluate("out", tasks=["demo_code"], perplexity="python-stdlib", baseline="recipes/demo/lm")
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from compress.data.text import content_digests, load_documents, locate
 from compress.data.windows import encode, token_stream
 from compress.errors import UsageError
 from compress.eval.evaluate import Baseline, evaluate_model
-from compress.eval.harness import find_tasks, import_harness
-from compress.eval.settings import EvaluationSettings
+from compress.eval.settings import CacheRequests, EvaluationSettings
+from compress.eval.task_names import find_tasks
 from compress.eval.windows import Text
 from compress.kernels.linear import QuantLinear
 from compress.loading.load import fastest_packing, load
@@ -40,8 +40,18 @@ def evaluate(
     tasks: Sequence[str] = (),
     include_path: str | Path | Sequence[str | Path] | None = None,
     limit: int | float | None = None,
-    batch_size: int = 8,
+    batch_size: int | str = 8,
     num_fewshot: int | None = None,
+    apply_chat_template: bool | str | None = None,
+    system_instruction: str | None = None,
+    fewshot_as_multiturn: bool | None = None,
+    gen_kwargs: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
+    add_bos_token: bool | None = None,
+    cache_requests: CacheRequests = False,
+    log_samples: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    confirm_run_unsafe_code: bool = False,
     perplexity: str | None = None,
     text_field: str = "text",
     length: int | None = None,
@@ -55,6 +65,7 @@ def evaluate(
     dense: bool | None = None,
     activation_bits: int | None = None,
     pictures: str | Path | None = None,
+    output_path: str | Path | None = None,
 ) -> dict[str, Any]:
     """Tasks, perplexity and divergence of a checkpoint: the dict of `compress.eval.evaluate`.
 
@@ -62,8 +73,12 @@ def evaluate(
 
     Args:
         model, baseline: folders or hub ids; the baseline is measured in the same call.
-        tasks, include_path, limit, num_fewshot, seed: of lm-eval.
-        batch_size: windows, documents or requests in a forward pass.
+        tasks, include_path, limit, num_fewshot, gen_kwargs, max_length, add_bos_token,
+        cache_requests, metadata, confirm_run_unsafe_code, seed: of lm-eval, as
+        `EvaluationSettings` says.
+        apply_chat_template: put prompts into the model's chat template, or the one of this name;
+            with system_instruction and fewshot_as_multiturn.
+        batch_size: windows, documents or requests in a forward pass, or auto for requests.
         perplexity: a dataset's name, FILE.txt, FILE.jsonl or hub id; its held-out part is read.
         text_field: key of a FILE.jsonl's text.
         length: tokens of a window; None: 2048, or the model's context where that is shorter.
@@ -75,6 +90,8 @@ def evaluate(
             whichever is faster on this device.
         activation_bits: to which packed linears round what they read, token by token.
         pictures: a folder for pictures of kept, pruned and recycled patches.
+        output_path: a folder for lm-eval's own files: results_*.json, and with `log_samples`
+            samples_*.jsonl.
 
     Raises:
         UsageError: nothing to evaluate, no such model, task or dataset, or no BOS token.
@@ -83,7 +100,11 @@ def evaluate(
     settings = EvaluationSettings.among(locals())
     drawn = None if pictures is None else Path(pictures)
     return Evaluator(settings, baseline, device).measure(
-        model, dense=dense, activation_bits=activation_bits, pictures=drawn
+        model,
+        dense=dense,
+        activation_bits=activation_bits,
+        pictures=drawn,
+        files=None if output_path is None else Path(output_path),
     )
 
 
@@ -121,6 +142,7 @@ class Evaluator:
         activation_bits: int | None = None,
         seed: int | None = None,
         pictures: Path | None = None,
+        files: Path | None = None,
     ) -> dict[str, Any]:
         """The figures of one checkpoint, beside the baseline's.
 
@@ -129,11 +151,14 @@ class Evaluator:
             activation_bits: to which packed linears round what they read.
             seed: instead of the evaluator's.
             pictures: a folder for pictures of what was pruned, if the model prunes visual tokens.
+            files: a folder for lm-eval's own files.
         """
         loaded, processor = load_measured(
             model, self.device, dense=dense, activation_bits=activation_bits
         )
-        scores = self.measure_loaded(loaded, processor, str(model), seed=seed, pictures=pictures)
+        scores = self.measure_loaded(
+            loaded, processor, str(model), seed=seed, pictures=pictures, files=files
+        )
         if activation_bits is not None:
             scores["conditions"]["activation_bits"] = activation_bits
         return scores
@@ -146,6 +171,7 @@ class Evaluator:
         *,
         seed: int | None = None,
         pictures: Path | None = None,
+        files: Path | None = None,
     ) -> dict[str, Any]:
         """The figures of a model that `compress.load` gave; `name` says in the conditions which.
 
@@ -159,7 +185,7 @@ class Evaluator:
             self._baseline, self._baseline_linears = Baseline(reference), linears_of(reference)
         settings = self.settings if seed is None else replace(self.settings, seed=seed)
         with watching(model) as watched:
-            scores = evaluate_model(model, processor, settings, self._text, self._baseline)
+            scores = evaluate_model(model, processor, settings, self._text, self._baseline, files)
         if watched is not None:
             scores["pruning"] = watched.figures()
             if pictures is not None:
@@ -243,7 +269,8 @@ def evaluate_section(
     if not (section.tasks or section.perplexity):
         return {}
     evaluator = Evaluator.of_section(section, resolve, baseline, device)
-    return evaluator.measure(model, pictures=Path(model) / "eval")
+    folder = Path(model) / "eval"
+    return evaluator.measure(model, pictures=folder, files=folder if section.tasks else None)
 
 
 def evaluated_texts(section: Evaluate, resolve: Callable[[str], str]) -> dict[str, str]:
@@ -255,7 +282,6 @@ def evaluated_texts(section: Evaluate, resolve: Callable[[str], str]) -> dict[st
 def check_tasks(settings: EvaluationSettings) -> None:
     """UsageError if lm-eval is not there or does not know one of the tasks."""
     if settings.tasks:
-        import_harness()
         find_tasks(settings)
 
 

@@ -18,6 +18,8 @@ from compress.allocation.allocators import Unit
 from compress.checkpoint.engines import Schemes
 from compress.checkpoint.packed_formats import planned_bytes, planned_tensors
 from compress.data.prompts import CalibrationData, ImagePrompts, calibration_data
+from compress.data.text import DATASETS
+from compress.data.windows import conversations_of, text_windows
 from compress.errors import UsageError
 from compress.models.skeleton import Skeleton, linear_in
 from compress.observer import Observer
@@ -55,6 +57,7 @@ class Plan:
         table_formats: how the embedding and the head are stored, where they are quantised as such.
         ignored: what each pattern of `quantize.ignore` matches, by the names of the source.
         source_check: how far our forward is from that of transformers, where it was asked for.
+        calibration: windows, tokens, and how many of them count, as `calibration_forecast` tells.
     """
 
     modules: list[PlannedModule]
@@ -74,6 +77,7 @@ class Plan:
     shared: bool = False
     table_formats: dict[str, str] = field(default_factory=dict)
     source_check: SourceCheck | None = None
+    calibration: dict[str, Any] | None = None
 
     def module(self, name: str) -> PlannedModule | None:
         """A module by its name in the result, if it is quantised."""
@@ -96,6 +100,7 @@ class Plan:
             "ignored": self.ignored,
             "allocation": None if self.allocation is None else asdict(self.allocation),
             "pruning": self.pruning,
+            "calibration": self.calibration,
             "source_check": self.source_check,
         }
 
@@ -174,6 +179,26 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         problem = check_allocation(recipe.allocate, recipe.quantize, units, fixed)
         plan.problems += [problem] if problem else []
     return plan
+
+
+def calibration_forecast(inputs: RunInputs) -> dict[str, Any] | None:
+    """How much text a run will read, and how much of it counts.
+
+    None where it reads none, or prompts whose length depends on their images. Conversations in a
+    file are read for it. Of a hub dataset nothing is, so where loss_mask asks for an assistant's
+    tokens their number is None. Raises UsageError for what cannot be read.
+    """
+    source, c = inputs.source, inputs.recipe.calibration
+    if not source.used or source.images:
+        return None
+    here = Path(source.location).is_file()
+    if (here or source.location in DATASETS) and conversations_of(source) is not None:
+        facts = text_windows(source, inputs.skeleton).facts()
+        return {name: value for name, value in facts.items() if name != "sha256"}
+    windows = c.samples * c.expansion
+    tokens = windows * c.length
+    counted = tokens if here or c.loss_mask == "all" else None
+    return {"windows": [windows, c.length], "tokens": tokens, "counted_tokens": counted}
 
 
 def allocated_plan(

@@ -7,6 +7,7 @@ notes = ignored_notes(inputs, names) + token_notes(inputs, shapes, schemes)
 import math
 
 from compress.checkpoint.engines import Schemes, plan_notes
+from compress.data.prompts import IMAGES_ALL_COUNT
 from compress.errors import did_you_mean
 from compress.eval.report import format_bytes
 from compress.eval.settings import WINDOW
@@ -90,6 +91,8 @@ def find_problems(
             "allocate: these scores are measured on text, and calibration.dataset holds prompts "
             "with images: name a text, or use outlier_weight_count or position"
         )
+    if images and recipe.calibration.loss_mask != "all":
+        problems.append(IMAGES_ALL_COUNT)
     windows = source.used and not images
     if windows and context and recipe.calibration.length > context:
         problems.append(

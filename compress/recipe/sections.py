@@ -11,9 +11,15 @@ RSQ (arXiv 2503.01820) for rotation; arXiv 2406.17415 for `allocate`.
 from pathlib import PurePath
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from compress.eval.settings import WINDOW, EvaluationSettings
+from compress.eval.settings import (
+    WINDOW,
+    CacheRequests,
+    EvaluationSettings,
+    batch_problem,
+    limit_problem,
+)
 from compress.recipe.expressions import check_pattern, check_patterns, compiled
 from compress.recipe.source import FieldError
 from compress.registry import LAYER_IMPORTANCE, Registry
@@ -93,7 +99,11 @@ class Calibration(Section):
 
     # A name of DATASETS, FILE.txt, FILE.jsonl or a hub id; with images FILE.jsonl or demo-scenes.
     dataset: str = "wikitext2"
+    # Key or column of the text; rows without it that have messages or conversations (ShareGPT) are
+    # put into the model's chat template, a conversation a window.
     text_field: str = "text"
+    # Of conversations: whose tokens count in Hessians and in token importance, beside the first.
+    loss_mask: Literal["all", "assistant"] = "all"
     samples: int = Field(256, ge=1)
     length: int = Field(2048, ge=2)  # tokens per window
     bos: bool = False
@@ -262,10 +272,34 @@ class Evaluate(Section):
     tasks: list[str] = []
     perplexity: Perplexity | None = None
     baseline: bool = True
-    limit: int | None = Field(None, ge=1)  # examples per task
-    batch_size: int = Field(EvaluationSettings.batch_size, ge=1)
+    limit: int | float | None = None  # examples per task, or a share of them below 1
+    batch_size: int | str = EvaluationSettings.batch_size  # auto, auto:N: of the tasks
+    num_fewshot: int | None = Field(EvaluationSettings.num_fewshot, ge=0)
+    # A name where the model has several; null: where it takes images and has one.
+    apply_chat_template: bool | str | None = EvaluationSettings.apply_chat_template
+    system_instruction: str | None = EvaluationSettings.system_instruction
+    fewshot_as_multiturn: bool | None = EvaluationSettings.fewshot_as_multiturn
+    gen_kwargs: dict[str, JsonValue] | None = None
+    max_length: int | None = Field(EvaluationSettings.max_length, ge=2)
+    add_bos_token: bool | None = EvaluationSettings.add_bos_token
+    cache_requests: CacheRequests = EvaluationSettings.cache_requests
+    log_samples: bool = EvaluationSettings.log_samples  # every prompt and answer, into OUT/eval
+    # Of tasks that are made for a model, as ruler.
+    metadata: dict[str, JsonValue] | None = None
     # Of what a task draws: examples in front of its items, or the items themselves.
     seed: Seed = EvaluationSettings.seed
+
+    @model_validator(mode="after")
+    def _check_values(self) -> "Evaluate":
+        if reason := limit_problem(self.limit):
+            raise FieldError(("limit",), reason)
+        if reason := batch_problem(self.batch_size):
+            raise FieldError(("batch_size",), reason)
+        if self.fewshot_as_multiturn and self.apply_chat_template in (False, None):
+            raise FieldError(
+                ("fewshot_as_multiturn",), "makes turns: set apply_chat_template as well"
+            )
+        return self
 
     def settings(self, dataset: str | None) -> EvaluationSettings:
         """The section as `compress.eval` takes it; `dataset`: where its text is to be read."""

@@ -247,7 +247,7 @@ def test_bench_prints_a_column_a_run(monkeypatch, tmp_path, capsys):
 def test_eval_prints_figures_differences_and_conditions(monkeypatch, tmp_path, capsys):
     calls = pretend(monkeypatch, "compress.pipeline.evaluation", "evaluate", SCORES)
     file = tmp_path / "scores.json"
-    argv = ["eval", "quantised", "--tasks", "demo_code, other", "--perplexity", "wikitext2",
+    argv = ["eval", "quantised", "--tasks", "demo_code, demo_vqa", "--perplexity", "wikitext2",
             "--length", 32, "--stride", 16, "--bos", "--limit", 400, "--num-fewshot", 2,
             "--include-path", tmp_path, "--batch-size", 3, "--seed", 7, "--text-field", "body",
             "--tokens", 99, "--per-document",
@@ -260,7 +260,7 @@ def test_eval_prints_figures_differences_and_conditions(monkeypatch, tmp_path, c
     assert json.loads(file.read_text()) == SCORES
     assert calls[0]["model"] == "quantised"
     assert calls[0] | {
-        "tasks": ["demo_code", "other"], "include_path": tmp_path, "perplexity": "wikitext2",
+        "tasks": ["demo_code", "demo_vqa"], "include_path": tmp_path, "perplexity": "wikitext2",
         "length": 32, "stride": 16, "bos": True, "text_field": "body", "baseline": "full",
         "tokens": 99, "per_document": True,
         "limit": 400, "batch_size": 3, "num_fewshot": 2, "seed": 7, "device": "cpu",

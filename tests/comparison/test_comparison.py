@@ -48,7 +48,7 @@ def measured(monkeypatch) -> list[Path]:
     """The folders that were measured; each result's figures follow from its width and seed."""
     folders: list[Path] = []
 
-    def measure(self, folder, seed=None):
+    def measure(self, folder, seed=None, files=None):
         folders.append(Path(folder))
         facts = json.loads((Path(folder) / "modelpress.json").read_text())
         figure = 10 * facts["average_bits"] + SPREAD[facts["seeds"]["rotate"]]

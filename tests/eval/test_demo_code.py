@@ -7,7 +7,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from compress.data.stdlib import is_held_out
-from compress.eval.harness import LOCAL_TASKS
+from compress.eval.task_names import LOCAL_TASKS
 from compress.recipes.demo.make_demo_code import code_lines, make_items
 from support.tiny_lm import tiny_llama
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from compress.errors import UsageError
-from compress.eval.harness import LOCAL_TASKS, score_tasks
+from compress.eval.harness import score_tasks
 from compress.eval.settings import EvaluationSettings
+from compress.eval.task_names import LOCAL_TASKS
 from compress.loading.load import load
 from compress.recipes.demo import scenes
 from support.refusals import refused

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from compress.errors import UsageError
-from compress.eval.harness import LOCAL_TASKS, clean_metrics, score_tasks
+from compress.eval.harness import clean_metrics, score_tasks
 from compress.eval.settings import EvaluationSettings
+from compress.eval.task_names import LOCAL_TASKS
 from support.refusals import refused
 from support.tiny_lm import byte_tokenizer, tiny_llama
 
