@@ -27,7 +27,7 @@ from compress.cli.options import (
     SetOption,
 )
 from compress.cli.progress import RunProgress
-from compress.errors import UsageError, import_extra, unknown
+from compress.errors import CompressError, UsageError, import_extra, unknown
 from compress.eval.report import quality_table
 from compress.eval.settings import (
     EvaluationSettings,
@@ -176,6 +176,10 @@ def evaluate(
     output_path: Annotated[
         Path | None, typer.Option(help="A folder for lm-eval's own files: results_*.json.")
     ] = None,
+    record: Annotated[
+        bool,
+        typer.Option(help="Put the figures into a finished result's card and report."),
+    ] = True,
 ) -> Answer:
     """Measure a model: tasks, perplexity, and the distance to its baseline."""
     if not settings.tasks and not settings.perplexity:
@@ -196,7 +200,27 @@ def evaluate(
         pictures=pictures,
         output_path=output_path,
     )
-    return Answer(scores, lambda out: print_scores(out, model, scores, baseline or ""), output)
+    written = _recorded(Path(model), scores) if record else []
+
+    def draw(out: Console) -> None:
+        print_scores(out, model, scores, baseline or "")
+        if written:
+            print_lines(out, f"recorded in {model}: {', '.join(written)}")
+
+    return Answer(scores, draw, output)
+
+
+def _recorded(folder: Path, scores: dict[str, Any]) -> list[str]:
+    """The documents of a finished result that have the figures now; a line where they cannot."""
+    from compress.pipeline.description import record_evaluation
+
+    if not folder.is_dir():
+        return []
+    try:
+        return record_evaluation(folder, scores)
+    except (CompressError, OSError) as error:  # the figures are there, whatever becomes of the card
+        print_lines(console(stderr=True), f"not recorded in {folder}: {error}")
+        return []
 
 
 def lm_eval(context: typer.Context) -> None:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 
+from compress.cli.main import main
 from compress.pipeline.description import merged, record_evaluation
 
 
@@ -98,3 +99,23 @@ def test_other_folders_are_left_alone(folder, tmp_path):
     before = sorted(folder.iterdir())
     assert record_evaluation(folder, scores(0.5)) == []
     assert sorted(folder.iterdir()) == before
+
+
+def test_the_command_records_and_says_so(folder, monkeypatch, capsys):
+    monkeypatch.setattr("compress.pipeline.evaluation.evaluate", lambda *a, **k: scores(0.5))
+    asked = ["eval", str(folder), "--perplexity", "python-stdlib"]
+    before = (folder / "README.md").read_bytes()
+    assert main([*asked, "--no-record"]) == 0
+    assert (folder / "README.md").read_bytes() == before
+    assert main(asked) == 0
+    assert f"recorded in {folder}: README.md" in capsys.readouterr().out.replace("\n", " ")
+    assert "0.500 ± 0.020" in (folder / "README.md").read_text()
+
+
+def test_figures_are_shown_though_they_cannot_be_recorded(folder, monkeypatch, capsys):
+    monkeypatch.setattr("compress.pipeline.evaluation.evaluate", lambda *a, **k: scores(0.5))
+    (folder / "modelpress.json").write_text("[1, ")
+    assert main(["eval", str(folder), "--perplexity", "python-stdlib", "--json"]) == 0
+    seen = capsys.readouterr()
+    assert json.loads(seen.out)["results"]
+    assert "not recorded" in seen.err and "modelpress.json" in seen.err
