@@ -144,7 +144,7 @@ class CalibrationStream:
         """The embeddings of every batch, and of the probe."""
         if not isinstance(self.data, ImagePrompts):
             for ids, _ in self.batches:
-                yield Encoded(lookup(ids), None)
+                yield Encoded(self.skeleton.scaled(lookup(ids)), None)
         if self.probe is None:
             return
         with encoder():
