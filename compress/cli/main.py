@@ -26,7 +26,7 @@ import typer
 from tqdm import tqdm
 
 from compress.cli.bench import bench
-from compress.cli.checkpoints import export, generate, inspect, push, recipes
+from compress.cli.checkpoints import export, families, generate, inspect, push, recipes
 from compress.cli.common import InterruptError, add_command, expanded
 from compress.cli.measure import MEASURED, compare, evaluate
 from compress.cli.options import DebugOption, Settings, VersionOption
@@ -61,7 +61,7 @@ def _top(version: VersionOption = False, debug: DebugOption = False) -> None:
 add_command(app, run)
 add_command(app, plan)
 add_command(app, expanded(evaluate, MEASURED), "eval")
-for command in (compare, export, inspect, generate, recipes, push, search_pruning):
+for command in (compare, export, inspect, generate, recipes, families, push, search_pruning):
     add_command(app, command)
 app.add_typer(bench, name="bench")  # last in the help
 

@@ -153,11 +153,13 @@ class Family:
         models: what people know it by.
         unrotatable: why the residual stream cannot be rotated, or None.
         weighs: the layers whose tokens can be weighed by attention.
+        since: the oldest transformers that is known to have it, of those that are supported.
     """
 
     models: str
     unrotatable: str | None = None
     weighs: str = "all layers"
+    since: str = "5.17"
 
 
 ARCHITECTURES: dict[str, Family] = {
@@ -194,7 +196,7 @@ ARCHITECTURES: dict[str, Family] = {
     "hunyuan_v1_dense": Family("Hunyuan, dense"),
     "apertus": Family("Apertus"),
     "qwen3_5_text": Family("Qwen 3.5, text alone", weighs="those with attention"),
-    "internlm3": Family("InternLM 3"),
+    "internlm3": Family("InternLM 3", since="5.23"),
     "jais2": Family("Jais 2", MEAN),
     "hyperclovax": Family("HyperCLOVA X", AFTER),
 }
@@ -247,6 +249,13 @@ MULTIMODAL: dict[str, ArchitectureSpec] = {
     "llava_onevision": _llava("model.image_newline"),
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
+}
+SEEING = {  # what people know them by
+    "llava": "LLaVA 1.5",
+    "llava_next": "LLaVA-NeXT",
+    "llava_onevision": "LLaVA-OneVision",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
 }
 INSIDE = ("llama", "mistral", "qwen2", "qwen3")
 # What the Qwen families call the decoder that is theirs alone.
