@@ -65,7 +65,7 @@ def sentence() -> str:
     dense, seeing = (", ".join(f"`{kind}`" for kind in kinds) for kinds in (ARCHITECTURES, SEEING))
     text = (
         f"{len(ARCHITECTURES)} dense decoders: {dense}; {len(SEEING)} multimodal types: {seeing}, "
-        f"whose vision tower and projector stay in 16 bits. Which of them rotate, and what was tried "
-        f"and left out: [docs/families.md](docs/families.md), or `modelpress families`."
+        f"whose vision tower and projector stay in 16 bits. Which of them rotate, and what was "
+        f"tried and left out: [docs/families.md](docs/families.md), or `modelpress families`."
     )
     return textwrap.fill(text, 104, break_long_words=False, break_on_hyphens=False) + "\n"

@@ -20,7 +20,7 @@ from compress.pipeline.source_check import check_source
 from compress.quantization.token_weights import TokenWeigher
 from compress.recipe.token_importance import TokenImportance
 from support.dense_families import DENSE, HIDDEN, WINDOW, type_of, write_dense
-from support.refusals import refused
+from support.refusals import check_line, refused
 from support.tiny_checkpoints import (
     VOCABULARY,
     all_count,
@@ -144,6 +144,50 @@ def test_quantised_to_4_bits_it_is_the_model_of_the_run(folder_of, family, tmp_p
     for index, facts in enumerate(result.layers):
         attends = skeleton.spec.layer(index).attends
         assert facts.get("windows_without_map", 0) == (0 if attends else len(WINDOWS.input_ids))
+
+
+SEQUENTIAL = ["gemma2", "granite", "olmo2", "phi3", "qwen3_5_text", "nemotron", "exaone4"]
+PARALLEL = ["cohere", "phi", "stablelm-parallel"]
+
+
+@pytest.mark.parametrize("family", SEQUENTIAL)
+def test_with_the_16_bit_model_beside_it(folder_of, family, tmp_path, reloaded):
+    made = recipe(folder_of(family), method="gptq", target="full_precision")
+    run(made, tmp_path / "out", windows=WINDOWS, check_source=False)
+    assert max(reloaded) < 1e-5
+
+
+@pytest.mark.parametrize("family", PARALLEL)
+def test_parallel_layers_have_no_16_bit_model_beside_them(folder_of, family):
+    problems = make_plan(inputs_of(folder_of(family), target="full_precision")).problems
+    (problem,) = problems
+    check_line(problem, "quantize.target", "full_precision", repr(type_of(family)))
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+def test_a_scaled_embedding_is_not_quantised(folder_of, family):
+    (problem,) = make_plan(inputs_of(folder_of(family), embedding={"bits": 8})).problems
+    check_line(problem, "quantize.embedding", repr(family))
+
+
+@pytest.mark.parametrize("family", ["granite", "qwen3_5_text", "phi3", "phi", "olmo2"])
+def test_tables_and_widths_of_their_own(folder_of, family, tmp_path, reloaded):
+    """An embedding and a head in 8 bits, and widths that are chosen on measured errors."""
+    allocate = {"average_bits": 3.5, "widths": [3, 4], "importance": "output_error", "samples": 2}
+    tables = {"embedding": {"bits": 8}, "head": {"bits": 8}}
+    quantize = {"group_size": GROUPS, "method": "gptq"} | tables
+    made = recipe_for(folder_of(family), quantize=quantize, allocate=allocate)
+    result = run(made, tmp_path / "out", windows=WINDOWS, check_source=False)
+    assert max(reloaded) < 1e-5
+    assert {module.bits for module in result.plan.modules} == {3, 4, 8}
+
+
+@pytest.mark.parametrize("family", ["smollm3", "cohere2", "gemma3_text"])
+def test_a_layer_left_out_takes_its_kind_along(folder_of, family, tmp_path, reloaded):
+    removal = {"method": "remove", "narrow": 1, "importance": "position"}
+    made = recipe_for(folder_of(family), quantize={"method": "none"}, allocate=removal)
+    run(made, tmp_path / "out", windows=WINDOWS, check_source=False)
+    assert max(reloaded) < 1e-5
 
 
 # ---- rotation -----------------------------------------------------------------------------------
