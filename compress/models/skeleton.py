@@ -306,6 +306,7 @@ class Skeleton:
         mask is None (plain causal attention) unless the layer slides over a shorter window.
         """
         if self.spec.vision is None:
+            assert positions is None, "text has the places of its own forward"
             return self._inputs_of_text(index, x)
         T = x.shape[1]
         slots = torch.arange(T, device=x.device)[None]
