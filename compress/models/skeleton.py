@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from compress.errors import CheckpointError, UsageError
 from compress.models.config_values import check_extent, check_tokenizer, reason_of
 from compress.models.families import ArchitectureSpec, architecture_of, head_dim_of
+from compress.models.own_forward import LayerInputs, finished, handed_on
 from compress.models.pretrained import load_config, local_folder, processor_reader
 from compress.models.stored import left_over, names_of, refuse_adapter, refuse_packed
 from compress.models.structure import embedding_scale, look, uniform_scale
@@ -38,48 +39,6 @@ if TYPE_CHECKING:  # slow to import
 
 LENGTHS = 4  # of sequences whose tables and masks are kept
 M_ROPE = ("qwen2_vl_text", "qwen2_5_vl_text")  # decoders with three rows of positions
-
-
-class LayerInputs(TypedDict):
-    """What a decoder layer's forward needs beside x [B, T, d]."""
-
-    position_embeddings: tuple[Tensor, Tensor]  # cos and sin
-    attention_mask: Tensor | None  # [1, 1, T, T]; None: plain causal attention
-    position_ids: NotRequired[Tensor]  # and what else a text family's own forward hands on
-
-
-class _Recorder(nn.Module):
-    """In the place of decoder layers: notes what each is called with, and ends the forward."""
-
-    def __init__(self, layers: nn.ModuleList):
-        super().__init__()
-        self.total = len(layers)
-        self.first: Tensor | None = None
-        self.seen: list[LayerInputs] = []
-
-    def forward(self, hidden_states: Tensor, **inputs: object) -> Tensor:
-        self.first = hidden_states if self.first is None else self.first
-        self.seen.append(cast(LayerInputs, inputs))
-        if len(self.seen) == self.total:
-            raise _RecordedError
-        return hidden_states
-
-
-class _RecordedError(Exception):
-    """All layers were called."""
-
-
-class _Logits(nn.Module):
-    """In the place of a model without its head: gives what it was made of."""
-
-    def __init__(self, logits: Tensor):
-        super().__init__()
-        self.logits = (logits,)
-
-    def forward(self, **inputs: object) -> object:
-        from transformers.modeling_outputs import BaseModelOutputWithPast  # slow to import
-
-        return BaseModelOutputWithPast(last_hidden_state=self.logits[0])
 
 
 def linear_in(parent: nn.Module, name: str) -> nn.Linear:
@@ -158,7 +117,7 @@ class Skeleton:
             x = torch.ones(1, 2, self.config.hidden_size, dtype=torch.float64)
             x[..., ::2], x[:, 1] = 3.0, 0.5  # or a norm would look like a number
             own = embedding_scale(self.model.get_submodule(spec.embedding), ids)
-            scale = own * uniform_scale(self._record(x)[0], x)
+            scale = own * uniform_scale(handed_on(self.model, spec, x)[0], x)
             found = look(self.model, spec, self.config.hidden_size, self.layer_inputs)
         except UsageError as error:
             raise UsageError(
@@ -330,45 +289,8 @@ class Skeleton:
         if key not in self._recorded:
             while len(self._recorded) >= LENGTHS:
                 del self._recorded[next(iter(self._recorded))]
-            self._record(x[:1])
+            _, self._recorded[key] = handed_on(self.model, self.spec, x[:1])
         return self._recorded[key][index]
-
-    def _record(self, x: Tensor) -> Tensor:
-        """Runs the model's forward on embeddings x [1, T, d] without its layers.
-
-        Notes what each layer would get, and returns the input of the first.
-        """
-        place, _, name = self.spec.layers.rpartition(".")
-        base = self.model.get_submodule(place)
-        layers = cast(nn.ModuleList, self.model.get_submodule(self.spec.layers))
-        self.model.get_submodule(self.spec.rotary).to(x.device)
-        recorder = _Recorder(layers)
-        setattr(base, name, nn.ModuleList([recorder] * len(layers)))
-        try:
-            base(inputs_embeds=x, use_cache=False)
-        except _RecordedError:
-            pass
-        finally:
-            setattr(base, name, layers)
-        plain = self._causal_masks(recorder.seen)
-        for inputs in recorder.seen:
-            if id(inputs.get("attention_mask")) in plain:
-                inputs["attention_mask"] = None
-        self._recorded[x.shape[1], x.device, x.dtype] = recorder.seen
-        assert recorder.first is not None, "a model has layers"
-        return recorder.first
-
-    def _causal_masks(self, seen: list[LayerInputs]) -> set[int]:
-        """The ids of the masks that hide what is behind a query and no more, as windows may.
-
-        Attention is computed otherwise without such a mask; only one in additive form is needed.
-        """
-        masks = {id(mask): mask for i in seen if (mask := i.get("attention_mask")) is not None}
-        return {
-            number
-            for number, mask in masks.items()
-            if mask.dtype is torch.bool and torch.equal(mask, torch.ones_like(mask).tril())
-        }
 
     def scaled(self, rows: Tensor) -> Tensor:
         """Rows of the embedding [..., d] as the first layer gets them."""
@@ -379,15 +301,7 @@ class Skeleton:
         """The head's products [..., V] as the model gives them: scaled, or bent under a cap."""
         if self.spec.vision is not None:
             return logits
-        place, head = self.spec.layers.rpartition(".")[0], self.spec.head
-        base, real = self.model.get_submodule(place), self.model.get_submodule(head)
-        setattr(self.model, head, nn.Identity())
-        setattr(self.model, place, _Logits(logits.reshape(1, -1, logits.shape[-1])))
-        try:
-            return self.model(input_ids=None, use_cache=False).logits.view(logits.shape)
-        finally:
-            setattr(self.model, head, real)
-            setattr(self.model, place, base)
+        return finished(self.model, self.spec, logits)
 
     def sliding_window(self, index: int) -> int | None:
         """Keys that a query of this layer sees, itself included; None for all before it."""

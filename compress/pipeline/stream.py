@@ -24,7 +24,8 @@ from torch import Tensor
 from compress.data.activations import TOKENS_PER_BATCH, ActivationStore
 from compress.data.prompts import CalibrationData, ImagePrompts
 from compress.errors import CheckpointError, UsageError
-from compress.models.skeleton import LayerInputs, Skeleton
+from compress.models.own_forward import LayerInputs
+from compress.models.skeleton import Skeleton
 from compress.models.vision import Encoded, EncodesImages, Inputs, Lookup, encode
 from compress.pruning.costs import CostTotals, DecoderShape, PruningStats, prompt_stats
 from compress.pruning.encoding import EncodedImages

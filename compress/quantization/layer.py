@@ -36,7 +36,8 @@ from torch import Tensor, nn
 
 from compress.data.activations import ActivationStore
 from compress.models.families import LayerSpec
-from compress.models.skeleton import LayerInputs, linear_in
+from compress.models.own_forward import LayerInputs
+from compress.models.skeleton import linear_in
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
 from compress.quantization.solvers import QuantizedLinear, Solver, Target

@@ -13,7 +13,7 @@ from compress.importance.tokens import LayerContext
 from compress.importance.weighting import TokenSettings, TokenWeights, mean_one, token_weights
 from compress.models.attention import seen_by
 from compress.models.families import LayerSpec
-from compress.models.skeleton import LayerInputs
+from compress.models.own_forward import LayerInputs
 from compress.recipe.token_importance import TokenImportance
 
 

@@ -88,7 +88,7 @@ def test_kinds_of_norms():
 def test_scales_are_short_numbers_where_they_were_meant():
     assert snapped(0.1 + 0.2) == 0.3
     assert snapped(2**0.5) == 2**0.5
-    x = torch.rand(3, 4) + 1
+    x = torch.rand(3, 4, dtype=torch.float64) + 1
     assert uniform_scale(3 * x, x) == 3.0
     assert embedding_scale(nn.Embedding(4, 2), torch.arange(2)) == 1.0
     with refused(UsageError, "embeddings"):
