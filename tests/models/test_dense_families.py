@@ -4,12 +4,15 @@ The oracle is plain transformers: its logits of the source and of what is writte
 maps. Assumptions of ours that are wrong for one family show in one of these.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.importance.weighting import mean_one, normalise
+from compress.models import skeleton as skeleton_module
 from compress.models.families import ARCHITECTURES
 from compress.models.skeleton import Skeleton
 from compress.pipeline import run as run_module
@@ -208,6 +211,57 @@ def test_a_family_that_cannot_be_rotated_is_refused_in_one_line(folder_of, famil
         inputs_of(folder, rotate="hadamard").rotated_model()
     problems = make_plan(inputs_of(folder, rotate="hadamard")).problems
     assert sum(row.unrotatable in problem for problem in problems) == 1
+
+
+# ---- faults -------------------------------------------------------------------------------------
+
+
+def mistaken(monkeypatch, **fields):
+    """Every layer that is opened from now on is taken for one with these fields."""
+    look = skeleton_module.look
+
+    def wrong(*arguments):
+        spec = look(*arguments)
+        return replace(spec, kinds=tuple(replace(kind, **fields) for kind in spec.kinds))
+
+    monkeypatch.setattr(skeleton_module, "look", wrong)
+
+
+IN_THE_WALK = [
+    ("granite", {"scales": (1.0, 0.37)}),
+    ("granite", {"scales": (0.37, 1.0)}),
+    ("cohere", {"parallel": False}),
+    ("llama", {"parallel": True}),
+    ("gemma2", {"attention_after": None}),
+    ("olmo2", {"mlp_after": None}),
+    ("glm4", {"post_norm": "post_self_attn_layernorm"}),
+]
+IN_ROTATION = [
+    ("gemma", {"gain": 0.0}),
+    ("phi3", {"value_start": 0}),
+    ("qwen3_5_text", {"value": "self_attn.v_proj", "output": "self_attn.o_proj"}),
+    ("cohere", {"norms": "rms"}),
+    ("olmo2", {"attention_after": None, "mlp_after": None, "input_norm": "post_attention_layernorm",
+               "post_norm": "post_feedforward_layernorm"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family, fields", IN_THE_WALK)
+def test_a_mistake_in_the_walk_shows_in_the_logits(
+    folder_of, family, fields, tmp_path, reloaded, monkeypatch
+):
+    mistaken(monkeypatch, **fields)
+    run(recipe(folder_of(family), method="gptq"), tmp_path / "out", windows=WINDOWS)
+    assert min(reloaded) > 1e-3
+
+
+@pytest.mark.parametrize("family, fields", IN_ROTATION)
+def test_a_mistake_in_rotation_is_found_before_anything_is_quantised(
+    folder_of, family, fields, monkeypatch
+):
+    mistaken(monkeypatch, **fields)
+    with pytest.raises((CompressError, AssertionError)):
+        check_source(inputs_of(folder_of(family), rotate="hadamard"), 10**10)
 
 
 # ---- token importance ---------------------------------------------------------------------------
