@@ -5,6 +5,8 @@ w = weigher.weights(i, x, norm(x), layer, spec, inputs, None)      # [B, T], Non
 weigher.facts()                                            # of the weights since the last call
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypedDict
 
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from compress.importance.weighting import TokenSettings, TokenWeights, mean_one,
 from compress.models.attention import seen_by
 from compress.models.families import LayerSpec
 from compress.models.own_forward import LayerInputs
+from compress.models.skeleton import linear_in
 from compress.recipe.token_importance import TokenImportance
 
 
@@ -134,10 +137,37 @@ def queries_keys(
 
     Raises NoMapError for a layer that does not attend.
     """
-    seen = seen_by(layer.get_submodule(spec.attention), normed, inputs) if spec.attends else None
+    if not spec.attends:
+        raise NoMapError
+    with _without_values(layer, spec):
+        seen = seen_by(layer.get_submodule(spec.attention), normed, inputs)
     if seen is None:
         raise NoMapError
     return seen.query, seen.key, seen.scaling
+
+
+@contextmanager
+def _without_values(layer: nn.Module, spec: LayerSpec) -> Iterator[None]:
+    """The layer with values of zero, which a map does not depend on; with its own if q, k and v are
+    one linear."""
+    if spec.value is None or spec.value_start:
+        yield
+        return
+    values = linear_in(layer, spec.value)
+    layer.set_submodule(spec.value, _Zeros(values.out_features))
+    try:
+        yield
+    finally:
+        layer.set_submodule(spec.value, values)
+
+
+class _Zeros(nn.Module):
+    def __init__(self, out_features: int):
+        super().__init__()
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
 def _output(layer: nn.Module, x: Tensor, inputs: LayerInputs) -> Tensor:
