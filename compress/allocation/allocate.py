@@ -103,7 +103,8 @@ def find_units(
     units = []
     for index in range(skeleton.num_layers):
         prefix = f"{spec.layers}.{index}"
-        groups = [spec.linears] if section.unit == "layer" else spec.groups
+        kind = spec.layer(index)
+        groups = [kind.linears] if section.unit == "layer" else kind.groups
         for group in groups:
             members = [f"{prefix}.{n}" for n in group if f"{prefix}.{n}" in free]
             name = prefix if section.unit == "layer" else f"{prefix}.{'+'.join(group)}"
@@ -130,7 +131,7 @@ def _whole_layers(quantize: Quantize, skeleton: Skeleton) -> list[Unit]:
     units = []
     for index in range(skeleton.num_layers):
         prefix = f"{spec.layers}.{index}"
-        names = tuple(f"{prefix}.{name}" for name in spec.linears)
+        names = tuple(f"{prefix}.{name}" for name in spec.layer(index).linears)
         weights = sum(linear_in(skeleton.model, name).weight.numel() for name in names)
         units.append(Unit(prefix, weights, sizes, modules=names, layer=index))
     return units

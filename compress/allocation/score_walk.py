@@ -231,7 +231,7 @@ class ScoreWalk:
         """
         weighted = {
             part: on
-            for group in self.spec.groups
+            for group in self.spec.layer(index).groups
             for part, on in self.weigher.parts(f"{self.spec.layers}.{index}.", group)
             if any(name in schemes for name in part)
         }
@@ -239,12 +239,13 @@ class ScoreWalk:
             group: Hessian(linear_in(layer, group[0]).in_features, self.device)
             for group in weighted
         }
-        norm = layer.get_submodule(self.spec.input_norm)
+        spec = self.spec.layer(index)
+        norm = layer.get_submodule(spec.input_norm) if spec.input_norm else nn.Identity()
         window = self.skeleton.sliding_window(index)
         for i in range(len(x)):
             z = x[i].to(self.device)
             inputs = self.skeleton.layer_inputs(index, z)
-            w = self.weigher.weights(i, z, norm(z), layer, self.spec, inputs, window)
+            w = self.weigher.weights(i, z, norm(z), layer, spec, inputs, window)
             alike = self.weigher.uniform(i, z)
             weights = {group: w if on else alike for group, on in weighted.items()}
             with gathering(layer, hessians, weights):

@@ -37,7 +37,12 @@ TRANSFORMERS = "transformers, compressed-tensors >= 0.20"
 PACK_QUANTIZED, INT_QUANTIZED = "pack-quantized", "int-quantized"
 HEAD = "lm_head"
 # The linears that engines run as one, by the name of that one.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),  # of linear attention, as the next
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+}
 
 Schemes = Mapping[str, Scheme | None]  # of linears by name; None: stays unquantised
 

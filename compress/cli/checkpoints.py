@@ -10,7 +10,14 @@ import typer
 from rich.console import Console
 
 from compress.cli.common import Answer
-from compress.cli.console import console, module_table, pairs_table, print_lines, size_rows
+from compress.cli.console import (
+    console,
+    headed_table,
+    module_table,
+    pairs_table,
+    print_lines,
+    size_rows,
+)
 from compress.cli.options import (
     ActivationBitsOption,
     DeviceOption,
@@ -164,6 +171,25 @@ def recipes(
     if name not in files:
         raise UsageError(unknown("shipped recipe", name, files))
     print(files[name].read_text(encoding="utf-8"), end="")
+
+
+def families(
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="As docs/families.md has the table.")
+    ] = False,
+) -> Answer:
+    """List the model families, and what each can be put through."""
+    from compress.models.family_table import HEADINGS, family_rows, markdown
+
+    rows = family_rows()
+
+    def draw(out: Console) -> None:
+        if as_markdown:
+            out.print(markdown(rows), end="", soft_wrap=True)
+            return
+        out.print(headed_table(HEADINGS, [tuple(row.as_dict().values()) for row in rows]))
+
+    return Answer({"families": [row.as_dict() for row in rows]}, draw)
 
 
 def push(

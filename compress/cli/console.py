@@ -89,6 +89,14 @@ def pairs_table(rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
+def headed_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table with a heading over each column."""
+    table = Table(*headings, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def module_table(modules: Sequence[Mapping[str, Any]]) -> Table:
     """Modules as `inspect` and plans list them, layers collapsed: one row a kind and scheme.
 

@@ -26,7 +26,7 @@ import typer
 from tqdm import tqdm
 
 from compress.cli.bench import bench
-from compress.cli.checkpoints import export, generate, inspect, push, recipes
+from compress.cli.checkpoints import export, families, generate, inspect, push, recipes
 from compress.cli.common import InterruptError, add_command, expanded
 from compress.cli.measure import BARE, MEASURED, compare, evaluate, lm_eval
 from compress.cli.options import DebugOption, Settings, VersionOption
@@ -64,7 +64,7 @@ add_command(app, expanded(evaluate, MEASURED), "eval")
 # All of its arguments are lm-eval's, --help as well.
 passed_on = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command("lm-eval", context_settings=passed_on, add_help_option=False)(lm_eval)
-for command in (compare, export, inspect, generate, recipes, push, search_pruning):
+for command in (compare, export, inspect, generate, recipes, families, push, search_pruning):
     add_command(app, command)
 app.add_typer(bench, name="bench")  # last in the help
 

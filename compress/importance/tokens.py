@@ -37,6 +37,7 @@ class LayerContext:
     output: Callable[[], Tensor]  # [B, T, d], the layer's output at full precision
     sliding_window: int | None = None
     token_counts: Tensor | None = None
+    softcap: float | None = None  # of attention's logits
 
 
 class TokenImportance(Protocol):
@@ -63,7 +64,12 @@ class AttentionConcentration:
     def score(self, context: LayerContext) -> Tensor:
         q, k, scaling = context.queries_keys()
         return attention_concentration(
-            q, k, scaling, sliding_window=context.sliding_window, query_mask=context.mask
+            q,
+            k,
+            scaling,
+            sliding_window=context.sliding_window,
+            query_mask=context.mask,
+            softcap=context.softcap,
         )
 
 
@@ -247,6 +253,7 @@ def attention_concentration(
     block: int = 128,
     sliding_window: int | None = None,
     query_mask: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Column sums of the causal attention map over queries and heads (RSQ's AttnCon): [B, T] fp32.
 
@@ -254,7 +261,7 @@ def attention_concentration(
     [B, h_kv, T, d_h] after RoPE. Queries go through in blocks that see only the keys they may
     attend to, so no T x T map exists: O(h * block * T) memory. `sliding_window`: query i sees keys
     i - sliding_window + 1 .. i. Queries that `query_mask` [B, T] marks False do not count;
-    padding, if any, is on the right.
+    padding, if any, is on the right. `softcap` c: logits l are c tanh(l / c).
     """
     B, h, T, d_h = q.shape
     h_kv = k.shape[1]
@@ -269,6 +276,8 @@ def attention_concentration(
         rows = q[:, :, start:end].float().reshape(B, h_kv, -1, d_h)  # [B, h_kv, h/h_kv * b, d_h]
         logits = (rows @ keys[..., first:end]).mul_(scaling)
         logits = logits.view(B, h, end - start, end - first)
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
         distance = position[start:end, None] - position[first:end]  # query minus key
         hidden = distance < 0
         if sliding_window is not None:

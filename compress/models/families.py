@@ -1,8 +1,9 @@
 """What a model family looks like: where its decoder layers, norms and linears are.
 
-A family is one row of `ARCHITECTURES`. The rows here share one structure, the pre-norm decoder
-layer `x += o(attention(norm(x))); x += down(mlp(norm(x)))`, which is all that fusing, rotating and
-quantising layer by layer rely on. Names inside a layer are relative to the layer.
+A dense decoder is one row of `ARCHITECTURES`: the `model_type` of transformers, and what it can be
+put through. How its layers are built is not written down but found on the family's own class
+(`structure.py`); what is found is a `LayerSpec` for each layer. Its defaults are the pre-norm layer
+`x += o(attention(norm(x))); x += down(mlp(norm(x)))`. Names inside a layer are relative to it.
 
 A multimodal family has such a decoder inside; what makes visual tokens of pixels is its `vision`.
 
@@ -39,11 +40,82 @@ class VisionSpec:
 
 
 @dataclass(frozen=True)
-class ArchitectureSpec:
-    """Names of the parts of one model family, as its checkpoint and its modules spell them.
+class LayerSpec:
+    """How one decoder layer is built. The layers of a model may differ.
 
-    `groups` lists the linears of a decoder layer in the order in which data meets them; the
-    linears of one group read the same input, so they share one Hessian.
+        x += scale_attention * after(out(attention(norm(x))))
+        x += scale_mlp * after(down(mlp(norm(x))))           of the first x where it is `parallel`
+
+    Attributes:
+        input_norm, post_norm: before attention and MLP; the same one where both read its output,
+            None where there is none.
+        attention_after, mlp_after: norms of what is added to the stream, or None.
+        attention_in: the linears that read what attention is given, q, k and v mostly.
+        value: the linear whose rows from `value_start` on are the value heads; None where heads
+            cannot be rotated, as where something stands between them and `output`.
+        mlp_in: the linears that read what the MLP is given.
+        scales: what the two additions are multiplied by.
+        parallel: attention and MLP are both of the layer's input.
+        gain: a norm multiplies by `gain + weight`: 0 or 1.
+        norms: "rms", "layer" (which subtracts the mean), or "other".
+        attends: whether there is an attention map; not in linear attention.
+        softcap: of attention's logits, or None.
+    """
+
+    input_norm: str | None = "input_layernorm"
+    post_norm: str | None = "post_attention_layernorm"
+    attention_after: str | None = None
+    mlp_after: str | None = None
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    attention_in: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    value: str | None = "self_attn.v_proj"
+    value_start: int = 0
+    output: str = "self_attn.o_proj"
+    mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_out: str = "mlp.down_proj"
+    scales: tuple[float, float] = (1.0, 1.0)
+    parallel: bool = False
+    gain: float = 0.0
+    norms: str = "rms"
+    attends: bool = True
+    softcap: float | None = None
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The linears in the order in which data meets them; those of one group read the same
+        input, so they share one Hessian."""
+        return (self.attention_in, (self.output,), self.mlp_in, (self.mlp_out,))
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return tuple(name for group in self.groups for name in group)
+
+    @property
+    def unrotatable(self) -> str | None:
+        """Why a rotation of the residual stream would change what the layer computes, or None."""
+        if self.norms == "layer":
+            return MEAN
+        if self.attention_after or self.mlp_after:
+            return AFTER
+        return None if self.norms == "rms" else OTHER
+
+
+# Why a stream stays as it is: x Q has another mean, and other channels, than x.
+MEAN = "its norms subtract the mean (LayerNorm)"
+AFTER = "it has norms on what its layers add to the residual stream, with a gain for each channel"
+OTHER = "its norms are not RMSNorm"
+
+
+@dataclass(frozen=True)
+class ArchitectureSpec:
+    """Names of the parts of one model, as its checkpoint and its modules spell them.
+
+    Attributes:
+        kinds: how each decoder layer is built; one for all where it is one.
+        embedding_scale: what rows of the embedding are multiplied by, and `scaled_by_module`
+            whether the embedding's own module does so.
+        final_gain: the same as `LayerSpec.gain`, of the norm before the head.
     """
 
     layers: str = "model.layers"
@@ -51,17 +123,15 @@ class ArchitectureSpec:
     rotary: str = "model.rotary_emb"
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    input_norm: str = "input_layernorm"
-    post_norm: str = "post_attention_layernorm"
-    attention: str = "self_attn"
-    mlp: str = "mlp"
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
-    mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    mlp_out: str = "mlp.down_proj"
+    kinds: tuple[LayerSpec, ...] = (LayerSpec(),)
+    embedding_scale: float = 1.0
+    scaled_by_module: bool = False
+    final_gain: float = 0.0
     vision: VisionSpec | None = None
+
+    def layer(self, index: int) -> LayerSpec:
+        """How a decoder layer is built."""
+        return self.kinds[0] if len(self.kinds) == 1 else self.kinds[index]
 
     def module_name(self, tensor: str) -> str:
         """The name that the model's modules give a tensor of a checkpoint."""
@@ -70,21 +140,65 @@ class ArchitectureSpec:
         return tensor
 
     @property
-    def groups(self) -> tuple[tuple[str, ...], ...]:
-        return ((self.query, self.key, self.value), (self.output,), self.mlp_in, (self.mlp_out,))
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        return tuple(name for group in self.groups for name in group)
+    def unrotatable(self) -> str | None:
+        """Why the residual stream cannot be rotated, or None."""
+        return next((why for kind in self.kinds if (why := kind.unrotatable)), None)
 
 
-# Llama covers Llama 2 and 3.x; Qwen2 covers Qwen2.5 (q/k/v biases); Qwen3 adds q/k norms, which
-# sit behind the projections and so see neither fusion nor rotation.
-ARCHITECTURES: dict[str, ArchitectureSpec] = {
-    "llama": ArchitectureSpec(),
-    "mistral": ArchitectureSpec(),
-    "qwen2": ArchitectureSpec(),
-    "qwen3": ArchitectureSpec(),
+@dataclass(frozen=True)
+class Family:
+    """A row: a dense decoder that has been tried, as tests do with a tiny one of each.
+
+    Attributes:
+        models: what people know it by.
+        unrotatable: why the residual stream cannot be rotated, or None.
+        weighs: the layers whose tokens can be weighed by attention.
+        since: the oldest transformers that is known to have it, of those that are supported.
+    """
+
+    models: str
+    unrotatable: str | None = None
+    weighs: str = "all layers"
+    since: str = "5.17"
+
+
+ARCHITECTURES: dict[str, Family] = {
+    "llama": Family("Llama 2, 3.x and many others"),
+    "mistral": Family("Mistral 7B, Mistral Nemo, Mistral Small 24B"),
+    "qwen2": Family("Qwen 2, Qwen 2.5"),
+    "qwen3": Family("Qwen 3"),
+    "gemma": Family("Gemma"),
+    "gemma2": Family("Gemma 2", AFTER),
+    "gemma3_text": Family("Gemma 3, text alone", AFTER),
+    "vaultgemma": Family("VaultGemma"),
+    "phi": Family("Phi 1, 1.5, 2", MEAN),
+    "phi3": Family("Phi 3, Phi 4"),
+    "smollm3": Family("SmolLM3"),
+    "ministral": Family("Ministral"),
+    "ministral3": Family("Ministral 3, text alone"),
+    "cwm": Family("Code World Model"),
+    "granite": Family("Granite 3, dense"),
+    "olmo": Family("OLMo", MEAN),
+    "olmo2": Family("OLMo 2", AFTER),
+    "olmo3": Family("OLMo 3", AFTER),
+    "cohere": Family("Command R", MEAN),
+    "cohere2": Family("Command R7B, Command A", MEAN),
+    "glm": Family("GLM-4 9B of 2024, GLM-Edge"),
+    "glm4": Family("GLM-4-0414", AFTER),
+    "starcoder2": Family("StarCoder 2", MEAN),
+    "stablelm": Family("StableLM", MEAN),
+    "nemotron": Family("Nemotron 3, 4 and Minitron", MEAN),
+    "exaone4": Family("EXAONE 4", AFTER),
+    "seed_oss": Family("Seed-OSS"),
+    "arcee": Family("AFM"),
+    "helium": Family("Helium"),
+    "ernie4_5": Family("ERNIE 4.5, dense"),
+    "hunyuan_v1_dense": Family("Hunyuan, dense"),
+    "apertus": Family("Apertus"),
+    "qwen3_5_text": Family("Qwen 3.5, text alone", weighs="those with attention"),
+    "internlm3": Family("InternLM 3", since="5.23"),
+    "jais2": Family("Jais 2", MEAN),
+    "hyperclovax": Family("HyperCLOVA X", AFTER),
 }
 
 
@@ -127,7 +241,7 @@ _QWEN_VL = _multimodal(
     )
 )
 
-# LLaVA and its kin hold any of the decoders above. The unpadded tiles of NeXT and OneVision end
+# LLaVA and its kin hold any of these decoders. The unpadded tiles of NeXT and OneVision end
 # each row with `image_newline`; they are resized behind the projector, but channel by channel.
 MULTIMODAL: dict[str, ArchitectureSpec] = {
     "llava": _llava(),
@@ -136,23 +250,33 @@ MULTIMODAL: dict[str, ArchitectureSpec] = {
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
 }
+SEEING = {  # what people know them by
+    "llava": "LLaVA 1.5",
+    "llava_next": "LLaVA-NeXT",
+    "llava_onevision": "LLaVA-OneVision",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+}
+INSIDE = ("llama", "mistral", "qwen2", "qwen3")
 # What the Qwen families call the decoder that is theirs alone.
 OWN_DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text")
 
 
 def architecture_of(config: "PretrainedConfig") -> ArchitectureSpec:
-    """The row of a model's family; a UsageError that lists the supported ones if there is none."""
-    known = ARCHITECTURES | MULTIMODAL
-    if config.model_type not in known:
+    """The parts of a model by its family; a UsageError that lists the supported ones if it is none.
+
+    How the layers of a text model are built is found by `structure.look`.
+    """
+    if config.model_type not in (*ARCHITECTURES, *MULTIMODAL):
         raise _unsupported(config.model_type)
     if config.model_type in MULTIMODAL:
         decoder = config.get_text_config().model_type
-        if decoder not in (*ARCHITECTURES, *OWN_DECODERS):
+        if decoder not in (*INSIDE, *OWN_DECODERS):
             raise UsageError(
                 f"the language model inside this {config.model_type!r} is a {decoder!r}, which is "
-                f"not supported: supported are {', '.join(ARCHITECTURES)}"
+                f"not supported: supported are {', '.join(INSIDE)}"
             )
-    return known[config.model_type]
+    return MULTIMODAL.get(config.model_type, ArchitectureSpec())
 
 
 def refuse_partly_seen(config: "PretrainedConfig") -> None:
@@ -175,7 +299,7 @@ def _unsupported(model_type: str) -> UsageError:
     """It names the nearest family for a typo, but not for a type that transformers knows."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # slow to import
 
-    known = ARCHITECTURES | MULTIMODAL
+    known = [*ARCHITECTURES, *MULTIMODAL]
     near = "" if model_type in CONFIG_MAPPING_NAMES else did_you_mean(model_type, known)
     return UsageError(
         f"model type {model_type!r} is not supported{near}: supported are {', '.join(known)}"

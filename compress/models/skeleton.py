@@ -12,17 +12,20 @@ layer, whatever the depth. Tensors go by their modules' names, however the check
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import CheckpointError, UsageError
 from compress.models.config_values import check_extent, check_tokenizer, reason_of
-from compress.models.families import architecture_of, head_dim_of
+from compress.models.families import ArchitectureSpec, architecture_of, head_dim_of
+from compress.models.own_forward import LayerInputs, finished, handed_on
 from compress.models.pretrained import load_config, local_folder, processor_reader
 from compress.models.stored import left_over, names_of, refuse_adapter, refuse_packed
+from compress.models.structure import embedding_scale, look, uniform_scale
 from compress.storage.files import read_json
 from compress.storage.safetensors import CheckpointReader
 
@@ -34,14 +37,8 @@ if TYPE_CHECKING:  # slow to import
         ProcessorMixin,
     )
 
+LENGTHS = 4  # of sequences whose tables and masks are kept
 M_ROPE = ("qwen2_vl_text", "qwen2_5_vl_text")  # decoders with three rows of positions
-
-
-class LayerInputs(TypedDict):
-    """What a decoder layer's forward needs beside x [B, T, d]."""
-
-    position_embeddings: tuple[Tensor, Tensor]  # cos and sin
-    attention_mask: Tensor | None  # [1, 1, T, T] bool; None: plain causal attention
 
 
 def linear_in(parent: nn.Module, name: str) -> nn.Linear:
@@ -62,9 +59,8 @@ def empty_model(config: "PretrainedConfig", multimodal: bool = False) -> "PreTra
     kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     # Buffers (rotary frequencies) stay real: they come from the config, not from the file.
     with init_empty_weights(include_buffers=False):
-        model = kind.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
-        )
+        # sdpa, or what a family has that is computed otherwise, as with soft caps
+        model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
     return model.eval().requires_grad_(False)
 
 
@@ -94,9 +90,15 @@ class Skeleton:
             raise UsageError(f"{file} describes no model: {reason_of(error)}") from error
         names = names_of(self.model, f"{self.model.base_model_prefix}.", self.spec.module_name)
         self.reader = CheckpointReader(folder, names)
+        self.parameters = {name for name, _ in self.model.named_parameters()}
         self.left = left_over(self.reader, self.model)
         self.num_layers: int = self.config.num_hidden_layers
         self.head_dim = head_dim_of(self.config)
+        self._recorded: dict[tuple[int, torch.device, torch.dtype], list[LayerInputs]] = {}
+        if self.spec.vision is None:
+            self.spec = self._looked_at()
+        self.buffers = self.layer_buffers()
+        self.left.buffers[:] = [name for name in self.left.buffers if name not in self.buffers]
         # Tied means, as in transformers: the config says so, and the file has one of the two
         # tensors or equal ones.
         self.said_tied = bool(self.model_config.tie_word_embeddings)
@@ -106,6 +108,28 @@ class Skeleton:
     @classmethod
     def open(cls, location: str | Path, revision: str | None = None) -> "Skeleton":
         return cls(local_folder(location, revision))
+
+    def _looked_at(self) -> ArchitectureSpec:
+        """How the layers of a text model are built; UsageError for what is not understood."""
+        spec, kind = self.spec, self.model_config.model_type
+        ids = torch.arange(2)
+        try:
+            x = torch.ones(1, 2, self.config.hidden_size, dtype=torch.float64)
+            x[..., ::2], x[:, 1] = 3.0, 0.5  # or a norm would look like a number
+            own = embedding_scale(self.model.get_submodule(spec.embedding), ids)
+            scale = own * uniform_scale(handed_on(self.model, spec, x)[0], x)
+            found = look(self.model, spec, self.config.hidden_size, self.layer_inputs)
+        except UsageError as error:
+            raise UsageError(
+                f"this {kind!r} is built in a way that is not known: {error}"
+            ) from error
+        except Exception as error:  # what a wrong value sets off is of any kind
+            raise UsageError(
+                f"{self.folder / 'config.json'} describes no model: {reason_of(error)}"
+            ) from error
+        finally:
+            self._recorded.clear()
+        return replace(found, embedding_scale=scale, scaled_by_module=own != 1.0)
 
     @property
     def table(self) -> str:
@@ -168,8 +192,8 @@ class Skeleton:
 
     def linear_names(self) -> list[str]:
         """Full names of the linears that can be quantised, in the order of the data flow."""
-        spec = self.spec
-        inside = [f"{spec.layers}.{i}.{n}" for i in range(self.num_layers) for n in spec.linears]
+        spec, layers = self.spec, range(self.num_layers)
+        inside = [f"{spec.layers}.{i}.{name}" for i in layers for name in spec.layer(i).linears]
         return [*inside, spec.head]
 
     def vision_names(self) -> list[str]:
@@ -179,16 +203,38 @@ class Skeleton:
         names = [name for name, _ in self.model.named_parameters()]
         return [name for name in names if not name.startswith(own)] if self.spec.vision else []
 
+    def layer_buffers(self) -> dict[str, Tensor]:
+        """The buffers of decoder layers that the file has, by their full names; without values."""
+        if self.spec.vision is not None:
+            return {}
+        state = self.model.get_submodule(self.spec.layers).state_dict(prefix=f"{self.spec.layers}.")
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if name not in self.parameters and name in self.reader
+        }
+
+    def layer_tensors(self, index: int) -> list[str]:
+        """The names inside a decoder layer of its parameters, and of buffers that the file has."""
+        prefix = f"{self.spec.layers}.{index}."
+        layer = self.model.get_submodule(prefix.removesuffix("."))
+        names = {name for name, _ in layer.named_parameters()}
+        buffers = {n.removeprefix(prefix) for n in self.buffers if n.startswith(prefix)}
+        return sorted(names | buffers)
+
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """The tensors of one decoder layer, by their names inside it, in the checkpoint's dtype."""
         prefix = f"{self.spec.layers}.{index}."
-        layer = self.model.get_submodule(prefix.removesuffix("."))
-        names = [name for name, _ in layer.named_parameters()]
-        return {name: self.reader.tensor(prefix + name) for name in sorted(names)}
+        return {name: self.reader.tensor(prefix + name) for name in self.layer_tensors(index)}
 
     def read(self, module: str) -> Tensor:
         """The weight of one module outside the layers."""
         return self.reader.tensor(f"{module}.weight")
+
+    def read_all(self, module: str) -> dict[str, Tensor]:
+        """The parameters of one module outside the layers, by their names inside it."""
+        names = [name for name, _ in self.model.get_submodule(module).named_parameters()]
+        return {name: self.reader.tensor(f"{module}.{name}") for name in names}
 
     @contextmanager
     def layer(
@@ -197,12 +243,20 @@ class Skeleton:
         """The decoder layer `index` with these tensors in fp32; empty again on leaving."""
         layer = self.model.get_submodule(f"{self.spec.layers}.{index}")
         on_device = {n: t.to(device, torch.float32) for n, t in tensors.items()}
-        layer.load_state_dict(on_device, strict=True, assign=True)
+        lost = {name for name, _ in layer.named_parameters()} - {*tensors}
+        if lost or not {*tensors} <= {*layer.state_dict()}:
+            raise CheckpointError(f"layer {index} does not have these tensors, or lacks {lost}")
+        buffers = [(module, {**module._buffers}) for module in layer.modules() if module._buffers]
+        for module, before in buffers:
+            module._buffers = {n: b if b is None else b.to(device) for n, b in before.items()}
+        layer.load_state_dict(on_device, strict=False, assign=True)
         del tensors, on_device  # or what is replaced in the layer would live as long as it does
         try:
             yield layer.requires_grad_(False)
         finally:
             layer.to("meta")
+            for module, before in buffers:
+                module._buffers = before
 
     def layer_inputs(self, index: int, x: Tensor, positions: Tensor | None = None) -> LayerInputs:
         """Rotary tables and the mask of one decoder layer for x [B, T, d].
@@ -210,6 +264,9 @@ class Skeleton:
         `positions` are the tokens' position ids [1, T], for M-RoPE [3, 1, T]; None: 0 to T - 1. The
         mask is None (plain causal attention) unless the layer slides over a shorter window.
         """
+        if self.spec.vision is None:
+            assert positions is None, "text has the places of its own forward"
+            return self._inputs_of_text(index, x)
         T = x.shape[1]
         slots = torch.arange(T, device=x.device)[None]
         rotary = self.model.get_submodule(self.spec.rotary).to(x.device)
@@ -225,6 +282,26 @@ class Skeleton:
             distance = slots.T - slots  # query minus key
             inputs["attention_mask"] = ((distance >= 0) & (distance < window))[None, None]
         return inputs
+
+    def _inputs_of_text(self, index: int, x: Tensor) -> LayerInputs:
+        """The same as the family's own forward hands it on: tables, masks and what else it has."""
+        key = (x.shape[1], x.device, x.dtype)
+        if key not in self._recorded:
+            while len(self._recorded) >= LENGTHS:
+                del self._recorded[next(iter(self._recorded))]
+            _, self._recorded[key] = handed_on(self.model, self.spec, x[:1])
+        return self._recorded[key][index]
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Rows of the embedding [..., d] as the first layer gets them."""
+        scale = self.spec.embedding_scale
+        return rows if scale == 1.0 else rows * scale
+
+    def finished(self, logits: Tensor) -> Tensor:
+        """The head's products [..., V] as the model gives them: scaled, or bent under a cap."""
+        if self.spec.vision is not None:
+            return logits
+        return finished(self.model, self.spec, logits)
 
     def sliding_window(self, index: int) -> int | None:
         """Keys that a query of this layer sees, itself included; None for all before it."""

@@ -101,10 +101,10 @@ class LayerWalk:
 
     def _layer(self, index: int) -> tuple[dict[str, Tensor], LayerFacts]:
         """Quantises layer `index` of the result and moves the activations through it."""
-        skeleton, spec, stream = self.skeleton, self.spec, self.stream
-        prefix = f"{spec.layers}.{index}."
+        skeleton, stream = self.skeleton, self.stream
+        prefix, source = f"{self.spec.layers}.{index}.", self.plan.layers[index]
+        spec = self.spec.layer(source)
         schemes = {n: self.plan.schemes[prefix + n] for n in spec.linears}
-        source = self.plan.layers[index]
         weights = self._weights(source, schemes)
         written = {
             prefix + name: tensor.to(self.dtype)
@@ -128,7 +128,7 @@ class LayerWalk:
                     release_memory()
 
             def split(group: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool]]:
-                parts = self.weigher.parts(f"{spec.layers}.{source}.", group)
+                parts = self.weigher.parts(f"{self.spec.layers}.{source}.", group)
                 alike.update(prefix + name for names, on in parts for name in names if not on)
                 return parts
 
@@ -186,7 +186,8 @@ class LayerWalk:
             return None
         inputs = self.stream.layer_inputs(source, i, x)
         window = self.skeleton.sliding_window(source)
-        w = self.weigher.weights(i, x, normed, layer, self.spec, inputs, window)
+        spec = self.spec.layer(source)
+        w = self.weigher.weights(i, x, normed, layer, spec, inputs, window)
         if w is not None and source == self.plan.layers[-1] and self._weighs_head():
             self.last_weights[i] = w.cpu()
         ids, mask = self.stream.batches[i]
@@ -203,7 +204,7 @@ class LayerWalk:
         stream = self.stream
         if not stream.ranks_before(index + 1):
             return None
-        tap = LastTokenAttention(layer.get_submodule(self.spec.attention))
+        tap = LastTokenAttention(layer.get_submodule(self.spec.layer(source).attention))
         for handle in tap.install():
             opened.callback(handle.remove)
 

@@ -57,7 +57,8 @@ def split_groups(inputs: RunInputs) -> list[tuple[str, ...]]:
     found: list[list[tuple[str, ...]]] = [[]]
     for index in range(skeleton.num_layers):
         prefix = f"{skeleton.spec.layers}.{index}."
-        groups = [tuple(prefix + name for name in group) for group in skeleton.spec.groups]
+        kind = skeleton.spec.layer(index)
+        groups = [tuple(prefix + name for name in group) for group in kind.groups]
         quantised = [tuple(n for n in group if recipe.quantize.quantises(n)) for group in groups]
         found.append([g for g in quantised if len({section.applies_to(n) for n in g}) > 1])
     return max(found, key=len)
@@ -113,11 +114,12 @@ def _scores(inputs: RunInputs, shapes: Shapes) -> int:
     if section is None or not section.reads_windows:
         return 0
     hidden = skeleton.config.hidden_size
-    inside, groups = _inside(skeleton, shapes), skeleton.spec.groups
+    inside = _inside(skeleton, shapes)
     layer = sum(N * K for N, K in inside)
     windows = min(section.samples, c.samples * c.expansion)
     states = windows * c.length * hidden * 4
-    units = skeleton.num_layers * (1 if section.unit == "layer" else len(groups))
+    kinds = [skeleton.spec.layer(index) for index in range(skeleton.num_layers)]
+    units = sum(1 if section.unit == "layer" else len(kind.groups) for kind in kinds)
     diverging = section.importance.base == "logit_divergence"
     stored = states * (1 + (units * len(section.widths) if diverging else 0))
     if activations_on_disk(c.offload, stored):
@@ -125,8 +127,10 @@ def _scores(inputs: RunInputs, shapes: Shapes) -> int:
     measured = section.method == "evolve" or section.importance.base in MEASURED_SCORES
     walk = layer * (4 + skeleton.dtype.itemsize) + stored
     if measured:  # every group's Hessian, and the layer's codes at every width
-        first = f"{skeleton.spec.layers}.0."
-        hessians = sum(shapes[first + group[0]][1] ** 2 * 4 for group in groups)
+        hessians = max(
+            sum(columns**2 * 4 for columns in _columns(skeleton, shapes, index))
+            for index in range(skeleton.num_layers)
+        )
         hessians += sum(second_hessians(inputs, shapes))
         walk += _working(c.length, skeleton, inside) + hessians + layer * len(section.widths)
     chunk = min(c.length * skeleton.config.vocab_size, CHUNK_ELEMENTS) * 4
@@ -137,15 +141,28 @@ def _scores(inputs: RunInputs, shapes: Shapes) -> int:
 
 
 def _inside(skeleton: Skeleton, shapes: Shapes) -> list[tuple[int, int]]:
-    """The linears of a layer."""
-    return [shapes[f"{skeleton.spec.layers}.0.{name}"] for name in skeleton.spec.linears]
+    """The linears of the layer that has most weights."""
+    spec = skeleton.spec
+    layers = [
+        [shapes[f"{spec.layers}.{i}.{name}"] for name in spec.layer(i).linears]
+        for i in range(skeleton.num_layers)
+    ]
+    return max(layers, key=lambda linears: sum(N * K for N, K in linears))
+
+
+def _columns(skeleton: Skeleton, shapes: Shapes, index: int) -> list[int]:
+    """The inputs of each group of a layer's linears."""
+    spec = skeleton.spec
+    return [shapes[f"{spec.layers}.{index}.{g[0]}"][1] for g in spec.layer(index).groups]
 
 
 def _stack(skeleton: Skeleton, shapes: Shapes) -> int:
     """The weights of the largest group of linears, which are solved as one stack of rows."""
-    first = f"{skeleton.spec.layers}.0."
+    spec = skeleton.spec
     return max(
-        sum(math.prod(shapes[first + name]) for name in group) for group in skeleton.spec.groups
+        sum(math.prod(shapes[f"{spec.layers}.{i}.{name}"]) for name in group)
+        for i in range(skeleton.num_layers)
+        for group in spec.layer(i).groups
     )
 
 

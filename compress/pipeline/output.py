@@ -39,6 +39,8 @@ from compress.storage.files import parse_size, write_json
 from compress.storage.output_folder import files_below
 from compress.storage.safetensors import CheckpointReader, merge_shards
 
+PER_LAYER = ("layer_types", "no_rope_layers")  # keys of config.json with a value for each layer
+
 
 def assemble(
     final: Path,
@@ -86,8 +88,9 @@ def checkpoint_config(skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> dic
     if len(plan.layers) < skeleton.num_layers:
         decoder["num_hidden_layers"] = len(plan.layers)
         # From the config as transformers reads it: an older file derives them from the depth.
-        if types := getattr(skeleton.config, "layer_types", None):
-            decoder["layer_types"] = [types[index] for index in plan.layers]
+        for key in PER_LAYER:
+            if kinds := getattr(skeleton.config, key, None):
+                decoder[key] = [kinds[index] for index in plan.layers]
     if any(module.twin for module in plan.modules):
         # Which some files leave to their family's default.
         config["tie_word_embeddings"] = decoder["tie_word_embeddings"] = True

@@ -309,7 +309,9 @@ def _unquantised(
 ) -> dict[str, tuple[int, ...]]:
     """The tensors that are written as they are: name in the result -> shape."""
     chosen = {f"{module.name}.weight" for module in modules}
+    parameters: dict[str, torch.Tensor]
     parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
+    parameters |= skeleton.buffers
     if skeleton.tied and not untied:
         parameters.pop(f"{skeleton.spec.head}.weight", None)
     named = ((_name_in_result(name, skeleton, layers), p) for name, p in parameters.items())

@@ -16,6 +16,7 @@ from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import second_hessians
 from compress.recipe.quantize import AUTO_SIZES
 from compress.recipe.sections import matches
+from compress.rotation.model import unrotatable
 from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
 
@@ -46,6 +47,7 @@ def find_problems(
             f"{skeleton.reader.written_name(unknown[0])!r}{more}, which belongs to no part of the "
             f"model that config.json describes: correct config.json, or leave such tensors out"
         )
+    problems += _family_problems(inputs)
     for pattern in recipe.quantize.unmatched(names):
         problems.append(
             f"quantize: {pattern!r} matches no linear of this model{did_you_mean(pattern, names)}"
@@ -111,6 +113,25 @@ def find_problems(
         problems.append(
             "quantize.target: full_precision needs every token in both models, and visual tokens "
             "of the calibration prompts are pruned: use quantized, or calibrate on text"
+        )
+    return problems
+
+
+def _family_problems(inputs: RunInputs) -> list[str]:
+    """What the recipe asks for and the model's family cannot have."""
+    recipe, skeleton, problems = inputs.recipe, inputs.skeleton, []
+    kind, spec = skeleton.model_config.model_type, skeleton.spec
+    if recipe.rotate.kind != "none" and (why := unrotatable(skeleton)):
+        problems.append(why)
+    if recipe.quantize.embedding is not None and spec.scaled_by_module:
+        problems.append(
+            f"quantize.embedding: the embedding of a {kind!r} multiplies its rows by a number, "
+            f"which a quantised one would not: leave it out"
+        )
+    if recipe.quantize.target.name == "full_precision" and any(k.parallel for k in spec.kinds):
+        problems.append(
+            f"quantize.target: full_precision is not there for a {kind!r}, whose attention and MLP "
+            f"read the same input: use quantized"
         )
     return problems
 
@@ -216,7 +237,22 @@ def model_notes(inputs: RunInputs, schemes: Schemes, formats: dict[str, str]) ->
     if buffers := inputs.skeleton.left.buffers:
         more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
         notes.append(f"{buffers[0]}{more} left out: transformers computes such buffers itself")
-    skipped = head_rotation_skipped(inputs.recipe.rotate.kind, inputs.skeleton.head_dim)
+    rotate, skeleton = inputs.recipe.rotate, inputs.skeleton
+    skipped = head_rotation_skipped(rotate.kind, skeleton.head_dim)
     if skipped:
         notes.append(skipped)
+    kinds = [skeleton.spec.layer(index) for index in range(skeleton.num_layers)]
+    if rotate.kind != "none" and not skipped and (fixed := sum(k.value is None for k in kinds)):
+        notes.append(
+            f"value heads not rotated in {fixed} of {len(kinds)} layers of this "
+            f"{skeleton.model_config.model_type!r}: what they give is not handed on as it is"
+        )
+    mapless = sum(not kind.attends for kind in kinds)
+    section = inputs.recipe.quantize
+    looks = section.token_importance.name == "attention_concentration"
+    if mapless and looks and section.method == "gptq":
+        notes.append(
+            f"token_importance: {mapless} of {len(kinds)} layers have no attention map (linear "
+            f"attention): all their tokens weigh the same"
+        )
     return notes + plan_notes(schemes, formats)

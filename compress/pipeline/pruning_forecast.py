@@ -74,7 +74,7 @@ def strategy_of(
     check_decoder(base.get_submodule("language_model"))
     Stages(strategy, layers).tap(base, FAMILIES[skeleton.model_config.model_type])
     if strategy.ranks_by_language_attention:
-        first = f"{skeleton.spec.layers}.0.{skeleton.spec.attention}"
+        first = f"{skeleton.spec.layers}.0.{skeleton.spec.layer(0).attention}"
         LastTokenAttention(skeleton.model.get_submodule(first))
     return strategy
 

@@ -359,14 +359,17 @@ class Job:
         spec, model, device = self.spec, self.model, self.model.device
         planned, name = self.plan.module(spec.head), f"{spec.head}.weight"
         if planned is not None and self.plan.shared:  # then nothing is rotated
-            gamma = self.skeleton.read(spec.final_norm)
+            gammas = self.skeleton.read_all(spec.final_norm)
             head, packed = self._shared_head(planned)
         else:
-            head, gamma = model.head(torch.float32 if planned else model.dtype)
+            head, gammas = model.head(torch.float32 if planned else model.dtype)
             packed = {}
-        gamma = model.stored(f"{spec.final_norm}.weight", gamma)
-        tensors = {f"{spec.final_norm}.weight": gamma} | packed
-        with model.final_norm(gamma) as norm:
+        for key, gamma in gammas.items():
+            gammas[key] = model.stored(f"{spec.final_norm}.{key}", gamma)
+        tensors = {f"{spec.final_norm}.{key}": gamma for key, gamma in gammas.items()} | packed
+        if (bias := model.head_bias()) is not None:
+            bias = tensors[f"{spec.head}.bias"] = model.stored(f"{spec.head}.bias", bias)
+        with model.final_norm(gammas) as norm:
             if planned is not None and not self.plan.shared:
                 head, packed = self.layers.solve_head(head.float(), norm, planned.scheme)
                 tensors |= packed
@@ -376,7 +379,7 @@ class Job:
                 head = head.to(model.dtype)
             save_tensors(self.work / "head.safetensors", tensors)
             inputs, x = self._probe()
-            logits = norm(x.to(device)) @ head.float().to(device).T
+            logits = model.finished(norm(x.to(device)) @ head.float().to(device).T, bias)
         write_probe(self.work / "probe.safetensors", inputs, logits.cpu())
         self.log.lap("head")
 

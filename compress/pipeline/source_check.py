@@ -162,7 +162,7 @@ def _our_logits(model: RotatedModel, probes: Mapping[str, dict[str, Tensor]]) ->
 def _embedded(model: RotatedModel, probe: dict[str, Tensor]) -> Encoded:
     table = model.embedding(torch.float32)
     if len(probe) == 1:
-        return Encoded(table[probe["input_ids"]].float(), None)
+        return Encoded(model.skeleton.scaled(table[probe["input_ids"]].float()), None)
     with vision_at_work(model.skeleton, model.vision_tensors(rounded=False), model.device):
         return encode(model.skeleton, probe, rows_of(table), model.device)
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from compress.data.activations import TOKENS_PER_BATCH, ActivationStore
 from compress.data.prompts import CalibrationData, ImagePrompts
 from compress.errors import CheckpointError, UsageError
-from compress.models.skeleton import LayerInputs, Skeleton
+from compress.models.own_forward import LayerInputs
+from compress.models.skeleton import Skeleton
 from compress.models.vision import Encoded, EncodesImages, Inputs, Lookup, encode
 from compress.pruning.costs import CostTotals, DecoderShape, PruningStats, prompt_stats
 from compress.pruning.encoding import EncodedImages
@@ -144,7 +145,7 @@ class CalibrationStream:
         """The embeddings of every batch, and of the probe."""
         if not isinstance(self.data, ImagePrompts):
             for ids, _ in self.batches:
-                yield Encoded(lookup(ids), None)
+                yield Encoded(self.skeleton.scaled(lookup(ids)), None)
         if self.probe is None:
             return
         with encoder():

@@ -1,8 +1,9 @@
 """Takes every calibration token through one decoder layer and quantises its linears on the way.
 
-The layer `x += o(attention(norm(x))); x += down(mlp(norm(x)))` is run in stages. A stage gives the
-input of one group of linears, from which the group's Hessian is built; the group is quantised; the
-next stage runs through the quantised weights ("true sequential"):
+The layer `x += o(attention(norm(x))); x += down(mlp(norm(x)))`, or one that is built otherwise, as
+its `LayerSpec` says, is run in stages. A stage gives the input of one group of linears, from which
+the group's Hessian is built; the group is quantised; the next stage runs through the quantised
+weights ("true sequential"):
 
     norm(x)            -> H -> q, k, v
     attention(norm(x)) -> H -> o          x += o(.)
@@ -14,7 +15,8 @@ where running the whole layer once a group costs five passes. What a stage leave
 group, the input of o or of down, waits in a second store.
 
 A stage's input is what the family's own module computes with its output projection taken out, so
-attention and activation functions are never written again here.
+attention and activation functions are never written again here. Where attention and MLP are both of
+the layer's input, which must be kept until both are there, the MLP's inside is computed twice.
 
 Where the target is the 16-bit model's output, that model's activations x0 pass beside them: each
 batch goes through the stage's 16-bit weights right behind its twin, so the two inputs of a group
@@ -33,8 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.activations import ActivationStore
-from compress.models.families import ArchitectureSpec
-from compress.models.skeleton import LayerInputs, linear_in
+from compress.models.families import LayerSpec
+from compress.models.own_forward import LayerInputs
+from compress.models.skeleton import linear_in
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
 from compress.quantization.solvers import QuantizedLinear, Solver, Target
@@ -57,6 +60,51 @@ class Part:
     names: tuple[str, ...]
     weighted: bool
     H: Hessian | None
+
+
+class CaughtError(Exception):
+    """Ends a forward that has come to where its input was wanted."""
+
+
+@contextmanager
+def catching(layer: nn.Module, name: str) -> Iterator[Callable[..., Tensor]]:
+    """The layer with one linear taken out; yields what gives that linear's input.
+
+    It takes the layer's arguments, and runs the layer no further than there.
+    """
+    parent_name, _, child = name.rpartition(".")
+    parent = layer.get_submodule(parent_name)
+    linear = getattr(parent, child)
+    catcher = _Catcher()
+    setattr(parent, child, catcher)
+
+    def caught(x: Tensor, **inputs: object) -> Tensor:
+        try:
+            layer(x, **inputs)
+        except CaughtError:
+            return catcher.taken()
+        raise AssertionError(f"nothing runs through {name}")
+
+    try:
+        yield caught
+    finally:
+        setattr(parent, child, linear)
+
+
+class _Catcher(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.read = x
+        raise CaughtError
+
+    def taken(self) -> Tensor:
+        """What came in, which is then held by nobody else."""
+        read, self.read = self.read, None
+        assert read is not None, "it was called"
+        return read
 
 
 def needed(parts: list[Part]) -> bool:
@@ -113,7 +161,9 @@ class Twin:
         there = self.x is not None
         self.kept = {name: linear_in(self.layer, name).weight for name in group if there}
 
-    def normed(self, i: int, store: ActivationStore | None, norm: nn.Module) -> Tensor | None:
+    def normed(
+        self, i: int, store: ActivationStore | None, norm: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
         """What a norm gives for batch i of a store: of `x`, or of `y`."""
         return None if store is None or i >= self.counted else norm(store[i].to(self.device))
 
@@ -122,18 +172,19 @@ class Twin:
         i: int,
         store: ActivationStore | None,
         part: Callable[[int, Tensor], Tensor],
-        last: nn.Module,
+        after: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor | None:
-        """The input of linear `last` for batch i of a store, and its output to `y`.
+        """The input of a linear for batch i of a store, and the stream behind it to `y`.
 
-        `part`: from the stream to that input; it runs with the weights that are kept.
+        `part`: from the stream to that input; it runs with the weights that are kept. `after`: from
+        the stream and that input to the stream behind the linear.
         """
         if store is None or self.y is None or i >= self.counted:
             return None
         z = store[i].to(self.device)
         with replaced(self.layer, self.kept):
             inner = part(i, z)
-        self.y.put(i, z + last(inner))
+        self.y.put(i, after(z, inner))
         return inner
 
 
@@ -145,7 +196,7 @@ class LayerPass:
     """
 
     layer: nn.Module
-    spec: ArchitectureSpec
+    spec: LayerSpec
     inputs: Callable[[int, Tensor], LayerInputs]
     x: ActivationStore
     y: ActivationStore
@@ -164,7 +215,8 @@ class LayerPass:
     def run(self) -> None:
         """The four stages."""
         spec = self.spec
-        self.stage((spec.query, spec.key, spec.value), self.before_qkv, keep=True)
+        assert not (spec.parallel and self.twin.x is not None), "the plan refuses it"
+        self.stage(spec.attention_in, self.before_qkv, keep=True)
         self.stage((spec.output,), self.before_o, keep=False)
         self.stage(spec.mlp_in, self.before_gate_up, keep=True)
         self.stage((spec.mlp_out,), self.before_down, keep=False)
@@ -186,7 +238,7 @@ class LayerPass:
 
     def before_qkv(self, parts: list[Part]) -> None:
         """norm(x), and the token weights."""
-        norm = self.layer.get_submodule(self.spec.input_norm)
+        norm = self.norm(self.spec.input_norm)
         for i, z in self.batches(self.x):
             normed = norm(z)
             if i < self.counted:
@@ -196,48 +248,93 @@ class LayerPass:
 
     def before_o(self, parts: list[Part]) -> None:
         """attention(norm(x)), which waits in `work`."""
-        norm, o = map(self.layer.get_submodule, (self.spec.input_norm, self.spec.output))
-        with without(self.layer, self.spec.output) as attention:
+        behind = self.behind_o()
+        with catching(self.layer, self.spec.output) as caught:
 
             def attend(i: int, z: Tensor) -> Tensor:
-                return attention(hidden_states=norm(z), **self.inputs(i, z))[0]
+                return caught(z, **self.inputs(i, z))
 
             for i, z in self.batches(self.x):
                 mixed = attend(i, z)
                 if self.attended is not None:
                     self.attended(i)
                 self.work.append(mixed)
-                self.add(parts, i, mixed, self.twin.through(i, self.twin.x, attend, o))
+                self.add(parts, i, mixed, self.twin.through(i, self.twin.x, attend, behind))
 
     def before_gate_up(self, parts: list[Part]) -> None:
-        """x += o(.), which goes to `y`, and norm(x)."""
-        norm, o = map(self.layer.get_submodule, (self.spec.post_norm, self.spec.output))
+        """x += o(.), which goes to `y`, and norm(x); o(.) stays in `work` where x is still read."""
+        norm, behind = self.norm(self.spec.post_norm), self.behind_o()
         for i, z in self.batches(self.x):
-            z = z + o(self.work[i].to(self.device))
-            self.y.put(i, z)
+            mixed = self.work[i].to(self.device)
+            if self.spec.parallel:
+                self.work[i] = behind(torch.zeros_like(z), mixed)
+            else:
+                z = behind(z, mixed)
+                self.y.put(i, z)
             if needed(parts):  # or the norm would be computed for nothing
                 self.add(parts, i, norm(z), self.twin.normed(i, self.twin.y, norm))
-        self.work.clear()
+        if not self.spec.parallel:
+            self.work.clear()
 
     def before_down(self, parts: list[Part]) -> None:
-        """act(gate) * up, which waits in `work`."""
-        norm, down = map(self.layer.get_submodule, (self.spec.post_norm, self.spec.mlp_out))
-        with without(self.layer, self.spec.mlp_out) as mlp:
-
-            def widen(i: int, z: Tensor) -> Tensor:
-                return mlp(norm(z))
-
+        """act(gate) * up, which waits in `work` unless that is taken."""
+        behind = self.behind_down()
+        with self.widening() as widen:
+            if self.spec.parallel:
+                for i, z in self.batches(self.x) if needed(parts) else ():
+                    self.add(parts, i, widen(i, z), None)
+                return
             for i, z in self.batches(self.y):
                 wide = widen(i, z)
                 self.work.append(wide)
-                self.add(parts, i, wide, self.twin.through(i, self.twin.y, widen, down))
+                self.add(parts, i, wide, self.twin.through(i, self.twin.y, widen, behind))
 
     def after_down(self) -> None:
         """x += down(.), in `y`."""
-        down = self.layer.get_submodule(self.spec.mlp_out)
-        for i, z in self.batches(self.y):
-            self.y[i] = z + down(self.work[i].to(self.device))
+        behind = self.behind_down()
+        if self.spec.parallel:
+            with self.widening() as widen:
+                for i, z in self.batches(self.x):
+                    self.y.put(i, behind(z + self.work[i].to(self.device), widen(i, z)))
+        else:
+            for i, z in self.batches(self.y):
+                self.y[i] = behind(z, self.work[i].to(self.device))
         self.work.clear()
+
+    # ---- parts of the layer ---------------------------------------------------------------------
+
+    def norm(self, name: str | None) -> Callable[[Tensor], Tensor]:
+        return (lambda x: x) if name is None else self.layer.get_submodule(name)
+
+    @contextmanager
+    def widening(self) -> Iterator[Callable[[int, Tensor], Tensor]]:
+        """What makes the input of down of the stream."""
+        norm = self.norm(self.spec.post_norm)
+        with without(self.layer, self.spec.mlp_out) as _:
+            mlp = self.layer.get_submodule(self.spec.mlp)
+            yield lambda i, z: mlp(norm(z))
+
+    def behind_o(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """From the stream and what o reads to the stream with attention's output."""
+        spec = self.spec
+        return self.behind(spec.output, spec.attention_after, spec.scales[0])
+
+    def behind_down(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """From the stream and what down reads to the stream with the MLP's output."""
+        spec = self.spec
+        return self.behind(spec.mlp_out, spec.mlp_after, spec.scales[1])
+
+    def behind(
+        self, name: str, after: str | None, scale: float
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """z, inner -> z + scale * after(last(inner)), where `name` is that of last."""
+        last, norm = linear_in(self.layer, name), self.norm(after)
+
+        def add(z: Tensor, inner: Tensor) -> Tensor:
+            y = norm(last(inner))
+            return z + y if scale == 1.0 else z + scale * y
+
+        return add
 
     def batches(self, store: ActivationStore) -> Iterator[tuple[int, Tensor]]:
         return ((i, store[i].to(self.device)) for i in range(len(self.x)))
@@ -264,7 +361,7 @@ class LayerPass:
 
 def run_layer(
     layer: nn.Module,
-    spec: ArchitectureSpec,
+    spec: LayerSpec,
     inputs: Callable[[int, Tensor], LayerInputs],
     x: ActivationStore,
     y: ActivationStore,

@@ -5,24 +5,23 @@ w = weigher.weights(i, x, norm(x), layer, spec, inputs, None)      # [B, T], Non
 weigher.facts()                                            # of the weights since the last call
 """
 
-import sys
-from typing import Protocol, TypedDict, runtime_checkable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypedDict
 
 from torch import Tensor, nn
 
 from compress.importance.tokens import LayerContext
 from compress.importance.weighting import TokenSettings, TokenWeights, mean_one, token_weights
-from compress.models.families import ArchitectureSpec
-from compress.models.skeleton import LayerInputs
+from compress.models.attention import seen_by
+from compress.models.families import LayerSpec
+from compress.models.own_forward import LayerInputs
+from compress.models.skeleton import linear_in
 from compress.recipe.token_importance import TokenImportance
 
 
-@runtime_checkable
-class Heads(Protocol):
-    """What an attention module of transformers says about its heads."""
-
-    head_dim: int
-    scaling: float
+class NoMapError(Exception):
+    """A layer has no map of what attends to what."""
 
 
 class WeightFacts(TypedDict, total=False):
@@ -33,6 +32,7 @@ class WeightFacts(TypedDict, total=False):
     capped_per_window: float  # tokens at the cap
     uniform_share: float  # of equal weights in the mixture, averaged over windows
     flat_windows: int  # whose tokens all scored the same, and weigh the same
+    windows_without_map: int  # in a layer without attention: their tokens weigh the same
 
 
 class TokenWeigher:
@@ -49,6 +49,7 @@ class TokenWeigher:
         self.settings = TokenSettings(**section.model_dump(exclude={"modules"}))
         self.batches, self.token_counts = batches, token_counts
         self._sums: dict[str, float] = {}
+        self.unmapped = 0
         self.masked = not all(bool(mask.all()) for _, mask in batches)
 
     def weights(
@@ -57,7 +58,7 @@ class TokenWeigher:
         x: Tensor,
         normed: Tensor,
         layer: nn.Module,
-        spec: ArchitectureSpec,
+        spec: LayerSpec,
         inputs: LayerInputs,
         sliding_window: int | None,
     ) -> Tensor | None:
@@ -73,8 +74,13 @@ class TokenWeigher:
             output=lambda: _output(layer, x, inputs),
             sliding_window=sliding_window,
             token_counts=self.token_counts,
+            softcap=spec.softcap,
         )
-        found = token_weights(self.settings, context)
+        try:
+            found = token_weights(self.settings, context)
+        except NoMapError:
+            self.unmapped += len(mask)
+            return self.uniform(i, x)
         self._add(found)
         return found.w
 
@@ -108,6 +114,9 @@ class TokenWeigher:
         """What was done to the weights that were given since the last call."""
         sums, self._sums = self._sums, {}
         facts: WeightFacts = {}
+        unmapped, self.unmapped = self.unmapped, 0
+        if unmapped:
+            facts["windows_without_map"] = unmapped
         if not sums:
             return facts
         if self.settings.sinks != "keep":
@@ -122,24 +131,43 @@ class TokenWeigher:
 
 
 def queries_keys(
-    layer: nn.Module, spec: ArchitectureSpec, normed: Tensor, inputs: LayerInputs
+    layer: nn.Module, spec: LayerSpec, normed: Tensor, inputs: LayerInputs
 ) -> tuple[Tensor, Tensor, float]:
-    """Queries [B, h, T, d_h] and keys [B, h_kv, T, d_h] as attention sees them, and its scaling."""
-    attention = layer.get_submodule(spec.attention)
-    assert isinstance(attention, Heads)
-    # The family's own rotary function stands in the module that defines its attention.
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    """Queries [B, h, T, d_h] and keys [B, h_kv, T, d_h] as attention sees them, and its scaling.
 
-    def heads(name: str, norm: str) -> Tensor:
-        y = layer.get_submodule(name)(normed)  # [B, T, heads * d_h]
-        y = y.view(*y.shape[:2], -1, attention.head_dim)
-        if hasattr(attention, norm):  # Qwen3
-            y = getattr(attention, norm)(y)
-        return y.transpose(1, 2)
+    Raises NoMapError for a layer that does not attend.
+    """
+    if not spec.attends:
+        raise NoMapError
+    with _without_values(layer, spec):
+        seen = seen_by(layer.get_submodule(spec.attention), normed, inputs)
+    if seen is None:
+        raise NoMapError
+    return seen.query, seen.key, seen.scaling
 
-    q, k = heads(spec.query, "q_norm"), heads(spec.key, "k_norm")
-    q, k = rotate(q, k, *inputs["position_embeddings"])
-    return q, k, attention.scaling
+
+@contextmanager
+def _without_values(layer: nn.Module, spec: LayerSpec) -> Iterator[None]:
+    """The layer with values of zero, which a map does not depend on; with its own if q, k and v are
+    one linear."""
+    if spec.value is None or spec.value_start:
+        yield
+        return
+    values = linear_in(layer, spec.value)
+    layer.set_submodule(spec.value, _Zeros(values.out_features))
+    try:
+        yield
+    finally:
+        layer.set_submodule(spec.value, values)
+
+
+class _Zeros(nn.Module):
+    def __init__(self, out_features: int):
+        super().__init__()
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
 def _output(layer: nn.Module, x: Tensor, inputs: LayerInputs) -> Tensor:

@@ -16,12 +16,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CompressError
+from compress.errors import CompressError, UsageError
 from compress.models.skeleton import Skeleton
 from compress.recipe.sections import Model, Rotate
 from compress.rotation.rotate import (
+    effective,
     fuse_and_rotate_head,
     fuse_and_rotate_layer,
+    fused_gamma,
     head_rotation,
     make_rotation,
     rotate_embedding,
@@ -32,6 +34,14 @@ from compress.rotation.rotate import (
 def storage_dtype(section: Model, skeleton: Skeleton) -> torch.dtype:
     """The dtype of unquantised tensors and scales in the output."""
     return skeleton.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+
+
+def unrotatable(skeleton: Skeleton) -> str | None:
+    """Why the recipe cannot rotate this model, as a line that names its family, or None."""
+    if (why := skeleton.spec.unrotatable) is None:
+        return None
+    kind = skeleton.model_config.model_type
+    return f"rotate: a {kind!r} cannot be rotated exactly: {why}: use rotate: none"
 
 
 class RotatedModel:
@@ -46,6 +56,8 @@ class RotatedModel:
     def __init__(self, skeleton: Skeleton, rotate: Rotate, dtype: torch.dtype, device: str):
         self.skeleton, self.spec = skeleton, skeleton.spec
         self.dtype, self.device = dtype, device
+        if rotate.kind != "none" and (why := unrotatable(skeleton)):
+            raise UsageError(why)
         self.residual = make_rotation(rotate.kind, skeleton.config.hidden_size, rotate.seed)
         self.heads = head_rotation(rotate.kind, skeleton.head_dim, rotate.seed)
 
@@ -75,18 +87,25 @@ class RotatedModel:
         if self.residual is None:
             return tensors
         return fuse_and_rotate_layer(
-            tensors, self.spec, self.residual, self.heads, self.skeleton.head_dim
+            tensors, self.spec.layer(index), self.residual, self.heads, self.skeleton.head_dim
         )
 
-    def head(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The head's weight [V, d], in `dtype` where it is rotated, and the final norm's gamma."""
+    def head(self, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        """The head's weight [V, d], in `dtype` where it is rotated, and the last norm's tensors."""
         spec, skeleton = self.spec, self.skeleton
-        gamma = skeleton.read(spec.final_norm)
+        norm = skeleton.read_all(spec.final_norm)
         weight = skeleton.read(skeleton.table if skeleton.tied else spec.head)
         if self.residual is None:
-            return weight, gamma
-        weight = fuse_and_rotate_head(weight, gamma, self.residual, dtype=dtype)
-        return weight, torch.ones_like(gamma)
+            return weight, norm
+        gamma = norm["weight"]
+        factor = effective(gamma, spec.final_gain)
+        weight = fuse_and_rotate_head(weight, factor, self.residual, dtype=dtype)
+        return weight, {"weight": fused_gamma(gamma, spec.final_gain)}
+
+    def head_bias(self) -> Tensor | None:
+        """What the head adds to its products [V], as the source has it."""
+        name = f"{self.spec.head}.bias"
+        return self.skeleton.reader.tensor(name) if name in self.skeleton.parameters else None
 
     def vision_tensors(self, rounded: bool = True) -> dict[str, Tensor]:
         """The tower's and the projector's tensors by their modules' names, as they are stored.
@@ -108,8 +127,8 @@ class RotatedModel:
     # ---- at work --------------------------------------------------------------------------------
 
     def embed(self, ids: Tensor) -> Tensor:
-        """[B, T] -> [B, T, d] in fp32."""
-        return self.embedding(torch.float32)[ids].float()
+        """[B, T] -> [B, T, d] in fp32, as the first layer gets them."""
+        return self.skeleton.scaled(self.embedding(torch.float32)[ids].float())
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -128,10 +147,11 @@ class RotatedModel:
         return y[0] if isinstance(y, tuple) else y
 
     @contextmanager
-    def final_norm(self, gamma: Tensor) -> Iterator[nn.Module]:
-        """The norm before the head with this weight, in fp32; empty again on leaving."""
+    def final_norm(self, tensors: dict[str, Tensor]) -> Iterator[nn.Module]:
+        """The norm before the head with these tensors, in fp32; empty again on leaving."""
         norm = self.skeleton.model.get_submodule(self.spec.final_norm)
-        norm.load_state_dict({"weight": gamma.to(self.device, torch.float32)}, assign=True)
+        here = {name: tensor.to(self.device, torch.float32) for name, tensor in tensors.items()}
+        norm.load_state_dict(here, assign=True)
         try:
             yield norm
         finally:
@@ -140,7 +160,14 @@ class RotatedModel:
     @contextmanager
     def logits(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """What turns the last layer's output [..., d] into logits [..., V]."""
-        weight, gamma = self.head(torch.float32)
+        weight, tensors = self.head(torch.float32)
         weight = weight.to(self.device, torch.float32)
-        with self.final_norm(gamma) as norm:
-            yield lambda x: norm(x) @ weight.T
+        bias = self.head_bias()
+        with self.final_norm(tensors) as norm:
+            yield lambda x: self.finished(norm(x) @ weight.T, bias)
+
+    def finished(self, products: Tensor, bias: Tensor | None) -> Tensor:
+        """The head's products as logits."""
+        if bias is not None:
+            products = products + bias.to(products.device, products.dtype)
+        return self.skeleton.finished(products)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError, CompressError
-from compress.models.families import ArchitectureSpec, VisionSpec
+from compress.models.families import LayerSpec, VisionSpec
 from compress.registry import Registry
 from compress.rotation.hadamard import HadamardTransform
 
@@ -163,33 +163,47 @@ def _tensor(tensors: dict[str, Tensor], name: str) -> Tensor:
     return tensors[name]
 
 
-def _readers(spec: ArchitectureSpec) -> dict[str, tuple[str, ...]]:
-    """The linears that read each norm's output."""
-    return {
-        spec.input_norm: (spec.query, spec.key, spec.value),
-        spec.post_norm: spec.mlp_in,
-    }
+def _readers(spec: LayerSpec) -> dict[str, tuple[str, ...]]:
+    """The linears that read each norm's output; CompressError for norms of another kind."""
+    if why := spec.unrotatable:
+        raise CompressError(f"the residual stream cannot be rotated: {why}")
+    readers: dict[str, tuple[str, ...]] = {}
+    for norm, linears in ((spec.input_norm, spec.attention_in), (spec.post_norm, spec.mlp_in)):
+        assert norm is not None, "a layer without norms in front has them behind"
+        readers[norm] = readers.get(norm, ()) + linears
+    return readers
 
 
-def fuse_norms_into_layer(tensors: dict[str, Tensor], spec: ArchitectureSpec) -> dict[str, Tensor]:
+def effective(gamma: Tensor, gain: float) -> Tensor:
+    """What a norm of weight gamma multiplies by."""
+    return gamma if gain == 0.0 else gamma.double() + gain
+
+
+def fused_gamma(gamma: Tensor, gain: float) -> Tensor:
+    """The weight of a norm that multiplies by 1."""
+    return torch.full_like(gamma, 1.0 - gain)
+
+
+def fuse_norms_into_layer(tensors: dict[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
     """Moves both norm weights of a decoder layer into the linears behind them.
 
     Names are relative to the layer. Returns a new dict: q, k, v, gate and up in fp64, the two norms
-    as ones in their dtype, all else untouched. CheckpointError for a missing tensor.
+    such that they multiply by 1, in their dtype, all else untouched. CheckpointError for a missing
+    tensor.
     """
     fused = dict(tensors)
     for norm, linears in _readers(spec).items():
         gamma = _tensor(tensors, f"{norm}.weight")
         for linear in linears:
             name = f"{linear}.weight"
-            fused[name] = _tensor(tensors, name).double() * gamma.double()
-        fused[f"{norm}.weight"] = torch.ones_like(gamma)
+            fused[name] = _tensor(tensors, name).double() * effective(gamma, spec.gain).double()
+        fused[f"{norm}.weight"] = fused_gamma(gamma, spec.gain)
     return fused
 
 
 def rotate_layer(
     tensors: dict[str, Tensor],
-    spec: ArchitectureSpec,
+    spec: LayerSpec,
     residual: Rotation | None,
     heads: Rotation | None,
     head_dim: int,
@@ -197,13 +211,13 @@ def rotate_layer(
     """Applies R1 (`residual`) and R2 (`heads`, of size `head_dim`); either may be None.
 
     Names are relative to the layer. Returns a new dict: rotated tensors in fp64, all else
-    untouched. CheckpointError for a missing tensor; CompressError if a norm weight is not fused
-    yet, or a shape does not fit.
+    untouched; value heads only where the layer has such. CheckpointError for a missing tensor;
+    CompressError if a norm weight is not fused yet, or a shape does not fit.
     """
     rotated = dict(tensors)
     if residual is not None:
         _rotate_residual(rotated, spec, residual)
-    if heads is not None:
+    if heads is not None and spec.value is not None:
         if heads.size != head_dim:
             raise CompressError(
                 f"head rotation has size {heads.size}, expected the head dimension {head_dim}"
@@ -212,10 +226,11 @@ def rotate_layer(
     return rotated
 
 
-def _rotate_residual(tensors: dict[str, Tensor], spec: ArchitectureSpec, Q: Rotation) -> None:
+def _rotate_residual(tensors: dict[str, Tensor], spec: LayerSpec, Q: Rotation) -> None:
     """R1, in place on the dict."""
     for norm, readers in _readers(spec).items():
-        if not bool((_tensor(tensors, f"{norm}.weight") == 1).all()):
+        gamma = _tensor(tensors, f"{norm}.weight")
+        if not torch.equal(gamma, fused_gamma(gamma, spec.gain)):
             raise CompressError(
                 f"the weight of {norm!r} is not all ones, so the rotation would change the model: "
                 "fuse the norms first (fuse_norms_into_layer)"
@@ -230,7 +245,7 @@ def _rotate_residual(tensors: dict[str, Tensor], spec: ArchitectureSpec, Q: Rota
             tensors[f"{linear}.bias"] = Q.left_transposed(tensors[f"{linear}.bias"])
 
 
-def _rotate_heads(tensors: dict[str, Tensor], spec: ArchitectureSpec, R: Rotation) -> None:
+def _rotate_heads(tensors: dict[str, Tensor], spec: LayerSpec, R: Rotation) -> None:
     """R2, in place on the dict. The last axis of what is rotated is split into heads."""
 
     def per_head(W: Tensor, name: str) -> Tensor:  # [..., heads * size] -> same
@@ -241,16 +256,21 @@ def _rotate_heads(tensors: dict[str, Tensor], spec: ArchitectureSpec, R: Rotatio
             )
         return R.right(W.unflatten(-1, (-1, R.size))).flatten(-2)
 
+    def values(tensor: Tensor, name: str) -> Tensor:  # [rows, ...]: those of the value heads
+        turned = per_head(tensor[spec.value_start :].movedim(0, -1), name).movedim(-1, 0)
+        rest = tensor[: spec.value_start].double()
+        return torch.cat([rest, turned]) if len(rest) else turned.contiguous()
+
     output, value, bias = f"{spec.output}.weight", f"{spec.value}.weight", f"{spec.value}.bias"
     tensors[output] = per_head(_tensor(tensors, output), output)
-    tensors[value] = per_head(_tensor(tensors, value).T, value).T.contiguous()
+    tensors[value] = values(_tensor(tensors, value), value)
     if bias in tensors:
-        tensors[bias] = per_head(tensors[bias], bias)
+        tensors[bias] = values(tensors[bias], bias)
 
 
 def fuse_and_rotate_layer(
     tensors: dict[str, Tensor],
-    spec: ArchitectureSpec,
+    spec: LayerSpec,
     residual: Rotation | None,
     heads: Rotation | None,
     head_dim: int,

@@ -83,8 +83,8 @@ def test_lim_flattened_and_without_the_sink(checkpoint):
 def walked(recipe, windows, widths, unit="layer", folder=None, divergence=False):
     """The scores of every unit, and which linears it has."""
     skeleton = Skeleton(Path(recipe.model.path))
-    spec = skeleton.spec
-    groups = [spec.linears] if unit == "layer" else spec.groups
+    spec, kind = skeleton.spec, skeleton.spec.layer(0)
+    groups = [kind.linears] if unit == "layer" else kind.groups
     units = [
         Unit(f"{i} {group[0]}", 1, {}, modules=tuple(names), layer=i)
         for i, group in itertools.product(range(skeleton.num_layers), groups)

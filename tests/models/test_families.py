@@ -14,30 +14,27 @@ from support.tiny_checkpoints import FAMILIES, HIDDEN, tiny_model
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def test_every_row_is_tested():
-    assert {settings["model_type"] for settings in FAMILIES.values()} == set(ARCHITECTURES)
-
-
 @every_family
 def test_names_cover_every_parameter_that_rotation_must_know(family):
     """q and k norms sit behind the projections; everything else in a layer is in the table."""
     model = tiny_model(family)
-    spec = architecture_of(model.config)
-    layer = model.get_submodule(spec.layers)[0]
+    names = architecture_of(model.config)
+    spec, layer = names.layer(0), model.get_submodule(names.layers)[0]
     linears = {n for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
     assert set(spec.linears) == linears
     known = linears | {spec.input_norm, spec.post_norm}
     rest = {n.rpartition(".")[0] for n, _ in layer.named_parameters()} - known
     assert rest <= {f"{spec.attention}.q_norm", f"{spec.attention}.k_norm"}
-    outside = {n for n, _ in model.named_parameters() if not n.startswith(spec.layers)}
-    assert outside == {f"{n}.weight" for n in (spec.embedding, spec.final_norm, spec.head)}
-    assert model.get_submodule(spec.rotary) is not None
+    outside = {n for n, _ in model.named_parameters() if not n.startswith(names.layers)}
+    assert outside == {f"{n}.weight" for n in (names.embedding, names.final_norm, names.head)}
+    assert model.get_submodule(names.rotary) is not None
 
 
 @every_family
 def test_the_linears_of_a_group_read_one_input_and_groups_come_in_order(family):
     model = tiny_model(family)
-    spec = architecture_of(model.config)
+    names = architecture_of(model.config)
+    spec = names.layer(0)
     inputs, order = {}, []
 
     def note(name):
@@ -47,7 +44,7 @@ def test_the_linears_of_a_group_read_one_input_and_groups_come_in_order(family):
 
         return hook
 
-    layer = model.get_submodule(spec.layers)[0]
+    layer = model.get_submodule(names.layers)[0]
     for name in spec.linears:
         layer.get_submodule(name).register_forward_pre_hook(note(name))
     with torch.no_grad():
@@ -64,10 +61,10 @@ def test_the_linears_of_a_group_read_one_input_and_groups_come_in_order(family):
 def test_a_layer_adds_to_the_residual_through_two_linears_only(family):
     """What fusing and rotating rely on: with both outputs at zero the layer is the identity."""
     model = tiny_model(family)
-    spec = architecture_of(model.config)
-    layer = model.get_submodule(spec.layers)[0]
+    names = architecture_of(model.config)
+    spec, layer = names.layer(0), model.get_submodule(names.layers)[0]
     x = torch.randn(1, 10, HIDDEN, generator=torch.Generator().manual_seed(0))
-    rotary = model.get_submodule(spec.rotary)(x, torch.arange(10)[None])
+    rotary = model.get_submodule(names.rotary)(x, torch.arange(10)[None])
 
     def forward():
         with torch.no_grad():

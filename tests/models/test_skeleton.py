@@ -157,7 +157,7 @@ def test_a_layer_is_not_filled_by_halves(checkpoint):
     tensors = skeleton.read_layer(0)
     tensors.popitem()
     with (
-        pytest.raises(RuntimeError, match="v_proj"),
+        pytest.raises(CheckpointError, match="v_proj"),
         skeleton.layer(0, tensors),
     ):
         pass

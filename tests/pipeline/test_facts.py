@@ -50,7 +50,7 @@ def test_gptq_beats_rounding_and_refinement_lowers_its_error(checkpoint, press):
     """
     source = Skeleton(checkpoint())
     x, original = first_inputs(source), source.read_layer(0)
-    errors: dict[str, list[float]] = {name: [] for name in source.spec.groups[0]}
+    errors: dict[str, list[float]] = {name: [] for name in source.spec.layer(0).groups[0]}
     for method, sweeps in (("rtn", 0), ("gptq", 0), ("gptq", 1), ("gptq", 5)):
         quantize = {"method": method, "bits": 3, "refine_sweeps": sweeps}
         recipe, seen = recipe_for(checkpoint(), quantize=quantize), Recorder()

@@ -96,7 +96,14 @@ def test_a_model_beyond_the_budget_runs_in_a_process_of_its_own(folder_of, monke
 
 
 def one_window_too_long(monkeypatch):
-    monkeypatch.setattr(Skeleton, "sliding_window", lambda self, index: None)
+    inputs = Skeleton.layer_inputs
+    monkeypatch.setattr(
+        Skeleton,
+        "layer_inputs",
+        lambda self, index, x, positions=None: (
+            inputs(self, index, x, positions) | {"attention_mask": None}
+        ),
+    )
 
 
 def head_of_another(monkeypatch):

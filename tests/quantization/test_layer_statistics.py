@@ -100,7 +100,7 @@ class Walk:
         y = x if y is None else y
         run_layer(
             self.layer,
-            self.skeleton.spec,
+            self.skeleton.spec.layer(LAST),
             lambda i, z: self.skeleton.layer_inputs(LAST, z),
             x,
             y,
@@ -197,8 +197,8 @@ def test_hessians_are_those_of_a_layer_whose_earlier_groups_are_quantised(
         oracle = copy.deepcopy(layer)
         walk = Walk(skeleton, layer, weights=weights)
         walk.run(stored(batches()))
-        assert walk.groups == list(skeleton.spec.groups)
-        for group in skeleton.spec.groups:
+        assert walk.groups == list(skeleton.spec.layer(LAST).groups)
+        for group in skeleton.spec.layer(LAST).groups:
             for name in group:
                 x = seen_by(skeleton, oracle, name, batches())
                 expected = second_moment(x, torch.cat(weights) if weighted else None)
@@ -220,14 +220,14 @@ def test_linears_of_one_input_have_two_hessians_where_the_weights_are_for_some(
         alike = [mean_one(mask.float(), mask) for mask in masks]
 
     with opened(checkpoint, family) as (skeleton, layer):
-        spec = skeleton.spec
+        spec = skeleton.spec.layer(LAST)
         oracle = copy.deepcopy(layer)
         walk = Walk(
             skeleton,
             layer,
             weights=weights,
             alike=alike,
-            weighed=lambda name: name in (spec.query, spec.mlp_out),
+            weighed=lambda name: name in (spec.attention_in[0], spec.mlp_out),
         )
         walk.run(stored(batches()))
         assert set(walk.H) == set(spec.linears)
@@ -235,7 +235,7 @@ def test_linears_of_one_input_have_two_hessians_where_the_weights_are_for_some(
         for group in spec.groups:
             for name in group:
                 x = seen_by(skeleton, oracle, name, batches())
-                chosen = weights if name in (spec.query, spec.mlp_out) else alike
+                chosen = weights if name in (spec.attention_in[0], spec.mlp_out) else alike
                 expected = second_moment(x, None if chosen is None else torch.cat(chosen))
                 assert_close(walk.H[name], expected)
             coarse(oracle, group)
@@ -244,7 +244,7 @@ def test_linears_of_one_input_have_two_hessians_where_the_weights_are_for_some(
 def test_quantising_one_group_shows_in_the_hessians_of_the_next(checkpoint):
     with opened(checkpoint) as (skeleton, layer):
         weights = copy.deepcopy(layer.state_dict())
-        groups, found = skeleton.spec.groups, {}
+        groups, found = skeleton.spec.layer(LAST).groups, {}
         for first in [*groups, ()]:
             layer.load_state_dict(weights)
             walk = Walk(skeleton, layer, quantise=lambda _, g, f=first: g == f and coarse(layer, f))
@@ -258,17 +258,19 @@ def test_quantising_one_group_shows_in_the_hessians_of_the_next(checkpoint):
 def test_each_linear_sees_each_token_once(checkpoint):
     with opened(checkpoint) as (skeleton, layer):
         tokens: Counter[str] = Counter()
-        for name in skeleton.spec.linears:
+        for name in skeleton.spec.layer(LAST).linears:
             layer.get_submodule(name).register_forward_pre_hook(
                 lambda _, args, name=name: tokens.update({name: args[0].shape[:-1].numel()})
             )
         Walk(skeleton, layer).run(stored(batches()))
-        assert tokens == dict.fromkeys(skeleton.spec.linears, sum(B * T for B, T in SIZES))
+        assert tokens == dict.fromkeys(
+            skeleton.spec.layer(LAST).linears, sum(B * T for B, T in SIZES)
+        )
 
 
 def test_groups_that_need_no_hessian_get_none(checkpoint):
     with opened(checkpoint) as (skeleton, layer):
-        spec = skeleton.spec
+        spec = skeleton.spec.layer(LAST)
         walk = Walk(skeleton, layer, needs=lambda group: group == spec.mlp_in)
         expected = Walk(skeleton, copy.deepcopy(layer))
         outputs = expected.run(stored(batches()))
@@ -302,7 +304,7 @@ def test_the_drift_is_that_between_a_layer_half_quantised_and_the_16_bit_layer(
         for found, expected in zip(x0, expected_outputs, strict=True):
             assert_close(found, expected)
         w = torch.cat(weights).unsqueeze(-1) if weighted else 1.0
-        for group in skeleton.spec.groups:
+        for group in skeleton.spec.layer(LAST).groups:
             for name in group:
                 x = seen_by(skeleton, oracle, name, damaged()).double()
                 difference = seen_by(skeleton, before, name, batches()).double() - x
@@ -323,7 +325,7 @@ def test_only_where_quantised_weights_come_before_has_equal_input_drifted(checkp
         x0 = stored(batches())
         walk = Walk(skeleton, layer)
         walk.run(stored(batches()), x0=x0, y0=x0)
-        drifted = [walk.drift[group[0]] is not None for group in skeleton.spec.groups]
+        drifted = [walk.drift[group[0]] is not None for group in skeleton.spec.layer(LAST).groups]
         assert drifted == [False, True, True, True]
 
 
@@ -360,7 +362,9 @@ def test_groups_that_need_no_hessian_pass_the_16_bit_model_all_the_same(checkpoi
     with opened(checkpoint) as (skeleton, layer):
         expected = whole(skeleton, copy.deepcopy(layer), batches())
         x0 = stored(batches())
-        walk = Walk(skeleton, layer, needs=lambda group: group == (skeleton.spec.mlp_out,))
+        walk = Walk(
+            skeleton, layer, needs=lambda group: group == (skeleton.spec.layer(LAST).mlp_out,)
+        )
         walk.run(stored(damaged()), x0=x0, y0=x0)
         assert set(walk.drift) == set(walk.H) == {"mlp.down_proj"}
         for found, y in zip(x0, expected, strict=True):
@@ -383,7 +387,7 @@ def test_without_a_linear_its_place_is_taken_by_the_identity_and_given_back(chec
 
 def test_after_the_walk_every_linear_is_in_its_place(checkpoint):
     with opened(checkpoint) as (skeleton, layer):
-        before = {name: layer.get_submodule(name) for name in skeleton.spec.linears}
+        before = {name: layer.get_submodule(name) for name in skeleton.spec.layer(LAST).linears}
         Walk(skeleton, layer).run(stored(batches()))
         for name, linear in before.items():
             assert layer.get_submodule(name) is linear
@@ -419,7 +423,7 @@ def weighed(skeleton, layer, x, name, mask, minimum=0.01, power=1):
     )
     inputs, window = skeleton.layer_inputs(LAST, x), skeleton.sliding_window(LAST)
     normed = layer.input_layernorm(x)
-    return weigher.weights(0, x, normed, layer, skeleton.spec, inputs, window)
+    return weigher.weights(0, x, normed, layer, skeleton.spec.layer(LAST), inputs, window)
 
 
 def test_uniform_tokens_have_no_weights_unless_some_are_masked(checkpoint):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.errors import CheckpointError, CompressError, UsageError
-from compress.models.families import ArchitectureSpec
+from compress.models.families import LayerSpec
 from compress.rotation import rotate
 from compress.rotation.rotate import (
     HadamardRotation,
@@ -21,7 +21,7 @@ from compress.rotation.rotate import (
 from support.refusals import check_line, refused
 from support.whole_model import logits, relative_error, rotate_model, tiny_model
 
-SPEC = ArchitectureSpec()
+SPEC = LayerSpec()
 
 # Head tables of Qwen2.5-1.5B (12 x 128), Llama-3.2-3B (24 x 128), Qwen2.5-0.5B (14 x 64) and
 # others, on a residual stream and an MLP small enough to run in milliseconds.

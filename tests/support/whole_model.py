@@ -83,8 +83,8 @@ def rotate_model(
         prefix = f"{spec.layers}.{i}."
         layer = {n.removeprefix(prefix): t for n, t in old.items() if n.startswith(prefix)}
         if fuse:
-            layer = fuse_norms_into_layer(layer, spec)
-        layer = rotate_layer(layer, spec, residual, heads, head_dim)
+            layer = fuse_norms_into_layer(layer, spec.layer(i))
+        layer = rotate_layer(layer, spec.layer(i), residual, heads, head_dim)
         new |= {prefix + n: t for n, t in layer.items()}
 
     norm, head, embedding = (f"{n}.weight" for n in (spec.final_norm, spec.head, spec.embedding))
