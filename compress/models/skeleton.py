@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from compress.errors import CheckpointError, UsageError
 from compress.models.config_values import check_extent, check_tokenizer, reason_of
 from compress.models.families import architecture_of, head_dim_of
+from compress.models.meta import WithoutNumbers
 from compress.models.pretrained import load_config, local_folder, processor_reader
 from compress.models.stored import left_over, names_of, refuse_adapter, refuse_packed
 from compress.storage.files import read_json
@@ -61,7 +62,7 @@ def empty_model(config: "PretrainedConfig", multimodal: bool = False) -> "PreTra
 
     kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     # Buffers (rotary frequencies) stay real: they come from the config, not from the file.
-    with init_empty_weights(include_buffers=False):
+    with WithoutNumbers(), init_empty_weights(include_buffers=False):
         model = kind.from_config(
             config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
         )
