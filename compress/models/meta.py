@@ -9,13 +9,19 @@ What is computed (rotary frequencies, position ids) is real.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
+# Where the functions live that fill weights; transformers has its own of the same names.
+FILLING = ("torch.nn.init", "transformers.initialization")
+
+
+def _fills(func: Callable[..., object]) -> bool:
+    """Whether a function only gives a tensor other numbers."""
+    return func in FILLS or getattr(func, "__module__", None) in FILLING
 
 
 class WithoutNumbers(TorchFunctionMode):
@@ -23,14 +29,15 @@ class WithoutNumbers(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Callable[..., object],
         types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         given = dict(kwargs or {})
         if func is torch.empty and given.get("device") is None:
             given["device"] = "meta"
-        elif func in FILLS and args[0].is_meta:
-            return args[0]
+        filled = args[0] if args else given.get("tensor")
+        if isinstance(filled, Tensor) and filled.is_meta and _fills(func):
+            return filled
         return func(*args, **given)
