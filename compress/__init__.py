@@ -68,16 +68,21 @@ def plan(
     """What `run` would do: bits of each module, bytes, peak memory and problems.
 
     Reads the model's config and headers alone, conversations to calibrate on, and what the scores
-    of an `allocate` section need.
+    of an `allocate` section need. A folder of config.json alone will do; of a hub model no weights
+    are fetched.
     `check_source` reads the weights as well: our forward must give the logits of transformers.
     Raises UsageError for a model that cannot be opened; what would stop the run itself is in
     `problems`.
     """
-    from compress.pipeline.inputs import RunInputs  # when first used, as all below
-    from compress.pipeline.plan import allocated_plan, calibration_forecast, make_plan  # the same
+    from compress.pipeline.plan import (  # when first used, as all below
+        allocated_plan,
+        calibration_forecast,
+        make_plan,
+        open_for_plan,
+    )
     from compress.pipeline.source_check import check_source as check  # the same
 
-    inputs = RunInputs.open(recipe, device)
+    inputs = open_for_plan(recipe, device, check_source)
     checked, problems = None, []
     if check_source:
         try:

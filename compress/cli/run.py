@@ -104,7 +104,7 @@ def plan(
     """Show what a run would do: bits, bytes and memory.
 
     Reads no weights, but for the scores of a recipe that gives layers different widths, and for
-    --check-source.
+    --check-source. A folder of config.json alone will do, and of a hub model no more is needed.
     """
     loaded = load_recipe(recipe, model, set_, _allocation(budget, average_bits, widths))
     from compress import plan as plan_of

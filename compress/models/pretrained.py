@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 
 from compress.errors import CheckpointError, CompressError, UsageError
 from compress.models.config_values import check_config, check_generation, reason_of
-from compress.storage.companions import WEIGHTS
+from compress.storage.companions import INDICES, WEIGHTS
 from compress.storage.files import read_json
 
 if TYPE_CHECKING:  # slow to import
@@ -28,13 +28,18 @@ Read = TypeVar("Read")
 # Of a hub repository all comes here that goes along with a model, and weights as they are read.
 LEFT_THERE = [pattern for pattern in WEIGHTS if pattern != "*.safetensors"]
 LEFT_THERE += ["consolidated*.safetensors", "original/*"]
+# For a plan, no weights at all.
+LEFT_BY_PLANS = [*WEIGHTS, *INDICES, "original/*"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
-def local_folder(location: str | Path, revision: str | None = None) -> Path:
+def local_folder(
+    location: str | Path, revision: str | None = None, *, weights: bool = True
+) -> Path:
     """The folder of a model: itself, or where a hub repository has been downloaded to.
 
-    Raises UsageError if the hub has no such repository, or one whose config.json is wrong.
+    Without `weights` only what a hub repository holds beside them comes here. Raises UsageError if
+    the hub has no such repository, or one whose config.json is wrong.
     """
     location = str(location)
     if Path(location).is_dir():
@@ -47,8 +52,9 @@ def local_folder(location: str | Path, revision: str | None = None) -> Path:
         )
         # before the weights, which may take hours
         check_config(read_json(Path(first) / "config.json") or {}, f"{location}: config.json")
+        left = LEFT_THERE if weights else LEFT_BY_PLANS
         folder = huggingface_hub.snapshot_download(
-            location, revision=revision, ignore_patterns=LEFT_THERE
+            location, revision=revision, ignore_patterns=left
         )
     except HFValidationError as error:
         raise UsageError(f"model {location!r} is neither a folder nor a valid hub id") from error

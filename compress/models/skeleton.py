@@ -22,10 +22,18 @@ from torch import Tensor, nn
 from compress.errors import CheckpointError, UsageError
 from compress.models.config_values import check_extent, check_tokenizer, reason_of
 from compress.models.families import ArchitectureSpec, architecture_of, head_dim_of
+from compress.models.meta import WithoutNumbers
 from compress.models.own_forward import LayerInputs, finished, handed_on
 from compress.models.pretrained import load_config, local_folder, processor_reader
-from compress.models.stored import left_over, names_of, refuse_adapter, refuse_packed
+from compress.models.stored import (
+    LeftOver,
+    left_over,
+    names_of,
+    refuse_adapter,
+    refuse_packed,
+)
 from compress.models.structure import embedding_scale, look, uniform_scale
+from compress.storage.absent import AbsentWeights, holds_all_weights, holds_weights
 from compress.storage.files import read_json
 from compress.storage.safetensors import CheckpointReader
 
@@ -39,6 +47,7 @@ if TYPE_CHECKING:  # slow to import
 
 LENGTHS = 4  # of sequences whose tables and masks are kept
 M_ROPE = ("qwen2_vl_text", "qwen2_5_vl_text")  # decoders with three rows of positions
+ASSUMED_DTYPE = torch.bfloat16  # where neither files nor config.json say one
 
 
 def linear_in(parent: nn.Module, name: str) -> nn.Linear:
@@ -58,10 +67,21 @@ def empty_model(config: "PretrainedConfig", multimodal: bool = False) -> "PreTra
 
     kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     # Buffers (rotary frequencies) stay real: they come from the config, not from the file.
-    with init_empty_weights(include_buffers=False):
+    with WithoutNumbers(), init_empty_weights(include_buffers=False):
         # sdpa, or what a family has that is computed otherwise, as with soft caps
         model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
     return model.eval().requires_grad_(False)
+
+
+def declared_dtype(config: "PretrainedConfig") -> torch.dtype | None:
+    """The dtype that a config.json names for its weights, in the whole or for its decoder."""
+    for part in (config, config.get_text_config()):
+        found = getattr(part, "dtype", None)
+        if isinstance(found, str):
+            found = getattr(torch, found, None)
+        if isinstance(found, torch.dtype) and found.is_floating_point:
+            return found
+    return None
 
 
 class Skeleton:
@@ -69,29 +89,31 @@ class Skeleton:
 
     `config` is the decoder's; a multimodal model's own, with the decoder's inside, is
     `model_config`. `tied`: embedding and head are one tensor, `said_tied`: config.json says so.
-    `left`: what the files hold beyond the model's parameters.
+    `said_dtype`: the one that config.json names. `left`: what the files hold beyond the model's
+    parameters. `absent`: no file holds weights, and the config alone says what there is; only a
+    plan opens such a folder.
 
     Raises UsageError for a family that is not supported, for a checkpoint that is packed and for an
     adapter; CheckpointError for files that are missing or damaged.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, absent: bool = False):
+        self.folder, self.absent = folder, absent
         refuse_adapter(folder)
         self.model_config = load_config(folder)
+        self.said_dtype = declared_dtype(self.model_config)  # before a model of it changes that
         self.spec = architecture_of(self.model_config)
         self.config = self.model_config.get_text_config()
-        refuse_packed(folder)
         file = folder / "config.json"
-        check_extent(read_json(file) or {}, CheckpointReader(folder), file)
+        if not absent:
+            refuse_packed(folder)
+            check_extent(read_json(file) or {}, CheckpointReader(folder), file)
         try:
             self.model = empty_model(self.model_config, self.spec.vision is not None)
         except Exception as error:  # what a wrong value sets off is of any kind
             raise UsageError(f"{file} describes no model: {reason_of(error)}") from error
-        names = names_of(self.model, f"{self.model.base_model_prefix}.", self.spec.module_name)
-        self.reader = CheckpointReader(folder, names)
         self.parameters = {name for name, _ in self.model.named_parameters()}
-        self.left = left_over(self.reader, self.model)
+        self.reader, self.left = self._described() if absent else self._stored()
         self.num_layers: int = self.config.num_hidden_layers
         self.head_dim = head_dim_of(self.config)
         self._recorded: dict[tuple[int, torch.device, torch.dtype], list[LayerInputs]] = {}
@@ -130,6 +152,32 @@ class Skeleton:
         finally:
             self._recorded.clear()
         return replace(found, embedding_scale=scale, scaled_by_module=own != 1.0)
+
+    @classmethod
+    def foretell(cls, location: str | Path, revision: str | None = None) -> "Skeleton":
+        """The same for a plan, to which a folder without weights will do, or a hub model's config.
+
+        Weights of a hub model are looked at where they have been fetched, but not fetched.
+        """
+        if Path(location).is_dir():
+            return cls(Path(location), absent=not holds_weights(Path(location)))
+        folder = local_folder(location, revision, weights=False)
+        return cls(folder, absent=not holds_all_weights(folder))
+
+    def _stored(self) -> tuple[CheckpointReader, LeftOver]:
+        """The tensors of the files by the names of the modules, and what is beyond those."""
+        names = names_of(self.model, f"{self.model.base_model_prefix}.", self.spec.module_name)
+        reader = CheckpointReader(self.folder, names)
+        return reader, left_over(reader, self.model)
+
+    def _described(self) -> tuple[CheckpointReader, LeftOver]:
+        """The tensors that files of this config would hold, in the dtype that it names."""
+        dtype = self.said_dtype or ASSUMED_DTYPE
+        parameters = dict(self.model.named_parameters())
+        if self.model_config.tie_word_embeddings:
+            parameters.pop(f"{self.spec.head}.weight", None)
+        shapes = {name: (dtype, tuple(p.shape)) for name, p in parameters.items()}
+        return AbsentWeights(self.folder, shapes), LeftOver([], [])
 
     @property
     def table(self) -> str:

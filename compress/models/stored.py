@@ -66,6 +66,12 @@ def refuse_adapter(folder: Path) -> None:
 
 def refuse_packed(folder: Path) -> None:
     """UsageError for a folder whose JSON files say that its weights are packed."""
+    if said := said_packed(folder):
+        raise UsageError(f"{folder} is {said}: {START_AGAIN}")
+
+
+def said_packed(folder: Path) -> str | None:
+    """Where a folder's JSON files say that its weights are packed, and how; None: they do not."""
     config = read_json(folder / "config.json") or {}
     parts = {"": config} | {
         f"{key}.": part for key, part in config.items() if isinstance(part, dict)
@@ -73,14 +79,12 @@ def refuse_packed(folder: Path) -> None:
     for place, part in parts.items():
         for key in MARKING_KEYS:
             if part.get(key):
-                raise UsageError(
-                    f"{folder} is quantised already{_what(part[key])}, says {place}{key} in "
-                    f"config.json: {START_AGAIN}"
-                )
+                return f"quantised already{_what(part[key])}, says {place}{key} in config.json"
     for file in MARKERS:
         if (folder / file).is_file():
             what = _what(read_json(folder / file) or {})
-            raise UsageError(f"{folder} is quantised already{what}, says {file}: {START_AGAIN}")
+            return f"quantised already{what}, says {file}"
+    return None
 
 
 def _what(section: Any) -> str:

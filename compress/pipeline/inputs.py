@@ -38,6 +38,12 @@ class RunInputs:
         return cls.of(recipe, skeleton, device)
 
     @classmethod
+    def foretell(cls, recipe: Recipe, device: str = "cpu") -> "RunInputs":
+        """The same for a plan: weights need not be there, nor are they fetched."""
+        skeleton = Skeleton.foretell(recipe.model_location(), recipe.model.revision)
+        return cls.of(recipe, skeleton, device)
+
+    @classmethod
     def of(cls, recipe: Recipe, skeleton: Skeleton, device: str = "cpu") -> "RunInputs":
         """The same for a model that is open already."""
         pruning = recipe.prune_visual_tokens

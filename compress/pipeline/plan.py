@@ -1,12 +1,16 @@
 """What a run will do, from the recipe, the config and the headers alone: no weight is read.
 
-plan = make_plan(inputs)
+Where there are no headers either, as in a folder of config.json alone, they are what that would
+make them, and the plan says so.
+
+plan = make_plan(open_for_plan(recipe))
 plan.problems            # what would make the run fail; empty if it can start
 plan.bytes["total"]      # of the tensors that will be written
 """
 
 import math
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import host_memory
 from compress.pipeline.plan_notes import (
     WHOLE_BYTE,
+    absence_notes,
     find_problems,
     group_size_notes,
     ignored_notes,
@@ -36,7 +41,10 @@ from compress.pipeline.plan_notes import (
 )
 from compress.pipeline.pruning_forecast import PruningForecast, forecast
 from compress.pipeline.source_check import SourceCheck
+from compress.recipe.recipe import Recipe
+from compress.registry import LAYER_IMPORTANCE
 from compress.scheme import PlannedModule, Scheme
+from compress.storage.absent import holds_weights
 from compress.storage.safetensors import header_bytes
 
 
@@ -105,6 +113,35 @@ class Plan:
         }
 
 
+def open_for_plan(recipe: Recipe, device: str = "cpu", check_source: bool = False) -> RunInputs:
+    """What a plan reads. Weights may be missing, and those of a hub model are not fetched.
+
+    They have to be there for `check_source` and for scores that are measured on them; otherwise
+    UsageError names what needs them.
+    """
+    needs = "--check-source runs the model" if check_source else _measures(recipe)
+    if needs is None:
+        return RunInputs.foretell(recipe, device)
+    folder = Path(recipe.model_location())
+    if folder.is_dir() and not holds_weights(folder):
+        raise UsageError(f"{needs}, and {folder} has no weights")
+    return RunInputs.open(recipe, device)
+
+
+def _measures(recipe: Recipe) -> str | None:
+    """What the scores of an `allocate` section need the weights for, if they do."""
+    section = recipe.allocate
+    if section is None:
+        return None
+    score = section.importance
+    read = [
+        name for name in (score.base, score.weighted_by) if name and LAYER_IMPORTANCE[name].needs
+    ]
+    if section.method == "evolve":
+        return "allocate.method: evolve runs the model"
+    return f"allocate.importance: {read[0]} is measured on the model" if read else None
+
+
 def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     """The plan of a run. Never raises for what `problems` can say.
 
@@ -121,7 +158,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     widths = allocation.bits() if allocation and not removing else {}
     removed = allocation.removed() if allocation else []
     layers = [index for index in range(skeleton.num_layers) if index not in removed]
-    named = {name: _name_in_result(name, skeleton, layers) for name in names}
+    named = _names_in_result(names, skeleton, layers)
     schemes = {
         named[name]: replace(scheme, bits=widths[name]) if scheme and widths.get(name) else scheme
         for name, scheme in found.items()
@@ -157,6 +194,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         peak_memory={"host": host_memory(inputs, shapes), "device": 0},
         problems=find_problems(inputs, names, shapes, found, pruning is not None) + problems,
         notes=[
+            *absence_notes(inputs),
             *ignored_notes(inputs, names),
             *group_size_notes(sized),
             *token_notes(inputs, shapes, found),
@@ -295,13 +333,17 @@ def _tables(inputs: RunInputs, schemes: Schemes, rotated: bool) -> tuple[list[Pl
     return [embedding, *([table(spec.head, own)] if own else [])], False
 
 
-def _name_in_result(name: str, skeleton: Skeleton, layers: list[int]) -> str:
-    """A linear's name once some layers are left out; empty for one that is left out with them."""
-    prefix = f"{skeleton.spec.layers}."
-    if not name.startswith(prefix):
-        return name
-    index, _, inner = name.removeprefix(prefix).partition(".")
-    return f"{prefix}{layers.index(int(index))}.{inner}" if int(index) in layers else ""
+def _names_in_result(names: Iterable[str], skeleton: Skeleton, layers: list[int]) -> dict[str, str]:
+    """Each name once some layers are left out; empty for one that is left out with them."""
+    prefix, place = f"{skeleton.spec.layers}.", {index: i for i, index in enumerate(layers)}
+
+    def renamed(name: str) -> str:
+        if not name.startswith(prefix):
+            return name
+        index, _, inner = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{place[int(index)]}.{inner}" if int(index) in place else ""
+
+    return {name: renamed(name) for name in names}
 
 
 def _unquantised(
@@ -314,8 +356,9 @@ def _unquantised(
     parameters |= skeleton.buffers
     if skeleton.tied and not untied:
         parameters.pop(f"{skeleton.spec.head}.weight", None)
-    named = ((_name_in_result(name, skeleton, layers), p) for name, p in parameters.items())
-    return {name: tuple(p.shape) for name, p in named if name and name not in chosen}
+    named = _names_in_result(parameters, skeleton, layers)
+    shapes = {named[name]: tuple(p.shape) for name, p in parameters.items()}
+    return {name: shape for name, shape in shapes.items() if name and name not in chosen}
 
 
 def _written(

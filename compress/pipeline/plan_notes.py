@@ -8,10 +8,11 @@ import math
 
 from compress.checkpoint.engines import Schemes, plan_notes
 from compress.data.prompts import IMAGES_ALL_COUNT
-from compress.errors import did_you_mean
+from compress.errors import CompressError, did_you_mean
 from compress.eval.report import format_bytes
 from compress.eval.settings import WINDOW
 from compress.models.skeleton import Skeleton
+from compress.models.stored import said_packed
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import second_hessians
 from compress.recipe.quantize import AUTO_SIZES
@@ -95,6 +96,11 @@ def find_problems(
         )
     if images and recipe.calibration.loss_mask != "all":
         problems.append(IMAGES_ALL_COUNT)
+    if images and skeleton.absent:
+        try:
+            skeleton.processor()
+        except CompressError as error:
+            problems.append(f"calibration.dataset: {error}")
     windows = source.used and not images
     if windows and context and recipe.calibration.length > context:
         problems.append(
@@ -147,6 +153,26 @@ def _group_size_key(inputs: RunInputs, name: str) -> str:
     if index is None or section.overrides[index].group_size is None:
         return "quantize.group_size"
     return f"quantize.overrides[{index}].group_size"
+
+
+def absence_notes(inputs: RunInputs) -> list[str]:
+    """What a plan rests on that finds no weights: a line, and another if they are packed."""
+    skeleton = inputs.skeleton
+    if not skeleton.absent:
+        return []
+    dtype = str(skeleton.dtype).removeprefix("torch.")
+    taken = [] if skeleton.said_dtype else [f"{dtype}, since it names no dtype"]
+    taken += ["embedding and head as one tensor"] if skeleton.tied else []
+    more = f"; taken: {', '.join(taken)}" if taken else ""
+    notes = [
+        f"{skeleton.folder} has no weights: this plan is made from config.json alone, and nothing "
+        f"was checked against them{more}"
+    ]
+    if said := said_packed(skeleton.folder):
+        notes.append(
+            f"the model is {said}: a run has to start from a copy in 16 bits, which is planned here"
+        )
+    return notes
 
 
 def ignored_notes(inputs: RunInputs, names: list[str]) -> list[str]:

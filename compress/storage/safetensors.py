@@ -310,8 +310,9 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 
 def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
     """What stands before the data in one file of these tensors, by their dtypes and shapes."""
+    nowhere = Path()  # made once, since there may be a hundred thousand tensors
     entries = {
-        name: TensorEntry(Path(), DTYPE_NAMES[dtype], shape, 0, dtype.itemsize * math.prod(shape))
+        name: TensorEntry(nowhere, DTYPE_NAMES[dtype], shape, 0, dtype.itemsize * math.prod(shape))
         for name, (dtype, shape) in tensors.items()
     }
     return len(_layout(entries)[0])
