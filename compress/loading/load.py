@@ -45,7 +45,7 @@ from compress.models.config_values import (
     check_generation,
     check_tokenizer,
 )
-from compress.models.families import refuse_partly_seen
+from compress.models.families import MIXTURES, refuse_partly_seen
 from compress.models.pretrained import TOKENIZER_FILES, guarded, local_folder, processor_reader
 from compress.pruning.families import FAMILIES
 from compress.pruning.saved import apply_strategy, saved_strategy
@@ -69,7 +69,8 @@ def load(
     strategy saved with the checkpoint is applied; `model.visual_token_pruning` is then its context.
     packed: whether quantised linears stay packed (QuantLinear); False makes all of them dense; None
     keeps compressed-tensors `pack-quantized`, or of integers with integer activations, and GPTQ
-    packed, and leaves other formats (AWQ, FP8) to transformers.
+    packed, and leaves other formats (AWQ, FP8) to transformers; models with experts too, which are
+    dense there.
     fuse: whether packed linears that read the same input run in one launch.
     activation_bits: packed linears round what they read to so many bits (2 to 8), token by token,
     and multiply integers: faster with several tokens, less exact.
@@ -91,7 +92,7 @@ def load(
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True}
     section = checked_section(config.to_dict(), path / "config.json")
     if packed is None:
-        packed = is_packed(section)
+        packed = is_packed(section) and config.model_type not in MIXTURES
     if section and (packed or needs_own_reader(section)):
         options["quantization_config"] = ModelpressConfig(packed, fuse, activation_bits)
         options["config"] = without_section(config)
@@ -127,7 +128,7 @@ def fastest_packing(
     """What `packed` of `load` takes least time here; None if the checkpoint has nothing packed.
 
     Where linears round what they read, packed: dense ones would not. Dense where kernels do not run
-    the groups of a linear. Raises as `load` does.
+    the groups of a linear, and where a model has experts. Raises as `load` does.
     """
     path = _checked_folder(path)
     config = guarded(path, AutoConfig.from_pretrained)
@@ -139,6 +140,8 @@ def fastest_packing(
     )
     if rounds:
         return True
+    if config.model_type in MIXTURES:  # whose experts are one dense tensor in transformers
+        return False
     return native.packed_is_faster(device) and PackedLinears(path).runs
 
 

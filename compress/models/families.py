@@ -40,6 +40,53 @@ class VisionSpec:
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """What files call an expert's linears, and the block of a layer that holds the experts.
+
+    `block`: None where it is the name that transformers' module has.
+    """
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    block: str | None = None
+
+    @property
+    def linears(self) -> tuple[str, str, str]:
+        return self.gate, self.up, self.down
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """The experts of a layer, which get the tokens that a router gives them.
+
+    Attributes:
+        module: holds them, by number.
+        routers: modules that read what the MLP is given and whose weights stay in 16 bits: the
+            router, and the gate of a shared expert.
+    """
+
+    module: str
+    count: int
+    names: ExpertNames
+    routers: tuple[str, ...]
+
+    def inner(self, number: int) -> tuple[str, ...]:
+        """gate and up of an expert."""
+        place = f"{self.module}.{number}"
+        return f"{place}.{self.names.gate}", f"{place}.{self.names.up}"
+
+    def outer(self, number: int) -> str:
+        """down of an expert."""
+        return f"{self.module}.{number}.{self.names.down}"
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        numbers = range(self.count)
+        return tuple(group for e in numbers for group in (self.inner(e), (self.outer(e),)))
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """How one decoder layer is built. The layers of a model may differ.
 
@@ -53,7 +100,9 @@ class LayerSpec:
         attention_in: the linears that read what attention is given, q, k and v mostly.
         value: the linear whose rows from `value_start` on are the value heads; None where heads
             cannot be rotated, as where something stands between them and `output`.
-        mlp_in: the linears that read what the MLP is given.
+        mlp_in, mlp_out: the linears that read what the MLP is given, and the one that ends it. Of a
+            layer with `experts`, those of its shared expert; () and "" where there is none.
+        experts: what the MLP has beside that, or None.
         scales: what the two additions are multiplied by.
         parallel: attention and MLP are both of the layer's input.
         gain: a norm multiplies by `gain + weight`: 0 or 1.
@@ -74,6 +123,7 @@ class LayerSpec:
     output: str = "self_attn.o_proj"
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_out: str = "mlp.down_proj"
+    experts: ExpertsSpec | None = None
     scales: tuple[float, float] = (1.0, 1.0)
     parallel: bool = False
     gain: float = 0.0
@@ -85,11 +135,27 @@ class LayerSpec:
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """The linears in the order in which data meets them; those of one group read the same
         input, so they share one Hessian."""
-        return (self.attention_in, (self.output,), self.mlp_in, (self.mlp_out,))
+        dense = (self.mlp_in, (self.mlp_out,)) if self.mlp_out else ()
+        routed = self.experts.groups if self.experts else ()
+        return (self.attention_in, (self.output,), *dense, *routed)
 
     @property
     def linears(self) -> tuple[str, ...]:
         return tuple(name for group in self.groups for name in group)
+
+    @property
+    def post_norm_readers(self) -> tuple[str, ...]:
+        """All modules with weights for what the MLP is given."""
+        if self.experts is None:
+            return self.mlp_in
+        inner = [name for e in range(self.experts.count) for name in self.experts.inner(e)]
+        return (*self.experts.routers, *self.mlp_in, *inner)
+
+    @property
+    def stream_writers(self) -> tuple[str, ...]:
+        """The linears whose outputs are added to the residual stream."""
+        routed = [self.experts.outer(e) for e in range(self.experts.count)] if self.experts else ()
+        return tuple(name for name in (self.output, self.mlp_out, *routed) if name)
 
     @property
     def unrotatable(self) -> str | None:
@@ -154,12 +220,14 @@ class Family:
         unrotatable: why the residual stream cannot be rotated, or None.
         weighs: the layers whose tokens can be weighed by attention.
         since: the oldest transformers that is known to have it, of those that are supported.
+        experts: what files call them, in a family that has such.
     """
 
     models: str
     unrotatable: str | None = None
     weighs: str = "all layers"
     since: str = "5.17"
+    experts: ExpertNames | None = None
 
 
 ARCHITECTURES: dict[str, Family] = {
@@ -199,6 +267,14 @@ ARCHITECTURES: dict[str, Family] = {
     "internlm3": Family("InternLM 3", since="5.23"),
     "jais2": Family("Jais 2", MEAN),
     "hyperclovax": Family("HyperCLOVA X", AFTER),
+}
+
+# Decoders with experts, which `models/experts.py` opens.
+MIXTURES: dict[str, Family] = {
+    "mixtral": Family(
+        "Mixtral 8x7B, 8x22B", experts=ExpertNames("w1", "w3", "w2", "block_sparse_moe")
+    ),
+    "qwen3_moe": Family("Qwen 3 with experts, Qwen3-Coder", experts=ExpertNames()),
 }
 
 
@@ -267,7 +343,7 @@ def architecture_of(config: "PretrainedConfig") -> ArchitectureSpec:
 
     How the layers of a text model are built is found by `structure.look`.
     """
-    if config.model_type not in (*ARCHITECTURES, *MULTIMODAL):
+    if config.model_type not in (*ARCHITECTURES, *MIXTURES, *MULTIMODAL):
         raise _unsupported(config.model_type)
     if config.model_type in MULTIMODAL:
         decoder = config.get_text_config().model_type
@@ -299,7 +375,7 @@ def _unsupported(model_type: str) -> UsageError:
     """It names the nearest family for a typo, but not for a type that transformers knows."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # slow to import
 
-    known = [*ARCHITECTURES, *MULTIMODAL]
+    known = [*ARCHITECTURES, *MIXTURES, *MULTIMODAL]
     near = "" if model_type in CONFIG_MAPPING_NAMES else did_you_mean(model_type, known)
     return UsageError(
         f"model type {model_type!r} is not supported{near}: supported are {', '.join(known)}"

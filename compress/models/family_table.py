@@ -7,7 +7,14 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from compress.models.families import AFTER, ARCHITECTURES, MEAN, MULTIMODAL, SEEING
+from compress.models.families import (
+    AFTER,
+    ARCHITECTURES,
+    MEAN,
+    MIXTURES,
+    MULTIMODAL,
+    SEEING,
+)
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,9 @@ ROTATES = {None: "yes", MEAN: "no: LayerNorm", AFTER: "no: post-norms"}
 
 
 def family_rows() -> list[FamilyRow]:
-    """Dense decoders, then multimodal families."""
+    """Dense decoders, those with experts, then multimodal families."""
     rows = []
-    for kind, row in ARCHITECTURES.items():
+    for kind, row in (ARCHITECTURES | MIXTURES).items():
         rotate = ROTATES[row.unrotatable]
         rows.append(FamilyRow(kind, row.models, METHODS, rotate, row.weighs, "-", row.since))
     for kind in MULTIMODAL:
@@ -62,9 +69,12 @@ def markdown(rows: Sequence[FamilyRow]) -> str:
 
 def sentence() -> str:
     """The types in two lines, as the README has them."""
-    dense, seeing = (", ".join(f"`{kind}`" for kind in kinds) for kinds in (ARCHITECTURES, SEEING))
+    tables = (ARCHITECTURES, MIXTURES, SEEING)
+    dense, mixed, seeing = (", ".join(f"`{kind}`" for kind in kinds) for kinds in tables)
     text = (
-        f"{len(ARCHITECTURES)} dense decoders: {dense}; {len(SEEING)} multimodal types: {seeing}, "
+        f"{len(ARCHITECTURES)} dense decoders: {dense}; "
+        f"{len(MIXTURES)} decoders with experts: {mixed}; "
+        f"{len(SEEING)} multimodal types: {seeing}, "
         f"whose vision tower and projector stay in 16 bits. Which of them rotate, and what was "
         f"tried and left out: [docs/families.md](docs/families.md), or `modelpress families`."
     )

@@ -89,9 +89,10 @@ class _Products(nn.Module):
         self.products = (products,)
 
     def forward(self, **inputs: object) -> object:
-        from transformers.modeling_outputs import BaseModelOutputWithPast  # slow to import
+        from transformers.modeling_outputs import MoeModelOutputWithPast  # slow to import
 
-        return BaseModelOutputWithPast(last_hidden_state=self.products[0])
+        # It has what others have, and the router's scores, which are none here.
+        return MoeModelOutputWithPast(last_hidden_state=self.products[0])
 
 
 def finished(model: nn.Module, spec: ArchitectureSpec, products: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from compress.errors import CheckpointError, UsageError
 from compress.models.config_values import check_extent, check_tokenizer, reason_of
-from compress.models.families import ArchitectureSpec, architecture_of, head_dim_of
+from compress.models.experts import open_experts
+from compress.models.families import MIXTURES, ArchitectureSpec, architecture_of, head_dim_of
 from compress.models.meta import WithoutNumbers
 from compress.models.own_forward import LayerInputs, finished, handed_on
 from compress.models.pretrained import load_config, local_folder, processor_reader
@@ -70,6 +71,9 @@ def empty_model(config: "PretrainedConfig", multimodal: bool = False) -> "PreTra
     with WithoutNumbers(), init_empty_weights(include_buffers=False):
         # sdpa, or what a family has that is computed otherwise, as with soft caps
         model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    row = MIXTURES.get(config.model_type)
+    if row is not None and row.experts is not None:
+        open_experts(model, row.experts)
     return model.eval().requires_grad_(False)
 
 

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from compress.errors import UsageError
 from compress.models.attention import Attended, attending
-from compress.models.families import ArchitectureSpec, LayerSpec
+from compress.models.experts import OpenedExperts
+from compress.models.families import ArchitectureSpec, ExpertsSpec, LayerSpec
 
 TOKENS = 3
 SEED = 0
@@ -54,6 +55,19 @@ class Linear(nn.Module):
         return y
 
 
+class Experts(nn.Module):
+    """In the place of opened experts: notes what they read, and gives random numbers."""
+
+    def __init__(self, opened: OpenedExperts, draw: torch.Generator):
+        super().__init__()
+        self.count, self.names, self.draw = opened.count, opened.names, draw
+        self.read: list[Tensor] = []
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        self.read.append(x.clone())
+        return torch.randn(x.shape, generator=self.draw, dtype=x.dtype)
+
+
 @dataclass
 class Child:
     """A child of the layer, when it was called: what it read and what it gave."""
@@ -71,6 +85,8 @@ class Seen:
     y: Tensor
     children: list[Child]
     linears: dict[str, Linear]  # in the order in which they were called
+    experts: dict[str, "Experts"] = field(default_factory=dict)
+    routers: dict[str, Tensor] = field(default_factory=dict)  # and what they read
     attended: list[tuple[Attended, Tensor]] = field(default_factory=list)  # and what came back
 
     def child(self, name: str) -> Child:
@@ -103,6 +119,10 @@ def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
     layer = copy.deepcopy(layer)
     draw = torch.Generator().manual_seed(SEED)
     calls: list[str] = []
+    experts: dict[str, Experts] = {}
+    for name, module in [*layer.named_modules()]:
+        if isinstance(module, OpenedExperts):
+            layer.set_submodule(name, experts.setdefault(name, Experts(module, draw)))
     for name, module in [*layer.named_modules()]:
         if isinstance(module, nn.Linear):
             layer.set_submodule(name, Linear(module, draw))
@@ -118,7 +138,12 @@ def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
             values = 1 + 0.1 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
             module._parameters[name] = nn.Parameter(values, requires_grad=False)
     layer.double()
-    seen = Seen(x, x, [], {})
+    seen = Seen(x, x, [], {}, experts)
+    for name in experts:
+        block = name.rpartition(".")[0]
+        for inner, module in layer.get_submodule(block).named_modules():
+            if getattr(module, "weight", None) is not None and inner:
+                module.register_forward_hook(reading(seen, f"{block}.{inner}"))
     for name, child in layer.named_children():
         child.register_forward_hook(noting(seen, name), with_kwargs=True)
 
@@ -133,6 +158,13 @@ def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
     seen.y = first_of(y)
     seen.linears = {name: linears[name] for name in dict.fromkeys(calls)}
     return seen
+
+
+def reading(seen: Seen, name: str) -> Callable[..., None]:
+    def note(module: nn.Module, args: tuple[Tensor, ...], gave: object) -> None:
+        seen.routers[name] = args[0].clone()
+
+    return note
 
 
 def noting(seen: Seen, name: str) -> Callable[..., None]:
@@ -158,15 +190,19 @@ def first_of(output: object) -> Tensor:
 def layer_spec(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> LayerSpec:
     """How a layer is built; UsageError, half a sentence, for what is not understood."""
     seen = run_copy(layer, x, inputs)
-    parts = list(dict.fromkeys(name.partition(".")[0] for name in seen.linears))
-    if len(parts) != 2 or any("." not in name for name in seen.linears):
+    inside = [*seen.linears, *seen.experts]
+    parts = list(dict.fromkeys(name.partition(".")[0] for name in inside))
+    if len(parts) != 2 or any("." not in name for name in inside):
         raise UsageError(f"its layers have linears in {', '.join(parts)}, not in attention and MLP")
     attention, mlp = parts
     lost = [n for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
+    routed = tuple(f"{name}." for name in seen.experts)
+    lost = [name for name in lost if not name.startswith(routed)]
     if lost := [name for name in lost if name not in seen.linears]:
         raise UsageError(f"nothing runs through {lost[0]}")
     attention_in, output = _readers(seen, attention)
-    mlp_in, mlp_out = _readers(seen, mlp)
+    experts = _experts(seen, mlp)
+    mlp_in, mlp_out = _readers(seen, mlp) if experts is None else ((), "")
     given, fed = seen.child(attention), seen.child(mlp)
     input_norm = seen.giving(given.read, but=(attention, mlp))
     post_norm = seen.giving(fed.read, but=(attention, mlp))
@@ -201,6 +237,7 @@ def layer_spec(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Lay
         output=output,
         mlp_in=mlp_in,
         mlp_out=mlp_out,
+        experts=experts,
         scales=scales,
         parallel=parallel,
         gain=gain,
@@ -208,6 +245,25 @@ def layer_spec(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Lay
         attends=bool(seen.attended),
         softcap=seen.attended[0][0].softcap if seen.attended else None,
     )
+
+
+def _experts(seen: Seen, mlp: str) -> ExpertsSpec | None:
+    """The experts of the MLP; UsageError for linears beside them, and for other inputs."""
+    if not seen.experts:
+        return None
+    if len(seen.experts) > 1:
+        raise UsageError("its layers have experts in several places")
+    [(module, experts)] = seen.experts.items()
+    given = seen.child(mlp).read
+    flat = given.flatten(0, -2)
+    if len(experts.read) != 1 or not same(experts.read[0], flat):
+        raise UsageError(f"{module} does not read what its block is given")
+    if beside := [name for name in seen.linears if name.startswith(f"{mlp}.")]:
+        raise UsageError(f"{beside[0]} is a linear beside experts")
+    routers = tuple(n for n, read in seen.routers.items() if same(read.flatten(0, -2), flat))
+    if len(routers) != len(seen.routers):
+        raise UsageError(f"there are weights beside {module} that do not read what it reads")
+    return ExpertsSpec(module, experts.count, experts.names, routers)
 
 
 def _readers(seen: Seen, part: str) -> tuple[tuple[str, ...], str]:

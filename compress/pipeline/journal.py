@@ -53,6 +53,13 @@ class ModuleFacts(TypedDict):
     effective_sample_size: NotRequired[float]  # where it is not the layer's: all tokens alike
 
 
+class ScarceExpert(TypedDict):
+    """An expert that too few calibration tokens reached: its number, and how many did."""
+
+    expert: int
+    rows: int
+
+
 class LayerFacts(WeightFacts, total=False):
     """What became of a decoder layer, or of the head."""
 
@@ -61,6 +68,7 @@ class LayerFacts(WeightFacts, total=False):
     source_layer: int  # where it is another, since layers were left out
     effective_sample_size: float  # averaged over windows; with a Hessian
     tokens_per_window: float
+    scarce_experts: list[ScarceExpert]
     seconds: float
 
 

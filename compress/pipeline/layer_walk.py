@@ -23,12 +23,12 @@ from compress.importance.tokens import count_tokens
 from compress.importance.weighting import effective_sample_size
 from compress.memory import release_memory
 from compress.observer import Observer
-from compress.pipeline.journal import Journal, LayerFacts, ModuleFacts
+from compress.pipeline.journal import Journal, LayerFacts, ModuleFacts, ScarceExpert
 from compress.pipeline.plan import Plan
 from compress.pipeline.stream import CalibrationStream
 from compress.pruning.last_token import LastTokenAttention
 from compress.quantization.hessian import Hessian
-from compress.quantization.layer import run_layer, solve_group
+from compress.quantization.layer import LEAST_ROWS, run_layer, solve_group
 from compress.quantization.solvers import make_solver
 from compress.quantization.token_weights import TokenWeigher
 from compress.recipe.quantize import Quantize
@@ -70,6 +70,7 @@ class LayerWalk:
             for module in layer["modules"]:
                 self._warn_of(module)
             self._warn_of_weights(layer)
+            self._warn_of_experts(layer)
 
     def run(self, first: int) -> None:
         """All decoder layers from `first`, which is the first that the journal does not have."""
@@ -112,6 +113,7 @@ class LayerWalk:
             if schemes.get(name.removesuffix(".weight")) is None
         }
         modules: list[ModuleFacts] = []
+        scarce: list[ScarceExpert] = []
         alike: set[str] = set()  # linears that the token weights are not for
         sizes: list[float] = []
         tokens: list[float] = []
@@ -124,7 +126,7 @@ class LayerWalk:
                 written.update(self._solve(prefix, layer, _chosen(group, schemes), H, modules))
                 # Memory peaks in the MLP: before it and in its middle, what is free goes back.
                 # Doing so more often costs more in page faults than it saves.
-                if spec.output in group or spec.mlp_in[-1] in group:
+                if spec.output in group or spec.mlp_in[-1:] == group[-1:]:
                     release_memory()
 
             def split(group: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool]]:
@@ -152,11 +154,15 @@ class LayerWalk:
                 x0=stream.x0,
                 y0=y0,
                 device=self.device,
+                scarce=lambda number, rows: scarce.append({"expert": number, "rows": rows}),
             )
         stream.advance(y, index + 1, y0)
         facts: LayerFacts = {"layer": index, "modules": modules}
         if source != index:
             facts["source_layer"] = source
+        if scarce:
+            facts["scarce_experts"] = scarce
+            self._warn_of_experts(facts)
         if sizes:
             facts["effective_sample_size"] = round(sum(sizes) / len(sizes), 1)
             facts["tokens_per_window"] = round(sum(tokens) / len(tokens), 1)
@@ -323,6 +329,16 @@ class LayerWalk:
             self.warn(
                 f"layer {facts['layer']}: in {flat} windows all tokens score the same by "
                 f"{self.section.token_importance.name}, and weigh the same"
+            )
+
+    def _warn_of_experts(self, facts: LayerFacts) -> None:
+        """Says which experts too few tokens reached."""
+        if scarce := facts.get("scarce_experts"):
+            least = min(scarce, key=lambda expert: expert["rows"])
+            self.warn(
+                f"layer {facts['layer']}: {len(scarce)} experts were reached by fewer than "
+                f"{LEAST_ROWS} tokens (expert {least['expert']} by {least['rows']}), and are "
+                "quantised for all tokens"
             )
 
     def _warn_of(self, facts: ModuleFacts) -> None:

@@ -139,6 +139,17 @@ def _family_problems(inputs: RunInputs) -> list[str]:
             f"quantize.target: full_precision is not there for a {kind!r}, whose attention and MLP "
             f"read the same input: use quantized"
         )
+    allocates = recipe.allocate is not None and recipe.allocate.method != "remove"
+    if allocates and any(k.experts for k in spec.kinds):
+        problems.append(
+            f"allocate: widths of their own are not there for a {kind!r}: transformers reads one "
+            f"scheme for all experts"
+        )
+    if recipe.quantize.target.name == "full_precision" and any(k.experts for k in spec.kinds):
+        problems.append(
+            f"quantize.target: full_precision is not there for a {kind!r}, whose router sends "
+            f"tokens elsewhere once it is quantised: use quantized"
+        )
     return problems
 
 

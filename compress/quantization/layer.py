@@ -18,6 +18,16 @@ A stage's input is what the family's own module computes with its output project
 attention and activation functions are never written again here. Where attention and MLP are both of
 the layer's input, which must be kept until both are there, the MLP's inside is computed twice.
 
+Experts take turns behind the router, whose choice is that of the layer as it is quantised. Tokens
+are routed once; then, for each expert, with the rows of the tokens that it gets,
+
+    norm(x)[t]         -> H -> gate, up of the expert
+    act(gate) * up     -> H -> down of the expert, whose outputs are added up in `work`
+
+and at the end the family's own block, given that sum as what its experts make, ends the layer. An
+expert that fewer than `LEAST_ROWS` counted tokens reach has the Hessians of all tokens, its
+weights being applied to each: one that none reaches would else have no Hessian at all.
+
 Where the target is the 16-bit model's output, that model's activations x0 pass beside them: each
 batch goes through the stage's 16-bit weights right behind its twin, so the two inputs of a group
 are there together. What is kept for that are a group's 16-bit weights until the next stage is
@@ -35,7 +45,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.activations import ActivationStore
-from compress.models.families import LayerSpec
+from compress.models.experts import OpenedExperts, Routing, StandIn, standing_in
+from compress.models.families import ExpertsSpec, LayerSpec
 from compress.models.own_forward import LayerInputs
 from compress.models.skeleton import linear_in
 from compress.quantization.grid import UniformGrid
@@ -51,6 +62,9 @@ Weigh = Callable[[int, Tensor, Tensor], Tensor | None]
 # A group in parts: the linears whose Hessian has the token weights, and those for which all tokens
 # are alike. Each part has a Hessian of its own.
 Split = Callable[[tuple[str, ...]], list[tuple[tuple[str, ...], bool]]]
+# What is told about an expert with few rows: its number, and how many counted tokens reached it.
+Scarce = Callable[[int, int], None]
+LEAST_ROWS = 32
 
 
 @dataclass
@@ -210,14 +224,19 @@ class LayerPass:
     attended: Callable[[int], None] | None
     twin: Twin
     device: str
+    scarce: Scarce = lambda number, rows: None
     weights: list[Tensor | None] = field(default_factory=list)  # of tokens, for each counted batch
 
     def run(self) -> None:
-        """The four stages."""
+        """The four stages, or those of experts in the place of the last two."""
         spec = self.spec
-        assert not (spec.parallel and self.twin.x is not None), "the plan refuses it"
+        odd = spec.parallel or spec.experts is not None
+        assert not (odd and self.twin.x is not None), "the plan refuses it"
         self.stage(spec.attention_in, self.before_qkv, keep=True)
         self.stage((spec.output,), self.before_o, keep=False)
+        if spec.experts is not None:
+            self.through_experts(spec.experts)
+            return
         self.stage(spec.mlp_in, self.before_gate_up, keep=True)
         self.stage((spec.mlp_out,), self.before_down, keep=False)
         self.after_down()
@@ -301,6 +320,92 @@ class LayerPass:
                 self.y[i] = behind(z, self.work[i].to(self.device))
         self.work.clear()
 
+    # ---- experts --------------------------------------------------------------------------------
+
+    def through_experts(self, experts: ExpertsSpec) -> None:
+        """All of the layer behind attention."""
+        with standing_in(self.layer, experts.module) as (stand_in, opened):
+            routings = self.routed(stand_in)
+            for number in range(experts.count):
+                # Its linears are looked up by name in the layer, where the stand-in has them not.
+                stand_in.add_module(str(number), opened.expert(number))
+                self.through_expert(experts, opened, routings, number)
+            norm, after = self.norm(self.spec.post_norm), self.norm(self.spec.mlp_after)
+            block, scale = self.layer.get_submodule(self.spec.mlp), self.spec.scales[1]
+            for i, z in self.batches(self.y):
+                stand_in.gives = self.work[i].to(self.device)
+                y = after(block(norm(z)))
+                self.y[i] = z + y if scale == 1.0 else z + scale * y
+        self.work.clear()
+
+    def routed(self, stand_in: StandIn) -> list[Routing]:
+        """x += o(.), which goes to `y`, and where the router sends each batch's tokens.
+
+        `work` has the sums of the experts' outputs from here on, which are zero.
+        """
+        norm, behind = self.norm(self.spec.post_norm), self.behind_o()
+        block = self.layer.get_submodule(self.spec.mlp)
+        routings = []
+        for i, z in self.batches(self.x):
+            z = behind(z, self.work[i].to(self.device))
+            self.y.put(i, z)
+            block(norm(z))
+            assert stand_in.routing is not None, "it was called"
+            routings.append(stand_in.routing)
+            self.work[i] = torch.zeros_like(z).flatten(0, -2)
+        return routings
+
+    def through_expert(
+        self, spec: ExpertsSpec, opened: OpenedExperts, routings: list[Routing], number: int
+    ) -> None:
+        """Quantises one expert, and adds its outputs to the sums in `work`."""
+        inner, outer = spec.inner(number), (spec.outer(number),)
+        norm = self.norm(self.spec.post_norm)
+        marks = [self.marked(i, routing, number) for i, routing in enumerate(routings)]
+        reached = sum(int((w > 0).sum()) for w in marks[: self.counted])
+        everyone = reached < LEAST_ROWS
+        if everyone and (self.needs_hessian(inner) or self.needs_hessian(outer)):
+            self.scarce(number, reached)
+        for group in (inner, outer):
+            parts = self.parts_of(group)
+            for i, z in self.batches(self.y) if needed(parts) else ():
+                if i >= self.counted:
+                    break
+                rows = z.flatten(0, -2)
+                token = torch.arange(len(rows)) if everyone else routings[i].of(number)[0]
+                if len(token):
+                    rows = norm(rows[token.to(rows.device)])
+                    if group is outer:
+                        rows = opened.widened(number, rows)
+                    self.add_rows(parts, i, rows, token, z)
+            while parts:
+                part = parts.pop(0)
+                self.quantise(part.names, part.H)
+        for i, z in self.batches(self.y):
+            token, weight = routings[i].of(number)
+            if len(token):
+                rows = norm(z.flatten(0, -2)[token])
+                y = opened.narrowed(number, opened.widened(number, rows)) * weight[:, None]
+                self.work[i] = self.work[i].to(self.device).index_add(0, token, y)
+
+    def marked(self, i: int, routing: Routing, number: int) -> Tensor:
+        """The weights of batch i's tokens that go to an expert: above 0 where they count."""
+        token, weight = routing.of(number)
+        w = self.token_weights(i, True, self.y[i]) if i < self.counted else None
+        return torch.ones_like(weight) if w is None else w.flatten().to(token.device)[token]
+
+    def add_rows(self, parts: list[Part], i: int, rows: Tensor, token: Tensor, z: Tensor) -> None:
+        """Adds rows [n, K], those of some tokens of batch i, to the Hessians."""
+        for part in parts:
+            if part.H is not None:
+                w = self.token_weights(i, part.weighted, z)
+                w = None if w is None else w.flatten()[token.to(w.device)].to(rows.device)[None]
+                part.H.add_batch(rows[None], w)
+
+    def token_weights(self, i: int, weighted: bool, z: Tensor) -> Tensor | None:
+        """Of the tokens z of batch i [B, T], or None where they are alike."""
+        return self.weights[i] if weighted else self.uniform(i, z)
+
     # ---- parts of the layer ---------------------------------------------------------------------
 
     def norm(self, name: str | None) -> Callable[[Tensor], Tensor]:
@@ -377,6 +482,7 @@ def run_layer(
     x0: ActivationStore | None = None,
     y0: ActivationStore | None = None,
     device: str = "cpu",
+    scarce: Scarce = lambda number, rows: None,
 ) -> None:
     """Moves all batches in `x` [B, T, d] through the layer, quantising it on the way.
 
@@ -392,6 +498,7 @@ def run_layer(
         attended: called with the number of each batch that has passed the quantised attention.
         x0, y0: inputs of the 16-bit model for the counted batches, and where its outputs go: an
             empty store, or `x0` itself. Hessians then have their drift. None: there is no such.
+        scarce: told about each expert whose Hessians are those of all tokens, for want of its own.
     """
     counted = len(x) if counted is None else counted
     LayerPass(
@@ -410,6 +517,7 @@ def run_layer(
         attended,
         Twin(layer, x0, y0, counted, device),
         device,
+        scarce,
     ).run()
 
 

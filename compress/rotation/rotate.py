@@ -168,7 +168,8 @@ def _readers(spec: LayerSpec) -> dict[str, tuple[str, ...]]:
     if why := spec.unrotatable:
         raise CompressError(f"the residual stream cannot be rotated: {why}")
     readers: dict[str, tuple[str, ...]] = {}
-    for norm, linears in ((spec.input_norm, spec.attention_in), (spec.post_norm, spec.mlp_in)):
+    pairs = (spec.input_norm, spec.attention_in), (spec.post_norm, spec.post_norm_readers)
+    for norm, linears in pairs:
         assert norm is not None, "a layer without norms in front has them behind"
         readers[norm] = readers.get(norm, ()) + linears
     return readers
@@ -238,7 +239,7 @@ def _rotate_residual(tensors: dict[str, Tensor], spec: LayerSpec, Q: Rotation) -
         for linear in readers:
             name = f"{linear}.weight"
             tensors[name] = Q.right(_tensor(tensors, name))
-    for linear in (spec.output, spec.mlp_out):
+    for linear in spec.stream_writers:
         name = f"{linear}.weight"
         tensors[name] = Q.left_transposed(_tensor(tensors, name))
         if f"{linear}.bias" in tensors:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from compress.cli.main import main
-from compress.models.families import ARCHITECTURES, MULTIMODAL
+from compress.models.families import ARCHITECTURES, MIXTURES, MULTIMODAL
 from compress.models.family_table import family_rows, markdown, sentence
 from compress.pruning.families import FAMILIES
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_row_for_every_type():
-    assert [row.type for row in family_rows()] == [*ARCHITECTURES, *MULTIMODAL]
+    assert [row.type for row in family_rows()] == [*ARCHITECTURES, *MIXTURES, *MULTIMODAL]
     assert {row.type for row in family_rows() if row.prune_visual_tokens == "yes"} == {*FAMILIES}
 
 

@@ -104,6 +104,12 @@ def tiny_dense(family: str, **changes: Any) -> nn.Module:
     } | DENSE[family]
     config = AutoConfig.for_model(type_of(family), **(settings | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    fill(model)
+    return model
+
+
+def fill(model: nn.Module) -> None:
+    """Gives every parameter random values."""
     draw = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -122,7 +128,6 @@ def tiny_dense(family: str, **changes: Any) -> nn.Module:
         else:
             values = randn(*parameter.shape) / parameter.shape[-1] ** 0.5
         parameter.data.copy_(values)
-    return model
 
 
 def write_dense(folder: Path, family: str, **changes: Any) -> Path:

@@ -1,0 +1,149 @@
+"""Experts of a layer, each with linears of its own in place of transformers' fused tensors.
+
+transformers 5 holds the experts of a layer as two parameters, `gate_up_proj` [E, 2 m, d] and
+`down_proj` [E, d, m]; files, and engines, have three matrices an expert. Opened, an expert is a
+module of three linears whose names are those of the files, so that one expert can be read, solved
+and written by itself, and no tensor has to be renamed.
+
+    open_experts(model, ExpertNames("w1", "w3", "w2", block="block_sparse_moe"))
+    # model.layers.0.block_sparse_moe.experts.5.w1: nn.Linear
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import UsageError
+from compress.models.families import ExpertNames
+
+FUSED = ("gate_up_proj", "down_proj")
+
+
+class Expert(nn.Module):
+    """gate, up and down of one expert, by the names that they have in files."""
+
+    def __init__(self, d: int, m: int, names: ExpertNames):
+        super().__init__()
+        self.names = names
+        for name, (K, N) in zip(names.linears, [(d, m), (d, m), (m, d)], strict=True):
+            self.add_module(name, nn.Linear(K, N, bias=False, device="meta"))
+
+    def run(self, part: str, x: Tensor) -> Tensor:
+        y: Tensor = self.get_submodule(part)(x)
+        return y
+
+
+@dataclass
+class Routing:
+    """Which experts tokens go to: for N tokens and k experts each.
+
+    Attributes:
+        index: [N, k] numbers of experts; one past the last is none.
+        weight: [N, k] what an expert's output is multiplied by.
+    """
+
+    index: Tensor
+    weight: Tensor
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The tokens that go to an expert, and their weights: [n] both."""
+        token, place = torch.where(self.index == expert)
+        return token, self.weight[token, place]
+
+
+class OpenedExperts(nn.Module):
+    """In the place of a family's fused experts, and computes the same."""
+
+    def __init__(self, fused: nn.Module, names: ExpertNames):
+        super().__init__()
+        E, twice, d = fused.get_parameter("gate_up_proj").shape
+        for name in FUSED:
+            del fused._parameters[name]
+        self.own = (fused,)  # what stands between gate, up and down is the family's
+        self.names, self.count = names, E
+        for number in range(E):
+            self.add_module(str(number), Expert(d, twice // 2, names))
+
+    def expert(self, number: int) -> Expert:
+        return cast(Expert, self.get_submodule(str(number)))
+
+    def widened(self, number: int, rows: Tensor) -> Tensor:
+        """[n, d] -> [n, m], what an expert's down reads."""
+        expert, names = self.expert(number), self.names
+        both = torch.cat([expert.run(names.gate, rows), expert.run(names.up, rows)], dim=-1)
+        gate = cast(Callable[[Tensor], Tensor], self.own[0]._apply_gate)
+        return gate(both)
+
+    def narrowed(self, number: int, inner: Tensor) -> Tensor:
+        """[n, m] -> [n, d]"""
+        return self.expert(number).run(self.names.down, inner)
+
+    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """[N, d] and the routing [N, k] -> [N, d]."""
+        out, routing = torch.zeros_like(hidden_states), Routing(index, weights)
+        for number in range(self.count):
+            token, weight = routing.of(number)
+            if len(token):
+                y = self.narrowed(number, self.widened(number, hidden_states[token]))
+                out.index_add_(0, token, (y * weight[:, None]).to(out.dtype))
+        return out
+
+
+class StandIn(nn.Module):
+    """In the place of experts: notes what they are called with, and gives what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: Tensor | None = None
+        self.routing: Routing | None = None
+        self.gives: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        self.read, self.routing = hidden_states, Routing(index, weights)
+        return torch.zeros_like(hidden_states) if self.gives is None else self.gives
+
+
+@contextmanager
+def standing_in(layer: nn.Module, name: str) -> Iterator[tuple[StandIn, OpenedExperts]]:
+    """The layer with its experts taken out; yields what stands there, and the experts."""
+    opened = cast(OpenedExperts, layer.get_submodule(name))
+    stand_in = StandIn()
+    layer.set_submodule(name, stand_in)
+    try:
+        yield stand_in, opened
+    finally:
+        layer.set_submodule(name, opened)
+
+
+def open_experts(model: nn.Module, names: ExpertNames) -> None:
+    """Puts opened experts, on the meta device, in the place of all fused ones.
+
+    The block that they are in gets the name that it has in files; the layer's forward finds it by
+    its own, as an attribute that is no module's name.
+    """
+    modules = dict(model.named_modules())
+    fused = {
+        name: module
+        for name, module in modules.items()
+        if all(key in module._parameters for key in FUSED)
+        and module.get_parameter(FUSED[0]).ndim == 3
+    }
+    for name, module in fused.items():
+        if not hasattr(module, "_apply_gate"):
+            raise UsageError(f"{name} has experts that are not known to be gated")
+        block, _, place = name.rpartition(".")
+        modules[block].register_module(place, OpenedExperts(module, names))
+        parent, _, inner = block.rpartition(".")
+        if names.block is not None and inner != names.block:
+            _rename(modules[parent], inner, names.block)
+
+
+def _rename(parent: nn.Module, name: str, new: str) -> None:
+    children = [(new if key == name else key, child) for key, child in parent._modules.items()]
+    parent.__dict__[name] = parent._modules[name]
+    parent._modules = OrderedDict(children)
