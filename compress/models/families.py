@@ -274,6 +274,8 @@ MIXTURES: dict[str, Family] = {
     "mixtral": Family(
         "Mixtral 8x7B, 8x22B", experts=ExpertNames("w1", "w3", "w2", "block_sparse_moe")
     ),
+    "qwen2_moe": Family("Qwen 1.5 and 2 with experts", experts=ExpertNames()),
+    "olmoe": Family("OLMoE", experts=ExpertNames()),
     "qwen3_moe": Family("Qwen 3 with experts, Qwen3-Coder", experts=ExpertNames()),
 }
 

@@ -202,7 +202,7 @@ def layer_spec(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Lay
         raise UsageError(f"nothing runs through {lost[0]}")
     attention_in, output = _readers(seen, attention)
     experts = _experts(seen, mlp)
-    mlp_in, mlp_out = _readers(seen, mlp) if experts is None else ((), "")
+    mlp_in, mlp_out = _readers(seen, mlp) if experts is None else _shared(seen, mlp, experts)
     given, fed = seen.child(attention), seen.child(mlp)
     input_norm = seen.giving(given.read, but=(attention, mlp))
     post_norm = seen.giving(fed.read, but=(attention, mlp))
@@ -258,12 +258,26 @@ def _experts(seen: Seen, mlp: str) -> ExpertsSpec | None:
     flat = given.flatten(0, -2)
     if len(experts.read) != 1 or not same(experts.read[0], flat):
         raise UsageError(f"{module} does not read what its block is given")
-    if beside := [name for name in seen.linears if name.startswith(f"{mlp}.")]:
-        raise UsageError(f"{beside[0]} is a linear beside experts")
-    routers = tuple(n for n, read in seen.routers.items() if same(read.flatten(0, -2), flat))
-    if len(routers) != len(seen.routers):
-        raise UsageError(f"there are weights beside {module} that do not read what it reads")
+    read = {name: read for name, read in seen.routers.items()}
+    gates = [n for n, m in seen.linears.items() if n.startswith(f"{mlp}.") and m.out_features == 1]
+    read |= {name: seen.linears[name].read[0] for name in gates}
+    if odd := [name for name, x in read.items() if not same(x.flatten(0, -2), flat)]:
+        raise UsageError(f"{odd[0]} does not read what {module} reads")
+    routers = tuple(read)
     return ExpertsSpec(module, experts.count, experts.names, routers)
+
+
+def _shared(seen: Seen, mlp: str, experts: ExpertsSpec) -> tuple[tuple[str, ...], str]:
+    """The linears of a shared expert: those that read what the block is given, and its last."""
+    flat = seen.child(mlp).read.flatten(0, -2)
+    inside = [n for n in seen.linears if n.startswith(f"{mlp}.") and n not in experts.routers]
+    readers = tuple(n for n in inside if same(seen.linears[n].read[0].flatten(0, -2), flat))
+    last = [name for name in inside if name not in readers]
+    if not inside:
+        return (), ""
+    if len(last) != 1 or not readers:
+        raise UsageError(f"{inside[0]} is not a linear of one shared expert")
+    return readers, last[0]
 
 
 def _readers(seen: Seen, part: str) -> tuple[tuple[str, ...], str]:

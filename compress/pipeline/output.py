@@ -97,6 +97,7 @@ def checkpoint_config(skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> dic
     if plan.modules:
         modules = {module.name: module.scheme for module in plan.modules}
         ignored = [name for name in plan.schemes if name not in modules]
+        ignored += _routers(skeleton, plan)
         if vision := skeleton.spec.vision:
             # Engines put a prefix before the head of a language model inside another.
             head = skeleton.spec.head
@@ -108,6 +109,16 @@ def checkpoint_config(skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> dic
             modules, ignored, plan.table_formats, by_class
         )
     return config
+
+
+def _routers(skeleton: Skeleton, plan: Plan) -> list[str]:
+    """What sends tokens to experts, by the names in the result; to engines those are linears."""
+    spec, kinds = skeleton.spec, [skeleton.spec.layer(source) for source in plan.layers]
+    return [
+        f"{spec.layers}.{index}.{name}"
+        for index, kind in enumerate(kinds)
+        for name in (kind.experts.routers if kind.experts else ())
+    ]
 
 
 def _check_counts(folder: Path, plan: Plan) -> None:

@@ -326,6 +326,9 @@ class LayerPass:
         """All of the layer behind attention."""
         with standing_in(self.layer, experts.module) as (stand_in, opened):
             routings = self.routed(stand_in)
+            if self.spec.mlp_out:
+                self.stage(self.spec.mlp_in, self.before_shared, keep=False)
+                self.stage((self.spec.mlp_out,), self.before_shared_down, keep=False)
             for number in range(experts.count):
                 # Its linears are looked up by name in the layer, where the stand-in has them not.
                 stand_in.add_module(str(number), opened.expert(number))
@@ -354,6 +357,25 @@ class LayerPass:
             routings.append(stand_in.routing)
             self.work[i] = torch.zeros_like(z).flatten(0, -2)
         return routings
+
+    def before_shared(self, parts: list[Part]) -> None:
+        """norm(x), for the expert that gets every token."""
+        norm = self.norm(self.spec.post_norm)
+        for i, z in self.batches(self.y) if needed(parts) else ():
+            self.add(parts, i, norm(z), None)
+
+    def before_shared_down(self, parts: list[Part]) -> None:
+        """act(gate) * up of the same."""
+        norm, block = self.norm(self.spec.post_norm), self.layer.get_submodule(self.spec.mlp)
+        read: list[Tensor] = []
+        last = linear_in(self.layer, self.spec.mlp_out)
+        handle = last.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+        try:
+            for i, z in self.batches(self.y) if needed(parts) else ():
+                block(norm(z))
+                self.add(parts, i, read.pop().view(*z.shape[:-1], -1), None)
+        finally:
+            handle.remove()
 
     def through_expert(
         self, spec: ExpertsSpec, opened: OpenedExperts, routings: list[Routing], number: int

@@ -15,6 +15,8 @@ HIDDEN, INNER, EXPERTS, CHOSEN = 32, 32, 4, 2
 
 MIXED: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": EXPERTS, "sliding_window": WINDOW},
+    "qwen2_moe": {"shared_expert_intermediate_size": 48},
+    "olmoe": {"clip_qkv": 0.7, "pad_token_id": 1},
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen3_moe-dense-first": {"mlp_only_layers": [0], "norm_topk_prob": False},
 }
