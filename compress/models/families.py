@@ -98,6 +98,7 @@ class LayerSpec:
             None where there is none.
         attention_after, mlp_after: norms of what is added to the stream, or None.
         attention_in: the linears that read what attention is given, q, k and v mostly.
+        between: groups of linears between those and `output`, as in latent attention (MLA).
         value: the linear whose rows from `value_start` on are the value heads; None where heads
             cannot be rotated, as where something stands between them and `output`.
         mlp_in, mlp_out: the linears that read what the MLP is given, and the one that ends it. Of a
@@ -118,6 +119,7 @@ class LayerSpec:
     attention: str = "self_attn"
     mlp: str = "mlp"
     attention_in: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    between: tuple[tuple[str, ...], ...] = ()
     value: str | None = "self_attn.v_proj"
     value_start: int = 0
     output: str = "self_attn.o_proj"
@@ -137,7 +139,7 @@ class LayerSpec:
         input, so they share one Hessian."""
         dense = (self.mlp_in, (self.mlp_out,)) if self.mlp_out else ()
         routed = self.experts.groups if self.experts else ()
-        return (self.attention_in, (self.output,), *dense, *routed)
+        return (self.attention_in, *self.between, (self.output,), *dense, *routed)
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -274,6 +276,9 @@ MIXTURES: dict[str, Family] = {
     "mixtral": Family(
         "Mixtral 8x7B, 8x22B", experts=ExpertNames("w1", "w3", "w2", "block_sparse_moe")
     ),
+    "deepseek_v2": Family("DeepSeek V2, V2-Lite", experts=ExpertNames()),
+    "deepseek_v3": Family("DeepSeek V3, R1", experts=ExpertNames()),
+    "glm4_moe": Family("GLM-4.5, 4.6", experts=ExpertNames()),
     "qwen2_moe": Family("Qwen 1.5 and 2 with experts", experts=ExpertNames()),
     "olmoe": Family("OLMoE", experts=ExpertNames()),
     "qwen3_moe": Family("Qwen 3 with experts, Qwen3-Coder", experts=ExpertNames()),

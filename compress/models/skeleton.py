@@ -73,7 +73,8 @@ def empty_model(config: "PretrainedConfig", multimodal: bool = False) -> "PreTra
         model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
     row = MIXTURES.get(config.model_type)
     if row is not None and row.experts is not None:
-        open_experts(model, row.experts)
+        with WithoutNumbers():
+            open_experts(model, row.experts)
     return model.eval().requires_grad_(False)
 
 

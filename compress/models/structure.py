@@ -200,7 +200,7 @@ def layer_spec(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Lay
     lost = [name for name in lost if not name.startswith(routed)]
     if lost := [name for name in lost if name not in seen.linears]:
         raise UsageError(f"nothing runs through {lost[0]}")
-    attention_in, output = _readers(seen, attention)
+    attention_in, between, output = _attention(seen, attention)
     experts = _experts(seen, mlp)
     mlp_in, mlp_out = _readers(seen, mlp) if experts is None else _shared(seen, mlp, experts)
     given, fed = seen.child(attention), seen.child(mlp)
@@ -232,6 +232,7 @@ def layer_spec(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Lay
         attention=attention,
         mlp=mlp,
         attention_in=attention_in,
+        between=between,
         value=value,
         value_start=value_start,
         output=output,
@@ -258,7 +259,7 @@ def _experts(seen: Seen, mlp: str) -> ExpertsSpec | None:
     flat = given.flatten(0, -2)
     if len(experts.read) != 1 or not same(experts.read[0], flat):
         raise UsageError(f"{module} does not read what its block is given")
-    read = {name: read for name, read in seen.routers.items()}
+    read = dict(seen.routers)
     gates = [n for n, m in seen.linears.items() if n.startswith(f"{mlp}.") and m.out_features == 1]
     read |= {name: seen.linears[name].read[0] for name in gates}
     if odd := [name for name, x in read.items() if not same(x.flatten(0, -2), flat)]:
@@ -278,6 +279,26 @@ def _shared(seen: Seen, mlp: str, experts: ExpertsSpec) -> tuple[tuple[str, ...]
     if len(last) != 1 or not readers:
         raise UsageError(f"{inside[0]} is not a linear of one shared expert")
     return readers, last[0]
+
+
+def _attention(seen: Seen, part: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], str]:
+    """The linears that read what attention is given, those between in groups, and its last."""
+    inside = [name for name in seen.linears if name.startswith(f"{part}.")]
+    given, last = seen.child(part).read, inside[-1]
+    readers = tuple(n for n in inside[:-1] if same(seen.linears[n].read[0], given))
+    if not readers or not same(seen.linears[last].gave[0], seen.child(part).gave):
+        raise UsageError(f"{inside[0]} is not a linear at the start or the end of it")
+    groups: list[list[str]] = []
+    for name in (name for name in inside[:-1] if name not in readers):
+        x = seen.linears[name].read[0]
+        if x.shape[:-1].numel() != given.shape[:-1].numel() or len(seen.linears[name].read) > 1:
+            raise UsageError(f"{name} does not read one row for each token")
+        known = next((g for g in groups if same(seen.linears[g[0]].read[0], x)), None)
+        if known is None:
+            groups.append([name])
+        else:
+            known.append(name)
+    return readers, tuple(map(tuple, groups)), last
 
 
 def _readers(seen: Seen, part: str) -> tuple[tuple[str, ...], str]:

@@ -145,7 +145,12 @@ def _family_problems(inputs: RunInputs) -> list[str]:
             f"allocate: widths of their own are not there for a {kind!r}: transformers reads one "
             f"scheme for all experts"
         )
-    if recipe.quantize.target.name == "full_precision" and any(k.experts for k in spec.kinds):
+    if recipe.quantize.target.name == "full_precision" and any(k.between for k in spec.kinds):
+        problems.append(
+            f"quantize.target: full_precision is not there for a {kind!r}, which has linears "
+            f"inside attention: use quantized"
+        )
+    elif recipe.quantize.target.name == "full_precision" and any(k.experts for k in spec.kinds):
         problems.append(
             f"quantize.target: full_precision is not there for a {kind!r}, whose router sends "
             f"tokens elsewhere once it is quantised: use quantized"

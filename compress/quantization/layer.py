@@ -5,7 +5,7 @@ its `LayerSpec` says, is run in stages. A stage gives the input of one group of 
 the group's Hessian is built; the group is quantised; the next stage runs through the quantised
 weights ("true sequential"):
 
-    norm(x)            -> H -> q, k, v
+    norm(x)            -> H -> q, k, v          of latent attention (MLA): then what is between
     attention(norm(x)) -> H -> o          x += o(.)
     norm(x)            -> H -> gate, up
     act(gate) * up     -> H -> down       x += down(.)
@@ -39,6 +39,7 @@ through, and nothing of x0 waits between stages.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -230,9 +231,11 @@ class LayerPass:
     def run(self) -> None:
         """The four stages, or those of experts in the place of the last two."""
         spec = self.spec
-        odd = spec.parallel or spec.experts is not None
+        odd = spec.parallel or spec.experts is not None or spec.between
         assert not (odd and self.twin.x is not None), "the plan refuses it"
         self.stage(spec.attention_in, self.before_qkv, keep=True)
+        for group in spec.between:
+            self.stage(group, partial(self.before_between, group[0]), keep=False)
         self.stage((spec.output,), self.before_o, keep=False)
         if spec.experts is not None:
             self.through_experts(spec.experts)
@@ -264,6 +267,14 @@ class LayerPass:
                 self.weights.append(self.weigh(i, z, normed))
             if needed(parts):
                 self.add(parts, i, normed, self.twin.normed(i, self.twin.x, norm))
+
+    def before_between(self, name: str, parts: list[Part]) -> None:
+        """What a linear inside attention reads; it does not wait, being computed again for o."""
+        with catching(self.layer, name) as caught:
+            for i, z in self.batches(self.x) if needed(parts) else ():
+                if i < self.counted:
+                    rows = caught(z, **self.inputs(i, z))  # [B, T, K], or with an axis for heads
+                    self.add(parts, i, rows.reshape(*z.shape[:-1], -1), None)
 
     def before_o(self, parts: list[Part]) -> None:
         """attention(norm(x)), which waits in `work`."""

@@ -6,6 +6,7 @@ folder = write_mixture(tmp_path, "mixtral")
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from support.dense_families import LAYERS, VOCABULARY, WINDOW, fill, type_of
@@ -13,13 +14,25 @@ from support.tiny_checkpoints import byte_tokenizer
 
 HIDDEN, INNER, EXPERTS, CHOSEN = 32, 32, 4, 2
 
+SPARSE = {"n_routed_experts": EXPERTS, "n_shared_experts": 2, "first_k_dense_replace": 1,
+          "routed_scaling_factor": 1.7}  # fmt: skip
+MLA = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+       "num_key_value_heads": 4}  # fmt: skip
+
 MIXED: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": EXPERTS, "sliding_window": WINDOW},
+    "deepseek_v2": MLA | SPARSE | {"q_lora_rank": None, "topk_method": "greedy"},
+    "deepseek_v2-lora": MLA | SPARSE | {"q_lora_rank": 16, "topk_method": "group_limited_greedy",
+                                        "n_group": 2, "topk_group": 1},
+    "deepseek_v3": MLA | SPARSE | {"q_lora_rank": 16, "n_group": 2, "topk_group": 1,
+                                   "norm_topk_prob": True},
+    "glm4_moe": SPARSE | {"n_group": 1, "topk_group": 1, "use_qk_norm": True,
+                          "attention_bias": True},
     "qwen2_moe": {"shared_expert_intermediate_size": 48},
     "olmoe": {"clip_qkv": 0.7, "pad_token_id": 1},
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen3_moe-dense-first": {"mlp_only_layers": [0], "norm_topk_prob": False},
-}
+}  # fmt: skip
 
 
 def write_mixture(folder: Path, family: str, **changes: Any) -> Path:
@@ -40,11 +53,17 @@ def write_mixture(folder: Path, family: str, **changes: Any) -> Path:
         "bos_token_id": 256,
         "eos_token_id": 257,
     } | MIXED[family]
-    if "num_local_experts" in settings:
+    if "num_local_experts" in settings or "n_routed_experts" in settings:
         del settings["num_experts"]
+    if "kv_lora_rank" in settings:
+        del settings["head_dim"]
     config = AutoConfig.for_model(type_of(family), **(settings | changes))
     model = AutoModelForCausalLM.from_config(config).float().eval()
     fill(model)
+    draw = torch.Generator().manual_seed(1)
+    for name, buffer in model.named_buffers():  # of routers: what is added to scores
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=draw))
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
