@@ -3,20 +3,25 @@
 The oracle is plain transformers, as in `test_dense_families`.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import compress
+from compress.data.activations import ActivationStore
 from compress.models.families import MIXTURES
 from compress.models.skeleton import Skeleton
 from compress.pipeline import run as run_module
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.run import run
 from compress.pipeline.source_check import check_source
+from compress.quantization import layer as layer_module
+from compress.quantization.layer import run_layer
 from compress.storage.safetensors import CheckpointReader
 from support.dense_families import type_of
-from support.moe_families import MIXED, write_mixture
+from support.moe_families import CHOSEN, HIDDEN, MIXED, write_mixture
 from support.tiny_checkpoints import (
     all_count,
     load_whole,
@@ -118,3 +123,111 @@ def test_written_names_are_those_of_the_source(folder_of, family, tmp_path, relo
     }
     routers = [n for n in source.names if n.endswith((".gate.weight", "expert_gate.weight"))]
     assert routers and all(torch.equal(source.tensor(n), found.tensor(n)) for n in routers)
+
+
+# ---- Hessians -----------------------------------------------------------------------------------
+
+
+@every_family
+def test_the_hessian_of_an_expert_is_that_of_its_tokens(folder_of, family, monkeypatch):
+    """Of every linear's input, as the family's own forward gives it."""
+    monkeypatch.setattr(layer_module, "LEAST_ROWS", 1)
+    skeleton = Skeleton(folder_of(family))
+    index = skeleton.num_layers - 1
+    spec = skeleton.spec.layer(index)
+    x = torch.randn(2, 40, HIDDEN, generator=torch.Generator().manual_seed(2))
+    found, read = {}, {}
+
+    def quantise(names, H):
+        found[names] = H.matrix()
+
+    with torch.no_grad(), skeleton.layer(index, skeleton.read_layer(index)) as layer:
+        for name in spec.linears:
+            note = partial(lambda name, module, given: read.setdefault(name, given[0]), name)
+            layer.get_submodule(name).register_forward_pre_hook(note)
+        expected = layer(x, **skeleton.layer_inputs(index, x))
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        for name in spec.linears:
+            layer.get_submodule(name)._forward_pre_hooks.clear()
+        stores = ActivationStore(), ActivationStore(), ActivationStore()
+        stores[0].append(x)
+        run_layer(
+            layer,
+            spec,
+            lambda i, x: skeleton.layer_inputs(index, x),
+            *stores,
+            quantise=quantise,
+            needs_hessian=lambda group: True,
+            weigh=lambda i, x, normed: None,
+        )
+    assert relative_error(stores[1][0], expected) < 1e-5
+    assert tuple(found) == spec.groups
+    for names, H in found.items():
+        rows = read[names[0]].flatten(0, -2)
+        expected = rows.T @ rows
+        assert relative_error(H / H.trace(), expected / expected.trace()) < 1e-5
+
+
+# ---- experts that few tokens reach --------------------------------------------------------------
+
+
+def write_scarce(folder, reached):
+    """A GLM-4.5 whose expert 3 in layer 0 gets so many tokens of WINDOWS, and in layer 1 none."""
+    write_mixture(folder, "glm4_moe", first_k_dense_replace=0)
+    model = load_whole(folder)
+    routers = [layer.mlp.gate for layer in model.model.layers]
+    routers[0].e_score_correction_bias[3] = routers[1].e_score_correction_bias[3] = -100.0
+    scores = []
+    hook = routers[0].register_forward_hook(lambda module, given, gave: scores.append(gave[0]))
+    with torch.no_grad():
+        model(WINDOWS.input_ids)
+    hook.remove()
+    chance = scores[0].sigmoid()
+    others = (chance + routers[0].e_score_correction_bias)[:, :3].topk(CHOSEN).values[:, -1]
+    margins = (others - chance[:, 3]).sort().values  # what a token's bias has to exceed
+    if reached:
+        routers[0].e_score_correction_bias[3] = margins[reached - 1 : reached + 1].mean()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("reached", [0, 1, 31])
+@pytest.mark.parametrize("weights", ["uniform", "attention_concentration"])
+def test_an_expert_that_few_tokens_reach_is_quantised_for_all(tmp_path, reached, weights, reloaded):
+    folder = write_scarce(tmp_path / "model", reached)
+    made = recipe(
+        folder, token_importance={"name": weights}, ignore=["lm_head", r"re:.*self_attn.*"]
+    )
+    result = run(made, tmp_path / "out", windows=WINDOWS)
+    assert max(reloaded) < 1e-5
+    scarce = [{e["expert"]: e["rows"] for e in layer["scarce_experts"]} for layer in result.layers]
+    assert (scarce[0][3], scarce[1][3]) == (reached, 0)
+    errors = {m["name"]: m for layer in result.layers for m in layer["modules"]}
+    for index in range(2):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            module = errors[f"model.layers.{index}.mlp.experts.3.{name}"]
+            assert 0 < module["error"] < 0.1
+            assert module["dead_columns"] == 0
+    assert any("experts were reached by fewer" in warning for warning in result.warnings)
+
+
+def test_an_expert_that_enough_tokens_reach_is_not_listed(tmp_path, reloaded):
+    folder = write_scarce(tmp_path / "model", 32)
+    result = run(
+        recipe(folder, ignore=["lm_head", r"re:.*self_attn.*"]), tmp_path / "out", windows=WINDOWS
+    )
+    assert 3 not in {e["expert"] for e in result.layers[0].get("scarce_experts", [])}
+
+
+@pytest.mark.parametrize("rotate", ["none", "hadamard"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_ties_between_experts_go_as_in_transformers(tmp_path, family, rotate, reloaded):
+    """All rows of a router are one: what is chosen is up to the order of experts."""
+    folder = write_mixture(tmp_path / "model", family)
+    model = load_whole(folder)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.data.copy_(parameter.data[:1].expand_as(parameter))
+    model.save_pretrained(folder)
+    run(recipe(folder, rotate), tmp_path / "out", windows=WINDOWS)
+    assert max(reloaded) < 1e-5
