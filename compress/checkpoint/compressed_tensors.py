@@ -20,6 +20,9 @@ from compress.scheme import Scheme
 LAYOUT_VERSION = "0.20.0"
 PACKED, MIXED = "pack-quantized", "mixed-precision"  # of a section: of its groups, if they differ
 EMBEDDING_CLASS = "Embedding"
+EXPERTS = ".experts."  # in the name of an expert's linear
+# transformers takes the first group with such a target, or with a class, as that of all experts.
+EXPERTS_TARGET = r"re:.*\.experts\..*"
 
 
 def quantization_config(
@@ -49,6 +52,12 @@ def quantization_config(
             groups[kind].append(EMBEDDING_CLASS)
     alone = sum(not table for _, _, table in groups) == 1
     formats = {format for _, format, _ in groups}
+
+    def targets(names: list[str], table: bool) -> list[str]:
+        experts = len(groups) > 1 and any(EXPERTS in name for name in names)
+        found = ["Linear"] if alone and not table else names
+        return [EXPERTS_TARGET, *found] if experts else found
+
     return {
         "quant_method": "compressed-tensors",
         "version": LAYOUT_VERSION,
@@ -56,7 +65,7 @@ def quantization_config(
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{i}": {
-                "targets": ["Linear"] if alone and not table else names,
+                "targets": targets(names, table),
                 "format": format,
                 "input_activations": None,
                 "output_activations": None,

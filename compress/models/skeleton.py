@@ -221,6 +221,16 @@ class Skeleton:
         """The checkpoint's own floating-point type: that of its embedding."""
         return self.reader.dtype(f"{self.table}.weight")
 
+    def stored_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a tensor in an output of `dtype`: fp32 where a text family insists on it.
+
+        What a router adds to its scores tells experts apart by less than 16 bits can say.
+        """
+        kept = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
+        inside = self.spec.vision is None and name.startswith(f"{self.spec.layers}.")
+        exact = inside and any(part in name for part in kept)
+        return torch.float32 if exact else dtype
+
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The checkpoint's tokenizer; UsageError if the folder has none."""
         from transformers import AutoTokenizer  # slow to import

@@ -108,7 +108,7 @@ class LayerWalk:
         schemes = {n: self.plan.schemes[prefix + n] for n in spec.linears}
         weights = self._weights(source, schemes)
         written = {
-            prefix + name: tensor.to(self.dtype)
+            prefix + name: tensor.to(skeleton.stored_dtype(prefix + name, self.dtype))
             for name, tensor in weights.items()
             if schemes.get(name.removesuffix(".weight")) is None
         }

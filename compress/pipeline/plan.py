@@ -183,7 +183,8 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     kept = _unquantised(skeleton, modules, layers, untied)
     packed = planned_bytes(modules, inputs.dtype)
     quantized = sum(packed.values())
-    other = sum(map(math.prod, kept.values())) * itemsize
+    dtypes = {name: skeleton.stored_dtype(name, inputs.dtype) for name in kept}
+    other = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in kept.items())
     weights = sum(module.weights for module in modules if module.twin is None)
     pruning, problems, notes = forecast(inputs, len(layers))
     plan = Plan(
@@ -368,7 +369,10 @@ def _written(
     skeleton = inputs.skeleton
     vision, written = {*skeleton.vision_names()}, skeleton.reader.written_name
     tensors = {
-        written(name) if name in vision else name: (inputs.dtype, shape)
+        written(name) if name in vision else name: (
+            skeleton.stored_dtype(name, inputs.dtype),
+            shape,
+        )
         for name, shape in kept.items()
     }
     return tensors | planned_tensors(modules, inputs.dtype)

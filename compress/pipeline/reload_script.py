@@ -20,7 +20,10 @@ import torch
 import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
+from safetensors import safe_open
 from safetensors.torch import load_file
+
+EXPERTS = ".experts."
 
 
 def compare(
@@ -38,8 +41,11 @@ def compare(
         model, loading = architecture.from_pretrained(
             None, config=config, trust_remote_code=False, **options
         )
-    elif table:
-        options["state_dict"] = with_dense_table(folder, config, table)
+    elif table or has_experts(folder):
+        # Scales in fp32, as above: transformers always makes experts dense.
+        options["state_dict"] = (
+            with_dense_table(folder, config, table) if table else with_wide_scales(folder)
+        )
         model, loading = architecture.from_pretrained(
             None, config=config, trust_remote_code=False, **options
         )
@@ -55,6 +61,15 @@ def compare(
         return {"shapes": [list(found.shape), list(expected.shape)]}
     error = (found - expected).abs().max() / expected.abs().max()
     return {"relative_error": error.item(), "tokens": probe["input_ids"].numel()}
+
+
+def has_experts(folder: str) -> bool:
+    """Whether the folder's tensors are in part those of experts."""
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            if any(EXPERTS in name for name in tensors.keys()):  # noqa: SIM118
+                return True
+    return False
 
 
 def with_wide_scales(folder: str) -> dict[str, torch.Tensor]:

@@ -63,7 +63,7 @@ class RotatedModel:
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor in the dtype of the output; CompressError where its values do not fit."""
-        stored = tensor.to(self.dtype)
+        stored = tensor.to(self.skeleton.stored_dtype(name, self.dtype))
         # Least and largest, since `isfinite` of a whole vocabulary takes several times its bytes.
         if stored.numel() and not all(bool(edge.isfinite()) for edge in stored.aminmax()):
             raise CompressError(

@@ -3,11 +3,12 @@
 The oracle is plain transformers, as in `test_dense_families`.
 """
 
+import shutil
 from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import compress
 from compress.data.activations import ActivationStore
@@ -24,6 +25,7 @@ from support.dense_families import type_of
 from support.moe_families import CHOSEN, HIDDEN, MIXED, write_mixture
 from support.tiny_checkpoints import (
     all_count,
+    change_config,
     load_whole,
     logits_of,
     random_ids,
@@ -123,6 +125,34 @@ def test_written_names_are_those_of_the_source(folder_of, family, tmp_path, relo
     }
     routers = [n for n in source.names if n.endswith((".gate.weight", "expert_gate.weight"))]
     assert routers and all(torch.equal(source.tensor(n), found.tensor(n)) for n in routers)
+
+
+@pytest.mark.parametrize("rotate", ["none", "hadamard"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_tables_of_their_own_width(folder_of, family, rotate, tmp_path):
+    """Their schemes are not taken for those of experts, nor the other way round."""
+    tables = {"embedding": {"bits": 8}, "head": {"bits": 8}}
+    result = run(recipe(folder_of(family), rotate, **tables), tmp_path / "out", windows=WINDOWS)
+    assert result.self_check["relative_error"] < 1e-5
+    assert {module.bits for module in result.plan.modules} == {4, 8}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_what_a_router_adds_stays_in_32_bits(folder_of, family, tmp_path):
+    """In 16 bits experts that are near would change places."""
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of(family), folder)
+    file, added = folder / "model.safetensors", "mlp.gate.e_score_correction_bias"
+    tensors = load_file(file)
+    tensors = {n: t if n.endswith(added) else t.bfloat16() for n, t in tensors.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    change_config(folder, dtype="bfloat16")
+    result = run(recipe(folder), tmp_path / "out", windows=WINDOWS)
+    assert result.self_check["relative_error"] < 1e-4
+    found = CheckpointReader(tmp_path / "out")
+    exact = [name for name in tensors if name.endswith(added)]
+    assert exact and all(torch.equal(found.tensor(n), tensors[n]) for n in exact)
+    assert found.dtype("model.layers.1.mlp.gate.weight") == torch.bfloat16
 
 
 # ---- Hessians -----------------------------------------------------------------------------------
