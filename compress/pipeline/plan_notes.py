@@ -49,6 +49,7 @@ def find_problems(
             f"model that config.json describes: correct config.json, or leave such tensors out"
         )
     problems += _family_problems(inputs)
+    problems += _expert_problems(inputs, schemes)
     for pattern in recipe.quantize.unmatched(names):
         problems.append(
             f"quantize: {pattern!r} matches no linear of this model{did_you_mean(pattern, names)}"
@@ -156,6 +157,27 @@ def _family_problems(inputs: RunInputs) -> list[str]:
             f"tokens elsewhere once it is quantised: use quantized"
         )
     return problems
+
+
+def _expert_problems(inputs: RunInputs, schemes: dict[str, Scheme | None]) -> list[str]:
+    """What transformers, which makes one tensor of a layer's experts, could not read."""
+    spec = inputs.skeleton.spec
+    experts = [
+        f"{spec.layers}.{index}.{name}"
+        for index in range(inputs.skeleton.num_layers)
+        if (found := spec.layer(index).experts)
+        for group in found.groups
+        for name in group
+    ]
+    kinds = {schemes[name] for name in experts}
+    if len(kinds) > 1:
+        return [
+            "quantize: transformers reads one scheme for all experts: give them all the same bits "
+            "and group size in overrides, or ignore all of them"
+        ]
+    if any(scheme and not scheme.symmetric for scheme in kinds):
+        return ["quantize.symmetric: transformers reads symmetric experts only: use true"]
+    return []
 
 
 def _group_size_key(inputs: RunInputs, name: str) -> str:

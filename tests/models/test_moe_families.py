@@ -16,6 +16,7 @@ from compress.models.families import MIXTURES
 from compress.models.skeleton import Skeleton
 from compress.pipeline import run as run_module
 from compress.pipeline.inputs import RunInputs
+from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
 from compress.pipeline.source_check import check_source
 from compress.quantization import layer as layer_module
@@ -261,3 +262,22 @@ def test_ties_between_experts_go_as_in_transformers(tmp_path, family, rotate, re
     model.save_pretrained(folder)
     run(recipe(folder, rotate), tmp_path / "out", windows=WINDOWS)
     assert max(reloaded) < 1e-5
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+REFUSED = [
+    ({"quantize": {"target": "full_precision"}}, "quantize.target"),
+    ({"quantize": {"symmetric": False}}, "quantize.symmetric"),
+    ({"quantize": {"ignore": ["lm_head", r"re:.*experts\.0\..*"]}}, "experts"),
+    ({"quantize": {"overrides": [{"match": r"re:.*down_proj", "bits": 8}]}}, "experts"),
+    ({"allocate": {"average_bits": 3.5, "widths": [3, 4], "importance": "position"}}, "allocate"),
+]
+
+
+@pytest.mark.parametrize("sections, place", REFUSED)
+def test_what_experts_cannot_have_is_told_by_the_plan(folder_of, sections, place):
+    quantize = {"group_size": GROUPS} | sections.get("quantize", {})
+    made = recipe_for(folder_of("qwen3_moe"), **sections | {"quantize": quantize})
+    problems = make_plan(RunInputs.of(made, Skeleton(folder_of("qwen3_moe")))).problems
+    assert any(place in problem for problem in problems), problems
