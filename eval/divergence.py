@@ -12,6 +12,7 @@ error over tokens, as if they were independent, and over windows, which are near
     print(result.line())
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +21,15 @@ from torch import Tensor
 
 from compress.errors import UsageError
 from compress.eval.statistics import clustered_mean
-from compress.eval.windows import Text, check_no_nan, cut_line, logits_of, measuring, scored_chunks
+from compress.eval.windows import (
+    Batch,
+    Text,
+    check_no_nan,
+    cut_line,
+    logits_of,
+    measuring,
+    scored_chunks,
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ def kl_divergence(
     baseline: torch.nn.Module,
     text: Text,
     batch_size: int = 8,
+    seen: Callable[[Batch, Tensor, Tensor], None] | None = None,
 ) -> DivergenceResult:
     """Mean KL(baseline || model) on the tokens of the text that `perplexity` scores.
 
@@ -70,6 +80,8 @@ def kl_divergence(
         model, baseline: causal language models of one vocabulary; their devices may differ.
         batch_size: windows or documents a forward pass; the logits of one batch of both models
             are held.
+        seen: called with each batch and the logits [B, L, V] of the model and of the baseline, for
+            what else is asked of the same forward passes.
 
     Raises:
         UsageError: the vocabularies differ, or the text is shorter than a window.
@@ -87,6 +99,8 @@ def kl_divergence(
                     f"the two models have vocabularies of {ours.shape[-1]} and "
                     f"{theirs.shape[-1]}: KL needs a baseline of the same vocabulary"
                 )
+            if seen is not None:
+                seen(batch, ours, theirs)
             kl_of, same_of = [0.0] * ours.shape[0], [0.0] * ours.shape[0]
             for row, at in scored_chunks(batch.scored, ours.shape[-1]):
                 q = ours[row, at.to(ours.device)]

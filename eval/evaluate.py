@@ -28,12 +28,18 @@ from typing import Any, TypeVar
 import torch
 
 from compress.errors import UsageError
-from compress.eval.divergence import kl_divergence
+from compress.eval.divergence import DivergenceResult, kl_divergence
 from compress.eval.harness import TaskScores, score_tasks
-from compress.eval.perplexity import PerplexityResult, perplexity, perplexity_difference
+from compress.eval.perplexity import (
+    PerplexityResult,
+    nll_of,
+    perplexity,
+    perplexity_difference,
+    perplexity_of,
+)
 from compress.eval.settings import EvaluationSettings
 from compress.eval.statistics import paired_difference
-from compress.eval.windows import Text
+from compress.eval.windows import Batch, Text
 
 Result = TypeVar("Result")
 
@@ -53,10 +59,6 @@ class Baseline:
             (tokenizer.__class__, settings),
             lambda: score_tasks(self.model, tokenizer, settings, per_item=True, files=files),
         )
-
-    def perplexity(self, text: Text, batch_size: int) -> PerplexityResult:
-        """Its perplexity on this very text."""
-        return self._once((text, batch_size), lambda: perplexity(self.model, text, batch_size))
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], Result]) -> Result:
         """The kept result of an equal key, or a new one."""
@@ -106,20 +108,38 @@ def evaluate_model(
             report["baseline"]["results"] = reference.results
             report["difference"]["results"] = task_differences(scores, reference)
     if text is not None:
-        measured = perplexity(model, text, settings.text_batch_size)
+        if baseline is None:
+            measured = perplexity(model, text, settings.text_batch_size)
+        else:
+            measured, before, divergence = _beside(model, baseline, text, settings.text_batch_size)
         report["perplexity"] = measured.to_dict() | {"line": measured.line()}
         report["windows"] = {
             "tokens": list(measured.window_tokens),
             "nll": list(measured.window_nll),
         }
         if baseline is not None:
-            before = baseline.perplexity(text, settings.text_batch_size)
             report["baseline"]["perplexity"] = before.to_dict() | {"line": before.line()}
             report["difference"]["mean_nll"] = perplexity_difference(measured, before).to_dict()
-            divergence = kl_divergence(model, baseline.model, text, settings.text_batch_size)
             report["kl"] = divergence.to_dict() | {"line": divergence.line()}
             report["windows"]["kl"] = list(divergence.window_kl)
     return report
+
+
+def _beside(
+    model: torch.nn.Module, baseline: Baseline, text: Text, batch_size: int
+) -> tuple[PerplexityResult, PerplexityResult, DivergenceResult]:
+    """The model's perplexity, the baseline's, and the divergence, of one pass of both."""
+    totals: tuple[list[float], list[float]] = ([], [])
+    counts: list[int] = []
+
+    def seen(batch: Batch, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        totals[0].extend(nll_of(ours, batch, "the model"))
+        totals[1].extend(nll_of(theirs, batch, "the baseline"))
+        counts.extend(batch.scored.sum(dim=1).tolist())
+
+    divergence = kl_divergence(model, baseline.model, text, batch_size, seen)
+    measured, before = (perplexity_of(of, counts, text) for of in totals)
+    return measured, before, divergence
 
 
 def task_differences(

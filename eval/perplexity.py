@@ -14,7 +14,7 @@ length, stride and BOS; a figure without them cannot be compared. `line()` state
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -112,8 +112,14 @@ def perplexity(
         CompressError: the logits hold a NaN.
     """
     totals, counts = negative_log_likelihoods(model, text.batches(batch_size))
+    result = perplexity_of(totals, counts, text)
+    return _per_word_and_byte(result, len(text.ids), bytes, words)
+
+
+def perplexity_of(totals: Sequence[float], counts: Sequence[int], text: Text) -> PerplexityResult:
+    """The perplexity of the total NLL [nats] and the scored tokens of each row of a text."""
     mean = clustered_mean(totals, counts)
-    result = PerplexityResult(
+    return PerplexityResult(
         value=_exp(mean.mean),
         mean_nll=mean.mean,
         stderr=mean.stderr,
@@ -123,7 +129,6 @@ def perplexity(
         window_tokens=tuple(counts),
         **text.conditions(),
     )
-    return _per_word_and_byte(result, len(text.ids), bytes, words)
 
 
 def negative_log_likelihoods(
@@ -135,19 +140,24 @@ def negative_log_likelihoods(
     with measuring(model):
         for batch in batches:
             logits = logits_of(model, batch)  # [B, L, V]
-            targets = batch.input_ids[:, 1:]
-            rows = [0.0] * targets.shape[0]
-            for row, at in scored_chunks(batch.scored, logits.shape[-1]):
-                losses = torch.nn.functional.cross_entropy(
-                    logits[row, at.to(logits.device)].float(),
-                    targets[row, at].to(logits.device),
-                    reduction="none",
-                )
-                rows[row] += check_no_nan(losses, "the model").double().sum().item()
-            totals += rows
+            totals += nll_of(logits, batch, "the model")
             counts += batch.scored.sum(dim=1).tolist()
             del logits  # before the next forward pass makes its own
     return totals, counts
+
+
+def nll_of(logits: torch.Tensor, batch: Batch, whose: str) -> list[float]:
+    """Total NLL [nats] of each row of a batch, of logits [B, L, V]; `whose` is for a NaN's line."""
+    targets = batch.input_ids[:, 1:]
+    rows = [0.0] * targets.shape[0]
+    for row, at in scored_chunks(batch.scored, logits.shape[-1]):
+        losses = torch.nn.functional.cross_entropy(
+            logits[row, at.to(logits.device)].float(),
+            targets[row, at].to(logits.device),
+            reduction="none",
+        )
+        rows[row] += check_no_nan(losses, whose).double().sum().item()
+    return rows
 
 
 def perplexity_difference(model: PerplexityResult, baseline: PerplexityResult) -> Estimate:

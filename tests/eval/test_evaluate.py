@@ -75,21 +75,35 @@ def test_a_baseline_is_measured_once_for_every_model_that_is_compared_with_it(mo
     text = Text(random_ids(200, 257), length=32)
     anew = evaluate_model(models[1], tokenizer, settings, text, Baseline(fp))
     measured = []
-    for name in ("score_tasks", "perplexity"):
-        real = getattr(evaluating, name)
-        monkeypatch.setattr(
-            evaluating,
-            name,
-            lambda model, *rest, name=name, real=real, **options: (
-                measured.append((name, model)) or real(model, *rest, **options)
-            ),
-        )
+    real = evaluating.score_tasks
+    monkeypatch.setattr(
+        evaluating,
+        "score_tasks",
+        lambda model, *rest, **options: measured.append(model) or real(model, *rest, **options),
+    )
     baseline = Baseline(fp)
     kept = [evaluate_model(model, tokenizer, settings, text, baseline) for model in models]
     assert kept[1] == anew
-    for name in ("score_tasks", "perplexity"):
-        assert measured.count((name, fp)) == 1
-        assert [measured.count((name, model)) for model in models] == [1, 1]
+    assert [measured.count(model) for model in (fp, *models)] == [1, 1, 1]
+
+
+def test_one_pass_of_both_models_gives_every_figure_of_a_text(monkeypatch):
+    model, fp = tiny_llama(1), tiny_llama(2)
+    text = Text(random_ids(200, 257), length=32)
+    alone = [perplexity(m, text, TEXT_ALONE.text_batch_size) for m in (model, fp)]
+    passes = {id(model): 0, id(fp): 0}
+
+    def counted(module, *args):
+        passes[id(module)] += 1
+
+    hooks = [m.register_forward_pre_hook(counted) for m in (model, fp)]
+    report = evaluate_model(model, None, TEXT_ALONE, text, Baseline(fp))
+    for hook in hooks:
+        hook.remove()
+    batches = len(list(text.batches(TEXT_ALONE.text_batch_size)))
+    assert list(passes.values()) == [batches, batches]
+    for part, found in zip((report, report["baseline"]), alone, strict=True):
+        assert part["perplexity"] == found.to_dict() | {"line": found.line()}
 
 
 @pytest.mark.parametrize(
