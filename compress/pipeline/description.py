@@ -84,8 +84,8 @@ def said_by(history: Path) -> Iterator[None]:
         raise
     except Exception as error:  # what a wrong value sets off is of any kind
         raise CheckpointError(
-            f"{history} holds what modelpress does not write ({error!r:.200}): take it away, or "
-            "put it back as it was"
+            f"{history} holds what modelpress does not write: take it away, or put it back "
+            "as it was"
         ) from error
 
 
