@@ -16,11 +16,13 @@ and of the weights' headers, so the documents can be made as often as is needed.
 import copy
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.inspect import inspect
+from compress.errors import CheckpointError, CompressError
 from compress.eval.page import write_report
 from compress.pipeline.card import bits_summary, model_card
 from compress.pipeline.journal import LayerFacts
@@ -73,6 +75,20 @@ def facts_of(
     }
 
 
+@contextmanager
+def said_by(history: Path) -> Iterator[None]:
+    """Documents are made of what this file says; CheckpointError for what it cannot mean."""
+    try:
+        yield
+    except CompressError:
+        raise
+    except Exception as error:  # what a wrong value sets off is of any kind
+        raise CheckpointError(
+            f"{history} holds what modelpress does not write: take it away, or put it back "
+            "as it was"
+        ) from error
+
+
 def describe(
     folder: Path,
     weights: Path,
@@ -87,10 +103,10 @@ def describe(
     """
     facts = facts_of(weights, history, name, recipe)
     card = model_card(facts)
+    write_report(folder / REPORT, facts)
     if not edited(weights, history):
         write_text(folder / CARD, card)
         history = history | {"card_digest": hashlib.sha256(card.encode()).hexdigest()}
-    write_report(folder / REPORT, facts)
     return history
 
 
@@ -131,7 +147,8 @@ def rewrite(
     documents = folder / WORK_FOLDER / "documents"
     shutil.rmtree(documents, ignore_errors=True)
     documents.mkdir(parents=True)
-    history = describe(documents, folder, history, name)
+    with said_by(folder / PROVENANCE):
+        history = describe(documents, folder, history, name)
     written = [file for file in (CARD, REPORT) if (documents / file).is_file()]
     if scores is not None:
         write_results(documents, scores)

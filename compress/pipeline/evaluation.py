@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.data.text import content_digests, load_documents, locate
+from compress.data.text import BLANK_LINE, Corpus, content_digests, load_documents, locate
 from compress.data.windows import encode, token_stream
 from compress.errors import UsageError
 from compress.eval.evaluate import Baseline, evaluate_model
@@ -290,4 +290,19 @@ def check_evaluation(section: Evaluate, resolve: Callable[[str], str]) -> None:
     settings = settings_of(section, resolve)
     check_tasks(settings)
     if settings.perplexity is not None:
-        load_documents(settings.perplexity, "held_out", settings.text_field)
+        corpus = load_documents(settings.perplexity, "held_out", settings.text_field)
+        if settings.length is not None and not settings.per_document:
+            _check_window(corpus, settings.length)
+
+
+def _check_window(corpus: Corpus, length: int) -> None:
+    """UsageError for a text of fewer bytes than a window has tokens: none would be whole."""
+    left = length
+    for text in corpus.texts:
+        left -= len(text.encode(errors="replace")) + len(BLANK_LINE)
+        if left <= 0:
+            return
+    raise UsageError(
+        f"evaluate.perplexity.length: {corpus.name} has fewer than {length} tokens: give more text "
+        "or a smaller length"
+    )

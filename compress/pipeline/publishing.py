@@ -18,7 +18,7 @@ from compress.checkpoint.export import ExportResult
 from compress.checkpoint.inspect import inspect
 from compress.errors import UsageError
 from compress.pipeline.card import model_card
-from compress.pipeline.description import describe, edited, facts_of, rewrite
+from compress.pipeline.description import describe, edited, facts_of, rewrite, said_by
 from compress.storage.files import read_json, write_json
 from compress.storage.output_folder import PROVENANCE, files_below
 
@@ -48,17 +48,18 @@ def export(
         requantise=requantise,
         keep_embeddings=keep_embeddings,
         shard_size=shard_size,
-        document=lambda final: _describe_export(final, Path(output), requantise),
+        document=lambda final: _describe_export(final, Path(folder), Path(output), requantise),
     )
 
 
-def _describe_export(final: Path, output: Path, requantise: bool) -> None:
+def _describe_export(final: Path, source: Path, output: Path, requantise: bool) -> None:
     history = read_json(final / PROVENANCE) or {}
     changed = requantise or history["export"]["scales"]["changed"]
     if changed:
         history |= {"evaluations": []}
     history.pop("card_digest", None)  # of the card of the checkpoint that was exported
-    history = describe(final, final, history, output.resolve().name)
+    with said_by(source / PROVENANCE):
+        history = describe(final, final, history, output.resolve().name)
     write_json(final / PROVENANCE, history | {"files": sorted({*files_below(final), PROVENANCE})})
 
 
@@ -105,12 +106,15 @@ def push(
             )
         given = {"base_model": base_model, "license": license, "language": language}
         history = read_json(folder / PROVENANCE) or {}
-        said = (history.get("card") or {}) | {k: v for k, v in given.items() if v is not None}
+        known = history.get("card")
+        said = known if isinstance(known, dict) else {}
+        said = said | {key: value for key, value in given.items() if value is not None}
         history["card"] = said
         by_hand = edited(folder, history)
         card = None
         if not by_hand:
-            card = model_card(facts_of(folder, history, repo_id))
+            with said_by(folder / PROVENANCE):
+                card = model_card(facts_of(folder, history, repo_id))
             if not dry_run and (folder / PROVENANCE).is_file():
                 rewrite(folder, history, name=repo_id)
         report = hub.upload(

@@ -263,6 +263,13 @@ class Perplexity(Section):
             raise FieldError(
                 ("stride",), f"expected at most length ({longest}), found {self.stride}"
             )
+        whole = self.length is not None and not self.per_document
+        if whole and self.tokens is not None and self.tokens + self.bos < longest:
+            raise FieldError(
+                ("length",),
+                f"expected at most tokens ({self.tokens}), found {self.length}: no "
+                "window would be whole",
+            )
         return self
 
 
