@@ -162,6 +162,8 @@ def test_the_tokens_are_known_by_their_hash_where_there_were_any(press, recipe):
         return json.loads((folder / "modelpress.json").read_text())["calibration"]
 
     digest = hashlib.sha256(WINDOWS.input_ids.to(torch.int64).numpy().tobytes()).hexdigest()
+    tokens = WINDOWS.input_ids.numel()
     expected = {"windows": list(WINDOWS.input_ids.shape), "sha256": digest}
+    expected |= {"tokens": tokens, "counted_tokens": tokens}
     assert calibration(press(recipe)) == expected
     assert calibration(press(recipe.with_changes(quantize={"method": "none"}))) is None
