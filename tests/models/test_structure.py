@@ -107,7 +107,6 @@ def test_large_shapes_cost_no_weights():
 
 ODD = [
     ("nanochat", {}, ["embeddings"]),  # a norm behind the embedding
-    ("minicpm3", {"num_key_value_heads": 4}, ["q_b_proj"]),  # latent attention
     ("falcon_h1", {}, ["mamba"]),  # three parts
     ("diffllama", {}, ["twice"]),
 ]
