@@ -67,7 +67,7 @@ def write_report(path: str | Path, result: Mapping[str, Any]) -> Path:
         title=f"{name}: compression report",
         name=name,
         base_model=result.get("base_model"),
-        verdict=_verdict(result, evaluation, baseline),
+        verdict=_verdict(result, evaluation),
         cards=_cards(result, evaluation, baseline),
         engines=(result.get("bits") or {}).get("engines") or [],
         warnings=provenance.get("warnings") or [],
@@ -151,7 +151,7 @@ def _as_yaml(recipe: Facts) -> str:
 # ---- the first screen ---------------------------------------------------------------------------
 
 
-def _verdict(result: Facts, evaluation: Facts, baseline: Facts) -> str:
+def _verdict(result: Facts, evaluation: Facts) -> str:
     """What came of it, in a sentence or two: the size, and what it cost with its interval."""
     sizes, average = result.get("bytes") or {}, (result.get("bits") or {}).get("average")
     parts = []
