@@ -142,13 +142,13 @@ def _decode(model: PreTrainedModel, ids: Tensor, bench: ModelBench) -> list[floa
 
 
 def _bytes(model: PreTrainedModel) -> tuple[int, int]:
-    """Of all weights, and of those that a pass reads."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    weights = sum(t.numel() * t.element_size() for t in tensors.values())
-    embedding = model.get_input_embeddings().get_parameter("weight")
-    tied = embedding is getattr(model.get_output_embeddings(), "weight", None)
-    read = weights - (0 if tied else embedding.numel() * embedding.element_size())
-    return weights, read
+    """Of all weights, and of those that a pass reads: not an embedding that no head shares."""
+    table, head = (
+        {id(t): t.nbytes for t in (*module.parameters(), *module.buffers())}
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    weights = sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
+    return weights, weights - sum(table[tensor] for tensor in table.keys() - head.keys())
 
 
 def _operations(model: PreTrainedModel) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from compress.kernels.linear import QuantLinear
 from compress.loading.load import load
 from support.calling import call, refuses
 from support.refusals import refused
-from support.tiny_checkpoints import load_whole
+from support.tiny_checkpoints import load_whole, recipe_for
 
 BRIEF = {"prompts": (1, 4), "new_tokens": 2, "repeats": 2, "dtype": "fp32"}
 
@@ -64,6 +64,18 @@ def test_packed_weights_count_as_they_are_held(finished, rates):
 def test_tied_embeddings_are_read_as_the_head(checkpoint, rates):
     row = measure(ModelBench(str(checkpoint(tied=True)), **BRIEF))
     assert row["decode_floor"] == row["weights"] / 1e9
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_embedding_is_read_only_where_it_is_the_head(checkpoint, press, rates, tied):
+    tables = {"embedding": {"bits": 8}, "head": {"bits": 8}}
+    recipe = recipe_for(checkpoint(tied=tied), quantize={"method": "rtn", **tables})
+    folder = press(recipe)
+    row = measure(ModelBench(str(folder), **BRIEF))
+    model, _ = load(folder, dtype=torch.float32)
+    own = model.get_input_embeddings().packed_bytes()
+    assert (own == 0) == tied
+    assert row["decode_floor"] == (row["weights"] - own) / 1e9
 
 
 def test_two_models_each_in_a_process_of_its_own(finished, checkpoint, tmp_path, capsys):
