@@ -1,14 +1,15 @@
 """Makes language models smaller and faster, and measures what that cost.
 
-    recipe = compress.Recipe.load("recipes/demo-lm.yaml")
-    result = compress.run(recipe, output="out")
+    result = compress.run("demo-lm", output="out")
     model, tokenizer = compress.load("out")
 
 Names are imported when they are first used (PEP 562), so `import compress` is quick and needs
 neither torch nor transformers; `from compress import run` works all the same.
 """
 
+from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import CheckpointError, UsageError
@@ -59,14 +60,16 @@ __all__ = ["__version__", "plan", *_HOMES]
 
 
 def plan(
-    recipe: "Recipe",
+    recipe: "Recipe | str | Path | Mapping[str, object]",
     *,
+    model: "str | Path | None" = None,
     device: str = "cpu",
     observer: "Observer | None" = None,
     check_source: bool = False,
 ) -> "Plan":
     """What `run` would do: bits of each module, bytes, peak memory and problems.
 
+    The recipe is one, the name of a shipped one, a file, or a dict; `model` replaces its model.
     Reads the model's config and headers alone, conversations to calibrate on, and what the scores
     of an `allocate` section need. A folder of config.json alone will do; of a hub model no weights
     are fetched.
@@ -81,8 +84,9 @@ def plan(
         open_for_plan,
     )
     from compress.pipeline.source_check import check_source as check  # the same
+    from compress.recipe.recipe import Recipe  # the same
 
-    inputs = open_for_plan(recipe, device, check_source)
+    inputs = open_for_plan(Recipe.of(recipe, model), device, check_source)
     checked, problems = None, []
     if check_source:
         try:

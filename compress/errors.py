@@ -54,12 +54,16 @@ def naming(place: str) -> Iterator[None]:
         raise CompressError(f"{place}: {error}") from error
 
 
-def import_extra(module: str, extra: str, what: str) -> ModuleType:
-    """An optional package; without it a UsageError: `what` needs it, and `extra` brings it."""
+PACKAGES = {"lm_eval": "lm-eval[hf]", "PIL": "pillow"}  # where the name to install is another
+
+
+def import_package(module: str, what: str) -> ModuleType:
+    """A package that may not be installed; without it a UsageError: `what` needs it."""
     try:
         return import_module(module)
     except ImportError as error:
+        package = module.partition(".")[0]
         raise UsageError(
-            f"{what} needs the package {module.partition('.')[0]} ({error}): "
-            f"pip install 'modelpress[{extra}]'"
+            f"{what} needs the package {package} ({error}): "
+            f"pip install '{PACKAGES.get(package, package)}'"
         ) from error

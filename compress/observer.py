@@ -25,6 +25,9 @@ class Observer:
     def sample(self, done: int, total: int) -> None:
         """So many prompts of a strategy search have been run unpruned."""
 
+    def progress(self, what: str, done: int, total: int) -> None:
+        """So many windows of a text, or requests of lm-eval, are done."""
+
     def resumed(self, trials: int) -> None:
         """So many trials of an earlier strategy search are there already."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from compress.errors import UsageError
 from compress.eval.report import COLOURS, Row, blank_figure, columns_of, save_figure
 
-if TYPE_CHECKING:  # an extra
+if TYPE_CHECKING:  # slow to import
     from matplotlib.axes import Axes
 
 MARKERS = "osD^vP*X<>"
@@ -113,7 +113,7 @@ def _draw_line(
 
 
 def _logarithmic(axes: "Axes", ticks: list[int]) -> None:
-    from matplotlib.ticker import NullLocator  # an optional extra
+    from matplotlib.ticker import NullLocator  # slow to import
 
     axes.set_xscale("log")
     shown = _apart(ticks)

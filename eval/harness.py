@@ -27,14 +27,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from compress.errors import UsageError, import_extra, unknown
+from compress.errors import UsageError, import_package, unknown
 from compress.eval.harness_files import HarnessFiles, request_cache
 from compress.eval.multimodal import is_multimodal, multimodal_model
+from compress.eval.progress import requests_told
 from compress.eval.settings import EvaluationSettings
 from compress.eval.task_names import check_names, find_tasks
 from compress.eval.windows import measuring
 
-if TYPE_CHECKING:  # an extra
+if TYPE_CHECKING:  # slow to import
     from lm_eval.api.model import LM
 
 # What the harness does beside measuring, and what stands in for it while it runs: nothing of it is
@@ -131,7 +132,7 @@ def score_tasks(
     with _quiet(settings.log_samples) as warnings, measuring(model):
         names, manager = find_tasks(settings, metadata)
         tracker = None if files is None else HarnessFiles(files)
-        with _refusals(names), request_cache(settings, metadata):
+        with _refusals(names), request_cache(settings, metadata), requests_told():
             output = lm_eval.simple_evaluate(
                 model=harness_model(model, tokenizer, settings),
                 model_args={"pretrained": str(getattr(model, "name_or_path", "") or "model")},
@@ -180,7 +181,7 @@ def score_tasks(
 
 def import_harness() -> ModuleType:
     """lm-eval, or a UsageError that names the extra it comes with."""
-    return import_extra("lm_eval", "eval", "evaluating tasks")
+    return import_package("lm_eval", "evaluating tasks")
 
 
 def harness_model(model: Any, tokenizer: Any, settings: EvaluationSettings) -> "LM":
@@ -194,7 +195,7 @@ def harness_model(model: Any, tokenizer: Any, settings: EvaluationSettings) -> "
         tokenizer.chat_template = template
     if is_multimodal(tokenizer):
         return multimodal_model(model, tokenizer, settings)
-    from lm_eval.models.huggingface import HFLM  # an optional extra
+    from lm_eval.models.huggingface import HFLM  # slow to import
 
     return HFLM(
         pretrained=model,
@@ -339,7 +340,7 @@ def _quiet(pictures: bool) -> Iterator[Counter[str]]:
 
     `pictures`: whether those of the items are written, and so are to be hashed.
     """
-    from lm_eval import evaluator  # an optional extra
+    from lm_eval import evaluator  # slow to import
 
     logger, counter = logging.getLogger("lm_eval"), _WarningCounter()
     before = logger.level, logger.propagate, logger.handlers

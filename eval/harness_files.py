@@ -29,7 +29,7 @@ class HarnessFiles:
     """Where lm-eval writes what it has measured; `tracker` is its own note of the settings."""
 
     def __init__(self, folder: Path):
-        from lm_eval.loggers import EvaluationTracker  # an optional extra
+        from lm_eval.loggers import EvaluationTracker  # slow to import
 
         self.folder = folder
         self.tracker = EvaluationTracker(output_path=str(folder))
@@ -62,7 +62,7 @@ def request_cache(settings: EvaluationSettings, metadata: dict[str, Any]) -> Ite
     if not settings.cache_requests:
         yield
         return
-    from lm_eval.caching import cache  # an optional extra
+    from lm_eval.caching import cache  # slow to import
 
     before, cache.PATH = cache.PATH, str(cache_folder(settings, metadata))
     Path(cache.PATH).mkdir(parents=True, exist_ok=True)

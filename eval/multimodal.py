@@ -46,7 +46,7 @@ def multimodal_model(model: Any, processor: Any, settings: EvaluationSettings) -
 @functools.cache
 def loaded_multimodal() -> Any:
     """A class like the harness's `hf-multimodal`, made of a loaded model and its processor."""
-    from lm_eval.models.hf_vlms import HFMultimodalLM  # an optional extra
+    from lm_eval.models.hf_vlms import HFMultimodalLM  # slow to import
 
     class LoadedMultimodal(HFMultimodalLM):
         def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **_: Any) -> None:

@@ -17,10 +17,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from compress.errors import UsageError, import_extra
+from compress.errors import UsageError, import_package
 from compress.eval.markup import in_markdown
 
-if TYPE_CHECKING:  # an extra
+if TYPE_CHECKING:  # slow to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -234,8 +234,8 @@ def _drawable(error: Any) -> bool:
 
 def blank_figure(width: float, height: float) -> "Figure":
     """A figure of so many inches; UsageError where matplotlib is not installed."""
-    import_extra("matplotlib.figure", "eval", "a plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # an optional extra
+    import_package("matplotlib.figure", "a plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
     from matplotlib.figure import Figure  # the same
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")

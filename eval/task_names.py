@@ -18,10 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import UsageError, did_you_mean, import_extra
+from compress.errors import UsageError, did_you_mean, import_package
 from compress.eval.settings import EvaluationSettings
 
-if TYPE_CHECKING:  # an extra
+if TYPE_CHECKING:  # slow to import
     from lm_eval.tasks import TaskManager
 
 LOCAL_TASKS = Path(__file__).with_name("tasks")
@@ -66,7 +66,7 @@ def check_names(settings: EvaluationSettings) -> bool:
     """
     harness = find_spec("lm_eval")
     if harness is None or harness.origin is None:
-        import_extra("lm_eval", "eval", "evaluating tasks")
+        import_package("lm_eval", "evaluating tasks")
     tasks = task_list(settings)
     if not tasks:
         raise UsageError("no task to evaluate: name at least one, for example demo_code")
@@ -177,7 +177,7 @@ def _manager(
     folders: tuple[Path, ...], defaults: bool, metadata: str, stamp: tuple[int, ...]
 ) -> "TaskManager":
     """Read once for a model, its baseline, and the check before both."""
-    from lm_eval.tasks import TaskManager  # an optional extra
+    from lm_eval.tasks import TaskManager  # slow to import
 
     known = json.loads(metadata)
     if defaults:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError, UsageError
+from compress.eval.progress import tell
 
 # Logits are turned to fp32 this many numbers at a time (64 MiB), whatever the vocabulary.
 CHUNK_ELEMENTS = 2**24
@@ -133,6 +134,7 @@ def window_batches(
         if bos is not None:
             rows = torch.cat([rows.new_full((rows.shape[0], 1), bos), rows], dim=1)
         yield Batch(rows.contiguous(), None, scored)
+        tell("windows", first + scored.shape[0], windows.shape[0])
 
 
 def document_batches(
@@ -159,6 +161,7 @@ def document_batches(
         mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
         padded = not bool(mask.all())
         yield Batch(input_ids, mask.long() if padded else None, mask[:, 1:])
+        tell("documents", first + len(some), len(rows))
 
 
 @contextmanager

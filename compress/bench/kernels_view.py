@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from compress.bench.report import table_of
-from compress.errors import UsageError
+from compress.errors import import_package
 from compress.eval.report import format_bytes
 
 STYLES = ("-", "--", ":", "-.")
@@ -59,11 +59,10 @@ def plot_kernels(result: Mapping[str, Any], path: Path) -> None:
 
     Writes what the suffix says (.svg, .png, .pdf). Raises UsageError without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # an optional extra
-        from matplotlib.figure import Figure  # the same
-    except ImportError:
-        raise UsageError("plots need matplotlib: pip install 'modelpress[eval]'") from None
+    import_package("matplotlib", "a plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # may not be installed
+    from matplotlib.figure import Figure  # the same
+
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in result["rows"]))
     figure = Figure(figsize=(4.2 * len(shapes), 3.4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -39,7 +39,7 @@ class Answer:
         draw: shows it to a person.
         file: a JSON file for the value as well.
         afterwards: done once all that is told.
-        problems: told as errors behind it; the command then leaves with 2.
+        problems: told as errors before it; the command then leaves with 2.
     """
 
     value: Any
@@ -63,14 +63,14 @@ def add_command(app: typer.Typer, function: Callable[..., Any], name: str | None
             answer = function(**arguments)
             if answer is None:
                 return
+            for problem in answer.problems:  # before a table that is longer than the screen
+                print(f"error: {problem}", file=sys.stderr)
             if emit:
                 emit(answer.value)
             else:
                 answer.draw(console())
             write_json(answer.file, answer.value)
         answer.afterwards()
-        for problem in answer.problems:
-            print(f"error: {problem}", file=sys.stderr)
         if answer.problems:
             raise typer.Exit(2)
 

@@ -39,7 +39,6 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",
     "HF_HUB_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 ParserError: Any = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
@@ -47,7 +46,6 @@ ParserError: Any = typer.BadParameter.__base__  # click's UsageError, wherever t
 app = typer.Typer(
     name="modelpress",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Makes language models smaller and faster, and measures what that cost.",
 )
@@ -73,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (None: that of the process) and returns its exit code."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's names need not be characters
             stream.reconfigure(errors="backslashreplace")
@@ -101,11 +101,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """Switches off the bars that heed no variable: compressed-tensors', lm-eval's."""
+    """Switches off the bars that heed no variable: compressed-tensors', lm-eval's.
+
+    Downloads have theirs in a terminal, where minutes would pass in silence.
+    """
     original = tqdm.__init__
 
     def disabled(self: tqdm, *args: Any, **options: Any) -> None:
-        original(self, *args, **options | {"disable": True})
+        downloads = type(self).__module__.startswith("huggingface_hub") and sys.stderr.isatty()
+        original(self, *args, **options | ({} if downloads else {"disable": True}))
 
     tqdm.__init__ = disabled
     try:

@@ -27,7 +27,8 @@ from compress.cli.options import (
     SetOption,
 )
 from compress.cli.progress import RunProgress
-from compress.errors import CompressError, UsageError, import_extra, unknown
+from compress.errors import CompressError, UsageError, import_package, unknown
+from compress.eval.progress import telling
 from compress.eval.report import quality_table
 from compress.eval.settings import (
     EvaluationSettings,
@@ -190,16 +191,17 @@ def evaluate(
         check_names(settings)  # slow: a typo is told before torch is imported
     from compress.pipeline.evaluation import evaluate as evaluate_model
 
-    scores = evaluate_model(
-        model,
-        **vars(settings),
-        baseline=baseline,
-        device=device,
-        dense=dense,
-        activation_bits=activation_bits,
-        pictures=pictures,
-        output_path=output_path,
-    )
+    with RunProgress(console(stderr=True)) as progress, telling(progress.progress):
+        scores = evaluate_model(
+            model,
+            **vars(settings),
+            baseline=baseline,
+            device=device,
+            dense=dense,
+            activation_bits=activation_bits,
+            pictures=pictures,
+            output_path=output_path,
+        )
     written = _recorded(Path(model), scores) if record else []
 
     def draw(out: Console) -> None:
@@ -225,7 +227,7 @@ def _recorded(folder: Path, scores: dict[str, Any]) -> list[str]:
 
 def lm_eval(context: typer.Context) -> None:
     """Run lm-eval's own command, which then knows --model modelpress and modelpress-multimodal."""
-    import_extra("lm_eval", "eval", "lm-eval's command")
+    import_package("lm_eval", "lm-eval's command")
     from compress.pipeline.lm_eval_models import main
 
     main(context.args)

@@ -19,6 +19,8 @@ from rich.text import Text
 from compress.eval.report import format_number
 from compress.observer import Observer
 
+BETWEEN_LINES = 20.0  # seconds, of a measurement, where nothing moves
+
 
 class RunProgress(Observer):
     """Draws a run, a search, or several one after the other, on a console."""
@@ -38,6 +40,8 @@ class RunProgress(Observer):
         self.current = ""  # stage
         self.errors: list[float] = []  # of this layer's modules
         self.started: float | None = None  # this layer
+        self.counted, self.done = ("", 0), 0  # what is measured, and how far it is
+        self.began = self.told = 0.0  # when that began, when a line was last printed
 
     def __enter__(self) -> "RunProgress":
         if self.console.is_terminal:
@@ -86,6 +90,21 @@ class RunProgress(Observer):
 
     def sample(self, done: int, total: int) -> None:
         self._count(done, total)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if self.counted != (what, total) or done < self.done:  # a count begins
+            self.counted, self.began, self.told = (what, total), now, now
+        self.done = done
+        left = (now - self.began) / done * (total - done)
+        self._count(done, total)
+        self.bar.update(self.task, description=f"{self.current} {what}".strip())
+        line = f"{what} {done}/{total}  {left:.0f} s left"
+        if self.console.is_terminal:
+            self.last_module.plain = line
+        elif now - self.told >= BETWEEN_LINES:
+            self.told = now
+            self._line(line)
 
     def resumed(self, trials: int) -> None:
         self._line(f"continuing after trial {trials}")

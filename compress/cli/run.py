@@ -124,7 +124,10 @@ def plan(
         if planned.allocation:
             out.print(allocation_table(planned.allocation))
             chosen = allocation_rows(planned.allocation)
+        before, after = planned.source_bytes, planned.bytes["total"]
         sizes = [*size_rows(planned.bytes), ("file", format_bytes(planned.file_bytes))]
+        if before and after:
+            sizes.append(("source", f"{format_bytes(before)}, {before / after:.2f} x the total"))
         checked = source_rows(planned.source_check)
         read = calibration_rows(planned.calibration)
         out.print(pairs_table([average, *chosen, *sizes, memory, *read, *checked, *notes]))

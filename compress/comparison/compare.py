@@ -9,14 +9,14 @@ that draws its items draws them from the seed too, and the 16-bit model is then 
 Recipes that only prune visual tokens change no weight: nothing is written for them but strategy and
 evaluation (`compress.comparison.strategies`), and a second plot shows accuracy against tokens kept.
 
-    comparison = compare([Recipe.load(n) for n in ("demo-gptq", "demo-lm")], "out", seeds=(0, 1, 2))
+    comparison = compare(["demo-gptq", "demo-lm"], "out", seeds=(0, 1, 2))
     print(comparison.markdown())
 """
 
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +35,11 @@ from compress.comparison.table import conditions_line, csv_of, rows_of
 from compress.errors import UsageError, unknown
 from compress.eval.curves import plot_lines
 from compress.eval.page import write_comparison
+from compress.eval.progress import telling
 from compress.eval.report import Row, markdown_table, plot_quality
 from compress.observer import Observer
 from compress.pipeline.evaluation import check_evaluation
+from compress.pipeline.notebook import observer_here
 from compress.recipe.recipe import Recipe
 from compress.recipe.sections import Evaluate
 from compress.storage.files import atomic_write
@@ -120,7 +122,7 @@ class Comparison:
 
 
 def compare(
-    recipes: Sequence[Recipe],
+    recipes: Sequence[Recipe | str | Path | Mapping[str, object]],
     output: str | Path,
     seeds: Sequence[int] = (0,),
     *,
@@ -143,27 +145,29 @@ def compare(
             process writes to `output`. Nothing has run then.
         CompressError: a run failed.
     """
-    observer = observer or Observer()
+    observer = observer or observer_here()
+    chosen = [Recipe.of(recipe) for recipe in recipes]
     output = Path(output)
-    section = _check_recipes(recipes, seeds)
-    against = _reference(recipes, against)
-    check_evaluation(section, recipes[0].resolve_path)
+    section = _check_recipes(chosen, seeds)
+    against = _reference(chosen, against)
+    check_evaluation(section, chosen[0].resolve_path)
     entries = [
         Entry(recipe, seed, output / folder_name(f"{recipe.name}-{seed}"))
-        for recipe in recipes
+        for recipe in chosen
         for seed in seeds
     ]
     with ExitStack() as held:  # the results as well: what is measured is what was made
         for folder in (output, *(entry.folder for entry in entries)):
             held.enter_context(lease(folder))
         study: Study
-        if all(only_prunes(recipe) for recipe in recipes):
-            study = PruningComparison(recipes[0], device, observer, overwrite)
+        if all(only_prunes(recipe) for recipe in chosen):
+            study = PruningComparison(chosen[0], device, observer, overwrite)
         else:
             study = ResultComparison(
-                recipes[0], device, observer, overwrite, self_check, check_source
+                chosen[0], device, observer, overwrite, self_check, check_source
             )
         runs: list[Run] = []
+        held.enter_context(telling(observer.progress))
         for entry, run in zip(entries, study.runs(entries), strict=True):
             runs.append(run)
             observer.module(entry.title, Row.of(entry.recipe.name, run["evaluation"]).values)
@@ -261,7 +265,7 @@ def _unmet(runs: Sequence[Run]) -> list[str]:
 def _plot(comparison: Comparison, path: Path, observer: Observer) -> None:
     try:
         comparison.plot = next(iter(_draw(comparison.rows, path)), None)
-    except UsageError as error:  # matplotlib is an extra: the table does without its picture
+    except UsageError as error:  # no matplotlib: the table does without its picture
         comparison.warnings.append(f"no plot: {error}")
         observer.warning(comparison.warnings[-1])
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.data.samples import prompt_inputs, read_samples
 from compress.data.source import CalibrationSource
 from compress.data.windows import CalibrationWindows, random_windows, text_windows
-from compress.errors import UsageError, import_extra
+from compress.errors import UsageError, import_package
 from compress.models.skeleton import Skeleton
 from compress.models.vision import Inputs
 
@@ -108,7 +108,7 @@ def probe_prompt(skeleton: Skeleton) -> Inputs:
 
     Raises UsageError if the checkpoint has no processor that works, or pillow is not installed.
     """
-    Image = import_extra("PIL.Image", "vision", "a multimodal model")
+    Image = import_package("PIL.Image", "a multimodal model")
     generator = torch.Generator().manual_seed(0)
     shape = (PROBE_SIDE, PROBE_SIDE, 3)
     noise = torch.randint(256, shape, generator=generator, dtype=torch.uint8)

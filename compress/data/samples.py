@@ -25,7 +25,7 @@ from compress.models.vision import Inputs
 from compress.recipes.demo import scenes
 from compress.storage.files import file_digest
 
-if TYPE_CHECKING:  # an optional extra
+if TYPE_CHECKING:  # slow to import
     from PIL.Image import Image
 
 DEMO_SCENES = "demo-scenes"
@@ -137,7 +137,7 @@ def open_image(path: Path, called: str) -> "Image":
     Raises UsageError, in which it is `called` so, if it cannot be read, or if its pixels are not 8
     bits deep: PIL would cut them off at 255, which leaves a blank picture.
     """
-    from PIL import Image, ImageOps  # an optional extra
+    from PIL import Image, ImageOps  # slow to import
 
     try:
         with Image.open(path) as file:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from compress.data.stdlib import Split, python_stdlib
-from compress.errors import CompressError, UsageError, did_you_mean
+from compress.errors import CompressError, UsageError, did_you_mean, import_package
 from compress.models.config_values import reason_of
 from compress.registry import Registry
 from compress.storage.files import file_digest
@@ -303,14 +303,9 @@ def _column(dataset: str, table: Table, field: str) -> Sequence[str]:
 
 def _hub_table(dataset: str, hub_id: str, **options: Option) -> Any:
     """`datasets.load_dataset`, with every way it can fail turned into one line."""
+    datasets = import_package("datasets", f"dataset {dataset!r}")
     try:
-        from datasets import load_dataset  # an optional extra
-    except ImportError as error:
-        raise UsageError(
-            f"dataset {dataset!r} needs the package `datasets`: pip install 'modelpress[eval]'"
-        ) from error
-    try:
-        return load_dataset(hub_id, **options)
+        return datasets.load_dataset(hub_id, **options)
     except Exception as error:  # the network, the hub and the parsers each raise their own kinds
         near = "" if dataset in DATASETS else did_you_mean(dataset, DATASETS)
         raise CompressError(

@@ -18,7 +18,7 @@ from compress.data.samples import image_parts, raw_text, text_inputs
 from compress.errors import UsageError
 from compress.models.vision import Inputs
 
-if TYPE_CHECKING:  # an optional extra
+if TYPE_CHECKING:  # slow to import
     from PIL.Image import Image
 
 

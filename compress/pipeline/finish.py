@@ -18,6 +18,7 @@ from typing import Any
 
 from compress.allocation.allocate import Allocation
 from compress.data.prompts import CalibrationData
+from compress.eval.progress import telling
 from compress.memory import peak_memory
 from compress.observer import Observer
 from compress.pipeline.evaluation import evaluate_section, evaluated_texts
@@ -124,7 +125,8 @@ def measure(
     if recipe.evaluate is not None:
         log.observer.stage("evaluation")
         try:
-            result.metrics = _metrics(inputs, output, work / EVALUATION)
+            with telling(log.observer.progress):
+                result.metrics = _metrics(inputs, output, work / EVALUATION)
         except BaseException:  # an interrupt as well
             log.warn(f"the checkpoint in {output} is complete; its evaluation failed")
             raise

@@ -10,6 +10,7 @@ plan.bytes["total"]      # of the tensors that will be written
 
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from compress.data.prompts import CalibrationData, ImagePrompts, calibration_dat
 from compress.data.text import DATASETS
 from compress.data.windows import conversations_of, text_windows
 from compress.errors import UsageError
+from compress.eval.report import format_bytes, format_memory
+from compress.eval.shown import Shown, shortened
 from compress.models.skeleton import Skeleton, linear_in
 from compress.observer import Observer
 from compress.pipeline.inputs import RunInputs
@@ -48,8 +51,8 @@ from compress.storage.absent import holds_weights
 from compress.storage.safetensors import header_bytes
 
 
-@dataclass
-class Plan:
+@dataclass(repr=False)
+class Plan(Shown):
     """The modules to be quantised and what the result will take. `problems` stop a run.
 
     Attributes:
@@ -66,6 +69,7 @@ class Plan:
         ignored: what each pattern of `quantize.ignore` matches, by the names of the source.
         source_check: how far our forward is from that of transformers, where it was asked for.
         calibration: windows, tokens, and how many of them count, as `calibration_forecast` tells.
+        source_bytes: of the source's tensors.
     """
 
     modules: list[PlannedModule]
@@ -86,6 +90,25 @@ class Plan:
     table_formats: dict[str, str] = field(default_factory=dict)
     source_check: SourceCheck | None = None
     calibration: dict[str, Any] | None = None
+    source_bytes: int = 0
+
+    def summary(self) -> dict[str, str]:
+        """What a person wants to know first, as `repr` has it; lists are cut."""
+        total = self.bytes["total"]
+        kinds = ", ".join(
+            f"{number} at {bits} bits"
+            for bits, number in sorted(Counter(m.bits for m in self.modules).items())
+        )
+        ratio = f" ({self.source_bytes / total:.2f} x)" if self.source_bytes and total else ""
+        return {
+            "modules": kinds or "none",
+            "average bits": f"{self.average_bits:.2f} over the quantised weights",
+            "bytes": f"{format_bytes(self.source_bytes)} before, {format_bytes(total)} after"
+            + ratio,
+            "peak memory": format_memory(self.peak_memory),
+            "problems": shortened(self.problems),
+            "notes": shortened(self.notes),
+        }
 
     def module(self, name: str) -> PlannedModule | None:
         """A module by its name in the result, if it is quantised."""
@@ -101,6 +124,7 @@ class Plan:
             "modules": modules,
             "average_bits": self.average_bits,
             "bytes": self.bytes,
+            "source_bytes": self.source_bytes,
             "file_bytes": self.file_bytes,
             "peak_memory": self.peak_memory,
             "problems": self.problems,
@@ -191,6 +215,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         modules=modules,
         average_bits=sum(m.bits * m.weights for m in modules if not m.twin) / max(weights, 1),
         bytes={"quantized": quantized, "other": other, "total": quantized + other},
+        source_bytes=skeleton.reader.nbytes(),
         file_bytes=quantized + other + header_bytes(_written(inputs, modules, kept)),
         peak_memory={"host": host_memory(inputs, shapes), "device": 0},
         problems=find_problems(inputs, names, shapes, found, pruning is not None) + problems,
@@ -199,7 +224,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
             *ignored_notes(inputs, names),
             *group_size_notes(sized),
             *token_notes(inputs, shapes, found),
-            *untying_notes(skeleton, packed, kept, itemsize) * untied,
+            *untying_notes(skeleton, packed, kept, itemsize, rotated) * untied,
             *model_notes(inputs, schemes, formats),
             *notes,
         ],

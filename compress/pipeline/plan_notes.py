@@ -73,10 +73,12 @@ def find_problems(
             misfits.setdefault((key, scheme.group_size, columns), []).append(name)
     for (key, size, columns), found in misfits.items():
         fitting = ["auto", *(str(s) for s in (256, 128, 64, 32, 16) if columns % s == 0)]
+        give = "use" if "[" in key else "give --set"  # one key of a list cannot be set
+        equals = " " if "[" in key else f" {key}="
         problems.append(
             f"{key}: {size} does not divide the {columns} inputs of {found[0]}"
             + (f" and {len(found) - 1} more" if len(found) > 1 else "")
-            + f": use {' or '.join([*fitting, 'channel'])}"
+            + f": {give}{equals}{' or '.join([*fitting, 'channel'])}"
         )
     for table in (recipe.quantize.embedding, recipe.quantize.head):
         if table and table.bits != WHOLE_BYTE and recipe.save.table_format == "int-quantized":
@@ -278,15 +280,17 @@ def untying_notes(
     packed: dict[str, int],
     kept: dict[str, tuple[int, ...]],
     itemsize: int,
+    rotated: bool,
 ) -> list[str]:
     """What a second table adds to the file; `packed` in bytes, `kept` in shapes."""
     head = f"{skeleton.spec.head}."
     added = sum(size for name, size in packed.items() if name.startswith(head))
     shapes = (shape for name, shape in kept.items() if name.startswith(head))
     added += sum(map(math.prod, shapes)) * itemsize
+    once = "--set rotate=none" if rotated else "equal quantize.embedding and quantize.head"
     return [
         f"embedding and head share one tensor in this model; they will be untied, which adds "
-        f"{format_bytes(added)}"
+        f"{format_bytes(added)} ({once} would keep one)"
     ]
 
 

@@ -4,13 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.eval.report import format_memory
+from compress.eval.shown import Shown, shortened
 from compress.pipeline.journal import LayerFacts
 from compress.pipeline.plan import Plan
 from compress.pipeline.source_check import SourceCheck
 
 
-@dataclass
-class RunResult:
+@dataclass(repr=False)
+class RunResult(Shown):
     """What a run has made.
 
     Attributes:
@@ -46,6 +48,21 @@ class RunResult:
         return sum(module.get("rounded_to_nearest", False) for module in modules)
 
     report: Path | None = None
+
+    def summary(self) -> dict[str, str]:
+        """What a person wants to know first, as `repr` has it; lists are cut."""
+        planned = self.plan.summary()
+        said = [self.metrics[key]["line"] for key in ("perplexity", "kl") if key in self.metrics]
+        return {
+            "path": str(self.path),
+            "bytes": planned["bytes"],
+            "average bits": planned["average bits"],
+            "measured": shortened(said),
+            "seconds": f"{sum(self.seconds.values()):.1f}",
+            "peak memory": format_memory(self.peak_memory),
+            "warnings": shortened(self.warnings),
+            "report": "none" if self.report is None else str(self.report),
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""

@@ -10,10 +10,11 @@ Everything is written below OUT/.modelpress and moved to OUT at the end, config.
 holds a whole checkpoint or none; one process at a time may do that. A run that was killed continues
 after its last finished layer, or what came behind, and ends with the same bytes.
 
-    result = run(Recipe.load("recipes/demo-lm.yaml"), output="out")
+    result = run("demo-lm", output="out")
 """
 
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from compress.pipeline.finish import RunLog, left_by, measure, publish_result, r
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.journal import Journal
 from compress.pipeline.layer_walk import LayerWalk
+from compress.pipeline.notebook import observer_here
 from compress.pipeline.output import assemble
 from compress.pipeline.plan import Plan, allocated_plan, make_plan
 from compress.pipeline.provenance import fingerprint
@@ -67,9 +69,10 @@ SOURCE_FILE = "source-check.json"  # in the work folder: that the source was che
 
 
 def run(
-    recipe: Recipe,
+    recipe: Recipe | str | Path | Mapping[str, object],
     output: str | Path,
     *,
+    model: str | Path | None = None,
     device: str = "cpu",
     resume: bool = True,
     overwrite: bool = False,
@@ -81,6 +84,8 @@ def run(
     """Compresses a model as the recipe says and writes it to the folder `output`.
 
     Args:
+        recipe: a recipe, the name of a shipped one (`rsq-w4`), a file, or a dict as YAML has it.
+        model: a folder or hub id instead of the recipe's.
         device: where layers are computed, `cpu` or `cuda`.
         resume: continue a run of the same recipe, model and versions that was killed.
         overwrite: replace a checkpoint in `output`; it stays whole until the new one is.
@@ -94,8 +99,8 @@ def run(
             another process writes to it.
         CompressError: a damaged checkpoint, a Hessian that cannot be factored, a failed check.
     """
-    output = Path(output)
-    log = RunLog(observer or Observer())
+    recipe, output = Recipe.of(recipe, model), Path(output)
+    log = RunLog(observer or observer_here())
     check_output(output, overwrite, unfinished=True)  # before anything is made there
     with lease(output) as held:
         check_output(output, overwrite, held.abandoned)

@@ -76,7 +76,7 @@ def pictures_seen(inputs: Inputs, processor: Processor) -> list["Image"]:
     Raises:
         UsageError: values in a layout that is not one of the supported families'.
     """
-    from PIL import Image  # an optional extra
+    from PIL import Image  # slow to import
 
     images = getattr(processor, "image_processor", processor)
     mean, std = (np.array(getattr(images, name)) for name in ("image_mean", "image_std"))
@@ -147,7 +147,7 @@ def _panel(
     layer: int,
 ) -> "Image":
     """The picture with the state of each patch of one grid, and a line of text below."""
-    from PIL import Image, ImageDraw  # an optional extra
+    from PIL import Image, ImageDraw  # slow to import
 
     height, width = grid
     side = max(1, round(PANEL / max(grid)))
@@ -179,7 +179,7 @@ def _panel(
 
 
 def _sheet(rows: list[list["Image"]]) -> "Image":
-    from PIL import Image  # an optional extra
+    from PIL import Image  # slow to import
 
     heights = [max(panel.height for panel in row) + MARGIN for row in rows]
     widths = [sum(panel.width + MARGIN for panel in row) for row in rows]

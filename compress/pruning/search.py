@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.errors import CompressError, UsageError, did_you_mean, import_extra, unknown
+from compress.errors import CompressError, UsageError, did_you_mean, import_package, unknown
 from compress.models.vision import Inputs, on_device
 from compress.observer import Observer
 from compress.pruning.engine import prune_visual_tokens
@@ -405,7 +405,7 @@ def _best(trials: Sequence[Trial]) -> Trial:
 
 
 def _optuna() -> ModuleType:
-    return import_extra("optuna", "vision", "the search")
+    return import_package("optuna", "the search")
 
 
 @contextmanager

@@ -135,6 +135,19 @@ class Recipe(Section):
         return recipe
 
     @classmethod
+    def of(
+        cls, given: "Recipe | str | Path | Mapping[str, object]", model: str | Path | None = None
+    ) -> "Recipe":
+        """A recipe, the name of a shipped one, a file, or plain values; `model` replaces its model.
+
+        Raises RecipeError for what is none of these.
+        """
+        if isinstance(given, str | Path):
+            return cls.load(given, model=None if model is None else str(model))
+        recipe = given if isinstance(given, Recipe) else cls.from_dict(given)
+        return recipe if model is None else recipe.with_changes(model={"path": str(model)})
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, object], source: str = "recipe") -> "Recipe":
         """A recipe from plain values; RecipeError with `source` as the place."""
         return cls._validated(Source(dict(data), {(): source}))

@@ -165,7 +165,7 @@ def test_tokenizers_that_are_missing_or_too_large(copy, tmp_path):
 
 def test_a_missing_library_names_the_extra(packed, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    refused_export("gguf", packed().folder, tmp_path / "out", "modelpress[gguf]")
+    refused_export("gguf", packed().folder, tmp_path / "out", "pip install 'gguf'")
 
 
 def test_formats_without_other_types_refuse_to_requantise(packed, tmp_path):

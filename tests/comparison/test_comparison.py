@@ -183,7 +183,7 @@ def test_without_matplotlib_there_is_a_table_and_a_warning(
     compared = compare(recipes, tmp_path / "out", observer=watch)
     assert compared.plot is None
     (warning,) = [w for w in watch.warnings if "no plot" in w]
-    assert "modelpress[eval]" in warning
+    assert "pip install 'matplotlib'" in warning
     assert compared.as_dict()["warnings"] == [warning]
     assert (tmp_path / "out" / "comparison.md").is_file()
 

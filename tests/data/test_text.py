@@ -139,5 +139,5 @@ def test_an_unreachable_hub_and_a_missing_package_name_the_remedy(hub, monkeypat
     with refused(CompressError, "python-stlib", "'python-stdlib'"):
         load_documents("python-stlib", "train")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with refused(UsageError, "modelpress[eval]"):
+    with refused(UsageError, "pip install 'datasets'"):
         load_documents("c4", "train")

@@ -141,7 +141,7 @@ def test_no_task_and_no_folder(parts, tmp_path):
 
 def test_missing_harness_names_the_extra(parts, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with refused(UsageError, "modelpress[eval]"):
+    with refused(UsageError, "pip install 'lm-eval"):
         results_of(*parts, tasks=["demo_code"])
 
 

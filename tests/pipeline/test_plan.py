@@ -175,7 +175,7 @@ def test_problems_are_found_and_stop_the_run_before_any_weight_is_read(
 
 def test_a_group_size_that_fits_is_suggested(checkpoint):
     (problem,) = plan_of(checkpoint(), quantize={"group_size": 128}).problems
-    suggested = re.search(r"use (.*)$", problem)[1].split(" or ")
+    suggested = re.search(r"give --set quantize.group_size=(.*)$", problem)[1].split(" or ")
     assert suggested == ["auto", "64", "32", "16", "channel"]
     for size in suggested:
         size = int(size) if size.isdigit() else size

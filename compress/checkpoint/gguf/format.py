@@ -16,7 +16,7 @@ The embedding and the head, where they are not quantised, are rounded to Q8_0 as
 with `keep_embeddings` stay as they are. Other matrices keep their dtype, vectors become fp32:
 llama.cpp adds and scales in it. Its Llama turns neighbouring pairs of a head's rows where
 transformers turns rows half a head apart, so rows of q and k change places. Written by the library
-`gguf`: pip install 'modelpress[gguf]'.
+`gguf`: pip install gguf.
 
     export("out", "gguf", "out-gguf")                 # out-gguf/model.gguf
 """
@@ -36,7 +36,7 @@ from compress.checkpoint.gguf.settings import add_settings, checked_family, rope
 from compress.checkpoint.gguf.vocabulary import Vocabulary, read_vocabulary
 from compress.checkpoint.packed import PackedLinears
 from compress.checkpoint.packed_formats import with_fp16_scales
-from compress.errors import CheckpointError, UsageError, import_extra
+from compress.errors import CheckpointError, UsageError, import_package
 from compress.kernels.codes import Codes
 from compress.kernels.reference import dequantize
 from compress.models.config_values import check_config, check_extent, reason_of
@@ -69,7 +69,7 @@ class GgufFormat:
 
     def check(self) -> list[str]:
         """Notes, a line each; UsageError for what GGUF or llama.cpp cannot hold."""
-        import_extra("gguf", "gguf", "GGUF export")
+        import_package("gguf", "GGUF export")
         from transformers import AutoConfig  # takes seconds, which other formats need not wait
 
         folder, file = self.source.folder, self.source.folder / "config.json"
@@ -120,7 +120,7 @@ class GgufFormat:
 
     def _names(self) -> dict[str, str]:
         """The name of each tensor there -> the tensor or the module (`X.weight`) here."""
-        import gguf  # an optional extra
+        import gguf  # slow to import
 
         architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
         mapping = gguf.get_tensor_name_map(
@@ -210,7 +210,7 @@ class GgufFormat:
 
     def write(self, folder: Path, shard_bytes: int) -> dict[str, int]:
         """folder/model.gguf, or model-0000k-of-0000n.gguf if that passes `shard_bytes`."""
-        import gguf  # an optional extra
+        import gguf  # slow to import
 
         sizes = {"quantized": 0, "other": 0}
         layout = {}  # name -> type, shape in bytes
@@ -295,7 +295,7 @@ class GgufFormat:
 
     def _add_metadata(self, writer: "GGUFWriter") -> None:
         """Settings of the model, the tokenizer, and who made the file."""
-        import gguf  # an optional extra
+        import gguf  # slow to import
 
         writer.add_quantized_by(f"modelpress {version('modelpress')}")
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -334,21 +334,21 @@ def _dense(weight: Codes) -> Tensor:
 
 def _rounded(weight: Tensor, kind: str) -> np.ndarray:
     """fp32 values [N, K] rounded to a type, as bytes."""
-    import gguf  # an optional extra
+    import gguf  # slow to import
 
     data = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[kind])
     return data.view(np.uint8)
 
 
 def _values(data: np.ndarray, kind: str) -> np.ndarray:
-    import gguf  # an optional extra
+    import gguf  # slow to import
 
     return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
 
 
 def _file_type(weights: dict[str, int]) -> int:
     """What llama.cpp shows as the type of the file: that of most quantised weights."""
-    import gguf  # an optional extra
+    import gguf  # slow to import
 
     kind = max(weights, key=lambda name: weights[name])
     known = gguf.LlamaFileType.__members__

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CheckpointError, UsageError, import_extra
+from compress.errors import CheckpointError, UsageError, import_package
 
 # Types whose levels have an offset of their own in each block.
 ASYMMETRIC = re.compile(r"Q\d_1|Q[245]_K")
@@ -50,7 +50,7 @@ def inspect_gguf(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _tensors(file: Path) -> Any:
-    gguf = import_extra("gguf", "gguf", "reading GGUF files")
+    gguf = import_package("gguf", "reading GGUF files")
     try:
         return gguf.GGUFReader(file).tensors
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
@@ -59,7 +59,7 @@ def _tensors(file: Path) -> Any:
 
 def _scheme(kind: str) -> dict[str, Any]:
     """Bits, group size and symmetry of a type by its name, such as Q4_0, IQ3_XXS, BF16."""
-    import gguf  # an optional extra
+    import gguf  # slow to import
 
     if kind in PLAIN:
         return {"bits": PLAIN[kind], "group_size": None, "symmetric": None}

@@ -95,7 +95,7 @@ def add_settings(writer: "GGUFWriter", config: "PretrainedConfig") -> None:
 
 
 def _add_rope(writer: "GGUFWriter", config: "PretrainedConfig") -> None:
-    import gguf  # an optional extra
+    import gguf  # slow to import
 
     rope = config.rope_parameters
     writer.add_rope_dimension_count(head_dim_of(config))
