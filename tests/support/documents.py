@@ -92,7 +92,7 @@ def replaced(words: Sequence[str], stand_ins: Mapping[str, str]) -> list[str]:
     return [whole.sub(lambda found: stand_ins[found[1]], word) for word in words]
 
 
-FIRST = ("--seeds", "--vary")  # lists that are cut to their first element
+KEPT = {"--seeds": 1, "--vary": 2}  # of a list's elements
 FEW = {"--tokens": "64", "--length": "32", "--limit": "2", "--num-fewshot": "1"}
 SMALLER: dict[str, tuple[str, ...]] = {
     "bench kernels": ("--shapes=64x128", "--m=1", "--rounds=1"),
@@ -106,11 +106,11 @@ SMALLER: dict[str, tuple[str, ...]] = {
 
 
 def small(words: Sequence[str]) -> list[str]:
-    """The command with one seed, one value, few tokens; else what it says itself is kept."""
+    """The command with one seed, two values, few tokens; else what it says itself is kept."""
     cut = list(words)
     for at, (before, word) in enumerate(itertools.pairwise(words), 1):
-        if before in FIRST:
-            cut[at] = word.split(",")[0]
+        if before in KEPT:
+            cut[at] = ",".join(word.split(",")[: KEPT[before]])
         elif before == "--set":
             cut[at] = re.sub(r"^(calibration\.(samples|length))=.*", r"\1=32", word)
         else:
