@@ -1,10 +1,12 @@
-"""Measures results of the peers with modelpress' evaluator, and records them in peers.json.
+"""Measures results of the peers and of modelpress with one evaluator, and records them.
 
     python tests/interop/board/measure.py MODEL TEXT BLIMP OUT [NAME ...]
 
 It runs in the project's environment. MODEL is the 16-bit model, TEXT the folder that cut.py wrote,
 BLIMP a folder of paradigms (blimp.py), OUT where the scripts of the peers wrote OUT/NAME and
-OUT/NAME.json; without names, all that are not recorded yet. Each is measured as
+OUT/NAME.json, or where `modelpress compare --output OUT` or `run` wrote OUT/NAME; without names,
+all that are not recorded yet. Peers go to peers.json, results of modelpress to ours.json. Each is
+measured as
 
     modelpress eval OUT/NAME --baseline MODEL --dense --perplexity TEXT/measured.txt --length 512
         --tokens 16384 --include-path TASKS --limit 100
@@ -13,7 +15,7 @@ does it, but the 16-bit model's figures are taken once. A GGUF file is expanded 
 through transformers, which gives rows of q and k their places back, and measured as fp32 weights:
 what the file holds, without llama.cpp's rounding of activations to 8 bits.
 
-peers.json has a row for each: the facts that its script told, and
+Both have a row for each: the facts that its script told, or modelpress.json, and
 
     perplexity       per token
     nll              nats a token above the 16-bit model, paired window by window: value, stderr
@@ -35,8 +37,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.eval.settings import EvaluationSettings
 from compress.pipeline.evaluation import Evaluator
+from compress.recipe.recipe import Recipe
 
-RECORD = Path(__file__).with_name("peers.json")
+PEERS, OURS = (Path(__file__).with_name(name) for name in ("peers.json", "ours.json"))
 LENGTH, TOKENS, ITEMS = 512, 16384, 100
 
 
@@ -63,8 +66,10 @@ def figures(scores: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
         "nll": _estimate(scores["difference"]["mean_nll"]),
         "kl": {"value": scores["kl"]["mean"], "stderr": scores["kl"]["stderr"]},
         "top1": {"value": scores["kl"]["top1_agreement"], "stderr": scores["kl"]["top1_stderr"]},
-        "blimp": {"value": scores["results"][blimp.GROUP]["acc"]},
     }
+    if "results" not in scores:
+        return found
+    found["blimp"] = {"value": scores["results"][blimp.GROUP]["acc"]}
     differences = [scores["difference"]["results"][task]["acc"] for task in tasks]
     found["blimp"]["difference"] = {
         "value": sum(d["value"] for d in differences) / len(tasks),
@@ -89,15 +94,31 @@ def baseline_row(model: Path, scores: dict[str, Any], conditions: dict[str, Any]
     }
 
 
-def record(row: dict[str, Any]) -> None:
-    """Puts a row into peers.json, in the place of one of its name."""
-    rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
-    rows = [other for other in rows if other["name"] != row["name"]] + [row]
-    RECORD.write_text(json.dumps(sorted(rows, key=lambda r: r["name"]), indent=1) + "\n")
+def record(file: Path, row: dict[str, Any]) -> None:
+    """Puts a row into a file of them, in the place of one of its name."""
+    rows = [other for other in recorded(file) if other["name"] != row["name"]] + [row]
+    file.write_text(json.dumps(sorted(rows, key=lambda r: r["name"]), indent=1) + "\n")
 
 
-def recorded() -> set[str]:
-    return {row["name"] for row in json.loads(RECORD.read_text())} if RECORD.exists() else set()
+def recorded(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def our_facts(folder: Path) -> dict[str, Any]:
+    """What a result of modelpress says of itself, in the keys that the peers' scripts use."""
+    told = json.loads((folder / "modelpress.json").read_text())
+    recipe = Recipe.load(folder / "recipe.yaml")
+    return {
+        "name": folder.name,
+        "recipe": recipe.name,
+        "seed": recipe.calibration.seed,
+        "bits": recipe.quantize.bits if recipe.allocate is None else None,
+        "average_bits": told["average_bits"],
+        "versions": told["versions"],
+        "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "seconds": sum(told["seconds"].values()),
+        "peak_memory": told["peak_memory"]["host"],
+    }
 
 
 def main() -> None:
@@ -105,29 +126,37 @@ def main() -> None:
     for folder in ("model", "text", "blimp", "out"):
         parser.add_argument(folder, type=Path)
     parser.add_argument("names", nargs="*")
+    parser.add_argument("--limit", type=int, default=ITEMS, help="items of BLiMP; 0: none of it")
     asked = parser.parse_args()
-    names = asked.names or sorted({file.stem for file in asked.out.glob("*.json")} - recorded())
+    made = {file.stem for file in asked.out.glob("*.json")}
+    made |= {file.parent.name for file in asked.out.glob("*/modelpress.json")}
+    known = {row["name"] for file in (PEERS, OURS) for row in recorded(file)}
+    names = asked.names or sorted(made - known)
     with tempfile.TemporaryDirectory() as scratch:
         tasks = blimp.write_tasks(asked.blimp, Path(scratch) / "tasks")
         settings = EvaluationSettings(
-            tasks=[blimp.GROUP],
+            tasks=[blimp.GROUP] if asked.limit else [],
             include_path=Path(scratch) / "tasks",
-            limit=ITEMS,
+            limit=asked.limit or None,
             perplexity=str(asked.text / "measured.txt"),
             length=LENGTH,
             tokens=TOKENS,
         )
         evaluator = Evaluator(settings, asked.model)
         for name in names:
-            row = json.loads((asked.out / f"{name}.json").read_text())
-            folder = asked.out / name
-            for file in folder.glob("*.gguf"):
-                folder = expand(file, asked.model, Path(scratch) / "dense")
+            folder, file = asked.out / name, PEERS
+            if (folder / "modelpress.json").exists():
+                row, file = our_facts(folder), OURS
+            else:
+                row = json.loads((asked.out / f"{name}.json").read_text())
+            for gguf in folder.glob("*.gguf"):
+                folder = expand(gguf, asked.model, Path(scratch) / "dense")
             scores = evaluator.measure(folder, dense=True)
             conditions = {key: scores["conditions"][key] for key in ("dtype", "device", "lm_eval")}
             conditions |= {"torch": torch.__version__, "tokens": scores["kl"]["tokens"]}
-            record(baseline_row(asked.model, scores, conditions))
-            record(row | figures(scores, tasks) | {"measured": conditions})
+            if asked.limit:
+                record(PEERS, baseline_row(asked.model, scores, conditions))
+            record(file, row | figures(scores, tasks) | {"measured": conditions})
             print(name, scores["perplexity"]["line"], scores["kl"]["line"], sep="\n  ", flush=True)
 
 
