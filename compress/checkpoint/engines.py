@@ -18,6 +18,8 @@ GPTQModel 7.7 runs groups of 16, 32, ..., 1024 and whole rows, each module's own
 Parts: vLLM and SGLang run q/k/v, and gate/up, as one matrix, which has one scheme.
 
     plan_notes(plan.schemes), gptq_notes(modules), loading_table(plan.schemes)
+
+`evidence(engine)` says what of this was run, and what was read in an engine's code.
 """
 
 import re
@@ -30,6 +32,7 @@ from compress.kernels.codes import LEAST_GROUP
 from compress.scheme import Scheme
 
 OWN_WIDTHS = {4, 8}  # of vLLM 0.33 and SGLang, without further packages
+CPU_WIDTH = 4  # of vLLM on a CPU
 ASYMMETRIC_WIDTHS = {4}  # of these, with zero points
 MARLIN_GROUPS = {None, 32, 64, 128}
 GPTQMODEL_SIZES = {16, 32, 64, 128, 256, 512, 1024, None}
@@ -45,6 +48,21 @@ FUSED = {
 }
 
 Schemes = Mapping[str, Scheme | None]  # of linears by name; None: stays unquantised
+
+
+# How it is known what an engine loads, by the first word of its name.
+EVIDENCE = {
+    "transformers": "run: each result is reloaded",
+    "GPTQModel": "run: GPTQModel 7.7 on a CPU",
+    "llama.cpp": "run: llama.cpp on a CPU",
+    "vLLM": "read: the code of 0.33",
+    "SGLang": "read: the code of 0.5.23",
+}
+
+
+def evidence(engine: str) -> str:
+    """Whether what is said of an engine, `transformers, ...`, was run or read."""
+    return EVIDENCE[engine.partition(",")[0]]
 
 
 # ---- what they go by ----------------------------------------------------------------------------
@@ -120,7 +138,12 @@ def loading_table(
     triton = {s for s in found if s.bits == 4 and s.group_size in {*MARLIN_GROUPS, 256}}
     others, sglang = found - marlin - triton, found - marlin
     exllama = {s for s in others if s.symmetric and s.bits in OWN_WIDTHS}
-    vllm = "yes"
+    cpu = (
+        ""
+        if all(scheme.bits == CPU_WIDTH for scheme in found)
+        else ", on GPUs: its CPUs take 4 bits"
+    )
+    vllm = f"yes{cpu}"
     if others - exllama:
         vllm = f"with `humming` kernels (NVIDIA) for {_listed(others - exllama)}"
     elif exllama:
@@ -225,7 +248,8 @@ def gptq_table(modules: Mapping[str, Scheme], plain: Sequence[str] = ()) -> list
     plain: the linears inside the decoder layers that are not quantised.
     """
     schemes: Schemes = {**modules, **dict.fromkeys(plain)}
-    vllm = transformers = gptqmodel = "yes"
+    vllm = gptqmodel = "yes"
+    transformers = "yes, with `optimum` and `gptqmodel` installed"
     if split := split_fusions(schemes):
         vllm = f"no: the parts of {next(iter(split))} differ in width"
     elif any(s.bits not in OWN_WIDTHS or not s.symmetric for s in modules.values()):

@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from compress.checkpoint.engines import gptq_table, loading_table, place_in_layers
+from compress.checkpoint.engines import evidence, gptq_table, loading_table, place_in_layers
 from compress.checkpoint.packed import EMBEDDING
 from compress.data.text import HUB_IDS
 from compress.eval.markup import fence_for, in_code, in_markdown, quoted
@@ -142,7 +142,10 @@ def model_card(result: Facts) -> str:
             )
             if scores
         ],
-        engines=_table(("engine", "loads it"), *bits.get("engines", [])),
+        engines=_table(
+            ("engine", "loads it", "known from"),
+            *((engine, how, evidence(engine)) for engine, how in bits.get("engines", [])),
+        ),
         loads=_loads(bits.get("engines", [])),
         format=result.get("format") or "compressed-tensors",
         file=quoted((result.get("files") or ["model.gguf"])[0]),
