@@ -27,6 +27,7 @@ from compress.eval.report import (
     format_number,
     paired_differences,
     quality_table,
+    told,
 )
 from compress.storage.files import write_text
 
@@ -224,12 +225,11 @@ def print_scores(
     console.print(quality_table(rows))
     # Model minus baseline, item by item: the errors that say whether the model is worse.
     for column, estimate in paired_differences(scores).items():
-        figure = format_number(estimate["value"], estimate["stderr"])
-        print_lines(console, f"difference from the baseline, paired: {column} {figure}")
+        print_lines(console, f"difference from the baseline, paired: {column} {told(estimate)}")
     lines = [scores[part]["line"] for part in ("perplexity", "kl") if scores.get(part)]
-    told = dict(scores.get("conditions") or {})
-    warnings = told.pop("warnings", None) or {}
-    conditions = ", ".join(f"{k} {v}" for k, v in flatten(told))
+    facts = dict(scores.get("conditions") or {})
+    warnings = facts.pop("warnings", None) or {}
+    conditions = ", ".join(f"{k} {v}" for k, v in flatten(facts))
     print_lines(console, *lines, *([f"conditions: {conditions}"] if conditions else []))
     for warning, times in warnings.items():
         often = f" ({times} times)" if times > 1 else ""

@@ -5,8 +5,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compress.eval.page import pareto_front, write_comparison, write_report
-from compress.eval.report import Row
+from compress.eval.page import write_comparison, write_report
+from compress.eval.report import FRONT_LINE, Row, markdown_table, marked
 from support.browser import CHROMIUM, opened
 from support.evaluations import EVALUATION, LAYERS
 
@@ -90,6 +90,22 @@ def test_the_verdict_has_size_and_cost_with_its_interval(tmp_path):
     assert "was not measured" in page_of(tmp_path, bytes=sizes)
 
 
+def judged_page(tmp_path, **estimate):
+    flips = {"right_to_wrong": 12, "wrong_to_right": 3, "mcnemar_p": 0.03516} | estimate
+    difference = {"results": {"demo_code": {"acc": {"count": 400} | flips}}}
+    return page_of(tmp_path, evaluation=EVALUATION | {"difference": difference})
+
+
+def test_a_verdict_on_a_task_stands_beside_its_interval(tmp_path):
+    page = judged_page(tmp_path, value=-0.01, stderr=0.01)
+    assert "no significant loss, 95 % interval -0.030 to +0.010" in page
+    for cell in ("12", "3", "0.03516"):
+        assert f'<td class="n">{cell}</td>' in page
+    page = judged_page(tmp_path, value=-0.05, stderr=0.01)
+    assert ": significant loss, 95 % interval -0.070 to -0.030" in page
+    assert "significant" not in judged_page(tmp_path, value=-0.05, stderr=None)
+
+
 def test_warnings_and_engines_are_on_the_first_screen(tmp_path):
     engines = [("vLLM", "with `humming` kernels"), ("SGLang", "no: 3 bits")]
     warnings = {"warnings": ["something odd"]}
@@ -130,19 +146,43 @@ ROWS = [
 ]
 COMPARED = {
     "title": "a comparison",
-    "rows": ROWS,
-    "conditions": "on a text",
-    "differences": [{"name": "small", "of": "kl", "value": 0.3, "stderr": 0.05}],
+    "rows": marked(ROWS),
+    "conditions": f"on a text; {FRONT_LINE}",
+    "differences": [
+        {"name": "small", "of": "kl", "value": 0.3, "stderr": 0.05},
+        {
+            "name": "small",
+            "of": "demo_code acc",
+            "value": -0.02,
+            "stderr": 0.01,
+            "right_to_wrong": 17,
+            "wrong_to_right": 9,
+            "mcnemar_p": 0.1686,
+        },
+    ],
     "pairing": "minus large",
     "runs": [{"name": "small", "seed": 0, "bits": 2, "bytes": 30, "seconds": 1.5}],
 }
 
 
+def front(rows):
+    return {row.name for row in marked(rows) if row.front}
+
+
 def test_the_front_is_what_no_other_beats():
-    assert pareto_front(ROWS) == {"large", "small"}
-    assert pareto_front([Row("a", {"bytes": 5}), Row("b", {"bytes": 4})]) == set()
+    assert front(ROWS) == {"large", "small"}
+    assert front([Row("a", {"bytes": 5}), Row("b", {"bytes": 4})]) == set()
     twins = [Row(name, {"bytes": 5, "kl": 0.5}) for name in "ab"]
-    assert pareto_front(twins) == {"a", "b"}
+    assert front(twins) == {"a", "b"}
+    without_kl = [Row(row.name, {k: v for k, v in row.values.items() if k != "kl"}) for row in ROWS]
+    assert front(without_kl) == {"large", "small"}  # the 16-bit model is none of the recipes
+
+
+def test_the_front_is_marked_in_tables_and_told_in_json():
+    rows = marked(ROWS)
+    assert [row.as_dict().get("pareto_front") for row in rows] == [None, True, False, True]
+    names = [line.split(" | ")[0] for line in markdown_table(rows, "").splitlines()[2:6]]
+    assert [name.endswith("◆") for name in names] == [False, True, False, True]
 
 
 def test_a_comparison_has_its_rows_and_marks_the_front(tmp_path):
@@ -152,6 +192,9 @@ def test_a_comparison_has_its_rows_and_marks_the_front(tmp_path):
     assert "0.300 ± 0.050" in page
     assert "from 0.202 to 0.398" in page
     assert "Nearest to 16 bits: large" in page
+    row = page[page.index("<td>demo_code acc</td>") :]
+    for cell in ("-0.020 ± 0.010", "17", "9", "0.1686"):
+        assert f'<td class="n">{cell}</td>' in row
 
 
 # ---- in a browser --------------------------------------------------------------------------------
