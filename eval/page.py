@@ -11,6 +11,7 @@ That of a run takes one dict, of which every key but `name` may be missing:
                  one entry a quantised linear, in the order of the model; further keys are shown too
     modules      [{"name", "shape", "bits", "group_size", "symmetric"}, ...] as `inspect` lists them
     bits         {"average", "engines": [(engine, how it loads)]}
+    token_sample {"tokens": [text of each], "weights": {layer: [weight of each]}} of a text
     evaluation   of the model, as `evaluate_model` returns it; `pruning` of a model that prunes
                  visual tokens, with the files of its pictures; `earlier`: others, newest first
     baseline     {"results", "perplexity"}; absent, `evaluation["baseline"]` is taken
@@ -46,6 +47,7 @@ from compress.eval.report import (
 )
 
 LAYER_COLUMNS = ("name", "bits", "group_size", "error", "effective_sample_size", "seconds")
+FULL_SHADE = 4  # times the mean weight: the strongest colour of a token
 SCALE_BITS = 16  # of the scale of a group, in the bytes of a layer
 SHARES = ("acc", "acc_norm", "exact_match")  # metrics that are shares of items
 
@@ -86,6 +88,8 @@ def write_report(path: str | Path, result: Mapping[str, Any]) -> Path:
         ],
         plot=error_plot(layers),
         importance=_importance(layers, provenance),
+        sample=_token_panels(result.get("token_sample") or {}),
+        full_shade=FULL_SHADE,
         pictures=_pictures(evaluation),
         layer_columns=_layer_columns(layers),
         layers=layers,
@@ -289,7 +293,8 @@ def _flips(difference: Facts) -> list[str]:
     """How many items changed each way, and McNemar's p; [] where answers are not right or wrong."""
     if difference.get("mcnemar_p") is None:
         return []
-    return [format_number(difference[key]) for key in FLIPS]
+    lost, gained, p = (format_number(difference[key]) for key in FLIPS)
+    return [f"{lost} / {gained}", p]
 
 
 def _conditions(evaluation: Facts) -> list[tuple[str, str]]:
@@ -353,6 +358,33 @@ def _importance(layers: Sequence[Facts], provenance: Facts) -> list[dict[str, An
     if len(set(sizes.values())) > 1:
         charts.append(_bars("Effective sample size of each layer, tokens of a window", sizes, True))
     return charts
+
+
+def _token_panels(sample: Facts) -> list[dict[str, Any]]:
+    """A text once for each layer, every token with its weight and its shade from 0 to 1."""
+    tokens = sample.get("tokens") or []
+    panels = []
+    for layer, weights in (sample.get("weights") or {}).items():
+        panels.append(
+            {
+                "layer": layer,
+                "most": format_number(max(weights, default=0.0)),
+                "tokens": [
+                    {
+                        "text": _visible(text),
+                        "shade": f"{min(max(weight, 0.0) / FULL_SHADE, 1.0):.2f}",
+                        "title": format_number(weight),
+                    }
+                    for text, weight in zip(tokens, weights, strict=False)
+                ],
+            }
+        )
+    return panels if tokens else []
+
+
+def _visible(text: str) -> str:
+    """Line ends as a sign that can be shaded, and one line end only; tabs as spaces."""
+    return re.sub(r"\n+", lambda ends: "↵" * len(ends[0]) + "\n", text.replace("\t", "    "))
 
 
 def _bars(title: str, values: Mapping[str, float], from_zero: bool = False) -> dict[str, Any]:

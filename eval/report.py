@@ -194,6 +194,8 @@ def judged(estimate: Facts) -> str:
     and where there is no interval."""
     if "mcnemar_p" not in estimate or (ends := interval(estimate)) is None:
         return ""
+    if not (estimate["right_to_wrong"] or estimate["wrong_to_right"]):
+        return "no item changed"
     low, high = ends
     kind = "significant loss" if high < 0 else "significant gain" if low > 0 else ""
     return f"{kind or 'no significant loss'}, 95 % interval {low:+.3f} to {high:+.3f}"

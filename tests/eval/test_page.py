@@ -99,11 +99,14 @@ def judged_page(tmp_path, **estimate):
 def test_a_verdict_on_a_task_stands_beside_its_interval(tmp_path):
     page = judged_page(tmp_path, value=-0.01, stderr=0.01)
     assert "no significant loss, 95 % interval -0.030 to +0.010" in page
-    for cell in ("12", "3", "0.03516"):
+    for cell in ("12 / 3", "0.03516"):
         assert f'<td class="n">{cell}</td>' in page
     page = judged_page(tmp_path, value=-0.05, stderr=0.01)
     assert ": significant loss, 95 % interval -0.070 to -0.030" in page
     assert "significant" not in judged_page(tmp_path, value=-0.05, stderr=None)
+    same = {"value": 0, "stderr": 0, "right_to_wrong": 0, "wrong_to_right": 0}
+    page = judged_page(tmp_path, **same)
+    assert "no item changed" in page and "significant" not in page
 
 
 def test_warnings_and_engines_are_on_the_first_screen(tmp_path):
@@ -134,6 +137,19 @@ def test_earlier_evaluations_have_tables_of_their_own(tmp_path):
     earlier = [{"results": {"piqa": {"acc": 0.125}}, "conditions": {"limit": 3}}]
     page = page_of(tmp_path, evaluation=EVALUATION, earlier=earlier)
     assert page.index("demo_code acc") < page.index("Measured earlier") < page.index("0.125")
+
+
+SAMPLE = {"tokens": ["if", "\n\n", "<b>", " end"], "weights": {0: [0.5, 9.0, 2.0, 1.0]}}
+
+
+def test_tokens_are_shaded_by_their_weights(tmp_path):
+    page = page_of(tmp_path, layers=LAYERS, token_sample=SAMPLE)
+    assert '<span style="--w:0.12" title="0.5">if</span>' in page
+    assert '<span style="--w:1.00" title="9">↵↵\n</span>' in page  # four times the mean and more
+    assert '<span style="--w:0.50" title="2">&lt;b&gt;</span>' in page
+    assert "layer 0, weights up to 9" in page
+    for nothing in ({"tokens": [], "weights": {0: [1.0]}}, {"tokens": ["if"], "weights": {}}):
+        assert "Tokens that matter" not in page_of(tmp_path, layers=LAYERS, token_sample=nothing)
 
 
 # ---- comparisons ---------------------------------------------------------------------------------
@@ -193,7 +209,7 @@ def test_a_comparison_has_its_rows_and_marks_the_front(tmp_path):
     assert "from 0.202 to 0.398" in page
     assert "Nearest to 16 bits: large" in page
     row = page[page.index("<td>demo_code acc</td>") :]
-    for cell in ("-0.020 ± 0.010", "17", "9", "0.1686"):
+    for cell in ("-0.020 ± 0.010", "17 / 9", "0.1686"):
         assert f'<td class="n">{cell}</td>' in row
 
 
@@ -216,6 +232,7 @@ def long_page(tmp_path, kind):
         "provenance": {"warnings": ["w" * 200], "hash": "f" * 64},
         "bits": {"average": 3.5, "engines": [("vLLM", "yes")]},
         "bytes": {"original": 6_000_000, "total": 2_000_000},
+        "token_sample": SAMPLE | {"tokens": ["x" * 90, "\n\n", "<b>", " end"]},
     }
     return write_report(tmp_path / "page.html", facts)
 
