@@ -62,6 +62,8 @@ EXPECTED_WARNINGS = (
     "HF model type is neither marked as CausalLM or Seq2SeqLM",
     "[demo_vqa] Metrics were not scored on the same number",
     "[demo_vqa] No aggregation function defined",  # then it is the mean, as meant
+    "[demo_passkey] Metrics were not scored on the same number",
+    "[demo_passkey] No aggregation function defined",
     # Of tasks that leave to the harness what it knows of a metric.
     "is defined, but aggregation is not. using default",
     "is defined, but higher_is_better is not. using default",

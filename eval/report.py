@@ -224,6 +224,17 @@ def quality_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def turned_table(rows: Sequence[Row]) -> Table:
+    """The rows for a terminal, a line a figure: for few models with many."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("figure")
+    for row in rows:
+        table.add_column(Text(row.title), justify="right")
+    for column in columns_of(rows):
+        table.add_row(Text(column), *(row.cell(column) for row in rows))
+    return table
+
+
 def markdown_table(rows: Sequence[Row], conditions: str) -> str:
     """The same rows as a Markdown table, with the conditions in a line below it."""
     columns = columns_of(rows)

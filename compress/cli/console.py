@@ -21,6 +21,7 @@ from rich.table import Table
 from compress.eval.report import (
     MISSING,
     Row,
+    columns_of,
     flatten,
     format_bytes,
     format_memory,
@@ -28,6 +29,7 @@ from compress.eval.report import (
     paired_differences,
     quality_table,
     told,
+    turned_table,
 )
 from compress.storage.files import write_text
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:  # need torch
     from compress.pipeline.result import RunResult
     from compress.pipeline.source_check import SourceCheck
 
+MOST_COLUMNS = 6  # of figures side by side; more stand below each other
 WIDE = 200  # columns where the output is no terminal, whose own 80 would cut tables short
 
 
@@ -222,7 +225,8 @@ def print_scores(
     rows = [Row.of(name, scores)]
     if reference := scores.get("baseline"):
         rows.insert(0, Row.of(baseline, reference))
-    console.print(quality_table(rows))
+    many = len(columns_of(rows)) > MOST_COLUMNS
+    console.print(turned_table(rows) if many else quality_table(rows))
     # Model minus baseline, item by item: the errors that say whether the model is worse.
     for column, estimate in paired_differences(scores).items():
         print_lines(console, f"difference from the baseline, paired: {column} {told(estimate)}")

@@ -24,7 +24,6 @@ peers.json has a row for each: the facts that its script told, and
 
 import argparse
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def expand(file: Path, model: Path, folder: Path) -> Path:
     return folder
 
 
-def figures(scores: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
+def figures(scores: dict[str, Any]) -> dict[str, Any]:
     """The row's figures out of an evaluation's."""
     found = {
         "perplexity": scores["perplexity"]["value"],
@@ -65,11 +64,7 @@ def figures(scores: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
         "top1": {"value": scores["kl"]["top1_agreement"], "stderr": scores["kl"]["top1_stderr"]},
         "blimp": {"value": scores["results"][blimp.GROUP]["acc"]},
     }
-    differences = [scores["difference"]["results"][task]["acc"] for task in tasks]
-    found["blimp"]["difference"] = {
-        "value": sum(d["value"] for d in differences) / len(tasks),
-        "stderr": math.hypot(*(d["stderr"] for d in differences)) / len(tasks),
-    }
+    found["blimp"]["difference"] = _estimate(scores["difference"]["results"][blimp.GROUP]["acc"])
     return found
 
 
@@ -108,7 +103,7 @@ def main() -> None:
     asked = parser.parse_args()
     names = asked.names or sorted({file.stem for file in asked.out.glob("*.json")} - recorded())
     with tempfile.TemporaryDirectory() as scratch:
-        tasks = blimp.write_tasks(asked.blimp, Path(scratch) / "tasks")
+        blimp.write_tasks(asked.blimp, Path(scratch) / "tasks")
         settings = EvaluationSettings(
             tasks=[blimp.GROUP],
             include_path=Path(scratch) / "tasks",
@@ -127,7 +122,7 @@ def main() -> None:
             conditions = {key: scores["conditions"][key] for key in ("dtype", "device", "lm_eval")}
             conditions |= {"torch": torch.__version__, "tokens": scores["kl"]["tokens"]}
             record(baseline_row(asked.model, scores, conditions))
-            record(row | figures(scores, tasks) | {"measured": conditions})
+            record(row | figures(scores) | {"measured": conditions})
             print(name, scores["perplexity"]["line"], scores["kl"]["line"], sep="\n  ", flush=True)
 
 
