@@ -153,18 +153,16 @@ def _items(evaluation: dict[str, Any]) -> dict[str, dict[str, Items]]:
 
 
 def difference_rows(differences: Sequence[PairedDifference]) -> list[Row]:
-    """A row a recipe, in order, with each figure minus that of the recipe beside it.
-
-    Behind the figure of a task stand its flips both ways and their test.
-    """
-    rows: dict[str, Row] = {}
+    """A row a recipe and figure, in order: the difference, and behind it flips and their test."""
+    rows = []
     for found in differences:
-        row = rows.setdefault(found.name, Row(found.name, {}))
-        row.put(COLUMNS.get(found.of, found.of), found.value, found.stderr)
+        row = Row(f"{found.name}, {COLUMNS.get(found.of, found.of)}", {})
+        row.put("difference", found.value, found.stderr)
         for key, title in FLIPS.items():
             if (value := getattr(found, key)) is not None:
-                row.values[f"{found.of} {title}"] = value
-    return list(rows.values())
+                row.values[title] = value
+        rows.append(row)
+    return rows
 
 
 def pairing_line(differences: Sequence[PairedDifference]) -> str:
@@ -174,16 +172,18 @@ def pairing_line(differences: Sequence[PairedDifference]) -> str:
     first = differences[0]
     text = any(found.of in COLUMNS for found in differences)
     tasks = any(found.of not in COLUMNS for found in differences)
-    samples = " and ".join(["windows"] * text + ["items"] * tasks)
-    errors = [
-        kind
-        for kind, error in ((samples, first.over_samples), ("seeds", first.over_seeds))
-        if error is not None
-    ]
-    over = f"; ± standard error over {' and '.join(errors)}" if errors else ""
+    samples = ["windows"] * text + ["items"] * tasks
+    errors = samples * (first.over_samples is not None) + ["seeds"] * (first.over_seeds is not None)
+    over = f"; ± standard error over {_listed(errors)}" if errors else ""
     unit = ", NLL and KL in nats per token" if text else ""
     flips = ""
     if any(found.mcnemar_p is not None for found in differences):
-        once = "; an item counts once, as most of its seeds have it" if first.seeds > 1 else ""
-        flips = f"; p of McNemar's exact test of the items that changed{once}"
-    return f"minus {first.against}, on the same {samples} and seeds{unit}{over}{flips}"
+        once = "; an item that seeds share counts once, as most of them have it"
+        flips = "; p of McNemar's exact test of the items that changed"
+        flips += once if first.seeds > 1 else ""
+    shared = _listed([*samples, "seeds"])
+    return f"minus {first.against}, on the same {shared}{unit}{over}{flips}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

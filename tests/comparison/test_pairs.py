@@ -96,10 +96,11 @@ def test_recipes_are_paired_by_item_and_groups_with_them():
     assert (group.right_to_wrong, group.wrong_to_right) == (2, 4)
     assert same.mcnemar_p == 1 and group.mcnemar_p == pytest.approx(0.6875)
     assert same.seeds == 2
-    (row,) = difference_rows(list(found.values()))
-    assert row.values["t acc right to wrong"] == 1 and row.values["g acc McNemar p"] == 0.6875
+    rows = {row.name: row for row in difference_rows(list(found.values()))}
+    assert rows["b, t acc"].values["right to wrong"] == 1
+    assert rows["b, g acc"].values["McNemar p"] == 0.6875
     line = pairing_line(list(found.values()))
-    assert "same items" in line and "counts once" in line and "NLL" not in line
+    assert "same items and seeds;" in line and "counts once" in line and "NLL" not in line
 
 
 def test_recipes_are_paired_by_the_items_of_a_real_task(checkpoint, text, tmp_path):
@@ -117,7 +118,8 @@ def test_recipes_are_paired_by_the_items_of_a_real_task(checkpoint, text, tmp_pa
     assert change.right_to_wrong == sum(x < y for x, y in zip(a, b, strict=True))
     against = w2["difference"]["results"]["demo_code"]["acc"]
     assert {"right_to_wrong", "wrong_to_right", "mcnemar_p"} < set(against)
-    assert "demo_code acc McNemar p" in compared.markdown()
+    assert "| w2, demo_code acc |" in compared.markdown() and "McNemar p" in compared.markdown()
+    assert "same windows, items and seeds, NLL" in compared.pairing
     assert "demo_code acc right to wrong" in (tmp_path / "out" / "comparison.csv").read_text()
 
 
