@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import UsageError
-from compress.eval.report import COLOURS, Row, blank_figure, columns_of, save_figure
+from compress.eval.report import (
+    COLOURS,
+    Row,
+    blank_figure,
+    columns_of,
+    ring_front,
+    save_figure,
+)
 
 if TYPE_CHECKING:  # slow to import
     from matplotlib.axes import Axes
@@ -68,6 +75,10 @@ def plot_lines(lines: Mapping[str, Sequence[Row]], baseline: Row, path: str | Pa
             points = sorted(drawn, key=lambda row: row.number(x))
             places = [cost.factor * row.number(x) for row in points]
             _draw_line(axes, metric, label, points, places, number)
+        if x == "bytes":
+            drawn = [row for row in rows if row.values.get(metric) is not None]
+            where = [(cost.factor * row.number(x), row.number(metric)) for row in drawn]
+            ring_front(axes, drawn, where, label=True)
         if x == "kept":
             _logarithmic(axes, sorted({round(cost.factor * row.number(x)) for row in rows}))
         axes.set_xlabel(cost.label)

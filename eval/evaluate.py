@@ -11,14 +11,18 @@ gives (parts that were not asked for are absent)
      "kl":         {"mean", "stderr", "token_stderr", "maximum", "top1_agreement", ..., "line"},
      "windows":    {"tokens", "nll", "kl"}: totals of each window, for pairing with other models,
      "baseline":   {"results", "perplexity"},
-     "difference": {"results": {task: {metric: {"value", "stderr", "count"}}},
+     "items":      {task: {metric: {"right": "0110..."} or {"values"}}}, "groups": weights of tasks
+                   in them: on request, for pairing with other models,
+     "difference": {"results": {task or group: {metric: {"value", "stderr", "count",
+                    "right_to_wrong", "wrong_to_right", "mcnemar_p"}}},
                     "mean_nll": {"value", "stderr", "count"}},
      "files":      of lm-eval's own layout,
      "conditions": {"limit", "seed", "num_fewshot", "samples", "shots", "task_versions",
                     "lm_eval", "chat_template", "warnings", ...: what else was asked for}}
 
 `difference` is model minus baseline, paired item by item and window by window: its error is the
-one that says whether the model is worse, and it is far smaller than either figure's own.
+one that says whether the model is worse, and it is far smaller than either figure's own
+(`compress.eval.items`).
 """
 
 from collections.abc import Callable
@@ -30,6 +34,7 @@ import torch
 from compress.errors import UsageError
 from compress.eval.divergence import DivergenceResult, kl_divergence
 from compress.eval.harness import TaskScores, score_tasks
+from compress.eval.items import paired_changes
 from compress.eval.perplexity import (
     PerplexityResult,
     nll_of,
@@ -38,7 +43,6 @@ from compress.eval.perplexity import (
     perplexity_of,
 )
 from compress.eval.settings import EvaluationSettings
-from compress.eval.statistics import paired_difference
 from compress.eval.windows import Batch, Text
 
 Result = TypeVar("Result")
@@ -77,6 +81,7 @@ def evaluate_model(
     text: Text | None = None,
     baseline: Baseline | None = None,
     files: Path | None = None,
+    items: bool = False,
 ) -> dict[str, Any]:
     """Tasks, perplexity and divergence of a model, as one JSON object (keys at the file's head).
 
@@ -88,6 +93,7 @@ def evaluate_model(
         baseline: the 16-bit model: measured on the same data in this same call, and the reference
             of KL and of the paired differences. Its figures are kept for the next model.
         files: a folder for lm-eval's own files of what the tasks gave.
+        items: whether the answers to single items are in the report as well.
 
     Raises:
         UsageError: nothing to evaluate, or what the parts raise.
@@ -98,11 +104,18 @@ def evaluate_model(
     if baseline is not None:
         report["baseline"], report["difference"] = {}, {}
     if settings.tasks:
-        scores = score_tasks(model, tokenizer, settings, per_item=baseline is not None, files=files)
+        per_item = items or baseline is not None
+        scores = score_tasks(model, tokenizer, settings, per_item=per_item, files=files)
         report["results"] = scores.results
         report["conditions"] = _conditions(scores, settings)
         if files is not None:
             report["files"] = scores.files
+        if items:
+            report["items"] = {
+                task: {metric: found.as_json() for metric, found in metrics.items()}
+                for task, metrics in scores.items.items()
+            }
+            report["groups"] = scores.groups
         if baseline is not None:
             reference = baseline.scores(tokenizer, settings, files)
             report["baseline"]["results"] = reference.results
@@ -145,14 +158,11 @@ def _beside(
 def task_differences(
     scores: TaskScores, reference: TaskScores
 ) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Model minus baseline for each metric that both have per item: task -> metric -> estimate."""
+    """Model minus baseline for each metric that both have per item: task or group -> metric."""
+    changes = paired_changes([(scores.items, reference.items)], scores.groups)
     return {
-        task: {
-            metric: paired_difference(values, reference.items[task][metric]).to_dict()
-            for metric, values in columns.items()
-            if metric in reference.items.get(task, {})
-        }
-        for task, columns in scores.items.items()
+        task: {metric: change.to_dict() for metric, change in metrics.items()}
+        for task, metrics in changes.items()
     }
 
 

@@ -17,6 +17,7 @@ the harness cannot give (a single item) is None. Its warnings are counted and ke
 import contextlib
 import copy
 import logging
+import math
 import re
 import sys
 from collections import Counter, defaultdict
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from compress.errors import UsageError, import_package, unknown
 from compress.eval.harness_files import HarnessFiles, request_cache
+from compress.eval.items import TOLERANCE, Items, group_weights
 from compress.eval.multimodal import is_multimodal, multimodal_model
 from compress.eval.progress import requests_told
 from compress.eval.settings import EvaluationSettings
@@ -61,6 +63,8 @@ EXPECTED_WARNINGS = (
     "HF model type is neither marked as CausalLM or Seq2SeqLM",
     "[demo_vqa] Metrics were not scored on the same number",
     "[demo_vqa] No aggregation function defined",  # then it is the mean, as meant
+    "[demo_passkey] Metrics were not scored on the same number",
+    "[demo_passkey] No aggregation function defined",
     # Of tasks that leave to the harness what it knows of a metric.
     "is defined, but aggregation is not. using default",
     "is defined, but higher_is_better is not. using default",
@@ -80,8 +84,9 @@ Metrics = dict[str, float | None]
 class TaskScores:
     """What the harness measured, by task.
 
-    `items` holds each metric per item, in item order; `warnings` what the harness warned of, with
-    numbers replaced by #, and how often.
+    `items` holds each metric whose figure is the mean of its items, and `groups` the weights of
+    tasks in the figures of groups; `warnings` what the harness warned of, with numbers replaced by
+    #, and how often.
     """
 
     results: dict[str, Metrics]
@@ -92,7 +97,8 @@ class TaskScores:
     chat_template: bool  # whether prompts were put into one
     multiturn: bool  # whether examples were turns of their own
     warnings: dict[str, int]
-    items: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    items: dict[str, dict[str, Items]] = field(default_factory=dict)
+    groups: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)  # of lm-eval's own layout
 
 
@@ -164,17 +170,26 @@ def score_tasks(
             if tracker is None
             else tracker.write(output, samples if settings.log_samples else {})
         )
-    figures = output["results"] | output.get("groups", {})
+    raw = output["results"] | output.get("groups", {})
+    results = {task: clean_metrics(figures) for task, figures in raw.items()}
+    counts = {task: counts["effective"] for task, counts in output["n-samples"].items()}
+    rising = output.get("higher_is_better", {})
     return TaskScores(
-        results={task: clean_metrics(raw) for task, raw in figures.items()},
-        samples={task: counts["effective"] for task, counts in output["n-samples"].items()},
+        results=results,
+        samples=counts,
         shots=dict(output["n-shot"]),
         versions=dict(output["versions"]),
         harness_version=output.get("lm_eval_version", lm_eval.__version__),
         chat_template=template is not None,
         multiturn=multiturn,
         warnings=dict(warnings),
-        items={task: _items(found) for task, found in samples.items()} if per_item else {},
+        items={
+            task: _items(found, results.get(task, {}), rising.get(task, {}))
+            for task, found in samples.items()
+        }
+        if per_item
+        else {},
+        groups=group_weights(output.get("group_subtasks", {}), counts, results),
         files=[str(file) for file in written],
     )
 
@@ -290,16 +305,34 @@ def clean_metrics(raw: dict[str, Any]) -> Metrics:
     return metrics
 
 
-def _items(samples: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Each metric of each item, in item order; metrics that are not one number are left out."""
-    columns: dict[str, list[float]] = defaultdict(list)
+def _items(
+    samples: list[dict[str, Any]], figures: Metrics, rising: dict[str, bool | None]
+) -> dict[str, Items]:
+    """Each metric of each item, in item order; those whose figure is not their mean are left out.
+
+    `figures`: of the task; `rising`: whether more of a metric is better, where that is known.
+    """
+    columns: dict[str, list[Any]] = defaultdict(list)
     several = len({sample["filter"] for sample in samples}) > 1
     for sample in sorted(samples, key=lambda sample: (sample["filter"], sample["doc_id"])):
         for metric in sample["metrics"]:
             shown = f"{metric}[{sample['filter']}]" if several else metric
-            if _is_number(sample[metric]):
-                columns[shown].append(float(sample[metric]))
-    return dict(columns)
+            columns[shown].append(sample[metric])
+    found = {}
+    for metric, values in columns.items():
+        if all(map(_is_number, values)):
+            numbers = tuple(map(float, values))
+            right = {*numbers} <= {0.0, 1.0} and rising.get(metric.partition("[")[0]) is not False
+            items = Items(numbers, right=right)
+        elif metric == "bits_per_byte":  # log-likelihoods, in nats, and bytes
+            totals, sizes = zip(*values, strict=True)
+            items = Items(tuple(-t / math.log(2) for t in totals), tuple(map(float, sizes)))
+        else:
+            continue
+        figure = figures.get(metric)
+        if figure is not None and math.isclose(items.figure(), figure, rel_tol=TOLERANCE):
+            found[metric] = items
+    return found
 
 
 def _is_number(value: object) -> bool:

@@ -11,6 +11,7 @@ That of a run takes one dict, of which every key but `name` may be missing:
                  one entry a quantised linear, in the order of the model; further keys are shown too
     modules      [{"name", "shape", "bits", "group_size", "symmetric"}, ...] as `inspect` lists them
     bits         {"average", "engines": [(engine, how it loads)]}
+    token_sample {"tokens": [text of each], "weights": {layer: [weight of each]}} of a text
     evaluation   of the model, as `evaluate_model` returns it; `pruning` of a model that prunes
                  visual tokens, with the files of its pictures; `earlier`: others, newest first
     baseline     {"results", "perplexity"}; absent, `evaluation["baseline"]` is taken
@@ -22,7 +23,7 @@ That of a run takes one dict, of which every key but `name` may be missing:
 import base64
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ import yaml
 
 from compress.eval.report import (
     COLOURS,
+    FLIPS,
     NLL,
+    NORMAL_95,
+    ON_FRONT,
     Facts,
     Row,
     columns_of,
@@ -38,11 +42,12 @@ from compress.eval.report import (
     flatten,
     format_bytes,
     format_number,
+    judged,
     paired_differences,
 )
 
 LAYER_COLUMNS = ("name", "bits", "group_size", "error", "effective_sample_size", "seconds")
-NORMAL_95 = 1.96  # standard errors to either side
+FULL_SHADE = 4  # times the mean weight: the strongest colour of a token
 SCALE_BITS = 16  # of the scale of a group, in the bytes of a layer
 SHARES = ("acc", "acc_norm", "exact_match")  # metrics that are shares of items
 
@@ -74,11 +79,17 @@ def write_report(path: str | Path, result: Mapping[str, Any]) -> Path:
         sizes=_sizes(result.get("bytes") or {}),
         bytes=_layer_bytes(result.get("modules") or []),
         measured=[
-            {"rows": _quality(scores, before), "conditions": _conditions(scores)}
+            {
+                "rows": (lines := _quality(scores, before)),
+                "flipped": any(line["flips"] for line in lines),
+                "conditions": _conditions(scores),
+            }
             for scores, before in evaluations
         ],
         plot=error_plot(layers),
         importance=_importance(layers, provenance),
+        sample=_token_panels(result.get("token_sample") or {}),
+        full_shade=FULL_SHADE,
         pictures=_pictures(evaluation),
         layer_columns=_layer_columns(layers),
         layers=layers,
@@ -95,29 +106,30 @@ def write_comparison(path: str | Path, facts: Mapping[str, Any]) -> Path:
     Args:
         path: of the file.
         facts: {"title", "rows": [Row], "conditions", "differences": [{"name", "of", "value",
-            "stderr"}], "pairing", "runs", "warnings", "plots": [SVG as text]}.
+            "stderr", and of tasks "right_to_wrong", "wrong_to_right", "mcnemar_p"}], "pairing",
+            "runs", "warnings", "plots": [SVG as text]}.
     """
     rows: Sequence[Row] = facts["rows"]
-    front = pareto_front(rows)
     columns = columns_of(rows)
+    differences = _scaled(facts.get("differences") or [])
     return _write(
         path,
         "comparison.html.jinja",
         title=facts["title"],
-        verdict=_best(rows, front),
+        verdict=_best(rows),
         warnings=facts.get("warnings") or [],
         columns=columns,
         rows=[
             {
                 "name": row.name,
-                "front": row.name in front,
+                "front": ON_FRONT if row.front else "",
                 "cells": [row.cell(column) for column in columns],
             }
             for row in rows
         ],
-        any_front=bool(front),
         conditions=facts["conditions"],
-        differences=_scaled(facts.get("differences") or []),
+        differences=differences,
+        flipped=any(row["flips"] for row in differences),
         pairing=facts.get("pairing") or "",
         runs=facts.get("runs") or [],
         plots=[_inline(svg) for svg in facts.get("plots") or []],
@@ -196,8 +208,12 @@ def _cards(result: Facts, evaluation: Facts, baseline: Facts) -> list[dict[str, 
         if metric is None:
             continue
         estimate = paired.get(f"{task} {metric}", {})
-        note = format_number(estimate.get("value"), estimate.get("stderr"))
-        card(f"{task} {metric}", format_number(metrics[metric]), f"{note} against 16 bits")
+        note = ""
+        if estimate:
+            difference = format_number(estimate["value"], estimate.get("stderr"))
+            words = f": {said}" if (said := judged(estimate)) else ""
+            note = f"{difference} against 16 bits{words}"
+        card(f"{task} {metric}", format_number(metrics[metric]), note)
     return cards
 
 
@@ -229,6 +245,7 @@ def _quality(evaluation: Facts, baseline: Facts) -> list[dict[str, Any]]:
                 "model": ours.cell(column),
                 "baseline": theirs.cell(column),
                 "difference": format_number(value, error),
+                "flips": _flips(difference),
                 "range": None if value is None else _range(value, error),
             }
         )
@@ -263,12 +280,21 @@ def _scaled(differences: Sequence[Facts]) -> list[dict[str, Any]]:
     return [
         {
             "name": found["name"],
-            "of": found["of"].upper(),
+            "of": {"nll": "NLL", "kl": "KL"}.get(found["of"], found["of"]),
             "text": format_number(found["value"], found.get("stderr")),
+            "flips": _flips(found),
             "range": _range(found["value"], found.get("stderr"), reach[found["of"]]),
         }
         for found in differences
     ]
+
+
+def _flips(difference: Facts) -> list[str]:
+    """How many items changed each way, and McNemar's p; [] where answers are not right or wrong."""
+    if difference.get("mcnemar_p") is None:
+        return []
+    lost, gained, p = (format_number(difference[key]) for key in FLIPS)
+    return [f"{lost} / {gained}", p]
 
 
 def _conditions(evaluation: Facts) -> list[tuple[str, str]]:
@@ -334,6 +360,33 @@ def _importance(layers: Sequence[Facts], provenance: Facts) -> list[dict[str, An
     return charts
 
 
+def _token_panels(sample: Facts) -> list[dict[str, Any]]:
+    """A text once for each layer, every token with its weight and its shade from 0 to 1."""
+    tokens = sample.get("tokens") or []
+    panels = []
+    for layer, weights in (sample.get("weights") or {}).items():
+        panels.append(
+            {
+                "layer": layer,
+                "most": format_number(max(weights, default=0.0)),
+                "tokens": [
+                    {
+                        "text": _visible(text),
+                        "shade": f"{min(max(weight, 0.0) / FULL_SHADE, 1.0):.2f}",
+                        "title": format_number(weight),
+                    }
+                    for text, weight in zip(tokens, weights, strict=False)
+                ],
+            }
+        )
+    return panels if tokens else []
+
+
+def _visible(text: str) -> str:
+    """Line ends as a sign that can be shaded, and one line end only; tabs as spaces."""
+    return re.sub(r"\n+", lambda ends: "↵" * len(ends[0]) + "\n", text.replace("\t", "    "))
+
+
 def _bars(title: str, values: Mapping[str, float], from_zero: bool = False) -> dict[str, Any]:
     """A bar for each value: from the lowest, or from zero, to the highest."""
     low = 0.0 if from_zero else min(values.values())
@@ -371,34 +424,9 @@ def _layer_columns(layers: Sequence[Facts]) -> list[str]:
 # ---- comparisons --------------------------------------------------------------------------------
 
 
-def pareto_front(rows: Iterable[Row], x: str = "bytes") -> set[str]:
-    """The names of the rows that no other beats in both size and nearness to 16 bits.
-
-    By KL where it was measured, else by perplexity; rows without either are not on it, nor is the
-    16-bit model, whose KL nobody measures.
-    """
-    rows = list(rows)
-    y = next((c for c in ("kl", "perplexity") if any(c in row.values for row in rows)), None)
-    if y is None:
-        return set()
-    points = [
-        (row.name, row.number(x), row.number(y))
-        for row in rows
-        if row.values.get(x) is not None and row.values.get(y) is not None
-    ]
-    return {
-        name
-        for name, size, loss in points
-        if not any(
-            other_size <= size and other_loss <= loss and (other_size, other_loss) != (size, loss)
-            for _, other_size, other_loss in points
-        )
-    }
-
-
-def _best(rows: Sequence[Row], front: set[str]) -> str:
+def _best(rows: Sequence[Row]) -> str:
     """The nearest to 16 bits of those that are smaller, in a sentence."""
-    measured = [row for row in rows if row.name in front and row.values.get("kl") is not None]
+    measured = [row for row in rows if row.front and row.values.get("kl") is not None]
     if not measured:
         return ""
     best = min(measured, key=lambda row: row.number("kl"))

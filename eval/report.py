@@ -9,7 +9,7 @@ A `Row` is a model in a table, made of what `evaluate_model` returns.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,18 @@ if TYPE_CHECKING:  # slow to import
 ERROR = "_stderr"
 NLL = "mean NLL (nats per token)"
 MISSING = "–"
+NORMAL_95 = 1.96  # standard errors to either side
+# Of items that are right or wrong, in what order they are told.
+FLIPS = {
+    "right_to_wrong": "right to wrong",
+    "wrong_to_right": "wrong to right",
+    "mcnemar_p": "McNemar p",
+}
+ON_FRONT = "◆"
+FRONT_LINE = (
+    f"{ON_FRONT}, ringed in the picture: no other recipe is both smaller and nearer to 16 bits, "
+    "errors aside"
+)
 LAYER_COLUMNS = ("name", "bits", "group_size", "error", "effective_sample_size", "seconds")
 # Okabe and Ito's colours, told apart with every kind of colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -74,11 +86,13 @@ class Row:
     Attributes:
         values: by column, in order: bytes, bits, seconds, then `perplexity`, `kl`, `TASK METRIC`.
         errors: of those that are measured; None where one item or one window gives none.
+        front: whether no other row is both smaller and nearer to 16 bits; None: nobody has asked.
     """
 
     name: str
     values: dict[str, float | None]
     errors: dict[str, float | None] = field(default_factory=dict)
+    front: bool | None = None
 
     @classmethod
     def of(cls, name: str, evaluation: Facts, **facts: float) -> "Row":
@@ -118,6 +132,11 @@ class Row:
             return format_bytes(value)
         return format_number(value, self.errors.get(column))
 
+    @property
+    def title(self) -> str:
+        """The name, marked where no other row is both smaller and better."""
+        return f"{self.name} {ON_FRONT}" if self.front else self.name
+
     def as_dict(self) -> dict[str, Any]:
         """Flat, for JSON: the error of `x` is `x_stderr`, behind it."""
         flat: dict[str, Any] = {"name": self.name}
@@ -125,7 +144,28 @@ class Row:
             flat[column] = value
             if column in self.errors:
                 flat[column + ERROR] = self.errors[column]
-        return flat
+        return flat if self.front is None else flat | {"pareto_front": self.front}
+
+
+def marked(rows: Sequence[Row]) -> list[Row]:
+    """The rows, those that have bytes and a distance to 16 bits with `front`.
+
+    By KL where it was measured, else by perplexity; rows without either are not asked, nor is the
+    16-bit model, whose KL nobody measures.
+    """
+    y = next((c for c in ("kl", "perplexity") if any(c in row.values for row in rows)), None)
+    points = {
+        i: (row.number("bytes"), row.number(y))
+        for i, row in enumerate(rows)
+        if y and row.values.get("bytes") is not None and row.values.get(y) is not None
+    }
+    if y == "perplexity":  # the 16-bit model has one too: it is not among the recipes
+        points.pop(0, None)
+    beaten = {
+        i: any(a <= size and b <= loss and (a, b) != (size, loss) for a, b in points.values())
+        for i, (size, loss) in points.items()
+    }
+    return [replace(row, front=not beaten[i]) if i in beaten else row for i, row in enumerate(rows)]
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -144,6 +184,37 @@ def paired_differences(evaluation: Facts) -> dict[str, Facts]:
     return paired | ({NLL: nll} if (nll := difference.get("mean_nll")) else {})
 
 
+def interval(estimate: Facts) -> tuple[float, float] | None:
+    """The ends of a difference's 95 % interval; None where it has no error."""
+    value, error = estimate["value"], estimate.get("stderr")
+    if error is None or not math.isfinite(error):
+        return None
+    return value - NORMAL_95 * error, value + NORMAL_95 * error
+
+
+def judged(estimate: Facts) -> str:
+    """What an interval says of a loss, with the interval; "" where answers are not right or wrong,
+    and where there is no interval."""
+    if "mcnemar_p" not in estimate or (ends := interval(estimate)) is None:
+        return ""
+    if not (estimate["right_to_wrong"] or estimate["wrong_to_right"]):
+        return "no item changed"
+    low, high = ends
+    kind = "significant loss" if high < 0 else "significant gain" if low > 0 else ""
+    return f"{kind or 'no significant loss'}, 95 % interval {low:+.3f} to {high:+.3f}"
+
+
+def told(estimate: Facts) -> str:
+    """A paired difference in words: its figure, what that says, and how items changed."""
+    parts = [format_number(estimate["value"], estimate.get("stderr"))]
+    if words := judged(estimate):
+        parts.append(words)
+    if "mcnemar_p" in estimate:
+        flips = [f"{estimate[key]} {FLIPS[key]}" for key in list(FLIPS)[:2]]
+        parts.append(", ".join([*flips, f"McNemar p {format_number(estimate['mcnemar_p'])}"]))
+    return "; ".join(parts)
+
+
 def quality_table(rows: Sequence[Row]) -> Table:
     """The rows for a terminal."""
     table = Table(box=box.SIMPLE_HEAD)
@@ -152,7 +223,18 @@ def quality_table(rows: Sequence[Row]) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(Text(row.name), *map(row.cell, columns))
+        table.add_row(Text(row.title), *map(row.cell, columns))
+    return table
+
+
+def turned_table(rows: Sequence[Row]) -> Table:
+    """The rows for a terminal, a line a figure: for few models with many."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("figure")
+    for row in rows:
+        table.add_column(Text(row.title), justify="right")
+    for column in columns_of(rows):
+        table.add_row(Text(column), *(row.cell(column) for row in rows))
     return table
 
 
@@ -161,7 +243,7 @@ def markdown_table(rows: Sequence[Row], conditions: str) -> str:
     columns = columns_of(rows)
     lines = [["name", *columns], ["---", *("---:" for _ in columns)]]
     lines[0] = list(map(in_markdown, lines[0]))
-    lines += [[in_markdown(row.name), *map(row.cell, columns)] for row in rows]
+    lines += [[in_markdown(row.title), *map(row.cell, columns)] for row in rows]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{text}\n\n{conditions}\n"
 
@@ -304,6 +386,7 @@ def _draw_panel(
             capsize=3,
             color=colours[row.name],
         )
+    ring_front(axes, points, [(row.number("bytes") / 1e6, row.number(metric)) for row in points])
     values = [row.number(metric) for row in points]
     if min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
@@ -312,6 +395,23 @@ def _draw_panel(
     axes.set_ylabel(f"{metric} ({better} is better)")
     axes.margins(x=0.3, y=0.15)
     axes.grid(alpha=0.25)
+
+
+def ring_front(
+    axes: "Axes", rows: Sequence[Row], places: Sequence[tuple[float, float]], label: bool = False
+) -> None:
+    """A ring round each row that no other beats; `label`: with a line in the legend."""
+    rings = [place for row, place in zip(rows, places, strict=True) if row.front]
+    if rings:
+        axes.plot(
+            *zip(*rings, strict=True),
+            linestyle="",
+            marker="o",
+            markersize=12,
+            fillstyle="none",
+            color="black",
+            label="none smaller and nearer to 16 bits" if label else None,
+        )
 
 
 def _label_points(

@@ -7,6 +7,8 @@ Models and tasks that a hub holds have stand-ins, shipped recipes are cut down t
 import ast
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,10 +27,11 @@ NAMES = [str(document.relative_to(documents.ROOT)) for document in documents.DOC
 ELSEWHERE = {
     "make": "its targets install and run these very tests",
     "pip": "needs a network",
-    "python": "scripts for programs that are not installed here",
+    "python": "but for scripts that need no other program",
     "lm_eval": "the same as `modelpress lm-eval`, with the module imported before",
     "vllm": "not installed here",
 }
+HERE = ("tests/interop/board/blimp.py",)  # scripts that need none
 STAND_INS = {
     **dict.fromkeys(["meta-llama/Llama-3.2-1B", "HuggingFaceTB/SmolLM2-135M-Instruct"], "tiny"),
     **dict.fromkeys(["recipes/demo/lm", "stories260k", "PATH", "MODEL", "outputs/random"], "tiny"),
@@ -67,6 +70,9 @@ def stage(tmp_path_factory) -> Path:
         (folder / name).write_text("\n".join(rows))
     turns = [{"role": "user", "content": "The capital of France?"}]
     (folder / "turns.jsonl").write_text(json.dumps(turns[0]))
+    (folder / "DATA").mkdir()
+    pair = {"sentence_good": "the cats sleep", "sentence_bad": "the cats sleeps"}
+    (folder / "DATA/agreement.jsonl").write_text(f"{json.dumps(pair)}\n" * 4)
     documents.write_small_recipes(
         folder / "recipes", str(folder / "tiny"), str(folder / "TEXT.txt")
     )
@@ -84,6 +90,7 @@ def on_stage(stage, tmp_path, monkeypatch) -> Path:
         (tmp_path / part.name).symlink_to(part)
     (tmp_path / "outputs").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("compress.recipe.recipe.shipped_folder", lambda: stage / "recipes")
     # A process a run, whose tests are elsewhere.
     monkeypatch.setattr("compress.pipeline.run.reload_and_compare", lambda *_: {})
@@ -93,7 +100,10 @@ def on_stage(stage, tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_run(name, on_stage, capsys):
     for command in documents.commands(documents.ROOT / name):
-        program, *_ = command.words
+        program, *rest = command.words
+        if program == "python" and rest[0] in HERE:
+            script = [sys.executable, documents.ROOT / rest[0], *rest[1:]]
+            subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
         if program in ELSEWHERE:
             continue
         words = documents.small(documents.replaced(command.words, STAND_INS))

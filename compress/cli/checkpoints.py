@@ -233,6 +233,8 @@ def push(
         out.print(pairs_table([*files, ("total", format_bytes(report["bytes"]))]))
         if report["card_edited"]:
             print_lines(out, "README.md was edited by hand and stays as it is")
+        if report["unquoted"]:
+            print_lines(out, "left out: the excerpt of your calibration text in report.html")
         if dry_run:
             print_lines(out, "", *report["card"], "", f"dry run: nothing was sent to {repo_id}")
         else:

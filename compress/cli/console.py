@@ -21,12 +21,15 @@ from rich.table import Table
 from compress.eval.report import (
     MISSING,
     Row,
+    columns_of,
     flatten,
     format_bytes,
     format_memory,
     format_number,
     paired_differences,
     quality_table,
+    told,
+    turned_table,
 )
 from compress.storage.files import write_text
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:  # need torch
     from compress.pipeline.result import RunResult
     from compress.pipeline.source_check import SourceCheck
 
+MOST_COLUMNS = 6  # of figures side by side; more stand below each other
 WIDE = 200  # columns where the output is no terminal, whose own 80 would cut tables short
 
 
@@ -221,15 +225,15 @@ def print_scores(
     rows = [Row.of(name, scores)]
     if reference := scores.get("baseline"):
         rows.insert(0, Row.of(baseline, reference))
-    console.print(quality_table(rows))
+    many = len(columns_of(rows)) > MOST_COLUMNS
+    console.print(turned_table(rows) if many else quality_table(rows))
     # Model minus baseline, item by item: the errors that say whether the model is worse.
     for column, estimate in paired_differences(scores).items():
-        figure = format_number(estimate["value"], estimate["stderr"])
-        print_lines(console, f"difference from the baseline, paired: {column} {figure}")
+        print_lines(console, f"difference from the baseline, paired: {column} {told(estimate)}")
     lines = [scores[part]["line"] for part in ("perplexity", "kl") if scores.get(part)]
-    told = dict(scores.get("conditions") or {})
-    warnings = told.pop("warnings", None) or {}
-    conditions = ", ".join(f"{k} {v}" for k, v in flatten(told))
+    facts = dict(scores.get("conditions") or {})
+    warnings = facts.pop("warnings", None) or {}
+    conditions = ", ".join(f"{k} {v}" for k, v in flatten(facts))
     print_lines(console, *lines, *([f"conditions: {conditions}"] if conditions else []))
     for warning, times in warnings.items():
         often = f" ({times} times)" if times > 1 else ""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.comparison.compute import unequal
 from compress.comparison.pairs import (
     PairedDifference,
     difference_rows,
@@ -34,9 +35,11 @@ from compress.comparison.study import Entry, Run, Study, folder_name, seeded
 from compress.comparison.table import conditions_line, csv_of, rows_of
 from compress.errors import UsageError, unknown
 from compress.eval.curves import plot_lines
+from compress.eval.harness import DRAWN_TASKS
+from compress.eval.markup import in_markdown
 from compress.eval.page import write_comparison
 from compress.eval.progress import telling
-from compress.eval.report import Row, markdown_table, plot_quality
+from compress.eval.report import FRONT_LINE, Row, markdown_table, marked, plot_quality
 from compress.observer import Observer
 from compress.pipeline.evaluation import check_evaluation
 from compress.pipeline.notebook import observer_here
@@ -67,8 +70,9 @@ class Comparison:
     warnings: list[str] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """The table as Markdown, with its conditions, and that of the differences below it."""
+        """The table as Markdown, its conditions and warnings, and that of the differences."""
         table = markdown_table(self.rows, self.conditions)
+        table += "".join(f"\nwarning: {in_markdown(text)}\n" for text in self.warnings)
         if not self.differences:
             return table
         paired = markdown_table(difference_rows(self.differences), self.pairing)
@@ -171,14 +175,14 @@ def compare(
         for entry, run in zip(entries, study.runs(entries), strict=True):
             runs.append(run)
             observer.module(entry.title, Row.of(entry.recipe.name, run["evaluation"]).values)
-        rows = rows_of(runs, drawn_by_seed(section))
+        rows = marked(rows_of(runs, drawn_by_seed(section)))
+        conditions = conditions_line(section, runs, device)
+        if any(row.front for row in rows):
+            conditions += f"; {FRONT_LINE}"
         comparison = Comparison(
-            rows,
-            runs,
-            conditions_line(section, runs, device),
-            differences=differences_of(runs, against),
+            rows, runs, conditions, differences=differences_of(runs, against, DRAWN_TASKS)
         )
-        for warning in _unmet(runs):
+        for warning in [*unequal(recipes, runs), *_unmet(runs)]:
             comparison.warnings.append(warning)
             observer.warning(warning)
         _plot(comparison, output / "comparison.png", observer)

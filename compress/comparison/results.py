@@ -74,6 +74,7 @@ class ResultComparison:
                 "bits": facts["average_bits"],
                 "bytes": facts["bytes"]["total"],
                 "original": facts["bytes"]["original"],
+                "calibration_tokens": (facts["calibration"] or {}).get("tokens", 0),
                 "seconds": sum(v for k, v in facts["seconds"].items() if k not in CHECKS),
                 "evaluation": self._measured(entry),
             }
@@ -133,7 +134,7 @@ class ResultComparison:
                 )
             seed = entry.seed if drawn_by_seed(section) else None
             files = entry.folder / "eval" if section.tasks else None
-            scores = self._evaluator.measure(entry.folder, seed=seed, files=files)
+            scores = self._evaluator.measure(entry.folder, seed=seed, files=files, items=True)
             keep(file, conditions, "evaluation", scores)
         return scores
 

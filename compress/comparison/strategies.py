@@ -103,7 +103,12 @@ class PruningComparison:
             apply_strategy(self.model, strategy, self.processor)
             try:
                 scores = self.evaluator.measure_loaded(
-                    self.model, self.processor, str(folder), seed=seed, pictures=folder
+                    self.model,
+                    self.processor,
+                    str(folder),
+                    seed=seed,
+                    pictures=folder,
+                    items=True,
                 )
             finally:
                 stop_pruning(self.model)

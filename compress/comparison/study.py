@@ -18,6 +18,8 @@ from compress.recipe.recipe import Recipe
 from compress.recipe.sections import Evaluate
 from compress.storage.files import write_json
 
+LAYOUT = 2  # of kept figures; those that have less are taken again
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -42,6 +44,7 @@ class Run(TypedDict):
     bits: NotRequired[float]  # average over the quantised weights
     bytes: NotRequired[int]
     original: NotRequired[int]  # bytes before
+    calibration_tokens: NotRequired[int]  # of all windows, expanded; 0: it calibrates nothing
     strategy: NotRequired[dict[str, Any]]
     asked: NotRequired[float | None]  # the share to keep, where no strategy keeps so little
     evaluation: dict[str, Any]  # as `compress.evaluate` gives it
@@ -94,8 +97,12 @@ def conditions_of(
     section: Evaluate, device: str, **fingerprints: str | dict[str, str]
 ) -> dict[str, Any]:
     """What figures depend on: plain JSON values. `fingerprints`: of models, and of data."""
-    evaluate = section.model_dump(mode="json")
-    return fingerprints | {"evaluate": evaluate, "device": device, "versions": versions()}
+    return fingerprints | {
+        "evaluate": section.model_dump(mode="json"),
+        "device": device,
+        "versions": versions(),
+        "layout": LAYOUT,
+    }
 
 
 def kept(file: Path, conditions: dict[str, Any], name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from compress.comparison.results import drawn_by_seed
 from compress.comparison.study import Run
-from compress.eval.report import ERROR, NLL, Row, paired_differences
+from compress.eval.report import ERROR, FLIPS, NLL, Row, paired_differences
 from compress.recipe.sections import Evaluate
 
 BASELINE = "16-bit"
@@ -41,7 +41,9 @@ def _baseline_row(run: Run) -> Row:
 
 def _row(run: Run) -> Row:
     scores = run["evaluation"]
-    facts = {key: run[key] for key in ("bits", "bytes", "seconds") if key in run}
+    facts = {
+        key: run[key] for key in ("bits", "bytes", "calibration_tokens", "seconds") if key in run
+    }
     row = Row.of(run["name"], scores, **facts, **kept_per_prompt(scores))
     if "pruning" in scores:
         for column, share in retained(scores).items():
@@ -62,8 +64,9 @@ def mean_row(rows: Sequence[Row]) -> Row:
     means: dict[str, float | None] = {
         column: statistics.fmean(values) for column, values in columns.items()
     }
-    if "bytes" in columns:
-        means["bytes"] = int(statistics.fmean(columns["bytes"]))
+    for whole in ("bytes", "calibration_tokens"):
+        if whole in columns:
+            means[whole] = int(statistics.fmean(columns[whole]))
     measured = [column for column in columns if column in first.errors]
     return Row(first.name, means, {c: statistics.stdev(columns[c]) for c in measured})
 
@@ -96,7 +99,7 @@ def csv_of(runs: Sequence[Run]) -> str:
     table = []
     for run in runs:
         scores = run["evaluation"]
-        facts = ("name", "seed", "bits", "bytes", "seconds")
+        facts = ("name", "seed", "bits", "bytes", "calibration_tokens", "seconds")
         given = dict(run)
         row = {key: given[key] for key in facts if key in given}
         row |= kept_per_prompt(scores) | retained(scores) | Row.of(run["name"], scores).as_dict()
@@ -106,6 +109,7 @@ def csv_of(runs: Sequence[Run]) -> str:
         for column, difference in paired.items():
             row[f"{column} difference"] = difference["value"]
             row[f"{column} difference{ERROR}"] = difference["stderr"]
+            row |= {f"{column} {FLIPS[key]}": difference[key] for key in FLIPS if key in difference}
         table.append(row)
     columns = list(dict.fromkeys(key for row in table for key in row))
     text = io.StringIO()

@@ -340,18 +340,24 @@ def _quality_table(evaluation: Facts, baseline: Facts) -> str:
         if (text := part.get("perplexity") or {}).get("mean_nll") is not None:
             row.put(NLL, text["mean_nll"], text.get("stderr"))
     paired = paired_differences(evaluation)
-    rows = []
+    rows = [("metric", "this model", "16 bits", "difference", "recovery", "items that changed")]
     for column in columns_of([ours, theirs]):
         estimate = paired.get(column, {})
         gap = format_number(estimate.get("value"), estimate.get("stderr"))
-        rows.append(
-            (column, ours.cell(column), theirs.cell(column), gap, _kept(column, theirs, estimate))
-        )
-    if not any(row[-1] for row in rows):
-        return _table(
-            ("metric", "this model", "16 bits", "difference"), *(row[:-1] for row in rows)
-        )
-    return _table(("metric", "this model", "16 bits", "difference", "recovery"), *rows)
+        kept, flips = _kept(column, theirs, estimate), _flips(estimate)
+        rows.append((column, ours.cell(column), theirs.cell(column), gap, kept, flips))
+    # The last two columns only where there is something in them.
+    filled = [i for i in range(len(rows[0])) if i < 4 or any(row[i] for row in rows[1:])]
+    return _table(*(tuple(row[i] for i in filled) for row in rows))
+
+
+def _flips(estimate: Facts) -> str:
+    """How many items changed each way, and McNemar's p; "" where answers are not right or wrong."""
+    if estimate.get("mcnemar_p") is None:
+        return ""
+    lost, gained = estimate["right_to_wrong"], estimate["wrong_to_right"]
+    p = format_number(estimate["mcnemar_p"])
+    return f"{lost} right to wrong, {gained} wrong to right (McNemar p {p})"
 
 
 def _kept(column: str, theirs: Row, estimate: Facts) -> str:

@@ -34,7 +34,15 @@ from compress.storage.output_folder import PROVENANCE, replace_documents, tidy, 
 CARD, REPORT = "README.md", "report.html"
 RESULTS = "eval/results.json"
 # What modelpress.json has beside provenance.
-APART = ("layers", "files", "evaluations", "card", "card_digest", "multimodal")
+APART = (
+    "layers",
+    "token_sample",
+    "files",
+    "evaluations",
+    "card",
+    "card_digest",
+    "multimodal",
+)
 # Conditions that say which folder was measured, and not how.
 PLACES = ("model", "baseline")
 
@@ -71,6 +79,14 @@ def facts_of(
         "multimodal": bool(history.get("multimodal")),
         "pruning": history.get("pruning"),
         "layers": module_rows(history.get("layers") or []),
+        "token_sample": {
+            "tokens": (history.get("token_sample") or {}).get("tokens") or [],
+            "weights": {
+                layer["layer"]: layer["token_weights"]
+                for layer in history.get("layers") or []
+                if layer.get("token_weights")
+            },
+        },
         "notes": (history.get("export") or {}).get("notes") or [],
     }
 

@@ -143,6 +143,7 @@ class Evaluator:
         seed: int | None = None,
         pictures: Path | None = None,
         files: Path | None = None,
+        items: bool = False,
     ) -> dict[str, Any]:
         """The figures of one checkpoint, beside the baseline's.
 
@@ -152,12 +153,13 @@ class Evaluator:
             seed: instead of the evaluator's.
             pictures: a folder for pictures of what was pruned, if the model prunes visual tokens.
             files: a folder for lm-eval's own files.
+            items: whether answers to single items are kept, for pairing with another checkpoint.
         """
         loaded, processor = load_measured(
             model, self.device, dense=dense, activation_bits=activation_bits
         )
         scores = self.measure_loaded(
-            loaded, processor, str(model), seed=seed, pictures=pictures, files=files
+            loaded, processor, str(model), seed=seed, pictures=pictures, files=files, items=items
         )
         if activation_bits is not None:
             scores["conditions"]["activation_bits"] = activation_bits
@@ -172,6 +174,7 @@ class Evaluator:
         seed: int | None = None,
         pictures: Path | None = None,
         files: Path | None = None,
+        items: bool = False,
     ) -> dict[str, Any]:
         """The figures of a model that `compress.load` gave; `name` says in the conditions which.
 
@@ -185,7 +188,9 @@ class Evaluator:
             self._baseline, self._baseline_linears = Baseline(reference), linears_of(reference)
         settings = self.settings if seed is None else replace(self.settings, seed=seed)
         with watching(model) as watched:
-            scores = evaluate_model(model, processor, settings, self._text, self._baseline, files)
+            scores = evaluate_model(
+                model, processor, settings, self._text, self._baseline, files, items
+            )
         if watched is not None:
             scores["pruning"] = watched.figures()
             if pictures is not None:

@@ -68,6 +68,7 @@ class LayerFacts(WeightFacts, total=False):
     source_layer: int  # where it is another, since layers were left out
     effective_sample_size: float  # averaged over windows; with a Hessian
     tokens_per_window: float
+    token_weights: list[float]  # of the first tokens, in the layers that the report shows
     scarce_experts: list[ScarceExpert]
     seconds: float
 

@@ -26,6 +26,7 @@ from compress.observer import Observer
 from compress.pipeline.journal import Journal, LayerFacts, ModuleFacts, ScarceExpert
 from compress.pipeline.plan import Plan
 from compress.pipeline.stream import CalibrationStream
+from compress.pipeline.token_sample import layers_shown, weights_shown
 from compress.pruning.last_token import LastTokenAttention
 from compress.quantization.hessian import Hessian
 from compress.quantization.layer import LEAST_ROWS, run_layer, solve_group
@@ -118,6 +119,7 @@ class LayerWalk:
         sizes: list[float] = []
         tokens: list[float] = []
         counted: list[float] = []
+        shown: list[float] = []
         with ExitStack() as opened:
             layer = opened.enter_context(skeleton.layer(source, weights, self.device))
             del weights
@@ -145,7 +147,7 @@ class LayerWalk:
                 quantise=quantise,
                 needs_hessian=lambda group: self._needs_hessian(_chosen(group, schemes)),
                 weigh=lambda i, x, normed: self._weigh(
-                    layer, source, i, x, normed, sizes, tokens, counted
+                    layer, source, i, x, normed, sizes, tokens, counted, shown
                 ),
                 uniform=self.weigher.uniform,
                 split=split,
@@ -168,6 +170,8 @@ class LayerWalk:
             facts["tokens_per_window"] = round(sum(tokens) / len(tokens), 1)
             facts.update(self.weigher.facts())
             self._warn_of_weights(facts)
+        if shown and index in layers_shown(len(self.plan.layers)):
+            facts["token_weights"] = shown
         for module in modules:
             if module["name"] in alike and counted:
                 module["effective_sample_size"] = round(sum(counted) / len(counted), 1)
@@ -183,10 +187,12 @@ class LayerWalk:
         sizes: list[float],
         tokens: list[float],
         counts: list[float],
+        shown: list[float],
     ) -> Tensor | None:
         """Token weights of a batch, None for uniform; their sample size goes to `sizes`.
 
-        Its tokens a window go to `tokens`, and how many of these count to `counts`.
+        Its tokens a window go to `tokens`, and how many of these count to `counts`; weights of the
+        first tokens of all to `shown`.
         """
         if self.solver is None or not self.solver.needs_hessian:
             return None
@@ -196,6 +202,8 @@ class LayerWalk:
         w = self.weigher.weights(i, x, normed, layer, spec, inputs, window)
         if w is not None and source == self.plan.layers[-1] and self._weighs_head():
             self.last_weights[i] = w.cpu()
+        if i == 0 and w is not None and self.section.token_importance.name != "uniform":
+            shown.extend(weights_shown(w))
         ids, mask = self.stream.batches[i]
         counted = mask.sum(-1).double().mean().item()
         sizes.append(counted if w is None else effective_sample_size(w))

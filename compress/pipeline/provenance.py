@@ -15,6 +15,7 @@ from typing import Any
 from compress.data.prompts import CalibrationData, ImagePrompts
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.result import RunResult
+from compress.pipeline.token_sample import token_sample
 from compress.recipe.recipe import Recipe
 from compress.storage.files import read_json
 
@@ -44,6 +45,7 @@ def provenance(
     """modelpress.json: what was done, from what, and what it took. `mark`: the fingerprint."""
     used = inputs.source.used or isinstance(data, ImagePrompts)
     plan, recipe, skeleton = result.plan, inputs.recipe, inputs.skeleton
+    sample = token_sample(data, skeleton, result.layers)
     return {
         "fingerprint": mark,
         "versions": versions(),
@@ -60,6 +62,7 @@ def provenance(
         "pruning": result.pruning,
         "bytes": {"original": skeleton.reader.nbytes()} | plan.bytes,
         "layers": result.layers,
+        **({} if sample is None else {"token_sample": sample}),
         "rounded_to_nearest": result.rounded_to_nearest,
         "self_check": result.self_check,
         "source_check": result.source_check,

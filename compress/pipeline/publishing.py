@@ -4,7 +4,8 @@
     push("out-gguf", "me/model-GGUF", license="apache-2.0", base_model="maker/model")
 
 What a push says about the model goes into the folder's documents first, so that the card speaks of
-the repository it is pushed to. A card that was edited by hand is pushed as it is.
+the repository it is pushed to. A card that was edited by hand is pushed as it is. The excerpt of
+the calibration text in report and modelpress.json is taken out if that text is somebody's own.
 """
 
 from pathlib import Path
@@ -19,6 +20,7 @@ from compress.checkpoint.inspect import inspect
 from compress.errors import UsageError
 from compress.pipeline.card import model_card
 from compress.pipeline.description import describe, edited, facts_of, rewrite, said_by
+from compress.pipeline.token_sample import may_be_quoted
 from compress.storage.files import read_json, write_json
 from compress.storage.output_folder import PROVENANCE, files_below
 
@@ -87,7 +89,8 @@ def push(
         any_folder: also one that holds no compressed checkpoint.
         token, api: as for `compress.checkpoint.hub.push`.
 
-    Returns what that gives, and "card_edited": whether README.md was left as somebody edited it.
+    Returns what that gives, and "card_edited": whether README.md was left as somebody edited it;
+    "unquoted": whether an excerpt of the calibration text is left out, here as well.
 
     Raises:
         UsageError: a folder or an id that cannot be pushed.
@@ -111,12 +114,15 @@ def push(
         said = said | {key: value for key, value in given.items() if value is not None}
         history["card"] = said
         by_hand = edited(folder, history)
+        own_text = "token_sample" in history and not may_be_quoted(found["recipe"] or {})
+        if own_text:
+            del history["token_sample"]
         card = None
         if not by_hand:
             with said_by(folder / PROVENANCE):
                 card = model_card(facts_of(folder, history, repo_id))
-            if not dry_run and (folder / PROVENANCE).is_file():
-                rewrite(folder, history, name=repo_id)
+        if (not by_hand or own_text) and not dry_run and (folder / PROVENANCE).is_file():
+            rewrite(folder, history, name=repo_id)
         report = hub.upload(
             folder,
             repo_id,
@@ -129,7 +135,7 @@ def push(
             names=_gguf_names(folder, repo_id, found),
             card=card,
         )
-    return report | {"card_edited": by_hand}
+    return report | {"card_edited": by_hand, "unquoted": own_text}
 
 
 def _compressed(found: dict[str, Any], folder: Path) -> bool:

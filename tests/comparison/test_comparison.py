@@ -48,7 +48,7 @@ def measured(monkeypatch) -> list[Path]:
     """The folders that were measured; each result's figures follow from its width and seed."""
     folders: list[Path] = []
 
-    def measure(self, folder, seed=None, files=None):
+    def measure(self, folder, seed=None, files=None, items=False):
         folders.append(Path(folder))
         facts = json.loads((Path(folder) / "modelpress.json").read_text())
         figure = 10 * facts["average_bits"] + SPREAD[facts["seeds"]["rotate"]]
@@ -169,7 +169,7 @@ def test_the_table_is_written_beside_the_results(recipes, measured, tmp_path):
     assert [line.split(" | ")[0] for line in written.splitlines()[2:5]] == [
         "| 16-bit",
         "| w4",
-        "| w2",
+        "| w2 ◆",
     ]
     assert compared.plot == output / "comparison.png"
     assert compared.plot.read_bytes().startswith(b"\x89PNG")
@@ -186,6 +186,32 @@ def test_without_matplotlib_there_is_a_table_and_a_warning(
     assert "pip install 'matplotlib'" in warning
     assert compared.as_dict()["warnings"] == [warning]
     assert (tmp_path / "out" / "comparison.md").is_file()
+
+
+def test_calibration_tokens_are_a_column_and_told_where_they_differ(
+    recipes, measured, checkpoint, text, tmp_path
+):
+    more = recipe_of(checkpoint(), text, "more", bits=3)
+    more = more.with_changes(calibration={"expansion": 2})
+    twice = recipe_of(checkpoint(), text, "twice", bits=3, target="full_precision")
+    nearest = recipe_of(checkpoint(), text, "nearest", method="rtn", bits=3)
+    section = recipes[0].calibration
+    tokens = section.samples * section.length
+    watch = Watch()
+    compared = compare([*recipes, nearest], tmp_path / "a", observer=watch)
+    assert [row.get("calibration_tokens") for row in compared.as_dict()["rows"]] == [
+        None, tokens, tokens, 0,
+    ]  # fmt: skip
+    assert compared.warnings == []
+    compared = compare([recipes[0], more, twice], tmp_path / "b", observer=watch)
+    (warning,) = compared.warnings
+    assert warning in watch.warnings and warning in compared.markdown()
+    for part in (f"w4 {tokens:,} tokens", f"more {2 * tokens:,} tokens", "quantize.target"):
+        assert part in warning
+    for file in ("comparison.html", "comparison.json", "comparison.csv"):
+        assert "unequal calibration" in (tmp_path / "b" / file).read_text() or file[-3:] == "csv"
+        assert "calibration" in (tmp_path / "b" / file).read_text()
+    assert {run["calibration_tokens"] for run in compared.runs} == {tokens, 2 * tokens}
 
 
 # ---- what is run --------------------------------------------------------------------------------

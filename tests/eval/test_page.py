@@ -5,8 +5,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compress.eval.page import pareto_front, write_comparison, write_report
-from compress.eval.report import Row
+from compress.eval.page import write_comparison, write_report
+from compress.eval.report import FRONT_LINE, Row, markdown_table, marked
 from support.browser import CHROMIUM, opened
 from support.evaluations import EVALUATION, LAYERS
 
@@ -90,6 +90,25 @@ def test_the_verdict_has_size_and_cost_with_its_interval(tmp_path):
     assert "was not measured" in page_of(tmp_path, bytes=sizes)
 
 
+def judged_page(tmp_path, **estimate):
+    flips = {"right_to_wrong": 12, "wrong_to_right": 3, "mcnemar_p": 0.03516} | estimate
+    difference = {"results": {"demo_code": {"acc": {"count": 400} | flips}}}
+    return page_of(tmp_path, evaluation=EVALUATION | {"difference": difference})
+
+
+def test_a_verdict_on_a_task_stands_beside_its_interval(tmp_path):
+    page = judged_page(tmp_path, value=-0.01, stderr=0.01)
+    assert "no significant loss, 95 % interval -0.030 to +0.010" in page
+    for cell in ("12 / 3", "0.03516"):
+        assert f'<td class="n">{cell}</td>' in page
+    page = judged_page(tmp_path, value=-0.05, stderr=0.01)
+    assert ": significant loss, 95 % interval -0.070 to -0.030" in page
+    assert "significant" not in judged_page(tmp_path, value=-0.05, stderr=None)
+    same = {"value": 0, "stderr": 0, "right_to_wrong": 0, "wrong_to_right": 0}
+    page = judged_page(tmp_path, **same)
+    assert "no item changed" in page and "significant" not in page
+
+
 def test_warnings_and_engines_are_on_the_first_screen(tmp_path):
     engines = [("vLLM", "with `humming` kernels"), ("SGLang", "no: 3 bits")]
     warnings = {"warnings": ["something odd"]}
@@ -120,6 +139,19 @@ def test_earlier_evaluations_have_tables_of_their_own(tmp_path):
     assert page.index("demo_code acc") < page.index("Measured earlier") < page.index("0.125")
 
 
+SAMPLE = {"tokens": ["if", "\n\n", "<b>", " end"], "weights": {0: [0.5, 9.0, 2.0, 1.0]}}
+
+
+def test_tokens_are_shaded_by_their_weights(tmp_path):
+    page = page_of(tmp_path, layers=LAYERS, token_sample=SAMPLE)
+    assert '<span style="--w:0.12" title="0.5">if</span>' in page
+    assert '<span style="--w:1.00" title="9">↵↵\n</span>' in page  # four times the mean and more
+    assert '<span style="--w:0.50" title="2">&lt;b&gt;</span>' in page
+    assert "layer 0, weights up to 9" in page
+    for nothing in ({"tokens": [], "weights": {0: [1.0]}}, {"tokens": ["if"], "weights": {}}):
+        assert "Tokens that matter" not in page_of(tmp_path, layers=LAYERS, token_sample=nothing)
+
+
 # ---- comparisons ---------------------------------------------------------------------------------
 
 ROWS = [
@@ -130,19 +162,43 @@ ROWS = [
 ]
 COMPARED = {
     "title": "a comparison",
-    "rows": ROWS,
-    "conditions": "on a text",
-    "differences": [{"name": "small", "of": "kl", "value": 0.3, "stderr": 0.05}],
+    "rows": marked(ROWS),
+    "conditions": f"on a text; {FRONT_LINE}",
+    "differences": [
+        {"name": "small", "of": "kl", "value": 0.3, "stderr": 0.05},
+        {
+            "name": "small",
+            "of": "demo_code acc",
+            "value": -0.02,
+            "stderr": 0.01,
+            "right_to_wrong": 17,
+            "wrong_to_right": 9,
+            "mcnemar_p": 0.1686,
+        },
+    ],
     "pairing": "minus large",
     "runs": [{"name": "small", "seed": 0, "bits": 2, "bytes": 30, "seconds": 1.5}],
 }
 
 
+def front(rows):
+    return {row.name for row in marked(rows) if row.front}
+
+
 def test_the_front_is_what_no_other_beats():
-    assert pareto_front(ROWS) == {"large", "small"}
-    assert pareto_front([Row("a", {"bytes": 5}), Row("b", {"bytes": 4})]) == set()
+    assert front(ROWS) == {"large", "small"}
+    assert front([Row("a", {"bytes": 5}), Row("b", {"bytes": 4})]) == set()
     twins = [Row(name, {"bytes": 5, "kl": 0.5}) for name in "ab"]
-    assert pareto_front(twins) == {"a", "b"}
+    assert front(twins) == {"a", "b"}
+    without_kl = [Row(row.name, {k: v for k, v in row.values.items() if k != "kl"}) for row in ROWS]
+    assert front(without_kl) == {"large", "small"}  # the 16-bit model is none of the recipes
+
+
+def test_the_front_is_marked_in_tables_and_told_in_json():
+    rows = marked(ROWS)
+    assert [row.as_dict().get("pareto_front") for row in rows] == [None, True, False, True]
+    names = [line.split(" | ")[0] for line in markdown_table(rows, "").splitlines()[2:6]]
+    assert [name.endswith("◆") for name in names] == [False, True, False, True]
 
 
 def test_a_comparison_has_its_rows_and_marks_the_front(tmp_path):
@@ -152,6 +208,9 @@ def test_a_comparison_has_its_rows_and_marks_the_front(tmp_path):
     assert "0.300 ± 0.050" in page
     assert "from 0.202 to 0.398" in page
     assert "Nearest to 16 bits: large" in page
+    row = page[page.index("<td>demo_code acc</td>") :]
+    for cell in ("-0.020 ± 0.010", "17 / 9", "0.1686"):
+        assert f'<td class="n">{cell}</td>' in row
 
 
 # ---- in a browser --------------------------------------------------------------------------------
@@ -173,6 +232,7 @@ def long_page(tmp_path, kind):
         "provenance": {"warnings": ["w" * 200], "hash": "f" * 64},
         "bits": {"average": 3.5, "engines": [("vLLM", "yes")]},
         "bytes": {"original": 6_000_000, "total": 2_000_000},
+        "token_sample": SAMPLE | {"tokens": ["x" * 90, "\n\n", "<b>", " end"]},
     }
     return write_report(tmp_path / "page.html", facts)
 

@@ -6,9 +6,9 @@ import torch
 from compress.errors import UsageError
 from compress.eval.statistics import (
     clustered_mean,
+    mcnemar_p,
     mean_and_stderr,
     paired_clustered_difference,
-    paired_difference,
 )
 from support.refusals import refused
 
@@ -44,16 +44,6 @@ def test_cluster_error_is_near_the_bootstrap_of_unequal_clusters():
     assert clustered_mean(totals, counts).stderr == pytest.approx(means.std().item(), rel=0.1)
 
 
-def test_a_paired_difference_sees_what_two_means_hide():
-    draw = torch.Generator().manual_seed(3)
-    difficulty = 10 * torch.randn(100, generator=draw, dtype=torch.float64)
-    worse = difficulty + 0.5 + 0.1 * torch.randn(100, generator=draw, dtype=torch.float64)
-    difference = paired_difference(worse, difficulty)
-    assert difference.mean == pytest.approx(0.5, abs=0.05)
-    assert difference.stderr < 0.02 < mean_and_stderr(difficulty).stderr
-    assert paired_difference(difficulty + 1, difficulty).stderr == pytest.approx(0, abs=1e-12)
-
-
 def test_paired_clusters():
     counts = [3.0, 5.0, 2.0]
     a, b = [6.0, 9.0, 5.0], [3.0, 4.0, 3.0]
@@ -69,4 +59,14 @@ def test_too_little_to_tell():
     with refused(UsageError, "mean", "values"):
         mean_and_stderr([])
     with refused(UsageError, 2, 3):
-        paired_difference([1, 2], [1, 2, 3])
+        paired_clustered_difference([1, 2], [1, 2, 3], [1, 1])
+
+
+def test_mcnemar_counts_the_ways_in_which_flips_could_have_fallen():
+    """Two-sided: all splits of n flips that are no likelier than the one found."""
+    for lost, gained in ((0, 0), (1, 0), (12, 3), (5, 5), (0, 9), (30, 41)):
+        n = lost + gained
+        ways = [math.comb(n, k) for k in range(n + 1)]
+        p = sum(way for way in ways if way <= ways[lost]) / 2**n
+        assert mcnemar_p(lost, gained) == pytest.approx(p, rel=1e-9)
+        assert mcnemar_p(lost, gained) == mcnemar_p(gained, lost)

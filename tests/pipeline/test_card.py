@@ -58,6 +58,19 @@ def front_matter(card: str) -> dict:
     return yaml.safe_load(text)
 
 
+def test_items_that_changed_are_told_where_answers_are_right_or_wrong():
+    assert "items that changed" not in model_card(RESULT)
+    flips = {"right_to_wrong": 5, "wrong_to_right": 2, "mcnemar_p": 0.4531}
+    results = {"demo": {"acc": {"value": -0.03, "stderr": 0.01} | flips}}
+    evaluation = RESULT["evaluation"] | {"difference": {"results": results}}
+    (row,) = [
+        line
+        for line in model_card(RESULT | {"evaluation": evaluation}).splitlines()
+        if line.startswith("| demo acc")
+    ]
+    assert row.endswith("| 5 right to wrong, 2 wrong to right (McNemar p 0.4531) |")
+
+
 def test_front_matter():
     fields = front_matter(model_card(RESULT))
     assert fields["base_model"] == "maker/tiny"

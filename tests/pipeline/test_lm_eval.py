@@ -112,6 +112,30 @@ def test_three_ways_to_the_last_digit(folder, tasks, tmp_path, chat, local_index
     assert found["conditions"]["chat_template"] is chat
 
 
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_three_ways_to_the_last_digit_of_what_is_shipped(folder, tmp_path, chat, local_index):
+    """Rolling, multiple choice and generation."""
+    import compress.pipeline.lm_eval_models  # noqa: F401  # registers it
+
+    chosen = ["demo_text", "demo_code", "demo_passkey"]
+    found = evaluate(
+        folder, tasks=chosen, batch_size=BATCH, limit=1, apply_chat_template=chat,
+        metadata={"lengths": [400]}, output_path=tmp_path / "ours",
+    )  # fmt: skip
+    written, _ = of_files(tmp_path / "ours")
+    for name, more in (("hf", {"dtype": "float32"}), ("modelpress", {})):
+        manager = TaskManager(
+            include_path=[LOCAL_TASKS], include_defaults=False, metadata={"lengths": [400]}
+        )
+        output = simple_evaluate(
+            model=name, model_args={"pretrained": str(folder), **more}, tasks=chosen, limit=1,
+            task_manager=manager, device="cpu", batch_size=BATCH, apply_chat_template=chat,
+            random_seed=0, numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0,
+        )  # fmt: skip
+        assert output["results"] == written["results"], name
+    assert set(found["results"]) == set(chosen)
+
+
 def test_the_template_writes_bos_and_no_other_is_put_before_it(folder, tasks, tmp_path):
     """`add_bos_token` puts one where there is none."""
     import compress.pipeline.lm_eval_models as models

@@ -26,7 +26,6 @@ Both have a row for each: the facts that its script told, or modelpress.json, an
 
 import argparse
 import json
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def expand(file: Path, model: Path, folder: Path) -> Path:
     return folder
 
 
-def figures(scores: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
+def figures(scores: dict[str, Any]) -> dict[str, Any]:
     """The row's figures out of an evaluation's."""
     found = {
         "perplexity": scores["perplexity"]["value"],
@@ -70,11 +69,7 @@ def figures(scores: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
     if "results" not in scores:
         return found
     found["blimp"] = {"value": scores["results"][blimp.GROUP]["acc"]}
-    differences = [scores["difference"]["results"][task]["acc"] for task in tasks]
-    found["blimp"]["difference"] = {
-        "value": sum(d["value"] for d in differences) / len(tasks),
-        "stderr": math.hypot(*(d["stderr"] for d in differences)) / len(tasks),
-    }
+    found["blimp"]["difference"] = _estimate(scores["difference"]["results"][blimp.GROUP]["acc"])
     return found
 
 
@@ -133,7 +128,7 @@ def main() -> None:
     known = {row["name"] for file in (PEERS, OURS) for row in recorded(file)}
     names = asked.names or sorted(made - known)
     with tempfile.TemporaryDirectory() as scratch:
-        tasks = blimp.write_tasks(asked.blimp, Path(scratch) / "tasks")
+        blimp.write_tasks(asked.blimp, Path(scratch) / "tasks")
         settings = EvaluationSettings(
             tasks=[blimp.GROUP] if asked.limit else [],
             include_path=Path(scratch) / "tasks",
@@ -156,7 +151,7 @@ def main() -> None:
             conditions |= {"torch": torch.__version__, "tokens": scores["kl"]["tokens"]}
             if asked.limit:
                 record(PEERS, baseline_row(asked.model, scores, conditions))
-            record(file, row | figures(scores, tasks) | {"measured": conditions})
+            record(file, row | figures(scores) | {"measured": conditions})
             print(name, scores["perplexity"]["line"], scores["kl"]["line"], sep="\n  ", flush=True)
 
 
