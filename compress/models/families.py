@@ -297,18 +297,20 @@ class SeeingFamily:
         spec: its parts; how its decoder layers are built is found, as those of a text family are.
         unrotatable: as in `Family`, of the language model that it is known with.
         unprunable: why visual tokens cannot be pruned, or None.
-        since: as in `Family`.
+        weighs, since: as in `Family`.
     """
 
     models: str
     spec: ArchitectureSpec
     unrotatable: str | None = None
     unprunable: str | None = None
+    weighs: str = "all layers"
     since: str = "5.17"
 
 
 # Why an image's tokens all stay.
 WINDOWS = "its decoder has sliding windows, which a shorter prompt would widen"
+LINEAR = "its decoder has linear attention, where what was read leaves its mark"
 TOGETHER = "tokens of an image attend to those behind them, which is not followed here"
 UNREAD = "how its vision tower attends, and places tokens, is not read here"
 
@@ -383,6 +385,11 @@ MULTIMODAL: dict[str, SeeingFamily] = {
         _qwen("merger.linear_fc2", "deepstack_merger_list.*.linear_fc2"),
     ),
     "glm4v": SeeingFamily("GLM-4.1V", _qwen("merger.down_proj"), AFTER),
+    "glm46v": SeeingFamily("GLM-4.6V-Flash", _qwen("merger.down_proj"), AFTER),
+    "qwen3_5": SeeingFamily(
+        "Qwen 3.5", _qwen("merger.linear_fc2"), None, LINEAR, "those with attention"
+    ),
+    "exaone4_5": SeeingFamily("EXAONE 4.5", _qwen("merger.mlp.2"), AFTER, WINDOWS),
     "gemma3": SeeingFamily("Gemma 3", _llava(None), AFTER, WINDOWS),
     "idefics3": SeeingFamily("Idefics3", _IDEFICS, None, UNREAD),
     "smolvlm": SeeingFamily("SmolVLM 2", _IDEFICS, None, UNREAD),
@@ -391,6 +398,46 @@ MULTIMODAL: dict[str, SeeingFamily] = {
     "aya_vision": SeeingFamily("Aya Vision", _llava(), MEAN, WINDOWS),
     "paligemma": SeeingFamily("PaliGemma", _llava("linear"), None, TOGETHER),
     "vipllava": SeeingFamily("ViP-LLaVA", _llava(), None, UNREAD),
+    "lighton_ocr": SeeingFamily(
+        "LightOnOCR",
+        _multimodal(
+            VisionSpec(
+                projectors=("model.vision_projection.linear_2",),
+                vectors=(),
+                ignored=("re:.*vision_encoder.*", "re:.*vision_projection.*"),
+                spellings=(),
+            )
+        ),
+        None,
+        UNREAD,
+    ),
+    "ovis2": SeeingFamily(
+        "Ovis 2",
+        _multimodal(
+            VisionSpec(
+                projectors=(),
+                vectors=("model.visual_embeddings_table.weight",),
+                ignored=("re:.*vision_tower.*",),
+                spellings=(),
+            )
+        ),
+        None,
+        UNREAD,
+    ),
+    "cohere2_vision": SeeingFamily("Command A Vision", _llava(), MEAN, WINDOWS),
+    "deepseek_vl": SeeingFamily(
+        "DeepSeek-VL",
+        _multimodal(
+            VisionSpec(
+                projectors=("model.aligner.linear2",),
+                vectors=(),
+                ignored=(r"re:.*vision_model\..*", r"re:.*aligner\..*"),
+                spellings=(),
+            )
+        ),
+        None,
+        UNREAD,
+    ),
 }
 # What families call the decoder that is theirs alone.
 OWN_DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "glm4v_text")

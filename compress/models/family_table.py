@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from compress.models.families import (
     AFTER,
     ARCHITECTURES,
+    LINEAR,
     MEAN,
     MIXTURES,
     MULTIMODAL,
@@ -52,6 +53,7 @@ ROTATES = {None: "yes", MEAN: "no: LayerNorm", AFTER: "no: post-norms"}
 PRUNES = {
     None: "yes",
     WINDOWS: "no: windows",
+    LINEAR: "no: linear attention",
     TOGETHER: "no: image seen whole",
     UNREAD: "no: tower not read",
 }
@@ -64,7 +66,7 @@ def family_rows() -> list[FamilyRow]:
         rotate = ROTATES[row.unrotatable]
         rows.append(FamilyRow(kind, row.models, METHODS, rotate, row.weighs, "-", row.since))
     for kind, seeing in MULTIMODAL.items():
-        can = ROTATES[seeing.unrotatable], "all layers", PRUNES[seeing.unprunable]
+        can = ROTATES[seeing.unrotatable], seeing.weighs, PRUNES[seeing.unprunable]
         rows.append(FamilyRow(kind, seeing.models, METHODS, *can, seeing.since))
     return rows
 

@@ -254,7 +254,7 @@ class CalibrationStream:
         """Applies the stage before `layer`, and notes which tokens are left, for a resumed run."""
         if self.stages is None or not self.prompts or layer not in self.stages.numbers:
             return
-        left = {}
+        left: dict[str, Tensor] = {}
         for i, prompt in self.prompts.items():
             generator = torch.Generator().manual_seed(self._seed(i, layer))
             scores = self.scores.get(i)

@@ -76,6 +76,7 @@ FAMILIES: dict[str, Tower] = {
     "qwen2_5_vl": MergingTower,
     "qwen3_vl": MergingTower,
     "glm4v": MergingTower,
+    "glm46v": MergingTower,
 }
 
 

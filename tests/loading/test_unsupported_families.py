@@ -14,25 +14,25 @@ from compress.models.skeleton import Skeleton
 from support.tiny_checkpoints import byte_tokenizer
 
 # Types that transformers loads as a language model too, without the tower, and types it does not.
-OTHERS = ["gemma3n", "llama4", "mllama", "qwen3_vl_moe", "cohere2_vision", "idefics2", "got_ocr2",
-          "pixtral", "qwen2_audio", "voxtral", "qwen3_5"]  # fmt: skip
+OTHERS = ["gemma3n", "llama4", "mllama", "qwen3_vl_moe", "llava_next_video", "idefics2",
+          "got_ocr2", "pixtral", "qwen2_audio", "voxtral"]  # fmt: skip
 TEXT = ["gpt2", "gemma3_text", "llama4_text", "phi3", "mixtral", "qwen3_moe", "olmo2"]
 
 
 @pytest.fixture
-def command(tmp_path):
-    """A tiny Command A Vision with its tower."""
+def film(tmp_path):
+    """A tiny LLaVA-NeXT-Video with its tower."""
     size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    text = size | {"model_type": "cohere2", "num_hidden_layers": 2, "num_key_value_heads": 2,
+    text = size | {"model_type": "llama", "num_hidden_layers": 2, "num_key_value_heads": 2,
                    "vocab_size": 260}  # fmt: skip
-    vision = size | {"num_hidden_layers": 1, "image_size": 16, "patch_size": 4}
-    config = transformers.Cohere2VisionConfig(
-        text_config=text, vision_config=vision, image_token_id=5
-    )
+    vision = size | {"model_type": "clip_vision_model", "num_hidden_layers": 2, "image_size": 16,
+                     "patch_size": 4}  # fmt: skip
+    config = transformers.LlavaNextVideoConfig(text_config=text, vision_config=vision)
     torch.manual_seed(0)
-    transformers.Cohere2VisionForConditionalGeneration(config).save_pretrained(tmp_path / "vision")
-    byte_tokenizer().save_pretrained(tmp_path / "vision")
-    return tmp_path / "vision"
+    model = transformers.LlavaNextVideoForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "film")
+    byte_tokenizer().save_pretrained(tmp_path / "film")
+    return tmp_path / "film"
 
 
 def line_of(call, *arguments):
@@ -42,10 +42,10 @@ def line_of(call, *arguments):
     return str(caught.value)
 
 
-def test_loading_says_what_the_plan_says(command):
-    planned = line_of(Skeleton, command)
-    assert "'cohere2_vision' is not supported" in planned
-    assert line_of(compress.load, command) == planned
+def test_loading_says_what_the_plan_says(film):
+    planned = line_of(Skeleton, film)
+    assert "'llava_next_video' is not supported" in planned
+    assert line_of(compress.load, film) == planned
 
 
 COMMANDS = [
@@ -58,12 +58,12 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("arguments", [a for _, a in COMMANDS], ids=[n for n, _ in COMMANDS])
-def test_every_command_says_it(command, tmp_path, empty_folder, capsys, arguments):
+def test_every_command_says_it(film, tmp_path, empty_folder, capsys, arguments):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"model: {json.dumps(str(command))}\nquantize: {{method: rtn}}\n")
-    places = {"recipe": recipe, "model": command, "folder": tmp_path}
+    recipe.write_text(f"model: {json.dumps(str(film))}\nquantize: {{method: rtn}}\n")
+    places = {"recipe": recipe, "model": film, "folder": tmp_path}
     assert main([part.format(**places) for part in arguments]) == 2
-    assert "'cohere2_vision' is not supported" in capsys.readouterr().err
+    assert "'llava_next_video' is not supported" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model_type", OTHERS)

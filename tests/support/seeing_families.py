@@ -16,7 +16,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from compress.models import pretrained
-from support.dense_families import fill
+from support.dense_families import DENSE, fill
 from support.tiny_folders import _tokenizer
 
 IMAGE, START, END, VIDEO, BREAK = 90, 91, 92, 93, 94
@@ -47,6 +47,7 @@ SLIDING = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+STRETCHED = DENSE["ministral3"]["rope_parameters"]
 M_ROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 2]}
 SCALED = {"embedding_multiplier": 3.0, "logits_scaling": 2.5, "residual_multiplier": 0.37,
           "attention_multiplier": 0.21}  # fmt: skip
@@ -94,11 +95,11 @@ def _idefics(config: Any, vision: Any) -> Any:
     )
 
 
-def _mistral3() -> Any:
+def _mistral3(inside: str = "mistral", **changes: Any) -> Any:
     vision = hf.PixtralVisionConfig(**VISION, head_dim=6)
     return hf.Mistral3Config(
         vision_config=vision,
-        text_config=text("mistral", sliding_window=None),
+        text_config=text(inside, sliding_window=None, **changes),
         image_token_index=IMAGE,
         multimodal_projector_bias=True,
     )
@@ -166,6 +167,89 @@ def _vipllava() -> Any:
     )
 
 
+def _glm46v() -> Any:
+    parts = _glm4v()
+    tokens = {name: getattr(parts, name) for name in vars(parts) if name.endswith("_token_id")}
+    return hf.Glm46VConfig(
+        vision_config=parts.vision_config.to_dict(),
+        text_config=parts.text_config.to_dict(),
+        **tokens,
+    )
+
+
+def _qwen3_5() -> Any:
+    parts = _qwen3_vl()
+    vision = parts.vision_config.to_dict()
+    del vision["deepstack_visual_indexes"], vision["model_type"]
+    inside = text(
+        "qwen3_5_text",
+        layer_types=["full_attention", "linear_attention", "full_attention"],
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        rope_parameters=M_ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0],
+                                  "mrope_interleaved": True},
+    )  # fmt: skip
+    return hf.Qwen3_5Config(
+        vision_config=vision,
+        text_config=inside.to_dict(),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+
+
+def _exaone4_5() -> Any:
+    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 40, "num_heads": 4,
+              "num_key_value_heads": 2, "patch_size": PATCH, "temporal_patch_size": 2,
+              "window_size": 16, "fullatt_block_indexes": [1],
+              "out_hidden_size": HIDDEN}  # fmt: skip
+    return hf.Exaone4_5_Config(
+        vision_config=vision,
+        text_config=text("exaone4", sliding_window_pattern=2, **SLIDING).to_dict(),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+
+
+def _lighton_ocr() -> Any:
+    return hf.LightOnOcrConfig(
+        vision_config=hf.PixtralVisionConfig(**VISION, head_dim=6),
+        text_config=text("qwen3"),
+        image_token_id=IMAGE,
+    )
+
+
+def _ovis2() -> Any:
+    vision = hf.Ovis2VisionConfig(**VISION, vocab_size=40, hidden_stride=2)
+    return hf.Ovis2Config(
+        vision_config=vision,
+        text_config=text("qwen2"),
+        image_token_id=IMAGE,
+        visual_indicator_token_ids=[START, END, VIDEO, BREAK, 95],
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+    )
+
+
+def _cohere2_vision() -> Any:
+    return hf.Cohere2VisionConfig(
+        vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=text("cohere2", logit_scale=0.3, **SLIDING),
+        image_token_id=IMAGE,
+        alignment_intermediate_size=48,
+    )
+
+
+def _deepseek_vl() -> Any:
+    vision = hf.SiglipVisionConfig(**VISION, vision_use_head=False)
+    return hf.DeepseekVLConfig(
+        vision_config=vision, text_config=text("llama"), image_token_id=IMAGE
+    )
+
+
 # By name: the model type, or the type and what differs.
 SEEING: dict[str, Callable[[], Any]] = {
     "llava-pixtral": lambda: llava(
@@ -181,11 +265,19 @@ SEEING: dict[str, Callable[[], Any]] = {
     "idefics3": lambda: _idefics(hf.Idefics3Config, hf.Idefics3VisionConfig),
     "smolvlm": lambda: _idefics(hf.SmolVLMConfig, hf.SmolVLMVisionConfig),
     "mistral3": _mistral3,
+    "mistral3-ministral": lambda: _mistral3("ministral3", rope_parameters=STRETCHED),
     "internvl": _internvl,
     "aya_vision": _aya_vision,
     "paligemma": _paligemma,
     "vipllava": _vipllava,
     "glm4v": _glm4v,
+    "glm46v": _glm46v,
+    "qwen3_5": _qwen3_5,
+    "exaone4_5": _exaone4_5,
+    "lighton_ocr": _lighton_ocr,
+    "ovis2": _ovis2,
+    "cohere2_vision": _cohere2_vision,
+    "deepseek_vl": _deepseek_vl,
 }
 
 
@@ -218,7 +310,10 @@ class StandIn:
 
     def __call__(self, text: list[str], images: list[Any], **options: Any) -> dict[str, Tensor]:
         expanded = [part.replace(self.image_token, self.image_token * self.tokens) for part in text]
-        return dict(self.tokenizer(expanded, return_tensors="pt")) | self.pixels()
+        inputs = dict(self.tokenizer(expanded, return_tensors="pt")) | self.pixels()
+        if "image_grid_thw" in inputs:
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+        return inputs
 
 
 def _noise(*shape: int) -> Tensor:
@@ -229,10 +324,30 @@ def _pixtral() -> dict[str, Tensor]:
     return {"pixel_values": _noise(1, 3, 24, 16), "image_sizes": torch.tensor([[24, 16]])}
 
 
+def _grid() -> dict[str, Tensor]:
+    """6 x 4 patches of two frames."""
+    return {
+        "pixel_values": _noise(24, 3 * 2 * PATCH**2),
+        "image_grid_thw": torch.tensor([[1, 6, 4]]),
+    }
+
+
+def _crop() -> dict[str, Tensor]:
+    return {"pixel_values": _noise(1, 3, SIDE, SIDE)}
+
+
 PROCESSORS: dict[str, Callable[[], StandIn]] = {
     "llava-pixtral": lambda: StandIn(_pixtral, 24),
     "mistral3": lambda: StandIn(_pixtral, 6),
+    "mistral3-ministral": lambda: StandIn(_pixtral, 6),
     "smolvlm": lambda: StandIn(lambda: {"pixel_values": _noise(1, 2, 3, SIDE, SIDE)}, 18),
+    "glm46v": lambda: StandIn(_grid, 6),
+    "qwen3_5": lambda: StandIn(_grid, 6),
+    "exaone4_5": lambda: StandIn(_grid, 6),
+    "lighton_ocr": lambda: StandIn(_pixtral, 6),
+    "ovis2": lambda: StandIn(_crop, 9),
+    "cohere2_vision": lambda: StandIn(_crop, 9),
+    "deepseek_vl": lambda: StandIn(_crop, 36),
 }
 
 

@@ -34,7 +34,7 @@ VISION = {
     "patch_size": 4,
 }
 PATCHES = 36  # of a crop
-ON_GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")  # images of any size
+ON_GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm46v")  # images of any size
 
 
 def tiny_model(family: str, attention: str = "sdpa", **text: Any) -> Any:
@@ -113,7 +113,7 @@ def _on_grids(family: str, text: dict[str, Any]) -> tuple[Any, Any]:
         text |= {"head_dim": 8, "rope_parameters": rope | {"mrope_interleaved": True}}
         config = hf.Qwen3VLConfig(vision_config=vision, text_config=text, **tokens)
         return config, hf.Qwen3VLForConditionalGeneration
-    if family == "glm4v":
+    if family in ("glm4v", "glm46v"):
         vision |= {
             "hidden_size": HIDDEN,
             "out_hidden_size": HIDDEN,
@@ -123,8 +123,12 @@ def _on_grids(family: str, text: dict[str, Any]) -> tuple[Any, Any]:
         text |= {"rope_parameters": rope | {"partial_rotary_factor": 1.0}}
         tokens |= {"image_start_token_id": 92, "image_end_token_id": 93}
         tokens |= {"video_start_token_id": 94, "video_end_token_id": 95}
-        config = hf.Glm4vConfig(vision_config=vision, text_config=text, **tokens)
-        return config, hf.Glm4vForConditionalGeneration
+        if family == "glm4v":
+            config = hf.Glm4vConfig(vision_config=vision, text_config=text, **tokens)
+            return config, hf.Glm4vForConditionalGeneration
+        parts = {"vision_config": vision | {"model_type": "glm4v_vision"}}
+        parts["text_config"] = text | {"model_type": "glm4v_text"}
+        return hf.Glm46VConfig(**parts, **tokens), hf.Glm46VForConditionalGeneration
     vision |= {
         "hidden_size": HIDDEN,
         "out_hidden_size": HIDDEN,
