@@ -24,12 +24,22 @@ from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
 from compress.pipeline.source_check import check_source
+from compress.pruning.engine import prune_visual_tokens
+from compress.pruning.saved import save_strategy
 from compress.quantization.token_weights import TokenWeigher
+from compress.recipe.strategy import PruneStrategy
 from compress.recipe.token_importance import TokenImportance
 from compress.rotation.model import RotatedModel
 from compress.rotation.rotate import rotate_vision
 from support.refusals import refused
-from support.seeing_families import PROCESSORS, SEEING, VOCABULARY, type_of, write_seeing
+from support.seeing_families import (
+    PROCESSORS,
+    SEEING,
+    VOCABULARY,
+    tiny_seeing,
+    type_of,
+    write_seeing,
+)
 from support.tiny_checkpoints import recipe_for, relative_error
 
 every_family = pytest.mark.parametrize("family", SEEING)
@@ -281,6 +291,15 @@ def test_where_tokens_cannot_be_pruned_a_line_says_why(folder_of, family):
     (problem,) = make_plan(RunInputs.of(made, Skeleton(folder_of(family)))).problems
     assert problem.startswith("prune_visual_tokens") and why in problem
     assert repr(type_of(family)) in problem
+
+
+def test_a_live_model_and_a_saved_strategy_are_refused_with_the_reason(folder_of, tmp_path):
+    strategy = PruneStrategy(ratios=(0.5,))
+    why = MULTIMODAL["gemma3"].unprunable
+    with refused(UsageError, "'gemma3'", why):
+        prune_visual_tokens(tiny_seeing("gemma3"), strategy)
+    with refused(UsageError, "'gemma3'", why):
+        save_strategy(strategy, folder_of("gemma3"))
 
 
 def test_the_command_says_which_can_be_pruned(capsys):
