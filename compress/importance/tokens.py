@@ -27,7 +27,8 @@ class LayerContext:
     """What a strategy may look at when one decoder layer is about to be quantised.
 
     The two callables are only paid for by the strategies that use them. `token_counts` [vocabulary]
-    holds how often each id occurs in ALL windows (see `count_tokens`).
+    holds how often each id occurs in ALL windows (see `count_tokens`). `seen` tells which keys a
+    query sees, where that is not those before it, as within an image.
     """
 
     hidden_states: Tensor  # [B, T, d], the layer's input Z
@@ -38,6 +39,7 @@ class LayerContext:
     sliding_window: int | None = None
     token_counts: Tensor | None = None
     softcap: float | None = None  # of attention's logits
+    seen: Tensor | None = None  # [B or 1, T, T] bool, by query and key
 
 
 class TokenImportance(Protocol):
@@ -70,6 +72,7 @@ class AttentionConcentration:
             sliding_window=context.sliding_window,
             query_mask=context.mask,
             softcap=context.softcap,
+            seen=context.seen,
         )
 
 
@@ -186,10 +189,13 @@ class Position:
 
     def score(self, context: LayerContext) -> Tensor:
         T = context.mask.shape[1]
-        seen = torch.arange(1, T + 1, device=context.mask.device)
-        if context.sliding_window is not None:
-            seen = seen.clamp(max=context.sliding_window)
-        return viewers(context.mask / seen, context.sliding_window).float()
+        if context.seen is not None:
+            keys = context.seen.sum(-1).clamp(min=1)
+        else:
+            keys = torch.arange(1, T + 1, device=context.mask.device)
+            if context.sliding_window is not None:
+                keys = keys.clamp(max=context.sliding_window)
+        return viewers(context.mask / keys, context.sliding_window, context.seen).float()
 
 
 def _positions(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,11 +203,13 @@ def _positions(mask: Tensor) -> tuple[Tensor, Tensor]:
     return mask.cumsum(dim=-1) - 1, mask.sum(dim=-1, keepdim=True)
 
 
-def viewers(queries: Tensor, sliding_window: int | None) -> Tensor:
+def viewers(queries: Tensor, sliding_window: int | None, seen: Tensor | None = None) -> Tensor:
     """The sum of `queries` [B, T] over those that can see each token: [B, T] fp64.
 
-    Those at its place and behind it, so many as the window reaches.
+    Those at its place and behind it, so many as the window reaches; or as `seen` says.
     """
+    if seen is not None:
+        return (queries.double().unsqueeze(1) @ seen.double()).squeeze(1)
     before = torch.nn.functional.pad(queries.double().cumsum(dim=-1), (1, 0))  # [B, T + 1]
     T = queries.shape[1]
     first = torch.arange(T, device=queries.device)
@@ -254,6 +262,7 @@ def attention_concentration(
     sliding_window: int | None = None,
     query_mask: Tensor | None = None,
     softcap: float | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Column sums of the causal attention map over queries and heads (RSQ's AttnCon): [B, T] fp32.
 
@@ -261,7 +270,8 @@ def attention_concentration(
     [B, h_kv, T, d_h] after RoPE. Queries go through in blocks that see only the keys they may
     attend to, so no T x T map exists: O(h * block * T) memory. `sliding_window`: query i sees keys
     i - sliding_window + 1 .. i. Queries that `query_mask` [B, T] marks False do not count;
-    padding, if any, is on the right. `softcap` c: logits l are c tanh(l / c).
+    padding, if any, is on the right. `softcap` c: logits l are c tanh(l / c). `seen`, bool
+    [B or 1, T, T]: what each query sees, where it is not that.
     """
     B, h, T, d_h = q.shape
     h_kv = k.shape[1]
@@ -270,21 +280,25 @@ def attention_concentration(
     sums = torch.zeros(B, T, device=q.device)
     counted = torch.ones(B, T, device=q.device) if query_mask is None else query_mask.float()
     for start in range(0, T, block):
-        end = min(start + block, T)
+        end = last = min(start + block, T)
         first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+        if seen is not None:
+            first, last = 0, T
         # The h / h_kv queries that share a key head stand in its rows: keys are never repeated.
         rows = q[:, :, start:end].float().reshape(B, h_kv, -1, d_h)  # [B, h_kv, h/h_kv * b, d_h]
-        logits = (rows @ keys[..., first:end]).mul_(scaling)
-        logits = logits.view(B, h, end - start, end - first)
+        logits = (rows @ keys[..., first:last]).mul_(scaling)
+        logits = logits.view(B, h, end - start, last - first)
         if softcap is not None:
             logits = logits.div_(softcap).tanh_().mul_(softcap)
-        distance = position[start:end, None] - position[first:end]  # query minus key
+        distance = position[start:end, None] - position[first:last]  # query minus key
         hidden = distance < 0
         if sliding_window is not None:
             hidden |= distance >= sliding_window
+        if seen is not None:
+            hidden = ~seen[:, None, start:end]
         logits.masked_fill_(hidden, -torch.inf)
         # softmax and the sum over its rows in one: exp, then a product with 1 / (row sum)
         logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
         share = counted[:, None, start:end] / logits.sum(dim=-1)  # [B, h, b]
-        sums[:, first:end] += (share.unsqueeze(-2) @ logits).sum(dim=(1, 2))
+        sums[:, first:last] += (share.unsqueeze(-2) @ logits).sum(dim=(1, 2))
     return sums

@@ -114,7 +114,8 @@ def token_weights(settings: TokenSettings, context: LayerContext) -> TokenWeight
     if settings.reverse:
         scores = -scores
     if settings.normalize in VIEWERS:
-        seen = viewers(mask, context.sliding_window).clamp(min=1)  # 1: of a masked place
+        seen = viewers(mask, context.sliding_window, context.seen)
+        seen = seen.clamp(min=1)  # of a masked place
         scores = scores.double() / seen ** VIEWERS[settings.normalize]
     low, high = extent(scores, ranged, settings.quantile)
     flat = (low >= high).squeeze(-1)

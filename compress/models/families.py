@@ -5,7 +5,8 @@ put through. How its layers are built is not written down but found on the famil
 (`structure.py`); what is found is a `LayerSpec` for each layer. Its defaults are the pre-norm layer
 `x += o(attention(norm(x))); x += down(mlp(norm(x)))`. Names inside a layer are relative to it.
 
-A multimodal family has such a decoder inside; what makes visual tokens of pixels is its `vision`.
+A multimodal family has such a decoder inside, whose layers are found in the same way; what makes
+visual tokens of pixels is its `vision`.
 
     spec = architecture_of(AutoConfig.from_pretrained(path))
 """
@@ -25,15 +26,15 @@ class VisionSpec:
     """The part of a multimodal model before its language model; it is never quantised.
 
     Attributes:
-        projector: the last linear before the residual stream.
-        vectors: parameters [d] that enter the residual stream as they are.
+        projectors: the linears whose outputs enter the residual stream; `*` is any number.
+        vectors: parameters [..., d] whose rows, or mixtures of them, enter it as they are.
         ignored: patterns of the linears of this part, as `quantization_config` names them; engines
             spell what lies inside a vision tower differently.
         spellings: expression -> replacement, applied in order: from the names of checkpoints,
             old and new, to those of the modules.
     """
 
-    projector: str
+    projectors: tuple[str, ...]
     vectors: tuple[str, ...]
     ignored: tuple[str, ...]
     spellings: tuple[tuple[str, str], ...]
@@ -180,12 +181,14 @@ class ArchitectureSpec:
     """Names of the parts of one model, as its checkpoint and its modules spell them.
 
     Attributes:
+        base: all but the head.
         kinds: how each decoder layer is built; one for all where it is one.
         embedding_scale: what rows of the embedding are multiplied by, and `scaled_by_module`
             whether the embedding's own module does so.
         final_gain: the same as `LayerSpec.gain`, of the norm before the head.
     """
 
+    base: str = "model"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     rotary: str = "model.rotary_emb"
@@ -285,8 +288,35 @@ MIXTURES: dict[str, Family] = {
 }
 
 
-def _multimodal(vision: VisionSpec) -> ArchitectureSpec:
-    inside = "model.language_model"
+@dataclass(frozen=True)
+class SeeingFamily:
+    """A row: a multimodal family that has been tried, as tests do with a tiny one of each.
+
+    Attributes:
+        models: what people know it by.
+        spec: its parts; how its decoder layers are built is found, as those of a text family are.
+        unrotatable: as in `Family`, of the language model that it is known with.
+        unprunable: why visual tokens cannot be pruned, or None.
+        weighs, since: as in `Family`.
+    """
+
+    models: str
+    spec: ArchitectureSpec
+    unrotatable: str | None = None
+    unprunable: str | None = None
+    weighs: str = "all layers"
+    since: str = "5.17"
+
+
+# Why an image's tokens all stay.
+WINDOWS = "its decoder has sliding windows, which a shorter prompt would widen"
+LINEAR = "its decoder has linear attention, where what was read leaves its mark"
+TOGETHER = "tokens of an image attend to those behind them, which is not followed here"
+UNREAD = "how its vision tower attends, and places tokens, is not read here"
+
+
+def _multimodal(vision: VisionSpec, decoder: str = "language_model") -> ArchitectureSpec:
+    inside = f"model.{decoder}"
     return ArchitectureSpec(
         layers=f"{inside}.layers",
         embedding=f"{inside}.embed_tokens",
@@ -296,12 +326,17 @@ def _multimodal(vision: VisionSpec) -> ArchitectureSpec:
     )
 
 
-def _llava(*vectors: str) -> ArchitectureSpec:
+def _llava(
+    projector: str | None = "linear_2",
+    vectors: tuple[str, ...] = (),
+    ignored: tuple[str, ...] = ("re:.*vision_tower.*", "re:.*multi_modal_projector.*"),
+) -> ArchitectureSpec:
+    """Tower, projector and decoder as LLaVA names them."""
     return _multimodal(
         VisionSpec(
-            projector="model.multi_modal_projector.linear_2",
+            projectors=(f"model.multi_modal_projector.{projector}",) if projector else (),
             vectors=vectors,
-            ignored=("re:.*vision_tower.*", "re:.*multi_modal_projector.*"),
+            ignored=ignored,
             spellings=(
                 (r"^language_model\.lm_head\.", "lm_head."),
                 (r"^language_model\.model\.", "model.language_model."),
@@ -312,54 +347,119 @@ def _llava(*vectors: str) -> ArchitectureSpec:
     )
 
 
-_QWEN_VL = _multimodal(
-    VisionSpec(
-        projector="model.visual.merger.mlp.2",
-        vectors=(),
-        ignored=(r"re:.*visual\..*",),
-        spellings=(
-            (r"^visual\.", "model.visual."),
-            (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
-        ),
+def _qwen(*projectors: str) -> ArchitectureSpec:
+    """Tower and decoder as Qwen2-VL names them."""
+    return _multimodal(
+        VisionSpec(
+            projectors=tuple(f"model.visual.{name}" for name in projectors),
+            vectors=(),
+            ignored=(r"re:.*visual\..*",),
+            spellings=(
+                (r"^visual\.", "model.visual."),
+                (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
+            ),
+        )
     )
+
+
+_IDEFICS = _multimodal(
+    VisionSpec(
+        projectors=("model.connector.modality_projection.proj",),
+        vectors=(),
+        ignored=(r"re:.*vision_model\..*", r"re:.*connector\..*"),
+        spellings=(),
+    ),
+    "text_model",
 )
 
-# LLaVA and its kin hold any of these decoders. The unpadded tiles of NeXT and OneVision end
-# each row with `image_newline`; they are resized behind the projector, but channel by channel.
-MULTIMODAL: dict[str, ArchitectureSpec] = {
-    "llava": _llava(),
-    "llava_next": _llava("model.image_newline"),
-    "llava_onevision": _llava("model.image_newline"),
-    "qwen2_vl": _QWEN_VL,
-    "qwen2_5_vl": _QWEN_VL,
+# LLaVA and its kin hold many decoders. The unpadded tiles of NeXT and OneVision end each row with
+# `image_newline`; they are resized behind the projector, but channel by channel.
+MULTIMODAL: dict[str, SeeingFamily] = {
+    "llava": SeeingFamily("LLaVA 1.5", _llava()),
+    "llava_next": SeeingFamily("LLaVA-NeXT", _llava(vectors=("model.image_newline",))),
+    "llava_onevision": SeeingFamily("LLaVA-OneVision", _llava(vectors=("model.image_newline",))),
+    "qwen2_vl": SeeingFamily("Qwen2-VL", _qwen("merger.mlp.2")),
+    "qwen2_5_vl": SeeingFamily("Qwen2.5-VL", _qwen("merger.mlp.2")),
+    "qwen3_vl": SeeingFamily(
+        "Qwen3-VL",
+        _qwen("merger.linear_fc2", "deepstack_merger_list.*.linear_fc2"),
+    ),
+    "glm4v": SeeingFamily("GLM-4.1V", _qwen("merger.down_proj"), AFTER),
+    "glm46v": SeeingFamily("GLM-4.6V-Flash", _qwen("merger.down_proj"), AFTER),
+    "qwen3_5": SeeingFamily(
+        "Qwen 3.5", _qwen("merger.linear_fc2"), None, LINEAR, "those with attention"
+    ),
+    "exaone4_5": SeeingFamily("EXAONE 4.5", _qwen("merger.mlp.2"), AFTER, WINDOWS),
+    "gemma3": SeeingFamily("Gemma 3", _llava(None), AFTER, WINDOWS),
+    "idefics3": SeeingFamily("Idefics3", _IDEFICS, None, UNREAD),
+    "smolvlm": SeeingFamily("SmolVLM 2", _IDEFICS, None, UNREAD),
+    "mistral3": SeeingFamily("Mistral Small 3.1, 3.2, Ministral 3", _llava(), None, UNREAD),
+    "internvl": SeeingFamily("InternVL 3", _llava(), None, UNREAD),
+    "aya_vision": SeeingFamily("Aya Vision", _llava(), MEAN, WINDOWS),
+    "paligemma": SeeingFamily("PaliGemma", _llava("linear"), None, TOGETHER),
+    "vipllava": SeeingFamily("ViP-LLaVA", _llava(), None, UNREAD),
+    "lighton_ocr": SeeingFamily(
+        "LightOnOCR",
+        _multimodal(
+            VisionSpec(
+                projectors=("model.vision_projection.linear_2",),
+                vectors=(),
+                ignored=("re:.*vision_encoder.*", "re:.*vision_projection.*"),
+                spellings=(),
+            )
+        ),
+        None,
+        UNREAD,
+    ),
+    "ovis2": SeeingFamily(
+        "Ovis 2",
+        _multimodal(
+            VisionSpec(
+                projectors=(),
+                vectors=("model.visual_embeddings_table.weight",),
+                ignored=("re:.*vision_tower.*",),
+                spellings=(),
+            )
+        ),
+        None,
+        UNREAD,
+    ),
+    "cohere2_vision": SeeingFamily("Command A Vision", _llava(), MEAN, WINDOWS),
+    "deepseek_vl": SeeingFamily(
+        "DeepSeek-VL",
+        _multimodal(
+            VisionSpec(
+                projectors=("model.aligner.linear2",),
+                vectors=(),
+                ignored=(r"re:.*vision_model\..*", r"re:.*aligner\..*"),
+                spellings=(),
+            )
+        ),
+        None,
+        UNREAD,
+    ),
 }
-SEEING = {  # what people know them by
-    "llava": "LLaVA 1.5",
-    "llava_next": "LLaVA-NeXT",
-    "llava_onevision": "LLaVA-OneVision",
-    "qwen2_vl": "Qwen2-VL",
-    "qwen2_5_vl": "Qwen2.5-VL",
-}
-INSIDE = ("llama", "mistral", "qwen2", "qwen3")
-# What the Qwen families call the decoder that is theirs alone.
-OWN_DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text")
+# What families call the decoder that is theirs alone.
+OWN_DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "glm4v_text")
+INSIDE = (*ARCHITECTURES, *OWN_DECODERS)
 
 
 def architecture_of(config: "PretrainedConfig") -> ArchitectureSpec:
     """The parts of a model by its family; a UsageError that lists the supported ones if it is none.
 
-    How the layers of a text model are built is found by `structure.look`.
+    How the decoder layers are built is found by `structure.look`.
     """
     if config.model_type not in (*ARCHITECTURES, *MIXTURES, *MULTIMODAL):
         raise _unsupported(config.model_type)
     if config.model_type in MULTIMODAL:
         decoder = config.get_text_config().model_type
-        if decoder not in (*INSIDE, *OWN_DECODERS):
+        if decoder not in INSIDE:
             raise UsageError(
                 f"the language model inside this {config.model_type!r} is a {decoder!r}, which is "
                 f"not supported: supported are {', '.join(INSIDE)}"
             )
-    return MULTIMODAL.get(config.model_type, ArchitectureSpec())
+        return MULTIMODAL[config.model_type].spec
+    return ArchitectureSpec()
 
 
 def refuse_partly_seen(config: "PretrainedConfig") -> None:

@@ -10,10 +10,13 @@ from dataclasses import asdict, dataclass
 from compress.models.families import (
     AFTER,
     ARCHITECTURES,
+    LINEAR,
     MEAN,
     MIXTURES,
     MULTIMODAL,
-    SEEING,
+    TOGETHER,
+    UNREAD,
+    WINDOWS,
 )
 
 
@@ -28,7 +31,7 @@ class FamilyRow:
         rotate: "yes", or why not in a word.
         token_importance: the layers whose tokens are weighed by attention; in others they weigh
             the same.
-        prune_visual_tokens: "yes" or "-".
+        prune_visual_tokens: "yes", why not in a word, or "-" for text.
         since: the oldest transformers that is known to have it, of those that are supported.
     """
 
@@ -47,6 +50,13 @@ class FamilyRow:
 HEADINGS = ("type", "models", "quantize", "rotate", "weighs tokens", "prunes images", "since")
 METHODS = "rtn, gptq"
 ROTATES = {None: "yes", MEAN: "no: LayerNorm", AFTER: "no: post-norms"}
+PRUNES = {
+    None: "yes",
+    WINDOWS: "no: windows",
+    LINEAR: "no: linear attention",
+    TOGETHER: "no: image seen whole",
+    UNREAD: "no: tower not read",
+}
 
 
 def family_rows() -> list[FamilyRow]:
@@ -55,8 +65,9 @@ def family_rows() -> list[FamilyRow]:
     for kind, row in (ARCHITECTURES | MIXTURES).items():
         rotate = ROTATES[row.unrotatable]
         rows.append(FamilyRow(kind, row.models, METHODS, rotate, row.weighs, "-", row.since))
-    for kind in MULTIMODAL:
-        rows.append(FamilyRow(kind, SEEING[kind], METHODS, "yes", "all layers", "yes", "5.17"))
+    for kind, seeing in MULTIMODAL.items():
+        can = ROTATES[seeing.unrotatable], seeing.weighs, PRUNES[seeing.unprunable]
+        rows.append(FamilyRow(kind, seeing.models, METHODS, *can, seeing.since))
     return rows
 
 
@@ -69,12 +80,12 @@ def markdown(rows: Sequence[FamilyRow]) -> str:
 
 def sentence() -> str:
     """The types in two lines, as the README has them."""
-    tables = (ARCHITECTURES, MIXTURES, SEEING)
+    tables = (ARCHITECTURES, MIXTURES, MULTIMODAL)
     dense, mixed, seeing = (", ".join(f"`{kind}`" for kind in kinds) for kinds in tables)
     text = (
         f"{len(ARCHITECTURES)} dense decoders: {dense}; "
         f"{len(MIXTURES)} decoders with experts: {mixed}; "
-        f"{len(SEEING)} multimodal types: {seeing}, "
+        f"{len(MULTIMODAL)} multimodal types: {seeing}, "
         f"whose vision tower and projector stay in 16 bits. Which of them rotate, and what was "
         f"tried and left out: [docs/families.md](docs/families.md), or `modelpress families`."
     )

@@ -24,7 +24,7 @@ from compress.models.config_values import check_extent, check_tokenizer, reason_
 from compress.models.experts import open_experts
 from compress.models.families import MIXTURES, ArchitectureSpec, architecture_of, head_dim_of
 from compress.models.meta import WithoutNumbers
-from compress.models.own_forward import LayerInputs, finished, handed_on
+from compress.models.own_forward import LayerInputs, Told, finished, handed_on
 from compress.models.pretrained import load_config, local_folder, processor_reader
 from compress.models.stored import (
     LeftOver,
@@ -47,7 +47,6 @@ if TYPE_CHECKING:  # slow to import
     )
 
 LENGTHS = 4  # of sequences whose tables and masks are kept
-M_ROPE = ("qwen2_vl_text", "qwen2_5_vl_text")  # decoders with three rows of positions
 ASSUMED_DTYPE = torch.bfloat16  # where neither files nor config.json say one
 
 
@@ -122,8 +121,7 @@ class Skeleton:
         self.num_layers: int = self.config.num_hidden_layers
         self.head_dim = head_dim_of(self.config)
         self._recorded: dict[tuple[int, torch.device, torch.dtype], list[LayerInputs]] = {}
-        if self.spec.vision is None:
-            self.spec = self._looked_at()
+        self.spec = self._looked_at()
         self.buffers = self.layer_buffers()
         self.left.buffers[:] = [name for name in self.left.buffers if name not in self.buffers]
         # Tied means, as in transformers: the config says so, and the file has one of the two
@@ -137,14 +135,14 @@ class Skeleton:
         return cls(local_folder(location, revision))
 
     def _looked_at(self) -> ArchitectureSpec:
-        """How the layers of a text model are built; UsageError for what is not understood."""
+        """How the decoder layers are built; UsageError for what is not understood."""
         spec, kind = self.spec, self.model_config.model_type
         ids = torch.arange(2)
         try:
             x = torch.ones(1, 2, self.config.hidden_size, dtype=torch.float64)
             x[..., ::2], x[:, 1] = 3.0, 0.5  # or a norm would look like a number
             own = embedding_scale(self.model.get_submodule(spec.embedding), ids)
-            scale = own * uniform_scale(handed_on(self.model, spec, x)[0], x)
+            scale = own * uniform_scale(handed_on(self.model, spec, x).first, x)
             found = look(self.model, spec, self.config.hidden_size, self.layer_inputs)
         except UsageError as error:
             raise UsageError(
@@ -222,12 +220,12 @@ class Skeleton:
         return self.reader.dtype(f"{self.table}.weight")
 
     def stored_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of a tensor in an output of `dtype`: fp32 where a text family insists on it.
+        """The dtype of a tensor in an output of `dtype`: fp32 where its family insists on it.
 
         What a router adds to its scores tells experts apart by less than 16 bits can say.
         """
         kept = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
-        inside = self.spec.vision is None and name.startswith(f"{self.spec.layers}.")
+        inside = name.startswith(f"{self.spec.layers}.")
         exact = inside and any(part in name for part in kept)
         return torch.float32 if exact else dtype
 
@@ -268,8 +266,6 @@ class Skeleton:
 
     def layer_buffers(self) -> dict[str, Tensor]:
         """The buffers of decoder layers that the file has, by their full names; without values."""
-        if self.spec.vision is not None:
-            return {}
         state = self.model.get_submodule(self.spec.layers).state_dict(prefix=f"{self.spec.layers}.")
         return {
             name: tensor
@@ -321,38 +317,19 @@ class Skeleton:
             for module, before in buffers:
                 module._buffers = before
 
-    def layer_inputs(self, index: int, x: Tensor, positions: Tensor | None = None) -> LayerInputs:
-        """Rotary tables and the mask of one decoder layer for x [B, T, d].
+    def layer_inputs(self, index: int, x: Tensor, told: Told | None = None) -> LayerInputs:
+        """What the family's own forward hands on to a decoder layer for x [B, T, d].
 
-        `positions` are the tokens' position ids [1, T], for M-RoPE [3, 1, T]; None: 0 to T - 1. The
-        mask is None (plain causal attention) unless the layer slides over a shorter window.
+        Rotary tables, a mask (None: plain causal attention) and what else it has. `told`: what the
+        language model is told of a prompt with images, B = 1; None: x is text.
         """
-        if self.spec.vision is None:
-            assert positions is None, "text has the places of its own forward"
-            return self._inputs_of_text(index, x)
-        T = x.shape[1]
-        slots = torch.arange(T, device=x.device)[None]
-        rotary = self.model.get_submodule(self.spec.rotary).to(x.device)
-        positions = slots if positions is None else positions.to(x.device)
-        if positions.ndim == 2 and self.config.model_type in M_ROPE:
-            positions = positions.expand(3, -1, -1)  # of text alone, the rows are the same
-        inputs: LayerInputs = {
-            "position_embeddings": rotary(x, positions),
-            "attention_mask": None,
-        }
-        window = self.sliding_window(index)
-        if window is not None and window < T:
-            distance = slots.T - slots  # query minus key
-            inputs["attention_mask"] = ((distance >= 0) & (distance < window))[None, None]
-        return inputs
-
-    def _inputs_of_text(self, index: int, x: Tensor) -> LayerInputs:
-        """The same as the family's own forward hands it on: tables, masks and what else it has."""
+        if told is not None:
+            return handed_on(self.model, self.spec, x, told).inputs[index]
         key = (x.shape[1], x.device, x.dtype)
         if key not in self._recorded:
             while len(self._recorded) >= LENGTHS:
                 del self._recorded[next(iter(self._recorded))]
-            _, self._recorded[key] = handed_on(self.model, self.spec, x[:1])
+            self._recorded[key] = handed_on(self.model, self.spec, x[:1]).inputs
         return self._recorded[key][index]
 
     def scaled(self, rows: Tensor) -> Tensor:
@@ -362,8 +339,6 @@ class Skeleton:
 
     def finished(self, logits: Tensor) -> Tensor:
         """The head's products [..., V] as the model gives them: scaled, or bent under a cap."""
-        if self.spec.vision is not None:
-            return logits
         return finished(self.model, self.spec, logits)
 
     def sliding_window(self, index: int) -> int | None:

@@ -41,9 +41,11 @@ EXACT = 1e-6  # norms compute in fp32
 class Linear(nn.Module):
     """In a linear's place: notes what it reads, and gives random numbers."""
 
-    def __init__(self, real: nn.Linear, draw: torch.Generator):
+    def __init__(self, real: nn.Module, draw: torch.Generator):
         super().__init__()
-        self.in_features, self.out_features = real.in_features, real.out_features
+        self.in_features, self.out_features = (
+            int(getattr(real, side)) for side in ("in_features", "out_features")
+        )
         self.draw = draw
         self.read: list[Tensor] = []
         self.gave: list[Tensor] = []

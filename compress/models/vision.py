@@ -10,14 +10,15 @@ given back.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import CheckpointError
 from compress.models.config_values import without_names
+from compress.models.own_forward import Told, layers_away, told_on
 from compress.models.skeleton import Skeleton
 
 Lookup = Callable[[Tensor], Tensor]  # rows of the embedding in fp32, by token ids on the CPU
@@ -32,12 +33,40 @@ class EncodesImages(Protocol):
 
 
 @dataclass(frozen=True)
+class Added:
+    """What the family adds to the stream behind a decoder layer: values [n, d] at slots [n]."""
+
+    slots: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Added":
+        """x [1, T, d], most rows of which are zero."""
+        slots = (x[0] != 0).any(-1).nonzero()[:, 0]
+        return cls(slots, x[0, slots])
+
+    def whole(self, shape: torch.Size) -> Tensor:
+        """All rows, those of zero as well: `shape` [1, T, d]."""
+        return self.to(self.values.new_zeros(shape))
+
+    def to(self, x: Tensor) -> Tensor:
+        """x [1, T, d] with it, a new tensor on x's device."""
+        return x.index_add(1, self.slots.to(x.device), self.values.to(x)[None])
+
+
+@dataclass(frozen=True)
 class Encoded:
-    """A prompt as the language model gets it: embeddings [1, T, d], and position ids if it is given
-    any, [1, T] or, for M-RoPE, [3, 1, T]."""
+    """A prompt as the language model gets it.
+
+    Attributes:
+        embeds: [1, T, d], what the first decoder layer reads.
+        told: what it is called with beside them; None for text.
+        added: what is added to the stream behind layer i, by i.
+    """
 
     embeds: Tensor
-    positions: Tensor | None
+    told: Told | None
+    added: dict[int, Added] = field(default_factory=dict)
 
 
 @contextmanager
@@ -71,7 +100,7 @@ def on_device(inputs: Inputs, device: str | torch.device) -> Inputs:
 
 @torch.no_grad()
 def encode(skeleton: Skeleton, inputs: Inputs, lookup: Lookup, device: str = "cpu") -> Encoded:
-    """One prompt through everything before the language model, by the family's own forward.
+    """One prompt through everything before the decoder layers, by the family's own forward.
 
     Args:
         inputs: keyword arguments of a forward.
@@ -79,39 +108,56 @@ def encode(skeleton: Skeleton, inputs: Inputs, lookup: Lookup, device: str = "cp
 
     Raises CheckpointError if the model takes no such prompt.
     """
-    base = skeleton.base
-    decoder = base.language_model
-    base.language_model = recorder = _Recorder(lookup)
+    base, spec = skeleton.base, skeleton.spec
+    decoder = base.get_submodule(spec.layers.rpartition(".")[0].removeprefix(f"{spec.base}."))
+    table = spec.embedding.rpartition(".")[2]
+    embedding, state = decoder.get_submodule(table), dict(vars(base))
+    calls: list[Inputs] = []
+    note = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    scale = spec.embedding_scale if spec.scaled_by_module else 1.0
+    setattr(decoder, table, _Rows(lookup, scale, cast(nn.Embedding, embedding)))
+    skeleton.model.get_submodule(spec.rotary).to(device)
     try:
-        base(**on_device(inputs, device), use_cache=False)
+        with layers_away(skeleton.model, spec) as seen:
+            base(**on_device(inputs, device), use_cache=False)
     except (ValueError, RuntimeError, IndexError) as error:
         raise CheckpointError(
             f"{skeleton.folder}: the vision tower does not take what the processor beside it makes "
             f"of images: {without_names(str(error))}"
         ) from error
     finally:
-        base.language_model = decoder
-    positions = recorder.seen.get("position_ids")
+        note.remove()
+        setattr(decoder, table, embedding)
+        # Some keep what they found out about a prompt (M-RoPE), for the tokens after it.
+        for name in vars(base).keys() - state.keys():
+            delattr(base, name)
+        vars(base).update(state)
+    handed = seen()
+    (call,) = calls
+    told = {name: call[name] for name in ("position_ids", "attention_mask") if _tensors(call, name)}
     return Encoded(
-        recorder.seen["inputs_embeds"].float().cpu(),
-        None if positions is None else positions.cpu(),
+        handed.first.float().cpu(),
+        told_on(cast(Told, told), "cpu"),
+        {i: Added.of(x.float().cpu()) for i, x in handed.added.items()},
     )
 
 
-class _Recorder(nn.Module):
-    """In the place of the language model: notes what it is called with."""
+def _tensors(call: Inputs, name: str) -> bool:
+    return isinstance(call.get(name), Tensor | dict)
 
-    def __init__(self, lookup: Lookup):
+
+class _Rows(nn.Module):
+    """In the place of the embedding: rows that are looked up."""
+
+    def __init__(self, lookup: Lookup, scale: float, real: nn.Embedding):
         super().__init__()
         self.lookup = (lookup,)  # no submodule: it stays where it is
-        self.seen: Inputs = {}
+        self.scale, self.num_embeddings = scale, real.num_embeddings
+        self.embedding_dim = real.embedding_dim
 
-    def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
+    def forward(self, ids: Tensor) -> Tensor:
         (lookup,) = self.lookup
-        return lambda ids: lookup(ids.cpu()).to(ids.device)
-
-    def forward(self, **kwargs: Any) -> object:
-        from transformers.modeling_outputs import BaseModelOutputWithPast  # slow to import
-
-        self.seen = kwargs
-        return BaseModelOutputWithPast(last_hidden_state=kwargs["inputs_embeds"])
+        rows = lookup(ids.cpu()).to(ids.device)
+        return rows if self.scale == 1.0 else rows * self.scale

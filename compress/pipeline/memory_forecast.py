@@ -105,7 +105,17 @@ def _run(inputs: RunInputs, shapes: Shapes) -> int:
     streams = hidden * (2 if twin else 1) + widest
     activations = calibration_tokens(inputs.source, skeleton) * streams * 4
     on_disk = activations_on_disk(recipe.calibration.offload, activations)
-    return total + (0 if on_disk else activations)
+    return total + (0 if on_disk else activations) + _added(inputs)
+
+
+def _added(inputs: RunInputs) -> int:
+    """What a tower adds to prompts behind later layers, which waits in memory."""
+    if not inputs.source.images:
+        return 0
+    vision = inputs.skeleton.model_config.vision_config
+    levels = len(getattr(vision, "deepstack_visual_indexes", ()))
+    tokens = calibration_tokens(inputs.source, inputs.skeleton) if levels else 0
+    return tokens * inputs.skeleton.config.hidden_size * 4 * levels
 
 
 def _scores(inputs: RunInputs, shapes: Shapes) -> int:

@@ -16,7 +16,7 @@ from compress.errors import CompressError, UsageError
 from compress.models.skeleton import Skeleton
 from compress.pipeline.inputs import RunInputs
 from compress.pruning.costs import DecoderShape, kv_bytes, prefill_flops
-from compress.pruning.families import FAMILIES
+from compress.pruning.families import tower_for
 from compress.pruning.last_token import LastTokenAttention, check_decoder
 from compress.pruning.saved import saved_strategy
 from compress.pruning.search import check_search, search_variables
@@ -70,9 +70,9 @@ def strategy_of(
             return None
         strategy = found
     strategy.average_kept(layers)  # refuses a stage beyond the last layer
-    base = skeleton.base
+    tower, base = tower_for(skeleton.model_config.model_type), skeleton.base
     check_decoder(base.get_submodule("language_model"))
-    Stages(strategy, layers).tap(base, FAMILIES[skeleton.model_config.model_type])
+    Stages(strategy, layers).tap(base, tower)
     if strategy.ranks_by_language_attention:
         first = f"{skeleton.spec.layers}.0.{skeleton.spec.layer(0).attention}"
         LastTokenAttention(skeleton.model.get_submodule(first))

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.data.prompts import probe_prompt
 from compress.errors import CheckpointError
@@ -145,7 +145,7 @@ def _our_logits(model: RotatedModel, probes: Mapping[str, dict[str, Tensor]]) ->
     for index in range(model.skeleton.num_layers):
         with model.layer(index) as layer:
             states = [
-                model.forward(layer, index, x, part.positions)
+                _through(model, layer, index, x, part)
                 for x, part in zip(states, encoded, strict=True)
             ]
         release_memory()
@@ -157,6 +157,14 @@ def _our_logits(model: RotatedModel, probes: Mapping[str, dict[str, Tensor]]) ->
             )
     with model.logits() as head:
         return [head(x).float().cpu() for x in states]
+
+
+def _through(
+    model: RotatedModel, layer: nn.Module, index: int, x: Tensor, prompt: Encoded
+) -> Tensor:
+    """A prompt's x behind a layer, with what its family adds there."""
+    y = model.forward(layer, index, x, prompt.told)
+    return prompt.added[index].to(y) if index in prompt.added else y
 
 
 def _embedded(model: RotatedModel, probe: dict[str, Tensor]) -> Encoded:

@@ -24,12 +24,12 @@ from torch import Tensor
 from compress.data.activations import TOKENS_PER_BATCH, ActivationStore
 from compress.data.prompts import CalibrationData, ImagePrompts
 from compress.errors import CheckpointError, UsageError
-from compress.models.own_forward import LayerInputs
+from compress.models.own_forward import LayerInputs, Told
 from compress.models.skeleton import Skeleton
-from compress.models.vision import Encoded, EncodesImages, Inputs, Lookup, encode
+from compress.models.vision import Added, Encoded, EncodesImages, Inputs, Lookup, encode
 from compress.pruning.costs import CostTotals, DecoderShape, PruningStats, prompt_stats
 from compress.pruning.encoding import EncodedImages
-from compress.pruning.families import FAMILIES
+from compress.pruning.families import tower_for
 from compress.pruning.prompt import PromptImage, PrunedPrompt, take
 from compress.pruning.stages import Stages
 from compress.storage.files import file_digest
@@ -57,6 +57,8 @@ class CalibrationStream:
     Attributes:
         batches: ids and mask [B, T] of the tokens that are still there, without the probe's.
         x: the inputs of the next layer, [B, T, d] each; the probe's last.
+        told, added: what the family tells its language model of a batch, None for text, and what it
+            adds to the stream behind layers; the probe's last.
         x0: those of the 16-bit model, for every batch but the probe; None where nobody asks.
         probe: what the probe is made of, None for a text model.
         scores: attention of prompts' last tokens [1, T] in the layer that has just run, by batch.
@@ -79,7 +81,8 @@ class CalibrationStream:
         self.folder, self.on_disk, self.device = folder, on_disk, device
         self.probe, self.processor = probe, processor
         self.batches = data.batches(TOKENS_PER_BATCH)
-        self.positions: list[Tensor | None] = []
+        self.told: list[Told | None] = []
+        self.added: list[dict[int, Added]] = []
         self.prompts: dict[int, PrunedPrompt] = {}  # of batches with images, if any are pruned
         self.scores: dict[int, Tensor] = {}
         self._left: dict[str, str] = {}  # digests of what the stages have noted
@@ -102,9 +105,10 @@ class CalibrationStream:
         self.x = ActivationStore(*(self.place(0) if self.on_disk else ()))
         if self.x0 is not None:
             self.x0 = ActivationStore(*(self.twin_place(0) if self.on_disk else ()))
-        self.positions = []
+        self.told, self.added = [], []
         for i, encoded in enumerate(self._encoded(encoder, table())):
-            self.positions.append(encoded.positions)
+            self.told.append(encoded.told)
+            self.added.append(encoded.added)
             self.x.append(encoded.embeds)
             if self.x0 is not None and exact is None and i < len(self.batches):
                 self.x0.append(encoded.embeds)
@@ -121,9 +125,10 @@ class CalibrationStream:
         self._left = dict(state["stages"])
         d = self.skeleton.config.hidden_size
         lengths = [ids.shape for ids, _ in self.batches]
-        self.positions = [None] * len(lengths)
+        self.told, self.added = [None] * len(lengths), [{} for _ in lengths]
         if self.probe is not None:  # images are encoded again, for their places and importances
-            self.positions = [e.positions for e in self._encoded(encoder, table())]
+            again = [(e.told, e.added) for e in self._encoded(encoder, table())]
+            self.told, self.added = [told for told, _ in again], [added for _, added in again]
             lengths.append(self.probe["input_ids"].shape)
         for stage in sorted(self.stages.numbers if self.stages and self.prompts else ()):
             if stage <= layer:
@@ -159,7 +164,7 @@ class CalibrationStream:
             return encode(self.skeleton, inputs, lookup, self.device)
         base, config = self.skeleton.base, self.skeleton.model_config
         assert isinstance(base, EncodesImages)
-        tap = self.stages.tap(base, FAMILIES[config.model_type], self.processor)
+        tap = self.stages.tap(base, tower_for(config.model_type), self.processor)
         images = EncodedImages(tap)
         handles = tap.install()
         base.get_image_features = images.noting(base.get_image_features)
@@ -200,7 +205,7 @@ class CalibrationStream:
 
     def layer_inputs(self, source: int, i: int, x: Tensor) -> LayerInputs:
         """What the decoder layer `source` of the model needs beside batch i."""
-        return self.skeleton.layer_inputs(source, x, self.positions[i])
+        return self.skeleton.layer_inputs(source, x, self.told[i])
 
     def advance(self, y: ActivationStore, layer: int, y0: ActivationStore | None = None) -> None:
         """Makes `y` the inputs of `layer`, shortened by the stage there, and puts them on disk.
@@ -208,6 +213,10 @@ class CalibrationStream:
         `y0`: the same of the 16-bit model.
         """
         self.x, self.x0 = y, y0
+        for i, added in enumerate(self.added):
+            if (behind := added.pop(layer - 1, None)) is not None:
+                for store in filter(None, (self.x, self.x0 if i < len(self.batches) else None)):
+                    store[i] = behind.to(store[i])
         self._narrow(layer)
         self.x.dump(*self.place(layer))
         if self.x0 is not None:
@@ -245,13 +254,22 @@ class CalibrationStream:
         """Applies the stage before `layer`, and notes which tokens are left, for a resumed run."""
         if self.stages is None or not self.prompts or layer not in self.stages.numbers:
             return
-        left = {}
+        left: dict[str, Tensor] = {}
         for i, prompt in self.prompts.items():
             generator = torch.Generator().manual_seed(self._seed(i, layer))
             scores = self.scores.get(i)
+            added = {k: x.whole(self.x[i].shape) for k, x in self.added[i].items()}
             hidden, order = self.stages.narrow(
-                prompt, layer, self.x[i].cpu(), generator, None if scores is None else scores.cpu()
+                prompt,
+                layer,
+                self.x[i].cpu(),
+                generator,
+                None if scores is None else scores.cpu(),
+                added,
             )
+            self.added[i] = {k: Added.of(x) for k, x in added.items()}
+            for k, x in self.added[i].items():
+                left |= {f"{i}.added.{k}.slots": x.slots, f"{i}.added.{k}.values": x.values}
             if order is not None:
                 self._shorten(i, layer, order)
             self.x[i] = hidden
@@ -271,6 +289,10 @@ class CalibrationStream:
                 image.alive = left[f"{i}.{j}.alive"]
                 image.merged = left.get(f"{i}.{j}.merged")
                 image.kept.append((layer, len(image.alive)))
+            for k in self.added[i]:
+                parts = (left[f"{i}.added.{k}.{part}"] for part in ("slots", "values"))
+                if k >= layer:  # what comes before was added before
+                    self.added[i][k] = Added(*parts)
             order = prompt.narrow(layer)
             if order is not None:
                 self._shorten(i, layer, order)
@@ -279,10 +301,13 @@ class CalibrationStream:
         """Batch i without the tokens that are not in `order` [1, T']."""
         assert self.stages is not None
         ids, mask = self.batches[i]
-        positions = self.positions[i]
-        if positions is None:
-            positions = torch.arange(ids.shape[1])[None]
-        self.positions[i] = self.stages.positions(self.prompts[i], layer, positions, order)
+        told = self.told[i] or {}
+        positions = told.get("position_ids", torch.arange(ids.shape[1])[None])
+        # Always a mask: without one, gaps in the positions would read as packed sequences.
+        self.told[i] = {
+            "position_ids": self.stages.positions(self.prompts[i], layer, positions, order),
+            "attention_mask": torch.ones(order.shape, dtype=torch.long),
+        }
         self.batches[i] = take(ids, order), take(mask, order)
 
     def _left_file(self, layer: int) -> str:

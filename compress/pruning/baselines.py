@@ -92,11 +92,12 @@ class AveragePooling(_Baseline):
         order = distance.argsort(stable=True)
         places = order[first_of_each(block[order])].sort().values
         nothing = torch.zeros_like(block, dtype=torch.bool)
-        values = merge_cells(
-            candidates.features[free], torch.ones_like(row), block, nothing, places
-        )
+
+        def mix(x: Tensor) -> Tensor:
+            return merge_cells(x[free], torch.ones_like(row), block, nothing, places)
+
         kept = torch.cat([protected.nonzero()[:, 0], free[places]]).sort().values
-        return Selection(kept, free[places], values)
+        return Selection(kept, free[places], mix(candidates.features), mix)
 
 
 class _LanguageAttention(_Baseline):
@@ -138,14 +139,13 @@ class VisionZip(_Baseline):
         keys = normalize(tokens.keys.float(), dim=-1)
         group = (keys[rest] @ keys[targets].T).argmax(dim=1)
         group[steps] = torch.arange(contextual, device=rest.device)  # each target is its own
-        values = merge_cells(
-            candidates.features[rest],
-            torch.ones(len(rest), device=rest.device),
-            group,
-            torch.zeros_like(rest, dtype=torch.bool),
-            steps,
-        )
-        return Selection(torch.cat([dominant, targets]).sort().values, targets, values)
+        alike, nothing = torch.ones(len(rest), device=rest.device), torch.zeros_like(rest).bool()
+
+        def mix(x: Tensor) -> Tensor:
+            return merge_cells(x[rest], alike, group, nothing, steps)
+
+        kept = torch.cat([dominant, targets]).sort().values
+        return Selection(kept, targets, mix(candidates.features), mix)
 
 
 @PRUNING_METHODS.register("divprune")

@@ -11,8 +11,10 @@ pruned run equals the full run in which the pruned keys are masked out from thei
 left keeps its positions.
 
 Stage 0 shortens what enters the language model, a stage before layer k the hidden states, rotary
-embeddings and masks of the layers from k on, whose caches are then shorter. While decoding, each
-stage's mask is rebuilt from its own cache length. Text-only prompts run unpruned and are counted.
+embeddings and masks of the layers from k on, whose caches are then shorter. What the tower adds to
+the stream between later layers (Qwen3-VL's DeepStack) is added here instead, shortened as well.
+While decoding, each stage's mask is rebuilt from its own cache length. Text-only prompts run
+unpruned and are counted.
 
 Not for: beam search, assisted decoding, static and sliding-window caches, prompts that are
 prefilled in pieces. Each is refused.
@@ -70,6 +72,7 @@ class _Step:
     def __init__(self, prompt: PrunedPrompt | None, inputs: Inputs, prefill: bool):
         self.prompt, self.inputs, self.prefill = prompt, inputs, prefill
         self.override: Inputs = {}
+        self.added: dict[int, Tensor] = {}  # [B, S, D] behind layer i, by i
         self.cache: Cache | None = None
         self.appended: Tensor | None = None  # [B, new] mask of the tokens after the prompt
         self.final_positions: Tensor | None = None  # [..., B, 1] of the prompt, once shortened
@@ -223,18 +226,30 @@ class VisualTokenPruning:
             return None
         if step.prefill:
             step.prompt = self._open(step.inputs, kwargs["inputs_embeds"])
-            changes = self._stage_0(step, step.prompt, kwargs)
+            changes = self._taken(step, kwargs) | self._stage_0(step, step.prompt, kwargs)
             return (args, kwargs | changes) if changes else None
         if step.prompt is not None and self._pruned_at_0(step.prompt):
             mask = step.valid(step.prompt, 0).long()
             return args, kwargs | {"attention_mask": mask}
         return None
 
+    def _taken(self, step: _Step, kwargs: Inputs) -> Inputs:
+        """Takes over what the language model would add between layers to visual tokens."""
+        features = kwargs.get("deepstack_visual_embeds")
+        if features is None:
+            return {}
+        places, embeds = kwargs["visual_pos_masks"], kwargs["inputs_embeds"]
+        for number, values in enumerate(features):
+            whole = torch.zeros_like(embeds)
+            whole[places] = values.to(embeds)
+            step.added[number] = whole
+        return {"deepstack_visual_embeds": None, "visual_pos_masks": None}
+
     def _stage_0(self, step: _Step, prompt: PrunedPrompt, kwargs: Inputs) -> Inputs:
         """What the language model gets instead, if a stage before it prunes anything."""
         if 0 not in self.stages.numbers:
             return {}
-        hidden, order = self._narrow(prompt, 0, kwargs["inputs_embeds"])
+        hidden, order = self._narrow(step, prompt, 0, kwargs["inputs_embeds"])
         if order is None:
             return {}
         positions = kwargs.get("position_ids")
@@ -256,10 +271,12 @@ class VisualTokenPruning:
         step.cache = kwargs.get("past_key_values")
         prompt = step.prompt
         hidden = args[0] if args else kwargs["hidden_states"]
+        if (added := step.added.pop(number - 1, None)) is not None:
+            hidden = hidden + added.to(hidden)
         if number > 0 and number in self.stages.numbers:
             if step.prefill:
                 arguments = kwargs | step.override
-                hidden, order = self._narrow(prompt, number, hidden)
+                hidden, order = self._narrow(step, prompt, number, hidden)
                 if order is not None:
                     step.override = self._shortened(prompt, number, hidden, order, arguments)
             elif prompt.view(number).layer == number:
@@ -297,13 +314,13 @@ class VisualTokenPruning:
         return PrunedPrompt(mask, self.encoded.placed(inputs, self.image_token))
 
     def _narrow(
-        self, prompt: PrunedPrompt, layer: int, hidden: Tensor
+        self, step: _Step, prompt: PrunedPrompt, layer: int, hidden: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Selects in every image; the hidden states [B, S', D] that stay, and their slots."""
         scores = None
         if layer in self.attention and prompt.images:
             scores = self.attention[layer].scores(prompt.views[-1].valid)  # [B, S]
-        return self.stages.narrow(prompt, layer, hidden, self._generator, scores)
+        return self.stages.narrow(prompt, layer, hidden, self._generator, scores, step.added)
 
     def _shortened(
         self, prompt: PrunedPrompt, layer: int, hidden: Tensor, order: Tensor, arguments: Inputs

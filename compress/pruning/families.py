@@ -1,6 +1,6 @@
 """Which multimodal models can be pruned: one row each, how their images become visual tokens.
 
-tap = tower_of(model)(model.model, settings)
+tap = tower_of(model)(model.model, settings); tower_for("llava")
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.errors import UsageError
+from compress.models.families import MULTIMODAL
 from compress.models.vision import Inputs
 from compress.pruning.tower import Crops, MergingTower, Pack, PatchTower, TapSettings, VisionTap
 
@@ -73,20 +74,28 @@ FAMILIES: dict[str, Tower] = {
     "llava_onevision": _patches(_tiles, _onevision_packing),
     "qwen2_vl": MergingTower,
     "qwen2_5_vl": MergingTower,
+    "qwen3_vl": MergingTower,
+    "glm4v": MergingTower,
+    "glm46v": MergingTower,
 }
+
+
+def tower_for(model_type: str) -> Tower:
+    """The row of a model type. Raises UsageError if it has none, with the reason where known."""
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    row = MULTIMODAL.get(model_type)
+    why = f"expected one of {', '.join(FAMILIES)}" if row is None else row.unprunable
+    raise UsageError(f"visual tokens of {model_type!r} models cannot be pruned: {why}")
 
 
 def tower_of(model: object) -> Tower:
     """The row of a model. Raises UsageError, naming the supported ones, if it has none."""
     found = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if found not in FAMILIES:
-        raise UsageError(
-            f"visual tokens of {found!r} models cannot be pruned: expected one of "
-            f"{', '.join(FAMILIES)}"
-        )
+    tower = tower_for(found)
     if not hasattr(getattr(model, "model", None), "language_model"):
         raise UsageError(
             f"expected a model with a language modelling head, found {type(model).__name__}: "
             "load it with AutoModelForImageTextToText"
         )
-    return FAMILIES[found]
+    return tower

@@ -6,6 +6,8 @@ give its weights away; only the last token's row is computed.
     tap = LastTokenAttention(layer.self_attn); handles = tap.install(); ...; tap.scores(valid)
 """
 
+import contextlib
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol, cast
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compress.errors import UsageError
+from compress.models.attention import Attended, attending
+from compress.models.structure import Linear
 from compress.pruning.per_thread import PerThread
 from compress.pruning.tower import rotate
 
@@ -31,10 +35,10 @@ class LastTokenAttention:
     """Hooks on the projections of one decoder layer's attention."""
 
     def __init__(self, attention: nn.Module):
-        if hasattr(attention, "q_norm"):
+        if not follows(attention):
             raise UsageError(
-                f"{type(attention).__name__} normalises its queries, which fastv and pyramiddrop "
-                "do not follow here: choose another method"
+                f"{type(attention).__name__} makes its queries and keys, by a norm for one, in a "
+                "way that fastv and pyramiddrop do not follow here: choose another method"
             )
         self.attention = cast(DecoderAttention, attention)
         self._seen = PerThread[dict[str, Tensor]](dict)
@@ -76,12 +80,61 @@ class LastTokenAttention:
         return weights.mean(dim=1)
 
 
+class _SeenError(Exception):
+    """Ends a forward that has shown what it was run for."""
+
+
+def follows(attention: nn.Module) -> bool:
+    """Whether a module attends with its projections, rotated half by half, and no more.
+
+    Looked up on a copy whose projections give random numbers.
+    """
+    known: dict[int, object] = {id(p): p for p in attention.parameters()}
+    draw, seen = torch.Generator().manual_seed(0), list[Attended]()
+    try:
+        copied = copy.deepcopy(attention, known)  # which shares the weights
+        parts = {name: Linear(copied.get_submodule(f"{name}_proj"), draw) for name in "qkv"}
+        for name, part in parts.items():
+            copied.set_submodule(f"{name}_proj", part)
+        size = cast(DecoderAttention, copied).head_dim
+        x, cos, sin = (
+            torch.randn(1, 3, n, generator=draw, dtype=torch.float64)
+            for n in (parts["q"].in_features, size, size)
+        )
+
+        def note(attended: Attended) -> Tensor:
+            seen.append(attended)
+            raise _SeenError
+
+        with attending(copied, note), contextlib.suppress(_SeenError):
+            run = cast(Callable[..., object], copied)
+            run(hidden_states=x, position_embeddings=(cos, sin), attention_mask=None)
+        (found,) = seen
+        q, k = (
+            rotate(parts[n].gave[0].unflatten(-1, (-1, size)), cos.unsqueeze(2), sin.unsqueeze(2))
+            for n in "qk"
+        )
+        pairs = (found.query, q.transpose(1, 2)), (found.key, k.transpose(1, 2))
+        same = all(a.shape == b.shape and torch.allclose(a.double(), b) for a, b in pairs)
+        return same and found.softcap is None
+    except Exception:  # what another kind of module sets off is of any kind
+        return False
+
+
 def check_decoder(text: nn.Module) -> None:
-    """UsageError if a decoder layer attends in a sliding window: its width counts slots."""
+    """UsageError if a decoder layer attends in a sliding window: its width counts slots.
+
+    The same for one with linear attention, where all that has been read leaves its mark.
+    """
     types = getattr(text.config, "layer_types", None)
     window = getattr(text.config, "sliding_window", None)
     if ("sliding_attention" in types) if types else window:
         raise UsageError(
             f"{type(text).__name__} has sliding-window layers: visual tokens cannot be pruned, a "
             "shorter prompt would widen the window"
+        )
+    if others := {*(types or ())} - {"full_attention"}:
+        raise UsageError(
+            f"{type(text).__name__} has layers of another kind ({', '.join(sorted(others))}): "
+            "visual tokens cannot be pruned"
         )

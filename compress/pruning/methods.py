@@ -6,6 +6,7 @@ stay; some of those may hold a mix of others. The baselines are in `compress.pru
     selection = PRUNING_METHODS["vflowopt"](strategy).select(candidates, count)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -34,16 +35,21 @@ class Candidates:
     language_attention: Tensor | None = None  # [m], from the prompt's last token, a layer before
 
 
+Mix = Callable[[Tensor], Tensor]  # [m, D] -> [r, D]
+
+
 @dataclass(frozen=True)
 class Selection:
     """What stays: `kept` [count], rising; those at `merged` [r] get `values` [r, D].
 
+    `mix` made those of the features [m, D], and makes the same of all else that the tokens have.
     `not_recycled`: the image has more cells than tokens may stay, so the rest of it is lost.
     """
 
     kept: Tensor
     merged: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     values: Tensor | None = None
+    mix: Mix | None = None
     not_recycled: bool = False
 
 
@@ -100,6 +106,10 @@ class VisualFlow:
             kept = keep_highest(tokens.importance, count, protected)
             return Selection(kept, not_recycled=True)
         kept, places = keep_with_cells(tokens.importance, cells, count, protected)
-        values = merge_cells(candidates.features, tokens.importance, cells, kept, places)
+        importance, unmixed = tokens.importance, kept.clone()
+
+        def mix(x: Tensor) -> Tensor:
+            return merge_cells(x, importance, cells, unmixed, places)
+
         kept[places] = True
-        return Selection(kept.nonzero()[:, 0], places, values)
+        return Selection(kept.nonzero()[:, 0], places, mix(candidates.features), mix)

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compress.errors import CheckpointError, UsageError
 from compress.models.pretrained import load_config
 from compress.pruning.engine import VisualTokenPruning, prune_visual_tokens
-from compress.pruning.families import FAMILIES
+from compress.pruning.families import tower_for
 from compress.pruning.tower import Processor
 from compress.recipe.strategy import PruneStrategy
 from compress.storage.files import read_json, write_json
@@ -40,11 +40,7 @@ def save_strategy(strategy: PruneStrategy, folder: str | Path) -> None:
         raise UsageError(f"{folder} holds no model: {error}") from error
     if config is None:
         raise UsageError(f"{folder} holds no model: it has no config.json")
-    if config.get("model_type") not in FAMILIES:
-        raise UsageError(
-            f"visual tokens of {config.get('model_type')!r} models cannot be pruned: expected one "
-            f"of {', '.join(FAMILIES)}"
-        )
+    tower_for(str(config.get("model_type")))
     depth = load_config(folder).get_text_config().num_hidden_layers
     strategy.average_kept(depth)  # refuses a stage beyond the last layer
     settings = strategy.model_dump(mode="json")

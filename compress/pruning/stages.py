@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from compress.pruning import baselines  # noqa: F401  fills the registry
 from compress.pruning.families import Tower
 from compress.pruning.methods import PRUNING_METHODS, Candidates, PruningMethod, Selection
-from compress.pruning.prompt import PromptImage, PrunedPrompt, take, take_positions
+from compress.pruning.prompt import PrunedPrompt, take, take_positions
 from compress.pruning.tower import Processor, TapSettings, VisionTap
 from compress.recipe.strategy import PruneStrategy
 
@@ -55,6 +55,7 @@ class Stages:
         hidden: Tensor,
         generator: torch.Generator,
         scores: Tensor | None = None,
+        added: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Selects in every image before `layer`.
 
@@ -65,12 +66,14 @@ class Stages:
             hidden: [B, S, D], what would enter the layer.
             generator: on the CPU.
             scores: [B, S], attention from the prompts' last tokens, for methods that rank by it.
+            added: [B, S, D] each, what later layers add to the hidden states; changed in the dict
+                as these are.
 
         Returns:
             The hidden states [B, S', D] that stay, and their slots [B, S'] among the S; None in
             place of the slots if all stay.
         """
-        slots = prompt.slots()
+        slots, added = prompt.slots(), {} if added is None else added
         for image in prompt.images:
             here = slots[image.row, image.positions[image.alive]]
             counts = self.strategy.counts(len(image.tokens), self.layers)
@@ -97,11 +100,21 @@ class Stages:
                 else:
                     selection = self.method.select(candidates, count)
                 image.not_recycled |= selection.not_recycled
-                hidden = _with_merged(hidden, image, here, selection)
+                if selection.mix is not None and len(selection.merged):
+                    image.merged = image.alive[selection.merged]
+                    places, values = here[selection.merged], selection.values
+                    hidden = _with(hidden, image.row, places, values)
+                    for number, x in added.items():
+                        mixed = selection.mix(x[image.row, here])
+                        added[number] = _with(x, image.row, places, mixed)
                 image.alive = image.alive[selection.kept]
             image.kept.append((layer, len(image.alive)))
         order = prompt.narrow(layer)
-        return (hidden if order is None else take(hidden, order)), order
+        if order is None:
+            return hidden, None
+        for number, x in added.items():
+            added[number] = take(x, order)
+        return take(hidden, order), order
 
     def positions(
         self, prompt: PrunedPrompt, layer: int, positions: Tensor, order: Tensor
@@ -116,17 +129,12 @@ class Stages:
         return (prompt.view(0).valid.cumsum(1) - 1).clamp(min=0).expand_as(kept)
 
 
-def _with_merged(hidden: Tensor, image: PromptImage, here: Tensor, selection: Selection) -> Tensor:
-    """The hidden states with the selection's mixed tokens in place; the given ones are not changed.
-
-    `here` [m] are the slots of the image's tokens before the stage.
-    """
-    if selection.values is None or len(selection.merged) == 0:
-        return hidden
-    image.merged = image.alive[selection.merged]
-    hidden = hidden.clone()
-    hidden[image.row, here[selection.merged]] = selection.values.to(hidden.dtype)
-    return hidden
+def _with(x: Tensor, row: int, places: Tensor, values: Tensor | None) -> Tensor:
+    """x [B, S, D] with values [r, D] at places [r] of a row; the given one is not changed."""
+    assert values is not None, "a selection that mixes has them"
+    x = x.clone()
+    x[row, places] = values.to(x.dtype)
+    return x
 
 
 def _pixel_statistics(processor: Processor | None) -> dict[str, Tensor]:

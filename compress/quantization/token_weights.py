@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from compress.importance.tokens import LayerContext
@@ -75,6 +76,7 @@ class TokenWeigher:
             sliding_window=sliding_window,
             token_counts=self.token_counts,
             softcap=spec.softcap,
+            seen=seen_ahead(inputs),
         )
         try:
             found = token_weights(self.settings, context)
@@ -128,6 +130,15 @@ class TokenWeigher:
         if sums["flat"]:
             facts["flat_windows"] = int(sums["flat"])
         return facts
+
+
+def seen_ahead(inputs: LayerInputs) -> Tensor | None:
+    """Which keys each query sees [1, T, T], where some see keys behind them; else None."""
+    mask = inputs["attention_mask"]
+    if mask is None:
+        return None
+    seen = (mask if mask.dtype is torch.bool else mask == 0)[:, 0]  # or a large negative number
+    return seen if bool(seen.triu(1).any()) else None
 
 
 def queries_keys(

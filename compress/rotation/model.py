@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError, UsageError
+from compress.models.own_forward import Told
 from compress.models.skeleton import Skeleton
 from compress.recipe.sections import Model, Rotate
 from compress.rotation.rotate import (
@@ -139,11 +140,9 @@ class RotatedModel:
         with self.skeleton.layer(index, tensors, self.device) as layer:
             yield layer
 
-    def forward(
-        self, layer: nn.Module, index: int, x: Tensor, positions: Tensor | None = None
-    ) -> Tensor:
-        """[B, T, d] -> [B, T, d]; `positions` as for `Skeleton.layer_inputs`."""
-        y = layer(x, **self.skeleton.layer_inputs(index, x, positions))
+    def forward(self, layer: nn.Module, index: int, x: Tensor, told: Told | None = None) -> Tensor:
+        """[B, T, d] -> [B, T, d]; `told` as for `Skeleton.layer_inputs`."""
+        y = layer(x, **self.skeleton.layer_inputs(index, x, told))
         return y[0] if isinstance(y, tuple) else y
 
     @contextmanager

@@ -29,6 +29,7 @@ Sources: SliceGPT (arXiv 2401.15024), on computational invariance, for fusion; Q
     tensors = fuse_and_rotate_layer(tensors, spec, residual, heads, head_dim_of(config))
 """
 
+import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -310,14 +311,19 @@ def rotate_embedding(
 def rotate_vision(
     tensors: dict[str, Tensor], vision: VisionSpec, residual: Rotation
 ) -> dict[str, Tensor]:
-    """R1 where visual tokens enter the residual stream: their projector's last linear, newlines.
+    """R1 where visual tokens enter the residual stream: their projectors' last linears, newlines.
 
     Names are full. Returns a new dict: rotated tensors in fp64, all else untouched. CheckpointError
     for a missing tensor.
     """
     rotated = dict(tensors)
-    names = [f"{vision.projector}.weight", f"{vision.projector}.bias", *vision.vectors]
-    for name in names:
-        if name in tensors or not name.endswith(".bias"):  # a projector may have none
-            rotated[name] = residual.left_transposed(_tensor(tensors, name))
+    for linear in vision.projectors:
+        found = fnmatch.filter(tensors, f"{linear}.weight")
+        for weight in found or [f"{linear}.weight"]:
+            rotated[weight] = residual.left_transposed(_tensor(tensors, weight))
+            bias = f"{weight.removesuffix('.weight')}.bias"
+            if bias in tensors:  # a projector may have none
+                rotated[bias] = residual.left_transposed(tensors[bias])
+    for name in vision.vectors:
+        rotated[name] = residual.right(_tensor(tensors, name)).contiguous()
     return rotated

@@ -10,6 +10,7 @@ from compress.importance.tokens import (
     attention_concentration,
     count_tokens,
     nearest_centroid,
+    viewers,
 )
 from compress.importance.weighting import normalise, token_weights
 from support.refusals import refused
@@ -53,6 +54,27 @@ def test_streamed_sums_equal_those_of_the_whole_map(h, h_kv, window, block):
     streamed = attention_concentration(q, k, 0.5, block=block, sliding_window=window)
     whole = materialised(q, k, 0.5, window).sum(dim=(1, 2)).float()
     torch.testing.assert_close(streamed, whole, rtol=1e-4, atol=1e-6)
+
+
+def an_image_within(first=10, last=50):
+    """What queries see [1, T, T] where the tokens from `first` to `last` see each other."""
+    place = torch.arange(T)
+    inside = (place >= first) & (place < last)
+    return ((place[:, None] >= place) | (inside[:, None] & inside))[None]
+
+
+@pytest.mark.parametrize("block", [7, 128])
+def test_tokens_that_look_ahead_are_summed_as_well(block):
+    q, k = heads(6, 2)
+    seen = an_image_within()
+    whole = q.double() @ k.double().repeat_interleave(3, dim=1).transpose(-1, -2) * 0.5
+    whole = whole.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1).sum(dim=(1, 2)).float()
+    found = attention_concentration(q, k, 0.5, block=block, seen=seen)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-6)
+    plain = torch.ones(1, T, T, dtype=torch.bool).tril()
+    torch.testing.assert_close(
+        attention_concentration(q, k, 0.5, seen=plain), attention_concentration(q, k, 0.5)
+    )
 
 
 def test_all_attention_is_handed_out_and_the_last_token_has_one_viewer():
@@ -245,6 +267,17 @@ def test_position_is_what_attention_that_prefers_nothing_gives(window):
     found = TOKEN_IMPORTANCE["position"]().score(context)
     even = attention_concentration(0 * q, k, 1.0, sliding_window=window, query_mask=mask)
     torch.testing.assert_close(found, even / 4, rtol=1e-5, atol=1e-6)
+
+
+def test_position_counts_those_that_look_ahead():
+    q, k = heads(4, 2)
+    seen = an_image_within()
+    context = context_of(torch.zeros(B, T, 1), seen=seen)
+    even = attention_concentration(0 * q, k, 1.0, seen=seen)
+    found = TOKEN_IMPORTANCE["position"]().score(context)
+    torch.testing.assert_close(found, even / 4, rtol=1e-5, atol=1e-6)
+    counted = viewers(torch.ones(B, T), None, seen)
+    torch.testing.assert_close(counted, seen.sum(1).double().expand(B, T))
 
 
 # Clusters

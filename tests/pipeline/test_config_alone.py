@@ -10,7 +10,8 @@ import pytest
 
 import compress
 from compress.errors import CheckpointError, UsageError
-from compress.models.families import ARCHITECTURES
+from compress.models.families import ARCHITECTURES, MIXTURES, MULTIMODAL
+from compress.models.pretrained import load_config
 from compress.models.skeleton import Skeleton
 from compress.pipeline.plan import Plan
 from compress.recipe.recipe import Recipe, shipped_folder
@@ -73,19 +74,19 @@ UNTURNED = {"rotate": "none", "quantize": {"embedding": None, "head": None}}
 def test_a_popular_model_is_planned_from_its_config(name, tmp_path, opened_in):
     """Bits, bytes and memory; bytes and counts by the numbers of the config alone."""
     config = config_of(name)
-    kind = ARCHITECTURES.get(config["model_type"])
-    turned = kind is None or kind.unrotatable is None
+    rows = {**ARCHITECTURES, **MIXTURES, **MULTIMODAL}
+    turned = rows[config["model_type"]].unrotatable is None
     sections = {} if turned else UNTURNED
     plan = compress.plan(rsq(config_only(tmp_path, name), **sections))
     assert opened_in(tmp_path) == {"config.json"}
     assert plan.problems == []
     check_line(first_note(plan), "no weights", "config.json")
 
-    text = text_of(config)
+    text = load_config(tmp_path).get_text_config().to_dict() | text_of(config)
     table, itemsize = text["vocab_size"] * text["hidden_size"], 2
     if "float32" in (config.get("dtype"), config.get("torch_dtype")):
         itemsize = 4
-    linears = list(decoder_linears(config))
+    linears = list(decoder_linears(config))  # of keys that are there
     inside = sum(count * N * K for count, N, K in linears)
     decoder = [m for m in plan.modules if m.bits == 4]
     assert sum(m.weights for m in decoder) == inside

@@ -41,6 +41,7 @@ STRATEGIES = {
 }
 CASES = [(family, name) for family in ("llava", "qwen2_vl") for name in STRATEGIES]
 CASES += [(family, "stages") for family in FAMILIES if family not in ("llava", "qwen2_vl")]
+CASES += [("qwen3_vl", name) for name in ("stages", "late", "recycled", "renumbered", "visionzip")]
 
 
 def recipe_of(folder, strategy, quantize="none", rotate="none"):
@@ -190,7 +191,13 @@ class Stopped(Observer):
 @pytest.mark.parametrize("offload", ["ram", "disk"])
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("llava", "stages"), ("qwen2_vl", "recycled"), ("llava", "pyramiddrop"), ("llava", "random")],
+    [
+        ("llava", "stages"),
+        ("qwen2_vl", "recycled"),
+        ("qwen3_vl", "recycled"),
+        ("llava", "pyramiddrop"),
+        ("llava", "random"),
+    ],
 )
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(
     folder_of, tmp_path, family, name, offload

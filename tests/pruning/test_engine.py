@@ -3,11 +3,23 @@
 import pytest
 import torch
 
+from compress.errors import UsageError
 from compress.pruning.engine import prune_visual_tokens
 from compress.recipe.strategy import PruneStrategy
-from support.tiny_models import BATCH, LAYERS, SINGLE, generate, masked_run, tiny_inputs, tiny_model
+from support.refusals import refused
+from support.tiny_models import (
+    BATCH,
+    LAYERS,
+    ON_GRIDS,
+    SINGLE,
+    generate,
+    masked_run,
+    tiny_inputs,
+    tiny_model,
+)
 
-FAMILIES = ("llava", "llava_siglip", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
+LLAVA = ("llava", "llava_siglip", "llava_next", "llava_onevision")
+FAMILIES = (*LLAVA, *(family for family in ON_GRIDS if family != "glm46v"))
 STAGES = {
     "before": PruneStrategy(ratios=(0.4,), voter_threshold=1.1),
     "inside": PruneStrategy(stages=(2,), ratios=(0.3,), voter_threshold=1.1),
@@ -28,14 +40,37 @@ BASELINES = {
 
 def merged_values(prompt, embeds):
     """Embeddings that the pruned run put in place of others: {(row, position): [D]}."""
-    found = {}
-    index = prompt.view(0).index
+    return {
+        (row, position): embeds[row, slot(prompt, 0, row, position)]
+        for row, position in merged_places(prompt)
+    }
+
+
+def merged_additions(prompt, read, gave):
+    """The same of what was added behind each layer: [{(row, position): [D]}].
+
+    `read`, `gave`: what layers read and gave. A token that is gone behind a layer has none.
+    """
+    return [
+        {
+            (row, at): read[i + 1][row, slot(prompt, i + 1, row, at)]
+            - gave[i][row, slot(prompt, i, row, at)]
+            for row, at in merged_places(prompt)
+            if prompt.kept(i + 1)[row, at]
+        }
+        for i in range(LAYERS - 1)
+    ]
+
+
+def merged_places(prompt):
+    """Row and position of the tokens that hold a mixture."""
     for image in prompt.images:
         for token in [] if image.merged is None else image.merged.tolist():
-            position = int(image.positions[token])
-            slot = int((index[image.row] == position).nonzero()[-1])
-            found[image.row, position] = embeds[image.row, slot]
-    return found
+            yield image.row, int(image.positions[token])
+
+
+def slot(prompt, layer, row, position):
+    return int((prompt.view(layer).index[row] == position).nonzero()[-1])
 
 
 def rounding(logits):
@@ -53,18 +88,23 @@ def rounding(logits):
 def check(family, strategy, rows, attention):
     model = tiny_model(family, attention)
     inputs = tiny_inputs(model, rows)
-    embeds = []
+    read, gave = [], []
     with prune_visual_tokens(model, strategy) as pruning:
-        layer = model.model.language_model.layers[0]
-        handle = layer.register_forward_pre_hook(lambda module, args: embeds.append(args[0]))
+        handles = []
+        for layer in model.model.language_model.layers:
+            before = layer.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+            after = layer.register_forward_hook(lambda module, args, y: gave.append(y))
+            handles += [before, after]
         tokens, logits = generate(model, inputs)
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     prompt = pruning.last
     for image in prompt.images:
         assert image.kept_at(LAYERS - 1) < len(image.tokens)
-    values = merged_values(prompt, embeds[0])
+    values = merged_values(prompt, read[0])
     assert bool(values) == (strategy.cell is not None or strategy.method in MERGING)
-    with masked_run(model, [prompt.kept(layer) for layer in range(LAYERS)], values):
+    added = merged_additions(prompt, read, gave) if family == "qwen3_vl" else ()
+    with masked_run(model, [prompt.kept(layer) for layer in range(LAYERS)], values, added):
         full_tokens, full_logits = generate(model, inputs)
     assert len(logits) == 9
     for a, b in zip(logits, full_logits, strict=True):
@@ -82,7 +122,26 @@ def test_pruned_run_equals_the_full_run_with_masked_keys(family, name, rows, att
     check(family, STAGES[name], rows, attention)
 
 
+def test_glm_4_6_is_glm_4_1_under_another_name():
+    check("glm46v", STAGES["three"], BATCH, "sdpa")
+
+
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
 def test_baselines_do_so_too(family, name):
     check(family, BASELINES[name], BATCH, "sdpa")
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_what_is_added_between_layers_is_mixed_like_the_tokens(name):
+    check("qwen3_vl", BASELINES[name], BATCH, "sdpa")
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "glm4v"])
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop"])
+def test_queries_that_are_turned_otherwise_rank_nothing(family, name):
+    """By a norm, or channel by channel."""
+    model = tiny_model(family)
+    attention = type(model.model.language_model.layers[0].self_attn).__name__
+    with refused(UsageError, attention, name):
+        prune_visual_tokens(model, BASELINES[name])

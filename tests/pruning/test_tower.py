@@ -5,10 +5,10 @@ import torch
 
 from compress.pruning.families import FAMILIES
 from compress.pruning.tower import TapSettings
-from support.tiny_models import PATCHES, tiny_inputs, tiny_model
+from support.tiny_models import ON_GRIDS, PATCHES, tiny_inputs, tiny_model
 
 LLAVA = ("llava", "llava_siglip", "llava_next", "llava_onevision")
-QWEN = ("qwen2_vl", "qwen2_5_vl")
+QWEN = tuple(family for family in ON_GRIDS if family != "glm46v")
 ROWS = [[2, (20, 40), 3], [1, (44, 24), 1, (24, 24), 2]]
 ALL = frozenset({"importance", "attention", "keys"})
 

@@ -86,7 +86,11 @@ def _write_qwen_processor(folder: Path, family: str) -> None:
     size = {"shortest_edge": 64, "longest_edge": 4096}
     images = hf.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size=size)
     images.save_pretrained(folder)
-    names = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
+    names = {
+        "qwen2_vl": "Qwen2VLProcessor",
+        "qwen2_5_vl": "Qwen2_5_VLProcessor",
+        "qwen3_vl": "Qwen3VLProcessor",
+    }
     path = folder / "preprocessor_config.json"
     settings = json.loads(path.read_text()) | {"processor_class": names[family]}
     path.write_text(json.dumps(settings))

@@ -4,7 +4,7 @@ The oracle: `masked_run` runs the whole prompt and hides the pruned keys with it
 it shares nothing with the code that shortens prompts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ VISION = {
     "patch_size": 4,
 }
 PATCHES = 36  # of a crop
+ON_GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm46v")  # images of any size
 
 
 def tiny_model(family: str, attention: str = "sdpa", **text: Any) -> Any:
@@ -72,7 +73,7 @@ def tiny_model(family: str, attention: str = "sdpa", **text: Any) -> Any:
         )
         kind = hf.LlavaOnevisionForConditionalGeneration
     else:
-        config, kind = _qwen(family, text)
+        config, kind = _on_grids(family, text)
     config._attn_implementation = attention
     model = kind(config).eval()
     for parameter in model.parameters():
@@ -81,10 +82,14 @@ def tiny_model(family: str, attention: str = "sdpa", **text: Any) -> Any:
     return model
 
 
-def _qwen(family: str, text: dict[str, Any]) -> tuple[Any, Any]:
+def _on_grids(family: str, text: dict[str, Any]) -> tuple[Any, Any]:
     import transformers as hf
 
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [1, 1, 2],
+    }
     tokens = {
         "image_token_id": IMAGE,
         "video_token_id": VIDEO,
@@ -97,6 +102,33 @@ def _qwen(family: str, text: dict[str, Any]) -> tuple[Any, Any]:
         vision |= {"embed_dim": HIDDEN, "hidden_size": HIDDEN, "mlp_ratio": 2}
         config = hf.Qwen2VLConfig(vision_config=vision, text_config=text, **tokens)
         return config, hf.Qwen2VLForConditionalGeneration
+    if family == "qwen3_vl":
+        vision |= {
+            "hidden_size": HIDDEN,
+            "out_hidden_size": HIDDEN,
+            "intermediate_size": 48,
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [0, 1],  # added behind layers 0 and 1
+        }
+        text |= {"head_dim": 8, "rope_parameters": rope | {"mrope_interleaved": True}}
+        config = hf.Qwen3VLConfig(vision_config=vision, text_config=text, **tokens)
+        return config, hf.Qwen3VLForConditionalGeneration
+    if family in ("glm4v", "glm46v"):
+        vision |= {
+            "hidden_size": HIDDEN,
+            "out_hidden_size": HIDDEN,
+            "intermediate_size": 48,
+            "image_size": 24,
+        }
+        text |= {"rope_parameters": rope | {"partial_rotary_factor": 1.0}}
+        tokens |= {"image_start_token_id": 92, "image_end_token_id": 93}
+        tokens |= {"video_start_token_id": 94, "video_end_token_id": 95}
+        if family == "glm4v":
+            config = hf.Glm4vConfig(vision_config=vision, text_config=text, **tokens)
+            return config, hf.Glm4vForConditionalGeneration
+        parts = {"vision_config": vision | {"model_type": "glm4v_vision"}}
+        parts["text_config"] = text | {"model_type": "glm4v_text"}
+        return hf.Glm46VConfig(**parts, **tokens), hf.Glm46VForConditionalGeneration
     vision |= {
         "hidden_size": HIDDEN,
         "out_hidden_size": HIDDEN,
@@ -153,7 +185,7 @@ def _pixels(
     if kind == "llava":
         pixels = torch.randn(len(sizes), 3, 24, 24, generator=generator)
         return {"pixel_values": pixels}, [PATCHES] * len(sizes)
-    if kind.startswith("qwen"):
+    if kind in ON_GRIDS:
         grids = torch.tensor([[1, 2 * (h // 8 + 1), 2 * (w // 8 + 1)] for h, w in sizes])
         patches = grids.prod(-1)
         pixels = torch.randn(int(patches.sum()), 3 * 2 * 16, generator=generator)
@@ -172,11 +204,15 @@ def _pixels(
 
 @contextmanager
 def masked_run(
-    model: Any, kept: list[Tensor], values: dict[tuple[int, int], Tensor] | None = None
+    model: Any,
+    kept: list[Tensor],
+    values: dict[tuple[int, int], Tensor] | None = None,
+    added: Sequence[dict[tuple[int, int], Tensor]] = (),
 ) -> Iterator[None]:
     """Hides from each decoder layer the prompt positions that `kept[layer]` [B, L] leaves out.
 
-    `values` {(row, position): [D]} replaces embeddings before the language model.
+    `values` {(row, position): [D]} replaces embeddings before the language model, `added` what is
+    added to visual tokens behind each layer.
     """
     text = model.model.language_model
     seen = 0
@@ -189,6 +225,14 @@ def masked_run(
             for (row, position), value in values.items():
                 embeds[row, position] = value
             kwargs["inputs_embeds"] = embeds
+        if start == 0 and (features := kwargs.get("deepstack_visual_embeds")):
+            places = kwargs["visual_pos_masks"]
+            for number, changed in zip(range(len(features)), added, strict=False):
+                whole = torch.zeros_like(kwargs["inputs_embeds"])
+                whole[places] = features[number]
+                for place, value in changed.items():
+                    whole[place] = value
+                features[number] = whole[places]
         return args, kwargs
 
     def before_layer(number: int) -> Any:
