@@ -147,7 +147,8 @@ def main() -> None:
             for gguf in folder.glob("*.gguf"):
                 folder = expand(gguf, asked.model, Path(scratch) / "dense")
             scores = evaluator.measure(folder, dense=True)
-            conditions = {key: scores["conditions"][key] for key in ("dtype", "device", "lm_eval")}
+            told = scores["conditions"]
+            conditions = {key: told[key] for key in ("dtype", "device", "lm_eval") if key in told}
             conditions |= {"torch": torch.__version__, "tokens": scores["kl"]["tokens"]}
             if asked.limit:
                 record(PEERS, baseline_row(asked.model, scores, conditions))
