@@ -24,6 +24,13 @@ from compress.models.families import ExpertNames
 FUSED = ("gate_up_proj", "down_proj")
 
 
+class EmptyLinear(nn.Linear):
+    """A linear on the meta device, which draws no random numbers: a model may have 50,000."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights as they are: nowhere."""
+
+
 class Expert(nn.Module):
     """gate, up and down of one expert, by the names that they have in files."""
 
@@ -31,7 +38,7 @@ class Expert(nn.Module):
         super().__init__()
         self.names = names
         for name, (K, N) in zip(names.linears, [(d, m), (d, m), (m, d)], strict=True):
-            self.add_module(name, nn.Linear(K, N, bias=False, device="meta"))
+            self.add_module(name, EmptyLinear(K, N, bias=False, device="meta"))
 
     def run(self, part: str, x: Tensor) -> Tensor:
         y: Tensor = self.get_submodule(part)(x)

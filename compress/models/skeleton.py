@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CheckpointError, UsageError
+from compress.memory import uncollected
 from compress.models.config_values import check_extent, check_tokenizer, reason_of
 from compress.models.experts import open_experts
 from compress.models.families import MIXTURES, ArchitectureSpec, architecture_of, head_dim_of
@@ -73,8 +74,7 @@ def empty_model(config: "PretrainedConfig", multimodal: bool = False) -> "PreTra
         model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
     row = MIXTURES.get(config.model_type)
     if row is not None and row.experts is not None:
-        with WithoutNumbers():
-            open_experts(model, row.experts)
+        open_experts(model, row.experts)
     return model.eval().requires_grad_(False)
 
 
@@ -102,6 +102,7 @@ class Skeleton:
     adapter; CheckpointError for files that are missing or damaged.
     """
 
+    @uncollected()
     def __init__(self, folder: Path, absent: bool = False):
         self.folder, self.absent = folder, absent
         refuse_adapter(folder)
@@ -199,6 +200,8 @@ class Skeleton:
 
     def _check_names(self) -> None:
         """Every parameter of the model must be in the file, with its shape, before work starts."""
+        if self.absent:
+            return  # its names are those of the parameters
         tied = (f"{self.spec.embedding}.weight", f"{self.spec.head}.weight")
         for name, parameter in self.model.named_parameters():
             if self.tied and name in tied:
@@ -261,20 +264,24 @@ class Skeleton:
 
     def vision_names(self) -> list[str]:
         """The parameters of vision tower and projector; none in a text model."""
+        if self.spec.vision is None:
+            return []
         decoder = self.spec.layers.rpartition(".")[0] + "."
         own = (decoder, f"{self.spec.head}.")
         names = [name for name, _ in self.model.named_parameters()]
-        return [name for name in names if not name.startswith(own)] if self.spec.vision else []
+        return [name for name in names if not name.startswith(own)]
 
     def layer_buffers(self) -> dict[str, Tensor]:
         """The buffers of decoder layers that the file has, by their full names; without values."""
         if self.spec.vision is not None:
             return {}
-        state = self.model.get_submodule(self.spec.layers).state_dict(prefix=f"{self.spec.layers}.")
+        layers = self.model.get_submodule(self.spec.layers)
         return {
             name: tensor
-            for name, tensor in state.items()
-            if name not in self.parameters and name in self.reader
+            for place, module in layers.named_modules(prefix=self.spec.layers)
+            for key, tensor in module._buffers.items()
+            if tensor is not None and key not in module._non_persistent_buffers_set
+            if (name := f"{place}.{key}") in self.reader
         }
 
     def layer_tensors(self, index: int) -> list[str]:

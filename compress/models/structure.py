@@ -116,13 +116,12 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
     """Runs a copy of the layer whose linears give random numbers; x [1, T, d] in fp64."""
-    layer = copy.deepcopy(layer)
     draw = torch.Generator().manual_seed(SEED)
     calls: list[str] = []
-    experts: dict[str, Experts] = {}
-    for name, module in [*layer.named_modules()]:
-        if isinstance(module, OpenedExperts):
-            layer.set_submodule(name, experts.setdefault(name, Experts(module, draw)))
+    opened = {name: m for name, m in layer.named_modules() if isinstance(m, OpenedExperts)}
+    experts = {name: Experts(module, draw) for name, module in opened.items()}
+    # What stands in for opened experts is in the copy, and they, hundreds maybe, are not copied.
+    layer = copy.deepcopy(layer, {id(opened[name]): experts[name] for name in opened})
     for name, module in [*layer.named_modules()]:
         if isinstance(module, nn.Linear):
             layer.set_submodule(name, Linear(module, draw))

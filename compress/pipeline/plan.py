@@ -25,7 +25,8 @@ from compress.data.prompts import CalibrationData, ImagePrompts, calibration_dat
 from compress.data.text import DATASETS
 from compress.data.windows import conversations_of, text_windows
 from compress.errors import UsageError
-from compress.models.skeleton import Skeleton, linear_in
+from compress.memory import uncollected
+from compress.models.skeleton import Skeleton
 from compress.observer import Observer
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import host_memory
@@ -142,6 +143,7 @@ def _measures(recipe: Recipe) -> str | None:
     return f"allocate.importance: {read[0]} is measured on the model" if read else None
 
 
+@uncollected()
 def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     """The plan of a run. Never raises for what `problems` can say.
 
@@ -150,7 +152,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     """
     recipe, skeleton = inputs.recipe, inputs.skeleton
     names = skeleton.linear_names()
-    shapes = {name: _shape(skeleton, name) for name in names}
+    shapes = _shapes(skeleton, names)
     found = {name: recipe.quantize.scheme_for(name, shapes[name][1]) for name in names}
     if recipe.quantize.head is not None:
         found[skeleton.spec.head] = recipe.quantize.head.scheme(skeleton.config.hidden_size)
@@ -378,6 +380,8 @@ def _written(
     return tensors | planned_tensors(modules, inputs.dtype)
 
 
-def _shape(skeleton: Skeleton, name: str) -> tuple[int, int]:
-    linear = linear_in(skeleton.model, name)
-    return linear.out_features, linear.in_features
+def _shapes(skeleton: Skeleton, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Of linears: outputs, inputs."""
+    found = dict(skeleton.model.named_parameters(remove_duplicate=False))
+    weights = {name: found[f"{name}.weight"].shape for name in names}
+    return {name: (outputs, inputs) for name, (outputs, inputs) in weights.items()}
