@@ -24,6 +24,7 @@ from compress.memory import uncollected
 from compress.models.config_values import check_extent, check_tokenizer, reason_of
 from compress.models.experts import open_experts
 from compress.models.families import MIXTURES, ArchitectureSpec, architecture_of, head_dim_of
+from compress.models.fused import MXFP4, PartedReader, Whole, wholes_of
 from compress.models.meta import WithoutNumbers
 from compress.models.own_forward import LayerInputs, finished, handed_on
 from compress.models.pretrained import load_config, local_folder, processor_reader
@@ -112,15 +113,16 @@ class Skeleton:
         self.config = self.model_config.get_text_config()
         file = folder / "config.json"
         if not absent:
-            refuse_packed(folder)
+            refuse_packed(folder, self.packing)
             check_extent(read_json(file) or {}, CheckpointReader(folder), file)
         try:
             self.model = empty_model(self.model_config, self.spec.vision is not None)
         except Exception as error:  # what a wrong value sets off is of any kind
             raise UsageError(f"{file} describes no model: {reason_of(error)}") from error
-        self.parameters = {name for name, _ in self.model.named_parameters()}
-        self.reader, self.left = self._described() if absent else self._stored()
         self.num_layers: int = self.config.num_hidden_layers
+        self.parameters = {name for name, _ in self.model.named_parameters()}
+        self.wholes = self._wholes()
+        self.reader, self.left = self._described() if absent else self._stored()
         self.head_dim = head_dim_of(self.config)
         self._recorded: dict[tuple[int, torch.device, torch.dtype], list[LayerInputs]] = {}
         if self.spec.vision is None:
@@ -173,8 +175,27 @@ class Skeleton:
     def _stored(self) -> tuple[CheckpointReader, LeftOver]:
         """The tensors of the files by the names of the modules, and what is beyond those."""
         names = names_of(self.model, f"{self.model.base_model_prefix}.", self.spec.module_name)
-        reader = CheckpointReader(self.folder, names)
+        wholes = [
+            whole.inside(f"{self.spec.layers}.{index}.")
+            for index, found in self.wholes.items()
+            for whole in found
+        ]
+        reader = PartedReader(self.folder, names, wholes)
         return reader, left_over(reader, self.model)
+
+    @property
+    def packing(self) -> str | None:
+        """The method of a `quantization_config` that is read: its weights are opened in 16 bits."""
+        row = MIXTURES.get(self.model_config.model_type)
+        return MXFP4 if row and row.experts and row.experts.mxfp4 else None
+
+    def _wholes(self) -> dict[int, list[Whole]]:
+        """The tensors of all experts of a layer, by layer, by their names inside it."""
+        layers = self.model.get_submodule(self.spec.layers)
+        row = MIXTURES.get(self.model_config.model_type)
+        if row is None or row.experts is None or row.experts.files is None:
+            return {}
+        return {index: wholes_of(layer) for index, layer in enumerate(layers.children())}
 
     def _described(self) -> tuple[CheckpointReader, LeftOver]:
         """The tensors that files of this config would hold, in the dtype that it names."""

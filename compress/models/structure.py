@@ -88,6 +88,7 @@ class Seen:
     experts: dict[str, "Experts"] = field(default_factory=dict)
     routers: dict[str, Tensor] = field(default_factory=dict)  # and what they read
     attended: list[tuple[Attended, Tensor]] = field(default_factory=list)  # and what came back
+    sinks: str | None = None  # of attention
 
     def child(self, name: str) -> Child:
         return next(child for child in self.children if child.name == name)
@@ -142,7 +143,7 @@ def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
         block = name.rpartition(".")[0]
         for inner, module in layer.get_submodule(block).named_modules():
             if getattr(module, "weight", None) is not None and inner:
-                module.register_forward_hook(reading(seen, f"{block}.{inner}"))
+                module.register_forward_hook(reading(seen, f"{block}.{owner(module, inner)}"))
     for name, child in layer.named_children():
         child.register_forward_hook(noting(seen, name), with_kwargs=True)
 
@@ -155,6 +156,11 @@ def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
     with torch.no_grad(), attending(layer, attend):
         y = cast(Callable[..., object], layer)(x, **inputs)
     seen.y = first_of(y)
+    if seen.attended and (sinks := seen.attended[0][0].sinks) is not None:
+        names = [name for name, parameter in layer.named_parameters() if parameter is sinks]
+        if len(names) != 1 or sinks.shape != seen.attended[0][0].query.shape[1:2]:
+            raise UsageError("its attention has sinks that are not a number for each head")
+        seen.sinks = names[0]
     seen.linears = {name: linears[name] for name in dict.fromkeys(calls)}
     return seen
 
@@ -164,6 +170,12 @@ def reading(seen: Seen, name: str) -> Callable[..., None]:
         seen.routers[name] = args[0].clone()
 
     return note
+
+
+def owner(module: nn.Module, name: str) -> str:
+    """The module in which a weight is registered, that it has for its own or inside it."""
+    found = next(n for n, m in module.named_modules() if "weight" in m._parameters)
+    return f"{name}.{found}" if found else name
 
 
 def noting(seen: Seen, name: str) -> Callable[..., None]:
@@ -244,6 +256,7 @@ def layer_spec(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Lay
         norms=kind,
         attends=bool(seen.attended),
         softcap=seen.attended[0][0].softcap if seen.attended else None,
+        sinks=seen.sinks,
     )
 
 

@@ -22,6 +22,7 @@ from compress.errors import naming
 from compress.importance.tokens import count_tokens
 from compress.importance.weighting import effective_sample_size
 from compress.memory import release_memory
+from compress.models.fused import joined
 from compress.observer import Observer
 from compress.pipeline.journal import Journal, LayerFacts, ModuleFacts, ScarceExpert
 from compress.pipeline.plan import Plan
@@ -112,6 +113,11 @@ class LayerWalk:
             for name, tensor in weights.items()
             if schemes.get(name.removesuffix(".weight")) is None
         }
+        for name, whole in joined(
+            (name.removeprefix(prefix) for name in written), skeleton.wholes.get(source, [])
+        ).items():
+            inside = {n: written.pop(prefix + n) for part in whole.parts for n in part}
+            written[prefix + name] = whole.join(inside)
         modules: list[ModuleFacts] = []
         scarce: list[ScarceExpert] = []
         alike: set[str] = set()  # linears that the token weights are not for

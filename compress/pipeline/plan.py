@@ -26,6 +26,7 @@ from compress.data.text import DATASETS
 from compress.data.windows import conversations_of, text_windows
 from compress.errors import UsageError
 from compress.memory import uncollected
+from compress.models.fused import joined
 from compress.models.skeleton import Skeleton
 from compress.observer import Observer
 from compress.pipeline.inputs import RunInputs
@@ -361,7 +362,15 @@ def _unquantised(
         parameters.pop(f"{skeleton.spec.head}.weight", None)
     named = _names_in_result(parameters, skeleton, layers)
     shapes = {named[name]: tuple(p.shape) for name, p in parameters.items()}
-    return {name: shape for name, shape in shapes.items() if name and name not in chosen}
+    kept = {name: shape for name, shape in shapes.items() if name and name not in chosen}
+    for place, source in enumerate(layers):
+        prefix = f"{skeleton.spec.layers}.{place}."
+        wholes = [whole.inside(prefix) for whole in skeleton.wholes.get(source, [])]
+        for name, whole in joined(kept, wholes).items():
+            for part in (part for parts in whole.parts for part in parts):
+                del kept[part]
+            kept[name] = whole.whole_shape
+    return kept
 
 
 def _written(

@@ -206,7 +206,7 @@ def absence_notes(inputs: RunInputs) -> list[str]:
         f"{skeleton.folder} has no weights: this plan is made from config.json alone, and nothing "
         f"was checked against them{more}"
     ]
-    if said := said_packed(skeleton.folder):
+    if said := said_packed(skeleton.folder, skeleton.packing):
         notes.append(
             f"the model is {said}: a run has to start from a copy in 16 bits, which is planned here"
         )
@@ -301,6 +301,12 @@ def model_notes(inputs: RunInputs, schemes: Schemes, formats: dict[str, str]) ->
     if buffers := inputs.skeleton.left.buffers:
         more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
         notes.append(f"{buffers[0]}{more} left out: transformers computes such buffers itself")
+    if unread := inputs.skeleton.left.unread:
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        notes.append(
+            f"{unread[0]}{more} left out: transformers does not read them (layers that predict "
+            f"further tokens, mostly)"
+        )
     rotate, skeleton = inputs.recipe.rotate, inputs.skeleton
     skipped = head_rotation_skipped(rotate.kind, skeleton.head_dim)
     if skipped:
@@ -319,4 +325,4 @@ def model_notes(inputs: RunInputs, schemes: Schemes, formats: dict[str, str]) ->
             f"token_importance: {mapless} of {len(kinds)} layers have no attention map (linear "
             f"attention): all their tokens weigh the same"
         )
-    return notes + plan_notes(schemes, formats)
+    return notes + plan_notes(schemes, formats, skeleton.model_config.model_type)

@@ -348,7 +348,8 @@ class LayerPass:
             block, scale = self.layer.get_submodule(self.spec.mlp), self.spec.scales[1]
             for i, z in self.batches(self.y):
                 stand_in.gives = self.work[i].to(self.device)
-                y = after(block(norm(z)))
+                y = block(norm(z))
+                y = after(y[0] if isinstance(y, tuple) else y)  # some give the router's scores too
                 self.y[i] = z + y if scale == 1.0 else z + scale * y
         self.work.clear()
 

@@ -75,6 +75,7 @@ class TokenWeigher:
             sliding_window=sliding_window,
             token_counts=self.token_counts,
             softcap=spec.softcap,
+            sinks=None if spec.sinks is None else layer.get_parameter(spec.sinks),
         )
         try:
             found = token_weights(self.settings, context)

@@ -8,22 +8,29 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import compress
+from compress.checkpoint.packed import UnpackableError
 from compress.data.activations import ActivationStore
+from compress.errors import CheckpointError, UsageError
 from compress.models.families import MIXTURES
 from compress.models.skeleton import Skeleton
 from compress.pipeline import run as run_module
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import make_plan
+from compress.pipeline.reload_script import TOGETHER, with_experts_together, with_wide_scales
 from compress.pipeline.run import run
 from compress.pipeline.source_check import check_source
 from compress.quantization import layer as layer_module
 from compress.quantization.layer import run_layer
+from compress.storage.files import read_json
 from compress.storage.safetensors import CheckpointReader
-from support.dense_families import type_of
+from support.dense_families import LAYERS, type_of
+from support.eager_maps import compare_with_eager_maps
 from support.moe_families import CHOSEN, HIDDEN, MIXED, write_mixture
+from support.refusals import check_line, refused
 from support.tiny_checkpoints import (
     all_count,
     change_config,
@@ -38,6 +45,7 @@ every_family = pytest.mark.parametrize("family", MIXED)
 IDS = random_ids(2, 18, seed=3)
 WINDOWS = all_count(random_ids(6, 20))
 GROUPS = 16
+TURNING = [name for name in MIXED if MIXTURES[type_of(name)].unrotatable is None]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +69,20 @@ def inputs_of(folder, **settings):
     return RunInputs.of(recipe(folder, **settings), Skeleton(folder))
 
 
+def opened(folder):
+    """Plain transformers in fp32; packed experts that it has no place for are made dense before."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if config.model_type not in TOGETHER:
+        return load_whole(folder)
+    tensors = with_wide_scales(str(folder))
+    with_experts_together(tensors, config)
+    kind = getattr(transformers, config.architectures[0])
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, loading = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
+    assert not any(loading.values()), loading
+    return model.eval()
+
+
 @pytest.fixture
 def reloaded(monkeypatch):
     """The self-check in this process: how far the run's logits are from those of transformers."""
@@ -70,7 +92,7 @@ def reloaded(monkeypatch):
         seen = load_file(probe)
         logits = seen.pop("logits")
         with torch.no_grad():
-            errors.append(relative_error(load_whole(folder)(**seen).logits, logits))
+            errors.append(relative_error(opened(folder)(**seen).logits, logits))
         return {"relative_error": errors[-1], "tolerance": 0, "tokens": 0}
 
     monkeypatch.setattr(run_module, "reload_and_compare", compare)
@@ -79,11 +101,23 @@ def reloaded(monkeypatch):
 
 def test_every_row_is_tested_and_nothing_else():
     assert list(dict.fromkeys(map(type_of, MIXED))) == list(MIXTURES)
+    assert {*PARTED} == {*TOGETHER}
+
+
+@every_family
+def test_the_row_says_what_is_found(folder_of, family):
+    row, spec = MIXTURES[type_of(family)], Skeleton(folder_of(family)).spec
+    assert spec.unrotatable == row.unrotatable
+    assert all(kind.attends for kind in spec.kinds) == (row.weighs == "all layers")
 
 
 @every_family
 @pytest.mark.parametrize("kind", ["none", "hadamard", "random"])
 def test_logits_are_those_of_transformers(folder_of, family, kind):
+    if kind != "none" and family not in TURNING:
+        with refused(UsageError, "rotate", repr(family), "rotate: none"):
+            inputs_of(folder_of(family), rotate=kind).rotated_model()
+        return
     facts = check_source(inputs_of(folder_of(family), rotate=kind), 10**10)
     assert facts["probes"]["text"]["relative_error"] < 1e-5
 
@@ -95,7 +129,7 @@ def test_rounded_to_8_bits_it_hardly_differs(folder_of, family, tmp_path, reload
     run(made, tmp_path / "out", windows=WINDOWS, check_source=False)
     assert max(reloaded) < 1e-5
     # A token whose scores of two experts are near may go to the other; most do not.
-    found, expected = logits_of(tmp_path / "out", IDS), logits_of(folder, IDS)
+    found, expected = logits_of(opened(tmp_path / "out"), IDS), logits_of(folder, IDS)
     errors = (found - expected).abs().amax(-1) / expected.abs().max()
     assert 0 < float(errors.median()) < 0.05
 
@@ -104,13 +138,15 @@ def test_rounded_to_8_bits_it_hardly_differs(folder_of, family, tmp_path, reload
 def test_quantised_to_4_bits_it_is_the_model_of_the_run(folder_of, family, tmp_path, reloaded):
     """Rotated, its tokens weighed: every stage of the walk is in the logits."""
     weights = {"name": "attention_concentration"}
-    made = recipe(folder_of(family), "hadamard", method="gptq", token_importance=weights)
+    rotate = "hadamard" if family in TURNING else "none"
+    made = recipe(folder_of(family), rotate, method="gptq", token_importance=weights)
     result = run(made, tmp_path / "out", windows=WINDOWS)
     assert max(reloaded) < 1e-5
     skeleton = Skeleton(folder_of(family))
     loaded, _ = compress.load(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
-        assert relative_error(loaded(IDS).logits, logits_of(tmp_path / "out", IDS)) < 1e-5
+        expected = logits_of(opened(tmp_path / "out"), IDS)
+        assert relative_error(loaded(IDS).logits, expected) < 1e-5
     modules = [module for layer in result.layers for module in layer["modules"]]
     assert [module["name"] for module in modules] == skeleton.linear_names()[:-1]
     assert all(module["error"] < 0.1 for module in modules)
@@ -120,11 +156,13 @@ def test_quantised_to_4_bits_it_is_the_model_of_the_run(folder_of, family, tmp_p
 def test_written_names_are_those_of_the_source(folder_of, family, tmp_path, reloaded):
     """Which engines read: an expert's matrices by its number, the router in 16 bits."""
     run(recipe(folder_of(family), method="rtn"), tmp_path / "out", windows=WINDOWS)
-    source, found = CheckpointReader(folder_of(family)), CheckpointReader(tmp_path / "out")
+    source, found = Skeleton(folder_of(family)).reader, CheckpointReader(tmp_path / "out")
     assert {n.replace("weight_packed", "weight") for n in found.names if "weight_s" not in n} == {
         *source.names
     }
-    routers = [n for n in source.names if n.endswith((".gate.weight", "expert_gate.weight"))]
+    ends = (".gate.weight", "expert_gate.weight", ".router.weight", ".router.layer.weight")
+    ends += (".router.gate.weight",)
+    routers = [n for n in source.names if n.endswith(ends)]
     assert routers and all(torch.equal(source.tensor(n), found.tensor(n)) for n in routers)
 
 
@@ -251,17 +289,144 @@ def test_an_expert_that_enough_tokens_reach_is_not_listed(tmp_path, reloaded):
 
 
 @pytest.mark.parametrize("rotate", ["none", "hadamard"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_ties_between_experts_go_as_in_transformers(tmp_path, family, rotate, reloaded):
     """All rows of a router are one: what is chosen is up to the order of experts."""
     folder = write_mixture(tmp_path / "model", family)
     model = load_whole(folder)
     for name, parameter in model.named_parameters():
-        if name.endswith("mlp.gate.weight"):
+        if name.endswith(("mlp.gate.weight", "mlp.router.weight", "mlp.router.bias")):
             parameter.data.copy_(parameter.data[:1].expand_as(parameter))
     model.save_pretrained(folder)
     run(recipe(folder, rotate), tmp_path / "out", windows=WINDOWS)
     assert max(reloaded) < 1e-5
+
+
+# ---- token importance ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "qwen3_next", "minimax_m2"])
+def test_token_weights_are_the_column_sums_of_eager_maps(folder_of, family):
+    """Of gpt-oss those with attention sinks, which take their share of every query."""
+    compare_with_eager_maps(folder_of(family), IDS)
+
+
+# ---- experts that files hold together -----------------------------------------------------------
+
+PARTED = {kind: row.experts.files for kind, row in MIXTURES.items() if row.experts.files}
+ALL_EXPERTS = "re:.*experts.*"
+every_parted = pytest.mark.parametrize("family", PARTED)
+
+
+@every_parted
+@pytest.mark.parametrize(
+    "sections", [{"method": "none"}, {"ignore": ["lm_head", "re:.*experts.*"]}]
+)
+def test_experts_in_16_bits_are_written_as_they_were_read(folder_of, family, sections, tmp_path):
+    """Which plain transformers reads."""
+    result = run(
+        recipe(folder_of(family), "hadamard", **sections), tmp_path / "out", windows=WINDOWS
+    )
+    assert result.self_check["relative_error"] < 1e-5
+    source, found = CheckpointReader(folder_of(family)), CheckpointReader(tmp_path / "out")
+    whole = [n for n in source.names if any(file in n for file in PARTED[family])]
+    assert len(whole) == LAYERS * (4 if family == "gpt_oss" else 2)
+    assert all(found.shape(name) == source.shape(name) for name in whole)
+    error = relative_error(logits_of(tmp_path / "out", IDS), logits_of(folder_of(family), IDS))
+    assert error < (1e-5 if "method" in sections else 0.5)
+
+
+@every_parted
+def test_packed_experts_are_read_by_load_and_by_no_other(folder_of, family, tmp_path):
+    result = run(recipe(folder_of(family), method="rtn"), tmp_path / "out", windows=WINDOWS)
+    assert result.self_check["relative_error"] < 1e-5
+    notes = [note for note in result.plan.notes if note.startswith("loading in transformers")]
+    check_line(notes[0], "no", repr(family), "compress.load")
+    with refused(UnpackableError, "experts.0", "packed=False"):
+        compress.load(tmp_path / "out", packed=True)
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    lost = {n for n in tensors if ".1." in n and "experts.2." in n and "weight" in n}
+    save_file({n: t for n, t in tensors.items() if n not in lost}, file, {"format": "pt"})
+    with refused(CheckpointError, "layers.1", "lacks"):
+        compress.load(tmp_path / "out")
+
+
+def write_mxfp4(folder, family="gpt_oss"):
+    """A gpt-oss whose experts are random codes of 4 bits, as its publisher stores them."""
+    write_mixture(folder, family)
+    change_config(folder, quantization_config={"quant_method": "mxfp4"}, dtype="bfloat16")
+    file, draw = folder / "model.safetensors", torch.Generator().manual_seed(4)
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[name] = tensor.bfloat16()
+            continue
+        E, K, N = tensor.shape
+        codes = torch.randint(256, (E, N, K // 32, 16), generator=draw, dtype=torch.uint8)
+        powers = torch.randint(120, 125, (E, N, K // 32), generator=draw, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": codes, f"{name}_scales": powers}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_codes_of_4_bits_are_opened_as_transformers_opens_them(tmp_path, reloaded):
+    folder = write_mxfp4(tmp_path / "model")
+    for rotate in ("none", "hadamard"):
+        facts = check_source(inputs_of(folder, rotate=rotate), 10**10)
+        assert facts["probes"]["text"]["relative_error"] < 1e-5
+    result = run(recipe(folder, "hadamard"), tmp_path / "out", windows=WINDOWS, check_source=False)
+    assert max(reloaded) < 1e-2  # what is not packed is in bf16
+    assert result.plan.bytes["total"] == CheckpointReader(tmp_path / "out").nbytes()
+    run(recipe(folder, method="none"), tmp_path / "plain", windows=WINDOWS, check_source=False)
+    assert "quantization_config" not in read_json(tmp_path / "plain" / "config.json")
+    assert relative_error(logits_of(tmp_path / "plain"), logits_of(folder)) < 1e-5
+
+
+BROKEN = {
+    "lost": ("gate_up_proj_scales", None),
+    "of other groups": ("down_proj_scales", torch.zeros(4, 32, 2, dtype=torch.uint8)),
+    "of other numbers": ("down_proj_blocks", torch.zeros(4, 32, 1, 16)),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_codes_of_4_bits_that_do_not_fit_are_named(case, tmp_path):
+    end, tensor = BROKEN[case]
+    broken = f"model.layers.0.mlp.experts.{end}"
+    file = write_mxfp4(tmp_path / "model") / "model.safetensors"
+    tensors = {
+        n: t for n, t in load_file(file).items() if not n.endswith(f"layers.0.mlp.experts.{end}")
+    }
+    if tensor is not None:
+        tensors[f"model.layers.0.mlp.experts.{end}"] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+    with refused(CheckpointError, broken):
+        Skeleton(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "granitemoe"])
+def test_other_packed_experts_are_refused(folder_of, kind, tmp_path):
+    """Only gpt-oss has files in MXFP4, and those alone are read."""
+    method = {"gpt_oss": "bitsandbytes", "granitemoe": "mxfp4"}[kind]
+    shutil.copytree(folder_of(kind), tmp_path / "model")
+    change_config(tmp_path / "model", quantization_config={"quant_method": method})
+    with refused(UsageError, method, "quantization_config", "16-bit"):
+        Skeleton(tmp_path / "model")
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_told(folder_of, tmp_path):
+    """As DeepSeek-V3's files have them, which transformers passes over."""
+    shutil.copytree(folder_of("deepseek_v3"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    extra = {
+        "model.layers.61.eh_proj.weight": torch.zeros(2, 4),
+        "model.layers.61.e.weight": torch.ones(1),
+    }
+    save_file(load_file(file) | extra, file, metadata={"format": "pt"})
+    plan = make_plan(inputs_of(tmp_path / "model"))
+    assert plan.problems == []
+    assert any("model.layers.61" in note and "further tokens" in note for note in plan.notes)
 
 
 # ---- what is refused ----------------------------------------------------------------------------
