@@ -26,6 +26,10 @@ FUSED = ("gate_up_proj", "down_proj")
 FUSED_BIASES = ("gate_up_proj_bias", "down_proj_bias")
 
 
+# Number of an expert -> its tensors by their names inside it.
+ReadExpert = Callable[[int], dict[str, Tensor]]
+
+
 class EmptyLinear(nn.Linear):
     """A linear on the meta device, which draws no random numbers: a model may have 50,000."""
 
@@ -77,8 +81,22 @@ class OpenedExperts(nn.Module):
             fused._parameters.pop(name, None)
         self.own = (fused,)  # what stands between gate, up and down is the family's
         self.names, self.count = names, E
+        self.read: ReadExpert | None = None  # None: all of them are there
         for number in range(E):
             self.add_module(str(number), Expert(d, twice // 2, names, bias))
+
+    @contextmanager
+    def at_hand(self, number: int) -> Iterator[Expert]:
+        """An expert with its weights, which are read for the block if `read` is there."""
+        expert = self.expert(number)
+        if self.read is not None:
+            expert.load_state_dict(self.read(number), assign=True)
+            expert.requires_grad_(False)
+        try:
+            yield expert
+        finally:
+            if self.read is not None:
+                expert.to("meta")
 
     def expert(self, number: int) -> Expert:
         return cast(Expert, self.get_submodule(str(number)))
@@ -101,7 +119,8 @@ class OpenedExperts(nn.Module):
         for number in range(self.count):
             token, weight = routing.of(number)
             if len(token):
-                y = self.narrowed(number, self.widened(number, hidden_states[token]))
+                with self.at_hand(number):
+                    y = self.narrowed(number, self.widened(number, hidden_states[token]))
                 out.index_add_(0, token, (y * weight[:, None]).to(out.dtype))
         return out
 

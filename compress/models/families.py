@@ -11,7 +11,7 @@ A multimodal family has such a decoder inside; what makes visual tokens of pixel
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compress.errors import UsageError, did_you_mean
@@ -162,6 +162,11 @@ class LayerSpec:
     @property
     def linears(self) -> tuple[str, ...]:
         return tuple(name for group in self.groups for name in group)
+
+    @property
+    def resting(self) -> "LayerSpec":
+        """The layer without its experts, but with their routers."""
+        return replace(self, experts=replace(self.experts, count=0)) if self.experts else self
 
     @property
     def post_norm_readers(self) -> tuple[str, ...]:

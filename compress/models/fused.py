@@ -93,7 +93,7 @@ def wholes_of(layer: nn.Module) -> list[Whole]:
         if not isinstance(experts, OpenedExperts) or experts.names.files is None:
             continue
         names, block = experts.names, place.rpartition(".")[0]
-        for file, linears in zip(names.files, names.fused, strict=True):
+        for file, linears in zip(experts.names.files, names.fused, strict=True):
             first = experts.expert(0).get_submodule(linears[0])
             for key, parameter in first.named_parameters():
                 parts = tuple(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compress.errors import CheckpointError, UsageError
 from compress.memory import uncollected
 from compress.models.config_values import check_extent, check_tokenizer, reason_of
-from compress.models.experts import open_experts
+from compress.models.experts import OpenedExperts, ReadExpert, open_experts
 from compress.models.families import MIXTURES, ArchitectureSpec, architecture_of, head_dim_of
 from compress.models.fused import MXFP4, PartedReader, Whole, wholes_of
 from compress.models.meta import WithoutNumbers
@@ -313,10 +313,24 @@ class Skeleton:
         buffers = {n.removeprefix(prefix) for n in self.buffers if n.startswith(prefix)}
         return sorted(names | buffers)
 
-    def read_layer(self, index: int) -> dict[str, Tensor]:
-        """The tensors of one decoder layer, by their names inside it, in the checkpoint's dtype."""
+    def read_layer(self, index: int, experts: bool = True) -> dict[str, Tensor]:
+        """The tensors of one decoder layer, by their names inside it, in the checkpoint's dtype.
+
+        `experts`: whether with those of its experts, which `read_expert` reads one at a time.
+        """
+        prefix, names = f"{self.spec.layers}.{index}.", self.layer_tensors(index)
+        if not experts and (found := self.spec.layer(index).experts):
+            names = [name for name in names if not name.startswith(f"{found.module}.")]
+        return {name: self.reader.tensor(prefix + name) for name in names}
+
+    def read_expert(self, index: int, number: int) -> dict[str, Tensor]:
+        """The tensors of one expert of a layer, by their names inside the layer."""
+        experts = self.spec.layer(index).experts
+        assert experts is not None, "a layer without experts"
         prefix = f"{self.spec.layers}.{index}."
-        return {name: self.reader.tensor(prefix + name) for name in self.layer_tensors(index)}
+        linears = (*experts.inner(number), experts.outer(number))
+        names = [f"{linear}.{key}" for linear in linears for key in ("weight", "bias")]
+        return {n: self.reader.tensor(prefix + n) for n in names if prefix + n in self.parameters}
 
     def read(self, module: str) -> Tensor:
         """The weight of one module outside the layers."""
@@ -329,12 +343,31 @@ class Skeleton:
 
     @contextmanager
     def layer(
-        self, index: int, tensors: dict[str, Tensor], device: str = "cpu"
+        self,
+        index: int,
+        tensors: dict[str, Tensor],
+        device: str = "cpu",
+        expert: ReadExpert | None = None,
     ) -> Iterator[nn.Module]:
-        """The decoder layer `index` with these tensors in fp32; empty again on leaving."""
+        """The decoder layer `index` with these tensors in fp32; empty again on leaving.
+
+        `expert`: number -> the tensors of an expert by their names inside the layer; its experts
+        are then read when they are at work, and none of theirs is in `tensors`.
+        """
         layer = self.model.get_submodule(f"{self.spec.layers}.{index}")
         on_device = {n: t.to(device, torch.float32) for n, t in tensors.items()}
         lost = {name for name, _ in layer.named_parameters()} - {*tensors}
+        opened = None
+        if expert is not None and (found := self.spec.layer(index).experts):
+            lost = {name for name in lost if not name.startswith(f"{found.module}.")}
+            opened = cast(OpenedExperts, layer.get_submodule(found.module))
+
+            def read(number: int) -> dict[str, Tensor]:
+                inside = expert(number).items()
+                place = f"{found.module}.{number}."
+                return {n.removeprefix(place): t.to(device, torch.float32) for n, t in inside}
+
+            opened.read = read
         if lost or not {*tensors} <= {*layer.state_dict()}:
             raise CheckpointError(f"layer {index} does not have these tensors, or lacks {lost}")
         buffers = [(module, {**module._buffers}) for module in layer.modules() if module._buffers]
@@ -345,6 +378,8 @@ class Skeleton:
         try:
             yield layer.requires_grad_(False)
         finally:
+            if opened is not None:
+                opened.read = None
             layer.to("meta")
             for module, before in buffers:
                 module._buffers = before

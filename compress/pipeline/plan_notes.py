@@ -15,7 +15,7 @@ from compress.models.skeleton import Skeleton
 from compress.models.stored import said_packed
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import second_hessians
-from compress.recipe.quantize import AUTO_SIZES
+from compress.recipe.quantize import AUTO_SIZES, Experts
 from compress.recipe.sections import matches
 from compress.rotation.model import unrotatable
 from compress.rotation.rotate import head_rotation_skipped
@@ -140,6 +140,8 @@ def _family_problems(inputs: RunInputs) -> list[str]:
             f"quantize.target: full_precision is not there for a {kind!r}, whose attention and MLP "
             f"read the same input: use quantized"
         )
+    if recipe.quantize.experts != Experts() and not any(k.experts for k in spec.kinds):
+        problems.append(f"quantize.experts: this {kind!r} has no experts: leave it out")
     allocates = recipe.allocate is not None and recipe.allocate.method != "remove"
     if allocates and any(k.experts for k in spec.kinds):
         problems.append(

@@ -23,8 +23,8 @@ from compress.pipeline.plan import make_plan
 from compress.pipeline.reload_script import TOGETHER, with_experts_together, with_wide_scales
 from compress.pipeline.run import run
 from compress.pipeline.source_check import check_source
-from compress.quantization import layer as layer_module
 from compress.quantization.layer import run_layer
+from compress.recipe.quantize import Experts
 from compress.storage.files import read_json
 from compress.storage.safetensors import CheckpointReader
 from support.dense_families import LAYERS, type_of
@@ -198,9 +198,8 @@ def test_what_a_router_adds_stays_in_32_bits(folder_of, family, tmp_path):
 
 
 @every_family
-def test_the_hessian_of_an_expert_is_that_of_its_tokens(folder_of, family, monkeypatch):
+def test_the_hessian_of_an_expert_is_that_of_its_tokens(folder_of, family):
     """Of every linear's input, as the family's own forward gives it."""
-    monkeypatch.setattr(layer_module, "LEAST_ROWS", 1)
     skeleton = Skeleton(folder_of(family))
     index = skeleton.num_layers - 1
     spec = skeleton.spec.layer(index)
@@ -228,6 +227,7 @@ def test_the_hessian_of_an_expert_is_that_of_its_tokens(folder_of, family, monke
             quantise=quantise,
             needs_hessian=lambda group: True,
             weigh=lambda i, x, normed: None,
+            experts=Experts(least_rows=1),
         )
     assert relative_error(stores[1][0], expected) < 1e-5
     assert tuple(found) == spec.groups
@@ -235,6 +235,83 @@ def test_the_hessian_of_an_expert_is_that_of_its_tokens(folder_of, family, monke
         rows = read[names[0]].flatten(0, -2)
         expected = rows.T @ rows
         assert relative_error(H / H.trace(), expected / expected.trace()) < 1e-5
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_the_hessian_of_an_expert_can_have_the_weights_of_the_router(folder_of, weighed):
+    """sum w r x x^T over its tokens: w the token's weight, r the router's."""
+    skeleton = Skeleton(folder_of("qwen3_moe"))
+    spec, draw = skeleton.spec.layer(0), torch.Generator().manual_seed(2)
+    x, w = torch.randn(2, 40, HIDDEN, generator=draw), torch.rand(2, 40, generator=draw)
+    found, seen = {}, {}
+
+    def quantise(names, H):
+        found[names] = H.matrix()
+
+    with torch.no_grad(), skeleton.layer(0, skeleton.read_layer(0)) as layer:
+        opened = layer.get_submodule(spec.experts.module)
+        hook = opened.register_forward_pre_hook(lambda module, given: seen.update(given=given))
+        layer(x, **skeleton.layer_inputs(0, x))
+        hook.remove()
+        stores = ActivationStore(), ActivationStore(), ActivationStore()
+        stores[0].append(x)
+        run_layer(
+            layer,
+            spec,
+            lambda i, x: skeleton.layer_inputs(0, x),
+            *stores,
+            quantise=quantise,
+            needs_hessian=lambda group: True,
+            weigh=lambda i, x, normed: w if weighed else None,
+            experts=Experts(least_rows=1, routing_weight=True),
+        )
+        rows, index, weights = seen["given"]
+        for number in range(opened.count):
+            token, place = torch.where(index == number)
+            factor = weights[token, place] * (w.flatten()[token] if weighed else 1.0)
+            for group, inner in (
+                (spec.experts.inner(number), rows[token]),
+                ((spec.experts.outer(number),), opened.widened(number, rows[token])),
+            ):
+                expected, H = inner.T @ (factor[:, None] * inner), found[group]
+                assert relative_error(H / H.trace(), expected / expected.trace()) < 1e-5
+
+
+def test_shared_hessians_are_the_sum_of_all(folder_of):
+    """Of the last expert, the only one with few rows, they are those of all routed tokens."""
+    skeleton = Skeleton(folder_of("qwen3_moe"))
+    spec, draw = skeleton.spec.layer(0), torch.Generator().manual_seed(2)
+    x = torch.randn(2, 40, HIDDEN, generator=draw)
+    seen, found, told = {}, {}, []
+    with torch.no_grad(), skeleton.layer(0, skeleton.read_layer(0)) as layer:
+        opened = layer.get_submodule(spec.experts.module)
+        hook = opened.register_forward_pre_hook(lambda module, given: seen.update(given=given))
+        layer(x, **skeleton.layer_inputs(0, x))
+        hook.remove()
+        rows, index, _ = seen["given"]
+        counts = [int((index == number).sum()) for number in range(opened.count)]
+        fewest = counts.index(min(counts))
+        assert sorted(counts)[1] > min(counts)
+        stores = ActivationStore(), ActivationStore(), ActivationStore()
+        stores[0].append(x)
+        run_layer(
+            layer,
+            spec,
+            lambda i, x: skeleton.layer_inputs(0, x),
+            *stores,
+            quantise=lambda names, H: found.update({names: H.matrix()}),
+            needs_hessian=lambda group: True,
+            weigh=lambda i, x, normed: None,
+            experts=Experts(least_rows=min(counts) + 1, policy="shared_hessian"),
+            scarce=lambda *facts: told.append(facts),
+        )
+        assert told == [(fewest, min(counts), "shared_hessian")]
+        inside = [rows[(index == number).any(-1)] for number in range(opened.count)]
+        wide = [opened.widened(number, part) for number, part in enumerate(inside)]
+        groups = spec.experts.inner(fewest), (spec.experts.outer(fewest),)
+        for group, parts in zip(groups, (inside, wide), strict=True):
+            expected, H = torch.cat(parts).T @ torch.cat(parts), found[group]
+            assert relative_error(H / H.trace(), expected / expected.trace()) < 1e-5
 
 
 # ---- experts that few tokens reach --------------------------------------------------------------
@@ -260,10 +337,25 @@ def write_scarce(folder, reached):
     return folder
 
 
+@pytest.fixture(scope="module")
+def scarce_folder(tmp_path_factory):
+    """One folder for each number of tokens that reach the expert."""
+    made = {}
+
+    def folder(reached):
+        if reached not in made:
+            made[reached] = write_scarce(tmp_path_factory.mktemp("scarce") / "model", reached)
+        return made[reached]
+
+    return folder
+
+
 @pytest.mark.parametrize("reached", [0, 1, 31])
 @pytest.mark.parametrize("weights", ["uniform", "attention_concentration"])
-def test_an_expert_that_few_tokens_reach_is_quantised_for_all(tmp_path, reached, weights, reloaded):
-    folder = write_scarce(tmp_path / "model", reached)
+def test_an_expert_that_few_tokens_reach_is_quantised_for_all(
+    scarce_folder, tmp_path, reached, weights, reloaded
+):
+    folder = scarce_folder(reached)
     made = recipe(
         folder, token_importance={"name": weights}, ignore=["lm_head", r"re:.*self_attn.*"]
     )
@@ -280,8 +372,52 @@ def test_an_expert_that_few_tokens_reach_is_quantised_for_all(tmp_path, reached,
     assert any("experts were reached by fewer" in warning for warning in result.warnings)
 
 
-def test_an_expert_that_enough_tokens_reach_is_not_listed(tmp_path, reloaded):
-    folder = write_scarce(tmp_path / "model", 32)
+POLICIES = ["all_tokens", "rtn", "shared_hessian"]
+
+
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("reached", [0, 1, 31])
+def test_an_expert_that_few_tokens_reach_follows_the_policy(
+    scarce_folder, tmp_path, reached, policy, routed, reloaded
+):
+    """It alone: all others are what they are with any policy."""
+    experts = {"policy": policy, "routing_weight": routed}
+    made = recipe(scarce_folder(reached), experts=experts, ignore=["lm_head", r"re:.*self_attn.*"])
+    result = run(made, tmp_path / "out", windows=WINDOWS)
+    assert max(reloaded) < 1e-5
+    scarce = [e for layer in result.layers for e in layer["scarce_experts"] if e["expert"] == 3]
+    assert scarce == [{"expert": 3, "rows": rows, "policy": policy} for rows in (reached, 0)]
+    assert any(f"expert 3 by {reached}" in warning for warning in result.warnings)
+    modules = {m["name"]: m for layer in result.layers for m in layer["modules"]}
+    for name, module in modules.items():
+        rounded = policy == "rtn" and name.startswith(
+            tuple(
+                f"model.layers.{layer['layer']}.mlp.experts.{e['expert']}."
+                for layer in result.layers
+                for e in layer["scarce_experts"]
+            )
+        )
+        assert (module["error"] is None) == rounded
+        assert module["dead_columns"] == 0
+
+
+def test_where_no_expert_gets_enough_all_tokens_are_shared(scarce_folder, tmp_path, reloaded):
+    experts = {"policy": "shared_hessian", "least_rows": 10_000}
+    result = run(recipe(scarce_folder(0), experts=experts), tmp_path / "out", windows=WINDOWS)
+    assert max(reloaded) < 1e-5
+    found = [e["policy"] for layer in result.layers for e in layer["scarce_experts"]]
+    assert found == ["all_tokens"] * 2 * 4
+    default = run(
+        recipe(scarce_folder(0), experts={"least_rows": 10_000}), tmp_path / "same", windows=WINDOWS
+    )
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "same")]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert default.layers[0]["scarce_experts"] == result.layers[0]["scarce_experts"]
+
+
+def test_an_expert_that_enough_tokens_reach_is_not_listed(scarce_folder, tmp_path, reloaded):
+    folder = scarce_folder(32)
     result = run(
         recipe(folder, ignore=["lm_head", r"re:.*self_attn.*"]), tmp_path / "out", windows=WINDOWS
     )

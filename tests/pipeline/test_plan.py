@@ -302,3 +302,9 @@ def test_a_pattern_that_matches_more_layers_than_meant_shows_it(checkpoint):
     assert {name.split(".")[2] for name in found} == {"1", "10", "11"}
     (note,) = [note for note in plan.notes if "quantize.ignore" in note]
     check_line(note, len(found), found[0], found[-1])
+
+
+@pytest.mark.parametrize("key, value", [("policy", "rtn"), ("least_rows", 8)])
+def test_options_of_experts_need_experts(checkpoint, key, value):
+    (problem,) = plan_of(checkpoint(), quantize={"experts": {key: value}}).problems
+    check_line(problem, "quantize.experts: ", "'llama'")
