@@ -23,6 +23,7 @@ from compress.importance.tokens import count_tokens
 from compress.importance.weighting import effective_sample_size
 from compress.memory import release_memory
 from compress.models.fused import joined
+from compress.models.skeleton import linear_in
 from compress.observer import Observer
 from compress.pipeline.journal import Journal, LayerFacts, ModuleFacts, ScarceExpert
 from compress.pipeline.plan import Plan
@@ -42,6 +43,7 @@ POLICIES: dict[Policy, str] = {
     "rtn": "rounded to nearest",
     "shared_hessian": "quantised for the tokens of all experts",
 }
+RELEASE_BYTES = 1 << 26
 HEAD_WEIGHTS = "head-weights.safetensors"  # in the folder of the activations
 
 
@@ -94,6 +96,7 @@ class LayerWalk:
             if index == total - 1 and self._weighs_head():
                 self.stream.note(HEAD_WEIGHTS, {str(i): w for i, w in self.last_weights.items()})
             self.journal.record(index, tensors, facts, self.stream.state())
+            del tensors  # or they would be there while the next layer is solved
             self.facts.append(facts)
         self.observer.layers(total, total)
         self.facts += self.tables
@@ -131,6 +134,7 @@ class LayerWalk:
         modules: list[ModuleFacts] = []
         scarce: list[ScarceExpert] = []
         alike: set[str] = set()  # linears that the token weights are not for
+        solved = 0  # bytes of weights since memory was given back
         sizes: list[float] = []
         tokens: list[float] = []
         counted: list[float] = []
@@ -147,10 +151,14 @@ class LayerWalk:
 
             def quantise(group: tuple[str, ...], H: Hessian | None) -> None:
                 written.update(self._solve(prefix, layer, _chosen(group, schemes), H, modules))
-                # Memory peaks in the MLP: before it and in its middle, what is free goes back.
-                # Doing so more often costs more in page faults than it saves.
-                if spec.output in group or spec.mlp_in[-1:] == group[-1:]:
+                # Memory peaks in the MLP: before it and in its middle, what is free goes back, and
+                # among many experts after some. More often costs more in page faults than it saves.
+                nonlocal solved
+                solved += sum(linear_in(layer, name).weight.nbytes for name in group)
+                many = spec.experts is not None and solved > RELEASE_BYTES
+                if many or spec.output in group or spec.mlp_in[-1:] == group[-1:]:
                     release_memory()
+                    solved = 0
 
             def split(group: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool]]:
                 parts = self.weigher.parts(f"{self.spec.layers}.{source}.", group)

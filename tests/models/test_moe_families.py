@@ -4,6 +4,7 @@ The oracle is plain transformers, as in `test_dense_families`.
 """
 
 import shutil
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ import compress
 from compress.checkpoint.packed import UnpackableError
 from compress.data.activations import ActivationStore
 from compress.errors import CheckpointError, UsageError
+from compress.models.experts import OpenedExperts
 from compress.models.families import MIXTURES
 from compress.models.skeleton import Skeleton
 from compress.pipeline import run as run_module
@@ -312,6 +314,25 @@ def test_shared_hessians_are_the_sum_of_all(folder_of):
         for group, parts in zip(groups, (inside, wide), strict=True):
             expected, H = torch.cat(parts).T @ torch.cat(parts), found[group]
             assert relative_error(H / H.trace(), expected / expected.trace()) < 1e-5
+
+
+@pytest.mark.parametrize("weights", ["attention_concentration", "activation_difference"])
+def test_one_expert_is_in_memory_at_a_time(folder_of, tmp_path, weights, reloaded, monkeypatch):
+    """In the check against the source, when tokens are weighed, and when experts are solved."""
+    most, at_hand = [], OpenedExperts.at_hand
+
+    @contextmanager
+    def noting(self, number):
+        with at_hand(self, number) as expert:
+            weights = [next(self.expert(n).parameters()) for n in range(self.count)]
+            most.append([n for n, weight in enumerate(weights) if not weight.is_meta])
+            yield expert
+
+    monkeypatch.setattr(OpenedExperts, "at_hand", noting)
+    made = recipe(folder_of("glm4_moe"), "hadamard", token_importance={"name": weights})
+    run(made, tmp_path / "out", windows=WINDOWS)
+    assert max(reloaded) < 1e-5
+    assert len(most) > 4 and all(len(held) == 1 for held in most)
 
 
 # ---- experts that few tokens reach --------------------------------------------------------------

@@ -13,6 +13,7 @@ from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import FIXED_MEMORY, TEXT_MEMORY
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
+from support.moe_families import write_mixture
 from support.refusals import check_line, refused
 from support.tiny_checkpoints import LAYERS, WINDOWS, recipe_for, write_checkpoint
 
@@ -282,6 +283,20 @@ def test_activations_of_every_unit_at_every_width_count(checkpoint):
 def test_memory_does_not_grow_with_depth(tmp_path):
     folders = [write_checkpoint(tmp_path / str(n), layers=n) for n in (1, 4)]
     assert host_memory(folders[0]) == host_memory(folders[1])
+
+
+def test_memory_grows_with_experts_by_what_is_written_of_them(tmp_path):
+    """4 bits in groups of 16 and a scale in fp32 each; one expert is there at a time."""
+    folders = [
+        write_mixture(tmp_path / str(n), "qwen3_moe", num_experts=n, num_experts_per_tok=2)
+        for n in (4, 12)
+    ]
+    quantize = {"group_size": 16}
+    few, many = (plan_of(f, quantize=quantize).peak_memory["host"] for f in folders)
+    weights = 3 * 32 * 32
+    assert many - few == 8 * (weights // 2 + weights // 16 * 4)
+    shared = plan_of(folders[0], quantize=quantize | {"experts": {"policy": "shared_hessian"}})
+    assert shared.peak_memory["host"] - few == 4 * 32**2
 
 
 def test_what_a_pattern_of_ignore_matches_is_listed(checkpoint):
