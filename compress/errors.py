@@ -32,6 +32,12 @@ class CheckpointError(CompressError):
     """A checkpoint that is missing a file or a tensor, is truncated, or holds a NaN."""
 
 
+class DepthError(CheckpointError):
+    """A JSON file with more levels of objects and lists in each other than any of use."""
+
+    exit_code = 2
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -1,5 +1,6 @@
 """Memory of a process: each test looks at a fresh one, which holds nothing else."""
 
+import gc
 import json
 import platform
 import subprocess
@@ -90,3 +91,19 @@ def test_where_nothing_can_be_given_back_it_does_nothing(monkeypatch, symbols):
         assert memory.release_memory() is None
     finally:
         memory._trim.cache_clear()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_garbage_is_collected_afterwards_as_before(before):
+    """Within another such block, after an error, and where the caller has no collection."""
+    was = gc.isenabled()
+    try:
+        (gc.enable if before else gc.disable)()
+        with pytest.raises(ValueError, match="odd"), memory.uncollected():
+            with memory.uncollected():
+                assert not gc.isenabled()
+            assert not gc.isenabled()
+            raise ValueError("odd")
+        assert gc.isenabled() is before
+    finally:
+        (gc.enable if was else gc.disable)()

@@ -36,7 +36,7 @@ from compress.models.skeleton import linear_in
 from compress.observer import Observer
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
-from compress.quantization.layer import replaced
+from compress.quantization.inside import replaced
 from compress.quantization.rounding import quadratic
 from compress.quantization.solvers import QuantizedLinear, make_solver
 from compress.quantization.token_weights import TokenWeigher

@@ -29,6 +29,7 @@ from typing import Any
 from compress.checkpoint.quantization_config import groups_of
 from compress.errors import CheckpointError
 from compress.kernels.codes import LEAST_GROUP
+from compress.models.families import MIXTURES
 from compress.scheme import Scheme
 
 OWN_WIDTHS = {4, 8}  # of vLLM 0.33 and SGLang, without further packages
@@ -46,6 +47,11 @@ FUSED = {
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),  # of linear attention, as the next
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
+
+EXPERTS = ".experts."
+# Of the types whose experts 16-bit files hold as one tensor: who reads those that are packed one by
+# one. In vLLM, Granite's loader hands names on to Mixtral's, and that of gpt-oss passes over them.
+READS_PACKED_EXPERTS = {"vLLM": ("granitemoe",)}
 
 Schemes = Mapping[str, Scheme | None]  # of linears by name; None: stays unquantised
 
@@ -116,16 +122,24 @@ def same_in_every_layer(schemes: Schemes) -> list[str] | None:
 
 
 def loading_table(
-    schemes: Schemes, tables: Mapping[str, str] | None = None
+    schemes: Schemes, tables: Mapping[str, str] | None = None, kind: str = ""
 ) -> list[tuple[str, str]]:
     """(engine, how it loads) a checkpoint of these modules; `how` begins with yes, with or no.
 
-    tables: the format of the embedding and the head, where they are quantised as such.
+    tables: the format of the embedding and the head, where they are quantised as such. kind: the
+    `model_type` of config.json.
 
     vLLM and SGLang were read, not run: in vLLM 0.33 Marlin and a Triton kernel of 4 bits are what
     needs no further package, SGLang 0.5.23 has Marlin alone, and Marlin's zero points are of 4
     bits. For fp16 activations vLLM has exllama, which takes symmetric 4 and 8 bits in any groups.
     """
+    if _parts_experts(kind) and any(s and EXPERTS in name for name, s in schemes.items()):
+        table = dict(loading_table(schemes, tables))
+        table[TRANSFORMERS] = f"no: it reads experts of {kind!r} as one tensor, compress.load does"
+        for engine in ("vLLM", "SGLang"):
+            if kind not in READS_PACKED_EXPERTS.get(engine, ()):
+                table[engine] = f"no: it is not known to read packed experts of {kind!r}"
+        return list(table.items())
     found = {scheme for scheme in schemes.values() if scheme is not None}
     if all(scheme.symmetric for scheme in found):
         transformers = "yes, on CPU too; weights become dense at the first forward"
@@ -160,6 +174,12 @@ def loading_table(
     ]
 
 
+def _parts_experts(kind: str) -> bool:
+    """Whether files of 16 bits hold experts of this type as one tensor."""
+    row = MIXTURES.get(kind)
+    return row is not None and row.experts is not None and row.experts.files is not None
+
+
 def _with_tables(schemes: Schemes, tables: Mapping[str, str]) -> list[tuple[str, str]]:
     """The same with a quantised embedding or head; a line says the first thing in the way.
 
@@ -185,11 +205,13 @@ def _with_tables(schemes: Schemes, tables: Mapping[str, str]) -> list[tuple[str,
     return list(found.items())
 
 
-def plan_notes(schemes: Schemes, tables: Mapping[str, str] | None = None) -> list[str]:
+def plan_notes(
+    schemes: Schemes, tables: Mapping[str, str] | None = None, kind: str = ""
+) -> list[str]:
     """What a person should know before a run: a line for each engine that will want more."""
     notes = [
         f"loading in {engine}: {how}"
-        for engine, how in loading_table(schemes, tables)
+        for engine, how in loading_table(schemes, tables, kind)
         if not how.startswith("yes")
     ]
     if any(s is not None and (s.group_size or 0) % LEAST_GROUP for s in schemes.values()):

@@ -40,6 +40,7 @@ class LayerContext:
     token_counts: Tensor | None = None
     softcap: float | None = None  # of attention's logits
     seen: Tensor | None = None  # [B or 1, T, T] bool, by query and key
+    sinks: Tensor | None = None  # [h], in the softmax of each query beside its logits
 
 
 class TokenImportance(Protocol):
@@ -73,6 +74,7 @@ class AttentionConcentration:
             query_mask=context.mask,
             softcap=context.softcap,
             seen=context.seen,
+            sinks=context.sinks,
         )
 
 
@@ -263,6 +265,7 @@ def attention_concentration(
     query_mask: Tensor | None = None,
     softcap: float | None = None,
     seen: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Column sums of the causal attention map over queries and heads (RSQ's AttnCon): [B, T] fp32.
 
@@ -271,7 +274,8 @@ def attention_concentration(
     attend to, so no T x T map exists: O(h * block * T) memory. `sliding_window`: query i sees keys
     i - sliding_window + 1 .. i. Queries that `query_mask` [B, T] marks False do not count;
     padding, if any, is on the right. `softcap` c: logits l are c tanh(l / c). `seen`, bool
-    [B or 1, T, T]: what each query sees, where it is not that.
+    [B or 1, T, T]: what each query sees, where it is not that. `sinks` [h]: a logit more for each
+    query, to no token; what it takes of the query's attention no token receives.
     """
     B, h, T, d_h = q.shape
     h_kv = k.shape[1]
@@ -298,7 +302,13 @@ def attention_concentration(
             hidden = ~seen[:, None, start:end]
         logits.masked_fill_(hidden, -torch.inf)
         # softmax and the sum over its rows in one: exp, then a product with 1 / (row sum)
-        logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
-        share = counted[:, None, start:end] / logits.sum(dim=-1)  # [B, h, b]
+        highest = logits.amax(dim=-1, keepdim=True)
+        if sinks is not None:
+            highest = highest.maximum(sinks.float()[:, None, None])
+        logits.sub_(highest).exp_()
+        total = logits.sum(dim=-1)
+        if sinks is not None:
+            total += (sinks.float()[:, None] - highest.squeeze(-1)).exp()
+        share = counted[:, None, start:end] / total  # [B, h, b]
         sums[:, first:last] += (share.unsqueeze(-2) @ logits).sum(dim=(1, 2))
     return sums

@@ -10,7 +10,8 @@ strategy was saved with it.
     model, tokenizer = load("out")
 """
 
-import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -38,6 +38,7 @@ from compress.checkpoint.quantization_config import (
 )
 from compress.errors import CheckpointError, UsageError
 from compress.kernels.cpu import native
+from compress.loading.parted_experts import has_parted_experts, read_whole, without_section
 from compress.loading.transformers_plugin import ModelpressConfig
 from compress.models.config_values import (
     check_config,
@@ -105,7 +106,11 @@ def load(
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}  # or all of it would lie in the host's memory first
     with indexed(path) as place:
-        loaded: Any = guarded(place, kind.from_pretrained, output_loading_info=True, **options)
+        opens: Callable[..., Any] = kind.from_pretrained
+        if section and not packed and has_parted_experts(config, path):
+            opens = partial(read_whole, config=config)
+            options = {"dtype": dtype} | {k: v for k, v in options.items() if k == "device_map"}
+        loaded: Any = guarded(place, opens, output_loading_info=True, **options)
     model, report = loaded
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
@@ -143,15 +148,6 @@ def fastest_packing(
     if config.model_type in MIXTURES:  # whose experts are one dense tensor in transformers
         return False
     return native.packed_is_faster(device) and PackedLinears(path).runs
-
-
-def without_section(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of a model whose quantisation is given to transformers apart from it."""
-    config = copy.deepcopy(config)
-    for part in (config, config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    return config
 
 
 def _checked_folder(path: str | Path) -> Path:

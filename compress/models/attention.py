@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 
 NAME = "modelpress"  # of our function, while it is there
-SINKS = ("s_aux", "sinks")  # what some functions take that changes the map, and ours does not know
+SINKS = ("s_aux", "sinks")  # what functions call a number for each head beside its logits
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Attended:
     Attributes:
         query: [B, h, T, d_h], key and value: [B, h_kv, T, d_h].
         scaling: of their products; softcap: what these are bent under, or None.
+        sinks: [h], what is in the softmax of each query beside its logits, or None.
     """
 
     query: Tensor
@@ -34,6 +35,7 @@ class Attended:
     value: Tensor
     scaling: float
     softcap: float | None
+    sinks: Tensor | None = None
 
 
 class _SeenError(Exception):
@@ -60,11 +62,11 @@ def attending(module: nn.Module, instead: Callable[[Attended], Tensor]) -> Itera
         softcap: float | None = None,
         **others: object,
     ) -> tuple[Tensor, None]:
-        for name in SINKS:
-            if others.get(name) is not None:
-                raise CompressError(f"{type(attention).__name__} has attention sinks ({name})")
+        sinks = next((s for name in SINKS if (s := others.get(name)) is not None), None)
+        if not (sinks is None or isinstance(sinks, Tensor)):
+            raise CompressError(f"{type(attention).__name__} has attention sinks of another kind")
         scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        return instead(Attended(query, key, value, scale, softcap)), None
+        return instead(Attended(query, key, value, scale, softcap, sinks)), None
 
     before = {number: config._attn_implementation for number, config in configs.items()}
     ALL_ATTENTION_FUNCTIONS[NAME] = function

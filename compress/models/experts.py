@@ -3,7 +3,8 @@
 transformers 5 holds the experts of a layer as two parameters, `gate_up_proj` [E, 2 m, d] and
 `down_proj` [E, d, m]; files, and engines, have three matrices an expert. Opened, an expert is a
 module of three linears whose names are those of the files, so that one expert can be read, solved
-and written by itself, and no tensor has to be renamed.
+and written by itself, and no tensor has to be renamed. Of the few families whose files hold them
+fused as well, `fused.py` reads the parts.
 
     open_experts(model, ExpertNames("w1", "w3", "w2", block="block_sparse_moe"))
     # model.layers.0.block_sparse_moe.experts.5.w1: nn.Linear
@@ -22,16 +23,28 @@ from compress.errors import UsageError
 from compress.models.families import ExpertNames
 
 FUSED = ("gate_up_proj", "down_proj")
+FUSED_BIASES = ("gate_up_proj_bias", "down_proj_bias")
+
+
+# Number of an expert -> its tensors by their names inside it.
+ReadExpert = Callable[[int], dict[str, Tensor]]
+
+
+class EmptyLinear(nn.Linear):
+    """A linear on the meta device, which draws no random numbers: a model may have 50,000."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights as they are: nowhere."""
 
 
 class Expert(nn.Module):
     """gate, up and down of one expert, by the names that they have in files."""
 
-    def __init__(self, d: int, m: int, names: ExpertNames):
+    def __init__(self, d: int, m: int, names: ExpertNames, bias: bool):
         super().__init__()
         self.names = names
         for name, (K, N) in zip(names.linears, [(d, m), (d, m), (m, d)], strict=True):
-            self.add_module(name, nn.Linear(K, N, bias=False, device="meta"))
+            self.add_module(name, EmptyLinear(K, N, bias=bias, device="meta"))
 
     def run(self, part: str, x: Tensor) -> Tensor:
         y: Tensor = self.get_submodule(part)(x)
@@ -61,13 +74,29 @@ class OpenedExperts(nn.Module):
 
     def __init__(self, fused: nn.Module, names: ExpertNames):
         super().__init__()
-        E, twice, d = fused.get_parameter("gate_up_proj").shape
-        for name in FUSED:
-            del fused._parameters[name]
+        E, *size = fused.get_parameter("gate_up_proj").shape
+        twice, d = reversed(size) if names.transposed else size
+        bias = FUSED_BIASES[0] in fused._parameters
+        for name in (*FUSED, *FUSED_BIASES):
+            fused._parameters.pop(name, None)
         self.own = (fused,)  # what stands between gate, up and down is the family's
         self.names, self.count = names, E
+        self.read: ReadExpert | None = None  # None: all of them are there
         for number in range(E):
-            self.add_module(str(number), Expert(d, twice // 2, names))
+            self.add_module(str(number), Expert(d, twice // 2, names, bias))
+
+    @contextmanager
+    def at_hand(self, number: int) -> Iterator[Expert]:
+        """An expert with its weights, which are read for the block if `read` is there."""
+        expert = self.expert(number)
+        if self.read is not None:
+            expert.load_state_dict(self.read(number), assign=True)
+            expert.requires_grad_(False)
+        try:
+            yield expert
+        finally:
+            if self.read is not None:
+                expert.to("meta")
 
     def expert(self, number: int) -> Expert:
         return cast(Expert, self.get_submodule(str(number)))
@@ -75,9 +104,10 @@ class OpenedExperts(nn.Module):
     def widened(self, number: int, rows: Tensor) -> Tensor:
         """[n, d] -> [n, m], what an expert's down reads."""
         expert, names = self.expert(number), self.names
-        both = torch.cat([expert.run(names.gate, rows), expert.run(names.up, rows)], dim=-1)
-        gate = cast(Callable[[Tensor], Tensor], self.own[0]._apply_gate)
-        return gate(both)
+        gate, up = expert.run(names.gate, rows), expert.run(names.up, rows)
+        turns = names.interleaved
+        both = torch.stack([gate, up], -1).flatten(-2) if turns else torch.cat([gate, up], -1)
+        return cast(Callable[[Tensor], Tensor], self.own[0]._apply_gate)(both)
 
     def narrowed(self, number: int, inner: Tensor) -> Tensor:
         """[n, m] -> [n, d]"""
@@ -89,7 +119,8 @@ class OpenedExperts(nn.Module):
         for number in range(self.count):
             token, weight = routing.of(number)
             if len(token):
-                y = self.narrowed(number, self.widened(number, hidden_states[token]))
+                with self.at_hand(number):
+                    y = self.narrowed(number, self.widened(number, hidden_states[token]))
                 out.index_add_(0, token, (y * weight[:, None]).to(out.dtype))
         return out
 
@@ -138,6 +169,8 @@ def open_experts(model: nn.Module, names: ExpertNames) -> None:
             raise UsageError(f"{name} has experts that are not known to be gated")
         block, _, place = name.rpartition(".")
         modules[block].register_module(place, OpenedExperts(module, names))
+        if names.router is not None:
+            _nest(modules[block].get_submodule("router"), names.router)
         parent, _, inner = block.rpartition(".")
         if names.block is not None and inner != names.block:
             _rename(modules[parent], inner, names.block)
@@ -147,3 +180,17 @@ def _rename(parent: nn.Module, name: str, new: str) -> None:
     children = [(new if key == name else key, child) for key, child in parent._modules.items()]
     parent.__dict__[name] = parent._modules[name]
     parent._modules = OrderedDict(children)
+
+
+def _nest(module: nn.Module, child: str) -> None:
+    """Moves a module's parameters into a child, where the module finds them as attributes."""
+    inner, names = nn.Module(), [*module._parameters]
+    for name in names:
+        inner.register_parameter(name, module._parameters.pop(name))
+    module.add_module(child, inner)
+
+    def found(name: str) -> property:
+        return property(lambda self: self._modules[child]._parameters[name])
+
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {name: found(name) for name in names})

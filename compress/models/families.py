@@ -12,7 +12,7 @@ visual tokens of pixels is its `vision`.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compress.errors import UsageError, did_you_mean
@@ -44,17 +44,33 @@ class VisionSpec:
 class ExpertNames:
     """What files call an expert's linears, and the block of a layer that holds the experts.
 
-    `block`: None where it is the name that transformers' module has.
+    Attributes:
+        block: None where it is the name that transformers' module has.
+        router: the child of the router in which files have its weights, or None.
+        files: the two tensors, in the block, that hold all experts of a layer where files have no
+            matrices of each; those of biases end in `_bias`.
+        transposed, interleaved: whether those are [E, K, N], and have gate and up in turns.
+        mxfp4: whether there are files with codes of 4 bits in their place, which are read too.
     """
 
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     block: str | None = None
+    router: str | None = None
+    files: tuple[str, str] | None = None
+    transposed: bool = False
+    interleaved: bool = False
+    mxfp4: bool = False
 
     @property
     def linears(self) -> tuple[str, str, str]:
         return self.gate, self.up, self.down
+
+    @property
+    def fused(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The linears in each of two tensors."""
+        return (self.gate, self.up), (self.down,)
 
 
 @dataclass(frozen=True)
@@ -111,6 +127,7 @@ class LayerSpec:
         norms: "rms", "layer" (which subtracts the mean), or "other".
         attends: whether there is an attention map; not in linear attention.
         softcap: of attention's logits, or None.
+        sinks: the parameter whose numbers are in each head's softmax beside the logits, or None.
     """
 
     input_norm: str | None = "input_layernorm"
@@ -133,6 +150,7 @@ class LayerSpec:
     norms: str = "rms"
     attends: bool = True
     softcap: float | None = None
+    sinks: str | None = None
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -145,6 +163,11 @@ class LayerSpec:
     @property
     def linears(self) -> tuple[str, ...]:
         return tuple(name for group in self.groups for name in group)
+
+    @property
+    def resting(self) -> "LayerSpec":
+        """The layer without its experts, but with their routers."""
+        return replace(self, experts=replace(self.experts, count=0)) if self.experts else self
 
     @property
     def post_norm_readers(self) -> tuple[str, ...]:
@@ -285,6 +308,36 @@ MIXTURES: dict[str, Family] = {
     "qwen2_moe": Family("Qwen 1.5 and 2 with experts", experts=ExpertNames()),
     "olmoe": Family("OLMoE", experts=ExpertNames()),
     "qwen3_moe": Family("Qwen 3 with experts, Qwen3-Coder", experts=ExpertNames()),
+    "qwen3_next": Family(
+        "Qwen3-Next", weighs="those with attention", since="5.23", experts=ExpertNames()
+    ),
+    "glm4_moe_lite": Family("GLM-4.7-Flash", since="5.23", experts=ExpertNames()),
+    "dots1": Family("dots.llm1", since="5.23", experts=ExpertNames()),
+    "solar_open": Family("Solar Open", since="5.23", experts=ExpertNames()),
+    "mellum": Family("Mellum", since="5.23", experts=ExpertNames()),
+    "flex_olmo": Family("FlexOlmo", AFTER, since="5.23", experts=ExpertNames()),
+    "minimax_m2": Family(
+        "MiniMax M2",
+        since="5.23",
+        experts=ExpertNames("w1", "w3", "w2", "block_sparse_moe"),
+    ),
+    "granitemoe": Family(
+        "Granite 3 with experts",
+        since="5.23",
+        experts=ExpertNames(
+            "w1", "w3", "w2", router="layer", files=("input_linear.weight", "output_linear.weight")
+        ),
+    ),
+    "gpt_oss": Family(
+        "gpt-oss 20B, 120B",
+        since="5.23",
+        experts=ExpertNames(
+            files=("experts.gate_up_proj", "experts.down_proj"),
+            transposed=True,
+            interleaved=True,
+            mxfp4=True,
+        ),
+    ),
 }
 
 

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CheckpointError, UsageError
+from compress.memory import uncollected
 from compress.models.config_values import check_extent, check_tokenizer, reason_of
-from compress.models.experts import open_experts
+from compress.models.experts import OpenedExperts, ReadExpert, open_experts
 from compress.models.families import MIXTURES, ArchitectureSpec, architecture_of, head_dim_of
+from compress.models.fused import MXFP4, PartedReader, Whole, wholes_of
 from compress.models.meta import WithoutNumbers
 from compress.models.own_forward import LayerInputs, Told, finished, handed_on
 from compress.models.pretrained import load_config, local_folder, processor_reader
@@ -72,8 +74,7 @@ def empty_model(config: "PretrainedConfig", multimodal: bool = False) -> "PreTra
         model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
     row = MIXTURES.get(config.model_type)
     if row is not None and row.experts is not None:
-        with WithoutNumbers():
-            open_experts(model, row.experts)
+        open_experts(model, row.experts)
     return model.eval().requires_grad_(False)
 
 
@@ -101,6 +102,7 @@ class Skeleton:
     adapter; CheckpointError for files that are missing or damaged.
     """
 
+    @uncollected()
     def __init__(self, folder: Path, absent: bool = False):
         self.folder, self.absent = folder, absent
         refuse_adapter(folder)
@@ -110,15 +112,16 @@ class Skeleton:
         self.config = self.model_config.get_text_config()
         file = folder / "config.json"
         if not absent:
-            refuse_packed(folder)
+            refuse_packed(folder, self.packing)
             check_extent(read_json(file) or {}, CheckpointReader(folder), file)
         try:
             self.model = empty_model(self.model_config, self.spec.vision is not None)
         except Exception as error:  # what a wrong value sets off is of any kind
             raise UsageError(f"{file} describes no model: {reason_of(error)}") from error
-        self.parameters = {name for name, _ in self.model.named_parameters()}
-        self.reader, self.left = self._described() if absent else self._stored()
         self.num_layers: int = self.config.num_hidden_layers
+        self.parameters = {name for name, _ in self.model.named_parameters()}
+        self.wholes = self._wholes()
+        self.reader, self.left = self._described() if absent else self._stored()
         self.head_dim = head_dim_of(self.config)
         self._recorded: dict[tuple[int, torch.device, torch.dtype], list[LayerInputs]] = {}
         self.spec = self._looked_at()
@@ -170,8 +173,27 @@ class Skeleton:
     def _stored(self) -> tuple[CheckpointReader, LeftOver]:
         """The tensors of the files by the names of the modules, and what is beyond those."""
         names = names_of(self.model, f"{self.model.base_model_prefix}.", self.spec.module_name)
-        reader = CheckpointReader(self.folder, names)
+        wholes = [
+            whole.inside(f"{self.spec.layers}.{index}.")
+            for index, found in self.wholes.items()
+            for whole in found
+        ]
+        reader = PartedReader(self.folder, names, wholes)
         return reader, left_over(reader, self.model)
+
+    @property
+    def packing(self) -> str | None:
+        """The method of a `quantization_config` that is read: its weights are opened in 16 bits."""
+        row = MIXTURES.get(self.model_config.model_type)
+        return MXFP4 if row and row.experts and row.experts.mxfp4 else None
+
+    def _wholes(self) -> dict[int, list[Whole]]:
+        """The tensors of all experts of a layer, by layer, by their names inside it."""
+        layers = self.model.get_submodule(self.spec.layers)
+        row = MIXTURES.get(self.model_config.model_type)
+        if row is None or row.experts is None or row.experts.files is None:
+            return {}
+        return {index: wholes_of(layer) for index, layer in enumerate(layers.children())}
 
     def _described(self) -> tuple[CheckpointReader, LeftOver]:
         """The tensors that files of this config would hold, in the dtype that it names."""
@@ -197,6 +219,8 @@ class Skeleton:
 
     def _check_names(self) -> None:
         """Every parameter of the model must be in the file, with its shape, before work starts."""
+        if self.absent:
+            return  # its names are those of the parameters
         tied = (f"{self.spec.embedding}.weight", f"{self.spec.head}.weight")
         for name, parameter in self.model.named_parameters():
             if self.tied and name in tied:
@@ -259,18 +283,22 @@ class Skeleton:
 
     def vision_names(self) -> list[str]:
         """The parameters of vision tower and projector; none in a text model."""
+        if self.spec.vision is None:
+            return []
         decoder = self.spec.layers.rpartition(".")[0] + "."
         own = (decoder, f"{self.spec.head}.")
         names = [name for name, _ in self.model.named_parameters()]
-        return [name for name in names if not name.startswith(own)] if self.spec.vision else []
+        return [name for name in names if not name.startswith(own)]
 
     def layer_buffers(self) -> dict[str, Tensor]:
         """The buffers of decoder layers that the file has, by their full names; without values."""
-        state = self.model.get_submodule(self.spec.layers).state_dict(prefix=f"{self.spec.layers}.")
+        layers = self.model.get_submodule(self.spec.layers)
         return {
             name: tensor
-            for name, tensor in state.items()
-            if name not in self.parameters and name in self.reader
+            for place, module in layers.named_modules(prefix=self.spec.layers)
+            for key, tensor in module._buffers.items()
+            if tensor is not None and key not in module._non_persistent_buffers_set
+            if (name := f"{place}.{key}") in self.reader
         }
 
     def layer_tensors(self, index: int) -> list[str]:
@@ -281,10 +309,24 @@ class Skeleton:
         buffers = {n.removeprefix(prefix) for n in self.buffers if n.startswith(prefix)}
         return sorted(names | buffers)
 
-    def read_layer(self, index: int) -> dict[str, Tensor]:
-        """The tensors of one decoder layer, by their names inside it, in the checkpoint's dtype."""
+    def read_layer(self, index: int, experts: bool = True) -> dict[str, Tensor]:
+        """The tensors of one decoder layer, by their names inside it, in the checkpoint's dtype.
+
+        `experts`: whether with those of its experts, which `read_expert` reads one at a time.
+        """
+        prefix, names = f"{self.spec.layers}.{index}.", self.layer_tensors(index)
+        if not experts and (found := self.spec.layer(index).experts):
+            names = [name for name in names if not name.startswith(f"{found.module}.")]
+        return {name: self.reader.tensor(prefix + name) for name in names}
+
+    def read_expert(self, index: int, number: int) -> dict[str, Tensor]:
+        """The tensors of one expert of a layer, by their names inside the layer."""
+        experts = self.spec.layer(index).experts
+        assert experts is not None, "a layer without experts"
         prefix = f"{self.spec.layers}.{index}."
-        return {name: self.reader.tensor(prefix + name) for name in self.layer_tensors(index)}
+        linears = (*experts.inner(number), experts.outer(number))
+        names = [f"{linear}.{key}" for linear in linears for key in ("weight", "bias")]
+        return {n: self.reader.tensor(prefix + n) for n in names if prefix + n in self.parameters}
 
     def read(self, module: str) -> Tensor:
         """The weight of one module outside the layers."""
@@ -297,12 +339,31 @@ class Skeleton:
 
     @contextmanager
     def layer(
-        self, index: int, tensors: dict[str, Tensor], device: str = "cpu"
+        self,
+        index: int,
+        tensors: dict[str, Tensor],
+        device: str = "cpu",
+        expert: ReadExpert | None = None,
     ) -> Iterator[nn.Module]:
-        """The decoder layer `index` with these tensors in fp32; empty again on leaving."""
+        """The decoder layer `index` with these tensors in fp32; empty again on leaving.
+
+        `expert`: number -> the tensors of an expert by their names inside the layer; its experts
+        are then read when they are at work, and none of theirs is in `tensors`.
+        """
         layer = self.model.get_submodule(f"{self.spec.layers}.{index}")
         on_device = {n: t.to(device, torch.float32) for n, t in tensors.items()}
         lost = {name for name, _ in layer.named_parameters()} - {*tensors}
+        opened = None
+        if expert is not None and (found := self.spec.layer(index).experts):
+            lost = {name for name in lost if not name.startswith(f"{found.module}.")}
+            opened = cast(OpenedExperts, layer.get_submodule(found.module))
+
+            def read(number: int) -> dict[str, Tensor]:
+                inside = expert(number).items()
+                place = f"{found.module}.{number}."
+                return {n.removeprefix(place): t.to(device, torch.float32) for n, t in inside}
+
+            opened.read = read
         if lost or not {*tensors} <= {*layer.state_dict()}:
             raise CheckpointError(f"layer {index} does not have these tensors, or lacks {lost}")
         buffers = [(module, {**module._buffers}) for module in layer.modules() if module._buffers]
@@ -313,6 +374,8 @@ class Skeleton:
         try:
             yield layer.requires_grad_(False)
         finally:
+            if opened is not None:
+                opened.read = None
             layer.to("meta")
             for module, before in buffers:
                 module._buffers = before

@@ -15,10 +15,10 @@ model nor transformers knows is listed.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -64,15 +64,24 @@ def refuse_adapter(folder: Path) -> None:
     )
 
 
-def refuse_packed(folder: Path) -> None:
-    """UsageError for a folder whose JSON files say that its weights are packed."""
-    if said := said_packed(folder):
+def refuse_packed(folder: Path, read: str | None = None) -> None:
+    """UsageError for a folder whose JSON files say that its weights are packed.
+
+    `read`: the method of `quantization_config` that is read all the same.
+    """
+    if said := said_packed(folder, read):
         raise UsageError(f"{folder} is {said}: {START_AGAIN}")
 
 
-def said_packed(folder: Path) -> str | None:
-    """Where a folder's JSON files say that its weights are packed, and how; None: they do not."""
+def said_packed(folder: Path, read: str | None = None) -> str | None:
+    """Where a folder's JSON files say that its weights are packed, and how; None: they do not.
+
+    `read`: as above.
+    """
     config = read_json(folder / "config.json") or {}
+    section = config.get("quantization_config")
+    if read is not None and isinstance(section, dict) and section.get("quant_method") == read:
+        del config["quantization_config"]
     parts = {"": config} | {
         f"{key}.": part for key, part in config.items() if isinstance(part, dict)
     }
@@ -128,10 +137,12 @@ class LeftOver:
     Attributes:
         buffers: transformers computes them itself.
         unknown: nobody knows them.
+        unread: transformers knows that files of the family have them, and does not read them.
     """
 
     buffers: list[str]
     unknown: list[str]
+    unread: list[str] = field(default_factory=list)
 
 
 def left_over(reader: CheckpointReader, model: nn.Module) -> LeftOver:
@@ -144,7 +155,10 @@ def left_over(reader: CheckpointReader, model: nn.Module) -> LeftOver:
     own = {name for name, _ in model.named_buffers()}
     left = [name for name in reader.names if name not in parameters]
     buffers = [name for name in left if name in own or BUFFERS.search(name)]
-    unknown = [name for name in left if name not in {*buffers}]
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    rules = [re.compile(rule) for rule in cast(Iterable[str], ignored)]
+    unread = [n for n in left if n not in buffers and any(rule.search(n) for rule in rules)]
+    unknown = [name for name in left if name not in {*buffers, *unread}]
     for name in unknown:
         file, last = reader.entry(name).file, name.rpartition(".")[2]
         if ADAPTER_TENSOR.search(name):
@@ -165,4 +179,4 @@ def left_over(reader: CheckpointReader, model: nn.Module) -> LeftOver:
                 f"{entry.dtype}, expected {', '.join(PLAIN)}: packed weights, or fewer than 16 "
                 f"bits: {START_AGAIN}"
             )
-    return LeftOver(buffers, unknown)
+    return LeftOver(buffers, unknown, unread)

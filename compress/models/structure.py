@@ -90,6 +90,7 @@ class Seen:
     experts: dict[str, "Experts"] = field(default_factory=dict)
     routers: dict[str, Tensor] = field(default_factory=dict)  # and what they read
     attended: list[tuple[Attended, Tensor]] = field(default_factory=list)  # and what came back
+    sinks: str | None = None  # of attention
 
     def child(self, name: str) -> Child:
         return next(child for child in self.children if child.name == name)
@@ -118,13 +119,12 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
     """Runs a copy of the layer whose linears give random numbers; x [1, T, d] in fp64."""
-    layer = copy.deepcopy(layer)
     draw = torch.Generator().manual_seed(SEED)
     calls: list[str] = []
-    experts: dict[str, Experts] = {}
-    for name, module in [*layer.named_modules()]:
-        if isinstance(module, OpenedExperts):
-            layer.set_submodule(name, experts.setdefault(name, Experts(module, draw)))
+    opened = {name: m for name, m in layer.named_modules() if isinstance(m, OpenedExperts)}
+    experts = {name: Experts(module, draw) for name, module in opened.items()}
+    # What stands in for opened experts is in the copy, and they, hundreds maybe, are not copied.
+    layer = copy.deepcopy(layer, {id(opened[name]): experts[name] for name in opened})
     for name, module in [*layer.named_modules()]:
         if isinstance(module, nn.Linear):
             layer.set_submodule(name, Linear(module, draw))
@@ -145,7 +145,7 @@ def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
         block = name.rpartition(".")[0]
         for inner, module in layer.get_submodule(block).named_modules():
             if getattr(module, "weight", None) is not None and inner:
-                module.register_forward_hook(reading(seen, f"{block}.{inner}"))
+                module.register_forward_hook(reading(seen, f"{block}.{owner(module, inner)}"))
     for name, child in layer.named_children():
         child.register_forward_hook(noting(seen, name), with_kwargs=True)
 
@@ -158,6 +158,11 @@ def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
     with torch.no_grad(), attending(layer, attend):
         y = cast(Callable[..., object], layer)(x, **inputs)
     seen.y = first_of(y)
+    if seen.attended and (sinks := seen.attended[0][0].sinks) is not None:
+        names = [name for name, parameter in layer.named_parameters() if parameter is sinks]
+        if len(names) != 1 or sinks.shape != seen.attended[0][0].query.shape[1:2]:
+            raise UsageError("its attention has sinks that are not a number for each head")
+        seen.sinks = names[0]
     seen.linears = {name: linears[name] for name in dict.fromkeys(calls)}
     return seen
 
@@ -167,6 +172,12 @@ def reading(seen: Seen, name: str) -> Callable[..., None]:
         seen.routers[name] = args[0].clone()
 
     return note
+
+
+def owner(module: nn.Module, name: str) -> str:
+    """The module in which a weight is registered, that it has for its own or inside it."""
+    found = next(n for n, m in module.named_modules() if "weight" in m._parameters)
+    return f"{name}.{found}" if found else name
 
 
 def noting(seen: Seen, name: str) -> Callable[..., None]:
@@ -247,6 +258,7 @@ def layer_spec(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Lay
         norms=kind,
         attends=bool(seen.attended),
         softcap=seen.attended[0][0].softcap if seen.attended else None,
+        sinks=seen.sinks,
     )
 
 

@@ -62,8 +62,12 @@ PRUNING = {
 METHODS = {"gptq": "GPTQ (arXiv 2210.17323)", "rtn": "round to nearest"}
 
 
-def bits_summary(modules: Iterable[Facts], format: str = "compressed-tensors") -> dict[str, Any]:
+def bits_summary(
+    modules: Iterable[Facts], format: str = "compressed-tensors", kind: str = ""
+) -> dict[str, Any]:
     """What the card says about widths, from the `modules` and the `format` that `inspect` lists.
+
+    `kind`: the `model_type` of config.json.
 
     Returns {"average", "symmetric", "engines": [(engine, how it loads them)], "widths": [{"bits",
     "group_size", "modules", "parameters"}]} over the quantised modules; average is in bits per
@@ -87,13 +91,13 @@ def bits_summary(modules: Iterable[Facts], format: str = "compressed-tensors") -
     return {
         "average": total / parameters if parameters else None,
         "symmetric": all(module["symmetric"] for module in quantised),
-        "engines": _engines(format, schemes, tables) if quantised else [],
+        "engines": _engines(format, schemes, tables, kind) if quantised else [],
         "widths": rows,
     }
 
 
 def _engines(
-    format: str, schemes: Mapping[str, Scheme | None], tables: Mapping[str, str]
+    format: str, schemes: Mapping[str, Scheme | None], tables: Mapping[str, str], kind: str
 ) -> list[tuple[str, str]]:
     """(engine, how it loads) a checkpoint of this format; none of formats that are not ours."""
     if format == "gguf":
@@ -103,7 +107,7 @@ def _engines(
         plain = [name for name, scheme in inside.items() if scheme is None]
         quantised = {name: scheme for name, scheme in schemes.items() if scheme is not None}
         return gptq_table(quantised, plain)
-    return loading_table(schemes, tables) if format == "compressed-tensors" else []
+    return loading_table(schemes, tables, kind) if format == "compressed-tensors" else []
 
 
 def _is_table(module: Facts) -> bool:

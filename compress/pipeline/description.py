@@ -63,6 +63,7 @@ def facts_of(
     recipe = recipe or found["recipe"] or {}
     said = history.get("card") or {}
     evaluations = history.get("evaluations") or []
+    kind = str((read_json(folder / "config.json") or {}).get("model_type", ""))
     return {
         "name": name or folder.resolve().name,
         "base_model": said.get("base_model") or (recipe.get("model") or {}).get("path"),
@@ -71,7 +72,7 @@ def facts_of(
         "format": found["format"],
         "files": [file.name for file in sorted(folder.glob("*.gguf"))],
         "modules": found["modules"],
-        "bits": bits_summary(found["modules"], found["format"]),
+        "bits": bits_summary(found["modules"], found["format"], kind),
         "bytes": (history.get("bytes") or {}) | found["bytes"],
         "evaluation": evaluations[0] if evaluations else {},
         "earlier": evaluations[1:],

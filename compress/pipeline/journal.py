@@ -31,6 +31,7 @@ from torch import Tensor
 from compress.errors import CheckpointError, CompressError, UsageError
 from compress.pipeline.stream import StreamState
 from compress.quantization.token_weights import WeightFacts
+from compress.recipe.quantize import Policy
 from compress.storage.files import append_line, file_digest, write_text
 from compress.storage.safetensors import save_tensors
 
@@ -54,10 +55,11 @@ class ModuleFacts(TypedDict):
 
 
 class ScarceExpert(TypedDict):
-    """An expert that too few calibration tokens reached: its number, and how many did."""
+    """An expert that too few calibration tokens reached: which, how many did, what was done."""
 
     expert: int
     rows: int
+    policy: Policy
 
 
 class LayerFacts(WeightFacts, total=False):

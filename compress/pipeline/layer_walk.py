@@ -22,6 +22,8 @@ from compress.errors import naming
 from compress.importance.tokens import count_tokens
 from compress.importance.weighting import effective_sample_size
 from compress.memory import release_memory
+from compress.models.fused import joined
+from compress.models.skeleton import linear_in
 from compress.observer import Observer
 from compress.pipeline.journal import Journal, LayerFacts, ModuleFacts, ScarceExpert
 from compress.pipeline.plan import Plan
@@ -29,13 +31,20 @@ from compress.pipeline.stream import CalibrationStream
 from compress.pipeline.token_sample import layers_shown, weights_shown
 from compress.pruning.last_token import LastTokenAttention
 from compress.quantization.hessian import Hessian
-from compress.quantization.layer import LEAST_ROWS, run_layer, solve_group
-from compress.quantization.solvers import make_solver
+from compress.quantization.layer import run_layer, solve_group
+from compress.quantization.solvers import SOLVERS, SolverSettings, make_solver
 from compress.quantization.token_weights import TokenWeigher
-from compress.recipe.quantize import Quantize
+from compress.recipe.quantize import Policy, Quantize
 from compress.rotation.model import RotatedModel
 from compress.scheme import PlannedModule, Scheme
 
+# What is done with experts that few tokens reach, for people.
+POLICIES: dict[Policy, str] = {
+    "all_tokens": "quantised for all tokens",
+    "rtn": "rounded to nearest",
+    "shared_hessian": "quantised for the tokens of all experts",
+}
+RELEASE_BYTES = 1 << 26
 HEAD_WEIGHTS = "head-weights.safetensors"  # in the folder of the activations
 
 
@@ -58,6 +67,7 @@ class LayerWalk:
         self.skeleton, self.spec = model.skeleton, model.spec
         self.device, self.dtype = model.device, model.dtype
         self.solver = make_solver(section)
+        self.rounding = SOLVERS["rtn"](SolverSettings(clip_search="magnitude"))
         counts = torch.zeros(self.skeleton.config.vocab_size, dtype=torch.int64)
         for ids, mask in stream.data.parts:
             counts += count_tokens(ids, mask, len(counts))
@@ -87,6 +97,7 @@ class LayerWalk:
             if index == total - 1 and self._weighs_head():
                 self.stream.note(HEAD_WEIGHTS, {str(i): w for i, w in self.last_weights.items()})
             self.journal.record(index, tensors, facts, self.stream.state())
+            del tensors  # or they would be there while the next layer is solved
             self.facts.append(facts)
         self.observer.layers(total, total)
         self.facts += self.tables
@@ -107,29 +118,49 @@ class LayerWalk:
         prefix, source = f"{self.spec.layers}.{index}.", self.plan.layers[index]
         spec = self.spec.layer(source)
         schemes = {n: self.plan.schemes[prefix + n] for n in spec.linears}
-        weights = self._weights(source, schemes)
-        written = {
-            prefix + name: tensor.to(skeleton.stored_dtype(prefix + name, self.dtype))
-            for name, tensor in weights.items()
-            if schemes.get(name.removesuffix(".weight")) is None
-        }
+        written: dict[str, Tensor] = {}
+
+        def ready(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            """Tensors in fp32; what stays unquantised, as it will be stored, goes to `written`."""
+            for name in list(tensors):
+                tensor = tensors.pop(name)
+                if schemes.get(name.removesuffix(".weight")) is None:
+                    tensor = self.model.stored(f"{self.spec.layers}.{source}.{name}", tensor)
+                    stored = skeleton.stored_dtype(prefix + name, self.dtype)
+                    written[prefix + name] = tensor.to(stored)
+                tensors[name] = tensor.float()
+            return tensors
+
+        weights = ready(self.model.layer_tensors(source))
         modules: list[ModuleFacts] = []
         scarce: list[ScarceExpert] = []
         alike: set[str] = set()  # linears that the token weights are not for
+        solved = 0  # bytes of weights since memory was given back
         sizes: list[float] = []
         tokens: list[float] = []
         counted: list[float] = []
         shown: list[float] = []
         with ExitStack() as opened:
-            layer = opened.enter_context(skeleton.layer(source, weights, self.device))
+            layer = opened.enter_context(
+                skeleton.layer(
+                    source,
+                    weights,
+                    self.device,
+                    lambda number: ready(self.model.expert_tensors(source, number)),
+                )
+            )
             del weights
 
             def quantise(group: tuple[str, ...], H: Hessian | None) -> None:
                 written.update(self._solve(prefix, layer, _chosen(group, schemes), H, modules))
-                # Memory peaks in the MLP: before it and in its middle, what is free goes back.
-                # Doing so more often costs more in page faults than it saves.
-                if spec.output in group or spec.mlp_in[-1:] == group[-1:]:
+                # Memory peaks in the MLP: before it and in its middle, what is free goes back, and
+                # among many experts after some. More often costs more in page faults than it saves.
+                nonlocal solved
+                solved += sum(linear_in(layer, name).weight.nbytes for name in group)
+                many = spec.experts is not None and solved > RELEASE_BYTES
+                if many or spec.output in group or spec.mlp_in[-1:] == group[-1:]:
                     release_memory()
+                    solved = 0
 
             def split(group: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool]]:
                 parts = self.weigher.parts(f"{self.spec.layers}.{source}.", group)
@@ -156,8 +187,16 @@ class LayerWalk:
                 x0=stream.x0,
                 y0=y0,
                 device=self.device,
-                scarce=lambda number, rows: scarce.append({"expert": number, "rows": rows}),
+                experts=self.section.experts,
+                scarce=lambda number, rows, policy: scarce.append(
+                    {"expert": number, "rows": rows, "policy": policy}
+                ),
             )
+        for name, whole in joined(
+            (name.removeprefix(prefix) for name in written), skeleton.wholes.get(source, [])
+        ).items():
+            inside = {n: written.pop(prefix + n) for part in whole.parts for n in part}
+            written[prefix + name] = whole.join(inside)
         stream.advance(y, index + 1, y0)
         facts: LayerFacts = {"layer": index, "modules": modules}
         if source != index:
@@ -231,16 +270,6 @@ class LayerWalk:
 
         return attended
 
-    def _weights(self, index: int, schemes: Schemes) -> dict[str, Tensor]:
-        """The layer's tensors in fp32, rotated; those left unquantised as they will be stored."""
-        tensors = self.model.layer_tensors(index)
-        for name in list(tensors):
-            tensor = tensors.pop(name)
-            if schemes.get(name.removesuffix(".weight")) is None:
-                tensor = self.model.stored(f"{self.spec.layers}.{index}.{name}", tensor)
-            tensors[name] = tensor.float()
-        return tensors
-
     # ---- one group of linears -------------------------------------------------------------------
 
     def _needs_hessian(self, schemes: Mapping[str, Scheme]) -> bool:
@@ -262,7 +291,10 @@ class LayerWalk:
             return {}
         started = time.perf_counter()
         with naming(f"{prefix}{next(iter(schemes))}"):
-            solved = solve_group(layer, schemes, self.solver, H, self.dtype)
+            # An expert without a Hessian of its own may be rounded to nearest.
+            rounds = self.solver.needs_hessian and H is None
+            solver = self.rounding if rounds else self.solver
+            solved = solve_group(layer, schemes, solver, H, self.dtype)
         tensors: dict[str, Tensor] = {}
         for name, linear in solved.items():
             scale = self.model.stored(f"{prefix}{name}.weight_scale", linear.scale)
@@ -341,13 +373,15 @@ class LayerWalk:
 
     def _warn_of_experts(self, facts: LayerFacts) -> None:
         """Says which experts too few tokens reached."""
-        if scarce := facts.get("scarce_experts"):
-            least = min(scarce, key=lambda expert: expert["rows"])
-            self.warn(
-                f"layer {facts['layer']}: {len(scarce)} experts were reached by fewer than "
-                f"{LEAST_ROWS} tokens (expert {least['expert']} by {least['rows']}), and are "
-                "quantised for all tokens"
-            )
+        for policy, what in POLICIES.items():
+            scarce = [e for e in facts.get("scarce_experts", []) if e["policy"] == policy]
+            if scarce:
+                least = min(scarce, key=lambda expert: expert["rows"])
+                self.warn(
+                    f"layer {facts['layer']}: {len(scarce)} experts were reached by fewer than "
+                    f"{self.section.experts.least_rows} tokens (expert {least['expert']} by "
+                    f"{least['rows']}), and are {what}"
+                )
 
     def _warn_of(self, facts: ModuleFacts) -> None:
         """Says what was out of the ordinary about a module."""

@@ -7,7 +7,8 @@ The peak of resident memory of the process that runs, shared libraries included,
 torch and transformers, the activations of all calibration windows unless they go to disk, and the
 most of
 
-    a layer as it is read and in fp32, and a group of its linears being solved or a batch in flight
+    a layer as it is read and in fp32, and a group of its linears being solved or a batch in flight;
+        of its experts one at a time, and what is written of all of them
     the embedding or the head as it is stored and in fp32, and the logits of a probe
     what the scores of `allocate` need
 
@@ -79,17 +80,21 @@ def host_memory(inputs: RunInputs, shapes: Shapes) -> int:
 def _run(inputs: RunInputs, shapes: Shapes) -> int:
     """Of the walk that rotates and quantises."""
     recipe, skeleton = inputs.recipe, inputs.skeleton
-    inside = _inside(skeleton, shapes)
-    layer = sum(N * K for N, K in inside)
     bytes_per_weight = 4 + (16 if recipe.rotate.kind != "none" else skeleton.dtype.itemsize)
     vocabulary = _vocabulary(inputs)
     # The vision tower encodes in fp32, beside its tensors as they are written.
     tower = sum(skeleton.model.get_parameter(name).numel() for name in skeleton.vision_names())
     seeing = tower * (4 + skeleton.dtype.itemsize) + (vocabulary if tower else 0)
-    walk = layer * bytes_per_weight
+    walk = 0
+    for index in range(skeleton.num_layers):
+        inside = _at_once(skeleton, shapes, index)
+        layer = sum(N * K for N, K in inside) * bytes_per_weight
+        layer += _of_experts(inputs, shapes, index)
+        if inputs.source.used:
+            twin = recipe.quantize.target.name == "full_precision"
+            layer += _working(recipe.calibration.length, skeleton, inside, twin)
+        walk = max(walk, layer)
     if inputs.source.used:
-        twin = recipe.quantize.target.name == "full_precision"
-        walk += _working(recipe.calibration.length, skeleton, inside, twin)
         walk += max(second_hessians(inputs, shapes), default=0)
     elif recipe.quantize.method != "none":
         walk += _stack(skeleton, shapes) * (4 + 1)  # in fp32, and its codes
@@ -99,7 +104,8 @@ def _run(inputs: RunInputs, shapes: Shapes) -> int:
         total = max(total, skeleton.reader.nbytes())
     if not inputs.source.used:
         return total
-    widest = max(K for _, K in inside)
+    layers = range(skeleton.num_layers)
+    widest = max(_waiting(skeleton, shapes, index) for index in layers)
     hidden = skeleton.config.hidden_size
     twin = recipe.quantize.target.name == "full_precision"
     streams = hidden * (2 if twin else 1) + widest
@@ -151,13 +157,53 @@ def _scores(inputs: RunInputs, shapes: Shapes) -> int:
 
 
 def _inside(skeleton: Skeleton, shapes: Shapes) -> list[tuple[int, int]]:
-    """The linears of the layer that has most weights."""
-    spec = skeleton.spec
-    layers = [
-        [shapes[f"{spec.layers}.{i}.{name}"] for name in spec.layer(i).linears]
-        for i in range(skeleton.num_layers)
-    ]
+    """The linears that are in memory together, of the layer that has most weights."""
+    layers = [_at_once(skeleton, shapes, index) for index in range(skeleton.num_layers)]
     return max(layers, key=lambda linears: sum(N * K for N, K in linears))
+
+
+def _at_once(skeleton: Skeleton, shapes: Shapes, index: int) -> list[tuple[int, int]]:
+    """The linears of a layer that are in memory together: all but its experts, and one of these."""
+    kind, prefix = skeleton.spec.layer(index), f"{skeleton.spec.layers}.{index}."
+    alone = (*kind.experts.inner(0), kind.experts.outer(0)) if kind.experts else ()
+    return [shapes[prefix + name] for name in (*kind.resting.linears, *alone)]
+
+
+def _waiting(skeleton: Skeleton, shapes: Shapes, index: int) -> int:
+    """The width of what waits in a layer between two of its stages, beside its input."""
+    kind, prefix = skeleton.spec.layer(index), f"{skeleton.spec.layers}.{index}."
+    if kind.experts is None:
+        return max(K for _, K in _at_once(skeleton, shapes, index))
+    return max(skeleton.config.hidden_size, shapes[prefix + kind.output][1])
+
+
+def _of_experts(inputs: RunInputs, shapes: Shapes, index: int) -> int:
+    """Bytes of what a layer has for all of its experts while one of them is at work.
+
+    What is written of each, which of those in 16 bits is one tensor at the end where files have it
+    so; where each token goes; and Hessians that experts share.
+    """
+    recipe, skeleton = inputs.recipe, inputs.skeleton
+    kind, prefix = skeleton.spec.layer(index), f"{skeleton.spec.layers}.{index}."
+    experts = kind.experts
+    if experts is None:
+        return 0
+    itemsize, written, columns = inputs.dtype.itemsize, 0.0, set()
+    for name in (*experts.inner(0), experts.outer(0)):
+        N, K = shapes[prefix + name]
+        columns.add(K)
+        scheme = recipe.quantize.scheme_for(prefix + name, K)
+        if scheme is None:
+            written += N * K * itemsize * (2 if skeleton.wholes else 1)
+        else:
+            written += N * (K * scheme.bits / 8 + K // (scheme.group_size or K) * itemsize)
+    total = round(experts.count * written)
+    if inputs.source.used:
+        chosen = getattr(skeleton.config, "num_experts_per_tok", None) or 1
+        total += calibration_tokens(inputs.source, skeleton) * chosen * (8 + 4)
+        if recipe.quantize.experts.policy == "shared_hessian":
+            total += sum(4 * K**2 for K in columns)
+    return total
 
 
 def _columns(skeleton: Skeleton, shapes: Shapes, index: int) -> list[int]:

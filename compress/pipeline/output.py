@@ -94,6 +94,7 @@ def checkpoint_config(skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> dic
     if any(module.twin for module in plan.modules):
         # Which some files leave to their family's default.
         config["tie_word_embeddings"] = decoder["tie_word_embeddings"] = True
+    config.pop("quantization_config", None)  # of MXFP4, which was opened
     if plan.modules:
         modules = {module.name: module.scheme for module in plan.modules}
         ignored = [name for name in plan.schemes if name not in modules]

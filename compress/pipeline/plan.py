@@ -28,7 +28,9 @@ from compress.data.windows import conversations_of, text_windows
 from compress.errors import UsageError
 from compress.eval.report import format_bytes, format_memory
 from compress.eval.shown import Shown, shortened
-from compress.models.skeleton import Skeleton, linear_in
+from compress.memory import uncollected
+from compress.models.fused import joined
+from compress.models.skeleton import Skeleton
 from compress.observer import Observer
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import host_memory
@@ -166,6 +168,7 @@ def _measures(recipe: Recipe) -> str | None:
     return f"allocate.importance: {read[0]} is measured on the model" if read else None
 
 
+@uncollected()
 def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     """The plan of a run. Never raises for what `problems` can say.
 
@@ -174,7 +177,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     """
     recipe, skeleton = inputs.recipe, inputs.skeleton
     names = skeleton.linear_names()
-    shapes = {name: _shape(skeleton, name) for name in names}
+    shapes = _shapes(skeleton, names)
     found = {name: recipe.quantize.scheme_for(name, shapes[name][1]) for name in names}
     if recipe.quantize.head is not None:
         found[skeleton.spec.head] = recipe.quantize.head.scheme(skeleton.config.hidden_size)
@@ -384,7 +387,15 @@ def _unquantised(
         parameters.pop(f"{skeleton.spec.head}.weight", None)
     named = _names_in_result(parameters, skeleton, layers)
     shapes = {named[name]: tuple(p.shape) for name, p in parameters.items()}
-    return {name: shape for name, shape in shapes.items() if name and name not in chosen}
+    kept = {name: shape for name, shape in shapes.items() if name and name not in chosen}
+    for place, source in enumerate(layers):
+        prefix = f"{skeleton.spec.layers}.{place}."
+        wholes = [whole.inside(prefix) for whole in skeleton.wholes.get(source, [])]
+        for name, whole in joined(kept, wholes).items():
+            for part in (part for parts in whole.parts for part in parts):
+                del kept[part]
+            kept[name] = whole.whole_shape
+    return kept
 
 
 def _written(
@@ -403,6 +414,8 @@ def _written(
     return tensors | planned_tensors(modules, inputs.dtype)
 
 
-def _shape(skeleton: Skeleton, name: str) -> tuple[int, int]:
-    linear = linear_in(skeleton.model, name)
-    return linear.out_features, linear.in_features
+def _shapes(skeleton: Skeleton, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Of linears: outputs, inputs."""
+    found = dict(skeleton.model.named_parameters(remove_duplicate=False))
+    weights = {name: found[f"{name}.weight"].shape for name in names}
+    return {name: (outputs, inputs) for name, (outputs, inputs) in weights.items()}

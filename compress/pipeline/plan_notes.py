@@ -15,7 +15,7 @@ from compress.models.skeleton import Skeleton
 from compress.models.stored import said_packed
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import second_hessians
-from compress.recipe.quantize import AUTO_SIZES
+from compress.recipe.quantize import AUTO_SIZES, Experts
 from compress.recipe.sections import matches
 from compress.rotation.model import unrotatable
 from compress.rotation.rotate import head_rotation_skipped
@@ -142,6 +142,8 @@ def _family_problems(inputs: RunInputs) -> list[str]:
             f"quantize.target: full_precision is not there for a {kind!r}, whose attention and MLP "
             f"read the same input: use quantized"
         )
+    if recipe.quantize.experts != Experts() and not any(k.experts for k in spec.kinds):
+        problems.append(f"quantize.experts: this {kind!r} has no experts: leave it out")
     allocates = recipe.allocate is not None and recipe.allocate.method != "remove"
     if allocates and any(k.experts for k in spec.kinds):
         problems.append(
@@ -208,7 +210,7 @@ def absence_notes(inputs: RunInputs) -> list[str]:
         f"{skeleton.folder} has no weights: this plan is made from config.json alone, and nothing "
         f"was checked against them{more}"
     ]
-    if said := said_packed(skeleton.folder):
+    if said := said_packed(skeleton.folder, skeleton.packing):
         notes.append(
             f"the model is {said}: a run has to start from a copy in 16 bits, which is planned here"
         )
@@ -305,6 +307,12 @@ def model_notes(inputs: RunInputs, schemes: Schemes, formats: dict[str, str]) ->
     if buffers := inputs.skeleton.left.buffers:
         more = f" and {len(buffers) - 1} more" if len(buffers) > 1 else ""
         notes.append(f"{buffers[0]}{more} left out: transformers computes such buffers itself")
+    if unread := inputs.skeleton.left.unread:
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        notes.append(
+            f"{unread[0]}{more} left out: transformers does not read them (layers that predict "
+            f"further tokens, mostly)"
+        )
     rotate, skeleton = inputs.recipe.rotate, inputs.skeleton
     skipped = head_rotation_skipped(rotate.kind, skeleton.head_dim)
     if skipped:
@@ -323,4 +331,4 @@ def model_notes(inputs: RunInputs, schemes: Schemes, formats: dict[str, str]) ->
             f"token_importance: {mapless} of {len(kinds)} layers have no attention map (linear "
             f"attention): all their tokens weigh the same"
         )
-    return notes + plan_notes(schemes, formats)
+    return notes + plan_notes(schemes, formats, skeleton.model_config.model_type)

@@ -6,7 +6,8 @@ folder stands on its own. One line of JSON on stdout, everything else on stderr.
     python -P reload_script.py FOLDER PROBE.safetensors [--dequantize] [--table NAME]
 
 transformers makes no room for an embedding whose codes are packed in words. `--table` names it: the
-library compressed-tensors then makes it dense, and transformers reads all the rest.
+library compressed-tensors then makes it dense, and transformers reads all the rest. The same goes
+for packed experts of the types of `TOGETHER`, which transformers reads as one tensor of all alone.
 """
 
 import argparse
@@ -24,6 +25,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 EXPERTS = ".experts."
+# By model type: the linears of an expert, the two tensors of all experts in the experts' block, and
+# whether these are [E, K, N] with gate and up in turns, or [E, N, K] with gates above ups.
+TOGETHER = {
+    "granitemoe": (("w1", "w3", "w2"), ("input_linear.weight", "output_linear.weight"), False),
+    "gpt_oss": (
+        ("gate_proj", "up_proj", "down_proj"),
+        ("experts.gate_up_proj", "experts.down_proj"),
+        True,
+    ),
+}
 
 
 def compare(
@@ -43,9 +54,10 @@ def compare(
         )
     elif table or has_experts(folder):
         # Scales in fp32, as above: transformers always makes experts dense.
-        options["state_dict"] = (
-            with_dense_table(folder, config, table) if table else with_wide_scales(folder)
-        )
+        tensors = with_wide_scales(folder)
+        if config.model_type in TOGETHER:
+            with_experts_together(tensors, config)
+        options["state_dict"] = with_dense_table(tensors, config, table) if table else tensors
         model, loading = architecture.from_pretrained(
             None, config=config, trust_remote_code=False, **options
         )
@@ -80,21 +92,56 @@ def with_wide_scales(folder: str) -> dict[str, torch.Tensor]:
     return {n: t.float() if n.endswith(".weight_scale") else t for n, t in tensors.items()}
 
 
-def with_dense_table(folder: str, config: Any, name: str) -> dict[str, torch.Tensor]:
-    """The folder's tensors, the embedding dense; `config` no longer says that it is packed."""
-    tensors = with_wide_scales(folder)
-    parts = {n.rpartition(".")[2]: n for n in tensors if n.rpartition(".")[0] == name}
-    packed = {key: tensors.pop(n) for key, n in parts.items()}
+def with_dense_table(
+    tensors: dict[str, torch.Tensor], config: Any, name: str
+) -> dict[str, torch.Tensor]:
+    """The tensors, the embedding dense; `config` no longer says that it is packed."""
     groups = config.quantization_config["config_groups"]
     own = next(key for key, group in groups.items() if name in group["targets"])
-    scheme = QuantizationScheme.model_validate(groups[own])
-    compressor = BaseCompressor.get_value_from_registry(scheme.format)
-    tensors[f"{name}.weight"] = compressor.decompress(packed, scheme)["weight"]
+    tensors[f"{name}.weight"] = dense(tensors, groups[own], name)
     targets = [t for t in groups[own]["targets"] if t not in (name, "Embedding")]
     groups |= {own: groups[own] | {"targets": targets}}
     if not targets:
         del groups[own]
     return tensors
+
+
+def with_experts_together(tensors: dict[str, torch.Tensor], config: Any) -> None:
+    """Makes packed experts dense, and two tensors, and two of biases, of all those of a layer."""
+    blocks = {n.partition(EXPERTS)[0] for n in tensors if n.endswith("_packed") and EXPERTS in n}
+    if not blocks:
+        return
+    linears, wholes, turned = TOGETHER[config.model_type]
+    groups = config.quantization_config["config_groups"].values()
+    named = [g for g in groups if any(EXPERTS.strip(".") in target for target in g["targets"])]
+    scheme = (named or [g for g in groups if "Linear" in g["targets"]])[0]
+    for block in blocks:
+        places = {n.removeprefix(block + EXPERTS).partition(".")[0] for n in tensors if block in n}
+        numbers = sorted(int(place) for place in places if place.isdecimal())
+        for whole, parts in zip(wholes, (linears[:2], linears[2:]), strict=True):
+            for key in ("weight", "bias"):
+                shares = []
+                for number in numbers:
+                    names = [f"{block}{EXPERTS}{number}.{part}" for part in parts]
+                    if key == "bias" and f"{names[0]}.bias" not in tensors:
+                        continue
+                    rows = [
+                        dense(tensors, scheme, n) if key == "weight" else tensors.pop(f"{n}.bias")
+                        for n in names
+                    ]
+                    share = torch.stack(rows, 1).flatten(0, 1) if turned else torch.cat(rows)
+                    shares.append(share.T if turned and share.ndim > 1 else share)
+                if shares:
+                    tensors[f"{block}.{whole}{'_bias' * (key == 'bias')}"] = torch.stack(shares)
+
+
+def dense(tensors: dict[str, torch.Tensor], group: dict[str, Any], name: str) -> torch.Tensor:
+    """The weight of a packed module, whose packed tensors are taken out."""
+    parts = {n.rpartition(".")[2]: n for n in tensors if n.rpartition(".")[0] == name}
+    packed = {k: tensors.pop(n) for k, n in parts.items() if k.startswith("weight_")}
+    scheme = QuantizationScheme.model_validate(group)
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    return compressor.decompress(packed, scheme)["weight"]
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ D is the difference of the cross statistics (2/N) sum w x0 x^T and H, summed as 
 has drifted it is zero to the bit.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -71,6 +73,17 @@ class Hessian:
         self._add_square(rows, middle, stop)
         self.lower[middle:stop, start:middle].addmm_(rows[:, middle:stop].T, rows[:, start:middle])
 
+    def absorb(self, other: "Hessian") -> None:
+        """Adds what another of that size has accumulated, which keeps it."""
+        self.lower += other.lower
+        self.windows += other.windows
+
+    def copy(self) -> "Hessian":
+        """Another with what this one has accumulated; its drift is not copied."""
+        found = Hessian(len(self.lower), self.lower.device)
+        found.absorb(self)
+        return found
+
     def matrix(self) -> Tensor:
         """H, symmetric: [K, K]. Ends the accumulation: its memory becomes the result's."""
         H = self.lower
@@ -89,6 +102,20 @@ class Hessian:
         """D and F, each [K, K], whose memory is then the caller's; None where nothing drifted."""
         drift, self.drift = self.drift, None
         return None if drift is None else drift.matrices()
+
+
+@dataclass
+class Part:
+    """Some linears of a group, and the Hessian of their input where they need one."""
+
+    names: tuple[str, ...]
+    weighted: bool
+    H: Hessian | None
+
+
+def needed(parts: list[Part]) -> bool:
+    """Whether any of the parts has a Hessian."""
+    return any(part.H is not None for part in parts)
 
 
 class Drift:

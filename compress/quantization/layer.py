@@ -18,15 +18,7 @@ A stage's input is what the family's own module computes with its output project
 attention and activation functions are never written again here. Where attention and MLP are both of
 the layer's input, which must be kept until both are there, the MLP's inside is computed twice.
 
-Experts take turns behind the router, whose choice is that of the layer as it is quantised. Tokens
-are routed once; then, for each expert, with the rows of the tokens that it gets,
-
-    norm(x)[t]         -> H -> gate, up of the expert
-    act(gate) * up     -> H -> down of the expert, whose outputs are added up in `work`
-
-and at the end the family's own block, given that sum as what its experts make, ends the layer. An
-expert that fewer than `LEAST_ROWS` counted tokens reach has the Hessians of all tokens, its
-weights being applied to each: one that none reaches would else have no Hessian at all.
+Experts, in a layer that has such, come in the place of the last two (`experts.py`).
 
 Where the target is the 16-bit model's output, that model's activations x0 pass beside them: each
 batch goes through the stage's 16-bit weights right behind its twin, so the two inputs of a group
@@ -46,13 +38,15 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.activations import ActivationStore
-from compress.models.experts import OpenedExperts, Routing, StandIn, standing_in
-from compress.models.families import ExpertsSpec, LayerSpec
+from compress.models.families import LayerSpec
 from compress.models.own_forward import LayerInputs
 from compress.models.skeleton import linear_in
+from compress.quantization.experts import ExpertPass, Scarce
 from compress.quantization.grid import UniformGrid
-from compress.quantization.hessian import Hessian
+from compress.quantization.hessian import Hessian, Part, needed
+from compress.quantization.inside import catching, replaced, without
 from compress.quantization.solvers import QuantizedLinear, Solver, Target
+from compress.recipe.quantize import Experts
 from compress.scheme import Scheme
 
 # Quantises the linears of a group, in place in the layer, given the Hessian of their input; the
@@ -63,94 +57,6 @@ Weigh = Callable[[int, Tensor, Tensor], Tensor | None]
 # A group in parts: the linears whose Hessian has the token weights, and those for which all tokens
 # are alike. Each part has a Hessian of its own.
 Split = Callable[[tuple[str, ...]], list[tuple[tuple[str, ...], bool]]]
-# What is told about an expert with few rows: its number, and how many counted tokens reached it.
-Scarce = Callable[[int, int], None]
-LEAST_ROWS = 32
-
-
-@dataclass
-class Part:
-    """Some linears of a group, and the Hessian of their input where they need one."""
-
-    names: tuple[str, ...]
-    weighted: bool
-    H: Hessian | None
-
-
-class CaughtError(Exception):
-    """Ends a forward that has come to where its input was wanted."""
-
-
-@contextmanager
-def catching(layer: nn.Module, name: str) -> Iterator[Callable[..., Tensor]]:
-    """The layer with one linear taken out; yields what gives that linear's input.
-
-    It takes the layer's arguments, and runs the layer no further than there.
-    """
-    parent_name, _, child = name.rpartition(".")
-    parent = layer.get_submodule(parent_name)
-    linear = getattr(parent, child)
-    catcher = _Catcher()
-    setattr(parent, child, catcher)
-
-    def caught(x: Tensor, **inputs: object) -> Tensor:
-        try:
-            layer(x, **inputs)
-        except CaughtError:
-            return catcher.taken()
-        raise AssertionError(f"nothing runs through {name}")
-
-    try:
-        yield caught
-    finally:
-        setattr(parent, child, linear)
-
-
-class _Catcher(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.read: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.read = x
-        raise CaughtError
-
-    def taken(self) -> Tensor:
-        """What came in, which is then held by nobody else."""
-        read, self.read = self.read, None
-        assert read is not None, "it was called"
-        return read
-
-
-def needed(parts: list[Part]) -> bool:
-    """Whether any of the parts has a Hessian."""
-    return any(part.H is not None for part in parts)
-
-
-@contextmanager
-def without(layer: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The layer with one linear replaced by the identity; yields the linear's parent module."""
-    parent_name, _, child = name.rpartition(".")
-    parent = layer.get_submodule(parent_name)
-    linear = getattr(parent, child)
-    setattr(parent, child, nn.Identity())
-    try:
-        yield parent
-    finally:
-        setattr(parent, child, linear)
-
-
-@contextmanager
-def replaced(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The layer with some linears' weights exchanged; names are relative to the layer."""
-    before = {name: linear_in(layer, name).weight for name in weights}
-    try:
-        for name, weight in weights.items():
-            linear_in(layer, name).weight = nn.Parameter(weight, requires_grad=False)
-        yield
-    finally:
-        for name, weight in before.items():
-            linear_in(layer, name).weight = weight
 
 
 class Twin:
@@ -225,7 +131,8 @@ class LayerPass:
     attended: Callable[[int], None] | None
     twin: Twin
     device: str
-    scarce: Scarce = lambda number, rows: None
+    experts: Experts
+    scarce: Scarce
     weights: list[Tensor | None] = field(default_factory=list)  # of tokens, for each counted batch
 
     def run(self) -> None:
@@ -238,7 +145,7 @@ class LayerPass:
             self.stage(group, partial(self.before_between, group[0]), keep=False)
         self.stage((spec.output,), self.before_o, keep=False)
         if spec.experts is not None:
-            self.through_experts(spec.experts)
+            ExpertPass(self, spec.experts, self.experts, self.scarce).run()
             return
         self.stage(spec.mlp_in, self.before_gate_up, keep=True)
         self.stage((spec.mlp_out,), self.before_down, keep=False)
@@ -331,110 +238,6 @@ class LayerPass:
                 self.y[i] = behind(z, self.work[i].to(self.device))
         self.work.clear()
 
-    # ---- experts --------------------------------------------------------------------------------
-
-    def through_experts(self, experts: ExpertsSpec) -> None:
-        """All of the layer behind attention."""
-        with standing_in(self.layer, experts.module) as (stand_in, opened):
-            routings = self.routed(stand_in)
-            if self.spec.mlp_out:
-                self.stage(self.spec.mlp_in, self.before_shared, keep=False)
-                self.stage((self.spec.mlp_out,), self.before_shared_down, keep=False)
-            for number in range(experts.count):
-                # Its linears are looked up by name in the layer, where the stand-in has them not.
-                stand_in.add_module(str(number), opened.expert(number))
-                self.through_expert(experts, opened, routings, number)
-            norm, after = self.norm(self.spec.post_norm), self.norm(self.spec.mlp_after)
-            block, scale = self.layer.get_submodule(self.spec.mlp), self.spec.scales[1]
-            for i, z in self.batches(self.y):
-                stand_in.gives = self.work[i].to(self.device)
-                y = after(block(norm(z)))
-                self.y[i] = z + y if scale == 1.0 else z + scale * y
-        self.work.clear()
-
-    def routed(self, stand_in: StandIn) -> list[Routing]:
-        """x += o(.), which goes to `y`, and where the router sends each batch's tokens.
-
-        `work` has the sums of the experts' outputs from here on, which are zero.
-        """
-        norm, behind = self.norm(self.spec.post_norm), self.behind_o()
-        block = self.layer.get_submodule(self.spec.mlp)
-        routings = []
-        for i, z in self.batches(self.x):
-            z = behind(z, self.work[i].to(self.device))
-            self.y.put(i, z)
-            block(norm(z))
-            assert stand_in.routing is not None, "it was called"
-            routings.append(stand_in.routing)
-            self.work[i] = torch.zeros_like(z).flatten(0, -2)
-        return routings
-
-    def before_shared(self, parts: list[Part]) -> None:
-        """norm(x), for the expert that gets every token."""
-        norm = self.norm(self.spec.post_norm)
-        for i, z in self.batches(self.y) if needed(parts) else ():
-            self.add(parts, i, norm(z), None)
-
-    def before_shared_down(self, parts: list[Part]) -> None:
-        """act(gate) * up of the same."""
-        norm, block = self.norm(self.spec.post_norm), self.layer.get_submodule(self.spec.mlp)
-        read: list[Tensor] = []
-        last = linear_in(self.layer, self.spec.mlp_out)
-        handle = last.register_forward_pre_hook(lambda module, given: read.append(given[0]))
-        try:
-            for i, z in self.batches(self.y) if needed(parts) else ():
-                block(norm(z))
-                self.add(parts, i, read.pop().view(*z.shape[:-1], -1), None)
-        finally:
-            handle.remove()
-
-    def through_expert(
-        self, spec: ExpertsSpec, opened: OpenedExperts, routings: list[Routing], number: int
-    ) -> None:
-        """Quantises one expert, and adds its outputs to the sums in `work`."""
-        inner, outer = spec.inner(number), (spec.outer(number),)
-        norm = self.norm(self.spec.post_norm)
-        marks = [self.marked(i, routing, number) for i, routing in enumerate(routings)]
-        reached = sum(int((w > 0).sum()) for w in marks[: self.counted])
-        everyone = reached < LEAST_ROWS
-        if everyone and (self.needs_hessian(inner) or self.needs_hessian(outer)):
-            self.scarce(number, reached)
-        for group in (inner, outer):
-            parts = self.parts_of(group)
-            for i, z in self.batches(self.y) if needed(parts) else ():
-                if i >= self.counted:
-                    break
-                rows = z.flatten(0, -2)
-                token = torch.arange(len(rows)) if everyone else routings[i].of(number)[0]
-                if len(token):
-                    rows = norm(rows[token.to(rows.device)])
-                    if group is outer:
-                        rows = opened.widened(number, rows)
-                    self.add_rows(parts, i, rows, token, z)
-            while parts:
-                part = parts.pop(0)
-                self.quantise(part.names, part.H)
-        for i, z in self.batches(self.y):
-            token, weight = routings[i].of(number)
-            if len(token):
-                rows = norm(z.flatten(0, -2)[token])
-                y = opened.narrowed(number, opened.widened(number, rows)) * weight[:, None]
-                self.work[i] = self.work[i].to(self.device).index_add(0, token, y)
-
-    def marked(self, i: int, routing: Routing, number: int) -> Tensor:
-        """The weights of batch i's tokens that go to an expert: above 0 where they count."""
-        token, weight = routing.of(number)
-        w = self.token_weights(i, True, self.y[i]) if i < self.counted else None
-        return torch.ones_like(weight) if w is None else w.flatten().to(token.device)[token]
-
-    def add_rows(self, parts: list[Part], i: int, rows: Tensor, token: Tensor, z: Tensor) -> None:
-        """Adds rows [n, K], those of some tokens of batch i, to the Hessians."""
-        for part in parts:
-            if part.H is not None:
-                w = self.token_weights(i, part.weighted, z)
-                w = None if w is None else w.flatten()[token.to(w.device)].to(rows.device)[None]
-                part.H.add_batch(rows[None], w)
-
     def token_weights(self, i: int, weighted: bool, z: Tensor) -> Tensor | None:
         """Of the tokens z of batch i [B, T], or None where they are alike."""
         return self.weights[i] if weighted else self.uniform(i, z)
@@ -515,7 +318,8 @@ def run_layer(
     x0: ActivationStore | None = None,
     y0: ActivationStore | None = None,
     device: str = "cpu",
-    scarce: Scarce = lambda number, rows: None,
+    experts: Experts | None = None,
+    scarce: Scarce = lambda number, rows, policy: None,
 ) -> None:
     """Moves all batches in `x` [B, T, d] through the layer, quantising it on the way.
 
@@ -531,7 +335,8 @@ def run_layer(
         attended: called with the number of each batch that has passed the quantised attention.
         x0, y0: inputs of the 16-bit model for the counted batches, and where its outputs go: an
             empty store, or `x0` itself. Hessians then have their drift. None: there is no such.
-        scarce: told about each expert whose Hessians are those of all tokens, for want of its own.
+        experts: what few tokens of an expert mean; None: as a recipe does that does not say.
+        scarce: told about each expert that fewer tokens reach, and what was done instead.
     """
     counted = len(x) if counted is None else counted
     LayerPass(
@@ -550,6 +355,7 @@ def run_layer(
         attended,
         Twin(layer, x0, y0, counted, device),
         device,
+        experts or Experts(),
         scarce,
     ).run()
 

@@ -77,6 +77,7 @@ class TokenWeigher:
             token_counts=self.token_counts,
             softcap=spec.softcap,
             seen=seen_ahead(inputs),
+            sinks=None if spec.sinks is None else layer.get_parameter(spec.sinks),
         )
         try:
             found = token_weights(self.settings, context)

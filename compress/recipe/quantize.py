@@ -58,6 +58,19 @@ class Target(Section):
         return self
 
 
+# What becomes of an expert that few tokens reach; `quantization/experts.py` says what each means.
+Policy = Literal["all_tokens", "rtn", "shared_hessian"]
+
+
+class Experts(Section):
+    """How the experts of a layer are quantised, beyond what is said of all linears."""
+
+    # times the token's weight: what the router multiplies the expert's output by
+    routing_weight: bool = False
+    least_rows: int = Field(32, ge=1)  # calibration tokens; with fewer, `policy`
+    policy: Policy = "all_tokens"
+
+
 class Override(Section):
     """Other settings for the modules that `match` names; what is not given stays as it is."""
 
@@ -102,6 +115,7 @@ class Quantize(Section):
     act_order: bool = False
     target: Target = Target()
     token_importance: TokenImportance = TokenImportance()
+    experts: Experts = Experts()
     # null leaves them in 16 bits. Where both are one table (tied, not rotated) `embedding` is for
     # the head too. `head` wins over `ignore` and `overrides`.
     embedding: Table | None = None

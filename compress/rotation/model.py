@@ -12,6 +12,7 @@ It is the source itself where the recipe does not rotate. One layer is in memory
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from compress.models.skeleton import Skeleton
 from compress.recipe.sections import Model, Rotate
 from compress.rotation.rotate import (
     effective,
+    fuse_and_rotate_expert,
     fuse_and_rotate_head,
     fuse_and_rotate_layer,
     fused_gamma,
@@ -83,13 +85,26 @@ class RotatedModel:
         return rotate_embedding(table, self.residual, dtype=dtype)
 
     def layer_tensors(self, index: int) -> dict[str, Tensor]:
-        """A decoder layer's tensors by their names inside it; what is rotated is fp64."""
-        tensors = self.skeleton.read_layer(index)
+        """A decoder layer's tensors by their names inside it, but for those of its experts.
+
+        What is rotated is fp64.
+        """
+        tensors, spec = self.skeleton.read_layer(index, experts=False), self.spec.layer(index)
         if self.residual is None:
             return tensors
         return fuse_and_rotate_layer(
-            tensors, self.spec.layer(index), self.residual, self.heads, self.skeleton.head_dim
+            tensors, spec.resting, self.residual, self.heads, self.skeleton.head_dim
         )
+
+    def expert_tensors(self, index: int, number: int) -> dict[str, Tensor]:
+        """The same of one expert of a decoder layer, by their names inside the layer."""
+        tensors, spec = self.skeleton.read_expert(index, number), self.spec.layer(index)
+        if self.residual is None:
+            return tensors
+        assert spec.experts is not None
+        gamma = self.skeleton.reader.tensor(f"{self.spec.layers}.{index}.{spec.post_norm}.weight")
+        factor = effective(gamma, spec.gain)
+        return fuse_and_rotate_expert(tensors, spec.experts, number, factor, self.residual)
 
     def head(self, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
         """The head's weight [V, d], in `dtype` where it is rotated, and the last norm's tensors."""
@@ -133,11 +148,12 @@ class RotatedModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """The decoder layer in fp32; empty again on leaving."""
+        """The decoder layer in fp32; empty again on leaving. Experts are read one at a time."""
         tensors = self.layer_tensors(index)
         for name in list(tensors):
             tensors[name] = tensors[name].float()
-        with self.skeleton.layer(index, tensors, self.device) as layer:
+        expert = partial(self.expert_tensors, index)
+        with self.skeleton.layer(index, tensors, self.device, expert) as layer:
             yield layer
 
     def forward(self, layer: nn.Module, index: int, x: Tensor, told: Told | None = None) -> Tensor:

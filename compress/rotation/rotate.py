@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError, CompressError
-from compress.models.families import LayerSpec, VisionSpec
+from compress.models.families import ExpertsSpec, LayerSpec, VisionSpec
 from compress.registry import Registry
 from compress.rotation.hadamard import HadamardTransform
 
@@ -280,6 +280,28 @@ def fuse_and_rotate_layer(
     """`fuse_norms_into_layer`, then `rotate_layer`; same contract."""
     fused = fuse_norms_into_layer(tensors, spec)
     return rotate_layer(fused, spec, residual, heads, head_dim)
+
+
+def fuse_and_rotate_expert(
+    tensors: dict[str, Tensor],
+    experts: ExpertsSpec,
+    number: int,
+    factor: Tensor,
+    residual: Rotation | None,
+) -> dict[str, Tensor]:
+    """The same for one expert alone, in a layer whose norm multiplies its input by `factor` [d].
+
+    Names are relative to the layer. Returns a new dict, weights in fp64.
+    """
+    rotated = dict(tensors)
+    for linear in experts.inner(number):
+        fused = _tensor(tensors, f"{linear}.weight").double() * factor.double()
+        rotated[f"{linear}.weight"] = fused if residual is None else residual.right(fused)
+    if residual is not None:
+        for key in ("weight", "bias"):
+            if (name := f"{experts.outer(number)}.{key}") in tensors:
+                rotated[name] = residual.left_transposed(tensors[name])
+    return rotated
 
 
 def fuse_and_rotate_head(

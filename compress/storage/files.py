@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from compress.errors import CheckpointError, UsageError
+from compress.errors import CheckpointError, DepthError, UsageError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -96,8 +96,8 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, None if there is no file.
 
-    Raises CheckpointError if it cannot be read, holds no such object, or is deeper or has more
-    bytes than any of use; what is too large is not parsed.
+    Raises CheckpointError if it cannot be read, holds no such object, or has more bytes than any of
+    use, and its DepthError if it is deeper than that; what is too large is not parsed.
     """
     most = next((size for end, size in LARGE_JSON.items() if path.name.endswith(end)), JSON_BYTES)
     try:
@@ -110,13 +110,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise _too_deep(path) from None
+    except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not valid: expected a JSON object")
     if _deeper(content, JSON_DEPTH):
-        raise CheckpointError(f"{path} is not valid: it is more than {JSON_DEPTH} levels deep")
+        raise _too_deep(path)
     return content
+
+
+def _too_deep(path: Path) -> DepthError:
+    return DepthError(f"{path} is not valid: it is more than {JSON_DEPTH} levels deep")
 
 
 def write_sealed(path: Path, content: Mapping[str, object]) -> None:

@@ -22,6 +22,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -127,7 +128,7 @@ class CheckpointReader:
         entry = self.entry(name)
         tensor = _read_tensor(name, entry)
         if tensor.is_floating_point() and tensor.numel():
-            _check_finite(tensor, name, entry.file)
+            check_finite(tensor, name, entry.file)
         return tensor
 
     def equal(self, first: str, second: str) -> bool:
@@ -184,6 +185,14 @@ def _read_tensor(name: str, entry: TensorEntry) -> Tensor:
         if file.readinto(_raw_bytes(tensor)) != entry.nbytes:
             raise CheckpointError(f"{entry.file} ended while tensor {name!r} was read")
     return tensor.reshape(entry.shape)
+
+
+def read_item(name: str, entry: TensorEntry, index: int) -> Tensor:
+    """One item along a tensor's first axis, in memory of its own; its numbers are not looked at."""
+    count, *shape = entry.shape
+    size = entry.nbytes // count
+    part = replace(entry, shape=tuple(shape), start=entry.start + index * size, nbytes=size)
+    return _read_tensor(name, part)
 
 
 def _check_unchanged(entry: TensorEntry, found: os.stat_result) -> None:
@@ -269,7 +278,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
+def check_finite(tensor: Tensor, name: str, file: Path) -> None:
+    """CheckpointError for numbers among which is a NaN or an infinity."""
     values = tensor.float() if tensor.element_size() == 1 else tensor
     low, high = values.aminmax()  # both are NaN if any value is
     if not (torch.isfinite(low) and torch.isfinite(high)):

@@ -55,6 +55,23 @@ def test_wrong_commands_are_one_line_and_2(argv, said, capsys):
     refuses(capsys, argv, said)
 
 
+DEEP = [40, 900, 100_000]  # beyond what we take, what Python recurses, what its parser does
+READERS = [
+    ["plan", "rsq-w4", "--model"],
+    ["inspect"],
+    ["generate", "--prompt", "x"],
+    ["export", "--format", "gptq", "--output", "out"],
+]
+
+
+@pytest.mark.parametrize("levels", DEEP)
+@pytest.mark.parametrize("command", READERS, ids=lambda command: command[0])
+def test_a_config_in_absurdly_many_levels_is_one_line_and_2(command, levels, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text('{"model_type": "llama", "x": ' + "[" * levels + "]" * levels + "}")
+    refuses(capsys, [*command, str(tmp_path)], str(file), 32, "levels")
+
+
 def test_unknown_key_names_file_line_and_the_nearest_key(tmp_path):
     file = tmp_path / "typo.yaml"
     file.write_text("model: somewhere\nquantize:\n  bits: 4\n  grop_size: 64\n")

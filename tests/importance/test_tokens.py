@@ -77,6 +77,25 @@ def test_tokens_that_look_ahead_are_summed_as_well(block):
     )
 
 
+@pytest.mark.parametrize("window", [None, 10])
+@pytest.mark.parametrize("size", [-30.0, 0.0, 3.0, 60.0])
+def test_sinks_take_their_share_of_every_query(size, window):
+    """A logit more in each head's softmax; far below the others nothing changes."""
+    q, k = heads(6, 2)
+    sinks = size + torch.linspace(-1, 1, 6)
+    found = attention_concentration(q, k, 0.5, block=7, sliding_window=window, sinks=sinks)
+    map_ = materialised(q, k, 0.5, window)  # [B, h, T, T]
+    hidden = map_ == 0
+    logits = 0.5 * q.double() @ k.double().repeat_interleave(3, dim=1).transpose(-1, -2)
+    logits = logits.masked_fill(hidden, -torch.inf)
+    more = sinks.double()[:, None, None].expand(*logits.shape[:-1], 1)
+    with_sinks = torch.cat([logits, more], dim=-1).softmax(dim=-1)[..., :-1]
+    expected = with_sinks.sum(dim=(1, 2)).float()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    if size == -30:
+        torch.testing.assert_close(found, map_.sum(dim=(1, 2)).float(), rtol=1e-4, atol=1e-6)
+
+
 def test_all_attention_is_handed_out_and_the_last_token_has_one_viewer():
     q, k = heads(6, 2)
     scores = attention_concentration(q, k, 0.5)

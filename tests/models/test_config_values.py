@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import compress
-from compress.errors import CheckpointError, CompressError, UsageError
+from compress.errors import CheckpointError, CompressError, DepthError, UsageError
 from compress.models.skeleton import Skeleton
 from support.refusals import check_line, refused
 from support.tiny_checkpoints import change_config
@@ -110,7 +110,7 @@ def test_a_wrong_value_inside_a_multimodal_config(tmp_path, part):
 @pytest.mark.parametrize("depth", [50, 500, 100_000])
 def test_deep_json_is_refused(folder, depth):
     (folder / "config.json").write_text('{"a":' * depth + "1" + "}" * depth)
-    for call, kind in ((Skeleton.open, UsageError), (compress.load, CheckpointError)):
+    for call, kind in ((Skeleton.open, UsageError), (compress.load, DepthError)):
         with refused(kind, folder / "config.json"):
             call(folder)
 
@@ -138,7 +138,9 @@ def test_a_wrong_tokenizer_file_is_one_line(folder, name, content):
 
 
 def test_a_deep_or_broken_tokenizer_file(folder):
-    for text in ("{", '{"a":' * 10_000 + "1" + "}" * 10_000, "\udcff"):
+    deep = '{"a":' * 10_000 + "1" + "}" * 10_000
+    kinds = {"{": CheckpointError, deep: DepthError, "\udcff": CheckpointError}
+    for text, kind in kinds.items():
         (folder / "tokenizer_config.json").write_bytes(text.encode(errors="surrogateescape"))
-        with refused(CheckpointError, folder / "tokenizer_config.json"):
+        with refused(kind, folder / "tokenizer_config.json"):
             Skeleton.open(folder).tokenizer()

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from compress.errors import CompressError, UsageError
-from compress.importance.weighting import mean_one, normalise
 from compress.models import skeleton as skeleton_module
 from compress.models.families import ARCHITECTURES
 from compress.models.skeleton import Skeleton
@@ -20,12 +19,10 @@ from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
 from compress.pipeline.source_check import check_source
-from compress.quantization.token_weights import TokenWeigher
-from compress.recipe.token_importance import TokenImportance
 from support.dense_families import DENSE, HIDDEN, WINDOW, type_of, write_dense
+from support.eager_maps import compare_with_eager_maps
 from support.refusals import check_line, refused
 from support.tiny_checkpoints import (
-    VOCABULARY,
     all_count,
     load_whole,
     logits_of,
@@ -269,34 +266,4 @@ def test_a_mistake_in_rotation_is_found_before_anything_is_quantised(
 
 @every_family
 def test_token_weights_are_the_column_sums_of_eager_maps(folder_of, family):
-    folder = folder_of(family)
-    model = load_whole(folder, attn_implementation="eager")
-    skeleton = Skeleton(folder)
-    ALL = torch.ones_like(IDS, dtype=torch.bool)
-    counts = torch.bincount(IDS.flatten(), minlength=VOCABULARY)
-    section = TokenImportance(name="attention_concentration", minimum=0.01)
-    with torch.no_grad():
-        result = model(IDS, output_attentions=True, output_hidden_states=True)
-    maps = iter(a for a in result.attentions if a is not None)
-    for index in range(skeleton.num_layers):
-        spec = skeleton.spec.layer(index)
-        x = result.hidden_states[index]
-        weigher = TokenWeigher(section, [(IDS, ALL)], counts)
-        with torch.no_grad(), skeleton.layer(index, skeleton.read_layer(index)) as layer:
-            normed = layer.get_submodule(spec.input_norm)(x) if spec.input_norm else x
-            found = weigher.weights(
-                0,
-                x,
-                normed,
-                layer,
-                spec,
-                skeleton.layer_inputs(index, x),
-                skeleton.sliding_window(index),
-            )
-        if not spec.attends:
-            assert found is None
-            assert weigher.facts() == {"windows_without_map": 2}
-            continue
-        sums = next(maps).double().sum(dim=(1, 2))
-        expected = mean_one(normalise(sums, 0.01, 1.0, ALL), ALL)
-        assert (found - expected).abs().max() < 2e-4 * expected.max()
+    compare_with_eager_maps(folder_of(family), IDS)

@@ -4,26 +4,35 @@ The oracle is plain transformers, as in `test_dense_families`.
 """
 
 import shutil
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import compress
+from compress.checkpoint.packed import UnpackableError
 from compress.data.activations import ActivationStore
+from compress.errors import CheckpointError, UsageError
+from compress.models.experts import OpenedExperts
 from compress.models.families import MIXTURES
 from compress.models.skeleton import Skeleton
 from compress.pipeline import run as run_module
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import make_plan
+from compress.pipeline.reload_script import TOGETHER, with_experts_together, with_wide_scales
 from compress.pipeline.run import run
 from compress.pipeline.source_check import check_source
-from compress.quantization import layer as layer_module
 from compress.quantization.layer import run_layer
+from compress.recipe.quantize import Experts
+from compress.storage.files import read_json
 from compress.storage.safetensors import CheckpointReader
-from support.dense_families import type_of
+from support.dense_families import LAYERS, type_of
+from support.eager_maps import compare_with_eager_maps
 from support.moe_families import CHOSEN, HIDDEN, MIXED, write_mixture
+from support.refusals import check_line, refused
 from support.tiny_checkpoints import (
     all_count,
     change_config,
@@ -38,6 +47,7 @@ every_family = pytest.mark.parametrize("family", MIXED)
 IDS = random_ids(2, 18, seed=3)
 WINDOWS = all_count(random_ids(6, 20))
 GROUPS = 16
+TURNING = [name for name in MIXED if MIXTURES[type_of(name)].unrotatable is None]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +71,20 @@ def inputs_of(folder, **settings):
     return RunInputs.of(recipe(folder, **settings), Skeleton(folder))
 
 
+def opened(folder):
+    """Plain transformers in fp32; packed experts that it has no place for are made dense before."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if config.model_type not in TOGETHER:
+        return load_whole(folder)
+    tensors = with_wide_scales(str(folder))
+    with_experts_together(tensors, config)
+    kind = getattr(transformers, config.architectures[0])
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, loading = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
+    assert not any(loading.values()), loading
+    return model.eval()
+
+
 @pytest.fixture
 def reloaded(monkeypatch):
     """The self-check in this process: how far the run's logits are from those of transformers."""
@@ -70,7 +94,7 @@ def reloaded(monkeypatch):
         seen = load_file(probe)
         logits = seen.pop("logits")
         with torch.no_grad():
-            errors.append(relative_error(load_whole(folder)(**seen).logits, logits))
+            errors.append(relative_error(opened(folder)(**seen).logits, logits))
         return {"relative_error": errors[-1], "tolerance": 0, "tokens": 0}
 
     monkeypatch.setattr(run_module, "reload_and_compare", compare)
@@ -79,11 +103,23 @@ def reloaded(monkeypatch):
 
 def test_every_row_is_tested_and_nothing_else():
     assert list(dict.fromkeys(map(type_of, MIXED))) == list(MIXTURES)
+    assert {*PARTED} == {*TOGETHER}
+
+
+@every_family
+def test_the_row_says_what_is_found(folder_of, family):
+    row, spec = MIXTURES[type_of(family)], Skeleton(folder_of(family)).spec
+    assert spec.unrotatable == row.unrotatable
+    assert all(kind.attends for kind in spec.kinds) == (row.weighs == "all layers")
 
 
 @every_family
 @pytest.mark.parametrize("kind", ["none", "hadamard", "random"])
 def test_logits_are_those_of_transformers(folder_of, family, kind):
+    if kind != "none" and family not in TURNING:
+        with refused(UsageError, "rotate", repr(family), "rotate: none"):
+            inputs_of(folder_of(family), rotate=kind).rotated_model()
+        return
     facts = check_source(inputs_of(folder_of(family), rotate=kind), 10**10)
     assert facts["probes"]["text"]["relative_error"] < 1e-5
 
@@ -95,7 +131,7 @@ def test_rounded_to_8_bits_it_hardly_differs(folder_of, family, tmp_path, reload
     run(made, tmp_path / "out", windows=WINDOWS, check_source=False)
     assert max(reloaded) < 1e-5
     # A token whose scores of two experts are near may go to the other; most do not.
-    found, expected = logits_of(tmp_path / "out", IDS), logits_of(folder, IDS)
+    found, expected = logits_of(opened(tmp_path / "out"), IDS), logits_of(folder, IDS)
     errors = (found - expected).abs().amax(-1) / expected.abs().max()
     assert 0 < float(errors.median()) < 0.05
 
@@ -104,13 +140,15 @@ def test_rounded_to_8_bits_it_hardly_differs(folder_of, family, tmp_path, reload
 def test_quantised_to_4_bits_it_is_the_model_of_the_run(folder_of, family, tmp_path, reloaded):
     """Rotated, its tokens weighed: every stage of the walk is in the logits."""
     weights = {"name": "attention_concentration"}
-    made = recipe(folder_of(family), "hadamard", method="gptq", token_importance=weights)
+    rotate = "hadamard" if family in TURNING else "none"
+    made = recipe(folder_of(family), rotate, method="gptq", token_importance=weights)
     result = run(made, tmp_path / "out", windows=WINDOWS)
     assert max(reloaded) < 1e-5
     skeleton = Skeleton(folder_of(family))
     loaded, _ = compress.load(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
-        assert relative_error(loaded(IDS).logits, logits_of(tmp_path / "out", IDS)) < 1e-5
+        expected = logits_of(opened(tmp_path / "out"), IDS)
+        assert relative_error(loaded(IDS).logits, expected) < 1e-5
     modules = [module for layer in result.layers for module in layer["modules"]]
     assert [module["name"] for module in modules] == skeleton.linear_names()[:-1]
     assert all(module["error"] < 0.1 for module in modules)
@@ -120,11 +158,13 @@ def test_quantised_to_4_bits_it_is_the_model_of_the_run(folder_of, family, tmp_p
 def test_written_names_are_those_of_the_source(folder_of, family, tmp_path, reloaded):
     """Which engines read: an expert's matrices by its number, the router in 16 bits."""
     run(recipe(folder_of(family), method="rtn"), tmp_path / "out", windows=WINDOWS)
-    source, found = CheckpointReader(folder_of(family)), CheckpointReader(tmp_path / "out")
+    source, found = Skeleton(folder_of(family)).reader, CheckpointReader(tmp_path / "out")
     assert {n.replace("weight_packed", "weight") for n in found.names if "weight_s" not in n} == {
         *source.names
     }
-    routers = [n for n in source.names if n.endswith((".gate.weight", "expert_gate.weight"))]
+    ends = (".gate.weight", "expert_gate.weight", ".router.weight", ".router.layer.weight")
+    ends += (".router.gate.weight",)
+    routers = [n for n in source.names if n.endswith(ends)]
     assert routers and all(torch.equal(source.tensor(n), found.tensor(n)) for n in routers)
 
 
@@ -160,9 +200,8 @@ def test_what_a_router_adds_stays_in_32_bits(folder_of, family, tmp_path):
 
 
 @every_family
-def test_the_hessian_of_an_expert_is_that_of_its_tokens(folder_of, family, monkeypatch):
+def test_the_hessian_of_an_expert_is_that_of_its_tokens(folder_of, family):
     """Of every linear's input, as the family's own forward gives it."""
-    monkeypatch.setattr(layer_module, "LEAST_ROWS", 1)
     skeleton = Skeleton(folder_of(family))
     index = skeleton.num_layers - 1
     spec = skeleton.spec.layer(index)
@@ -190,6 +229,7 @@ def test_the_hessian_of_an_expert_is_that_of_its_tokens(folder_of, family, monke
             quantise=quantise,
             needs_hessian=lambda group: True,
             weigh=lambda i, x, normed: None,
+            experts=Experts(least_rows=1),
         )
     assert relative_error(stores[1][0], expected) < 1e-5
     assert tuple(found) == spec.groups
@@ -197,6 +237,102 @@ def test_the_hessian_of_an_expert_is_that_of_its_tokens(folder_of, family, monke
         rows = read[names[0]].flatten(0, -2)
         expected = rows.T @ rows
         assert relative_error(H / H.trace(), expected / expected.trace()) < 1e-5
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_the_hessian_of_an_expert_can_have_the_weights_of_the_router(folder_of, weighed):
+    """sum w r x x^T over its tokens: w the token's weight, r the router's."""
+    skeleton = Skeleton(folder_of("qwen3_moe"))
+    spec, draw = skeleton.spec.layer(0), torch.Generator().manual_seed(2)
+    x, w = torch.randn(2, 40, HIDDEN, generator=draw), torch.rand(2, 40, generator=draw)
+    found, seen = {}, {}
+
+    def quantise(names, H):
+        found[names] = H.matrix()
+
+    with torch.no_grad(), skeleton.layer(0, skeleton.read_layer(0)) as layer:
+        opened = layer.get_submodule(spec.experts.module)
+        hook = opened.register_forward_pre_hook(lambda module, given: seen.update(given=given))
+        layer(x, **skeleton.layer_inputs(0, x))
+        hook.remove()
+        stores = ActivationStore(), ActivationStore(), ActivationStore()
+        stores[0].append(x)
+        run_layer(
+            layer,
+            spec,
+            lambda i, x: skeleton.layer_inputs(0, x),
+            *stores,
+            quantise=quantise,
+            needs_hessian=lambda group: True,
+            weigh=lambda i, x, normed: w if weighed else None,
+            experts=Experts(least_rows=1, routing_weight=True),
+        )
+        rows, index, weights = seen["given"]
+        for number in range(opened.count):
+            token, place = torch.where(index == number)
+            factor = weights[token, place] * (w.flatten()[token] if weighed else 1.0)
+            for group, inner in (
+                (spec.experts.inner(number), rows[token]),
+                ((spec.experts.outer(number),), opened.widened(number, rows[token])),
+            ):
+                expected, H = inner.T @ (factor[:, None] * inner), found[group]
+                assert relative_error(H / H.trace(), expected / expected.trace()) < 1e-5
+
+
+def test_shared_hessians_are_the_sum_of_all(folder_of):
+    """Of the last expert, the only one with few rows, they are those of all routed tokens."""
+    skeleton = Skeleton(folder_of("qwen3_moe"))
+    spec, draw = skeleton.spec.layer(0), torch.Generator().manual_seed(2)
+    x = torch.randn(2, 40, HIDDEN, generator=draw)
+    seen, found, told = {}, {}, []
+    with torch.no_grad(), skeleton.layer(0, skeleton.read_layer(0)) as layer:
+        opened = layer.get_submodule(spec.experts.module)
+        hook = opened.register_forward_pre_hook(lambda module, given: seen.update(given=given))
+        layer(x, **skeleton.layer_inputs(0, x))
+        hook.remove()
+        rows, index, _ = seen["given"]
+        counts = [int((index == number).sum()) for number in range(opened.count)]
+        fewest = counts.index(min(counts))
+        assert sorted(counts)[1] > min(counts)
+        stores = ActivationStore(), ActivationStore(), ActivationStore()
+        stores[0].append(x)
+        run_layer(
+            layer,
+            spec,
+            lambda i, x: skeleton.layer_inputs(0, x),
+            *stores,
+            quantise=lambda names, H: found.update({names: H.matrix()}),
+            needs_hessian=lambda group: True,
+            weigh=lambda i, x, normed: None,
+            experts=Experts(least_rows=min(counts) + 1, policy="shared_hessian"),
+            scarce=lambda *facts: told.append(facts),
+        )
+        assert told == [(fewest, min(counts), "shared_hessian")]
+        inside = [rows[(index == number).any(-1)] for number in range(opened.count)]
+        wide = [opened.widened(number, part) for number, part in enumerate(inside)]
+        groups = spec.experts.inner(fewest), (spec.experts.outer(fewest),)
+        for group, parts in zip(groups, (inside, wide), strict=True):
+            expected, H = torch.cat(parts).T @ torch.cat(parts), found[group]
+            assert relative_error(H / H.trace(), expected / expected.trace()) < 1e-5
+
+
+@pytest.mark.parametrize("weights", ["attention_concentration", "activation_difference"])
+def test_one_expert_is_in_memory_at_a_time(folder_of, tmp_path, weights, reloaded, monkeypatch):
+    """In the check against the source, when tokens are weighed, and when experts are solved."""
+    most, at_hand = [], OpenedExperts.at_hand
+
+    @contextmanager
+    def noting(self, number):
+        with at_hand(self, number) as expert:
+            weights = [next(self.expert(n).parameters()) for n in range(self.count)]
+            most.append([n for n, weight in enumerate(weights) if not weight.is_meta])
+            yield expert
+
+    monkeypatch.setattr(OpenedExperts, "at_hand", noting)
+    made = recipe(folder_of("glm4_moe"), "hadamard", token_importance={"name": weights})
+    run(made, tmp_path / "out", windows=WINDOWS)
+    assert max(reloaded) < 1e-5
+    assert len(most) > 4 and all(len(held) == 1 for held in most)
 
 
 # ---- experts that few tokens reach --------------------------------------------------------------
@@ -222,10 +358,25 @@ def write_scarce(folder, reached):
     return folder
 
 
+@pytest.fixture(scope="module")
+def scarce_folder(tmp_path_factory):
+    """One folder for each number of tokens that reach the expert."""
+    made = {}
+
+    def folder(reached):
+        if reached not in made:
+            made[reached] = write_scarce(tmp_path_factory.mktemp("scarce") / "model", reached)
+        return made[reached]
+
+    return folder
+
+
 @pytest.mark.parametrize("reached", [0, 1, 31])
 @pytest.mark.parametrize("weights", ["uniform", "attention_concentration"])
-def test_an_expert_that_few_tokens_reach_is_quantised_for_all(tmp_path, reached, weights, reloaded):
-    folder = write_scarce(tmp_path / "model", reached)
+def test_an_expert_that_few_tokens_reach_is_quantised_for_all(
+    scarce_folder, tmp_path, reached, weights, reloaded
+):
+    folder = scarce_folder(reached)
     made = recipe(
         folder, token_importance={"name": weights}, ignore=["lm_head", r"re:.*self_attn.*"]
     )
@@ -242,8 +393,52 @@ def test_an_expert_that_few_tokens_reach_is_quantised_for_all(tmp_path, reached,
     assert any("experts were reached by fewer" in warning for warning in result.warnings)
 
 
-def test_an_expert_that_enough_tokens_reach_is_not_listed(tmp_path, reloaded):
-    folder = write_scarce(tmp_path / "model", 32)
+POLICIES = ["all_tokens", "rtn", "shared_hessian"]
+
+
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("reached", [0, 1, 31])
+def test_an_expert_that_few_tokens_reach_follows_the_policy(
+    scarce_folder, tmp_path, reached, policy, routed, reloaded
+):
+    """It alone: all others are what they are with any policy."""
+    experts = {"policy": policy, "routing_weight": routed}
+    made = recipe(scarce_folder(reached), experts=experts, ignore=["lm_head", r"re:.*self_attn.*"])
+    result = run(made, tmp_path / "out", windows=WINDOWS)
+    assert max(reloaded) < 1e-5
+    scarce = [e for layer in result.layers for e in layer["scarce_experts"] if e["expert"] == 3]
+    assert scarce == [{"expert": 3, "rows": rows, "policy": policy} for rows in (reached, 0)]
+    assert any(f"expert 3 by {reached}" in warning for warning in result.warnings)
+    modules = {m["name"]: m for layer in result.layers for m in layer["modules"]}
+    for name, module in modules.items():
+        rounded = policy == "rtn" and name.startswith(
+            tuple(
+                f"model.layers.{layer['layer']}.mlp.experts.{e['expert']}."
+                for layer in result.layers
+                for e in layer["scarce_experts"]
+            )
+        )
+        assert (module["error"] is None) == rounded
+        assert module["dead_columns"] == 0
+
+
+def test_where_no_expert_gets_enough_all_tokens_are_shared(scarce_folder, tmp_path, reloaded):
+    experts = {"policy": "shared_hessian", "least_rows": 10_000}
+    result = run(recipe(scarce_folder(0), experts=experts), tmp_path / "out", windows=WINDOWS)
+    assert max(reloaded) < 1e-5
+    found = [e["policy"] for layer in result.layers for e in layer["scarce_experts"]]
+    assert found == ["all_tokens"] * 2 * 4
+    default = run(
+        recipe(scarce_folder(0), experts={"least_rows": 10_000}), tmp_path / "same", windows=WINDOWS
+    )
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "same")]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert default.layers[0]["scarce_experts"] == result.layers[0]["scarce_experts"]
+
+
+def test_an_expert_that_enough_tokens_reach_is_not_listed(scarce_folder, tmp_path, reloaded):
+    folder = scarce_folder(32)
     result = run(
         recipe(folder, ignore=["lm_head", r"re:.*self_attn.*"]), tmp_path / "out", windows=WINDOWS
     )
@@ -251,17 +446,144 @@ def test_an_expert_that_enough_tokens_reach_is_not_listed(tmp_path, reloaded):
 
 
 @pytest.mark.parametrize("rotate", ["none", "hadamard"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_ties_between_experts_go_as_in_transformers(tmp_path, family, rotate, reloaded):
     """All rows of a router are one: what is chosen is up to the order of experts."""
     folder = write_mixture(tmp_path / "model", family)
     model = load_whole(folder)
     for name, parameter in model.named_parameters():
-        if name.endswith("mlp.gate.weight"):
+        if name.endswith(("mlp.gate.weight", "mlp.router.weight", "mlp.router.bias")):
             parameter.data.copy_(parameter.data[:1].expand_as(parameter))
     model.save_pretrained(folder)
     run(recipe(folder, rotate), tmp_path / "out", windows=WINDOWS)
     assert max(reloaded) < 1e-5
+
+
+# ---- token importance ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "qwen3_next", "minimax_m2"])
+def test_token_weights_are_the_column_sums_of_eager_maps(folder_of, family):
+    """Of gpt-oss those with attention sinks, which take their share of every query."""
+    compare_with_eager_maps(folder_of(family), IDS)
+
+
+# ---- experts that files hold together -----------------------------------------------------------
+
+PARTED = {kind: row.experts.files for kind, row in MIXTURES.items() if row.experts.files}
+ALL_EXPERTS = "re:.*experts.*"
+every_parted = pytest.mark.parametrize("family", PARTED)
+
+
+@every_parted
+@pytest.mark.parametrize(
+    "sections", [{"method": "none"}, {"ignore": ["lm_head", "re:.*experts.*"]}]
+)
+def test_experts_in_16_bits_are_written_as_they_were_read(folder_of, family, sections, tmp_path):
+    """Which plain transformers reads."""
+    result = run(
+        recipe(folder_of(family), "hadamard", **sections), tmp_path / "out", windows=WINDOWS
+    )
+    assert result.self_check["relative_error"] < 1e-5
+    source, found = CheckpointReader(folder_of(family)), CheckpointReader(tmp_path / "out")
+    whole = [n for n in source.names if any(file in n for file in PARTED[family])]
+    assert len(whole) == LAYERS * (4 if family == "gpt_oss" else 2)
+    assert all(found.shape(name) == source.shape(name) for name in whole)
+    error = relative_error(logits_of(tmp_path / "out", IDS), logits_of(folder_of(family), IDS))
+    assert error < (1e-5 if "method" in sections else 0.5)
+
+
+@every_parted
+def test_packed_experts_are_read_by_load_and_by_no_other(folder_of, family, tmp_path):
+    result = run(recipe(folder_of(family), method="rtn"), tmp_path / "out", windows=WINDOWS)
+    assert result.self_check["relative_error"] < 1e-5
+    notes = [note for note in result.plan.notes if note.startswith("loading in transformers")]
+    check_line(notes[0], "no", repr(family), "compress.load")
+    with refused(UnpackableError, "experts.0", "packed=False"):
+        compress.load(tmp_path / "out", packed=True)
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    lost = {n for n in tensors if ".1." in n and "experts.2." in n and "weight" in n}
+    save_file({n: t for n, t in tensors.items() if n not in lost}, file, {"format": "pt"})
+    with refused(CheckpointError, "layers.1", "lacks"):
+        compress.load(tmp_path / "out")
+
+
+def write_mxfp4(folder, family="gpt_oss"):
+    """A gpt-oss whose experts are random codes of 4 bits, as its publisher stores them."""
+    write_mixture(folder, family)
+    change_config(folder, quantization_config={"quant_method": "mxfp4"}, dtype="bfloat16")
+    file, draw = folder / "model.safetensors", torch.Generator().manual_seed(4)
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[name] = tensor.bfloat16()
+            continue
+        E, K, N = tensor.shape
+        codes = torch.randint(256, (E, N, K // 32, 16), generator=draw, dtype=torch.uint8)
+        powers = torch.randint(120, 125, (E, N, K // 32), generator=draw, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": codes, f"{name}_scales": powers}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_codes_of_4_bits_are_opened_as_transformers_opens_them(tmp_path, reloaded):
+    folder = write_mxfp4(tmp_path / "model")
+    for rotate in ("none", "hadamard"):
+        facts = check_source(inputs_of(folder, rotate=rotate), 10**10)
+        assert facts["probes"]["text"]["relative_error"] < 1e-5
+    result = run(recipe(folder, "hadamard"), tmp_path / "out", windows=WINDOWS, check_source=False)
+    assert max(reloaded) < 1e-2  # what is not packed is in bf16
+    assert result.plan.bytes["total"] == CheckpointReader(tmp_path / "out").nbytes()
+    run(recipe(folder, method="none"), tmp_path / "plain", windows=WINDOWS, check_source=False)
+    assert "quantization_config" not in read_json(tmp_path / "plain" / "config.json")
+    assert relative_error(logits_of(tmp_path / "plain"), logits_of(folder)) < 1e-5
+
+
+BROKEN = {
+    "lost": ("gate_up_proj_scales", None),
+    "of other groups": ("down_proj_scales", torch.zeros(4, 32, 2, dtype=torch.uint8)),
+    "of other numbers": ("down_proj_blocks", torch.zeros(4, 32, 1, 16)),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_codes_of_4_bits_that_do_not_fit_are_named(case, tmp_path):
+    end, tensor = BROKEN[case]
+    broken = f"model.layers.0.mlp.experts.{end}"
+    file = write_mxfp4(tmp_path / "model") / "model.safetensors"
+    tensors = {
+        n: t for n, t in load_file(file).items() if not n.endswith(f"layers.0.mlp.experts.{end}")
+    }
+    if tensor is not None:
+        tensors[f"model.layers.0.mlp.experts.{end}"] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+    with refused(CheckpointError, broken):
+        Skeleton(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "granitemoe"])
+def test_other_packed_experts_are_refused(folder_of, kind, tmp_path):
+    """Only gpt-oss has files in MXFP4, and those alone are read."""
+    method = {"gpt_oss": "bitsandbytes", "granitemoe": "mxfp4"}[kind]
+    shutil.copytree(folder_of(kind), tmp_path / "model")
+    change_config(tmp_path / "model", quantization_config={"quant_method": method})
+    with refused(UsageError, method, "quantization_config", "16-bit"):
+        Skeleton(tmp_path / "model")
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_told(folder_of, tmp_path):
+    """As DeepSeek-V3's files have them, which transformers passes over."""
+    shutil.copytree(folder_of("deepseek_v3"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    extra = {
+        "model.layers.61.eh_proj.weight": torch.zeros(2, 4),
+        "model.layers.61.e.weight": torch.ones(1),
+    }
+    save_file(load_file(file) | extra, file, metadata={"format": "pt"})
+    plan = make_plan(inputs_of(tmp_path / "model"))
+    assert plan.problems == []
+    assert any("model.layers.61" in note and "further tokens" in note for note in plan.notes)
 
 
 # ---- what is refused ----------------------------------------------------------------------------

@@ -106,9 +106,12 @@ def test_a_popular_model_is_planned_from_its_config(name, tmp_path, opened_in):
     tied = table if plan.untied else 0
     count = inside + quantised - tied + plan.bytes["other"] // itemsize
     assert count == pytest.approx(COUNTS[name] * 1e9, rel=0.01)
-    # A layer in fp32 and its rotation's copy at least, and far less than the whole model.
+    # A layer in fp32 and its rotation's copy at least; of one with experts what is written of it.
     layer = inside // text["num_hidden_layers"]
-    assert plan.peak_memory["host"] > 8 * layer
+    whole = 8 if config["model_type"] not in MIXTURES else 0.5
+    assert plan.peak_memory["host"] > whole * layer
+    if config["model_type"] in MIXTURES:
+        assert plan.peak_memory["host"] < plan.bytes["total"]
 
 
 @pytest.mark.parametrize("name", STOPPED)

@@ -13,6 +13,7 @@ from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import FIXED_MEMORY, TEXT_MEMORY
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
+from support.moe_families import write_mixture
 from support.refusals import check_line, refused
 from support.tiny_checkpoints import LAYERS, WINDOWS, recipe_for, write_checkpoint
 
@@ -284,6 +285,20 @@ def test_memory_does_not_grow_with_depth(tmp_path):
     assert host_memory(folders[0]) == host_memory(folders[1])
 
 
+def test_memory_grows_with_experts_by_what_is_written_of_them(tmp_path):
+    """4 bits in groups of 16 and a scale in fp32 each; one expert is there at a time."""
+    folders = [
+        write_mixture(tmp_path / str(n), "qwen3_moe", num_experts=n, num_experts_per_tok=2)
+        for n in (4, 12)
+    ]
+    quantize = {"group_size": 16}
+    few, many = (plan_of(f, quantize=quantize).peak_memory["host"] for f in folders)
+    weights = 3 * 32 * 32
+    assert many - few == 8 * (weights // 2 + weights // 16 * 4)
+    shared = plan_of(folders[0], quantize=quantize | {"experts": {"policy": "shared_hessian"}})
+    assert shared.peak_memory["host"] - few == 4 * 32**2
+
+
 def test_what_a_pattern_of_ignore_matches_is_listed(checkpoint):
     plan = plan_of(checkpoint(), quantize={"ignore": ["lm_head", "re:model.layers.1.*up_proj"]})
     assert plan.ignored == {
@@ -302,3 +317,9 @@ def test_a_pattern_that_matches_more_layers_than_meant_shows_it(checkpoint):
     assert {name.split(".")[2] for name in found} == {"1", "10", "11"}
     (note,) = [note for note in plan.notes if "quantize.ignore" in note]
     check_line(note, len(found), found[0], found[-1])
+
+
+@pytest.mark.parametrize("key, value", [("policy", "rtn"), ("least_rows", 8)])
+def test_options_of_experts_need_experts(checkpoint, key, value):
+    (problem,) = plan_of(checkpoint(), quantize={"experts": {key: value}}).problems
+    check_line(problem, "quantize.experts: ", "'llama'")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from compress.data.activations import ActivationStore
 from compress.importance.weighting import mean_one, normalise
 from compress.models.skeleton import Skeleton
-from compress.quantization.layer import run_layer, without
+from compress.quantization.inside import without
+from compress.quantization.layer import run_layer
 from compress.quantization.token_weights import TokenWeigher
 from compress.recipe.token_importance import TokenImportance
 from support.small_linears import second_moment

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from support.dense_families import LAYERS, VOCABULARY, WINDOW, fill, type_of
+from support.dense_families import (
+    LAYERS,
+    SCALED,
+    SLIDING,
+    VOCABULARY,
+    WINDOW,
+    fill,
+    type_of,
+)
 from support.tiny_checkpoints import byte_tokenizer
 
 HIDDEN, INNER, EXPERTS, CHOSEN = 32, 32, 4, 2
@@ -18,6 +26,10 @@ SPARSE = {"n_routed_experts": EXPERTS, "n_shared_experts": 2, "first_k_dense_rep
           "routed_scaling_factor": 1.7}  # fmt: skip
 MLA = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
        "num_key_value_heads": 4}  # fmt: skip
+
+LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8,
+          "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+          "linear_num_value_heads": 4}  # fmt: skip
 
 MIXED: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": EXPERTS, "sliding_window": WINDOW},
@@ -32,6 +44,15 @@ MIXED: dict[str, dict[str, Any]] = {
     "olmoe": {"clip_qkv": 0.7, "pad_token_id": 1},
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen3_moe-dense-first": {"mlp_only_layers": [0], "norm_topk_prob": False},
+    "qwen3_next": LINEAR | {"shared_expert_intermediate_size": 48},
+    "glm4_moe_lite": MLA | SPARSE | {"q_lora_rank": 16, "n_group": 1, "topk_group": 1},
+    "dots1": SPARSE | {"n_group": 2, "topk_group": 1, "norm_topk_prob": True},
+    "solar_open": SPARSE | {"n_group": 1, "topk_group": 1},
+    "mellum": SLIDING,
+    "flex_olmo": {"pad_token_id": 1},
+    "minimax_m2": {"num_local_experts": EXPERTS, "rotary_dim": 8},
+    "granitemoe": SCALED | {"num_local_experts": EXPERTS},
+    "gpt_oss": SLIDING | {"num_local_experts": EXPERTS, "swiglu_limit": 1.1},
 }  # fmt: skip
 
 
