@@ -182,7 +182,7 @@ def compare(
         comparison = Comparison(
             rows, runs, conditions, differences=differences_of(runs, against, DRAWN_TASKS)
         )
-        for warning in [*unequal(recipes, runs), *_unmet(runs)]:
+        for warning in [*unequal(chosen, runs), *_unmet(runs)]:
             comparison.warnings.append(warning)
             observer.warning(warning)
         _plot(comparison, output / "comparison.png", observer)
