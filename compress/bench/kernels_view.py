@@ -59,7 +59,7 @@ def plot_kernels(result: Mapping[str, Any], path: Path) -> None:
 
     Writes what the suffix says (.svg, .png, .pdf). Raises UsageError without matplotlib.
     """
-    import_package("matplotlib", "a plot")
+    import_package("matplotlib.figure", "a plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # may not be installed
     from matplotlib.figure import Figure  # the same
 

@@ -53,9 +53,9 @@ def read_whole(
     config = without_section(config)
     model = empty_model(config)
     _put_together(tensors, model, folder)
-    return type(model).from_pretrained(
-        None, config=config, dtype=dtype, state_dict=tensors, **options
-    )
+    options |= {"config": config, "dtype": dtype, "state_dict": tensors}
+    options.pop("trust_remote_code", None)
+    return type(model).from_pretrained(None, **options, trust_remote_code=False)
 
 
 def _put_together(tensors: dict[str, Tensor], model: nn.Module, folder: Path) -> None:

@@ -129,11 +129,11 @@ def test_a_tensor_under_two_spellings_is_refused(folder, tmp_path):
 
 
 def test_a_decoder_that_is_not_supported_is_named(folder):
-    from transformers import AutoConfig, GemmaConfig
+    from transformers import AutoConfig, BloomConfig
 
     config = AutoConfig.from_pretrained(folder)
-    config.text_config = GemmaConfig()
-    with refused(UsageError, "'llava'", "'gemma'"):
+    config.text_config = BloomConfig()
+    with refused(UsageError, "'llava'", "'bloom'"):
         architecture_of(config)
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from compress.errors import CheckpointError, CompressError, UsageError
+from compress.errors import CheckpointError, CompressError, DepthError, UsageError
 from compress.pipeline import publishing
 from compress.storage.safetensors import save_tensors
 from support.refusals import refused
@@ -87,7 +87,7 @@ def test_ids_that_are_none_are_refused(finished, repo_id):
 
 def test_a_config_that_nobody_can_read_is_refused(finished):
     (finished / "config.json").write_text("[" * 100_000)
-    with refused(CheckpointError, "config.json"):
+    with refused(DepthError, "config.json"):
         push(finished, "me/model", dry_run=True, api=NoApi())
 
 

@@ -118,14 +118,16 @@ def norms_left_as_they_are(monkeypatch):
 
 def layers_in_another_order(monkeypatch):
     read = Skeleton.read_layer
-    monkeypatch.setattr(Skeleton, "read_layer", lambda self, index: read(self, 1 - index))
+    monkeypatch.setattr(
+        Skeleton, "read_layer", lambda self, index, **how: read(self, 1 - index, **how)
+    )
 
 
 def bias_left_out(monkeypatch):
     read = Skeleton.read_layer
 
-    def without(self, index):
-        tensors = read(self, index)
+    def without(self, index, **how):
+        tensors = read(self, index, **how)
         return tensors | {n: t * 0 for n, t in tensors.items() if n == "self_attn.v_proj.bias"}
 
     monkeypatch.setattr(Skeleton, "read_layer", without)
