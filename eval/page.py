@@ -50,6 +50,7 @@ LAYER_COLUMNS = ("name", "bits", "group_size", "error", "effective_sample_size",
 FULL_SHADE = 4  # times the mean weight: the strongest colour of a token
 SCALE_BITS = 16  # of the scale of a group, in the bytes of a layer
 SHARES = ("acc", "acc_norm", "exact_match")  # metrics that are shares of items
+LOADING = "loading in "  # begins the plan's notes on engines
 
 
 def write_report(path: str | Path, result: Mapping[str, Any]) -> Path:
@@ -75,7 +76,8 @@ def write_report(path: str | Path, result: Mapping[str, Any]) -> Path:
         verdict=_verdict(result, evaluation),
         cards=_cards(result, evaluation, baseline),
         engines=(result.get("bits") or {}).get("engines") or [],
-        warnings=provenance.get("warnings") or [],
+        # What engines load it is a table of its own.
+        warnings=[w for w in provenance.get("warnings") or [] if not w.startswith(LOADING)],
         sizes=_sizes(result.get("bytes") or {}),
         bytes=_layer_bytes(result.get("modules") or []),
         measured=[

@@ -111,7 +111,7 @@ def test_a_verdict_on_a_task_stands_beside_its_interval(tmp_path):
 
 def test_warnings_and_engines_are_on_the_first_screen(tmp_path):
     engines = [("vLLM", "with `humming` kernels"), ("SGLang", "no: 3 bits")]
-    warnings = {"warnings": ["something odd"]}
+    warnings = {"warnings": ["something odd", "loading in vLLM: no"]}
     page = page_of(tmp_path, bits={"engines": engines}, provenance=warnings, layers=LAYERS)
     first = page[: page.index("<h2>")]
     for part in ("something odd", 'class="with">with `humming`', 'class="no">no: 3 bits'):

@@ -109,10 +109,10 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
 def table(found: Sequence[dict[str, Any]], plain: dict[str, Any]) -> str:
     """Markdown: a line a point."""
     lines = [
-        "| | bits | MB | perplexity | KL | same first token | BLiMP | minutes | peak, GB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| | bits | MB | perplexity | KL | same first token | BLiMP | peak, GB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
         f"| 16-bit | 16 | {plain['bytes'] / 1e6:.1f} | {plain['perplexity']:.2f} | – | – "
-        f"| {plain['blimp']['value']:.3f} | | |",
+        f"| {plain['blimp']['value']:.3f} | |",
     ]
     for point in found:
         kl, top1, blimp = point["kl"], point["top1"], point.get("blimp")
@@ -128,7 +128,7 @@ def table(found: Sequence[dict[str, Any]], plain: dict[str, Any]) -> str:
         lines.append(
             f"| {name}{seeds} | {bits} | {size} "
             f"| {format_number(kl['value'], error)} | {top1['value']:.1%} | {told} "
-            f"| {point['seconds'] / 60:.1f} | {point['peak_memory'] / 1e9:.2f} |"
+            f"| {point['peak_memory'] / 1e9:.2f} |"
         )
     return "\n".join(lines)
 
