@@ -81,6 +81,8 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
         own = [point for point in found if point["curve"] == name]
         if name == "llama.cpp":  # each of its types is a way of its own
             own = [point for point in own if "imatrix" in point["name"] or "Q4_0" in point["name"]]
+        if not own:
+            continue
         axes.plot(
             [point["bytes"] / 1e6 for point in own],
             [point["kl"]["value"] for point in own],
