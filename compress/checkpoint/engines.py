@@ -58,7 +58,7 @@ Schemes = Mapping[str, Scheme | None]  # of linears by name; None: stays unquant
 
 # How it is known what an engine loads, by the first word of its name.
 EVIDENCE = {
-    "transformers": "run: each result is reloaded",
+    "transformers": "run: transformers 5.23 on a CPU",
     "GPTQModel": "run: GPTQModel 7.7 on a CPU",
     "llama.cpp": "run: llama.cpp on a CPU",
     "vLLM": "read: the code of 0.33",
@@ -152,12 +152,8 @@ def loading_table(
     triton = {s for s in found if s.bits == 4 and s.group_size in {*MARLIN_GROUPS, 256}}
     others, sglang = found - marlin - triton, found - marlin
     exllama = {s for s in others if s.symmetric and s.bits in OWN_WIDTHS}
-    cpu = (
-        ""
-        if all(scheme.bits == CPU_WIDTH for scheme in found)
-        else ", on GPUs: its CPUs take 4 bits"
-    )
-    vllm = f"yes{cpu}"
+    narrow = all(scheme.bits == CPU_WIDTH for scheme in found)
+    vllm = "yes" if narrow else "yes, on GPUs: its CPUs take 4 bits"
     if others - exllama:
         vllm = f"with `humming` kernels (NVIDIA) for {_listed(others - exllama)}"
     elif exllama:

@@ -92,6 +92,8 @@ class RunProgress(Observer):
         self._count(done, total)
 
     def progress(self, what: str, done: int, total: int) -> None:
+        if not done:  # nothing to reckon by
+            return
         now = time.perf_counter()
         if self.counted != (what, total) or done < self.done:  # a count begins
             self.counted, self.began, self.told = (what, total), now, now

@@ -27,6 +27,7 @@ from compress.eval.task_names import find_tasks
 from compress.eval.windows import Text
 from compress.kernels.linear import QuantLinear
 from compress.loading.load import fastest_packing, load
+from compress.pipeline.notebook import measured_here
 from compress.pruning.pictures import watching
 from compress.recipe.sections import Evaluate
 
@@ -99,13 +100,14 @@ def evaluate(
     """
     settings = EvaluationSettings.among(locals())
     drawn = None if pictures is None else Path(pictures)
-    return Evaluator(settings, baseline, device).measure(
-        model,
-        dense=dense,
-        activation_bits=activation_bits,
-        pictures=drawn,
-        files=None if output_path is None else Path(output_path),
-    )
+    with measured_here():
+        return Evaluator(settings, baseline, device).measure(
+            model,
+            dense=dense,
+            activation_bits=activation_bits,
+            pictures=drawn,
+            files=None if output_path is None else Path(output_path),
+        )
 
 
 class Evaluator:

@@ -1,11 +1,15 @@
-"""What a run, a search or a comparison shows in a notebook, where no command line draws it.
+"""What a run, a comparison or a measurement shows in a notebook, where no command line draws it.
 
 observer = observer or observer_here()
+with measured_here(): ...
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from compress.eval.progress import telling
 from compress.observer import Observer
 
 
@@ -14,6 +18,17 @@ def observer_here() -> Observer:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return Bars() if hasattr(shell, "kernel") else Observer()
+
+
+@contextmanager
+def measured_here() -> Iterator[None]:
+    """Within it, a measurement in a notebook has a bar; elsewhere whoever listens goes on."""
+    observer = observer_here()
+    if not isinstance(observer, Bars):
+        yield
+        return
+    with telling(observer.progress):
+        yield
 
 
 class Bars(Observer):
@@ -55,6 +70,8 @@ class Bars(Observer):
         bar.update(done - bar.n)
         if facts:
             bar.set_postfix(facts)
+        if done >= total:
+            self._close()
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -62,24 +62,7 @@ def find_problems(
                     f"quantize.token_importance.modules: {pattern!r} matches no quantised linear "
                     f"of a decoder layer{did_you_mean(pattern, weighable)}"
                 )
-    misfits: dict[tuple[str, int, int], list[str]] = {}
-    fitted = {name: (shapes[name][1], scheme) for name, scheme in schemes.items()}
-    if table := recipe.quantize.embedding:
-        hidden = skeleton.config.hidden_size
-        fitted[skeleton.spec.embedding] = hidden, table.scheme(hidden)
-    for name, (columns, scheme) in fitted.items():
-        if scheme and scheme.group_size and columns % scheme.group_size:
-            key = _group_size_key(inputs, name)
-            misfits.setdefault((key, scheme.group_size, columns), []).append(name)
-    for (key, size, columns), found in misfits.items():
-        fitting = ["auto", *(str(s) for s in (256, 128, 64, 32, 16) if columns % s == 0)]
-        give = "use" if "[" in key else "give --set"  # one key of a list cannot be set
-        equals = " " if "[" in key else f" {key}="
-        problems.append(
-            f"{key}: {size} does not divide the {columns} inputs of {found[0]}"
-            + (f" and {len(found) - 1} more" if len(found) > 1 else "")
-            + f": {give}{equals}{' or '.join([*fitting, 'channel'])}"
-        )
+    problems += _group_size_problems(inputs, shapes, schemes)
     for table in (recipe.quantize.embedding, recipe.quantize.head):
         if table and table.bits != WHOLE_BYTE and recipe.save.table_format == "int-quantized":
             problems.append(
@@ -182,6 +165,32 @@ def _expert_problems(inputs: RunInputs, schemes: dict[str, Scheme | None]) -> li
     if any(scheme and not scheme.symmetric for scheme in kinds):
         return ["quantize.symmetric: transformers reads symmetric experts only: use true"]
     return []
+
+
+def _group_size_problems(
+    inputs: RunInputs, shapes: dict[str, tuple[int, int]], schemes: dict[str, Scheme | None]
+) -> list[str]:
+    """A line for each group size that does not divide the inputs of a linear or of a table."""
+    problems = []
+    misfits: dict[tuple[str, int, int], list[str]] = {}
+    fitted = {name: (shapes[name][1], scheme) for name, scheme in schemes.items()}
+    if table := inputs.recipe.quantize.embedding:
+        hidden = inputs.skeleton.config.hidden_size
+        fitted[inputs.skeleton.spec.embedding] = hidden, table.scheme(hidden)
+    for name, (columns, scheme) in fitted.items():
+        if scheme and scheme.group_size and columns % scheme.group_size:
+            key = _group_size_key(inputs, name)
+            misfits.setdefault((key, scheme.group_size, columns), []).append(name)
+    for (key, size, columns), found in misfits.items():
+        fitting = ["auto", *(str(s) for s in (256, 128, 64, 32, 16) if columns % s == 0)]
+        give = "use" if "[" in key else "give --set"  # one key of a list cannot be set
+        equals = " " if "[" in key else f" {key}="
+        problems.append(
+            f"{key}: {size} does not divide the {columns} inputs of {found[0]}"
+            + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+            + f": {give}{equals}{' or '.join([*fitting, 'channel'])}"
+        )
+    return problems
 
 
 def _group_size_key(inputs: RunInputs, name: str) -> str:

@@ -59,6 +59,16 @@ def test_bars_are_for_notebooks_alone(monkeypatch):
         assert isinstance(observer_here(), Bars) == drawn
 
 
+def test_an_evaluation_has_a_bar_in_a_notebook(plain, monkeypatch, capsys):
+    asked = {"perplexity": plain["calibration"]["dataset"], "length": 16, "tokens": 64}
+    compress.evaluate(plain["model"], **asked)
+    assert "windows:" not in capsys.readouterr().err
+    ipython = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=1))
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    compress.evaluate(plain["model"], **asked)
+    assert "windows: 100%" in capsys.readouterr().err
+
+
 def test_bars_follow_a_run(plain, tmp_path, capsys):
     section = {
         "perplexity": {"dataset": plain["calibration"]["dataset"], "length": 16, "tokens": 64}
