@@ -1,10 +1,11 @@
-"""The machine under a run: whether a device is there, the peak of memory, giving back what is free.
+"""The machine under a run: which device, how fast in 16 bits, its memory, and giving that back.
 
 release_memory(); peak_memory("cpu")["host"]
 """
 
 import ctypes
 import gc
+import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,21 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {device!r} cannot be used here: {reason}") from error
+
+
+def multiplies_16_bits(device: str) -> bool:
+    """Whether products in bf16 are fast there: on a GPU, on a CPU that has instructions for them.
+
+    A CPU without them (AVX2, AVX-512 without its bf16) takes up to ten times as long as in fp32.
+    """
+    import torch  # as above
+
+    if torch.device(device).type != "cpu":
+        return True
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return wide and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _peak_resident() -> int:

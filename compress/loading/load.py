@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -40,6 +41,7 @@ from compress.errors import CheckpointError, UsageError
 from compress.kernels.cpu import native
 from compress.loading.parted_experts import has_parted_experts, read_whole, without_section
 from compress.loading.transformers_plugin import ModelpressConfig
+from compress.memory import multiplies_16_bits
 from compress.models.config_values import (
     check_config,
     check_extent,
@@ -66,8 +68,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """A model in evaluation mode on `device`, and its tokenizer, if it is multimodal its processor.
 
-    path: a folder, or a model id on the hub. dtype: None keeps the checkpoint's. prune: whether a
-    strategy saved with the checkpoint is applied; `model.visual_token_pruning` is then its context.
+    path: a folder, or a model id on the hub. dtype: None keeps the checkpoint's, but for one of 16
+    bits on a CPU whose products in bf16 are slow, which runs in fp32. prune: whether a strategy that
+    was saved with the checkpoint is applied; `model.visual_token_pruning` is then its context.
     packed: whether quantised linears stay packed (QuantLinear); False makes all of them dense; None
     keeps compressed-tensors `pack-quantized`, or of integers with integer activations, and GPTQ
     packed, and leaves other formats (AWQ, FP8) to transformers; models with experts too, which are
@@ -90,6 +93,8 @@ def load(
     strategy = saved_strategy(config, path) if prune else None
     multimodal = config.model_type in FAMILIES
     kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    if dtype is None and _is_slow(config, device):
+        dtype = torch.float32
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True}
     section = checked_section(config.to_dict(), path / "config.json")
     if packed is None:
@@ -148,6 +153,12 @@ def fastest_packing(
     if config.model_type in MIXTURES:  # whose experts are one dense tensor in transformers
         return False
     return native.packed_is_faster(device) and PackedLinears(path).runs
+
+
+def _is_slow(config: PretrainedConfig, device: str | torch.device) -> bool:
+    """Whether products in the checkpoint's own dtype take much longer here than in fp32."""
+    own = {part.dtype for part in (config, config.get_text_config())}
+    return bool(own & {torch.bfloat16, torch.float16}) and not multiplies_16_bits(str(device))
 
 
 def _checked_folder(path: str | Path) -> Path:

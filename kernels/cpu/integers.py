@@ -1,8 +1,8 @@
 """The layouts `quads` and `groups`, for activations rounded to int8: exact sums in int32.
 
 `quads`. Codes stay packed, four inputs of an output to a lane, for processors that multiply bytes
-in fours; compiled by native.py. 2, 4 and 8 bits lie as they are, 3 bits in 4. Layout and
-arithmetic: head of quads.cpp.
+in fours (VNNI, ARM's dot product) or in pairs (AVX2); compiled by native.py. 2, 4 and 8 bits lie as
+they are, 3 bits in 4. Layout and arithmetic: head of quads.cpp.
 
 `groups` (every processor). c - 2^(bits-1) in int8, a byte each whatever their width: torch._int_mm
 reads nothing narrower, and each group of inputs in one piece.
@@ -12,6 +12,7 @@ reads nothing narrower, and each group of inputs in one piece.
 """
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -71,7 +72,8 @@ class QuadsWeight(IntegerWeight):
     ) -> Tensor:
         """Multiplies int8 values [M, K]: [M, N] in `dtype`. Raises ValueError on another CPU."""
         size = self.group_size or 0
-        return quads_matmul(
+        multiply = multiply_quads if native.may_call(values) else quads_matmul
+        return multiply(
             values, token_scale, self.packed, self.scale, self.zero, bias, self.bits, size, dtype
         )
 
@@ -113,9 +115,7 @@ class GroupsWeight(IntegerWeight):
 # ---- quads --------------------------------------------------------------------------------------
 
 
-# One operator to torch.compile, which cannot trace a call by address.
-@torch.library.custom_op("modelpress::cpu_quads_matmul", mutates_args=())
-def quads_matmul(
+def multiply_quads(
     values: Tensor,
     token_scale: Tensor,
     packed: Tensor,
@@ -132,7 +132,7 @@ def quads_matmul(
     """
     library = native.kernels()
     if library is None or not library.takes_quads():
-        raise ValueError(f"this weight was packed for AVX512-VNNI, found {native.reason()}")
+        raise ValueError(f"this weight was packed for products of bytes, found {native.reason()}")
     stored, middle = STORED_BITS[bits], 2 ** (bits - 1)
     y = library.quads_matmul(
         values, token_scale, packed, scale, zero, stored, group_size or None, middle
@@ -140,6 +140,12 @@ def quads_matmul(
     if bias is not None:
         y += bias
     return y.to(dtype)
+
+
+# One operator to torch.compile, which cannot trace a call by address.
+quads_matmul = torch.library.custom_op(
+    "modelpress::cpu_quads_matmul", multiply_quads, mutates_args=()
+)
 
 
 @quads_matmul.register_fake
@@ -185,8 +191,32 @@ def _group_products(
     groups = pad(values, (0, G * size - values.shape[1])).view(-1, G, size).unbind(1)
     y = scale.new_zeros(len(values), N, dtype=torch.float32)
     for g, part in enumerate(groups):
-        products = torch._int_mm(part.contiguous(), packed[g].T)
+        products = int_products(part.contiguous(), packed[g])
         if zero is not None:
             products += part.sum(1, True, dtype=torch.int32) * (2 ** (bits - 1) - zero[g].int())
         y.addcmul_(products, scale[g].float())
     return y
+
+
+EXACT = 1024  # products of two bytes, 2^14 each, that fp32 sums exactly
+
+
+def int_products(values: Tensor, weight: Tensor) -> Tensor:
+    """int8 values [M, K] times the transpose of int8 weights [N, K]: int32 [M, N], exact."""
+    if _int_mm_is_exact():
+        return torch._int_mm(values, weight.T)
+    y = values.new_zeros(len(values), len(weight), dtype=torch.int32)
+    for x, w in zip(values.split(EXACT, 1), weight.split(EXACT, 1), strict=True):
+        y += (x.float() @ w.float().T).int()
+    return y
+
+
+@cache
+def _int_mm_is_exact() -> bool:
+    """Whether torch._int_mm sums exactly on this processor.
+
+    Where x86 has no VNNI, oneDNN (torch 2.13) sums two products in 16 bits, and cuts what does not
+    fit: 2 * 255 * 127.
+    """
+    values, weight = (torch.full((M, 64), 127, dtype=torch.int8) for M in (17, 32))
+    return bool((torch._int_mm(values, weight.T) == 64 * 127 * 127).all())

@@ -46,7 +46,7 @@ FLAGS = (
 )
 LEVELS = {  # values of MODELPRESS_CPU
     "native": ("-march=native",),
-    "avx2": ("-march=native", "-mno-avx512f"),  # without that, no other part of AVX-512 is left
+    "avx2": ("-march=native", "-mno-avx512f", "-mno-avxvnni"),  # with them goes all of AVX-512
     "generic": ("-march=x86-64",),
 }
 OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
@@ -59,6 +59,7 @@ SIGNATURES = {
     "quads_matmul": "ppp ppip p llll iii",
     "round_tokens": "pi ll ff pp i",
 }
+BASELINE = "x86-64's first instructions"  # of tiles.cpp
 TILE = 64  # outputs
 LANES = 16  # outputs that lie next to each other in a tile
 QUAD = 4  # inputs
@@ -70,9 +71,10 @@ class Kernels:
 
     library: ctypes.CDLL
 
-    def takes_wide_vectors(self) -> bool:
-        """Whether this processor has the vectors that products are written for (AVX-512)."""
-        return bool(self.library.modelpress_takes_wide_vectors())
+    def instructions(self) -> str:
+        """What of this processor products are compiled for, in words."""
+        self.library.modelpress_instructions.restype = ctypes.c_char_p
+        return str(self.library.modelpress_instructions().decode())
 
     def takes_bf16(self) -> bool:
         """Whether this processor multiplies bf16; if not, bf16 is widened to fp32."""
@@ -96,8 +98,8 @@ class Kernels:
             x = x.float()
         x = x.contiguous()
         each = 1 if x.dtype == torch.bfloat16 else 2  # words of a row for two inputs
-        work = torch.empty(M * -(-K // 2) * each, dtype=torch.int32)
-        y = torch.empty(M, N, dtype=torch.float32)
+        work = torch.empty(M * -(-K // 2) * each, dtype=torch.int32, device="cpu")
+        y = torch.empty(M, N, dtype=torch.float32, device="cpu")
         self.library.modelpress_tiles_matmul(
             x.data_ptr(),
             KINDS[x.dtype],
@@ -115,7 +117,7 @@ class Kernels:
         return y
 
     def takes_quads(self) -> bool:
-        """Whether this processor multiplies bytes in fours (AVX512-VNNI)."""
+        """Whether this processor multiplies bytes: by VNNI, AVX2 or ARM's dot product."""
         return bool(self.library.modelpress_takes_quads())
 
     def quads_matmul(
@@ -141,8 +143,8 @@ class Kernels:
         _require(values.dtype == torch.int8 and values.is_contiguous(), "int8 rows")
         _require(token_scale.dtype == torch.float32 and token_scale.shape == (M,), "token scales")
         _require(token_scale.is_contiguous(), "token scales side by side")
-        work = torch.empty(M * (steps + G), dtype=torch.int32)
-        y = torch.empty(M, N, dtype=torch.float32)
+        work = torch.empty(M * (steps + G), dtype=torch.int32, device="cpu")
+        y = torch.empty(M, N, dtype=torch.float32, device="cpu")
         self.library.modelpress_quads_matmul(
             values.data_ptr(),
             token_scale.data_ptr(),
@@ -206,6 +208,16 @@ def kernels() -> Kernels | None:
     return _outcome()[0]
 
 
+def may_call(x: Tensor) -> bool:
+    """Whether a product may go past torch's dispatcher, which takes as long as a small product.
+
+    Not where it is traced, or would have to be differentiated.
+    """
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return not (x.requires_grad and torch.is_grad_enabled())
+
+
 def reason() -> str:
     """What runs packed products on this CPU, and why, in words."""
     return _outcome()[1]
@@ -214,22 +226,14 @@ def reason() -> str:
 def packed_is_faster(device: str | torch.device) -> bool:
     """Whether a model's linears take less time packed than dense on `device`, as far as is known.
 
-    They do on GPUs, and on a CPU but for compiled kernels without AVX-512, whose vectors do not fit
-    the registers there. One thread, 4 bits in groups of 128, [4096, 4096], as many times as long as
-    packed as torch's dense product takes:
-
-        rows of x                          1          16         256       (fp32, bf16)
-        compiled, AVX-512          5.1, 5.2    2.4, 1.6    1.3, 0.96
-        compiled, AVX2            0.3, 0.16   0.11, 0.21  0.06, 0.20
-        torch's operators, AVX2    2.2, 0.7    1.1, 2.3     1.0, 2.2
-
-    Perplexity of 4,096 tokens of the demo model (3 bits, fp32): 0.43 s packed and 0.40 s dense with
-    AVX-512; with AVX2 4.4 s and 0.44 s. Raises ValueError as `kernels` does.
+    They do on GPUs, and on a CPU but for compiled kernels of an x86 processor without AVX2 (or
+    MODELPRESS_CPU=generic), which have no product and sum in one there: figures in docs/kernels.md.
+    Raises ValueError as `kernels` does.
     """
     if torch.device(device).type != "cpu":
         return True
     library = kernels()
-    return library is None or library.takes_wide_vectors()
+    return library is None or library.instructions() != BASELINE
 
 
 @cache
@@ -245,7 +249,8 @@ def _outcome() -> tuple[Kernels | None, str]:
             version = _version(compiler)
             library = load(compile_library(compiler, version))
             asked = "" if level == "native" else f", MODELPRESS_CPU={level}"
-            return Kernels(library), f"compiled kernels, {version}{asked}"
+            kernels = Kernels(library)
+            return kernels, f"compiled kernels for {kernels.instructions()}, {version}{asked}"
         except PermissionError as error:
             why = str(error)
         except (OSError, subprocess.SubprocessError) as error:

@@ -9,15 +9,16 @@
 //     scale [G, N] fp32, bf16 or fp16; zero [G, N] bytes, or null and z = MIDDLE everywhere
 //     y [M, N] = token_scale[m] * sum over g of scale_g * sum over k in g of x[m, k] * (c[k, n] - z)
 //
-// The inner sum is exact: codes, which have no sign, meet x in the processor's product of four
-// bytes (AVX512-VNNI), and a sum starts at -z times the sum of x. It runs modulo 2^32, so that only
-// its end has to fit.
+// The inner sum is exact: codes, which have no sign, meet x in the processor's product of four bytes
+// (VNNI, or ARM's dot product) or, with AVX2, in products of pairs; a sum starts at -z times the sum of
+// x. It runs modulo 2^32, so that only its end has to fit.
 
 #include "vectors.h"
 
 namespace {
 
 constexpr int AHEAD = 4096;  // bytes between what is loaded and what is fetched
+constexpr int STEPS = 8;     // quads whose products may be summed in 16 bits
 
 struct Integers : Weight {
     const uint32_t* x;    // as `arrange` leaves it
@@ -27,23 +28,137 @@ struct Integers : Weight {
     long M;
 };
 
-// to[64] += the four products of a quad of x and quads of codes
-inline void add_quads(ints* to, uint32_t x, const ints* c) {
+// ---- the product of four bytes ------------------------------------------------------------------
+
+// `Fours` adds, for MR rows, the products of four x and four codes to PANEL vectors of sums: `set` what
+// they start from, `add` one quad of x after another, `get` the sums.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+constexpr bool QUADS = true;
+// Codes of 8 bits are c - 128 where both sides of a product have a sign.
+#if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr int LESS = 128;
+#else
+constexpr int LESS = 0;
+#endif
+
+inline ints dot(ints to, ints c, uint32_t x) {
 #if defined(__AVX512VNNI__)
-    const __m512i xs = _mm512_set1_epi32(int(x));
-    for (int f = 0; f < PARTS; f++)
-        to[f] = (ints)_mm512_dpbusd_epi32((__m512i)to[f], (__m512i)c[f], xs);
+    return (ints)_mm512_dpbusd_epi32((__m512i)to, (__m512i)c, _mm512_set1_epi32(int(x)));
+#elif defined(__AVXVNNI__)
+    return (ints)_mm256_dpbusd_avx_epi32((__m256i)to, (__m256i)c, _mm256_set1_epi32(int(x)));
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    return (ints)vusdotq_s32((int32x4_t)to, (uint8x16_t)c, (int8x16_t)vdupq_n_u32(x));
+#else
+    return (ints)vdotq_s32((int32x4_t)to, (int8x16_t)c, (int8x16_t)vdupq_n_u32(x));
 #endif
 }
 
-// The codes of four inputs, 64 outputs each, in the order of the outputs.
+template <int BITS, int MR>
+struct Fours {
+    static constexpr int less = BITS == 8 ? LESS : 0;
+    ints sums[MR][PANEL];
+
+    void set(int r, int f, ints start) { sums[r][f] = start; }
+    ints get(int r, int f) const { return sums[r][f]; }
+    void start() {}
+    void stop() {}
+    void add(const uint32_t* x, const ints* c) {
+        for (int r = 0; r < MR; r++)
+            for (int f = 0; f < PANEL; f++)
+                sums[r][f] = dot(sums[r][f], less ? c[f] ^ int32_t(0x80808080) : c[f], x[r]);
+    }
+};
+
+#elif defined(__AVX2__)
+constexpr bool QUADS = true;
+
+// Of up to 4 bits, pairs of products are summed in 16 bits, STEPS quads long: 8 * 2 * 15 * 128 fits.
+template <int BITS, int MR>
+struct Fours {
+    static constexpr int less = 0;
+    typedef int16_t shorts __attribute__((vector_size(BYTES)));
+    ints sums[MR][PANEL];
+    shorts pairs[MR][PANEL];
+
+    void set(int r, int f, ints start) { sums[r][f] = start; }
+    ints get(int r, int f) const { return sums[r][f]; }
+    void start() {
+        for (int r = 0; r < MR; r++)
+            for (int f = 0; f < PANEL; f++) pairs[r][f] = shorts{};
+    }
+    void stop() {
+        const __m256i ones = _mm256_set1_epi16(1);
+        for (int r = 0; r < MR; r++)
+            for (int f = 0; f < PANEL; f++)
+                sums[r][f] += (ints)_mm256_madd_epi16((__m256i)pairs[r][f], ones);
+    }
+    void add(const uint32_t* x, const ints* c) {
+        for (int r = 0; r < MR; r++) {
+            const __m256i xs = _mm256_set1_epi32(int(x[r]));
+            for (int f = 0; f < PANEL; f++)
+                pairs[r][f] += (shorts)_mm256_maddubs_epi16((__m256i)c[f], xs);
+        }
+    }
+};
+
+// Of 8 bits they do not fit: even and odd bytes are multiplied as 16 bits.
+template <int MR>
+struct Fours<8, MR> {
+    static constexpr int less = 0;
+    ints sums[MR][PANEL];
+
+    void set(int r, int f, ints start) { sums[r][f] = start; }
+    ints get(int r, int f) const { return sums[r][f]; }
+    void start() {}
+    void stop() {}
+    void add(const uint32_t* x, const ints* c) {
+        __m256i even[PANEL], odd[PANEL];
+        for (int f = 0; f < PANEL; f++) {
+            even[f] = (__m256i)(c[f] & 0x00ff00ff);
+            odd[f] = _mm256_srli_epi16((__m256i)c[f], 8);
+        }
+        for (int r = 0; r < MR; r++) {
+            const __m256i xs = _mm256_set1_epi32(int(x[r])), odds = _mm256_srai_epi16(xs, 8);
+            const __m256i evens = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8);
+            for (int f = 0; f < PANEL; f++)
+                sums[r][f] += (ints)_mm256_madd_epi16(even[f], evens) +
+                              (ints)_mm256_madd_epi16(odd[f], odds);
+        }
+    }
+};
+
+#else
+constexpr bool QUADS = false;  // and this is never called
+
+template <int BITS, int MR>
+struct Fours {
+    static constexpr int less = 0;
+    void set(int, int, ints) {}
+    ints get(int, int) const { return ints{}; }
+    void start() {}
+    void stop() {}
+    void add(const uint32_t*, const ints*) {}
+};
+#endif
+
+// ---- blocks of rows -----------------------------------------------------------------------------
+
+// Vectors of outputs in the order of the bytes that hold them: vector v is part `place(v)` of a tile.
 template <int BITS>
-inline void quads(const uint8_t* from, ints* c) {
+constexpr int place(int v) {
+    constexpr int EACH = 8 / BITS;
+    const int from = v / EACH;  // vector of bytes
+    return (from / SPAN * EACH + v % EACH) * SPAN + from % SPAN;
+}
+
+// Codes of four inputs, vectors [v, v + PANEL) of outputs in that order.
+template <int BITS>
+inline void quads(const uint8_t* from, int v, ints* c) {
     constexpr int EACH = 8 / BITS, MASK = int(0x01010101u * ((1u << BITS) - 1));
-    for (int f = 0; f < PARTS; f++) {
-        ints v;
-        std::memcpy(&v, from + f / EACH * sizeof v, sizeof v);
-        c[f] = BITS == 8 ? v : (v >> (f % EACH * BITS)) & MASK;
+    for (int f = 0; f < PANEL; f++) {
+        ints bytes;
+        std::memcpy(&bytes, from + (v + f) / EACH * BYTES, sizeof bytes);
+        c[f] = BITS == 8 ? bytes : (bytes >> ((v + f) % EACH * BITS)) & MASK;
     }
 }
 
@@ -51,26 +166,39 @@ inline void quads(const uint8_t* from, ints* c) {
 template <int BITS, int MR>
 void block(const Integers& p, long tile, long m) {
     const long n = tile * WIDE, steps = (p.K + 3) / 4, groups = (p.K + p.group - 1) / p.group;
-    const uint32_t* x = p.x + m * steps;
-    const uint8_t* from = p.packed + tile * steps * 32 * BITS;
     floats total[MR][PARTS] = {};
     for (long g = 0; g < groups; g++) {
-        const long stop = (g + 1) * p.group < p.K ? (g + 1) * p.group : p.K;
-        ints part[MR][PARTS], z[PARTS];
-        p.zeros(g, n, z);
-        for (int r = 0; r < MR; r++)
-            for (int f = 0; f < PARTS; f++) part[r][f] = z[f] * -p.sums[(m + r) * groups + g];
-        for (long k = g * p.group; k < stop; k += 4, x += MR, from += 32 * BITS) {
-            for (int line = 0; line < 32 * BITS; line += 64) __builtin_prefetch(from + AHEAD + line);
-            ints c[PARTS];
-            quads<BITS>(from, c);
-            for (int r = 0; r < MR; r++) add_quads(part[r], x[r], c);
-        }
+        const long first = g * p.group / 4, last = ((g + 1) * p.group + 3) / 4;
+        const long stop = last < steps ? last : steps;
+        ints z[PARTS];
         floats s[PARTS];
+        p.zeros(g, n, z);
         p.scales(g, n, s);
-        for (int r = 0; r < MR; r++)
-            for (int f = 0; f < PARTS; f++)
-                total[r][f] += __builtin_convertvector(part[r][f], floats) * s[f];
+        for (int v = 0; v < PARTS; v += PANEL) {
+            const uint32_t* x = p.x + m * steps + first * MR;
+            const uint8_t* from = p.packed + (tile * steps + first) * 32 * BITS;
+            Fours<BITS, MR> fours;
+            for (int r = 0; r < MR; r++)
+                for (int f = 0; f < PANEL; f++)
+                    fours.set(r, f, (fours.less - z[place<BITS>(v + f)]) * p.sums[(m + r) * groups + g]);
+            for (long k = first; k < stop; k += STEPS) {
+                fours.start();
+                for (long end = k + STEPS < stop ? k + STEPS : stop, at = k; at < end; at++) {
+                    for (int line = 0; line < 32 * BITS && v == 0; line += 64)
+                        __builtin_prefetch(from + AHEAD + line);
+                    ints c[PANEL];
+                    quads<BITS>(from, v, c);
+                    fours.add(x, c);
+                    x += MR, from += 32 * BITS;
+                }
+                fours.stop();
+            }
+            for (int r = 0; r < MR; r++)
+                for (int f = 0; f < PANEL; f++) {
+                    const int to = place<BITS>(v + f);
+                    total[r][to] += __builtin_convertvector(fours.get(r, f), floats) * s[to];
+                }
+        }
     }
     for (int r = 0; r < MR; r++) {
         for (int f = 0; f < PARTS; f++) total[r][f] *= p.token_scale[m + r];
@@ -162,13 +290,7 @@ void round_token(const void* x, long at, long K, float steps, float half, int8_t
 }  // namespace
 
 // Whether this processor multiplies quads.
-extern "C" int modelpress_takes_quads() {
-#if defined(__AVX512VNNI__)
-    return 1;
-#else
-    return 0;
-#endif
-}
+extern "C" int modelpress_takes_quads() { return QUADS; }
 
 // x int8 [M, K]; group is a multiple of 4, or there is one; work holds [M, ceil(K / 4)] words, then
 // [M, G] sums.

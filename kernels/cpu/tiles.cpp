@@ -17,14 +17,16 @@
 // was expanded stays in the first-level cache for them, CHUNK inputs at a time. bf16 is multiplied
 // as pairs of inputs where the processor does that (AVX512-BF16), else x comes as fp32.
 //
-// Instructions by name are only the bf16 product and the lookups (AVX-512) that turn symmetric codes
-// of up to 4 bits into c - z at once.
+// Instructions by name are only the bf16 product, the lookups (AVX-512) that turn symmetric codes of
+// up to 4 bits into c - z at once, and loads. Elsewhere a code becomes a float where it lies in its
+// byte: put into the low bits of 2^23, times 2^at for the `at` bits below it; 2^23 + z 2^at is
+// subtracted, which leaves (c - z) 2^at, exactly, and the scale of the sum is 2^-at times the file's.
 
 #include "vectors.h"
 
 namespace {
 
-constexpr int CHUNK = 128;  // inputs expanded at a time: 32 KB in fp32
+constexpr int CHUNK = PANEL == PARTS ? 128 : 64;  // inputs expanded at a time: 32 or 16 KB in fp32
 constexpr int ROWS = 128;   // rows of x that share an expanded block: 32 KB of sums
 constexpr int AHEAD = 128;  // pairs of inputs between what is loaded and what is fetched
 
@@ -34,21 +36,6 @@ struct Problem : Weight {
     float* y;
     long M;
 };
-
-// A plain loop becomes one instruction, where GCC 12 takes a vector conversion apart.
-inline ints widen(const uint8_t* from) {
-    alignas(64) int32_t wide[LANES];
-    for (int i = 0; i < LANES; i++) wide[i] = from[i];
-    ints v;
-    std::memcpy(&v, wide, sizeof v);
-    return v;
-}
-
-inline floats as_floats(ints v) {
-    floats f;
-    std::memcpy(&f, &v, sizeof f);
-    return f;
-}
 
 // ---- codes to integers --------------------------------------------------------------------------
 
@@ -68,22 +55,54 @@ inline ints look_up(ints table, ints) { return table; }
 inline ints look_up_pairs(ints table, ints) { return table; }
 #endif
 
-// The codes of two inputs, 64 outputs each, in the order of the outputs. What lies above a code is
-// cleared only if CLEAR; above those of 8 bits there is nothing.
-template <int BITS, bool CLEAR>
-inline void codes(const uint8_t* from, ints (*c)[PARTS]) {
-    constexpr int MASK = CLEAR ? (1 << (BITS == 3 ? 2 : BITS)) - 1 : ~0;
+// Which bits of its byte hold a code of field f, 16 outputs side by side; of 3 bits, the low two.
+template <int BITS>
+constexpr int lowest(int f) {
+    return BITS == 8 ? 0 : BITS == 4 ? f % 2 * 4 : f * 2;
+}
+
+template <int BITS>
+constexpr int32_t mask(int f) {
+    return ((1 << BITS) - 1) << lowest<BITS>(f);
+}
+
+// The third bits of a field, moved to where they continue its codes.
+inline ints third_bits(ints b, int input, int f) {
+    const int left = f + 2 - 4 * input;  // from 4 input + f to 2 f + 2
+    return (left > 0 ? b << left : b >> -left) & (4 << 2 * f);
+}
+
+// The codes of two inputs, 64 outputs each, in the order of the outputs, where they lie in their
+// bytes; a bit of `above` is set in all of them.
+template <int BITS>
+inline void codes(const uint8_t* from, int32_t above, ints (*c)[PARTS]) {
+    constexpr int EACH = BITS == 8 ? 1 : BITS == 4 ? 2 : 4;  // fields in a byte
+    for (int part = 0; part < SPAN; part++)
+        for (int k = 0; k < 2; k++)
+            for (int f = 0; f < WIDE / FIELD; f += EACH) {
+                const int line = k * (WIDE / FIELD / EACH) + f / EACH;
+                const ints b = widen(from + FIELD * line + LANES * part) | above;
+                for (int e = f; e < f + EACH; e++) {
+                    ints& to = c[k][e * SPAN + part];
+                    to = b & (mask<BITS == 3 ? 2 : BITS>(e) | above);
+                    if constexpr (BITS == 3)
+                        to |= third_bits(widen(from + 2 * FIELD + LANES * part), k, e);
+                }
+            }
+}
+
+// Codes of up to 4 bits as an index of a lookup: at the lowest bits, anything above them.
+template <int BITS>
+inline void indices(const uint8_t* from, ints (*c)[PARTS]) {
     for (int k = 0; k < 2; k++) {
-        if constexpr (BITS == 8) {
-            for (int f = 0; f < PARTS; f++) c[k][f] = widen(from + WIDE * k + LANES * f);
-        } else if constexpr (BITS == 4) {
+        if constexpr (BITS == 4) {
             for (int h = 0; h < 2; h++) {
                 const ints b = widen(from + 32 * k + LANES * h);
-                c[k][2 * h] = b & MASK, c[k][2 * h + 1] = b >> 4;
+                c[k][2 * h] = b, c[k][2 * h + 1] = b >> 4;
             }
         } else {
             const ints b = widen(from + LANES * k);
-            for (int f = 0; f < PARTS; f++) c[k][f] = (b >> (2 * f)) & MASK;
+            for (int f = 0; f < PARTS; f++) c[k][f] = b >> (2 * f);
         }
     }
     if constexpr (BITS == 3) {
@@ -96,9 +115,9 @@ inline void codes(const uint8_t* from, ints (*c)[PARTS]) {
     }
 }
 
-// The same, not cleared, the earlier input's code in the low half of a lane.
+// The same of two inputs, the earlier one's in the low half of a lane.
 template <int BITS>
-inline void code_pairs(const uint8_t* from, ints* c) {
+inline void index_pairs(const uint8_t* from, ints* c) {
     if constexpr (BITS == 4) {
         for (int h = 0; h < 2; h++) {
             const ints b = widen(from + LANES * h) | widen(from + 32 + LANES * h) << 16;
@@ -116,13 +135,15 @@ inline void code_pairs(const uint8_t* from, ints* c) {
     }
 }
 
-// What turns codes into c - z: the zero points of 64 outputs in group g, or, if TABLE, a table of
-// fp32 and one of bf16.
+constexpr int32_t ABOVE = 0x4b000000;  // 2^23 in fp32: the lowest bit of its mantissa is 1
+
+// What turns the codes of 64 outputs in a group into integers: a table of fp32 and one of bf16 if
+// TABLE, else 2^23 + z 2^at.
 template <int BITS, bool TABLE>
 inline void group_zero(const Problem& p, long g, long n, ints* v) {
-    if (TABLE) {
-        alignas(64) uint32_t whole[LANES];
-        alignas(64) uint16_t upper[2 * LANES];
+    if constexpr (TABLE) {
+        alignas(BYTES) uint32_t whole[LANES];
+        alignas(BYTES) uint16_t upper[2 * LANES];
         for (int i = 0; i < 2 * LANES; i++) {
             const float value = float((i & ((1 << BITS) - 1)) - p.middle);
             std::memcpy(whole + i % LANES, &value, sizeof value);
@@ -130,20 +151,32 @@ inline void group_zero(const Problem& p, long g, long n, ints* v) {
         }
         std::memcpy(v, whole, sizeof whole);
         std::memcpy(v + 1, upper, sizeof upper);
-        return;
+    } else {
+        p.zeros(g, n, v);
+        for (int f = 0; f < PARTS; f++) v[f] = (v[f] << lowest<BITS>(f / SPAN)) | ABOVE;
     }
-    p.zeros(g, n, v);
 }
 
-// c - z of two inputs, 64 outputs each, as the bits of fp32.
+// The scales of 64 outputs in a group, for sums of (c - z) 2^at.
+template <int BITS, bool TABLE>
+inline void group_scales(const Problem& p, long g, long n, floats* s) {
+    p.scales(g, n, s);
+    if constexpr (!TABLE)
+        for (int f = 0; f < PARTS; f++) s[f] *= 1.0f / (1 << lowest<BITS>(f / SPAN));
+}
+
+// c - z, or (c - z) 2^at, of two inputs, 64 outputs each, as the bits of fp32.
 template <int BITS, bool TABLE>
 inline void integers(const uint8_t* from, const ints* z, ints (*v)[PARTS]) {
     ints c[2][PARTS];
-    codes<BITS, !TABLE>(from, c);
+    if constexpr (TABLE)
+        indices<BITS>(from, c);
+    else
+        codes<BITS>(from, ABOVE, c);
     for (int k = 0; k < 2; k++)
         for (int f = 0; f < PARTS; f++)
             v[k][f] = TABLE ? look_up(z[0], c[k][f])
-                            : (ints)__builtin_convertvector(c[k][f] - z[f], floats);
+                            : (ints)(as_floats(c[k][f]) - as_floats(z[f]));
 }
 
 // The same as pairs of bf16, the earlier input in the low half.
@@ -151,7 +184,7 @@ template <int BITS, bool TABLE>
 inline void integer_pairs(const uint8_t* from, const ints* z, ints* v) {
     if constexpr (TABLE) {
         ints c[PARTS];
-        code_pairs<BITS>(from, c);
+        index_pairs<BITS>(from, c);
         for (int f = 0; f < PARTS; f++) v[f] = look_up_pairs(z[1], c[f]);
     } else {
         ints w[2][PARTS];
@@ -208,17 +241,21 @@ inline void add_pairs(floats* to, uint32_t x, const ints* w) {
 
 // ---- one row of x -------------------------------------------------------------------------------
 
+// Sums of even and odd inputs apart, where there are too few vectors of outputs to hide how long a
+// product takes.
+constexpr int CHAINS = PARTS < 8 ? 2 : 1;
+
 template <int BITS, bool TABLE, bool PAIRS>
 void one_row(const Problem& p, long tile) {
     const uint32_t* x = p.x;
-    const uint8_t* from = p.packed + tile * ((p.K + 1) / 2) * LANES * BITS;
+    const uint8_t* from = p.packed + tile * ((p.K + 1) / 2) * FIELD * BITS;
     floats total[PARTS] = {};
     for (long start = 0; start < p.K; start += p.group) {
         const long stop = start + p.group < p.K ? start + p.group : p.K;
-        floats part[2][PARTS] = {}, s[PARTS];
+        floats part[CHAINS][PARTS] = {}, s[PARTS];
         ints z[PARTS];
         group_zero<BITS, TABLE>(p, start / p.group, tile * WIDE, z);
-        for (long k = start; k < stop; k += 2, from += LANES * BITS) {
+        for (long k = start; k < stop; k += 2, from += FIELD * BITS) {
             if constexpr (PAIRS) {
                 ints w[PARTS];
                 integer_pairs<BITS, TABLE>(from, z, w);
@@ -228,56 +265,70 @@ void one_row(const Problem& p, long tile) {
                 integers<BITS, TABLE>(from, z, w);
                 for (int i = 0; i < 2; i++, x++)
                     for (int f = 0; f < PARTS; f++)
-                        part[i][f] += as_float(*x) * as_floats(w[i][f]);
+                        part[i % CHAINS][f] += as_float(*x) * as_floats(w[i][f]);
             }
         }
-        p.scales(start / p.group, tile * WIDE, s);
-        for (int f = 0; f < PARTS; f++) total[f] += (part[0][f] + part[1][f]) * s[f];
+        group_scales<BITS, TABLE>(p, start / p.group, tile * WIDE, s);
+        for (int f = 0; f < PARTS; f++)
+            total[f] += (CHAINS == 1 ? part[0][f] : part[0][f] + part[CHAINS - 1][f]) * s[f];
     }
     std::memcpy(p.y + tile * WIDE, total, inside(tile * WIDE, p.N) * sizeof(float));
 }
 
 // ---- several rows -------------------------------------------------------------------------------
 
-// Where the weights of a block are: packed at `from`, expanded in `block`.
+// Where the weights of a block are: packed at `from`, expanded in `block`, a panel after the other.
 struct Weights {
     const uint8_t* from;
     const ints* z;
     ints* block;
 };
 
-// sums[MR][64] += scale * (MR rows of x times the weights of 2 * `steps` inputs). The weights are
-// expanded into the block on the way; with BITS 0 they are there already.
+// The weights of two inputs, `step` times two inputs into the block.
+template <int BITS, bool TABLE, bool PAIRS>
+inline void expand(const Weights& weights, int step) {
+    const uint8_t* from = weights.from + long(step) * FIELD * BITS;
+    for (int line = 0; line < FIELD * BITS; line += 64)
+        __builtin_prefetch(from + AHEAD * FIELD * BITS + line);
+    if constexpr (PAIRS) {
+        integer_pairs<BITS, TABLE>(from, weights.z, weights.block + step * PARTS);
+    } else {
+        ints w[2][PARTS];
+        integers<BITS, TABLE>(from, weights.z, w);
+        for (int i = 0; i < 2; i++)
+            for (int f = 0; f < PARTS; f++)
+                weights.block[(f / PANEL * CHUNK + 2 * step + i) * PANEL + f % PANEL] = w[i][f];
+    }
+}
+
+// sums[MR][PARTS] += scale * (MR rows of x times a panel of the weights of 2 * `steps` inputs). The
+// weights are expanded on the way, which takes a panel of all; with BITS 0 they are there already.
 template <int MR, int BITS, bool TABLE, bool PAIRS>
-void multiply(const uint32_t* x, int steps, Weights weights, const floats* s, floats* sums) {
-    floats part[MR][PARTS] = {};
-    const uint8_t* from = weights.from;
-    ints* w = weights.block;
+void multiply(const uint32_t* x, int steps, const Weights& weights, const floats* s, floats* sums) {
+    floats part[MR][PANEL] = {};
+    constexpr int EACH = PAIRS ? 1 : 2;
     for (int step = 0; step < steps; step++) {
-        if constexpr (BITS > 0) {
-            for (int line = 0; line < LANES * BITS; line += 64)
-                __builtin_prefetch(from + AHEAD * LANES * BITS + line);
-            if constexpr (PAIRS)
-                integer_pairs<BITS, TABLE>(from, weights.z, w);
-            else
-                integers<BITS, TABLE>(from, weights.z, (ints(*)[PARTS])w);
-            from += LANES * BITS;
-        }
-        for (int i = 0; i < (PAIRS ? 1 : 2); i++, x += MR, w += PARTS)
+        if constexpr (BITS > 0) expand<BITS, TABLE, PAIRS>(weights, step);
+        for (int i = 0; i < EACH; i++, x += MR) {
+            ints once[PANEL];
+            for (int f = 0; f < PANEL; f++)
+                in_register(once[f] = weights.block[(EACH * step + i) * PANEL + f]);
             for (int r = 0; r < MR; r++) {
                 if constexpr (PAIRS)
-                    add_pairs(part[r], x[r], w);
+                    add_pairs(part[r], x[r], once);
                 else
-                    for (int f = 0; f < PARTS; f++) part[r][f] += as_float(x[r]) * as_floats(w[f]);
+                    for (int f = 0; f < PANEL; f++)
+                        part[r][f] += as_float(x[r]) * as_floats(once[f]);
             }
+        }
     }
     for (int r = 0; r < MR; r++)
-        for (int f = 0; f < PARTS; f++) sums[r * PARTS + f] += part[r][f] * s[f];
+        for (int f = 0; f < PANEL; f++) sums[r * PARTS + f] += part[r][f] * s[f];
 }
 
 // `multiply` for a number of rows that is known only now.
 template <int BITS, bool TABLE, bool PAIRS>
-void multiply_rows(int rows, const uint32_t* x, int steps, Weights from, const floats* s,
+void multiply_rows(int rows, const uint32_t* x, int steps, const Weights& from, const floats* s,
                    floats* sums) {
     switch (rows) {
         case 1: return multiply<1, BITS, TABLE, PAIRS>(x, steps, from, s, sums);
@@ -291,8 +342,9 @@ void multiply_rows(int rows, const uint32_t* x, int steps, Weights from, const f
 
 template <int BITS, bool TABLE, bool PAIRS>
 void many_rows(const Problem& p, long tile) {
+    constexpr bool ON_THE_WAY = PANEL == PARTS;
     const long n = tile * WIDE, bytes = inside(n, p.N) * sizeof(float);
-    const uint8_t* packed = p.packed + tile * ((p.K + 1) / 2) * LANES * BITS;
+    const uint8_t* packed = p.packed + tile * ((p.K + 1) / 2) * FIELD * BITS;
     alignas(64) ints block[CHUNK * PARTS];
     alignas(64) floats sums[ROWS * PARTS];
     const long each = PAIRS ? 1 : 2, width = (p.K + 1) / 2 * each;  // words of x: two inputs, a row
@@ -303,19 +355,25 @@ void many_rows(const Problem& p, long tile) {
             const long stop = start + p.group < p.K ? start + p.group : p.K;
             floats s[PARTS];
             ints z[PARTS];
-            p.scales(start / p.group, n, s);
+            group_scales<BITS, TABLE>(p, start / p.group, n, s);
             group_zero<BITS, TABLE>(p, start / p.group, n, z);
             for (long k = start; k < stop; k += CHUNK) {
                 const int steps = int((stop - k < CHUNK ? stop - k + 1 : CHUNK) / 2);
-                const Weights from{packed + k / 2 * LANES * BITS, z, block};
+                const Weights from{packed + k / 2 * FIELD * BITS, z, block};
+                if constexpr (!ON_THE_WAY)
+                    for (int step = 0; step < steps; step++) expand<BITS, TABLE, PAIRS>(from, step);
                 for (int b = 0, m = 0; b < blocks.count; m += blocks.size(b++)) {
                     const int rows = blocks.size(b);
                     const uint32_t* x = p.x + (m0 + m) * width + k / 2 * each * rows;
                     floats* to = sums + m * PARTS;
-                    if (b == 0)
+                    if (ON_THE_WAY && b == 0) {
                         multiply_rows<BITS, TABLE, PAIRS>(rows, x, steps, from, s, to);
-                    else
-                        multiply_rows<0, false, PAIRS>(rows, x, steps, from, s, to);
+                        continue;
+                    }
+                    for (int f = 0; f < PARTS; f += PANEL) {
+                        const Weights panel{nullptr, nullptr, block + f * CHUNK};
+                        multiply_rows<0, false, PAIRS>(rows, x, steps, panel, s + f, to + f);
+                    }
                 }
             }
         }
@@ -349,12 +407,20 @@ void choose(const Problem& p, int threads) {
 
 }  // namespace
 
-// Whether a vector of a tile is one register here; if not, four to eight sums of each spill.
-extern "C" int modelpress_takes_wide_vectors() {
-#if defined(__AVX512F__)
-    return 1;
+// What of the processor products are compiled for.
+extern "C" const char* modelpress_instructions() {
+#if defined(__AVX512BF16__)
+    return "AVX-512 with bf16";
+#elif defined(__AVX512F__)
+    return "AVX-512";
+#elif defined(__AVX2__)
+    return "AVX2";
+#elif defined(__aarch64__)
+    return "NEON";
+#elif defined(__x86_64__)
+    return "x86-64's first instructions";
 #else
-    return 0;
+    return "this processor";
 #endif
 }
 

@@ -64,12 +64,11 @@ class TilesWeight(FloatWeight):
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Multiplies x [M, K]: [M, N] in x's dtype. Raises ValueError without compiled kernels."""
         size = self.group_size or 0
-        return tiles_matmul(x, self.packed, self.scale, self.zero, bias, self.bits, size)
+        multiply = multiply_tiles if native.may_call(x) else tiles_matmul
+        return multiply(x, self.packed, self.scale, self.zero, bias, self.bits, size)
 
 
-# One operator to torch.compile, which cannot trace a call by address.
-@torch.library.custom_op("modelpress::cpu_tiles_matmul", mutates_args=())
-def tiles_matmul(
+def multiply_tiles(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
@@ -86,6 +85,12 @@ def tiles_matmul(
     if bias is not None:
         y += bias
     return y.to(x.dtype)
+
+
+# One operator to torch.compile, which cannot trace a call by address.
+tiles_matmul = torch.library.custom_op(
+    "modelpress::cpu_tiles_matmul", multiply_tiles, mutates_args=()
+)
 
 
 @tiles_matmul.register_fake

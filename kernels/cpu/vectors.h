@@ -1,22 +1,37 @@
 // What tiles.cpp and quads.cpp share: vectors, numbers as files hold them, rows in blocks.
 //
-// Vectors are those of GCC and Clang, which any processor has.
+// Vectors are those of GCC and Clang, as wide as this processor has them.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
 
-constexpr int LANES = 16, WIDE = 64, PARTS = WIDE / LANES;  // a tile has 64 outputs
-constexpr int MOST = 6;  // rows multiplied at once: 24 vectors of sums, of 32 registers
+// A vector is a register of this processor. PANEL of them are multiplied by MOST rows of x at a time:
+// 24 registers of sums of 32, or 12 of 16.
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, PANEL = 4;
+#elif defined(__AVX__)
+constexpr int BYTES = 32, PANEL = 2;
+#elif defined(__aarch64__)
+constexpr int BYTES = 16, PANEL = 4;
+#else
+constexpr int BYTES = 16, PANEL = 2;
+#endif
+constexpr int MOST = 6;
+constexpr int WIDE = 64;                                       // outputs of a tile
+constexpr int FIELD = 16;                                      // of them, side by side in the layouts
+constexpr int LANES = BYTES / 4, PARTS = WIDE / LANES, SPAN = FIELD / LANES;
 
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
+typedef float floats __attribute__((vector_size(BYTES)));
+typedef int32_t ints __attribute__((vector_size(BYTES)));
 
 enum Kind { FP32 = 0, BF16 = 1, FP16 = 2 };
 
@@ -38,6 +53,34 @@ inline float number(const void* from, long i) {
     const float size = as_float(((bits & 0x7fff) << 13) + more + one);
     const float rest = size - as_float(one * 113);
     return bits & 0x8000 ? -rest : rest;
+}
+
+inline floats as_floats(ints v) {
+    floats f;
+    std::memcpy(&f, &v, sizeof f);
+    return f;
+}
+
+// Loads a vector once: a compiler would read it again for each product, and run out of loads.
+inline void in_register(ints& v) {
+#if defined(__AVX2__)
+    asm("" : "+v"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#endif
+}
+
+// Bytes as lanes.
+inline ints widen(const uint8_t* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else  // a plain loop becomes one instruction, where GCC 12 takes a vector conversion apart
+    alignas(BYTES) int32_t wide[LANES];
+    for (int i = 0; i < LANES; i++) wide[i] = from[i];
+    ints v;
+    std::memcpy(&v, wide, sizeof v);
+    return v;
+#endif
 }
 
 // Numbers [at, at + count) of an array, then zeros: 64 in all.

@@ -101,11 +101,11 @@ def test_rounded_activations_need_packed_linears(finished, kinds, packs, capsys)
     assert fastest_packing(finished) is packs
 
 
-def test_packed_is_faster_unless_compiled_without_wide_vectors(monkeypatch):
+def test_packed_is_faster_unless_compiled_for_the_first_x86_processors(monkeypatch):
     for library, expected in (
         (None, True),
-        (SimpleNamespace(takes_wide_vectors=lambda: True), True),
-        (SimpleNamespace(takes_wide_vectors=lambda: False), False),
+        (SimpleNamespace(instructions=lambda: "AVX2"), True),
+        (SimpleNamespace(instructions=lambda: native.BASELINE), False),
     ):
         monkeypatch.setattr(native, "kernels", lambda library=library: library)
         assert native.packed_is_faster("cpu") is expected

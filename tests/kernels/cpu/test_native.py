@@ -35,7 +35,7 @@ def home(tmp_path, monkeypatch, fresh):
 @compiled
 def test_a_second_process_finds_what_the_first_one_compiled(home, monkeypatch):
     assert native.kernels() is not None
-    assert native.reason().startswith("compiled kernels, ")
+    assert native.reason().startswith("compiled kernels for ")
     (library,) = home.iterdir()
     native._outcome.cache_clear()
     monkeypatch.setattr(native, "COMPILE_SECONDS", 0)  # no time to compile again
@@ -209,12 +209,14 @@ def test_bf16_that_the_processor_cannot_multiply_is_widened(monkeypatch):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 processor")
 @pytest.mark.parametrize("level", ["avx2", "generic"])
 def test_a_lower_level_has_nothing_of_a_higher_one(home, monkeypatch, level):
-    """Each has a library of its own, and nothing of AVX-512 is in either."""
+    """Each has a library of its own, and nothing of AVX-512 is in either; VNNI in none."""
     native.kernels()
     monkeypatch.setenv("MODELPRESS_CPU", level)
     native._outcome.cache_clear()
     library = native.kernels()
-    assert not any((library.takes_bf16(), library.takes_quads(), library.takes_wide_vectors()))
+    assert not library.takes_bf16()
+    expected = {"avx2": ("AVX2", True), "generic": (native.BASELINE, False)}
+    assert (library.instructions(), library.takes_quads()) == expected[level]
     assert len(list(home.iterdir())) == 2
 
 

@@ -1,0 +1,97 @@
+"""The products of each processor that this one can run or emulate: all of them right."""
+
+import platform
+import subprocess
+
+import pytest
+import torch
+
+from compress.kernels.cpu import native
+from compress.kernels.cpu.integers import QuadsWeight, int_products
+from compress.kernels.cpu.tiles import TilesWeight
+from compress.kernels.reference import dequantize, reference_matmul
+from support.other_processor import FOUND, arm_kernels
+from support.weights import random_weight, relative_error
+
+ARM = ("armv8-a", "armv8.2-a+dotprod", "armv8.2-a+dotprod+i8mm")
+x86 = pytest.mark.skipif(
+    platform.machine() != "x86_64" or native.find_compiler() is None, reason="no x86 compiler"
+)
+emulator = pytest.mark.skipif(not FOUND, reason="no ARM compiler, or no emulator of one")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *(pytest.param(level, marks=x86) for level in native.LEVELS),
+        *(pytest.param(architecture, marks=emulator) for architecture in ARM),
+    ],
+)
+def kernels(request, tmp_path_factory):
+    """The kernels of each, compiled sooner than those that people get."""
+    folder = tmp_path_factory.mktemp("kernels")
+    if request.param in ARM:
+        built = arm_kernels(folder, request.param)
+        yield built
+        built.library.process.kill()
+        return
+    library = folder / "kernels.so"
+    flags = [*native.LEVELS[request.param], *native.FLAGS, "-O1", *native.OPENMP]
+    command = [native.find_compiler(), *flags, "-o", str(library), *map(str, native.SOURCES)]
+    subprocess.run(command, check=True)
+    yield native.Kernels(native.load(library))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("group_size", "symmetric"), [(8, False), (64, True), (200, False), (None, True)]
+)
+def test_products_of_floats(kernels, bits, group_size, symmetric):
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = random_weight(
+            70, 201 if group_size is None else 400, bits, group_size, symmetric, dtype
+        )
+        packed = TilesWeight.pack(weight)
+        for M in (1, 2, 6, 7, 131):
+            x = torch.randn(M, weight.codes.shape[1]).to(dtype)
+            y = kernels.tiles_matmul(x, packed.packed, packed.scale, packed.zero, bits, group_size)
+            terms = x.abs().double() @ dequantize(weight).abs().T
+            error = (y.double() - reference_matmul(x, weight)).norm() / terms.norm()
+            assert error < 5e-7
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("group_size", "symmetric"), [(4, False), (64, True), (200, False), (None, True)]
+)
+def test_products_of_integers(kernels, bits, group_size, symmetric):
+    if not kernels.takes_quads():
+        pytest.skip("multiplies no bytes")
+    weight = random_weight(70, 401, bits, group_size, symmetric, torch.float32)
+    packed = QuadsWeight.pack(weight)
+    for M in (1, 2, 6, 7, 31):
+        values, scale = torch.randint(-128, 128, (M, 401), dtype=torch.int8), torch.rand(M)
+        values[0] = -128
+        y = kernels.quads_matmul(
+            values,
+            scale,
+            packed.packed,
+            packed.scale,
+            packed.zero,
+            bits,
+            group_size,
+            2 ** (bits - 1),
+        )
+        expected = reference_matmul(values.double() * scale.double()[:, None], weight)
+        assert relative_error(y, expected) < 5e-7
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_integer_products_without_a_compiler(monkeypatch, exact):
+    """torch's own product saturates on some processors; what takes its place there is exact."""
+    if not exact:
+        monkeypatch.setattr("compress.kernels.cpu.integers._int_mm_is_exact", lambda: False)
+    values = torch.randint(-128, 128, (3, 2100), dtype=torch.int8)
+    weight = torch.full((5, 2100), -128, dtype=torch.int8)
+    values[0] = -128
+    assert torch.equal(int_products(values, weight), (values.long() @ weight.long().T).int())
