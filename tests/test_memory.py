@@ -36,6 +36,23 @@ def child(code: str) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 processor")
+@pytest.mark.parametrize(
+    ("capability", "bf16", "fast"),
+    [
+        ("AVX2", True, False),
+        ("AVX512", False, False),
+        ("AVX512", True, True),
+        ("DEFAULT", True, False),
+    ],
+)
+def test_bf16_is_fast_where_a_processor_multiplies_it(monkeypatch, capability, bf16, fast):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: bf16)
+    assert memory.multiplies_16_bits("cpu") is fast
+    assert memory.multiplies_16_bits("cuda:1")
+
+
 def test_the_peak_counts_what_was_held_and_stays_when_it_is_gone():
     found = child("""
         before = peak()

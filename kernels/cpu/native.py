@@ -165,7 +165,10 @@ class Kernels:
         """x [M, K] as int8 [M, K] in [-half, half), and each row's scale: its largest / steps."""
         M, K = x.shape
         x = x.contiguous()
-        values, scale = torch.empty(M, K, dtype=torch.int8), torch.empty(M)
+        values, scale = (
+            torch.empty(M, K, dtype=torch.int8, device="cpu"),
+            torch.empty(M, device="cpu"),
+        )
         self.library.modelpress_round_tokens(
             x.data_ptr(),
             KINDS[x.dtype],

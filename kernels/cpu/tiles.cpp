@@ -72,21 +72,26 @@ inline ints third_bits(ints b, int input, int f) {
     return (left > 0 ? b << left : b >> -left) & (4 << 2 * f);
 }
 
-// The codes of two inputs, 64 outputs each, in the order of the outputs, where they lie in their
-// bytes; a bit of `above` is set in all of them.
-template <int BITS>
-inline void codes(const uint8_t* from, int32_t above, ints (*c)[PARTS]) {
+constexpr int32_t ABOVE = 0x4b000000;  // 2^23 in fp32: the lowest bit of its mantissa is 1
+
+// Calls use(k, f, v) for two inputs k and the PARTS vectors f of their outputs, where v are the floats
+// (c - z) 2^at, and z[f] holds 2^23 + z 2^at. Each is used as soon as it is there: together they would
+// not fit the registers.
+template <int BITS, class Use>
+inline void each_integer(const uint8_t* from, const ints* z, Use use) {
     constexpr int EACH = BITS == 8 ? 1 : BITS == 4 ? 2 : 4;  // fields in a byte
-    for (int part = 0; part < SPAN; part++)
-        for (int k = 0; k < 2; k++)
+    for (int k = 0; k < 2; k++)
+        for (int part = 0; part < SPAN; part++)
             for (int f = 0; f < WIDE / FIELD; f += EACH) {
                 const int line = k * (WIDE / FIELD / EACH) + f / EACH;
-                const ints b = widen(from + FIELD * line + LANES * part) | above;
+                ints b = widen(from + FIELD * line + LANES * part) | ABOVE;
+                in_register(b);  // or the compiler would do this again for each field
                 for (int e = f; e < f + EACH; e++) {
-                    ints& to = c[k][e * SPAN + part];
-                    to = b & (mask<BITS == 3 ? 2 : BITS>(e) | above);
+                    ints c = BITS == 8 ? b : b & (mask<BITS == 3 ? 2 : BITS>(e) | ABOVE);
                     if constexpr (BITS == 3)
-                        to |= third_bits(widen(from + 2 * FIELD + LANES * part), k, e);
+                        c |= third_bits(widen(from + 2 * FIELD + LANES * part), k, e);
+                    const int to = e * SPAN + part;
+                    use(k, to, as_floats(c) - as_floats(z[to]));
                 }
             }
 }
@@ -135,8 +140,6 @@ inline void index_pairs(const uint8_t* from, ints* c) {
     }
 }
 
-constexpr int32_t ABOVE = 0x4b000000;  // 2^23 in fp32: the lowest bit of its mantissa is 1
-
 // What turns the codes of 64 outputs in a group into integers: a table of fp32 and one of bf16 if
 // TABLE, else 2^23 + z 2^at.
 template <int BITS, bool TABLE>
@@ -168,15 +171,13 @@ inline void group_scales(const Problem& p, long g, long n, floats* s) {
 // c - z, or (c - z) 2^at, of two inputs, 64 outputs each, as the bits of fp32.
 template <int BITS, bool TABLE>
 inline void integers(const uint8_t* from, const ints* z, ints (*v)[PARTS]) {
-    ints c[2][PARTS];
-    if constexpr (TABLE)
-        indices<BITS>(from, c);
-    else
-        codes<BITS>(from, ABOVE, c);
-    for (int k = 0; k < 2; k++)
-        for (int f = 0; f < PARTS; f++)
-            v[k][f] = TABLE ? look_up(z[0], c[k][f])
-                            : (ints)(as_floats(c[k][f]) - as_floats(z[f]));
+    if constexpr (TABLE) {
+        indices<BITS>(from, v);
+        for (int k = 0; k < 2; k++)
+            for (int f = 0; f < PARTS; f++) v[k][f] = look_up(z[0], v[k][f]);
+    } else {
+        each_integer<BITS>(from, z, [&](int k, int f, floats c) { v[k][f] = (ints)c; });
+    }
 }
 
 // The same as pairs of bf16, the earlier input in the low half.
@@ -260,12 +261,17 @@ void one_row(const Problem& p, long tile) {
                 ints w[PARTS];
                 integer_pairs<BITS, TABLE>(from, z, w);
                 add_pairs(part[0], *x++, w);
-            } else {
+            } else if constexpr (TABLE) {
                 ints w[2][PARTS];
                 integers<BITS, TABLE>(from, z, w);
                 for (int i = 0; i < 2; i++, x++)
                     for (int f = 0; f < PARTS; f++)
                         part[i % CHAINS][f] += as_float(*x) * as_floats(w[i][f]);
+            } else {
+                each_integer<BITS>(from, z, [&](int i, int f, floats c) {
+                    part[i % CHAINS][f] += as_float(x[i]) * c;
+                });
+                x += 2;
             }
         }
         group_scales<BITS, TABLE>(p, start / p.group, tile * WIDE, s);
@@ -293,11 +299,17 @@ inline void expand(const Weights& weights, int step) {
     if constexpr (PAIRS) {
         integer_pairs<BITS, TABLE>(from, weights.z, weights.block + step * PARTS);
     } else {
-        ints w[2][PARTS];
-        integers<BITS, TABLE>(from, weights.z, w);
-        for (int i = 0; i < 2; i++)
-            for (int f = 0; f < PARTS; f++)
-                weights.block[(f / PANEL * CHUNK + 2 * step + i) * PANEL + f % PANEL] = w[i][f];
+        const auto put = [&](int i, int f, ints v) {
+            weights.block[(f / PANEL * CHUNK + 2 * step + i) * PANEL + f % PANEL] = v;
+        };
+        if constexpr (TABLE) {
+            ints w[2][PARTS];
+            integers<BITS, TABLE>(from, weights.z, w);
+            for (int i = 0; i < 2; i++)
+                for (int f = 0; f < PARTS; f++) put(i, f, w[i][f]);
+        } else {
+            each_integer<BITS>(from, weights.z, [&](int i, int f, floats v) { put(i, f, (ints)v); });
+        }
     }
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import compress
 from compress.checkpoint.packed import UnpackableError
 from compress.errors import CheckpointError, CompressError, UsageError
 from compress.loading.load import fastest_packing, load
@@ -58,6 +59,30 @@ def test_dtype_can_be_chosen(folder):
     model, _ = load(folder, dtype=torch.bfloat16)
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert model(torch.tensor([[1, 2]])).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("fast", "asked", "found"),
+    [
+        (True, None, torch.bfloat16),
+        (False, None, torch.float32),
+        (False, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_fp32_where_products_in_16_bits_are_slow(
+    tmp_path, checkpoint, monkeypatch, fast, asked, found, packed
+):
+    """Where a processor has none in bf16, it is what runs, unless a dtype is asked for."""
+    monkeypatch.setattr("compress.loading.load.multiplies_16_bits", lambda device: fast)
+    source = checkpoint(dtype=torch.bfloat16)
+    compress.run(
+        {"model": str(source), "quantize": {"method": "rtn", "bits": 4, "group_size": 32}},
+        output=tmp_path / "out",
+    )
+    model, _ = load(tmp_path / "out", dtype=asked, packed=packed)
+    assert model.lm_head.weight.dtype == found
+    assert model(torch.tensor([[1, 2]])).logits.dtype == found
 
 
 def test_one_asymmetric_scheme_runs(tmp_path, recwarn):
