@@ -172,7 +172,7 @@ def evaluate(
     ] = None,
     dense: PackingOption = None,
     activation_bits: ActivationBitsOption = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     output: OutputFileOption = None,
     output_path: Annotated[
         Path | None, typer.Option(help="A folder for lm-eval's own files: results_*.json.")
@@ -247,7 +247,7 @@ def compare(
     model: ModelOption = None,
     set_: SetOption = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs/compare"),
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Run what is finished again.")
     ] = False,

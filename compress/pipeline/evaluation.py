@@ -27,6 +27,7 @@ from compress.eval.task_names import find_tasks
 from compress.eval.windows import Text
 from compress.kernels.linear import QuantLinear
 from compress.loading.load import fastest_packing, load
+from compress.memory import chosen_device
 from compress.pipeline.notebook import measured_here
 from compress.pruning.pictures import watching
 from compress.recipe.sections import Evaluate
@@ -98,6 +99,7 @@ def evaluate(
         UsageError: nothing to evaluate, no such model, task or dataset, or no BOS token.
         CheckpointError: a damaged checkpoint.
     """
+    device = chosen_device(device)
     settings = EvaluationSettings.among(locals())
     drawn = None if pictures is None else Path(pictures)
     with measured_here():
