@@ -44,7 +44,7 @@ QUIET = {
 }
 ParserError: Any = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
 
-SHARED = ("run",)  # commands whose work the ranks of a launcher share
+SHARED = ("run", "eval", "lm-eval")  # commands whose work the ranks of a launcher share
 
 app = typer.Typer(
     name="modelpress",

@@ -202,7 +202,7 @@ def evaluate(
             pictures=pictures,
             output_path=output_path,
         )
-    written = _recorded(Path(model), scores) if record else []
+    written = _recorded(Path(model), scores) if record and scores else []
 
     def draw(out: Console) -> None:
         print_scores(out, model, scores, baseline or "")

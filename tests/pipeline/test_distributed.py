@@ -34,7 +34,10 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "rsq": ("dense", RSQ, 40),
     "rsq, head and table": (
         "dense",
-        {"rotate": "none", "quantize": RSQ["quantize"] | {"head": 8, "embedding": 8}},
+        {
+            "rotate": "none",
+            "quantize": RSQ["quantize"] | {"head": {"bits": 8}, "embedding": {"bits": 8}},
+        },
         40,
     ),
     "full precision, on disk": ("dense", DRIFTED | {"calibration": {"offload": "disk"}}, 40),
@@ -47,7 +50,14 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "widths by layer": (
         "dense",
-        {"allocate": {"importance": "zd", "method": "top_n", "widths": [4, 2], "average_bits": 3}},
+        {
+            "allocate": {
+                "importance": "outlier_weight_count",
+                "method": "top_n",
+                "widths": [4, 2],
+                "average_bits": 3,
+            }
+        },
         40,
     ),
 }
@@ -127,17 +137,28 @@ def test_two_ranks_give_the_bytes_of_one_process(alone, two, name):
 
 
 def test_without_an_order_sums_differ_by_their_rounding(alone, two, models):
-    """What is rounded the same way is the same; a few codes may fall to the other side."""
+    """A code may fall to the other side, and those behind it follow; the errors stay the same."""
+    facts = [
+        json.loads((folder / "modelpress.json").read_text())["layers"]
+        for folder in (two / "plain", alone / "rsq")
+    ]
+    for ours, theirs in zip(*facts, strict=True):
+        assert ours["deterministic"] is False
+        size = "effective_sample_size"
+        assert ours[size] == pytest.approx(theirs[size], rel=0.01)
+        for module, other in zip(ours["modules"], theirs["modules"], strict=True):
+            assert module["name"] == other["name"]
+            assert module["error"] == pytest.approx(other["error"], rel=0.05), module["name"]
     recipe = recipe_for(models["dense"], **CASES["rsq"][1])
     widths = widths_of(recipe, models["dense"])
     ours, theirs = (
         dequantised(load_file(folder / "model.safetensors"), widths)
         for folder in (two / "plain", alone / "rsq")
     )
-    assert ours.keys() == theirs.keys()
     for name in ours:
-        off = (ours[name] - theirs[name]).norm() / theirs[name].norm()
-        assert off < 0.05, name
+        if ".layers.0.self_attn." in name:  # before anything has come through another layer
+            off = (ours[name] - theirs[name]).norm() / theirs[name].norm()
+            assert off < 0.02, name
 
 
 def test_three_ranks_of_which_one_dies_go_on_as_they_were(alone, models, tmp_path):
