@@ -150,14 +150,16 @@ def _tensors(part: QuantizedLinear) -> dict[str, Tensor]:
 
 def _linear(tensors: dict[str, Tensor], device: torch.device) -> QuantizedLinear:
     """What `_tensors` was given, on this process's device."""
-    on_device = {
-        name: tensors[name].to(device) if name in tensors else None
-        for name in ("zero", "error", "power")
-    }
+
+    def there(name: str) -> Tensor | None:
+        return tensors[name].to(device) if name in tensors else None
+
     return QuantizedLinear(
         codes=tensors["codes"].to(device),
         scale=tensors["scale"].to(device),
-        **on_device,
+        zero=there("zero"),
+        error=there("error"),
+        power=there("power"),
         damping=float(tensors["damping"]) if "damping" in tensors else None,
         dead_columns=int(tensors["dead_columns"]),
         changed=tuple(tensors["changed"].tolist()),

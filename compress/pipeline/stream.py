@@ -222,7 +222,8 @@ class CalibrationStream:
 
     def _store(self, place: tuple[Path, str]) -> ActivationStore:
         """An empty store: there, or in memory."""
-        return ActivationStore(*(place if self.on_disk else (None, "x")), self.numbers)
+        folder, name = place
+        return ActivationStore(folder if self.on_disk else None, name, self.numbers)
 
     def layer_inputs(self, source: int, i: int, x: Tensor) -> LayerInputs:
         """What the decoder layer `source` of the model needs beside batch i."""

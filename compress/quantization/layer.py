@@ -438,12 +438,13 @@ def solve_group(
     found = shares.solved(pieces, columns, solve, device)
     solved: dict[str, QuantizedLinear] = {}
     for scheme, rows in linears.items():
-        own = [(p, q) for p, q in zip(pieces, found, strict=True) if p.scheme == scheme]
-        whole = _joined([q for p, q in own if not p.alternative])
+        own = [each for each in zip(pieces, found, strict=True) if each[0].scheme == scheme]
+        whole = _joined([result for piece, result in own if not piece.alternative])
         assert whole is not None, "a solver finds something for all rows"
         for name, part in rows.items():
-            inside = [q for p, q in own if p.alternative and part.start <= p.rows.start < part.stop]
-            solved[name] = settled(whole.rows(part), _joined(inside))
+            inside = range(part.start, part.stop)
+            others = [r for piece, r in own if piece.alternative and piece.rows.start in inside]
+            solved[name] = settled(whole.rows(part), _joined(others))
     for name in schemes:
         weight = solved[name].weight()
         linear_in(layer, name).weight = nn.Parameter(weight, requires_grad=False)

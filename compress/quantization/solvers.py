@@ -266,7 +266,7 @@ def rows_at_a_time(rows: int, columns: int, device: str) -> int:
 
 def some_rows(W: Tensor) -> tuple[Tensor, ...]:
     """W [N, K] in parts of as many rows as are solved at a time."""
-    return W.split(rows_at_a_time(*W.shape, W.device.type))
+    return W.split(rows_at_a_time(W.shape[0], W.shape[1], W.device.type))
 
 
 def _parts(W: Tensor, target: Target | None) -> Iterator[tuple[Tensor, Target | None]]:

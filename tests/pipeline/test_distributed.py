@@ -5,6 +5,7 @@ Ranks import torch anew, so the recipes of all tests go through few launches.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from compress.cli.main import main
+from compress.errors import UsageError
+from compress.memory import chosen_device, idle_gpus
+from compress.pipeline.sharing import dealt
+from compress.ranks import Ranks, launched
 from support import ranks_at_work
 from support.moe_families import write_mixture
+from support.refusals import check_line, refused
 from support.tiny_checkpoints import (
     dequantised,
     recipe_for,
@@ -161,13 +170,139 @@ def test_without_an_order_sums_differ_by_their_rounding(alone, two, models):
             assert off < 0.02, name
 
 
-def test_three_ranks_of_which_one_dies_go_on_as_they_were(alone, models, tmp_path):
-    job = job_of(models, "rsq", tmp_path / "out", options={"deterministic": True})
-    died = at_work(tmp_path, 3, [job | {"stop_at": [1, 2]}])
-    assert died.returncode != 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".modelpress"]
-    journal = (tmp_path / "out" / ".modelpress" / "journal.jsonl").read_text()
+@pytest.fixture(scope="module")
+def died(models, tmp_path_factory) -> Path:
+    """A run of three ranks, of which one was killed behind the second layer."""
+    folder = tmp_path_factory.mktemp("died")
+    job = job_of(models, "rsq", folder / "out", options={"deterministic": True})
+    done = at_work(folder, 3, [job | {"killed_at": [1, 2]}])
+    assert done.returncode != 0
+    assert "another rank has ended" in done.stderr or "SIGTERM" in done.stderr
+    assert [path.name for path in (folder / "out").iterdir()] == [".modelpress"]
+    journal = (folder / "out/.modelpress/journal.jsonl").read_text()
     assert len(journal.splitlines()) == 3  # the header, and two layers
-    done = at_work(tmp_path, 3, [job])
-    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+def test_one_process_goes_on_where_a_rank_died(alone, died, models, tmp_path, one_thread):
+    output = shutil.copytree(died, tmp_path / "out")
+    ranks_at_work.work(job_of(models, "rsq", output))
+    assert weight_files(output) == weight_files(alone / "rsq")
+    layers = json.loads((output / "modelpress.json").read_text())["layers"]
+    assert [layer.get("ranks") for layer in layers] == [3, 3, None]
+
+
+def test_fewer_ranks_go_on_where_one_died_and_tell_each_other_of_an_error(alone, died, models, tmp_path):
+    det = {"options": {"deterministic": True}}
+    going_on = job_of(models, "rsq", shutil.copytree(died, tmp_path / "out"), **det)
+    failing = job_of(models, "gptq", tmp_path / "failed", **det) | {"fails_at": [1, 1]}
+    done = at_work(tmp_path, 2, [going_on, failing])
     assert weight_files(tmp_path / "out") == weight_files(alone / "rsq")
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if "no place for this layer" in line]
+    assert sum("RankError: rank 1: " in line for line in told) >= 1, done.stderr
+    assert [path.name for path in (tmp_path / "failed").iterdir()] == [".modelpress"]
+
+
+@pytest.mark.parametrize("command", ["plan", "compare", "search-pruning", "export", "bench"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_ranks_would_do_twice_is_refused(command, rank, monkeypatch, capsys):
+    """By the first one; the others say nothing, and leave it the time to."""
+    as_started(monkeypatch, rank)
+    monkeypatch.setattr("compress.ranks._rendezvous", unreachable)
+    assert main([command, "x"]) == (0 if rank else 2)
+    said = capsys.readouterr().err
+    if rank:
+        assert said == ""
+    else:
+        check_line(said.removesuffix("\n"), "WORLD_SIZE=2", command, "run", "eval")
+
+
+def unreachable():
+    raise RuntimeError("nobody is there")
+
+
+# ---- the parts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 12])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shares_are_blocks_in_order(count, size):
+    shares = []
+    for rank in range(size):
+        ranks = Ranks()
+        ranks.rank, ranks.size = rank, size
+        shares.append(ranks.share(count))
+    assert [i for share in shares for i in share] == list(range(count))
+    lengths = [len(share) for share in shares]
+    assert lengths == sorted(lengths, reverse=True)
+    assert max(lengths) - min(lengths) <= 1
+
+
+@given(st.lists(st.floats(1, 100), max_size=12), st.floats(0, 50), st.integers(1, 5))
+def test_nobody_has_much_more_to_do_than_the_others(costs, first, ranks):
+    """Greedy: the last piece of the busiest went to whoever was least busy."""
+    owners = dealt(costs, first, ranks)
+    assert len(owners) == len(costs)
+    loads = [0.0] * ranks
+    for cost, owner in zip(costs, owners, strict=True):
+        loads[owner] = (loads[owner] or first) + cost
+    if costs:
+        assert max(loads) <= min(loads) + first + max(costs) + 1e-9
+
+
+def test_a_launcher_is_one_that_says_all():
+    assert launched() == (0, 1)
+
+
+def test_auto_is_what_is_here(monkeypatch):
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    assert chosen_device("auto") == ("cuda" if gpus else "cpu")
+    assert idle_gpus("cpu") is None
+    with refused(UsageError, "device", "abacus"):
+        chosen_device("abacus")
+
+
+@pytest.mark.parametrize(
+    "device, gpus, local, expected",
+    [
+        ("auto", 0, 1, "cpu"),
+        ("auto", 2, 1, "cuda:1"),
+        ("cuda", 2, 0, "cuda:0"),
+        ("cpu", 2, 1, "cpu"),
+    ],
+)
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch, device, gpus, local, expected):
+    with_gpus(monkeypatch, gpus, local)
+    assert chosen_device(device) == expected
+
+
+def test_ranks_do_not_share_a_gpu(monkeypatch):
+    with_gpus(monkeypatch, 2, 2)
+    with refused(UsageError, "rank", 2, "GPUs", "--device cpu"):
+        chosen_device("auto")
+    with refused(UsageError, "device", "cuda:1", 3, "ranks"):
+        chosen_device("cuda:1")
+
+
+def test_one_process_is_told_of_gpus_that_it_leaves_idle(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert "torchrun --nproc-per-node 4" in idle_gpus("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert idle_gpus("cuda") is None
+
+
+def with_gpus(monkeypatch, gpus: int, local: int) -> None:
+    as_started(monkeypatch, local)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr("compress.memory.check_device", lambda device: None)
+
+
+def as_started(monkeypatch, rank: int) -> None:
+    """As torchrun has started this process, on one machine."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": max(2, rank + 1)}
+    for name, value in (place | ranks).items():
+        monkeypatch.setenv(name, str(value))

@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --nproc-per-node 2 ranks_at_work.py JOBS.json
 
-JOBS.json: [{"model", "sections", "output", "samples", "options"}]; `stop_at`: [rank, layer] of one
-that kills itself there.
+JOBS.json: [{"model", "sections", "output", "samples", "options"}]; with `killed_at` or `fails_at`,
+[rank, layer], that rank kills itself there, or has an error.
 """
 
 import json
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from compress.errors import CompressError
 from compress.observer import Observer
 from compress.pipeline.run import run
 from support.tiny_checkpoints import all_count, random_ids, recipe_for
@@ -25,26 +26,28 @@ LENGTH = 64  # 16 windows a batch
 
 
 class Stop(Observer):
-    """Kills this process when it begins a layer."""
+    """Ends this process where it begins a layer."""
 
-    def __init__(self, layer: int):
-        self.layer = layer
+    def __init__(self, killed_at: int | None, fails_at: int | None):
+        self.killed_at, self.fails_at = killed_at, fails_at
 
     def layers(self, done: int, total: int) -> None:
-        if done == self.layer:
+        if done == self.killed_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if done == self.fails_at:
+            raise CompressError("no place for this layer")
 
 
 def work(job: dict[str, Any]) -> None:
-    rank = int(os.environ.get("RANK", 0))
-    stop = job.get("stop_at", [-1, 0])
+    own = int(os.environ.get("RANK", 0))
+    stops = [job.get(name, [None, None]) for name in ("killed_at", "fails_at")]
     run(
         recipe_for(Path(job["model"]), **job["sections"]),
         job["output"],
         windows=all_count(random_ids(job["samples"], LENGTH)),
         self_check=False,
         check_source=False,
-        observer=Stop(stop[1]) if stop[0] == rank else Observer(),
+        observer=Stop(*(layer if rank == own else None for rank, layer in stops)),
         **job.get("options", {}),
     )
 
