@@ -406,8 +406,8 @@ def solve_group(
     pieces: list[Piece] = []
     for scheme, rows in linears.items():
         stack = slice(0, max(part.stop for part in rows.values()))
-        for whole, other in ((stack, False), *((part, True) for part in rows.values())):
-            parts = shares.parts(whole, columns, device)
+        for extent, other in ((stack, False), *((part, True) for part in rows.values())):
+            parts = shares.parts(extent, columns, device)
             pieces += [Piece(scheme, part, other) for part in parts]
 
     def solve(numbers: Iterable[int]) -> dict[int, QuantizedLinear]:
@@ -445,10 +445,9 @@ def solve_group(
             inside = range(part.start, part.stop)
             others = [r for piece, r in own if piece.alternative and piece.rows.start in inside]
             solved[name] = settled(whole.rows(part), _joined(others))
-    for name in schemes:
-        weight = solved[name].weight()
-        linear_in(layer, name).weight = nn.Parameter(weight, requires_grad=False)
-    return {name: solved[name] for name in schemes}
+    for name, linear in solved.items():
+        linear_in(layer, name).weight = nn.Parameter(linear.weight(), requires_grad=False)
+    return solved
 
 
 def _rows(layer: nn.Module, names: list[str]) -> Iterator[slice]:

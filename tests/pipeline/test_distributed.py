@@ -192,7 +192,9 @@ def test_one_process_goes_on_where_a_rank_died(alone, died, models, tmp_path, on
     assert [layer.get("ranks") for layer in layers] == [3, 3, None]
 
 
-def test_fewer_ranks_go_on_where_one_died_and_tell_each_other_of_an_error(alone, died, models, tmp_path):
+def test_fewer_ranks_go_on_where_one_died_and_tell_each_other_of_an_error(
+    alone, died, models, tmp_path
+):
     det = {"options": {"deterministic": True}}
     going_on = job_of(models, "rsq", shutil.copytree(died, tmp_path / "out"), **det)
     failing = job_of(models, "gptq", tmp_path / "failed", **det) | {"fails_at": [1, 1]}
