@@ -242,7 +242,7 @@ def _compressed(
         # Only pictures are pruned in calibration, and those by one process.
         pruning = settle_pruning(inputs, plan, journal, resume, log) if ranks.first else Pruning()
         ranks.tell(lambda: None)
-        job = Job(inputs, plan, data, journal, pruning, ranks, log)
+        job = Job(inputs, plan, data, journal, pruning, log, ranks)
         job.start(done)
         for note in plan.notes:
             if plan.pruning is None or note != plan.pruning["summary"]:
@@ -359,13 +359,13 @@ class Job:
         data: CalibrationData,
         journal: Journal,
         pruning: Pruning,
-        ranks: Ranks,
         log: RunLog,
+        ranks: Ranks | None = None,
     ):
         self.inputs, self.skeleton, self.spec = inputs, inputs.skeleton, inputs.skeleton.spec
         self.plan, self.data, self.pruning = plan, data, pruning
         self.journal, self.work, self.log = journal, journal.folder, log
-        self.ranks = ranks
+        self.ranks = ranks or Ranks()
         self.model = inputs.rotated_model()
         self.stream = self._stream()
         self.layers = LayerWalk(
