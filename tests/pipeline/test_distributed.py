@@ -6,8 +6,10 @@ Ranks import torch anew, so the recipes of all tests go through few launches.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +210,7 @@ def test_fewer_ranks_go_on_where_one_died_and_tell_each_other_of_an_error(
 
 @pytest.mark.parametrize("command", ["plan", "compare", "search-pruning", "export", "bench"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_ranks_would_do_twice_is_refused(command, rank, monkeypatch, capsys):
+def test_what_ranks_would_do_twice_is_refused(command, rank, monkeypatch, capsys, handlers):
     """By the first one; the others say nothing, and leave it the time to."""
     as_started(monkeypatch, rank)
     monkeypatch.setattr("compress.ranks._rendezvous", unreachable)
@@ -218,6 +220,16 @@ def test_what_ranks_would_do_twice_is_refused(command, rank, monkeypatch, capsys
         assert said == ""
     else:
         check_line(said.removesuffix("\n"), "WORLD_SIZE=2", command, "run", "eval")
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """A rank keeps its handlers to its end, which a test survives."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def unreachable():
