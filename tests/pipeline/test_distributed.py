@@ -24,7 +24,7 @@ from compress.errors import UsageError
 from compress.memory import chosen_device, idle_gpus
 from compress.pipeline.sharing import dealt
 from compress.ranks import Ranks, launched
-from support import ranks_at_work
+from support import documents, ranks_at_work
 from support.moe_families import write_mixture
 from support.refusals import check_line, refused
 from support.tiny_checkpoints import (
@@ -71,6 +71,11 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         40,
     ),
+}
+
+MEASURED = {
+    "model": str(documents.ROOT / "recipes/demo/lm"),
+    "evaluate": {"tasks": ["demo_code"], "limit": 5, "batch_size": 1},
 }
 
 
@@ -128,6 +133,7 @@ def two(models, tmp_path_factory) -> Path:
     det = {"options": {"deterministic": True}}
     jobs = [job_of(models, name, folder / name, **det) for name in CASES]
     jobs.append(job_of(models, "rsq", folder / "plain"))
+    jobs.append(MEASURED | {"output": str(folder / "scores.json")})
     done = at_work(folder, 2, jobs)
     assert done.returncode == 0, done.stderr
     return folder
@@ -170,6 +176,18 @@ def test_without_an_order_sums_differ_by_their_rounding(alone, two, models):
         if ".layers.0.self_attn." in name:  # before anything has come through another layer
             off = (ours[name] - theirs[name]).norm() / theirs[name].norm()
             assert off < 0.02, name
+
+
+def test_ranks_share_the_requests_of_tasks(two, tmp_path):
+    ranks_at_work.work(MEASURED | {"output": str(tmp_path / "scores.json")})
+    ours, theirs = (json.loads((f / "scores.json").read_text()) for f in (two, tmp_path))
+    assert ours["results"] == theirs["results"]
+    assert ours["conditions"].pop("ranks") == 2
+    assert ours["conditions"] == theirs["conditions"]
+    (all_of_them,) = json.loads((tmp_path / "scores.0").read_text()).values()
+    answered = [json.loads((two / f"scores.{rank}").read_text()) for rank in range(2)]
+    for found in answered:  # five items: three, and two filled up to as many
+        assert list(found.values()) == [all_of_them * 3 // 5]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
     python -m torch.distributed.run --nproc-per-node 2 ranks_at_work.py JOBS.json
 
 JOBS.json: [{"model", "sections", "output", "samples", "options"}]; with `killed_at` or `fails_at`,
-[rank, layer], that rank kills itself there, or has an error.
+[rank, layer], that rank kills itself there, or has an error. `evaluate`: a measurement instead,
+whose figures go to `output`, and how many requests each rank has answered beside it.
 """
 
 import json
@@ -18,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from compress.errors import CompressError
+from compress.eval.progress import telling
 from compress.observer import Observer
+from compress.pipeline.evaluation import evaluate
 from compress.pipeline.run import run
 from support.tiny_checkpoints import all_count, random_ids, recipe_for
 
@@ -40,6 +43,15 @@ class Stop(Observer):
 
 def work(job: dict[str, Any]) -> None:
     own = int(os.environ.get("RANK", 0))
+    if "evaluate" in job:
+        totals: dict[str, int] = {}
+        with telling(lambda what, done, total: totals.update({what: total})):
+            scores = evaluate(job["model"], **job["evaluate"])
+        file = Path(job["output"])
+        file.with_suffix(f".{own}").write_text(json.dumps(totals))
+        if scores:
+            file.write_text(json.dumps(scores))
+        return
     stops = [job.get(name, [None, None]) for name in ("killed_at", "fails_at")]
     run(
         recipe_for(Path(job["model"]), **job["sections"]),
