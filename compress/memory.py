@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from compress.errors import UsageError
+from compress.ranks import launched, local_rank
 
 
 def peak_memory(device: str) -> dict[str, int]:
@@ -50,6 +51,45 @@ def multiplies_16_bits(device: str) -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return wide and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def chosen_device(device: str) -> str:
+    """The device that `auto` stands for: a GPU where there is one, else the CPU.
+
+    Each of several ranks gets a GPU of its own. UsageError for a device that cannot be used.
+    """
+    import torch  # as above
+
+    rank, ranks = launched()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if device.startswith("cuda") and ranks > 1:
+        if device != "cuda":
+            raise UsageError(
+                f"device {device!r}: {ranks} ranks would share one GPU: give cuda, or auto, and "
+                "each gets its own"
+            )
+        device = f"cuda:{local_rank()}"
+        if local_rank() >= gpus:
+            raise UsageError(
+                f"rank {rank}: {gpus} GPUs on this machine, one for each rank: start no more "
+                "ranks than that, or give --device cpu"
+            )
+    check_device(device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    return device
+
+
+def idle_gpus(device: str) -> str | None:
+    """How to use the GPUs that one process leaves idle, in a line; None where none are."""
+    import torch  # as above
+
+    if not device.startswith("cuda") or launched()[1] > 1 or torch.cuda.device_count() < 2:
+        return None
+    gpus = torch.cuda.device_count()
+    return f"{gpus} GPUs are here, and one is used: torchrun --nproc-per-node {gpus} -m compress"
 
 
 def _peak_resident() -> int:

@@ -10,6 +10,9 @@ A multimodal model comes with its processor in the tokenizer's place; tasks with
 them, in the processor's chat template if it has one. `apply_chat_template` puts prompts into a text
 model's.
 
+Inside `shared_requests`, each process that a launcher has started answers some of the requests, as
+lm-eval does it under accelerate; the first one gets the scores, the others empty ones.
+
 Policy: an unknown task or a missing lm-eval is an error before anything runs. A standard error that
 the harness cannot give (a single item) is None. Its warnings are counted and kept in the result.
 """
@@ -22,6 +25,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -78,6 +82,18 @@ DRAWN_TASKS = ("demo_vqa",)
 EXPECTED_LINES = ("Passed argument batch_size = auto", "Determined ")
 
 Metrics = dict[str, float | None]
+
+_shared: ContextVar[bool] = ContextVar("shared", default=False)
+
+
+@contextlib.contextmanager
+def shared_requests(among: int) -> Iterator[None]:
+    """Within it, so many processes, which torch.distributed knows, share lm-eval's requests."""
+    token = _shared.set(among > 1)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
 
 
 @dataclass(frozen=True)
@@ -137,10 +153,11 @@ def score_tasks(
     metadata = _metadata(model, settings)
     with _quiet(settings.log_samples) as warnings, measuring(model):
         names, manager = find_tasks(settings, metadata)
-        tracker = None if files is None else HarnessFiles(files)
+        lm = harness_model(model, tokenizer, settings)
+        tracker = None if files is None or lm.rank else HarnessFiles(files)
         with _refusals(names), request_cache(settings, metadata), requests_told():
             output = lm_eval.simple_evaluate(
-                model=harness_model(model, tokenizer, settings),
+                model=lm,
                 model_args={"pretrained": str(getattr(model, "name_or_path", "") or "model")},
                 tasks=names,
                 task_manager=manager,
@@ -163,6 +180,10 @@ def score_tasks(
                 numpy_random_seed=settings.seed,
                 torch_random_seed=settings.seed,
                 fewshot_random_seed=settings.seed,
+            )
+        if output is None:  # not the first of several
+            return TaskScores(
+                {}, {}, {}, {}, version("lm_eval"), template is not None, multiturn, {}
             )
         samples = output.pop("samples", {})
         written = (
@@ -209,16 +230,29 @@ def harness_model(model: Any, tokenizer: Any, settings: EvaluationSettings) -> "
         # lm-eval notes the name that it is given and goes on with the default one.
         tokenizer.chat_template = template
     if is_multimodal(tokenizer):
-        return multimodal_model(model, tokenizer, settings)
-    from lm_eval.models.huggingface import HFLM  # slow to import
+        lm = multimodal_model(model, tokenizer, settings)
+    else:
+        from lm_eval.models.huggingface import HFLM  # slow to import
 
-    return HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        add_bos_token=settings.add_bos_token,
-    )
+        lm = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            add_bos_token=settings.add_bos_token,
+        )
+    return share(lm) if _shared.get() else lm
+
+
+def share(lm: Any) -> Any:
+    """lm-eval's model as one of several that share its requests, which it is not where it is handed
+    a loaded one."""
+    from accelerate import Accelerator  # slow to import
+
+    accelerator = Accelerator(cpu=lm.device.type == "cpu")
+    lm.accelerator = accelerator
+    lm._rank, lm._world_size = accelerator.process_index, accelerator.num_processes
+    return lm
 
 
 def chosen_template(tokenizer: Any, settings: EvaluationSettings) -> str | None:

@@ -30,6 +30,8 @@ ELSEWHERE = {
     "python": "but for scripts that need no other program",
     "lm_eval": "the same as `modelpress lm-eval`, with the module imported before",
     "vllm": "not installed here",
+    "torchrun": "starts ranks: tests/pipeline/test_distributed.py",
+    "accelerate": "the same",
 }
 HERE = ("tests/interop/board/blimp.py",)  # scripts that need none
 STAND_INS = {

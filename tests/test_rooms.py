@@ -31,6 +31,7 @@ FLOORS = (
         "compress.scheme",
         "compress.registry",
         "compress.memory",
+        "compress.ranks",
         "compress.kernels",
         "compress.eval",
         "compress.recipes",
@@ -43,12 +44,13 @@ GROUND = {
     "compress.observer": set(),
     "compress.scheme": set(),
     "compress.registry": {"compress.errors"},
-    "compress.memory": {"compress.errors"},
+    "compress.memory": {"compress.errors", "compress.ranks"},
+    "compress.ranks": {"compress.errors"},
     "compress.kernels": set(),
     "compress.eval": {"compress.errors", "compress.recipes"},  # of recipes: the demo's scenes
     "compress.recipes": {"compress.errors"},
 }
-LOOSE = {"__init__", "__main__", "errors", "registry", "memory", "observer", "scheme"}
+LOOSE = {"__init__", "__main__", "errors", "registry", "memory", "observer", "ranks", "scheme"}
 # Scripts that made the demo models: tools, not part of the package's order.
 TOOLS = {"train_lm", "train_vlm", "vlm_model", "vlm_quality", "make_demo_code", "make_demo_text"}
 MOST_FLOORS = 12

@@ -24,7 +24,6 @@ from compress.cli.console import console
 from compress.cli.options import (
     ActivationBitsOption,
     DenseOption,
-    DeviceOption,
     ModelArgument,
     OutputFileOption,
     SeedOption,
@@ -32,13 +31,15 @@ from compress.cli.options import (
 from compress.errors import UsageError
 from compress.memory import check_device
 
+# Figures are of the device that was named, and not of whatever there is.
+BENCH_DEVICE = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 # What fields without an option of their own are on the command line; others are no option.
 SHARED = {
     "model": ModelArgument,
     "dense": DenseOption,
     "activation_bits": ActivationBitsOption,
     "seed": SeedOption,
-    "device": DeviceOption,
+    "device": BENCH_DEVICE,
 }
 
 bench = typer.Typer(no_args_is_help=True, help="Time and memory, beside what the method needs.")

@@ -27,7 +27,7 @@ from compress.cli.options import (
 )
 from compress.errors import UsageError, unknown
 from compress.eval.report import format_bytes
-from compress.memory import check_device
+from compress.memory import chosen_device
 
 
 def export(
@@ -114,7 +114,7 @@ def generate(
     dense: PackingOption = None,
     activation_bits: ActivationBitsOption = None,
     seed: SeedOption = 0,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
 ) -> None:
     """Ask a model, or continue a text; what is new is printed as it comes."""
     if text is not None and prompt is not None:
@@ -129,7 +129,7 @@ def generate(
     from compress.loading.load import fastest_packing, load
     from compress.pipeline.asking import Question, question_inputs
 
-    check_device(device)
+    device = chosen_device(device)
     pictures = [open_image(path, f"image {path}") for path in image or ()]
     question = Question.of(asked, system, messages, pictures, chat)
     packed = None if dense is None else not dense

@@ -25,6 +25,7 @@ from rich.console import Console
 from compress.cli.console import console, stdout_for, write_json
 from compress.cli.options import DebugOption, JsonOption
 from compress.errors import CompressError, UsageError
+from compress.ranks import launched
 
 if TYPE_CHECKING:  # --help is quicker without
     from compress.recipe.recipe import Recipe
@@ -61,7 +62,7 @@ def add_command(app: typer.Typer, function: Callable[..., Any], name: str | None
         # --debug has done its work: its callback tells `main`.
         with stdout_for(json) as emit:
             answer = function(**arguments)
-            if answer is None:
+            if answer is None or launched()[0] > 0:  # the first of several ranks tells
                 return
             for problem in answer.problems:  # before a table that is longer than the screen
                 print(f"error: {problem}", file=sys.stderr)

@@ -31,6 +31,7 @@ from compress.eval.report import (
     told,
     turned_table,
 )
+from compress.ranks import launched
 from compress.storage.files import write_text
 
 if TYPE_CHECKING:  # need torch
@@ -43,10 +44,14 @@ WIDE = 200  # columns where the output is no terminal, whose own 80 would cut ta
 
 
 def console(stderr: bool = False) -> Console:
-    """A console on stdout or stderr that prints text as it is: no markup, no highlighting."""
+    """A console on stdout or stderr that prints text as it is: no markup, no highlighting.
+
+    Of several ranks, that of the first.
+    """
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else WIDE
-    return Console(stderr=stderr, width=width, markup=False, highlight=False)
+    quiet = launched()[0] > 0
+    return Console(stderr=stderr, width=width, markup=False, highlight=False, quiet=quiet)
 
 
 def print_lines(console: Console, *lines: str) -> None:

@@ -32,7 +32,8 @@ from compress.cli.measure import BARE, MEASURED, compare, evaluate, lm_eval
 from compress.cli.options import DebugOption, Settings, VersionOption
 from compress.cli.run import plan, run
 from compress.cli.search_pruning import search_pruning
-from compress.errors import CompressError
+from compress.errors import CompressError, UsageError
+from compress.ranks import RankError, has_spoken, launched, speaks
 
 # Libraries under us report to logs and bars of their own; a setting of the user's wins.
 QUIET = {
@@ -43,6 +44,8 @@ QUIET = {
 }
 ParserError: Any = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
 
+SHARED = ("run", "eval", "lm-eval")  # commands whose work the ranks of a launcher share
+
 app = typer.Typer(
     name="modelpress",
     no_args_is_help=True,
@@ -52,8 +55,19 @@ app = typer.Typer(
 
 
 @app.callback()
-def _top(version: VersionOption = False, debug: DebugOption = False) -> None:
-    pass  # the options' callbacks do it; the help is that of `app`
+def _top(
+    context: typer.Context, version: VersionOption = False, debug: DebugOption = False
+) -> None:
+    # The options' callbacks do their work; the help is that of `app`.
+    rank, ranks = launched()
+    if ranks > 1 and context.invoked_subcommand not in SHARED:
+        if rank > 0:
+            raise typer.Exit()
+        raise UsageError(
+            f"WORLD_SIZE={ranks}: {context.invoked_subcommand} runs in one process, and ranks "
+            f"would do the same {ranks} times: start it without torchrun or accelerate "
+            f"({', '.join(SHARED)} share their work)"
+        )
 
 
 add_command(app, run)
@@ -142,8 +156,9 @@ def _interrupted_by_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        for number in caught:
-            signal.signal(number, signal.SIG_DFL)
+        if launched()[1] == 1:  # one of several has yet to say why it ends, or to hear it said
+            for number in caught:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def explain(error: Exception, debug: bool) -> int:
@@ -151,7 +166,7 @@ def explain(error: Exception, debug: bool) -> int:
     if isinstance(error, InterruptError):
         return _fail(f"interrupted: {error}", error.exit_code)
     if isinstance(error, CompressError):
-        return _fail(f"error: {error}", error.exit_code)
+        return _fail(f"error: {error}", error.exit_code, heard=isinstance(error, RankError))
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" for {error.filename}" if error.filename else ""
         return _fail(f"error: the disk is full{where}: free some space and run this again", 1)
@@ -168,9 +183,12 @@ def _explain_usage(error: Any) -> int:
     return 2
 
 
-def _fail(message: str, code: int) -> int:
-    with contextlib.suppress(OSError):  # a terminal that was closed
-        print(" ".join(message.split()), file=sys.stderr)
+def _fail(message: str, code: int, heard: bool = False) -> int:
+    """Prints a line, once for all ranks; `heard`: from another one, which may print it itself."""
+    if speaks(heard):
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            print(" ".join(message.split()), file=sys.stderr, flush=True)
+        has_spoken()
     return code
 
 

@@ -172,7 +172,7 @@ def evaluate(
     ] = None,
     dense: PackingOption = None,
     activation_bits: ActivationBitsOption = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     output: OutputFileOption = None,
     output_path: Annotated[
         Path | None, typer.Option(help="A folder for lm-eval's own files: results_*.json.")
@@ -202,7 +202,7 @@ def evaluate(
             pictures=pictures,
             output_path=output_path,
         )
-    written = _recorded(Path(model), scores) if record else []
+    written = _recorded(Path(model), scores) if record and scores else []
 
     def draw(out: Console) -> None:
         print_scores(out, model, scores, baseline or "")
@@ -247,7 +247,7 @@ def compare(
     model: ModelOption = None,
     set_: SetOption = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs/compare"),
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Run what is finished again.")
     ] = False,

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share: `device: DeviceOption = "cpu"`."""
+"""Arguments and options that several commands share: `device: DeviceOption = "auto"`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,9 @@ AverageBitsOption = Annotated[
 WidthsOption = Annotated[
     str | None, typer.Option("--widths", metavar="2,3,4", help="Bits that a layer may have.")
 ]
-DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="Where to compute: cpu, cuda, cuda:1; auto: a GPU where there is one.")
+]
 DenseOption = Annotated[
     bool, typer.Option("--dense", help="Expand quantised linears: no packed kernels, more memory.")
 ]

@@ -34,6 +34,7 @@ from compress.cli.options import (
 )
 from compress.cli.progress import RunProgress
 from compress.eval.report import format_bytes, format_memory
+from compress.memory import chosen_device, idle_gpus
 
 
 def run(
@@ -47,7 +48,7 @@ def run(
     budget: BudgetOption = None,
     average_bits: AverageBitsOption = None,
     widths: WidthsOption = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     resume: Annotated[bool, typer.Option(help="Continue a run that was interrupted.")] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished result.")
@@ -55,8 +56,14 @@ def run(
     check_source: Annotated[
         bool, typer.Option(help="First compare our forward of the model with transformers.")
     ] = True,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Several ranks: the bytes of one process.")
+    ] = False,
 ) -> Answer:
-    """Compress a model as a recipe says."""
+    """Compress a model as a recipe says.
+
+    Started by torchrun (torchrun --nproc-per-node 2 -m compress run RECIPE), the ranks share it.
+    """
     loaded = load_recipe(recipe, model, set_, _allocation(budget, average_bits, widths))
     from compress.comparison.study import folder_name  # slow: a typo in the recipe is told before
     from compress.pipeline.run import run as run_recipe
@@ -64,6 +71,9 @@ def run(
     output = output or Path("outputs") / folder_name(loaded.name)  # which may be any text
     err = console(stderr=True)
     print_lines(err, f"{loaded.name}: the result goes to {output}")
+    device = chosen_device(device)
+    if idle := idle_gpus(device):
+        print_lines(err, f"{idle} run {recipe}")
     with (
         RunProgress(err) as progress,
         interruptible(lambda: _what_is_left(progress, output, resume)),
@@ -75,6 +85,7 @@ def run(
             resume=resume,
             overwrite=overwrite,
             check_source=check_source,
+            deterministic=deterministic,
             observer=progress,
         )
 
@@ -95,7 +106,7 @@ def plan(
     budget: BudgetOption = None,
     average_bits: AverageBitsOption = None,
     widths: WidthsOption = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     check_source: Annotated[
         bool,
         typer.Option("--check-source", help="Compare our forward of the model with transformers."),
@@ -109,6 +120,7 @@ def plan(
     loaded = load_recipe(recipe, model, set_, _allocation(budget, average_bits, widths))
     from compress import plan as plan_of
 
+    device = chosen_device(device)
     if loaded.allocate is None:
         planned = plan_of(loaded, device=device, check_source=check_source)
     else:

@@ -14,7 +14,7 @@ from compress.cli.console import console, pairs_table, print_lines
 from compress.cli.options import DenseOption, DeviceOption, ModelArgument, SeedOption
 from compress.cli.progress import RunProgress
 from compress.errors import UsageError
-from compress.memory import check_device
+from compress.memory import chosen_device
 from compress.storage.lease import file_lease, lease
 
 if TYPE_CHECKING:  # needs torch
@@ -55,7 +55,7 @@ def search_pruning(
     ] = False,
     dense: DenseOption = False,
     seed: SeedOption = 0,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     resume: Annotated[bool, typer.Option(help="Go on with the trials that are there.")] = True,
 ) -> Answer:
     """Find which visual tokens to prune: the strategy that changes the last state least."""
@@ -71,7 +71,7 @@ def search_pruning(
     from compress.data.samples import DEMO_SCENES
     from compress.pruning.search import check_search, search_strategy
 
-    check_device(device)
+    device = chosen_device(device)
     check_search(keep, trials, sampler)
     if str(data) != DEMO_SCENES and not data.is_file():
         raise UsageError(f"--data: no such file: {data}")

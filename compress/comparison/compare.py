@@ -40,6 +40,7 @@ from compress.eval.markup import in_markdown
 from compress.eval.page import write_comparison
 from compress.eval.progress import telling
 from compress.eval.report import FRONT_LINE, Row, markdown_table, marked, plot_quality
+from compress.memory import chosen_device
 from compress.observer import Observer
 from compress.pipeline.evaluation import check_evaluation
 from compress.pipeline.notebook import observer_here
@@ -150,6 +151,7 @@ def compare(
         CompressError: a run failed.
     """
     observer = observer or observer_here()
+    device = chosen_device(device)
     chosen = [Recipe.of(recipe) for recipe in recipes]
     output = Path(output)
     section = _check_recipes(chosen, seeds)

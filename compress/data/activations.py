@@ -7,7 +7,7 @@ its batch comes up; the values are the same to the bit, so where they live never
     store.append(x); x = store[0]; store[0] = y
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,15 @@ MEMORY_SHARE = 0.25
 
 
 class ActivationStore:
-    """A list of fp32 tensors, kept in memory or as files in `folder`."""
+    """A list of fp32 tensors, kept in memory or as files in `folder`.
 
-    def __init__(self, folder: Path | None = None, name: str = "x"):
-        self.folder, self.name = folder, name
+    `numbers`: by which each batch is called in its file, where others write there too.
+    """
+
+    def __init__(
+        self, folder: Path | None = None, name: str = "x", numbers: Sequence[int] | None = None
+    ):
+        self.folder, self.name, self.numbers = folder, name, numbers
         self._tensors: list[Tensor | None] = []
         self._shapes: list[torch.Size] = []
         self._sums: list[int] = []
@@ -38,7 +43,8 @@ class ActivationStore:
 
     def _file(self, index: int) -> Path:
         assert self.folder is not None
-        return self.folder / f"{self.name}-{index:05d}.f32"
+        number = index if self.numbers is None else self.numbers[index]
+        return self.folder / f"{self.name}-{number:05d}.f32"
 
     def __getitem__(self, index: int) -> Tensor:
         """Batch `index`; the caller may change it only through `store[index] = ...`."""
@@ -91,21 +97,26 @@ class ActivationStore:
         """The same batches as files; the store itself if it holds those files already."""
         if (self.folder, self.name) == (folder, name):
             return self
-        copy = ActivationStore(folder, name)
+        copy = ActivationStore(folder, name, self.numbers)
         for x in self:
             copy.append(x)
         return copy
 
     @classmethod
     def found(
-        cls, folder: Path, name: str, shapes: list[torch.Size], sums: list[int]
+        cls,
+        folder: Path,
+        name: str,
+        shapes: list[torch.Size],
+        sums: list[int],
+        numbers: Sequence[int] | None = None,
     ) -> "ActivationStore":
         """A store over files that an earlier process has written, whose `sums` are known.
 
         Raises CheckpointError if one is missing or was cut short; one that is damaged is noticed
         when it is read.
         """
-        store = cls(folder, name)
+        store = cls(folder, name, numbers)
         store._shapes, store._tensors = list(shapes), [None] * len(shapes)
         store._sums, store._unread = list(sums), set(range(len(shapes)))
         for index, shape in enumerate(shapes):
@@ -118,7 +129,7 @@ class ActivationStore:
 
     def in_memory(self) -> "ActivationStore":
         """The same batches in memory."""
-        store = ActivationStore()
+        store = ActivationStore(numbers=self.numbers)
         for x in self:
             store.append(x)
         return store

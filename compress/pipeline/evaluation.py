@@ -22,13 +22,16 @@ from compress.data.text import BLANK_LINE, Corpus, content_digests, load_documen
 from compress.data.windows import encode, token_stream
 from compress.errors import UsageError
 from compress.eval.evaluate import Baseline, evaluate_model
+from compress.eval.harness import shared_requests
 from compress.eval.settings import CacheRequests, EvaluationSettings
 from compress.eval.task_names import find_tasks
 from compress.eval.windows import Text
 from compress.kernels.linear import QuantLinear
 from compress.loading.load import fastest_packing, load
+from compress.memory import chosen_device
 from compress.pipeline.notebook import measured_here
 from compress.pruning.pictures import watching
+from compress.ranks import together
 from compress.recipe.sections import Evaluate
 
 if TYPE_CHECKING:
@@ -70,7 +73,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Tasks, perplexity and divergence of a checkpoint: the dict of `compress.eval.evaluate`.
 
-    If the model prunes visual tokens, `pruning` says what that saved.
+    If the model prunes visual tokens, `pruning` says what that saved. Started by torchrun or
+    accelerate, the ranks share the requests of tasks, as lm-eval does it; the first one measures
+    the text and what pruning saves in its own share. The others get {}.
 
     Args:
         model, baseline: folders or hub ids; the baseline is measured in the same call.
@@ -99,15 +104,23 @@ def evaluate(
         CheckpointError: a damaged checkpoint.
     """
     settings = EvaluationSettings.among(locals())
+    device = chosen_device(device)
     drawn = None if pictures is None else Path(pictures)
-    with measured_here():
-        return Evaluator(settings, baseline, device).measure(
+    with measured_here(), together(device) as ranks, shared_requests(ranks.size):
+        if not ranks.first:
+            settings, drawn = replace(settings, perplexity=None), None
+            if not settings.tasks:
+                return {}
+        scores = Evaluator(settings, baseline, device).measure(
             model,
             dense=dense,
             activation_bits=activation_bits,
             pictures=drawn,
             files=None if output_path is None else Path(output_path),
         )
+        if ranks.size > 1:
+            scores["conditions"]["ranks"] = ranks.size
+    return scores if ranks.first else {}
 
 
 class Evaluator:

@@ -73,6 +73,8 @@ class LayerFacts(WeightFacts, total=False):
     token_weights: list[float]  # of the first tokens, in the layers that the report shows
     scarce_experts: list[ScarceExpert]
     seconds: float
+    ranks: int  # that shared the layer, where there were several
+    deterministic: bool  # whether these added up sums as one process does
 
 
 class Entry(TypedDict):
@@ -145,6 +147,14 @@ class Journal:
         line = _line(entry)
         append_line(self.path, line.removesuffix("\n"))
         self._entries.append(_entry(line))
+
+    def entries(self) -> list[Entry]:
+        """What the journal holds of every finished layer, for another process to `follow`."""
+        return self._entries
+
+    def follow(self, entries: list[Entry]) -> None:
+        """Reads for another process, which keeps the journal and has told its entries."""
+        self._entries = entries
 
     def facts(self) -> list[LayerFacts]:
         """The facts of every finished layer, in order."""

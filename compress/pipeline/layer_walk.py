@@ -27,11 +27,13 @@ from compress.models.skeleton import linear_in
 from compress.observer import Observer
 from compress.pipeline.journal import Journal, LayerFacts, ModuleFacts, ScarceExpert
 from compress.pipeline.plan import Plan
+from compress.pipeline.sharing import Shared
 from compress.pipeline.stream import CalibrationStream
 from compress.pipeline.token_sample import layers_shown, weights_shown
 from compress.pruning.last_token import LastTokenAttention
 from compress.quantization.hessian import Hessian
 from compress.quantization.layer import run_layer, solve_group
+from compress.quantization.shares import WHOLE
 from compress.quantization.solvers import SOLVERS, SolverSettings, make_solver
 from compress.quantization.token_weights import TokenWeigher
 from compress.recipe.quantize import Policy, Quantize
@@ -45,6 +47,7 @@ POLICIES: dict[Policy, str] = {
     "shared_hessian": "quantised for the tokens of all experts",
 }
 RELEASE_BYTES = 1 << 26
+SOLVING = 3  # passes over a Hessian beside the sweeps: the column loop, and two sums of errors
 HEAD_WEIGHTS = "head-weights.safetensors"  # in the folder of the activations
 
 
@@ -72,7 +75,14 @@ class LayerWalk:
         for ids, mask in stream.data.parts:
             counts += count_tokens(ids, mask, len(counts))
         # The list itself: where visual tokens are pruned, its batches become shorter.
-        self.weigher = TokenWeigher(section.token_importance, stream.batches, counts)
+        masked = not all(bool(mask.all()) for _, mask in stream.data.parts)
+        self.weigher = TokenWeigher(section.token_importance, stream.batches, counts, masked)
+        self.ranks = stream.ranks
+        self.shares = (
+            WHOLE
+            if self.ranks.size == 1
+            else Shared(self.ranks, stream.spool(), section.refine_sweeps + SOLVING)
+        )
         # Of the last layer's tokens, for a head that is quantised: by batch.
         self.last_weights: dict[int, Tensor] = {}
         self.tables: list[LayerFacts] = []  # of the embedding, where it is quantised
@@ -87,7 +97,9 @@ class LayerWalk:
         """All decoder layers from `first`, which is the first that the journal does not have."""
         total = len(self.plan.layers)
         if first == total and self._weighs_head():
-            self.last_weights = {int(i): w for i, w in self.stream.noted(HEAD_WEIGHTS).items()}
+            noted = self.stream.noted(HEAD_WEIGHTS)
+            own = enumerate(map(str, self.stream.numbers))
+            self.last_weights = {i: noted[number] for i, number in own if number in noted}
         self.observer.stage("layers")
         for index in range(first, total):
             self.observer.layers(index, total)
@@ -95,8 +107,14 @@ class LayerWalk:
             tensors, facts = self._layer(index)
             facts["seconds"] = round(time.perf_counter() - started, 3)
             if index == total - 1 and self._weighs_head():
-                self.stream.note(HEAD_WEIGHTS, {str(i): w for i, w in self.last_weights.items()})
-            self.journal.record(index, tensors, facts, self.stream.state())
+                numbers, weights = self.stream.numbers, self.last_weights
+                noted = self.ranks.gather({str(numbers[i]): w for i, w in weights.items()})
+                if self.ranks.first:
+                    self.stream.note(HEAD_WEIGHTS, noted)
+            state = self.stream.state()
+            if self.ranks.first:
+                self.journal.record(index, tensors, facts, state)
+            self.ranks.meet()  # nobody writes over this layer's inputs before
             del tensors  # or they would be there while the next layer is solved
             self.facts.append(facts)
         self.observer.layers(total, total)
@@ -191,14 +209,23 @@ class LayerWalk:
                 scarce=lambda number, rows, policy: scarce.append(
                     {"expert": number, "rows": rows, "policy": policy}
                 ),
+                shares=self.shares,
             )
-        for name, whole in joined(
-            (name.removeprefix(prefix) for name in written), skeleton.wholes.get(source, [])
-        ).items():
+        names = (name.removeprefix(prefix) for name in written)
+        wholes = skeleton.wholes.get(source, []) if self.ranks.first else []
+        for name, whole in joined(names, wholes).items():
             inside = {n: written.pop(prefix + n) for part in whole.parts for n in part}
             written[prefix + name] = whole.join(inside)
         stream.advance(y, index + 1, y0)
+        told = self.ranks.collect((sizes, tokens, counted, shown))
+        sizes, tokens, counted = ([x for each in told for x in each[kind]] for kind in range(3))
+        shown = told[0][3]
+        for sums in self.ranks.collect(self.weigher.taken()):
+            self.weigher.put(sums)
         facts: LayerFacts = {"layer": index, "modules": modules}
+        if self.ranks.size > 1:
+            facts["ranks"] = self.ranks.size
+            facts["deterministic"] = self.ranks.deterministic
         if source != index:
             facts["source_layer"] = source
         if scarce:
@@ -294,9 +321,9 @@ class LayerWalk:
             # An expert without a Hessian of its own may be rounded to nearest.
             rounds = self.solver.needs_hessian and H is None
             solver = self.rounding if rounds else self.solver
-            solved = solve_group(layer, schemes, solver, H, self.dtype)
+            solved = solve_group(layer, schemes, solver, H, self.dtype, self.shares)
         tensors: dict[str, Tensor] = {}
-        for name, linear in solved.items():
+        for name, linear in solved.items() if self.ranks.first else ():  # who writes them
             scale = self.model.stored(f"{prefix}{name}.weight_scale", linear.scale)
             codes = codes_of_signed(linear.codes, scale, linear.zero, schemes[name])
             format = FORMATS[self.plan.table_formats.get(name, "pack-quantized")]
@@ -351,13 +378,14 @@ class LayerWalk:
         H = None
         if self._needs_hessian({name: scheme}):
             x0 = self.stream.x0
-            H = Hessian(inputs, self.device, drift=x0 is not None)
+            H = self.shares.hessian(inputs, self.device, x0 is not None)
             for i, (_, mask) in enumerate(self.stream.batches):
                 x = norm(self.stream.x[i].to(self.device))
                 twin = None if x0 is None else norm(x0[i].to(self.device))
                 w = self.last_weights.get(i)
                 w = mask.float() if w is None else w
                 H.add_batch(x, w.to(self.device), twin)
+            self.shares.complete(H)
         modules: list[ModuleFacts] = []
         packed = self._solve("", holder, {name: scheme}, H, modules)
         self.facts.append({"layer": None, "modules": modules, "seconds": modules[0]["seconds"]})

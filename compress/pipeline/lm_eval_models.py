@@ -23,9 +23,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from compress.errors import CompressError, UsageError
+from compress.eval.harness import share
 from compress.eval.multimodal import is_multimodal, loaded_multimodal
-from compress.memory import check_device
+from compress.memory import chosen_device
 from compress.pipeline.evaluation import load_measured
+from compress.ranks import launched
 
 NAMES = ("modelpress", "modelpress-multimodal")
 Multimodal: Any = loaded_multimodal()
@@ -42,7 +44,9 @@ def _loaded(
         # cuda:0 is what its command says where nobody has said anything; its `hf` does the same.
         logging.getLogger("lm_eval").warning("no GPU here: %s runs on the CPU", pretrained)
         place = "cpu"
-    check_device(place)
+    if launched()[1] > 1:
+        place = "cpu" if place == "cpu" else "auto"  # each rank its own GPU
+    place = chosen_device(place)
     kind = None if dtype in (None, "auto") else getattr(torch, str(dtype), None)
     if dtype not in (None, "auto") and not isinstance(kind, torch.dtype):
         raise UsageError(f"--model_args: dtype: expected float32, bfloat16 or auto, found {dtype}")
@@ -69,6 +73,8 @@ class ModelpressLM(HFLM):
         if is_multimodal(tokenizer):
             tokenizer = tokenizer.tokenizer
         super().__init__(pretrained=model, tokenizer=tokenizer, **options)
+        if launched()[1] > 1:
+            share(self)
 
 
 @register_model(NAMES[1])
@@ -90,6 +96,8 @@ class ModelpressMultimodalLM(Multimodal):
             raise UsageError(f"{pretrained} reads text alone: give --model {NAMES[0]}")
         options.setdefault("convert_img_format", True)
         super().__init__(pretrained=model, tokenizer=processor, **options)
+        if launched()[1] > 1:
+            share(self)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -6,6 +6,9 @@
     -> head -> shards, config, tokenizer, recipe, strategy, provenance -> reload in a fresh process
     and compare logits -> report and model card -> publish -> evaluate -> report and card again
 
+Started by torchrun, the ranks share the walk and a quantised head (`sharing`). All else the first
+one does alone: it holds the lease, writes, checks, measures and tells.
+
 Everything is written below OUT/.modelpress and moved to OUT at the end, config.json last, so OUT
 holds a whole checkpoint or none; one process at a time may do that. A run that was killed continues
 after its last finished layer, or what came behind, and ends with the same bytes.
@@ -13,10 +16,11 @@ after its last finished layer, or what came behind, and ends with the same bytes
     result = run("demo-lm", output="out")
 """
 
+import socket
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +28,16 @@ import psutil
 import torch
 from torch import Tensor
 
+from compress.allocation.allocate import Allocation
 from compress.checkpoint.engines import mixes_asymmetric
 from compress.checkpoint.packed_formats import FORMATS, codes_of_signed
 from compress.data.activations import activations_on_disk
-from compress.data.prompts import CalibrationData, calibration_data, probe_prompt
+from compress.data.prompts import (
+    CalibrationData,
+    ImagePrompts,
+    calibration_data,
+    probe_prompt,
+)
 from compress.data.samples import read_samples
 from compress.data.windows import CalibrationWindows, check_token_ids, doubts
 from compress.errors import CompressError, UsageError
@@ -36,13 +46,13 @@ from compress.kernels.codes import Codes
 from compress.kernels.embedding import QuantEmbedding
 from compress.kernels.reference import dense
 from compress.loading.load import load
-from compress.memory import check_device, peak_memory, release_memory
+from compress.memory import chosen_device, peak_memory, release_memory
 from compress.models.vision import Lookup, rows_of, vision_at_work
 from compress.observer import Observer
 from compress.pipeline.evaluation import check_evaluation
 from compress.pipeline.finish import RunLog, left_by, measure, publish_result, restored
 from compress.pipeline.inputs import RunInputs
-from compress.pipeline.journal import Journal
+from compress.pipeline.journal import Entry, Journal
 from compress.pipeline.layer_walk import LayerWalk
 from compress.pipeline.notebook import observer_here
 from compress.pipeline.output import assemble
@@ -57,14 +67,16 @@ from compress.pruning.costs import without_voters
 from compress.pruning.search import search_as_told
 from compress.pruning.stages import Stages
 from compress.quantization.tables import round_table
+from compress.ranks import Ranks, together
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
 from compress.scheme import PlannedModule
 from compress.storage.files import read_json, write_json
-from compress.storage.lease import WORK_FOLDER, lease
+from compress.storage.lease import HOLDER, WORK_FOLDER, lease
 from compress.storage.output_folder import FINAL, check_output, refuse, withdraw
 from compress.storage.safetensors import read_tensors, save_tensors
 
+SEEN = 10.0  # seconds for a file of one machine to be seen on the others
 SOURCE_FILE = "source-check.json"  # in the work folder: that the source was checked
 
 
@@ -79,6 +91,7 @@ def run(
     windows: CalibrationData | None = None,
     self_check: bool = True,
     check_source: bool = True,
+    deterministic: bool = False,
     observer: Observer | None = None,
 ) -> RunResult:
     """Compresses a model as the recipe says and writes it to the folder `output`.
@@ -86,13 +99,18 @@ def run(
     Args:
         recipe: a recipe, the name of a shipped one (`rsq-w4`), a file, or a dict as YAML has it.
         model: a folder or hub id instead of the recipe's.
-        device: where layers are computed, `cpu` or `cuda`.
+        device: where layers are computed, `cpu`, `cuda` or `auto`: a GPU where there is one.
         resume: continue a run of the same recipe, model and versions that was killed.
         overwrite: replace a checkpoint in `output`; it stays whole until the new one is.
         windows: calibration data of your own instead of the recipe's dataset: windows of text, with
             a mask of the tokens that count, or prompts with images.
         self_check: reload the result in a fresh process and compare logits before publishing it.
         check_source: compare our 16-bit forward of the model with that of transformers first.
+        deterministic: several ranks give the bytes of one process with as many threads. Without,
+            sums are added up in another order.
+
+    Of several ranks, those behind the first return as soon as the weights are written, with a
+    result that has no figures.
 
     Raises:
         UsageError: the recipe does not fit the model, or `output` holds something else, or
@@ -101,11 +119,12 @@ def run(
     """
     recipe, output = Recipe.of(recipe, model), Path(output)
     log = RunLog(observer or observer_here())
-    check_output(output, overwrite, unfinished=True)  # before anything is made there
-    with lease(output) as held:
-        check_output(output, overwrite, held.abandoned)
-        check_device(device)
-        if recipe.evaluate is not None:
+    device = chosen_device(device)
+    with (
+        together(device, deterministic=deterministic) as ranks,
+        _held(output, overwrite, ranks) as abandoned,
+    ):
+        if recipe.evaluate is not None and ranks.first:
             check_evaluation(recipe.evaluate, recipe.resolve_path)
         log.observer.stage("plan")
         inputs = RunInputs.open(recipe, device)
@@ -122,21 +141,71 @@ def run(
             release_memory()  # of the whole text
         check_token_ids(data.parts, inputs.skeleton.config.vocab_size)
         mark = fingerprint(inputs, data)
+        _check_ranks(inputs, data, mark, ranks)
         try:
-            if held.abandoned and resume and left_by(output, mark):
+            left = ranks.tell(lambda: abandoned and resume and left_by(output, mark))
+            if left and ranks.first:
                 result = restored(output, inputs, mark, log)
+            elif left:
+                result = _result(output, plan, inputs, log)
             else:
-                if (output / "config.json").exists() and not overwrite:
+                if ranks.first and (output / "config.json").exists() and not overwrite:
                     refuse(output, "config.json")
                 checks = self_check, check_source
                 result = _compressed(
-                    inputs, plan, data, mark, output, resume, overwrite, checks, log
+                    inputs, plan, data, mark, output, resume, overwrite, checks, ranks, log
                 )
-                publish_result(result, inputs, data, mark)
+                if ranks.first:
+                    publish_result(result, inputs, data, mark)
         except OSError as error:
             raise CompressError(f"{error.filename or output}: {error.strerror or error}") from error
-        measure(result, inputs, data, mark, log)
+        if ranks.first:
+            measure(result, inputs, data, mark, log)
     return result
+
+
+@contextmanager
+def _held(output: Path, overwrite: bool, ranks: Ranks) -> Iterator[bool]:
+    """Holds the folder, for all ranks; yields whether an earlier process was stopped in it."""
+    if not ranks.first:
+        _check_shared(output / WORK_FOLDER / HOLDER, ranks.tell(str), ranks.rank)
+        yield False
+        return
+    check_output(output, overwrite, unfinished=True)  # before anything is made there
+    with lease(output) as held:
+        check_output(output, overwrite, held.abandoned)
+        ranks.tell((output / WORK_FOLDER / HOLDER).read_text)
+        yield held.abandoned
+
+
+def _check_shared(holder: Path, said: str, rank: int) -> None:
+    """UsageError where a rank does not see the folder that the first one holds."""
+    until = time.monotonic() + SEEN
+    while time.monotonic() < until:
+        with suppress(OSError):
+            if holder.read_text() == said:
+                return
+        time.sleep(0.1)
+    raise UsageError(
+        f"rank {rank} on {socket.gethostname()} does not see the output folder "
+        f"{holder.parents[1]} of rank 0: choose an --output that all machines share"
+    )
+
+
+def _check_ranks(inputs: RunInputs, data: CalibrationData, mark: str, ranks: Ranks) -> None:
+    """UsageError for ranks that read different things, and for what they cannot share."""
+    marks = ranks.collect(mark)
+    if other := next((rank for rank, own in enumerate(marks) if own != marks[0]), None):
+        raise UsageError(
+            f"rank {other} has another recipe, model, text or version of a package than rank 0: "
+            "all need the same"
+        )
+    pruned = inputs.recipe.prune_visual_tokens is not None
+    if ranks.size > 1 and pruned and isinstance(data, ImagePrompts):
+        raise UsageError(
+            "prune_visual_tokens: calibration prompts are pruned by one process: start it without "
+            "torchrun, or calibrate on text"
+        )
 
 
 def _compressed(
@@ -148,21 +217,32 @@ def _compressed(
     resume: bool,
     overwrite: bool,
     checks: tuple[bool, bool],
+    ranks: Ranks,
     log: RunLog,
 ) -> RunResult:
-    """The checkpoint in OUT/.modelpress/final; `checks`: whether to reload it, and the source's."""
+    """The checkpoint in OUT/.modelpress/final; `checks`: whether to reload it, and the source's.
+
+    What the first rank does alone, the others wait for in `tell`.
+    """
     self_check, source_checked = checks
     journal = Journal(output / WORK_FOLDER, mark)
-    done = journal.open(resume, replace=overwrite)
-    withdraw(output)  # of another run, whose journal is gone by now
-    agreed = settle_source(inputs, plan, journal, source_checked, log)
+
+    def opened() -> list[Entry]:
+        journal.open(resume, replace=overwrite)
+        withdraw(output)  # of another run, whose journal is gone by now
+        return journal.entries()
+
+    journal.follow(ranks.tell(opened))
+    done = len(journal.entries())
+    agreed = ranks.tell(lambda: settle_source(inputs, plan, journal, source_checked, log))
     if inputs.recipe.allocate is not None:
-        plan = allocated_plan(
-            inputs, data, journal.folder, identity=mark, resume=resume, observer=log.observer
-        )
+        chosen = ranks.tell(lambda: _allocation(inputs, data, journal, resume, log))
+        plan = make_plan(inputs, Allocation.of_json(chosen))
     with torch.no_grad():
-        pruning = settle_pruning(inputs, plan, journal, resume, log)
-        job = Job(inputs, plan, data, journal, pruning, log)
+        # Only pictures are pruned in calibration, and those by one process.
+        pruning = settle_pruning(inputs, plan, journal, resume, log) if ranks.first else Pruning()
+        ranks.tell(lambda: None)
+        job = Job(inputs, plan, data, journal, pruning, log, ranks)
         job.start(done)
         for note in plan.notes:
             if plan.pruning is None or note != plan.pruning["summary"]:
@@ -173,19 +253,42 @@ def _compressed(
         job.finish_tensors()
         for doubt in job.pruning_doubts():
             log.warn(doubt)
-        checked = job.assemble(self_check)
+        result = _result(output, plan, inputs, log)
+        if ranks.first:
+            result.layers, result.source_check = job.layers.facts, agreed
+            result.pruning = job.pruning_facts()
+            result.self_check = job.assemble(self_check)
+    return replace(result, peak_memory=peak_memory(inputs.device))
+
+
+def _result(output: Path, plan: Plan, inputs: RunInputs, log: RunLog) -> RunResult:
+    """A result whose figures are not there."""
     return RunResult(
         path=output,
         plan=plan,
         metrics={},
-        layers=job.layers.facts,
+        layers=[],
         seconds=log.seconds,
         peak_memory=peak_memory(inputs.device),
-        self_check=checked,
-        source_check=agreed,
-        pruning=job.pruning_facts(),
+        self_check={},
         warnings=log.warnings,
     )
+
+
+def _allocation(
+    inputs: RunInputs, data: CalibrationData, journal: Journal, resume: bool, log: RunLog
+) -> dict[str, Any]:
+    """The widths that the layers are given, as JSON holds them."""
+    found = allocated_plan(
+        inputs,
+        data,
+        journal.folder,
+        identity=journal.fingerprint,
+        resume=resume,
+        observer=log.observer,
+    ).allocation
+    assert found is not None, "a plan with problems has been refused"
+    return asdict(found)
 
 
 def settle_source(
@@ -257,10 +360,12 @@ class Job:
         journal: Journal,
         pruning: Pruning,
         log: RunLog,
+        ranks: Ranks | None = None,
     ):
         self.inputs, self.skeleton, self.spec = inputs, inputs.skeleton, inputs.skeleton.spec
         self.plan, self.data, self.pruning = plan, data, pruning
         self.journal, self.work, self.log = journal, journal.folder, log
+        self.ranks = ranks or Ranks()
         self.model = inputs.rotated_model()
         self.stream = self._stream()
         self.layers = LayerWalk(
@@ -275,7 +380,9 @@ class Job:
     def _stream(self) -> CalibrationStream:
         probe = processor = None
         if self.spec.vision is not None:
-            probe, processor = probe_prompt(self.skeleton), self.skeleton.processor()
+            processor = self.skeleton.processor()
+        if self.spec.vision is not None and self.ranks.first:
+            probe = probe_prompt(self.skeleton)
         depth, strategy = len(self.plan.layers), self.pruning.strategy
         hidden = self.skeleton.config.hidden_size
         widest = max((module.shape[1] for module in self.plan.modules), default=0)
@@ -291,12 +398,15 @@ class Job:
             probe=probe,
             processor=processor,
             device=self.inputs.device,
+            ranks=self.ranks,
         )
 
     def start(self, done: int) -> None:
         """Puts the inputs of the first layer that is not `done` in place."""
-        self._write_embedding()  # again, where a run goes on: what an earlier process left of it
-        if done == 0:  # is not in the journal
+        if self.ranks.first:  # again, where a run goes on: what an earlier process left of it
+            self._write_embedding()  # is not in the journal
+        self.ranks.tell(lambda: None)
+        if done == 0:
             rounded = self.plan.module(self.spec.embedding) is not None
             exact = (lambda: rows_of(self._dense_table())) if rounded else None
             self.stream.embed(self._vision_at_work, self._table, exact)
@@ -359,7 +469,10 @@ class Job:
         self.log.lap("layers")
 
     def finish_tensors(self) -> None:
-        """Final norm and head, and the probe for the self-check: logits of a prompt."""
+        """Final norm and head, and the probe for the self-check: logits of a prompt.
+
+        A head that is solved is solved by all ranks.
+        """
         self.log.observer.stage("head")
         spec, model, device = self.spec, self.model, self.model.device
         planned, name = self.plan.module(spec.head), f"{spec.head}.weight"
@@ -382,6 +495,8 @@ class Job:
                 head = tensors[name] = model.stored(name, head)
             elif planned is None:
                 head = head.to(model.dtype)
+            if not self.ranks.first:
+                return
             save_tensors(self.work / "head.safetensors", tensors)
             inputs, x = self._probe()
             logits = model.finished(norm(x.to(device)) @ head.float().to(device).T, bias)

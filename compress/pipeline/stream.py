@@ -1,9 +1,10 @@
 """The calibration tokens on their way through the decoder layers, one layer at a time.
 
 Holds what a layer needs of each batch: hidden states (in memory or on disk), position ids, and
-which tokens count. Prompts with images are encoded at the start; where visual tokens are pruned,
-each stage of the strategy shortens the prompts before its layer, so that pruned tokens are neither
-attended to nor counted in any Hessian, and recycled ones are.
+which tokens count; of several ranks, each has its own batches. Prompts with images are encoded at
+the start; where visual tokens are pruned, each stage of the strategy shortens the prompts before
+its layer, so that pruned tokens are neither attended to nor counted in any Hessian, and recycled
+ones are.
 
 A multimodal model's stream ends with a probe: a prompt that is never pruned and never counts, whose
 logits any engine can check.
@@ -32,6 +33,7 @@ from compress.pruning.encoding import EncodedImages
 from compress.pruning.families import tower_for
 from compress.pruning.prompt import PromptImage, PrunedPrompt, take
 from compress.pruning.stages import Stages
+from compress.ranks import Ranks
 from compress.storage.files import file_digest
 from compress.storage.safetensors import read_tensors, save_tensors
 
@@ -56,6 +58,7 @@ class CalibrationStream:
 
     Attributes:
         batches: ids and mask [B, T] of the tokens that are still there, without the probe's.
+        numbers: which of all ranks' batches these are, with the probe's.
         x: the inputs of the next layer, [B, T, d] each; the probe's last.
         told, added: what the family tells its language model of a batch, None for text, and what it
             adds to the stream behind layers; the probe's last.
@@ -76,11 +79,16 @@ class CalibrationStream:
         probe: Inputs | None = None,
         processor: "ProcessorMixin | None" = None,
         device: str = "cpu",
+        ranks: Ranks | None = None,
     ):
+        self.ranks = ranks or Ranks()
         self.skeleton, self.data, self.stages = skeleton, data, stages
         self.folder, self.on_disk, self.device = folder, on_disk, device
         self.probe, self.processor = probe, processor
-        self.batches = data.batches(TOKENS_PER_BATCH)
+        batches = data.batches(TOKENS_PER_BATCH)
+        self.share = self.ranks.share(len(batches))
+        self.batches = batches[self.share.start : self.share.stop]
+        self.numbers = [*self.share, *([] if probe is None else [len(batches)])]
         self.told: list[Told | None] = []
         self.added: list[dict[int, Added]] = []
         self.prompts: dict[int, PrunedPrompt] = {}  # of batches with images, if any are pruned
@@ -102,9 +110,9 @@ class CalibrationStream:
 
         `exact`: reads the embedding of the 16-bit model, where it is another.
         """
-        self.x = ActivationStore(*(self.place(0) if self.on_disk else ()))
+        self.x = self._store(self.place(0))
         if self.x0 is not None:
-            self.x0 = ActivationStore(*(self.twin_place(0) if self.on_disk else ()))
+            self.x0 = self._store(self.twin_place(0))
         self.told, self.added = [], []
         for i, encoded in enumerate(self._encoded(encoder, table())):
             self.told.append(encoded.told)
@@ -126,9 +134,11 @@ class CalibrationStream:
         d = self.skeleton.config.hidden_size
         lengths = [ids.shape for ids, _ in self.batches]
         self.told, self.added = [None] * len(lengths), [{} for _ in lengths]
-        if self.probe is not None:  # images are encoded again, for their places and importances
+        if self.probe is not None or isinstance(self.data, ImagePrompts):
+            # Images are encoded again, for their places and importances.
             again = [(e.told, e.added) for e in self._encoded(encoder, table())]
             self.told, self.added = [told for told, _ in again], [added for _, added in again]
+        if self.probe is not None:
             lengths.append(self.probe["input_ids"].shape)
         for stage in sorted(self.stages.numbers if self.stages and self.prompts else ()):
             if stage <= layer:
@@ -143,21 +153,24 @@ class CalibrationStream:
     def _found(
         self, place: tuple[Path, str], shapes: list[torch.Size], sums: list[int]
     ) -> ActivationStore:
-        found = ActivationStore.found(*place, shapes, sums)
+        own = [sums[number] for number in self.numbers[: len(shapes)]]
+        found = ActivationStore.found(*place, shapes, own, self.numbers)
         return found if self.on_disk else found.in_memory()
 
     def _encoded(self, encoder: Encoder, lookup: Lookup) -> Iterator[Encoded]:
         """The embeddings of every batch, and of the probe."""
-        if not isinstance(self.data, ImagePrompts):
+        images = isinstance(self.data, ImagePrompts)
+        if not images:
             for ids, _ in self.batches:
                 yield Encoded(self.skeleton.scaled(lookup(ids)), None)
-        if self.probe is None:
+        if self.probe is None and not (images and self.batches):
             return
         with encoder():
             if isinstance(self.data, ImagePrompts):
-                for i, inputs in enumerate(self.data.inputs):
-                    yield self._encode(i, inputs, lookup)
-            yield encode(self.skeleton, self.probe, lookup, self.device)
+                for i, number in enumerate(self.share):
+                    yield self._encode(i, self.data.inputs[number], lookup)
+            if self.probe is not None:
+                yield encode(self.skeleton, self.probe, lookup, self.device)
 
     def _encode(self, i: int, inputs: Inputs, lookup: Lookup) -> Encoded:
         if self.stages is None:
@@ -191,17 +204,26 @@ class CalibrationStream:
 
     def outputs(self, layer: int) -> ActivationStore:
         """Where the outputs of `layer` go."""
-        return ActivationStore(*self.place(layer + 1)) if self.on_disk else self.x
+        return self._store(self.place(layer + 1)) if self.on_disk else self.x
 
     def twin_outputs(self, layer: int) -> ActivationStore | None:
         """The same of the 16-bit model."""
         if self.x0 is None or not self.on_disk:
             return self.x0
-        return ActivationStore(*self.twin_place(layer + 1))
+        return self._store(self.twin_place(layer + 1))
 
     def scratch(self) -> ActivationStore:
         """An empty store for what waits inside a layer."""
-        return ActivationStore(*((self.folder, "work") if self.on_disk else ()))
+        return self._store((self.folder, "work"))
+
+    def spool(self) -> Path | None:
+        """Where activations go that wait; None: they stay in memory."""
+        return self.folder if self.on_disk else None
+
+    def _store(self, place: tuple[Path, str]) -> ActivationStore:
+        """An empty store: there, or in memory."""
+        folder, name = place
+        return ActivationStore(folder if self.on_disk else None, name, self.numbers)
 
     def layer_inputs(self, source: int, i: int, x: Tensor) -> LayerInputs:
         """What the decoder layer `source` of the model needs beside batch i."""
@@ -223,11 +245,17 @@ class CalibrationStream:
             self.x0.dump(*self.twin_place(layer))
 
     def state(self) -> StreamState:
-        """What a resumed run checks the files against that it finds."""
-        state: StreamState = {"inputs": self.x.sums, "stages": dict(self._left)}
+        """What a resumed run checks the files against that it finds: those of all ranks."""
+        state: StreamState = {"inputs": self._sums(self.x), "stages": dict(self._left)}
         if self.x0 is not None:
-            state["full_precision"] = self.x0.sums
+            state["full_precision"] = self._sums(self.x0)
         return state
+
+    def _sums(self, store: ActivationStore) -> list[int]:
+        """The checksum of every rank's batches, in their order."""
+        own = dict(zip(map(str, self.numbers), store.sums, strict=False))
+        found = {int(n): s for sums in self.ranks.collect(own) for n, s in sums.items()}
+        return [found[number] for number in sorted(found)]
 
     def note(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Keeps tensors beside the activations; `state` has the digest of the file."""
@@ -316,7 +344,7 @@ class CalibrationStream:
     def _seed(self, i: int, layer: int) -> int:
         """The seed of one prompt at one stage, so that a resumed run draws the same numbers."""
         assert self.stages is not None
-        sequence = np.random.SeedSequence([self.stages.strategy.seed, i, layer])
+        sequence = np.random.SeedSequence([self.stages.strategy.seed, self.numbers[i], layer])
         return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
     # ---- the end --------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from compress.models.experts import OpenedExperts, Routing, StandIn, standing_in
 from compress.models.families import ExpertsSpec, LayerSpec
 from compress.models.skeleton import linear_in
 from compress.quantization.hessian import Hessian, Part, needed
+from compress.quantization.shares import Whole
 from compress.recipe.quantize import Experts, Policy
 
 # What is told about an expert with few rows: its number, how many counted tokens reached it, and
@@ -51,6 +52,7 @@ class Stages(Protocol):
     counted: int
     device: str
     weights: list[Tensor | None]
+    shares: Whole
 
     @property
     def quantise(self) -> Callable[[tuple[str, ...], Hessian | None], None]: ...
@@ -69,6 +71,8 @@ class Stages(Protocol):
     def batches(self, store: ActivationStore) -> Iterator[tuple[int, Tensor]]: ...
 
     def parts_of(self, group: tuple[str, ...]) -> list[Part]: ...
+
+    def complete(self, parts: list[Part]) -> None: ...
 
     def add(self, parts: list[Part], i: int, rows: Tensor, rows0: Tensor | None) -> None: ...
 
@@ -112,9 +116,10 @@ class ExpertPass:
     def turns(self, routings: list[Routing]) -> Iterator[tuple[int, Policy | None]]:
         """Each expert, and the policy that it follows for want of rows."""
         late: list[int] = []
-        for number in range(self.experts.count):
+        numbers = range(self.experts.count)
+        reached = self.stages.shares.total([self.reached(routings, number) for number in numbers])
+        for number, rows in zip(numbers, reached, strict=True):
             inner, outer = self.experts.inner(number), (self.experts.outer(number),)
-            rows = self.reached(routings, number)
             solved = self.stages.needs_hessian(inner) or self.stages.needs_hessian(outer)
             if rows >= self.section.least_rows or not solved:
                 yield number, None
@@ -125,7 +130,7 @@ class ExpertPass:
                 yield number, self.section.policy
         for number in late:
             policy: Policy = "shared_hessian" if self.pooled else "all_tokens"
-            self.scarce(number, self.reached(routings, number), policy)
+            self.scarce(number, reached[number], policy)
             yield number, policy
 
     def routed(self, stand_in: StandIn) -> list[Routing]:
@@ -189,6 +194,7 @@ class ExpertPass:
                     rows = norm(rows[token.to(rows.device)])
                     rows = opened.widened(number, rows) if outer else rows
                     self.add_rows(parts, i, rows, token, weight, z)
+            stages.complete(parts)
             self.pool(parts, outer, policy)
             while parts:
                 part = parts.pop(0)

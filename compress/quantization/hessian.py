@@ -73,6 +73,16 @@ class Hessian:
         self._add_square(rows, middle, stop)
         self.lower[middle:stop, start:middle].addmm_(rows[:, middle:stop].T, rows[:, start:middle])
 
+    def sums(self) -> list[Tensor]:
+        """What is accumulated, to be added to elsewhere; the windows are counted beside it."""
+        return [self.lower, *(self.drift.sums() if self.drift else ())]
+
+    def of_windows(self, windows: int) -> None:
+        """Says of how many windows the sums are, where others have added to them."""
+        self.windows = windows
+        if self.drift is not None:
+            self.drift.square.windows = windows
+
     def absorb(self, other: "Hessian") -> None:
         """Adds what another of that size has accumulated, which keeps it."""
         self.lower += other.lower
@@ -133,6 +143,10 @@ class Drift:
             difference *= weights.unsqueeze(-1)
         K = x.shape[-1]
         self.cross.addmm_(difference.reshape(-1, K).T, x.reshape(-1, K).to(self.cross.dtype))
+
+    def sums(self) -> list[Tensor]:
+        """What is accumulated."""
+        return [self.cross, self.square.lower]
 
     def matrices(self) -> tuple[Tensor, Tensor] | None:
         """D and F; None where x0 was x for every token."""

@@ -45,7 +45,8 @@ from compress.quantization.experts import ExpertPass, Scarce
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian, Part, needed
 from compress.quantization.inside import catching, replaced, without
-from compress.quantization.solvers import QuantizedLinear, Solver, Target
+from compress.quantization.shares import WHOLE, Piece, Whole
+from compress.quantization.solvers import QuantizedLinear, Solver, Target, settled
 from compress.recipe.quantize import Experts
 from compress.scheme import Scheme
 
@@ -133,6 +134,7 @@ class LayerPass:
     device: str
     experts: Experts
     scarce: Scarce
+    shares: Whole
     weights: list[Tensor | None] = field(default_factory=list)  # of tokens, for each counted batch
 
     def run(self) -> None:
@@ -160,6 +162,7 @@ class LayerPass:
         """
         parts = self.parts_of(group)
         before(parts)  # a method of its own: no batch is held while the group is solved
+        self.complete(parts)
         self.twin.keep(group if keep else ())
         while parts:  # a Hessian is not held longer than its part
             part = parts.pop(0)
@@ -287,10 +290,18 @@ class LayerPass:
             Part(
                 names,
                 weighted,
-                Hessian(columns, self.device, drift) if self.needs_hessian(names) else None,
+                self.shares.hessian(columns, self.device, drift)
+                if self.needs_hessian(names)
+                else None,
             )
             for names, weighted in self.split(group)
         ]
+
+    def complete(self, parts: list[Part]) -> None:
+        """Makes the Hessians those of all tokens."""
+        for part in parts:
+            if part.H is not None:
+                self.shares.complete(part.H)
 
     def add(self, parts: list[Part], i: int, rows: Tensor, rows0: Tensor | None) -> None:
         """Adds batch i to the Hessians; `rows0`: the same in the 16-bit model."""
@@ -320,6 +331,7 @@ def run_layer(
     device: str = "cpu",
     experts: Experts | None = None,
     scarce: Scarce = lambda number, rows, policy: None,
+    shares: Whole = WHOLE,
 ) -> None:
     """Moves all batches in `x` [B, T, d] through the layer, quantising it on the way.
 
@@ -337,6 +349,7 @@ def run_layer(
             empty store, or `x0` itself. Hessians then have their drift. None: there is no such.
         experts: what few tokens of an expert mean; None: as a recipe does that does not say.
         scarce: told about each expert that fewer tokens reach, and what was done instead.
+        shares: what this process has of the tokens: the batches in x are its own.
     """
     counted = len(x) if counted is None else counted
     LayerPass(
@@ -357,6 +370,7 @@ def run_layer(
         device,
         experts or Experts(),
         scarce,
+        shares,
     ).run()
 
 
@@ -366,6 +380,7 @@ def solve_group(
     solver: Solver,
     H: Hessian | None,
     scale_dtype: torch.dtype,
+    shares: Whole = WHOLE,
 ) -> dict[str, QuantizedLinear]:
     """Quantises the linears of one group in place, and gives them back by name.
 
@@ -375,6 +390,7 @@ def solve_group(
         schemes: name -> scheme of each linear of the group that is quantised.
         solver: of SOLVERS; H is the Hessian of the group's input if it needs one. Where that has
             drifted, the target is the 16-bit model's output.
+        shares: which rows this process solves; it gets all of them back.
 
     Raises:
         CompressError: the Hessian cannot be factored.
@@ -384,27 +400,67 @@ def solve_group(
         stacks.setdefault(scheme, []).append(name)
     if not stacks:
         return {}
-    targets: dict[Scheme, Target] = {}
-    if H is not None and (drift := H.take_drift()) is not None:
-        targets = {s: Target.of(_stacked(layer, names), *drift) for s, names in stacks.items()}
-        del drift  # two K x K matrices, before there are others
-    statistics = None if H is None else solver.prepare(H.matrix())
+    first = linear_in(layer, next(iter(schemes))).weight
+    columns, device = first.shape[1], first.device
+    linears = {s: dict(zip(names, _rows(layer, names), strict=True)) for s, names in stacks.items()}
+    pieces: list[Piece] = []
+    for scheme, rows in linears.items():
+        stack = slice(0, max(part.stop for part in rows.values()))
+        for extent, other in ((stack, False), *((part, True) for part in rows.values())):
+            parts = shares.parts(extent, columns, device)
+            pieces += [Piece(scheme, part, other) for part in parts]
+
+    def solve(numbers: Iterable[int]) -> dict[int, QuantizedLinear]:
+        """Those of the pieces with these numbers that there is something for."""
+        mine = list(numbers)
+        targets: dict[Scheme, Target] = {}
+        if H is not None and (drift := H.take_drift()) is not None and mine:
+            targets = {s: Target.of(_stacked(layer, names), *drift) for s, names in stacks.items()}
+            del drift  # two K x K matrices, before there are others
+        statistics = None if H is None or not mine else solver.prepare(H.matrix())
+        found: dict[int, QuantizedLinear] = {}
+        for scheme, names in stacks.items():
+            own = [number for number in mine if pieces[number].scheme == scheme]
+            if not own:
+                continue
+            W = _stacked(layer, names)
+            grid = UniformGrid(scheme.bits, scheme.symmetric, scale_dtype)
+            target = targets.pop(scheme, None)
+            for number in own:
+                rows, other = pieces[number].rows, pieces[number].alternative
+                work = solver.alternative if other else solver.solve
+                aim = None if target is None else target.rows(rows)
+                result = work(W[rows], statistics, grid, scheme.group_size, aim)
+                if result is not None:
+                    found[number] = result
+        return found
+
+    found = shares.solved(pieces, columns, solve, device)
     solved: dict[str, QuantizedLinear] = {}
-    for scheme, names in stacks.items():
-        grid, size = UniformGrid(scheme.bits, scheme.symmetric, scale_dtype), scheme.group_size
-        target = targets.pop(scheme, None)
-        whole = solver.solve(_stacked(layer, names), statistics, grid, size, target)
-        linears = [linear_in(layer, name) for name in names]
-        ends = accumulate(linear.out_features for linear in linears)
-        for name, linear, end in zip(names, linears, ends, strict=True):
-            part = slice(end - linear.out_features, end)
-            aim = None if target is None else target.rows(part)
-            found = whole.rows(part)
-            solved[name] = solver.settle(linear.weight, found, statistics, grid, size, aim)
-    del statistics  # two K x K matrices, before weights are made
-    for name, result in solved.items():
-        linear_in(layer, name).weight = nn.Parameter(result.weight(), requires_grad=False)
+    for scheme, rows in linears.items():
+        own = [each for each in zip(pieces, found, strict=True) if each[0].scheme == scheme]
+        whole = _joined([result for piece, result in own if not piece.alternative])
+        assert whole is not None, "a solver finds something for all rows"
+        for name, part in rows.items():
+            inside = range(part.start, part.stop)
+            others = [r for piece, r in own if piece.alternative and piece.rows.start in inside]
+            solved[name] = settled(whole.rows(part), _joined(others))
+    for name, linear in solved.items():
+        linear_in(layer, name).weight = nn.Parameter(linear.weight(), requires_grad=False)
     return solved
+
+
+def _rows(layer: nn.Module, names: list[str]) -> Iterator[slice]:
+    """Where each linear lies in the stack of them."""
+    sizes = [linear_in(layer, name).out_features for name in names]
+    for size, end in zip(sizes, accumulate(sizes), strict=True):
+        yield slice(end - size, end)
+
+
+def _joined(parts: list[QuantizedLinear | None]) -> QuantizedLinear | None:
+    """All rows of what there is of each part; None where the solver has none."""
+    there = [part for part in parts if part is not None]
+    return QuantizedLinear.join(there) if there else None
 
 
 def _stacked(layer: nn.Module, names: list[str]) -> Tensor:

@@ -111,6 +111,8 @@ class QuantizedLinear:
     @classmethod
     def join(cls, parts: "list[QuantizedLinear]") -> "QuantizedLinear":
         """The linear of all the parts' rows; they share one Hessian and grid."""
+        if len(parts) == 1:
+            return parts[0]
         rows = [part.codes.shape[0] for part in parts]
         sweeps = zip_longest(*(part.changed for part in parts), fillvalue=0.0)
         changed = tuple(sum(map(mul, rows, shares)) / sum(rows) for shares in sweeps)
@@ -227,23 +229,44 @@ class Solver(Protocol):
         """W [N, K] and the statistics of its input -> codes. `target`: None is W x."""
         ...
 
-    def settle(
+    def alternative(
         self,
         W: Tensor,
-        found: QuantizedLinear,
         statistics: HessianFactor | None,
         grid: UniformGrid,
         group_size: int | None,
         target: Target | None = None,
-    ) -> QuantizedLinear:
-        """What `solve` found for a whole linear, or what is better by the statistics."""
+    ) -> QuantizedLinear | None:
+        """Other codes for W [N, K], with their errors, for `settled` to choose from; or None."""
+        return None
+
+
+def settled(found: QuantizedLinear, other: QuantizedLinear | None) -> QuantizedLinear:
+    """What `solve` found for a whole linear, or its alternative where that is less off."""
+    if other is None:
         return found
+    assert found.error is not None and other.error is not None
+    # By more than what the sums themselves are off.
+    if not float(other.error.sum()) < float(found.error.sum()) * (1 - SAME):
+        return found
+    return replace(
+        other,
+        power=found.power,
+        damping=found.damping,
+        dead_columns=found.dead_columns,
+        rounded=True,
+    )
+
+
+def rows_at_a_time(rows: int, columns: int, device: str) -> int:
+    """Of so many output rows, how many are solved at a time on this kind of device."""
+    most = max(LEAST_ROWS, WEIGHTS_AT_A_TIME[device] // columns)
+    return -(-rows // -(-rows // most))
 
 
 def some_rows(W: Tensor) -> tuple[Tensor, ...]:
     """W [N, K] in parts of as many rows as are solved at a time."""
-    rows = max(LEAST_ROWS, WEIGHTS_AT_A_TIME[W.device.type] // W.shape[1])
-    return W.chunk(-(-W.shape[0] // rows))
+    return W.split(rows_at_a_time(W.shape[0], W.shape[1], W.device.type))
 
 
 def _parts(W: Tensor, target: Target | None) -> Iterator[tuple[Tensor, Target | None]]:
@@ -344,19 +367,17 @@ class Gptq:
             ]
         )
 
-    def settle(
+    def alternative(
         self,
         W: Tensor,
-        found: QuantizedLinear,
         statistics: HessianFactor | None,
         grid: UniformGrid,
         group_size: int | None,
         target: Target | None = None,
     ) -> QuantizedLinear:
-        """What was found, or W rounded to nearest where that is less off from the target."""
-        assert statistics is not None and found.error is not None
-        H, error = statistics.H, 0.0
-        parts = []
+        """W rounded to nearest, and how far it is off from the target."""
+        assert statistics is not None, "gptq needs a Hessian"
+        H, parts = statistics.H, []
         for part, aim in _parts(W, target):
             Wt = part.T.clone(memory_format=torch.contiguous_format).to(H.dtype)
             Wt[statistics.dead] = 0
@@ -365,18 +386,7 @@ class Gptq:
             )
             parts.append(_finish(result, grid))
             parts[-1].error = _error(H, Wt.sub_(result.dequantised()), aim)
-            error += float(parts[-1].error.sum())
-        # By more than what the sums themselves are off.
-        if not error < float(found.error.sum()) * (1 - SAME):
-            return found
-        rounded = QuantizedLinear.join(parts)
-        return replace(
-            rounded,
-            power=found.power,
-            damping=found.damping,
-            dead_columns=found.dead_columns,
-            rounded=True,
-        )
+        return QuantizedLinear.join(parts)
 
     def _solve_rows(
         self,

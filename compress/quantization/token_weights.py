@@ -44,6 +44,7 @@ class TokenWeigher:
         section: TokenImportance,
         batches: list[tuple[Tensor, Tensor]],  # input ids and masks [B, T] of each batch
         token_counts: Tensor,
+        masked: bool | None = None,  # whether some tokens of all batches do not count
     ):
         assert section.minimum is not None, "a recipe resolves it"
         self.section = section
@@ -51,7 +52,8 @@ class TokenWeigher:
         self.batches, self.token_counts = batches, token_counts
         self._sums: dict[str, float] = {}
         self.unmapped = 0
-        self.masked = not all(bool(mask.all()) for _, mask in batches)
+        own = not all(bool(mask.all()) for _, mask in batches)
+        self.masked = own if masked is None else masked
 
     def weights(
         self,
@@ -112,6 +114,20 @@ class TokenWeigher:
             "uniform": float(found.uniform_share.sum()),
         }
         self._sums = {name: self._sums.get(name, 0) + value for name, value in parts.items()}
+
+    def taken(self) -> dict[str, float]:
+        """Sums of what was done since the last call, for `put` elsewhere."""
+        sums, self._sums = self._sums | {"unmapped": self.unmapped}, {}
+        self.unmapped = 0
+        return sums
+
+    def put(self, sums: dict[str, float]) -> None:
+        """Adds what another has done to what this one has."""
+        for name, value in sums.items():
+            if name == "unmapped":
+                self.unmapped += int(value)
+            else:
+                self._sums[name] = self._sums.get(name, 0) + value
 
     def facts(self) -> WeightFacts:
         """What was done to the weights that were given since the last call."""

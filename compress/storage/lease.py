@@ -25,6 +25,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from compress.errors import UsageError
+from compress.ranks import joined
 from compress.storage.files import sweep, writing
 
 WORK_FOLDER = ".modelpress"
@@ -58,7 +59,8 @@ def lease(folder: Path) -> Iterator[Lease]:
     """Holds `folder`, which is made if need be; one that nothing was written to goes again.
 
     Raises:
-        UsageError: another process or thread holds it, or this is one of several ranks.
+        UsageError: another process or thread holds it, or this is one of several ranks that know
+            nothing of each other.
         CheckpointError: it cannot be written to.
     """
     refuse_ranks()
@@ -101,7 +103,12 @@ def file_lease(path: Path) -> Iterator[None]:
 
 
 def refuse_ranks() -> None:
-    """UsageError for one of several processes that a launcher has started on the same work."""
+    """UsageError for one of several processes that a launcher has started on the same work.
+
+    Those that have joined each other share it, and only the first asks for a lease.
+    """
+    if joined():
+        return
     for size, rank in RANKS.items():
         ranks = os.environ.get(size, "")
         if rank in os.environ and ranks.isdigit() and int(ranks) > 1:

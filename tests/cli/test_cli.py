@@ -263,7 +263,7 @@ def test_eval_prints_figures_differences_and_conditions(monkeypatch, tmp_path, c
         "tasks": ["demo_code", "demo_vqa"], "include_path": tmp_path, "perplexity": "wikitext2",
         "length": 32, "stride": 16, "bos": True, "text_field": "body", "baseline": "full",
         "tokens": 99, "per_document": True,
-        "limit": 400, "batch_size": 3, "num_fewshot": 2, "seed": 7, "device": "cpu",
+        "limit": 400, "batch_size": 3, "num_fewshot": 2, "seed": 7, "device": "auto",
     } == calls[0]  # fmt: skip
     assert call(*argv, "--json") == 0
     assert json.loads(capsys.readouterr().out) == SCORES

@@ -155,7 +155,7 @@ def test_hessians_count_exactly_the_tokens_that_are_left(folder_of, tmp_path):
 
 def test_pruned_tokens_do_not_reach_the_hessians(folder_of, tmp_path, monkeypatch):
     """All that a pruned prompt adds to the sums is what the prompt without those tokens adds."""
-    from compress.quantization import layer as layer_module
+    from compress.quantization import shares
     from compress.quantization.hessian import Hessian
 
     folder, strategy = folder_of("llava"), STRATEGIES["before"]
@@ -168,7 +168,7 @@ def test_pruned_tokens_do_not_reach_the_hessians(folder_of, tmp_path, monkeypatc
             rows.append(x.shape[1])
             super().add_batch(x, weights, x0)
 
-    monkeypatch.setattr(layer_module, "Hessian", Counting)
+    monkeypatch.setattr(shares, "Hessian", Counting)
     run(recipe_of(folder, strategy, GPTQ), tmp_path / "out", windows=data, self_check=False)
     lengths = [inputs["input_ids"].shape[1] for inputs in data.inputs]
     images = [1, 2]

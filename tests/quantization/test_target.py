@@ -14,7 +14,13 @@ from compress.quantization import solvers
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
 from compress.quantization.layer import solve_group
-from compress.quantization.solvers import SOLVERS, QuantizedLinear, SolverSettings, Target
+from compress.quantization.solvers import (
+    SOLVERS,
+    QuantizedLinear,
+    SolverSettings,
+    Target,
+    settled,
+)
 from compress.scheme import Scheme
 from support.drifted_inputs import drifted_hessian, drifted_inputs, output_error
 from support.small_linears import random_weight, second_moment
@@ -39,7 +45,9 @@ def solved(W, H: Hessian, grid=None, group_size=32, settle=True, **settings) -> 
     statistics = solver.prepare(H.matrix())
     grid = grid or UniformGrid(3, True, torch.bfloat16)
     found = solver.solve(W, statistics, grid, group_size, target)
-    return solver.settle(W, found, statistics, grid, group_size, target) if settle else found
+    if not settle:
+        return found
+    return settled(found, solver.alternative(W, statistics, grid, group_size, target))
 
 
 def plain(W, x, weights=None, **settings) -> QuantizedLinear:
@@ -224,13 +232,14 @@ def test_rounding_to_nearest_takes_over_where_it_is_nearer_to_the_16_bit_output(
     solver, grid = SOLVERS["gptq"](SolverSettings()), UniformGrid(3, True, torch.bfloat16)
     statistics = solver.prepare(H.matrix())
     good = solver.solve(W, statistics, grid, 32, target)
-    assert solver.settle(W, good, statistics, grid, 32, target) is good
+    other = solver.alternative(W, statistics, grid, 32, target)
+    assert settled(good, other) is good
     bad = solver.solve(W, statistics, grid, 32, Target(-20 * target.cross, target.rest))
     bad.error = output_error(W, bad.weight(), x0, x)
-    settled = solver.settle(W, bad, statistics, grid, 32, target)
-    assert settled.rounded
-    expected = output_error(W, settled.weight(), x0, x)
-    torch.testing.assert_close(settled.error, expected, rtol=1e-3, atol=0)
+    kept = settled(bad, other)
+    assert kept.rounded
+    expected = output_error(W, kept.weight(), x0, x)
+    torch.testing.assert_close(kept.error, expected, rtol=1e-3, atol=0)
     assert expected.sum() < bad.error.sum()
 
 

@@ -21,7 +21,18 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-PROGRAMS = ("modelpress", "make", "pip", "python", "lm_eval", "vllm", "ollama", "llama-cli")
+PROGRAMS = (
+    "modelpress",
+    "make",
+    "pip",
+    "python",
+    "lm_eval",
+    "vllm",
+    "ollama",
+    "llama-cli",
+    "torchrun",
+    "accelerate",
+)
 
 
 @dataclass(frozen=True)
