@@ -70,20 +70,24 @@ class Whole:
 
     def part(self, share: Tensor, place: int) -> Tensor:
         """One of the parts of an expert's share [2 N, K]: its own memory."""
-        count, N = len(self.parts[0]), self.shape[0]
-        rows = slice(place, None, count) if self.names.interleaved else slice(place * N, None)
-        return share[rows][:N].contiguous()
+        return self._rows(share, place).contiguous()
 
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The whole of all parts, by their names."""
-        shares = []
-        for parts in self.parts:
-            rows = [tensors[name] for name in parts]
-            share = (
-                torch.stack(rows, 1).flatten(0, 1) if self.names.interleaved else torch.cat(rows)
-            )
-            shares.append(share.T if self.names.transposed and share.ndim > 1 else share)
-        return torch.stack(shares)
+        first = tensors[self.parts[0][0]]
+        whole = torch.empty(self.whole_shape, dtype=first.dtype, device=first.device)
+        for number, parts in enumerate(self.parts):
+            share = whole[number]
+            share = share.T if self.names.transposed and share.ndim > 1 else share
+            for place, name in enumerate(parts):
+                self._rows(share, place).copy_(tensors[name])
+        return whole
+
+    def _rows(self, share: Tensor, place: int) -> Tensor:
+        """Where one of the parts lies in an expert's share [2 N, K]."""
+        count, N = len(self.parts[0]), self.shape[0]
+        rows = slice(place, None, count) if self.names.interleaved else slice(place * N, None)
+        return share[rows][:N]
 
 
 def wholes_of(layer: nn.Module) -> list[Whole]:

@@ -44,7 +44,7 @@ POLICIES: dict[Policy, str] = {
     "rtn": "rounded to nearest",
     "shared_hessian": "quantised for the tokens of all experts",
 }
-RELEASE_BYTES = 1 << 26
+RELEASE_BYTES = 1 << 23
 HEAD_WEIGHTS = "head-weights.safetensors"  # in the folder of the activations
 
 
@@ -98,6 +98,7 @@ class LayerWalk:
                 self.stream.note(HEAD_WEIGHTS, {str(i): w for i, w in self.last_weights.items()})
             self.journal.record(index, tensors, facts, self.stream.state())
             del tensors  # or they would be there while the next layer is solved
+            release_memory()
             self.facts.append(facts)
         self.observer.layers(total, total)
         self.facts += self.tables
@@ -150,6 +151,7 @@ class LayerWalk:
                 )
             )
             del weights
+            release_memory()  # of what they were rotated in
 
             def quantise(group: tuple[str, ...], H: Hessian | None) -> None:
                 written.update(self._solve(prefix, layer, _chosen(group, schemes), H, modules))
