@@ -9,8 +9,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
 
 from compress.cli.main import main
 from compress.data.prompts import ImagePrompts, probe_prompt
@@ -32,6 +30,7 @@ from compress.recipe.token_importance import TokenImportance
 from compress.rotation.model import RotatedModel
 from compress.rotation.rotate import rotate_vision
 from support.refusals import refused
+from support.reopened import compared_here, opened
 from support.seeing_families import (
     PROCESSORS,
     SEEING,
@@ -93,17 +92,9 @@ def prompts_of(folder, count=2):
     return ImagePrompts(tuple(made))
 
 
-def load_whole(folder, **options):
-    model, loading = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, **options
-    )
-    assert not any(loading.values()), loading
-    return model.eval()
-
-
 @torch.no_grad()
 def logits_of(folder, prompt):
-    return load_whole(folder)(**prompt).logits
+    return opened(folder)(**prompt).logits
 
 
 def test_every_row_is_tested_and_nothing_else():
@@ -128,7 +119,7 @@ def test_the_row_says_what_is_found(folder_of, family):
     for index in range(skeleton.num_layers):
         layer = skeleton.model.get_submodule(f"{skeleton.spec.layers}.{index}")
         linears = {n for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
-        assert sorted(skeleton.spec.layer(index).linears) == sorted(linears)
+        assert sorted(skeleton.spec.layer(index).linears) == sorted(linears)  # no router is one
     mapped = [skeleton.spec.layer(index).attends for index in range(skeleton.num_layers)]
     assert all(mapped) == (MULTIMODAL[type_of(family)].weighs == "all layers")
 
@@ -138,18 +129,8 @@ def test_the_row_says_what_is_found(folder_of, family):
 
 @pytest.fixture
 def reloaded(monkeypatch):
-    """The self-check in this process: how far the run's logits are from those of transformers."""
-    errors = []
-
-    def compare(folder, probe):
-        seen = load_file(probe)
-        assert "pixel_values" in seen
-        logits = seen.pop("logits")
-        errors.append(relative_error(logits_of(folder, seen), logits))
-        return {"relative_error": errors[-1], "tolerance": 0, "tokens": 0}
-
-    monkeypatch.setattr(run_module, "reload_and_compare", compare)
-    return errors
+    """How far the run's logits are from those of transformers."""
+    return compared_here(monkeypatch, "pixel_values")
 
 
 @every_family
@@ -252,7 +233,7 @@ def test_token_weights_are_the_column_sums_of_eager_maps(folder_of, family):
     prompt = probe_prompt(skeleton)
     ids = prompt["input_ids"]
     counted = torch.ones_like(ids, dtype=torch.bool)
-    model = load_whole(folder, attn_implementation="eager")
+    model = opened(folder, attn_implementation="eager")
     with torch.no_grad():
         result = model(**prompt, output_attentions=True)
     source = RotatedModel(skeleton, recipe(folder).rotate, torch.float32, "cpu")
