@@ -6,9 +6,11 @@ tests/pipeline.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compress.cli.main import main
 from compress.data.prompts import ImagePrompts, probe_prompt
@@ -161,6 +163,29 @@ def test_quantised_to_4_bits_it_is_the_model_of_the_run(
     assert all(module["error"] < 0.1 for module in modules)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["ignore"][-1].startswith("re:")
+
+
+def test_experts_lie_as_their_file_has_them(folder_of, tmp_path):
+    """[E, d, 2 m] as published, or [E, 2 m, d] as transformers writes them: both are read, and what
+    stays in 16 bits is written the same way."""
+    family = "qwen3_vl_moe"
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(folder_of(family), folder)
+    tensors = load_file(folder / "model.safetensors")
+    parts = {n: t for n, t in tensors.items() if n.endswith(("gate_up_proj", "experts.down_proj"))}
+    assert len(parts) == 4  # of two layers: the first is dense
+    turned = {n: t.transpose(1, 2).contiguous() for n, t in parts.items()}
+    save_file(tensors | turned, folder / "model.safetensors", {"format": "pt"})
+    facts = check_source(inputs_of(folder), 10**10)
+    assert all(probe["relative_error"] < 1e-5 for probe in facts["probes"].values())
+    made = recipe(folder, method="rtn", ignore=["lm_head", "re:.*experts.*"])
+    run(made, out, check_source=False, self_check=False)
+    written = load_file(out / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in turned.items())
+    first = next(iter(parts))
+    save_file(tensors | {first: parts[first][:, :, :-1].contiguous()}, folder / "model.safetensors")
+    with refused(CheckpointError, first, "config.json"):
+        Skeleton(folder)
 
 
 # ---- rotation -----------------------------------------------------------------------------------
