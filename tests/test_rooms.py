@@ -52,7 +52,15 @@ GROUND = {
 }
 LOOSE = {"__init__", "__main__", "errors", "registry", "memory", "observer", "ranks", "scheme"}
 # Scripts that made the demo models: tools, not part of the package's order.
-TOOLS = {"train_lm", "train_vlm", "vlm_model", "vlm_quality", "make_demo_code", "make_demo_text"}
+TOOLS = {
+    "expert_policies",
+    "train_lm",
+    "train_vlm",
+    "vlm_model",
+    "vlm_quality",
+    "make_demo_code",
+    "make_demo_text",
+}
 MOST_FLOORS = 12
 
 

@@ -29,7 +29,7 @@ from typing import Any
 from compress.checkpoint.quantization_config import groups_of
 from compress.errors import CheckpointError
 from compress.kernels.codes import LEAST_GROUP
-from compress.models.families import MIXTURES
+from compress.models.families import experts_of
 from compress.scheme import Scheme
 
 OWN_WIDTHS = {4, 8}  # of vLLM 0.33 and SGLang, without further packages
@@ -172,8 +172,8 @@ def loading_table(
 
 def _parts_experts(kind: str) -> bool:
     """Whether files of 16 bits hold experts of this type as one tensor."""
-    row = MIXTURES.get(kind)
-    return row is not None and row.experts is not None and row.experts.files is not None
+    experts = experts_of(kind)
+    return experts is not None and experts.files is not None
 
 
 def _with_tables(schemes: Schemes, tables: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from compress.errors import CompressError
 from compress.registry import TOKEN_IMPORTANCE
 
 CLUSTER_STEPS = 30  # of k-means, as in the released code
+QUERIES = 128  # that attend at once
 FORMS = {"first_half": "1_2"}  # chunks by another name
 
 
@@ -260,7 +261,7 @@ def attention_concentration(
     q: Tensor,
     k: Tensor,
     scaling: float,
-    block: int = 128,
+    block: int = QUERIES,
     sliding_window: int | None = None,
     query_mask: Tensor | None = None,
     softcap: float | None = None,

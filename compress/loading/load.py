@@ -48,7 +48,7 @@ from compress.models.config_values import (
     check_generation,
     check_tokenizer,
 )
-from compress.models.families import MIXTURES, refuse_partly_seen
+from compress.models.families import experts_of, refuse_partly_seen
 from compress.models.pretrained import TOKENIZER_FILES, guarded, local_folder, processor_reader
 from compress.pruning.families import FAMILIES
 from compress.pruning.saved import apply_strategy, saved_strategy
@@ -98,7 +98,7 @@ def load(
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True}
     section = checked_section(config.to_dict(), path / "config.json")
     if packed is None:
-        packed = is_packed(section) and config.model_type not in MIXTURES
+        packed = is_packed(section) and experts_of(config.model_type) is None
     if section and (packed or needs_own_reader(section)):
         options["quantization_config"] = ModelpressConfig(packed, fuse, activation_bits)
         options["config"] = without_section(config)
@@ -150,7 +150,7 @@ def fastest_packing(
     )
     if rounds:
         return True
-    if config.model_type in MIXTURES:  # whose experts are one dense tensor in transformers
+    if experts_of(config.model_type) is not None:  # one dense tensor in transformers
         return False
     return native.packed_is_faster(device) and PackedLinears(path).runs
 

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from compress.checkpoint.packed import PackedLinears
 from compress.errors import CheckpointError
 from compress.kernels.reference import dense
-from compress.models.families import MIXTURES
+from compress.models.families import MULTIMODAL, experts_of
 from compress.models.fused import joined, wholes_of
 from compress.models.skeleton import ASSUMED_DTYPE, declared_dtype, empty_model
 from compress.storage.safetensors import CheckpointReader
@@ -29,8 +29,8 @@ EXPERTS = ".experts."
 
 def has_parted_experts(config: PretrainedConfig, folder: Path) -> bool:
     """Whether a folder holds packed experts that transformers has no place for."""
-    row = MIXTURES.get(config.model_type)
-    if row is None or row.experts is None or row.experts.files is None:
+    experts = experts_of(config.model_type)
+    if experts is None or experts.files is None:
         return False
     names = CheckpointReader(folder).names
     return any(EXPERTS in name and name.endswith(PACKED) for name in names)
@@ -51,7 +51,7 @@ def read_whole(
         if name not in linears.twins:  # which transformers ties
             tensors[f"{name}.weight"] = dense(linears.codes(name), dtype)
     config = without_section(config)
-    model = empty_model(config)
+    model = empty_model(config, config.model_type in MULTIMODAL)
     _put_together(tensors, model, folder)
     options |= {"config": config, "dtype": dtype, "state_dict": tensors}
     options.pop("trust_remote_code", None)

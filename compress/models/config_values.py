@@ -135,6 +135,9 @@ TOKENIZER: dict[str, dict[str, Check]] = {
 }
 
 
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
 def check_config(config: Mapping[str, object], place: str | Path) -> None:
     """UsageError for a value that no model has: it names `place`, the key, and what is expected."""
     _check(config, CONFIG, f"{place}: ")
@@ -149,6 +152,19 @@ def check_config(config: Mapping[str, object], place: str | Path) -> None:
                 f"{where}num_key_value_heads: expected a divisor of num_attention_heads "
                 f"({heads}), found {shared}"
             )
+        chosen = part.get("num_experts_per_tok")
+        for key in EXPERT_COUNTS:
+            count = part.get(key)
+            if count is not None and (not isinstance(count, int) or count < 0):
+                raise UsageError(
+                    f"{where}{key}: expected a whole number, found {json.dumps(count)}"
+                )
+            fits = isinstance(chosen, int) and 1 <= chosen <= (count or chosen)
+            if count and chosen is not None and not fits:
+                raise UsageError(
+                    f"{where}num_experts_per_tok: expected 1 to {key} ({count}), "
+                    f"found {json.dumps(chosen)}"
+                )
         kinds, layers = part.get("layer_types"), part.get("num_hidden_layers")
         if isinstance(kinds, list) and isinstance(layers, int) and len(kinds) != layers:
             raise UsageError(

@@ -74,8 +74,10 @@ class OpenedExperts(nn.Module):
 
     def __init__(self, fused: nn.Module, names: ExpertNames):
         super().__init__()
-        E, *size = fused.get_parameter("gate_up_proj").shape
-        twice, d = reversed(size) if names.transposed else size
+        gate_up, down = (fused.get_parameter(key) for key in FUSED)
+        E, *size = gate_up.shape
+        # [2 m, d] and [d, m], or as gpt-oss has them [d, 2 m] and [m, d]
+        twice, d = size if size[1] == down.shape[1] else reversed(size)
         bias = FUSED_BIASES[0] in fused._parameters
         for name in (*FUSED, *FUSED_BIASES):
             fused._parameters.pop(name, None)

@@ -49,7 +49,8 @@ class ExpertNames:
         router: the child of the router in which files have its weights, or None.
         files: the two tensors, in the block, that hold all experts of a layer where files have no
             matrices of each; those of biases end in `_bias`.
-        transposed, interleaved: whether those are [E, K, N], and have gate and up in turns.
+        transposed: whether those are [E, K, N]; None where their shape says.
+        interleaved: whether they have gate and up in turns.
         mxfp4: whether there are files with codes of 4 bits in their place, which are read too.
     """
 
@@ -59,7 +60,7 @@ class ExpertNames:
     block: str | None = None
     router: str | None = None
     files: tuple[str, str] | None = None
-    transposed: bool = False
+    transposed: bool | None = False
     interleaved: bool = False
     mxfp4: bool = False
 
@@ -350,7 +351,7 @@ class SeeingFamily:
         spec: its parts; how its decoder layers are built is found, as those of a text family are.
         unrotatable: as in `Family`, of the language model that it is known with.
         unprunable: why visual tokens cannot be pruned, or None.
-        weighs, since: as in `Family`.
+        weighs, since, experts: as in `Family`.
     """
 
     models: str
@@ -359,6 +360,7 @@ class SeeingFamily:
     unprunable: str | None = None
     weighs: str = "all layers"
     since: str = "5.17"
+    experts: ExpertNames | None = None
 
 
 # Why an image's tokens all stay.
@@ -437,6 +439,12 @@ MULTIMODAL: dict[str, SeeingFamily] = {
         "Qwen3-VL",
         _qwen("merger.linear_fc2", "deepstack_merger_list.*.linear_fc2"),
     ),
+    "qwen3_vl_moe": SeeingFamily(
+        "Qwen3-VL with experts",
+        _qwen("merger.linear_fc2", "deepstack_merger_list.*.linear_fc2"),
+        since="5.23",
+        experts=ExpertNames(files=("experts.gate_up_proj", "experts.down_proj"), transposed=None),
+    ),
     "glm4v": SeeingFamily("GLM-4.1V", _qwen("merger.down_proj"), AFTER),
     "glm46v": SeeingFamily("GLM-4.6V-Flash", _qwen("merger.down_proj"), AFTER),
     "qwen3_5": SeeingFamily(
@@ -493,8 +501,20 @@ MULTIMODAL: dict[str, SeeingFamily] = {
     ),
 }
 # What families call the decoder that is theirs alone.
-OWN_DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "glm4v_text")
+OWN_DECODERS = (
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen3_vl_text",
+    "qwen3_vl_moe_text",
+    "glm4v_text",
+)
 INSIDE = (*ARCHITECTURES, *OWN_DECODERS)
+
+
+def experts_of(model_type: str) -> ExpertNames | None:
+    """What files of a type call its experts, or None where it has none."""
+    row = MIXTURES.get(model_type) or MULTIMODAL.get(model_type)
+    return None if row is None else row.experts
 
 
 def architecture_of(config: "PretrainedConfig") -> ArchitectureSpec:

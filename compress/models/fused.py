@@ -5,6 +5,7 @@ gates and ups and one for all downs; a whole is such a tensor, or that of their 
 
     GraniteMoE    [E, 2 m, d]    gates above ups           [E, d, m]
     gpt-oss       [E, d, 2 m]    gate, up, gate, up, ...   [E, m, d], and biases of the same order
+    Qwen3-VL      [E, d, 2 m]    gates left of ups         [E, m, d], or both as GraniteMoE has them
 
 Or, of gpt-oss, in MXFP4: codes of 4 bits (E2M1) with a power of two for each 32 of them, which is
 exact in bf16. One expert is read at a time. What stays in 16 bits is written as it was read; what
@@ -45,12 +46,14 @@ class Whole:
         parts: for each expert the tensors that are of it: gate and up, or down alone.
         shape: of one part: [N, K], or [N] for biases.
         names: how files hold experts.
+        transposed: whether the file has it as [E, K, N].
     """
 
     name: str
     parts: tuple[tuple[str, ...], ...]
     shape: tuple[int, ...]
     names: ExpertNames
+    transposed: bool
 
     def inside(self, prefix: str) -> "Whole":
         """The same with something in front of all names."""
@@ -65,25 +68,29 @@ class Whole:
     @property
     def whole_shape(self) -> tuple[int, ...]:
         """The shape in files."""
-        inner = self.inner[::-1] if self.names.transposed else self.inner
+        inner = self.inner[::-1] if self.transposed else self.inner
         return (len(self.parts), *inner)
 
     def part(self, share: Tensor, place: int) -> Tensor:
         """One of the parts of an expert's share [2 N, K]: its own memory."""
-        count, N = len(self.parts[0]), self.shape[0]
-        rows = slice(place, None, count) if self.names.interleaved else slice(place * N, None)
-        return share[rows][:N].contiguous()
+        return self._rows(share, place).contiguous()
 
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The whole of all parts, by their names."""
-        shares = []
-        for parts in self.parts:
-            rows = [tensors[name] for name in parts]
-            share = (
-                torch.stack(rows, 1).flatten(0, 1) if self.names.interleaved else torch.cat(rows)
-            )
-            shares.append(share.T if self.names.transposed and share.ndim > 1 else share)
-        return torch.stack(shares)
+        first = tensors[self.parts[0][0]]
+        whole = torch.empty(self.whole_shape, dtype=first.dtype, device=first.device)
+        for number, parts in enumerate(self.parts):
+            share = whole[number]
+            share = share.T if self.transposed and share.ndim > 1 else share
+            for place, name in enumerate(parts):
+                self._rows(share, place).copy_(tensors[name])
+        return whole
+
+    def _rows(self, share: Tensor, place: int) -> Tensor:
+        """Where one of the parts lies in an expert's share [2 N, K]."""
+        count, N = len(self.parts[0]), self.shape[0]
+        rows = slice(place, None, count) if self.names.interleaved else slice(place * N, None)
+        return share[rows][:N]
 
 
 def wholes_of(layer: nn.Module) -> list[Whole]:
@@ -101,7 +108,9 @@ def wholes_of(layer: nn.Module) -> list[Whole]:
                     for number in range(experts.count)
                 )
                 name = f"{block}.{file}{'_bias' if key == 'bias' else ''}"
-                found.append(Whole(name, parts, tuple(parameter.shape), names))
+                found.append(
+                    Whole(name, parts, tuple(parameter.shape), names, bool(names.transposed))
+                )
     return found
 
 
@@ -131,7 +140,8 @@ class PartedReader(CheckpointReader):
         super().__init__(folder, rename)
         self._parts: dict[str, tuple[Whole, int, int]] = {}
         self._wholes: dict[str, tuple[TensorEntry, ...]] = {}  # codes and scales, where in MXFP4
-        for whole in wholes:
+        self.wholes = {whole.name: self._as_stored(whole) for whole in wholes}
+        for whole in self.wholes.values():
             found = self._found(whole)
             dtype = found[0].dtype if len(found) == 1 else "BF16"
             size = math.prod(whole.shape) * DTYPES[dtype].itemsize
@@ -151,9 +161,18 @@ class PartedReader(CheckpointReader):
         if len(shares) == 2:
             share = from_mxfp4(*shares)
         else:
-            share = shares[0].T if whole.names.transposed and len(whole.shape) > 1 else shares[0]
+            share = shares[0].T if whole.transposed and len(whole.shape) > 1 else shares[0]
             check_finite(share, whole.name, self.entry(name).file)
         return whole.part(share, place)
+
+    def _as_stored(self, whole: Whole) -> Whole:
+        """A whole the way that the file has it, where both ways are known; as transformers does,
+        straight where the shape does not say."""
+        turned = replace(whole, transposed=True)
+        known = whole.names.transposed is not None or whole.name not in self
+        if known or self.shape(whole.name) == whole.whole_shape:
+            return whole
+        return turned if self.shape(whole.name) == turned.whole_shape else whole
 
     def _found(self, whole: Whole) -> tuple[TensorEntry, ...]:
         """Where a whole lies, which then goes by its parts alone; CheckpointError if nowhere."""

@@ -23,7 +23,7 @@ from compress.errors import CheckpointError, UsageError
 from compress.memory import uncollected
 from compress.models.config_values import check_extent, check_tokenizer, reason_of
 from compress.models.experts import OpenedExperts, ReadExpert, open_experts
-from compress.models.families import MIXTURES, ArchitectureSpec, architecture_of, head_dim_of
+from compress.models.families import ArchitectureSpec, architecture_of, experts_of, head_dim_of
 from compress.models.fused import MXFP4, PartedReader, Whole, wholes_of
 from compress.models.meta import WithoutNumbers
 from compress.models.own_forward import LayerInputs, Told, finished, handed_on
@@ -72,9 +72,8 @@ def empty_model(config: "PretrainedConfig", multimodal: bool = False) -> "PreTra
     with WithoutNumbers(), init_empty_weights(include_buffers=False):
         # sdpa, or what a family has that is computed otherwise, as with soft caps
         model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    row = MIXTURES.get(config.model_type)
-    if row is not None and row.experts is not None:
-        open_experts(model, row.experts)
+    if (experts := experts_of(config.model_type)) is not None:
+        open_experts(model, experts)
     return model.eval().requires_grad_(False)
 
 
@@ -173,25 +172,27 @@ class Skeleton:
     def _stored(self) -> tuple[CheckpointReader, LeftOver]:
         """The tensors of the files by the names of the modules, and what is beyond those."""
         names = names_of(self.model, f"{self.model.base_model_prefix}.", self.spec.module_name)
+        places = {index: f"{self.spec.layers}.{index}." for index in self.wholes}
         wholes = [
-            whole.inside(f"{self.spec.layers}.{index}.")
-            for index, found in self.wholes.items()
-            for whole in found
+            whole.inside(places[index]) for index, found in self.wholes.items() for whole in found
         ]
         reader = PartedReader(self.folder, names, wholes)
+        for index, found in self.wholes.items():
+            ways = [reader.wholes[places[index] + whole.name].transposed for whole in found]
+            found[:] = [replace(w, transposed=way) for w, way in zip(found, ways, strict=True)]
         return reader, left_over(reader, self.model)
 
     @property
     def packing(self) -> str | None:
         """The method of a `quantization_config` that is read: its weights are opened in 16 bits."""
-        row = MIXTURES.get(self.model_config.model_type)
-        return MXFP4 if row and row.experts and row.experts.mxfp4 else None
+        experts = experts_of(self.model_config.model_type)
+        return MXFP4 if experts is not None and experts.mxfp4 else None
 
     def _wholes(self) -> dict[int, list[Whole]]:
         """The tensors of all experts of a layer, by layer, by their names inside it."""
         layers = self.model.get_submodule(self.spec.layers)
-        row = MIXTURES.get(self.model_config.model_type)
-        if row is None or row.experts is None or row.experts.files is None:
+        experts = experts_of(self.model_config.model_type)
+        if experts is None or experts.files is None:
             return {}
         return {index: wholes_of(layer) for index, layer in enumerate(layers.children())}
 

@@ -46,7 +46,7 @@ POLICIES: dict[Policy, str] = {
     "rtn": "rounded to nearest",
     "shared_hessian": "quantised for the tokens of all experts",
 }
-RELEASE_BYTES = 1 << 26
+RELEASE_BYTES = 1 << 23
 SOLVING = 3  # passes over a Hessian beside the sweeps: the column loop, and two sums of errors
 HEAD_WEIGHTS = "head-weights.safetensors"  # in the folder of the activations
 
@@ -116,6 +116,7 @@ class LayerWalk:
                 self.journal.record(index, tensors, facts, state)
             self.ranks.meet()  # nobody writes over this layer's inputs before
             del tensors  # or they would be there while the next layer is solved
+            release_memory()
             self.facts.append(facts)
         self.observer.layers(total, total)
         self.facts += self.tables
@@ -168,6 +169,7 @@ class LayerWalk:
                 )
             )
             del weights
+            release_memory()  # of what they were rotated in
 
             def quantise(group: tuple[str, ...], H: Hessian | None) -> None:
                 written.update(self._solve(prefix, layer, _chosen(group, schemes), H, modules))

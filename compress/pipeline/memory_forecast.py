@@ -4,20 +4,21 @@ host_memory(inputs, shapes)
 
 The peak of resident memory of the process that runs, shared libraries included, as
 `modelpress.json` and `bench quantize` give it (VmHWM on Linux), to 10 %: the fixed cost of Python,
-torch and transformers, the activations of all calibration windows unless they go to disk, and the
-most of
+torch and transformers, what is known of each expert, and the most of
 
-    a layer as it is read and in fp32, and a group of its linears being solved or a batch in flight;
-        of its experts one at a time, and what is written of all of them
+    the text while windows are drawn from it (`text_forecast.py`)
+    a layer as it is read, fused and rotated in fp64; of its experts one at a time
+    a layer in fp32, what is written of it, and a group of its linears being solved or a batch in
+        flight
     the embedding or the head as it is stored and in fp32, and the logits of a probe
     what the scores of `allocate` need
+
+each but the first with the activations of all calibration windows that wait beside it, unless they
+go to disk.
 
 With `quantize.target: full_precision` the 16-bit model's activations between layers come on top,
 two more statistics of the widest linear's input, and the 16-bit weights of a group while its
 outputs are taken.
-
-While windows are drawn the tokens of the whole text are held, 8 bytes each, which no header
-foretells: of a small model and a long text that may be more.
 
 Two processes of their own are not in it. That of the source check holds a module at a time; that
 of the self-check has the whole model in fp32, as whoever loads it in transformers has. Evaluation
@@ -25,25 +26,35 @@ comes after the peak and loads the result.
 """
 
 import math
+from collections.abc import Iterable
 
 from compress.data.activations import TOKENS_PER_BATCH, activations_on_disk
 from compress.data.windows import PROBE_TOKENS
 from compress.eval.windows import CHUNK_ELEMENTS, scored_at_once
+from compress.importance.tokens import QUERIES
 from compress.models.skeleton import Skeleton
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.pruning_forecast import calibration_tokens
+from compress.pipeline.text_forecast import library_memory, text_memory
+from compress.quantization.solvers import LEAST_ROWS, WEIGHTS_AT_A_TIME
 from compress.recipe.sections import MEASURED_SCORES
 from compress.rotation.rotate import VALUES_AT_ONCE
+from compress.scheme import Scheme
 
 Shapes = dict[str, tuple[int, int]]  # of linears, by full name
+Linears = list[tuple[int, int]]
 
-# Python, torch, transformers and what a run imports on its way: 460 to 490 MiB on Linux with CPU
-# torch 2.13, of which 180 MiB are shared libraries.
-FIXED_MEMORY = 505 * 10**6
-# The tokenizer and what reading a text leaves behind, measured on 8 windows of `python-stdlib`.
-TEXT_MEMORY = 130 * 10**6
-SOLVER_COPIES = 3  # of a Hessian while it is factored; as many of a group's weights
+# Python, torch, transformers and what a run imports on its way: 500 to 520 MB on Linux with CPU
+# torch 2.13, of which 190 MB are shared libraries.
+FIXED_MEMORY = 515 * 10**6
+EXPERT_MEMORY = 10_000  # the modules, headers, plan and facts of one
+SOLVER_COPIES = 3  # of a Hessian while it is factored
+ROW_COPIES = 6  # of the rows that are solved at a time
 LOGIT_COPIES = 8  # of a chunk of logits while a divergence is taken of two of them
+MAP_COPIES = 3  # of attention's maps, where they are held
+HOLES = 32 * 10**6  # larger blocks are given back at once; smaller ones leave holes in the heap
+TURNED = 8 * 3  # bytes of a number in a linear that is being rotated, beside the result's
+TURNED_PIECE = 8 * 6  # the same in a piece of the embedding or head, with the result
 
 
 def split_groups(inputs: RunInputs) -> list[tuple[str, ...]]:
@@ -72,46 +83,183 @@ def second_hessians(inputs: RunInputs, shapes: Shapes) -> list[int]:
 
 def host_memory(inputs: RunInputs, shapes: Shapes) -> int:
     """Bytes."""
-    reads_text = inputs.source.used and not inputs.source.images
-    fixed = FIXED_MEMORY + (TEXT_MEMORY if reads_text else 0)
-    return fixed + max(_run(inputs, shapes), _scores(inputs, shapes))
+    skeleton = inputs.skeleton
+    kinds = (skeleton.spec.layer(index) for index in range(skeleton.num_layers))
+    experts = sum(kind.experts.count for kind in kinds if kind.experts)
+    fixed = FIXED_MEMORY + experts * EXPERT_MEMORY
+    work = max(_run(inputs, shapes), _scores(inputs, shapes))
+    if inputs.source.used and not inputs.source.images:
+        fixed += library_memory(inputs)
+        work = max(work, text_memory(inputs))
+    return fixed + work
 
 
 def _run(inputs: RunInputs, shapes: Shapes) -> int:
-    """Of the walk that rotates and quantises."""
+    """Of the walk that rotates and quantises, and of what stands before and behind it."""
     recipe, skeleton = inputs.recipe, inputs.skeleton
-    bytes_per_weight = 4 + (16 if recipe.rotate.kind != "none" else skeleton.dtype.itemsize)
     vocabulary = _vocabulary(inputs)
     # The vision tower encodes in fp32, beside its tensors as they are written.
     tower = sum(skeleton.model.get_parameter(name).numel() for name in skeleton.vision_names())
     seeing = tower * (4 + skeleton.dtype.itemsize) + (vocabulary if tower else 0)
-    walk = 0
-    for index in range(skeleton.num_layers):
-        inside = _at_once(skeleton, shapes, index)
-        layer = sum(N * K for N, K in inside) * bytes_per_weight
-        layer += _of_experts(inputs, shapes, index)
-        if inputs.source.used:
-            twin = recipe.quantize.target.name == "full_precision"
-            layer += _working(recipe.calibration.length, skeleton, inside, twin)
-        walk = max(walk, layer)
-    if inputs.source.used:
-        walk += max(second_hessians(inputs, shapes), default=0)
-    elif recipe.quantize.method != "none":
-        walk += _stack(skeleton, shapes) * (4 + 1)  # in fp32, and its codes
-    total = max(walk, vocabulary, seeing)
+    layers = [_LayerNeed(inputs, shapes, index) for index in range(skeleton.num_layers)]
+    kept = _kept(inputs, max(layer.widest for layer in layers))
+    between = kept * skeleton.config.hidden_size * 4
+    total = max(vocabulary + between, seeing + between, *(layer.peak(kept) for layer in layers))
     pruning = recipe.prune_visual_tokens
     if pruning is not None and pruning.search is not None:
         total = max(total, skeleton.reader.nbytes())
     if not inputs.source.used:
         return total
-    layers = range(skeleton.num_layers)
-    widest = max(_waiting(skeleton, shapes, index) for index in layers)
-    hidden = skeleton.config.hidden_size
-    twin = recipe.quantize.target.name == "full_precision"
-    streams = hidden * (2 if twin else 1) + widest
-    activations = calibration_tokens(inputs.source, skeleton) * streams * 4
-    on_disk = activations_on_disk(recipe.calibration.offload, activations)
-    return total + (0 if on_disk else activations) + _added(inputs)
+    twin = between if recipe.quantize.target.name == "full_precision" else 0
+    return total + twin + _added(inputs)
+
+
+def _kept(inputs: RunInputs, widest: int) -> int:
+    """The calibration tokens whose activations are in memory: all or, where on disk, none."""
+    if not inputs.source.used:
+        return 0
+    twin = inputs.recipe.quantize.target.name == "full_precision"
+    tokens, hidden = calibration_tokens(inputs.source, inputs.skeleton), _hidden(inputs)
+    everything = tokens * (hidden * (2 if twin else 1) + widest) * 4
+    return 0 if activations_on_disk(inputs.recipe.calibration.offload, everything) else tokens
+
+
+def _hidden(inputs: RunInputs) -> int:
+    return int(inputs.skeleton.config.hidden_size)
+
+
+class _LayerNeed:
+    """What one decoder layer needs, its own parts in turn.
+
+    Attributes:
+        widest: of what waits in it between two of its stages, beside its input.
+    """
+
+    def __init__(self, inputs: RunInputs, shapes: Shapes, index: int):
+        self.inputs, self.shapes = inputs, shapes
+        spec = inputs.skeleton.spec
+        self.kind, self.prefix = spec.layer(index), f"{spec.layers}.{index}."
+        self.solves = inputs.source.used  # with Hessians
+        kind, hidden = self.kind, _hidden(inputs)
+        behind = hidden if kind.experts else self.shape(kind.mlp_out)[1]
+        self.widest = max(self.shape(kind.output)[1], behind)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        return self.shapes[self.prefix + name]
+
+    def numbers(self, names: Iterable[str]) -> int:
+        return sum(math.prod(self.shape(name)) for name in names)
+
+    def peak(self, kept: int) -> int:
+        """Bytes, with what waits of so many tokens."""
+        kind, hidden = self.kind, 4 * _hidden(self.inputs)
+        resting = kind.resting
+        readers = (*kind.attention_in, *kind.mlp_in)
+        phases = [self.opened(resting.linears, readers) + kept * hidden]
+        there = 4 * self.numbers(resting.linears) + self.written(resting.linears)
+        waits = {kind.output: self.shape(kind.output)[1]}
+        if kind.experts is None:
+            waits[kind.mlp_out] = self.shape(kind.mlp_out)[1]
+        batch = max(self.batch(self.widest), self.batch(self.shape(kind.output)[1]) + self.maps())
+        for group in resting.groups:
+            waiting = kept * (hidden + 4 * waits.get(group[-1], 0))
+            phases.append(there + waiting + max(batch, self.solving(group)))
+        if kind.experts is not None:
+            phases += self.of_experts(there, kept)
+        most = max(phases) + self.second()
+        return most + min(most // 4, HOLES)
+
+    def of_experts(self, there: int, kept: int) -> list[int]:
+        """The same of experts, beside what is `there` of the layer: one of them is at work.
+
+        What is written of each, which of those in 16 bits is one tensor at the end where files have
+        it so; where each token goes; and Hessians that experts share.
+        """
+        experts, inputs = self.kind.experts, self.inputs
+        assert experts is not None
+        inner, outer = experts.inner(0), experts.outer(0)
+        names = (*inner, outer)
+        written = experts.count * self.written(names)
+        waiting = kept * 8 * _hidden(inputs)  # the stream, and the sums of their outputs
+        if self.solves:
+            chosen = getattr(inputs.skeleton.config, "num_experts_per_tok", None) or 1
+            waiting += calibration_tokens(inputs.source, inputs.skeleton) * chosen * (8 + 4)
+            if inputs.recipe.quantize.experts.policy == "shared_hessian":
+                waiting += sum(4 * K**2 for K in {self.shape(n)[1] for n in names})
+        rows = self.batch(self.shape(outer)[1])
+        work = max(rows, self.solving(inner), self.solving((outer,)))
+        reading, working = self.opened(names, inner), 4 * self.numbers(names) + work
+        at_work = max(reading, working) + min(reading, working, HOLES)
+        joined = 0
+        if inputs.skeleton.wholes and all(self.scheme(name) is None for name in names):
+            joined = self.written(inner) * experts.count
+        return [there + written + waiting + at_work, written + joined + waiting]
+
+    def opened(self, names: Iterable[str], readers: Iterable[str]) -> int:
+        """Linears as they are read, and in fp64 where they are rotated: once more those that read a
+        norm's output, which are fused before."""
+        sizes = [math.prod(self.shape(name)) for name in names]
+        stored = self.inputs.skeleton.dtype.itemsize
+        if self.inputs.recipe.rotate.kind == "none":
+            return 4 * sum(sizes) + (stored * max(sizes) if stored < 4 else 0)
+        return (stored + 8) * sum(sizes) + 8 * self.numbers(readers) + TURNED * max(sizes)
+
+    def scheme(self, name: str) -> Scheme | None:
+        quantize = self.inputs.recipe.quantize
+        return quantize.scheme_for(self.prefix + name, self.shape(name)[1])
+
+    def written(self, names: Iterable[str]) -> int:
+        """Linears as the file has them."""
+        total, itemsize = 0.0, self.inputs.dtype.itemsize
+        for name in names:
+            (N, K), scheme = self.shape(name), self.scheme(name)
+            if scheme is None:
+                total += N * K * itemsize
+            else:
+                total += N * (K * scheme.bits / 8 + K // (scheme.group_size or K) * itemsize)
+        return round(total)
+
+    def solving(self, group: tuple[str, ...]) -> int:
+        """A group that is solved as one stack of rows, beside its weights."""
+        quantize = self.inputs.recipe.quantize
+        if quantize.method == "none" or all(self.scheme(name) is None for name in group):
+            return 0
+        K, numbers = self.shape(group[0])[1], self.numbers(group)
+        rows = min(numbers, max(LEAST_ROWS * K, WEIGHTS_AT_A_TIME["cpu"]))
+        stack = 4 * numbers if len(group) > 1 else 0
+        solved = stack + 2 * numbers + 4 * ROW_COPIES * rows  # codes, in parts and joined
+        if not self.solves:
+            return solved
+        square = 4 * K**2 * (2 if quantize.act_order else 1)
+        if quantize.target.name == "full_precision":
+            # H, D and F; gate and up as they were; W D
+            return max(SOLVER_COPIES + 2, 3) * square + 2 * 4 * numbers + solved
+        return max(SOLVER_COPIES * square, 2 * square + solved)
+
+    def batch(self, widest: int) -> int:
+        """A batch in flight, and the statistics of its linear's input."""
+        if not self.solves:
+            return 0
+        tokens = max(TOKENS_PER_BATCH, self.inputs.recipe.calibration.length)
+        numbers = tokens * (_hidden(self.inputs) + 3 * widest) + widest**2
+        if self.inputs.recipe.quantize.target.name == "full_precision":
+            numbers += tokens * (_hidden(self.inputs) + 2 * widest) + 2 * widest**2
+        return 4 * numbers
+
+    def maps(self) -> int:
+        """Attention's maps of a batch: whole where transformers makes them, or so many queries."""
+        recipe, heads = self.inputs.recipe, self.inputs.skeleton.config.num_attention_heads
+        if not self.solves:
+            return 0
+        length = recipe.calibration.length
+        tokens = max(TOKENS_PER_BATCH, length)
+        whole = self.kind.softcap is not None or self.kind.sinks is not None
+        weighed = recipe.quantize.token_importance.name == "attention_concentration"
+        return 4 * heads * tokens * max(MAP_COPIES * length * whole, 2 * QUERIES * weighed)
+
+    def second(self) -> int:
+        """The Hessian that a group has more than others whose token weights split it."""
+        return max(second_hessians(self.inputs, self.shapes), default=0) if self.solves else 0
 
 
 def _added(inputs: RunInputs) -> int:
@@ -156,54 +304,17 @@ def _scores(inputs: RunInputs, shapes: Shapes) -> int:
     return max(walk, head + stored if diverging else 0)
 
 
-def _inside(skeleton: Skeleton, shapes: Shapes) -> list[tuple[int, int]]:
+def _inside(skeleton: Skeleton, shapes: Shapes) -> Linears:
     """The linears that are in memory together, of the layer that has most weights."""
     layers = [_at_once(skeleton, shapes, index) for index in range(skeleton.num_layers)]
     return max(layers, key=lambda linears: sum(N * K for N, K in linears))
 
 
-def _at_once(skeleton: Skeleton, shapes: Shapes, index: int) -> list[tuple[int, int]]:
+def _at_once(skeleton: Skeleton, shapes: Shapes, index: int) -> Linears:
     """The linears of a layer that are in memory together: all but its experts, and one of these."""
     kind, prefix = skeleton.spec.layer(index), f"{skeleton.spec.layers}.{index}."
     alone = (*kind.experts.inner(0), kind.experts.outer(0)) if kind.experts else ()
     return [shapes[prefix + name] for name in (*kind.resting.linears, *alone)]
-
-
-def _waiting(skeleton: Skeleton, shapes: Shapes, index: int) -> int:
-    """The width of what waits in a layer between two of its stages, beside its input."""
-    kind, prefix = skeleton.spec.layer(index), f"{skeleton.spec.layers}.{index}."
-    if kind.experts is None:
-        return max(K for _, K in _at_once(skeleton, shapes, index))
-    return max(skeleton.config.hidden_size, shapes[prefix + kind.output][1])
-
-
-def _of_experts(inputs: RunInputs, shapes: Shapes, index: int) -> int:
-    """Bytes of what a layer has for all of its experts while one of them is at work.
-
-    What is written of each, which of those in 16 bits is one tensor at the end where files have it
-    so; where each token goes; and Hessians that experts share.
-    """
-    recipe, skeleton = inputs.recipe, inputs.skeleton
-    kind, prefix = skeleton.spec.layer(index), f"{skeleton.spec.layers}.{index}."
-    experts = kind.experts
-    if experts is None:
-        return 0
-    itemsize, written, columns = inputs.dtype.itemsize, 0.0, set()
-    for name in (*experts.inner(0), experts.outer(0)):
-        N, K = shapes[prefix + name]
-        columns.add(K)
-        scheme = recipe.quantize.scheme_for(prefix + name, K)
-        if scheme is None:
-            written += N * K * itemsize * (2 if skeleton.wholes else 1)
-        else:
-            written += N * (K * scheme.bits / 8 + K // (scheme.group_size or K) * itemsize)
-    total = round(experts.count * written)
-    if inputs.source.used:
-        chosen = getattr(skeleton.config, "num_experts_per_tok", None) or 1
-        total += calibration_tokens(inputs.source, skeleton) * chosen * (8 + 4)
-        if recipe.quantize.experts.policy == "shared_hessian":
-            total += sum(4 * K**2 for K in columns)
-    return total
 
 
 def _columns(skeleton: Skeleton, shapes: Shapes, index: int) -> list[int]:
@@ -212,43 +323,31 @@ def _columns(skeleton: Skeleton, shapes: Shapes, index: int) -> list[int]:
     return [shapes[f"{spec.layers}.{index}.{g[0]}"][1] for g in spec.layer(index).groups]
 
 
-def _stack(skeleton: Skeleton, shapes: Shapes) -> int:
-    """The weights of the largest group of linears, which are solved as one stack of rows."""
-    spec = skeleton.spec
-    return max(
-        sum(math.prod(shapes[f"{spec.layers}.{i}.{name}"]) for name in group)
-        for i in range(skeleton.num_layers)
-        for group in spec.layer(i).groups
-    )
-
-
 def _vocabulary(inputs: RunInputs) -> int:
     """Bytes of the embedding or the head as it is stored and in fp32, and of a probe's logits."""
-    skeleton, stored = inputs.skeleton, inputs.skeleton.dtype.itemsize
-    rotated = inputs.recipe.rotate.kind != "none"
-    copied = stored < 4 or rotated
+    skeleton, stored, written = (
+        inputs.skeleton,
+        inputs.skeleton.dtype.itemsize,
+        inputs.dtype.itemsize,
+    )
+    rotated, quantize = inputs.recipe.rotate.kind != "none", inputs.recipe.quantize
     vocabulary = skeleton.config.vocab_size
+    table = vocabulary * skeleton.config.hidden_size
     length = inputs.recipe.calibration.length if inputs.source.used else PROBE_TOKENS
     logits = min(length, scored_at_once(vocabulary)) * vocabulary * 4
+    exact = quantize.has_tables or quantize.head is not None  # in fp32, before it is rounded
+    turned = TURNED_PIECE if rotated else 0
+    reading = table * (stored + (4 if exact else written)) + turned * min(table, VALUES_AT_ONCE)
     # Its codes, on their way to words or bytes; and of a head that is solved, what it became.
-    quantize = inputs.recipe.quantize
     rounded = 4 * quantize.has_tables + 4 * (quantize.head is not None)
-    table = vocabulary * skeleton.config.hidden_size
-    pieces = 3 * 8 * min(table, VALUES_AT_ONCE) * rotated  # in fp64
-    return table * (4 + stored * copied + rounded) + logits + pieces
+    finishing = table * (4 + (written if written < 4 else 0) + rounded) + logits
+    return max(reading if rotated else stored * table, finishing)
 
 
-def _working(
-    length: int, skeleton: Skeleton, inside: list[tuple[int, int]], twin: bool = False
-) -> int:
-    """A batch in flight, or a linear being solved; `twin`: with the 16-bit model's beside it."""
+def _working(length: int, skeleton: Skeleton, inside: Linears) -> int:
+    """A batch in flight, or a linear being solved at several widths."""
     widest = max(K for _, K in inside)
     tokens = max(TOKENS_PER_BATCH, length)
     batch = tokens * (skeleton.config.hidden_size + 3 * widest) * 4
     weights = max(N * K for N, K in inside)
-    solver = SOLVER_COPIES * 4 * (widest**2 + weights)
-    if twin:  # x0 and x0 - x; H, D and F; gate and up as they were
-        batch += tokens * (skeleton.config.hidden_size + 2 * widest) * 4
-        batch += 3 * 4 * widest**2 + 2 * 4 * weights
-        solver += 4 * weights  # W D
-    return max(batch, solver)
+    return max(batch, SOLVER_COPIES * 4 * (widest**2 + weights))

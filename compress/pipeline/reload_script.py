@@ -26,14 +26,18 @@ from safetensors.torch import load_file
 
 EXPERTS = ".experts."
 # By model type: the linears of an expert, the two tensors of all experts in the experts' block, and
-# whether these are [E, K, N] with gate and up in turns, or [E, N, K] with gates above ups.
+# whether these are [E, K, N] and not [E, N, K], and have gate and up in turns.
+NAMES = ("gate_proj", "up_proj", "down_proj")
+WHOLES = ("experts.gate_up_proj", "experts.down_proj")
 TOGETHER = {
-    "granitemoe": (("w1", "w3", "w2"), ("input_linear.weight", "output_linear.weight"), False),
-    "gpt_oss": (
-        ("gate_proj", "up_proj", "down_proj"),
-        ("experts.gate_up_proj", "experts.down_proj"),
-        True,
+    "granitemoe": (
+        ("w1", "w3", "w2"),
+        ("input_linear.weight", "output_linear.weight"),
+        False,
+        False,
     ),
+    "gpt_oss": (NAMES, WHOLES, True, True),
+    "qwen3_vl_moe": (NAMES, WHOLES, True, False),
 }
 
 
@@ -111,7 +115,7 @@ def with_experts_together(tensors: dict[str, torch.Tensor], config: Any) -> None
     blocks = {n.partition(EXPERTS)[0] for n in tensors if n.endswith("_packed") and EXPERTS in n}
     if not blocks:
         return
-    linears, wholes, turned = TOGETHER[config.model_type]
+    linears, wholes, turned, in_turns = TOGETHER[config.model_type]
     groups = config.quantization_config["config_groups"].values()
     named = [g for g in groups if any(EXPERTS.strip(".") in target for target in g["targets"])]
     scheme = (named or [g for g in groups if "Linear" in g["targets"]])[0]
@@ -129,7 +133,7 @@ def with_experts_together(tensors: dict[str, torch.Tensor], config: Any) -> None
                         dense(tensors, scheme, n) if key == "weight" else tensors.pop(f"{n}.bias")
                         for n in names
                     ]
-                    share = torch.stack(rows, 1).flatten(0, 1) if turned else torch.cat(rows)
+                    share = torch.stack(rows, 1).flatten(0, 1) if in_turns else torch.cat(rows)
                     shares.append(share.T if turned and share.ndim > 1 else share)
                 if shares:
                     tensors[f"{block}.{whole}{'_bias' * (key == 'bias')}"] = torch.stack(shares)

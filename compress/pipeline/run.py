@@ -413,6 +413,7 @@ class Job:
         else:
             state = self.journal.state()
             self.stream.restore(done, self._vision_at_work, self._table, state)
+        release_memory()  # of the embedding as it was read and rotated
         self.log.lap("calibration")
 
     def _table(self) -> Lookup:
@@ -481,6 +482,7 @@ class Job:
             head, packed = self._shared_head(planned)
         else:
             head, gammas = model.head(torch.float32 if planned else model.dtype)
+            release_memory()  # of what it was rotated in
             packed = {}
         for key, gamma in gammas.items():
             gammas[key] = model.stored(f"{spec.final_norm}.{key}", gamma)

@@ -75,6 +75,7 @@ FAMILIES: dict[str, Tower] = {
     "qwen2_vl": MergingTower,
     "qwen2_5_vl": MergingTower,
     "qwen3_vl": MergingTower,
+    "qwen3_vl_moe": MergingTower,
     "glm4v": MergingTower,
     "glm46v": MergingTower,
 }

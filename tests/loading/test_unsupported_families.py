@@ -14,7 +14,7 @@ from compress.models.skeleton import Skeleton
 from support.tiny_checkpoints import byte_tokenizer
 
 # Types that transformers loads as a language model too, without the tower, and types it does not.
-OTHERS = ["gemma3n", "llama4", "mllama", "qwen3_vl_moe", "llava_next_video", "idefics2",
+OTHERS = ["gemma3n", "llama4", "mllama", "llava_next_video", "idefics2",
           "got_ocr2", "pixtral", "qwen2_audio", "voxtral"]  # fmt: skip
 TEXT = ["gpt2", "gemma3_text", "llama4_text", "phi3", "mixtral", "qwen3_moe", "olmo2"]
 

@@ -8,6 +8,7 @@ import pytest
 import compress
 from compress.errors import CheckpointError, CompressError, DepthError, UsageError
 from compress.models.skeleton import Skeleton
+from support.moe_families import write_mixture
 from support.refusals import check_line, refused
 from support.tiny_checkpoints import change_config
 from support.tiny_folders import tiny_folder
@@ -39,6 +40,23 @@ OTHERS = [
 @pytest.fixture
 def folder(checkpoint, tmp_path):
     return shutil.copytree(checkpoint("llama"), tmp_path / "model")
+
+
+@pytest.mark.parametrize("value", [0, 5, -1, 1.5, "2"])
+def test_more_experts_for_a_token_than_there_are_are_named(tmp_path, value):
+    folder = write_mixture(tmp_path / "model", "qwen3_moe")
+    change_config(folder, num_experts_per_tok=value)
+    place = folder / "config.json"
+    with refused(UsageError, place, "num_experts_per_tok:", "(4)", json.dumps(value)):
+        Skeleton.open(folder)
+
+
+@pytest.mark.parametrize("value", [-4, 1.5, "4"])
+def test_a_number_of_experts_that_is_none_is_named(tmp_path, value):
+    folder = write_mixture(tmp_path / "model", "qwen3_moe")
+    change_config(folder, num_local_experts=value)
+    with refused(UsageError, folder / "config.json", "num_local_experts:", json.dumps(value)):
+        Skeleton.open(folder)
 
 
 @pytest.mark.parametrize(("key", "value"), WRONG, ids=lambda v: json.dumps(v)[:20])

@@ -8,13 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from compress.errors import CompressError, UsageError
 from compress.models import skeleton as skeleton_module
 from compress.models.families import ARCHITECTURES
 from compress.models.skeleton import Skeleton
-from compress.pipeline import run as run_module
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
@@ -22,9 +20,9 @@ from compress.pipeline.source_check import check_source
 from support.dense_families import DENSE, HIDDEN, WINDOW, type_of, write_dense
 from support.eager_maps import compare_with_eager_maps
 from support.refusals import check_line, refused
+from support.reopened import compared_here
 from support.tiny_checkpoints import (
     all_count,
-    load_whole,
     logits_of,
     random_ids,
     recipe_for,
@@ -105,18 +103,8 @@ def test_windows_are_as_wide_as_the_masks(folder_of, family):
 
 @pytest.fixture
 def reloaded(monkeypatch):
-    """The self-check in this process: how far the run's logits are from those of transformers."""
-    errors = []
-
-    def compare(folder, probe):
-        seen = load_file(probe)
-        logits = seen.pop("logits")
-        with torch.no_grad():
-            errors.append(relative_error(load_whole(folder)(**seen).logits, logits))
-        return {"relative_error": errors[-1], "tolerance": 0, "tokens": 0}
-
-    monkeypatch.setattr(run_module, "reload_and_compare", compare)
-    return errors
+    """How far the run's logits are from those of transformers."""
+    return compared_here(monkeypatch)
 
 
 @every_family

@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 import compress
@@ -19,10 +18,9 @@ from compress.errors import CheckpointError, UsageError
 from compress.models.experts import OpenedExperts
 from compress.models.families import MIXTURES
 from compress.models.skeleton import Skeleton
-from compress.pipeline import run as run_module
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import make_plan
-from compress.pipeline.reload_script import TOGETHER, with_experts_together, with_wide_scales
+from compress.pipeline.reload_script import TOGETHER
 from compress.pipeline.run import run
 from compress.pipeline.source_check import check_source
 from compress.quantization.layer import run_layer
@@ -33,6 +31,7 @@ from support.dense_families import LAYERS, type_of
 from support.eager_maps import compare_with_eager_maps
 from support.moe_families import CHOSEN, HIDDEN, MIXED, write_mixture
 from support.refusals import check_line, refused
+from support.reopened import compared_here, opened
 from support.tiny_checkpoints import (
     all_count,
     change_config,
@@ -71,39 +70,15 @@ def inputs_of(folder, **settings):
     return RunInputs.of(recipe(folder, **settings), Skeleton(folder))
 
 
-def opened(folder):
-    """Plain transformers in fp32; packed experts that it has no place for are made dense before."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    if config.model_type not in TOGETHER:
-        return load_whole(folder)
-    tensors = with_wide_scales(str(folder))
-    with_experts_together(tensors, config)
-    kind = getattr(transformers, config.architectures[0])
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    model, loading = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
-    assert not any(loading.values()), loading
-    return model.eval()
-
-
 @pytest.fixture
 def reloaded(monkeypatch):
-    """The self-check in this process: how far the run's logits are from those of transformers."""
-    errors = []
-
-    def compare(folder, probe):
-        seen = load_file(probe)
-        logits = seen.pop("logits")
-        with torch.no_grad():
-            errors.append(relative_error(opened(folder)(**seen).logits, logits))
-        return {"relative_error": errors[-1], "tolerance": 0, "tokens": 0}
-
-    monkeypatch.setattr(run_module, "reload_and_compare", compare)
-    return errors
+    """How far the run's logits are from those of transformers."""
+    return compared_here(monkeypatch)
 
 
 def test_every_row_is_tested_and_nothing_else():
     assert list(dict.fromkeys(map(type_of, MIXED))) == list(MIXTURES)
-    assert {*PARTED} == {*TOGETHER}
+    assert {*PARTED} | {"qwen3_vl_moe"} == {*TOGETHER}
 
 
 @every_family

@@ -6,11 +6,11 @@ tests/pipeline.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from safetensors.torch import load_file, save_file
 
 from compress.cli.main import main
 from compress.data.prompts import ImagePrompts, probe_prompt
@@ -32,6 +32,7 @@ from compress.recipe.token_importance import TokenImportance
 from compress.rotation.model import RotatedModel
 from compress.rotation.rotate import rotate_vision
 from support.refusals import refused
+from support.reopened import compared_here, opened
 from support.seeing_families import (
     PROCESSORS,
     SEEING,
@@ -93,17 +94,9 @@ def prompts_of(folder, count=2):
     return ImagePrompts(tuple(made))
 
 
-def load_whole(folder, **options):
-    model, loading = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, **options
-    )
-    assert not any(loading.values()), loading
-    return model.eval()
-
-
 @torch.no_grad()
 def logits_of(folder, prompt):
-    return load_whole(folder)(**prompt).logits
+    return opened(folder)(**prompt).logits
 
 
 def test_every_row_is_tested_and_nothing_else():
@@ -128,7 +121,7 @@ def test_the_row_says_what_is_found(folder_of, family):
     for index in range(skeleton.num_layers):
         layer = skeleton.model.get_submodule(f"{skeleton.spec.layers}.{index}")
         linears = {n for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
-        assert sorted(skeleton.spec.layer(index).linears) == sorted(linears)
+        assert sorted(skeleton.spec.layer(index).linears) == sorted(linears)  # no router is one
     mapped = [skeleton.spec.layer(index).attends for index in range(skeleton.num_layers)]
     assert all(mapped) == (MULTIMODAL[type_of(family)].weighs == "all layers")
 
@@ -138,18 +131,8 @@ def test_the_row_says_what_is_found(folder_of, family):
 
 @pytest.fixture
 def reloaded(monkeypatch):
-    """The self-check in this process: how far the run's logits are from those of transformers."""
-    errors = []
-
-    def compare(folder, probe):
-        seen = load_file(probe)
-        assert "pixel_values" in seen
-        logits = seen.pop("logits")
-        errors.append(relative_error(logits_of(folder, seen), logits))
-        return {"relative_error": errors[-1], "tolerance": 0, "tokens": 0}
-
-    monkeypatch.setattr(run_module, "reload_and_compare", compare)
-    return errors
+    """How far the run's logits are from those of transformers."""
+    return compared_here(monkeypatch, "pixel_values")
 
 
 @every_family
@@ -180,6 +163,29 @@ def test_quantised_to_4_bits_it_is_the_model_of_the_run(
     assert all(module["error"] < 0.1 for module in modules)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["ignore"][-1].startswith("re:")
+
+
+def test_experts_lie_as_their_file_has_them(folder_of, tmp_path):
+    """[E, d, 2 m] as published, or [E, 2 m, d] as transformers writes them: both are read, and what
+    stays in 16 bits is written the same way."""
+    family = "qwen3_vl_moe"
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(folder_of(family), folder)
+    tensors = load_file(folder / "model.safetensors")
+    parts = {n: t for n, t in tensors.items() if n.endswith(("gate_up_proj", "experts.down_proj"))}
+    assert len(parts) == 4  # of two layers: the first is dense
+    turned = {n: t.transpose(1, 2).contiguous() for n, t in parts.items()}
+    save_file(tensors | turned, folder / "model.safetensors", {"format": "pt"})
+    facts = check_source(inputs_of(folder), 10**10)
+    assert all(probe["relative_error"] < 1e-5 for probe in facts["probes"].values())
+    made = recipe(folder, method="rtn", ignore=["lm_head", "re:.*experts.*"])
+    run(made, out, check_source=False, self_check=False)
+    written = load_file(out / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in turned.items())
+    first = next(iter(parts))
+    save_file(tensors | {first: parts[first][:, :, :-1].contiguous()}, folder / "model.safetensors")
+    with refused(CheckpointError, first, "config.json"):
+        Skeleton(folder)
 
 
 # ---- rotation -----------------------------------------------------------------------------------
@@ -252,7 +258,7 @@ def test_token_weights_are_the_column_sums_of_eager_maps(folder_of, family):
     prompt = probe_prompt(skeleton)
     ids = prompt["input_ids"]
     counted = torch.ones_like(ids, dtype=torch.bool)
-    model = load_whole(folder, attn_implementation="eager")
+    model = opened(folder, attn_implementation="eager")
     with torch.no_grad():
         result = model(**prompt, output_attentions=True)
     source = RotatedModel(skeleton, recipe(folder).rotate, torch.float32, "cpu")

@@ -10,7 +10,7 @@ import pytest
 
 import compress
 from compress.errors import CheckpointError, UsageError
-from compress.models.families import ARCHITECTURES, MIXTURES, MULTIMODAL
+from compress.models.families import ARCHITECTURES, MIXTURES, MULTIMODAL, experts_of
 from compress.models.pretrained import load_config
 from compress.models.skeleton import Skeleton
 from compress.pipeline.plan import Plan
@@ -108,9 +108,9 @@ def test_a_popular_model_is_planned_from_its_config(name, tmp_path, opened_in):
     assert count == pytest.approx(COUNTS[name] * 1e9, rel=0.01)
     # A layer in fp32 and its rotation's copy at least; of one with experts what is written of it.
     layer = inside // text["num_hidden_layers"]
-    whole = 8 if config["model_type"] not in MIXTURES else 0.5
+    whole = 8 if experts_of(config["model_type"]) is None else 0.5
     assert plan.peak_memory["host"] > whole * layer
-    if config["model_type"] in MIXTURES:
+    if experts_of(config["model_type"]) is not None:
         assert plan.peak_memory["host"] < plan.bytes["total"]
 
 

@@ -206,27 +206,27 @@ def test_pruned_prompts_from_python_are_refused(folder_of, tmp_path):
 # ---- memory -------------------------------------------------------------------------------------
 
 
-def host_memory(folder, target, **calibration) -> int:
-    recipe = recipe_for(folder, quantize={"target": target}, calibration=calibration)
+def host_memory(folder, text, target, **calibration) -> int:
+    recipe = recipe_for(folder, text, quantize={"target": target}, calibration=calibration)
     return make_plan(RunInputs.open(recipe)).peak_memory["host"]
 
 
-def test_the_plan_counts_the_second_stream_and_its_statistics(model):
+def test_the_plan_counts_the_second_stream_and_its_statistics(model, text):
     memory = {
         (target, offload, samples): host_memory(
-            model, target, samples=samples, length=64, offload=offload
+            model, text, target, samples=samples, length=64, offload=offload
         )
         for target in ("quantized", "full_precision")
         for offload in ("ram", "disk")
-        for samples in (1000, 2000)
+        for samples in (4000, 8000)
     }
-    hidden, widest, tokens = 64, 128, 1000 * 64
-    more = memory["full_precision", "ram", 2000] - memory["full_precision", "ram", 1000]
+    hidden, widest, tokens = 64, 128, 4000 * 64
+    more = memory["full_precision", "ram", 8000] - memory["full_precision", "ram", 4000]
     assert more == tokens * (2 * hidden + widest) * 4
-    assert memory["quantized", "ram", 2000] - memory["quantized", "ram", 1000] == (
+    assert memory["quantized", "ram", 8000] - memory["quantized", "ram", 4000] == (
         tokens * (hidden + widest) * 4
     )
-    assert memory["full_precision", "disk", 2000] == memory["full_precision", "disk", 1000]
+    assert memory["full_precision", "disk", 8000] == memory["full_precision", "disk", 4000]
     # H, D and F, and a batch of both models at once.
-    statistics = memory["full_precision", "disk", 1000] - memory["quantized", "disk", 1000]
+    statistics = memory["full_precision", "disk", 4000] - memory["quantized", "disk", 4000]
     assert statistics >= 3 * 4 * widest**2

@@ -42,6 +42,7 @@ STRATEGIES = {
 CASES = [(family, name) for family in ("llava", "qwen2_vl") for name in STRATEGIES]
 CASES += [(family, "stages") for family in FAMILIES if family not in ("llava", "qwen2_vl")]
 CASES += [("qwen3_vl", name) for name in ("stages", "late", "recycled", "renumbered", "visionzip")]
+CASES += [("qwen3_vl_moe", "stages"), ("qwen3_vl_moe", "recycled")]
 
 
 def recipe_of(folder, strategy, quantize="none", rotate="none"):

@@ -103,7 +103,7 @@ def check(family, strategy, rows, attention):
         assert image.kept_at(LAYERS - 1) < len(image.tokens)
     values = merged_values(prompt, read[0])
     assert bool(values) == (strategy.cell is not None or strategy.method in MERGING)
-    added = merged_additions(prompt, read, gave) if family == "qwen3_vl" else ()
+    added = merged_additions(prompt, read, gave) if family.startswith("qwen3_vl") else ()
     with masked_run(model, [prompt.kept(layer) for layer in range(LAYERS)], values, added):
         full_tokens, full_logits = generate(model, inputs)
     assert len(logits) == 9

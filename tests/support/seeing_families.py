@@ -120,6 +120,22 @@ def _qwen3_vl() -> Any:
     )
 
 
+def _qwen3_vl_moe() -> Any:
+    """Experts of 3 x 24 numbers a channel: were two of them as wide as the stream, a file would not
+    say which way they lie."""
+    parts = _qwen3_vl()
+    changes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+               "mlp_only_layers": [0]}  # fmt: skip
+    rope = M_ROPE | {"mrope_interleaved": True}
+    inside = hf.Qwen3VLMoeTextConfig(**TEXT, **changes, rope_parameters=rope)
+    tokens = {name: getattr(parts, name) for name in vars(parts) if name.endswith("_token_id")}
+    return hf.Qwen3VLMoeConfig(
+        vision_config=parts.vision_config.to_dict() | {"model_type": "qwen3_vl_moe_vision"},
+        text_config=inside.to_dict(),
+        **tokens,
+    )
+
+
 def _glm4v() -> Any:
     vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 40, "num_heads": 4,
               "image_size": SIDE, "patch_size": PATCH, "out_hidden_size": HIDDEN}  # fmt: skip
@@ -261,6 +277,7 @@ SEEING: dict[str, Callable[[], Any]] = {
     "llava-granite": lambda: llava(hf.CLIPVisionConfig(**VISION), text("granite", **SCALED)),
     "llava-phi3": lambda: llava(hf.CLIPVisionConfig(**VISION), text("phi3")),
     "qwen3_vl": _qwen3_vl,
+    "qwen3_vl_moe": _qwen3_vl_moe,
     "gemma3": _gemma3,
     "idefics3": lambda: _idefics(hf.Idefics3Config, hf.Idefics3VisionConfig),
     "smolvlm": lambda: _idefics(hf.SmolVLMConfig, hf.SmolVLMVisionConfig),
@@ -426,7 +443,7 @@ def write_seeing(folder: Path, family: str) -> Path:
     model = tiny_seeing(family)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
-    if family in ("qwen3_vl", "glm4v"):
+    if family in ("qwen3_vl", "qwen3_vl_moe", "glm4v"):
         _write_grid_processor(folder, family)
     elif family in PROCESSORS:
         _tokenizer({IMAGE: StandIn.image_token}).save_pretrained(folder)

@@ -90,6 +90,7 @@ def _write_qwen_processor(folder: Path, family: str) -> None:
         "qwen2_vl": "Qwen2VLProcessor",
         "qwen2_5_vl": "Qwen2_5_VLProcessor",
         "qwen3_vl": "Qwen3VLProcessor",
+        "qwen3_vl_moe": "Qwen3VLProcessor",
     }
     path = folder / "preprocessor_config.json"
     settings = json.loads(path.read_text()) | {"processor_class": names[family]}

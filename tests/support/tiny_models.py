@@ -34,7 +34,14 @@ VISION = {
     "patch_size": 4,
 }
 PATCHES = 36  # of a crop
-ON_GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm46v")  # images of any size
+ON_GRIDS = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "glm4v",
+    "glm46v",
+)  # images of any size
 
 
 def tiny_model(family: str, attention: str = "sdpa", **text: Any) -> Any:
@@ -102,7 +109,7 @@ def _on_grids(family: str, text: dict[str, Any]) -> tuple[Any, Any]:
         vision |= {"embed_dim": HIDDEN, "hidden_size": HIDDEN, "mlp_ratio": 2}
         config = hf.Qwen2VLConfig(vision_config=vision, text_config=text, **tokens)
         return config, hf.Qwen2VLForConditionalGeneration
-    if family == "qwen3_vl":
+    if family in ("qwen3_vl", "qwen3_vl_moe"):
         vision |= {
             "hidden_size": HIDDEN,
             "out_hidden_size": HIDDEN,
@@ -111,6 +118,10 @@ def _on_grids(family: str, text: dict[str, Any]) -> tuple[Any, Any]:
             "deepstack_visual_indexes": [0, 1],  # added behind layers 0 and 1
         }
         text |= {"head_dim": 8, "rope_parameters": rope | {"mrope_interleaved": True}}
+        if family == "qwen3_vl_moe":
+            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+            config = hf.Qwen3VLMoeConfig(vision_config=vision, text_config=text, **tokens)
+            return config, hf.Qwen3VLMoeForConditionalGeneration
         config = hf.Qwen3VLConfig(vision_config=vision, text_config=text, **tokens)
         return config, hf.Qwen3VLForConditionalGeneration
     if family in ("glm4v", "glm46v"):
