@@ -4,10 +4,10 @@
 
 vLLM's CPU kernel multiplies 4 bits in bf16 and fp16, experts only where a processor has AMX, and
 looks rows of a packed embedding up in Triton. What stands in for these here unpacks the bit stream
-of any width and multiplies in fp32. All else is vLLM's own: how it reads the config, which scheme it
-gives each layer, names, shapes, the loading of q, k and v into one matrix, zero points, attention and
-the engine's loop. An answer says that vLLM reads the file as it was meant; it says nothing of the
-kernels that a GPU would run.
+of any width and multiplies in fp32. All else is vLLM's own: how it reads the config, which scheme
+it gives each layer, names, shapes, the loading of q, k and v into one matrix, zero points,
+attention and the engine's loop. An answer says that vLLM reads the file as it was meant; it says
+nothing of the kernels that a GPU would run.
 """
 
 from fractions import Fraction
