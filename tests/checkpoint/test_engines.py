@@ -1,5 +1,6 @@
 """Engines that will not load a checkpoint are named, and told apart by what they go by."""
 
+import json
 import re
 from itertools import combinations, dropwhile, takewhile
 from pathlib import Path
@@ -8,13 +9,18 @@ import pytest
 
 from compress.checkpoint.compressed_tensors import quantization_config
 from compress.checkpoint.engines import (
+    EVIDENCE,
+    evidence,
+    gguf_table,
     gptq_notes,
+    gptq_table,
     loading_table,
     must_dequantize_on_load,
     plan_notes,
     split_fusions,
 )
 from compress.errors import CheckpointError
+from compress.pipeline.card import bits_summary
 from compress.scheme import Scheme
 from support.refusals import check_line, refused
 from support.tiny_quantised import MIXED
@@ -134,3 +140,71 @@ def test_group_sizes_that_engines_do_not_run():
     check_line(note, "GPTQModel", 192)
     loads = dict(loading_table({"a": Scheme(4, 16, symmetric=False)}))
     assert "humming" in loads["vLLM"] and loads["SGLang"].startswith("no")
+
+
+# What engines made of checkpoints of ours, as tests/interop/engines/record.py has written it down.
+RECORDED = json.loads(
+    (Path(__file__).parents[1] / "interop" / "engines" / "results.json").read_text("utf-8")
+)
+
+
+def claim(row) -> str:
+    """What the card of such a checkpoint says of the row's engine."""
+    rows = bits_summary(row["modules"], row["format"], row["kind"])["engines"]
+    name = row["engine"].partition(",")[0]
+    return next(how for engine, how in rows if engine.partition(",")[0] == name)
+
+
+def is_the_same_model(row) -> bool:
+    """Whether an answer is ours but for what an engine rounds on its way, such as activations."""
+    theirs, ours = row["perplexity"]
+    return abs(theirs / ours - 1) < 0.02 and row["top1"] > 0.9
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, id=f"{row['engine']}-{row['checkpoint']}") for row in RECORDED],
+)
+def test_the_table_says_what_engines_did(row):
+    if row["format"] == "unquantised":
+        assert is_the_same_model(row)
+        return
+    how = claim(row)
+    if "refused" in row:
+        # Of vLLM a CPU was asked: what it refused may be for GPUs.
+        assert how.startswith("no") or (row["engine"] == "vLLM" and re.search("GPU|humming", how))
+    else:
+        assert how.startswith("no") != is_the_same_model(row)
+
+
+@pytest.mark.parametrize("engine", EVIDENCE)
+def test_what_is_said_to_have_run_is_recorded(engine):
+    rows = [row for row in RECORDED if row["engine"].partition(",")[0] == engine]
+    said = re.match(r"run: (\S+) ([\d.]+) on a CPU", evidence(engine))
+    assert bool(said) == any("perplexity" in row for row in rows)
+    for row in rows:
+        assert said and row["versions"][said[1].lower()].startswith(f"{said[2]}.")
+
+
+def test_every_engine_of_a_table_has_its_evidence():
+    tables = [loading_table(UNIFORM), gptq_table(UNIFORM), gguf_table([A])]
+    assert all(evidence(engine) for table in tables for engine, _ in table)
+
+
+def test_what_runs_on_gpus_alone_is_said():
+    def vllm(schemes, **more):
+        return dict(loading_table(schemes, **more))["vLLM"]
+
+    assert vllm(UNIFORM) == "yes" == dict(gptq_table(UNIFORM))["vLLM"]
+    head = {"lm_head": C}
+    for schemes, tables in (
+        (dict.fromkeys(UNIFORM, C), None),
+        (UNIFORM | head, {"lm_head": "pack-quantized"}),
+        (UNIFORM | {"model.embed_tokens": C}, {"model.embed_tokens": "pack-quantized"}),
+        ({"model.layers.0.mlp.experts.3.up_proj": A}, None),
+    ):
+        check_line(vllm(schemes, tables=tables), "yes, on GPUs")
+    check_line(dict(gptq_table(UNIFORM | head))["vLLM"], "yes, on GPUs")
+    small = dict.fromkeys(UNIFORM, Scheme(4, 16))
+    check_line(vllm(small), "float16", "CPU")  # which a GPU does in fp16 alone
+    check_line(vllm(dict.fromkeys(UNIFORM, Scheme(4, 16, symmetric=False))), "humming", "CPU")
