@@ -277,16 +277,16 @@ def test_activations_of_every_unit_at_every_width_count(checkpoint, host_memory)
     memory = {
         (offload, samples): host_memory(
             checkpoint(), section | {"widths": [4, 2], "samples": samples},
-            samples=2000, length=64, offload=offload,
+            samples=8000, length=64, offload=offload,
         )
         for offload in ("ram", "disk")
-        for samples in (1500, 2000)
+        for samples in (6000, 8000)
     }  # fmt: skip
-    assert memory["ram", 2000] - memory["ram", 1500] == 5 * 500 * 64 * 64 * 4
-    assert memory["disk", 2000] == memory["disk", 1500] < memory["ram", 1500]
-    cheap = section | {"importance": "weight_error", "samples": 2000, "widths": [4, 2]}
-    assert host_memory(checkpoint(), cheap, samples=2000, length=64, offload="ram") == host_memory(
-        checkpoint(), samples=2000, length=64, offload="ram"
+    assert memory["ram", 8000] - memory["ram", 6000] == 5 * 2000 * 64 * 64 * 4
+    assert memory["disk", 8000] == memory["disk", 6000] < memory["ram", 6000]
+    cheap = section | {"importance": "weight_error", "samples": 8000, "widths": [4, 2]}
+    assert host_memory(checkpoint(), cheap, samples=8000, length=64, offload="ram") == host_memory(
+        checkpoint(), samples=8000, length=64, offload="ram"
     )
 
 
