@@ -41,7 +41,7 @@ from compress.errors import CheckpointError, UsageError
 from compress.kernels.cpu import native
 from compress.loading.parted_experts import has_parted_experts, read_whole, without_section
 from compress.loading.transformers_plugin import ModelpressConfig
-from compress.memory import multiplies_16_bits
+from compress.memory import chosen_device, multiplies_16_bits
 from compress.models.config_values import (
     check_config,
     check_extent,
@@ -68,9 +68,10 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """A model in evaluation mode on `device`, and its tokenizer, if it is multimodal its processor.
 
-    path: a folder, or a model id on the hub. dtype: None keeps the checkpoint's, but for one of 16
-    bits on a CPU whose products in bf16 are slow, which runs in fp32. prune: if a strategy that
-    was saved with the checkpoint is applied; `model.visual_token_pruning` is then its context.
+    path: a folder, or a model id on the hub. device: `auto` is a GPU where there is one. dtype: None
+    keeps the checkpoint's, but for one of 16 bits on a CPU whose products in bf16 are slow, which
+    runs in fp32. prune: whether a strategy saved with the checkpoint is applied;
+    `model.visual_token_pruning` is then its context.
     packed: whether quantised linears stay packed (QuantLinear); False makes all of them dense; None
     keeps compressed-tensors `pack-quantized`, or of integers with integer activations, and GPTQ
     packed, and leaves other formats (AWQ, FP8) to transformers; models with experts too, which are
@@ -88,6 +89,7 @@ def load(
             "activation_bits is for packed linears: leave it out, or packed=False (--dense)"
         )
     given, path = path, _checked_folder(path)
+    device = chosen_device(device) if isinstance(device, str) else device
     config = guarded(path, AutoConfig.from_pretrained)
     refuse_partly_seen(config)
     strategy = saved_strategy(config, path) if prune else None

@@ -28,7 +28,7 @@ from compress.data.windows import conversations_of, text_windows
 from compress.errors import UsageError
 from compress.eval.report import format_bytes, format_memory
 from compress.eval.shown import Shown, shortened
-from compress.memory import uncollected
+from compress.memory import chosen_device, uncollected
 from compress.models.fused import joined
 from compress.models.skeleton import Skeleton
 from compress.observer import Observer
@@ -145,6 +145,7 @@ def open_for_plan(recipe: Recipe, device: str = "cpu", check_source: bool = Fals
     They have to be there for `check_source` and for scores that are measured on them; otherwise
     UsageError names what needs them.
     """
+    device = chosen_device(device) if device == "auto" else device  # cuda may be of another machine
     needs = "--check-source runs the model" if check_source else _measures(recipe)
     if needs is None:
         return RunInputs.foretell(recipe, device)

@@ -85,6 +85,13 @@ def test_fp32_where_products_in_16_bits_are_slow(
     assert model(torch.tensor([[1, 2]])).logits.dtype == found
 
 
+def test_auto_is_the_device_that_is_here(folder):
+    model, _ = load(folder, device="auto")
+    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with refused(UsageError, "device", "nowhere"):
+        load(folder, device="nowhere")
+
+
 def test_one_asymmetric_scheme_runs(tmp_path, recwarn):
     made = write_quantised(tmp_path, [Scheme(4, 32, symmetric=False)])
     write_tokenizer(made.folder)
