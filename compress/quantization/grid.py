@@ -25,6 +25,7 @@ from torch import Tensor
 # steps, then finer ones around the best of them.
 MAGNITUDE_SHARES = tuple(1 - i / 100 for i in range(80))
 MAGNITUDE_POWER = 2.4
+MAGNITUDE_BITS = 8  # from which on it is not searched: it gains nothing there (docs/rsq.md)
 COARSE_SHARES = tuple(1.05 - 0.075 * i for i in range(11))
 FINE_OFFSETS = (-0.025, 0.025)
 # Elements worked on at a time in the search, so that the temporaries stay in the cache.
@@ -92,15 +93,15 @@ def search_scale(
     Args:
         grid: the levels.
         Wt: [K, N] weights that share one scale for each output.
-        clip: `none` (nothing is clipped), `magnitude` (least sum |e|^2.4) or `hessian` (least
-            sum importance * e^2).
+        clip: `none` (nothing is clipped), `magnitude` (least sum |e|^2.4; as `none` from 8 bits
+            on) or `hessian` (least sum importance * e^2).
         importance: [K] diag(H), the second moment of each input; used by `hessian`.
 
     Returns:
         scale [N], already rounded to what the checkpoint stores, and zero [N] or None.
     """
     scale, zero = grid.extent(Wt)
-    if clip == "none":
+    if clip == "none" or (clip == "magnitude" and grid.bits >= MAGNITUDE_BITS):
         return grid.stored(scale), zero
     step = max(1, CHUNK // Wt.shape[0])
     for start in range(0, Wt.shape[1], step):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.quantization import grid as grids
-from compress.quantization.grid import UniformGrid, search_scale
+from compress.quantization.grid import MAGNITUDE_BITS, UniformGrid, search_scale
 from support.small_linears import in_range
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -185,6 +185,9 @@ def test_clipping_is_never_worse_than_not_clipping(bits, symmetric, clip, dtype)
 def test_magnitude_is_the_best_of_its_eighty_shares(bits, symmetric):
     grid, W = UniformGrid(bits, symmetric, torch.float64), weights(192, dtype=torch.float64)[:, 1:]
     scale, zero = search_scale(grid, W, "magnitude")
+    if bits >= MAGNITUDE_BITS:  # where none is tried
+        assert torch.equal(scale, search_scale(grid, W, "none")[0])
+        return
     found = objective("magnitude", least_distances(grid, W, scale, zero), None)
     tried = [shared_by(grid, W, 1 - i / 100) for i in range(80)]
     errors = [objective("magnitude", least_distances(grid, W, *s), None) for s in tried]
