@@ -108,8 +108,8 @@ class Quantize(Section):
     # inputs that share a scale: any number that divides them, `channel` (or -1) for all, or `auto`
     group_size: GroupSize = "auto"
     symmetric: bool = True
-    # hessian: error weighted by diag(H), gptq's default; magnitude: |e|^2.4, rtn's default, and below
-    # 8 bits alone
+    # hessian: error weighted by diag(H), gptq's default; magnitude: |e|^2.4, rtn's default, which
+    # is as none from 8 bits on
     clip_search: Literal["hessian", "magnitude", "none"] = "hessian"
     refine_sweeps: int = Field(5, ge=0)  # coordinate descent after the column loop
     damping: Number = Field(0.01, ge=0)  # share of mean(diag H) that is added to the diagonal
