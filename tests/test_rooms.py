@@ -60,6 +60,7 @@ TOOLS = {
     "vlm_quality",
     "make_demo_code",
     "make_demo_text",
+    "make_chats",
 }
 MOST_FLOORS = 12
 

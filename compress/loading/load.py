@@ -69,8 +69,8 @@ def load(
     """A model in evaluation mode on `device`, and its tokenizer, if it is multimodal its processor.
 
     path: a folder, or a model id on the hub. device: `auto` is a GPU where there is one. dtype:
-    None keeps the checkpoint's, but for one of 16 bits on a CPU whose products in bf16 are slow, which
-    runs in fp32. prune: whether a strategy saved with the checkpoint is applied;
+    None keeps the checkpoint's, but for one of 16 bits on a CPU whose products in bf16 are slow,
+    which runs in fp32. prune: whether a strategy saved with the checkpoint is applied;
     `model.visual_token_pruning` is then its context.
     packed: whether quantised linears stay packed (QuantLinear); False makes all of them dense; None
     keeps compressed-tensors `pack-quantized`, or of integers with integer activations, and GPTQ
