@@ -9,12 +9,22 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from compress.errors import UsageError
 from compress.models.families import MULTIMODAL
 from compress.models.vision import Inputs
-from compress.pruning.tower import Crops, MergingTower, Pack, PatchTower, TapSettings, VisionTap
+from compress.pruning.tower import (
+    Crops,
+    MergingTower,
+    Pack,
+    PatchTower,
+    PixtralTower,
+    ShuffledTower,
+    TapSettings,
+    VisionTap,
+    one_side,
+)
 
 # Makes the tap for a vision tower.
 Tower = Callable[[PreTrainedModel, TapSettings], VisionTap]
@@ -63,8 +73,30 @@ def _packed(
     return packed
 
 
-def _patches(crops: Crops, pack: Pack) -> Tower:
-    return partial(PatchTower, crops=crops, pack=pack)
+def _patches(crops: Crops, pack: Pack, **options: str) -> Tower:
+    return partial(PatchTower, crops=crops, pack=pack, **options)
+
+
+def _scale_factor(config: PreTrainedConfig) -> int:
+    return config.scale_factor
+
+
+def _downsampled(config: PreTrainedConfig) -> int:
+    return round(1 / config.downsample_ratio)
+
+
+def _hidden_stride(config: PreTrainedConfig) -> int:
+    return config.vision_config.hidden_stride
+
+
+# The side, in patches, of what becomes one token of a crop.
+MERGES: dict[str, Callable[[PreTrainedConfig], int]] = {
+    "idefics3": _scale_factor,
+    "smolvlm": _scale_factor,
+    "internvl": _downsampled,
+    "ovis2": _hidden_stride,
+}
+_IDEFICS = partial(ShuffledTower, merge=_scale_factor, tower="vision_model", features="full")
 
 
 # By the `model_type` of the transformers class.
@@ -78,6 +110,14 @@ FAMILIES: dict[str, Tower] = {
     "qwen3_vl_moe": MergingTower,
     "glm4v": MergingTower,
     "glm46v": MergingTower,
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
+    "internvl": partial(ShuffledTower, merge=_downsampled),
+    "ovis2": partial(ShuffledTower, merge=_hidden_stride, features="full"),
+    "mistral3": PixtralTower,
+    "lighton_ocr": partial(PixtralTower, tower="vision_encoder"),
+    "vipllava": _patches(_one_crop_each, _as_they_are, features="default"),
+    "deepseek_vl": _patches(_one_crop_each, _as_they_are, tower="vision_model", features="full"),
 }
 
 
@@ -94,9 +134,21 @@ def tower_of(model: object) -> Tower:
     """The row of a model. Raises UsageError, naming the supported ones, if it has none."""
     found = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     tower = tower_for(found)
-    if not hasattr(getattr(model, "model", None), "language_model"):
+    base = getattr(model, "model", None)
+    if not (hasattr(base, "language_model") or hasattr(base, "text_model")):
         raise UsageError(
             f"expected a model with a language modelling head, found {type(model).__name__}: "
             "load it with AutoModelForImageTextToText"
         )
     return tower
+
+
+def tokens_of_a_crop(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Visual tokens of one crop, and its side in pixels; None where images may have any size."""
+    tower, vision = FAMILIES[config.model_type], config.vision_config
+    if tower is PixtralTower or vision.model_type == "pixtral" or not hasattr(vision, "image_size"):
+        return None
+    side = one_side(vision.image_size)
+    patches = side // one_side(vision.patch_size)
+    merge = MERGES.get(config.model_type)
+    return (-(-patches // merge(config)) if merge else patches) ** 2, side
