@@ -16,7 +16,7 @@ from compress.errors import CompressError, UsageError
 from compress.models.skeleton import Skeleton
 from compress.pipeline.inputs import RunInputs
 from compress.pruning.costs import DecoderShape, kv_bytes, prefill_flops
-from compress.pruning.families import tokens_of_a_crop, tower_for
+from compress.pruning.families import images_of_runs, tokens_of_a_crop, tower_for
 from compress.pruning.last_token import LastTokenAttention, check_decoder
 from compress.pruning.saved import saved_strategy
 from compress.pruning.search import check_search, search_variables
@@ -142,8 +142,9 @@ def _prompt(source: CalibrationSource, skeleton: Skeleton) -> tuple[int, list[in
         found = read_samples(source.location, processor, 1, seed, answers=source.answers)
         ids = found[0]["input_ids"][0]
         token = skeleton.model_config.image_token_id
-        runs = [(key, len(list(run))) for key, run in groupby((ids == token).tolist())]
-        images = [length for is_image, length in runs if is_image]
+        parts = groupby((ids == token).tolist())
+        runs = [len(list(run)) for is_image, run in parts if is_image]
+        images = images_of_runs(skeleton.model_config, runs)
         return len(ids), images, f"a prompt of {source.settings.dataset}"
     crop = tokens_of_a_crop(skeleton.model_config)
     if crop is not None:

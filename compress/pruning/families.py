@@ -73,8 +73,10 @@ def _packed(
     return packed
 
 
-def _patches(crops: Crops, pack: Pack, **options: str) -> Tower:
-    return partial(PatchTower, crops=crops, pack=pack, **options)
+def _patches(
+    crops: Crops, pack: Pack, tower: str = "vision_tower", features: str | None = None
+) -> Tower:
+    return partial(PatchTower, crops=crops, pack=pack, tower=tower, features=features)
 
 
 def _scale_factor(config: PreTrainedConfig) -> int:
@@ -145,10 +147,27 @@ def tower_of(model: object) -> Tower:
 
 def tokens_of_a_crop(config: PreTrainedConfig) -> tuple[int, int] | None:
     """Visual tokens of one crop, and its side in pixels; None where images may have any size."""
-    tower, vision = FAMILIES[config.model_type], config.vision_config
-    if tower is PixtralTower or vision.model_type == "pixtral" or not hasattr(vision, "image_size"):
+    vision = config.vision_config
+    if _of_rows(config) or not hasattr(vision, "image_size"):
         return None
     side = one_side(vision.image_size)
     patches = side // one_side(vision.patch_size)
     merge = MERGES.get(config.model_type)
     return (-(-patches // merge(config)) if merge else patches) ** 2, side
+
+
+def images_of_runs(config: PreTrainedConfig, runs: list[int]) -> list[int]:
+    """Visual tokens of each image of a prompt, by the lengths of its unbroken runs of them.
+
+    Tiles that are pruned apart may touch; rows of Pixtral's images are parted by text, and all that
+    a prompt has of them is taken for one image.
+    """
+    if config.model_type in MERGES:
+        crop = tokens_of_a_crop(config)
+        assert crop is not None, "these have crops"
+        return [crop[0]] * (sum(runs) // crop[0])
+    return [sum(runs)] if _of_rows(config) else runs
+
+
+def _of_rows(config: PreTrainedConfig) -> bool:
+    return bool(config.vision_config.model_type == "pixtral")

@@ -621,6 +621,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def encoder_layers(tower: nn.Module) -> nn.ModuleList:
+    """The layers of a CLIP or SigLIP tower."""
+    return _modules(getattr(tower, "vision_model", tower), "encoder.layers")
+
+
 def _modules(parent: nn.Module, name: str) -> nn.ModuleList:
     """The list of modules at `name`, which torch knows only as a module."""
     found = parent.get_submodule(name)

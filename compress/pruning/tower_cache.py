@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from compress.models.vision import Inputs
 from compress.pruning.per_thread import PerThread
+from compress.pruning.tower import encoder_layers
 
 MOST_BYTES = 2**30
 CACHED = ("clip_vision_model", "siglip_vision_model")
@@ -93,7 +94,7 @@ def _below_the_features(model: PreTrainedModel, tower: PreTrainedModel | None) -
     index = getattr(model.config, "vision_feature_layer", None)
     if tower is None or not isinstance(index, int) or tower.config.model_type not in CACHED:
         return []
-    layers = list(getattr(tower, "vision_model", tower).encoder.layers)
+    layers = list(encoder_layers(tower))
     return layers[: max(index % (len(layers) + 1) - 1, 0)]
 
 

@@ -1,13 +1,16 @@
 """The taps: attention as the eager kernel computes it, and maps that stay 1:1 with the tokens."""
 
+from itertools import groupby
+
 import pytest
 import torch
 
 from compress.errors import UsageError
-from compress.pruning.families import FAMILIES
+from compress.pruning.families import FAMILIES, images_of_runs, tokens_of_a_crop
 from compress.pruning.tower import TapSettings
 from support.refusals import refused
 from support.tiny_models import (
+    IMAGE,
     ON_GRIDS,
     OWN_TOWERS,
     PATCHES,
@@ -200,6 +203,18 @@ def test_entropy_favours_the_square_that_is_not_flat(family):
     (tokens,), _ = look(model, inputs | {"pixel_values": pixels}, tap)
     best = int(tokens.importance.argmax())
     assert (int(tokens.row[best]), int(tokens.column[best])) == (1, 1)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_siglip", *OWN_TOWERS])
+def test_a_plan_counts_the_images_that_are_pruned(family):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, [[2, (20, 40), 3]])
+    images, _ = look(model, inputs, tap_of(model, frozenset()))
+    parts = groupby((inputs["input_ids"][0] == IMAGE).tolist())
+    runs = [len(list(run)) for visual, run in parts if visual]
+    assert images_of_runs(model.config, runs) == [len(tokens) for tokens in images]
+    crop = tokens_of_a_crop(model.config)
+    assert crop == (None if family in PIXTRAL else (len(images[0]), 24))
 
 
 def test_padded_crops_are_refused():
