@@ -101,9 +101,15 @@ MERGES: dict[str, Callable[[PreTrainedConfig], int]] = {
 _IDEFICS = partial(ShuffledTower, merge=_scale_factor, tower="vision_model", features="full")
 
 
+def _llava(base: PreTrainedModel, settings: TapSettings) -> VisionTap:
+    if _of_rows(base.config):
+        return PixtralTower(base, settings)
+    return PatchTower(base, settings, _one_crop_each, _as_they_are)
+
+
 # By the `model_type` of the transformers class.
 FAMILIES: dict[str, Tower] = {
-    "llava": _patches(_one_crop_each, _as_they_are),
+    "llava": _llava,
     "llava_next": _patches(_tiles, _next_packing),
     "llava_onevision": _patches(_tiles, _onevision_packing),
     "qwen2_vl": MergingTower,
@@ -170,4 +176,5 @@ def images_of_runs(config: PreTrainedConfig, runs: list[int]) -> list[int]:
 
 
 def _of_rows(config: PreTrainedConfig) -> bool:
+    """Whether the tower is Pixtral's, whose images are rows that text parts."""
     return bool(config.vision_config.model_type == "pixtral")

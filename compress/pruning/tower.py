@@ -300,8 +300,8 @@ class ShuffledTower(PatchTower):
 class PixtralTower:
     """Pixtral's tower: images of any size, one behind the other, each attending to itself alone.
 
-    Squares of `spatial_merge_size` patches become one token each; the tokens that end a row of them
-    are text.
+    Squares of `spatial_merge_size` patches become one token each, or in a LLaVA every patch; the
+    tokens that end a row of them are text.
     """
 
     def __init__(self, base: PreTrainedModel, settings: TapSettings, tower: str = "vision_tower"):
@@ -314,7 +314,13 @@ class PixtralTower:
         self.settings, self.tower = settings, base.get_submodule(tower)
         self.patch_size: int = vision.patch_size
         self.heads: int = vision.num_attention_heads
-        self.merge: int = base.config.spatial_merge_size
+        kept = getattr(base.config, "vision_feature_select_strategy", "full")
+        if kept != "full":
+            raise UsageError(
+                f"vision_feature_select_strategy {kept!r} does not fit a Pixtral tower, which has "
+                "no CLS token to drop: expected 'full'"
+            )
+        self.merge: int = getattr(base.config, "spatial_merge_size", 1)
         self.layers = _modules(self.tower, "transformer.layers")
         depth = len(self.layers)
         self.layer = _tapped_layer(feature_layer(base, depth), settings.layer, depth)
@@ -336,7 +342,10 @@ class PixtralTower:
         return handles
 
     def _before(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
-        self._seen.value = {"pixels": args[0] if args else kwargs["pixel_values"]}
+        pixels = args[0] if args else kwargs["pixel_values"]
+        sizes = kwargs.get("image_sizes")
+        sizes = [pixels.shape[-2:]] * len(pixels) if sizes is None else sizes
+        self._seen.value = {"pixels": pixels, "image_sizes": sizes}
 
     def _turned(self, module: nn.Module, args: tuple, kwargs: Inputs) -> None:
         self.seen["position_embeddings"] = kwargs["position_embeddings"]
@@ -348,7 +357,7 @@ class PixtralTower:
         """One entry per image, in the order of the prompt; forgets what it saw."""
         seen, self._seen.value = self.seen, {}
         pixels: Tensor = seen["pixels"]
-        grids = [[int(n) // self.patch_size for n in size] for size in inputs["image_sizes"]]
+        grids = [[int(n) // self.patch_size for n in size] for size in seen["image_sizes"]]
         sizes = [height * width for height, width in grids]
         if self.settings.signals:
             q, k = (seen[x].float().unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in "qk")

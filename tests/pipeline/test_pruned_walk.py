@@ -115,6 +115,7 @@ def test_last_hidden_states_equal_those_of_the_live_pruned_model(folder_of, tmp_
 
 @pytest.mark.parametrize("family", OWN_TOWERS)
 def test_types_with_towers_of_their_own_do_so_too(tmp_path, monkeypatch, family):
+    family = family.replace("llava_pixtral", "llava-pixtral")
     folder = write_seeing(tmp_path / "model", family)
     if family in PROCESSORS:
         monkeypatch.setattr(Skeleton, "processor", lambda skeleton: PROCESSORS[family]())

@@ -44,7 +44,7 @@ ON_GRIDS = (
 )  # images of any size
 # Towers of their own, and patches that become one token 2x2: of crops, or of whole images.
 SHUFFLED = ("idefics3", "smolvlm", "internvl", "ovis2")
-PIXTRAL = ("mistral3", "lighton_ocr")
+PIXTRAL = ("mistral3", "lighton_ocr", "llava_pixtral")  # the last does not merge
 OWN_TOWERS = (*SHUFFLED, *PIXTRAL, "vipllava", "deepseek_vl")
 
 
@@ -129,6 +129,15 @@ def _own_tower(family: str, text: dict[str, Any]) -> tuple[Any, Any]:
         return config, hf.Ovis2ForConditionalGeneration
     if family in PIXTRAL:
         vision = hf.PixtralVisionConfig(**VISION, head_dim=HIDDEN // HEADS)
+        if family == "llava_pixtral":
+            config = hf.LlavaConfig(
+                vision_config=vision,
+                text_config=inside,
+                image_token_index=IMAGE,
+                vision_feature_layer=-1,
+                vision_feature_select_strategy="full",
+            )
+            return config, hf.LlavaForConditionalGeneration
         if family == "mistral3":
             return (
                 hf.Mistral3Config(vision_config=vision, text_config=inside, image_token_id=IMAGE),
@@ -256,13 +265,14 @@ def _pixels(
         return {}, []
     if kind in SHUFFLED:
         return _shuffled_pixels(kind, sizes, per_row, generator)
-    if kind in PIXTRAL:
+    if model.config.vision_config.model_type == "pixtral":
+        side = 4 * getattr(model.config, "spatial_merge_size", 1)
         largest = [max(n) for n in zip(*sizes, strict=True)]
         pixels = torch.randn(len(sizes), 3, *largest, generator=generator)
         for image, (height, width) in zip(pixels, sizes, strict=True):
             image[:, height:], image[..., width:] = 0, 0
         # A token that is text ends each row of those of the image.
-        rows = [([IMAGE] * (w // 8) + [BREAK]) * (h // 8) for h, w in sizes]
+        rows = [([IMAGE] * (w // side) + [BREAK]) * (h // side) for h, w in sizes]
         return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}, rows
     if kind in ("llava", "vipllava", "deepseek_vl"):
         pixels = torch.randn(len(sizes), 3, 24, 24, generator=generator)
