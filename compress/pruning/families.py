@@ -168,9 +168,8 @@ def images_of_runs(config: PreTrainedConfig, runs: list[int]) -> list[int]:
     Tiles that are pruned apart may touch; rows of Pixtral's images are parted by text, and all that
     a prompt has of them is taken for one image.
     """
-    if config.model_type in MERGES:
-        crop = tokens_of_a_crop(config)
-        assert crop is not None, "these have crops"
+    crop = tokens_of_a_crop(config) if config.model_type in MERGES else None
+    if crop is not None and sum(runs) % crop[0] == 0:  # not so where a processor has its own size
         return [crop[0]] * (sum(runs) // crop[0])
     return [sum(runs)] if _of_rows(config) else runs
 

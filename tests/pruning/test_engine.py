@@ -168,7 +168,7 @@ def test_glm_4_6_is_glm_4_1_under_another_name():
 
 
 @pytest.mark.parametrize("name", BASELINES)
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "idefics3", "mistral3"])
 def test_baselines_do_so_too(family, name):
     check(family, BASELINES[name], BATCH, "sdpa")
 
