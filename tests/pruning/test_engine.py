@@ -168,9 +168,14 @@ def test_glm_4_6_is_glm_4_1_under_another_name():
 
 
 @pytest.mark.parametrize("name", BASELINES)
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "idefics3", "mistral3"])
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "mistral3"])
 def test_baselines_do_so_too(family, name):
     check(family, BASELINES[name], BATCH, "sdpa")
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "divprune"])
+def test_baselines_do_so_on_tiles_too(name):
+    check("idefics3", BASELINES[name], BATCH, "sdpa")
 
 
 @pytest.mark.parametrize("name", MERGING)
