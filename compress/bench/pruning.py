@@ -119,7 +119,7 @@ def bench_pruning(bench: PruningBench) -> Report:
     """
     check(bench)
     model, processor, inputs = _subject(bench)
-    depth = len(model.model.language_model.layers)
+    depth = len(model.model.get_decoder().layers)
     strategies = {keep: PruneStrategy.for_budget(bench.method, keep, depth) for keep in bench.keep}
     clock = Clock(bench.device)
     before = _rates(clock, model.dtype)
@@ -245,7 +245,7 @@ def _row(
 ) -> dict[str, Any]:
     """Medians and spread of one share, beside what is predicted and the floors."""
     first = runs[0]
-    text = model.model.language_model
+    text = model.model.get_decoder()
     weights = sum(p.numel() * p.element_size() for p in text.layers.parameters())
     weights += sum(p.numel() * p.element_size() for p in model.lm_head.parameters())
     head = 2 * sum(p.numel() for p in model.lm_head.parameters())
@@ -268,7 +268,7 @@ def tower_flops(model: hf.PreTrainedModel, visual_tokens: int) -> int:
     Every linear is counted at the number of visual tokens, and no attention: what is left out makes
     the floor lower, as a floor may be.
     """
-    text = {id(p) for p in model.model.language_model.parameters()}
+    text = {id(p) for p in model.model.get_decoder().parameters()}
     head = {id(p) for p in model.lm_head.parameters()}
     weights = sum(
         m.weight.numel()

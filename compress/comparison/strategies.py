@@ -64,7 +64,7 @@ class PruningComparison:
         folder = local_folder(recipe.model_location(), recipe.model.revision)
         self.model, self.processor = load_measured(folder, device, prune=False)
         tower_of(self.model)  # refuses a text model
-        self.layers = len(self.model.model.language_model.layers)
+        self.layers = len(self.model.model.get_decoder().layers)
         self.skeleton = Skeleton.open(folder)
         assert recipe.evaluate is not None
         resolve = recipe.resolve_path

@@ -125,13 +125,20 @@ def load(
             f"{path} lacks {len(missing)} tensors that the model needs, or has them in a format "
             f"that transformers does not know; the first is {missing[0]}"
         )
-    read = processor_reader(config) if multimodal else AutoTokenizer.from_pretrained
+    read = partial(_read_processor, config=config) if multimodal else AutoTokenizer.from_pretrained
     processor = guarded(path, read)
     model = model.eval().to(device)
     model.name_or_path = str(given)
     if strategy is not None:
         apply_strategy(model, strategy, processor)
     return model, processor
+
+
+def _read_processor(
+    path: str | Path, config: PretrainedConfig, trust_remote_code: bool
+) -> ProcessorMixin:
+    """Asks for the class only here: one whose packages are missing is refused as other faults."""
+    return processor_reader(config)(path, trust_remote_code=trust_remote_code)
 
 
 def fastest_packing(

@@ -367,7 +367,6 @@ class SeeingFamily:
 WINDOWS = "its decoder has sliding windows, which a shorter prompt would widen"
 LINEAR = "its decoder has linear attention, where what was read leaves its mark"
 TOGETHER = "tokens of an image attend to those behind them, which is not followed here"
-UNREAD = "how its vision tower attends, and places tokens, is not read here"
 
 
 def _multimodal(vision: VisionSpec, decoder: str = "language_model") -> ArchitectureSpec:
@@ -452,13 +451,13 @@ MULTIMODAL: dict[str, SeeingFamily] = {
     ),
     "exaone4_5": SeeingFamily("EXAONE 4.5", _qwen("merger.mlp.2"), AFTER, WINDOWS),
     "gemma3": SeeingFamily("Gemma 3", _llava(None), AFTER, WINDOWS),
-    "idefics3": SeeingFamily("Idefics3", _IDEFICS, None, UNREAD),
-    "smolvlm": SeeingFamily("SmolVLM 2", _IDEFICS, None, UNREAD),
-    "mistral3": SeeingFamily("Mistral Small 3.1, 3.2, Ministral 3", _llava(), None, UNREAD),
-    "internvl": SeeingFamily("InternVL 3", _llava(), None, UNREAD),
+    "idefics3": SeeingFamily("Idefics3", _IDEFICS),
+    "smolvlm": SeeingFamily("SmolVLM 2", _IDEFICS),
+    "mistral3": SeeingFamily("Mistral Small 3.1, 3.2, Ministral 3", _llava()),
+    "internvl": SeeingFamily("InternVL 3", _llava()),
     "aya_vision": SeeingFamily("Aya Vision", _llava(), MEAN, WINDOWS),
     "paligemma": SeeingFamily("PaliGemma", _llava("linear"), None, TOGETHER),
-    "vipllava": SeeingFamily("ViP-LLaVA", _llava(), None, UNREAD),
+    "vipllava": SeeingFamily("ViP-LLaVA", _llava()),
     "lighton_ocr": SeeingFamily(
         "LightOnOCR",
         _multimodal(
@@ -469,8 +468,6 @@ MULTIMODAL: dict[str, SeeingFamily] = {
                 spellings=(),
             )
         ),
-        None,
-        UNREAD,
     ),
     "ovis2": SeeingFamily(
         "Ovis 2",
@@ -482,8 +479,6 @@ MULTIMODAL: dict[str, SeeingFamily] = {
                 spellings=(),
             )
         ),
-        None,
-        UNREAD,
     ),
     "cohere2_vision": SeeingFamily("Command A Vision", _llava(), MEAN, WINDOWS),
     "deepseek_vl": SeeingFamily(
@@ -496,8 +491,6 @@ MULTIMODAL: dict[str, SeeingFamily] = {
                 spellings=(),
             )
         ),
-        None,
-        UNREAD,
     ),
 }
 # What families call the decoder that is theirs alone.

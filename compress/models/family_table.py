@@ -15,7 +15,6 @@ from compress.models.families import (
     MIXTURES,
     MULTIMODAL,
     TOGETHER,
-    UNREAD,
     WINDOWS,
 )
 
@@ -55,7 +54,6 @@ PRUNES = {
     WINDOWS: "no: windows",
     LINEAR: "no: linear attention",
     TOGETHER: "no: image seen whole",
-    UNREAD: "no: tower not read",
 }
 
 

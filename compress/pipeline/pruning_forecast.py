@@ -16,7 +16,7 @@ from compress.errors import CompressError, UsageError
 from compress.models.skeleton import Skeleton
 from compress.pipeline.inputs import RunInputs
 from compress.pruning.costs import DecoderShape, kv_bytes, prefill_flops
-from compress.pruning.families import tower_for
+from compress.pruning.families import images_of_runs, tokens_of_a_crop, tower_for
 from compress.pruning.last_token import LastTokenAttention, check_decoder
 from compress.pruning.saved import saved_strategy
 from compress.pruning.search import check_search, search_variables
@@ -71,7 +71,8 @@ def strategy_of(
         strategy = found
     strategy.average_kept(layers)  # refuses a stage beyond the last layer
     tower, base = tower_for(skeleton.model_config.model_type), skeleton.base
-    check_decoder(base.get_submodule("language_model"))
+    decoder = skeleton.spec.layers.rpartition(".")[0]
+    check_decoder(skeleton.model.get_submodule(decoder))
     Stages(strategy, layers).tap(base, tower)
     if strategy.ranks_by_language_attention:
         first = f"{skeleton.spec.layers}.0.{skeleton.spec.layer(0).attention}"
@@ -141,13 +142,14 @@ def _prompt(source: CalibrationSource, skeleton: Skeleton) -> tuple[int, list[in
         found = read_samples(source.location, processor, 1, seed, answers=source.answers)
         ids = found[0]["input_ids"][0]
         token = skeleton.model_config.image_token_id
-        runs = [(key, len(list(run))) for key, run in groupby((ids == token).tolist())]
-        images = [length for is_image, length in runs if is_image]
+        parts = groupby((ids == token).tolist())
+        runs = [len(list(run)) for is_image, run in parts if is_image]
+        images = images_of_runs(skeleton.model_config, runs)
         return len(ids), images, f"a prompt of {source.settings.dataset}"
-    vision = skeleton.model_config.vision_config
-    if hasattr(vision, "image_size"):
-        count = (vision.image_size // vision.patch_size) ** 2
-        described = f"one crop of {vision.image_size} x {vision.image_size} pixels"
+    crop = tokens_of_a_crop(skeleton.model_config)
+    if crop is not None:
+        count, side = crop
+        described = f"one crop of {side} x {side} pixels"
     else:
         count, described = VISUAL_TOKENS, "an image"
     return count + TEXT_TOKENS, [count], f"{described} and {TEXT_TOKENS} tokens of text"
@@ -155,9 +157,9 @@ def _prompt(source: CalibrationSource, skeleton: Skeleton) -> tuple[int, list[in
 
 def _costs(inputs: RunInputs, strategy: PruneStrategy, layers: int) -> PruningCosts:
     total, images, source = _prompt(inputs.source, inputs.skeleton)
-    vision = inputs.skeleton.model_config.vision_config
-    if hasattr(vision, "image_size"):  # no image has fewer tokens than one crop
-        strategy.check_tokens((vision.image_size // vision.patch_size) ** 2)
+    crop = tokens_of_a_crop(inputs.skeleton.model_config)
+    if crop is not None:  # no image has fewer tokens than one crop
+        strategy.check_tokens(crop[0])
     counts = [sum(c) for c in zip(*(strategy.counts(n, layers) for n in images), strict=True)]
     visual = sum(images)
     kept = [visual] * strategy.stages[0]

@@ -12,6 +12,7 @@ from functools import wraps
 from inspect import signature
 from typing import ParamSpec
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -30,11 +31,11 @@ class EncodedImages:
 
     def __init__(self, tap: VisionTap):
         self.tap = tap
-        self._latest = PerThread[list[tuple[Tensor, VisualTokens]]](list)
+        self._latest = PerThread[list[tuple[Tensor, list[VisualTokens]]]](list)
 
     @property
-    def latest(self) -> list[tuple[Tensor, VisualTokens]]:
-        """The features of each image, and what is known of its tokens."""
+    def latest(self) -> list[tuple[Tensor, list[VisualTokens]]]:
+        """Features as the model has them, and what is known of the images that they are of."""
         return self._latest.value
 
     def noting(self, encode: Encoder[P]) -> Encoder[P]:
@@ -46,7 +47,7 @@ class EncodedImages:
         ) -> BaseModelOutputWithPooling | tuple:
             inputs = signature(encode).bind_partial(*args, **kwargs).arguments
             output = encode(*args, **kwargs)
-            self._latest.value = list(zip(_features(output), self.tap.images(inputs), strict=True))
+            self._latest.value = _grouped(_features(output), self.tap.images(inputs))
             return output
 
         return get_image_features
@@ -82,15 +83,39 @@ class EncodedImages:
 
     def _tokens(self, ready: BaseModelOutputWithPooling | None) -> list[VisualTokens]:
         if ready is None:
-            return [tokens for _, tokens in self.latest]
-        # `generate` may have repeated the features, for several answers to one prompt.
-        known = {id(features): tokens for features, tokens in self.latest}
-        if not all(id(features) in known for features in _features(ready)):
-            raise UsageError(
-                "image features from elsewhere: give pixel_values, or encode the images last and "
-                "inside the pruning context"
-            )
-        return [known[id(features)] for features in _features(ready)]
+            return [tokens for _, images in self.latest for tokens in images]
+        # `generate` may have repeated the features, for several answers to one prompt; where one
+        # tensor holds those of all images, it has copied them.
+        alike = torch.equal if isinstance(ready.pooler_output, Tensor) else _same
+        return [tokens for features in _features(ready) for tokens in self._known(features, alike)]
+
+    def _known(
+        self, features: Tensor, alike: Callable[[Tensor, Tensor], bool]
+    ) -> list[VisualTokens]:
+        for known, images in self.latest:
+            if alike(known, features):
+                return images
+        raise UsageError(
+            "image features from elsewhere: give pixel_values, or encode the images last and "
+            "inside the pruning context"
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b
+
+
+def _grouped(
+    features: Iterable[Tensor], images: list[VisualTokens]
+) -> list[tuple[Tensor, list[VisualTokens]]]:
+    """Each of the features with its images: one, or all of a prompt (Idefics3)."""
+    left, result = iter(images), []
+    for found in features:
+        group: list[VisualTokens] = []
+        while sum(map(len, group)) < len(found):
+            group.append(next(left))
+        result.append((found, group))
+    return result
 
 
 def ready_features(inputs: Inputs) -> BaseModelOutputWithPooling | None:

@@ -92,7 +92,7 @@ class VisualTokenPruning:
         self._wrappers, model = unwrapped(model)
         tower = tower_of(model)
         self.model, self.strategy = model, strategy
-        self.base, self.text = model.model, model.model.language_model
+        self.base, self.text = model.model, model.model.get_decoder()
         self.layers = self.text.layers
         check_decoder(self.text)
         strategy.average_kept(len(self.layers))  # refuses a stage beyond the last layer

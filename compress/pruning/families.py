@@ -9,12 +9,22 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from compress.errors import UsageError
 from compress.models.families import MULTIMODAL
 from compress.models.vision import Inputs
-from compress.pruning.tower import Crops, MergingTower, Pack, PatchTower, TapSettings, VisionTap
+from compress.pruning.tower import (
+    Crops,
+    MergingTower,
+    Pack,
+    PatchTower,
+    PixtralTower,
+    ShuffledTower,
+    TapSettings,
+    VisionTap,
+    one_side,
+)
 
 # Makes the tap for a vision tower.
 Tower = Callable[[PreTrainedModel, TapSettings], VisionTap]
@@ -63,13 +73,43 @@ def _packed(
     return packed
 
 
-def _patches(crops: Crops, pack: Pack) -> Tower:
-    return partial(PatchTower, crops=crops, pack=pack)
+def _patches(
+    crops: Crops, pack: Pack, tower: str = "vision_tower", features: str | None = None
+) -> Tower:
+    return partial(PatchTower, crops=crops, pack=pack, tower=tower, features=features)
+
+
+def _scale_factor(config: PreTrainedConfig) -> int:
+    return config.scale_factor
+
+
+def _downsampled(config: PreTrainedConfig) -> int:
+    return round(1 / config.downsample_ratio)
+
+
+def _hidden_stride(config: PreTrainedConfig) -> int:
+    return config.vision_config.hidden_stride
+
+
+# The side, in patches, of what becomes one token of a crop.
+MERGES: dict[str, Callable[[PreTrainedConfig], int]] = {
+    "idefics3": _scale_factor,
+    "smolvlm": _scale_factor,
+    "internvl": _downsampled,
+    "ovis2": _hidden_stride,
+}
+_IDEFICS = partial(ShuffledTower, merge=_scale_factor, tower="vision_model", features="full")
+
+
+def _llava(base: PreTrainedModel, settings: TapSettings) -> VisionTap:
+    if _of_rows(base.config):
+        return PixtralTower(base, settings)
+    return PatchTower(base, settings, _one_crop_each, _as_they_are)
 
 
 # By the `model_type` of the transformers class.
 FAMILIES: dict[str, Tower] = {
-    "llava": _patches(_one_crop_each, _as_they_are),
+    "llava": _llava,
     "llava_next": _patches(_tiles, _next_packing),
     "llava_onevision": _patches(_tiles, _onevision_packing),
     "qwen2_vl": MergingTower,
@@ -78,6 +118,14 @@ FAMILIES: dict[str, Tower] = {
     "qwen3_vl_moe": MergingTower,
     "glm4v": MergingTower,
     "glm46v": MergingTower,
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
+    "internvl": partial(ShuffledTower, merge=_downsampled),
+    "ovis2": partial(ShuffledTower, merge=_hidden_stride, features="full"),
+    "mistral3": PixtralTower,
+    "lighton_ocr": partial(PixtralTower, tower="vision_encoder"),
+    "vipllava": _patches(_one_crop_each, _as_they_are, features="default"),
+    "deepseek_vl": _patches(_one_crop_each, _as_they_are, tower="vision_model", features="full"),
 }
 
 
@@ -94,9 +142,38 @@ def tower_of(model: object) -> Tower:
     """The row of a model. Raises UsageError, naming the supported ones, if it has none."""
     found = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     tower = tower_for(found)
-    if not hasattr(getattr(model, "model", None), "language_model"):
+    base = getattr(model, "model", None)
+    if not (hasattr(base, "language_model") or hasattr(base, "text_model")):
         raise UsageError(
             f"expected a model with a language modelling head, found {type(model).__name__}: "
             "load it with AutoModelForImageTextToText"
         )
     return tower
+
+
+def tokens_of_a_crop(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Visual tokens of one crop, and its side in pixels; None where images may have any size."""
+    vision = config.vision_config
+    if _of_rows(config) or not hasattr(vision, "image_size"):
+        return None
+    side = one_side(vision.image_size)
+    patches = side // one_side(vision.patch_size)
+    merge = MERGES.get(config.model_type)
+    return (-(-patches // merge(config)) if merge else patches) ** 2, side
+
+
+def images_of_runs(config: PreTrainedConfig, runs: list[int]) -> list[int]:
+    """Visual tokens of each image of a prompt, by the lengths of its unbroken runs of them.
+
+    Tiles that are pruned apart may touch; rows of Pixtral's images are parted by text, and all that
+    a prompt has of them is taken for one image.
+    """
+    crop = tokens_of_a_crop(config) if config.model_type in MERGES else None
+    if crop is not None and sum(runs) % crop[0] == 0:  # not so where a processor has its own size
+        return [crop[0]] * (sum(runs) // crop[0])
+    return [sum(runs)] if _of_rows(config) else runs
+
+
+def _of_rows(config: PreTrainedConfig) -> bool:
+    """Whether the tower is Pixtral's, whose images are rows that text parts."""
+    return bool(config.vision_config.model_type == "pixtral")

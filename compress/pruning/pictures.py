@@ -2,7 +2,8 @@
 
 Kept patches are shown as they are, pruned ones dimmed, and those whose token holds a mean of others
 are tinted. Each grid of an image (the whole image; with LLaVA-NeXT and LLaVA-OneVision its tiles
-too, as one) has a row of panels; patches that were merged 2x2 into a token are one patch here.
+too, as one) has a row of panels; tiles that are pruned apart (Idefics3, InternVL) are images of
+their own; patches that were merged 2x2 into a token are one patch here.
 
     with compress.prune_visual_tokens(model, strategy, processor) as pruning:
         with watching(model, pruning) as watched:
@@ -70,7 +71,7 @@ def pictures_seen(inputs: Inputs, processor: Processor) -> list["Image"]:
     """The pictures of a forward's inputs as the vision tower sees them: cropped, resized, in RGB.
 
     Args:
-        inputs: with `pixel_values`, and for Qwen2-VL `image_grid_thw`.
+        inputs: with `pixel_values`, and for Qwen2-VL `image_grid_thw`, for Pixtral `image_sizes`.
         processor: the model's; its mean and deviation turn the values back into 8-bit pixels.
 
     Raises:
@@ -91,8 +92,14 @@ def pictures_seen(inputs: Inputs, processor: Processor) -> list["Image"]:
 def _planes(inputs: Inputs, merge: int) -> list[Tensor]:
     """[3, H, W] of each image, normalised."""
     pixels: Tensor = inputs["pixel_values"]
-    if pixels.ndim == 4:  # LLaVA-1.5: [images, 3, H, W]
-        return list(pixels)
+    sizes = inputs.get("image_sizes")
+    if pixels.ndim == 4:  # images or crops [n, 3, H, W]
+        if sizes is None or [int(max(n)) for n in zip(*sizes, strict=True)] != [*pixels.shape[2:]]:
+            return list(pixels)
+        # Pixtral's, each padded to the largest.
+        return [x[:, :h, :w] for x, (h, w) in zip(pixels, sizes, strict=True)]
+    if pixels.ndim == 5 and sizes is None:  # Idefics3: crops [prompts, n, 3, H, W], padded with 0
+        return [crop for crop in pixels.flatten(0, 1) if bool(crop.any())]
     if pixels.ndim == 5:  # crops [images, crops, 3, H, W]; the first is the whole image
         return list(pixels[:, 0])
     grids = inputs.get("image_grid_thw")

@@ -21,6 +21,7 @@ from compress.pruning.per_thread import PerThread
 from compress.pruning.tower import encoder_layers
 
 MOST_BYTES = 2**30
+CACHED = ("clip_vision_model", "siglip_vision_model")
 
 
 class OutputCache:
@@ -91,7 +92,7 @@ def tower_cached(model: PreTrainedModel, cache: OutputCache) -> Iterator[None]:
 def _below_the_features(model: PreTrainedModel, tower: PreTrainedModel | None) -> list[nn.Module]:
     """The tower's layers before the one whose output becomes features; [] if that is not one."""
     index = getattr(model.config, "vision_feature_layer", None)
-    if tower is None or not isinstance(index, int):
+    if tower is None or not isinstance(index, int) or tower.config.model_type not in CACHED:
         return []
     layers = list(encoder_layers(tower))
     return layers[: max(index % (len(layers) + 1) - 1, 0)]

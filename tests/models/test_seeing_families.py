@@ -11,7 +11,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import is_torchvision_available
 
+import compress
 from compress.cli.main import main
 from compress.data.prompts import ImagePrompts, probe_prompt
 from compress.errors import CheckpointError, UsageError
@@ -306,6 +308,12 @@ def test_a_live_model_and_a_saved_strategy_are_refused_with_the_reason(folder_of
         prune_visual_tokens(tiny_seeing("gemma3"), strategy)
     with refused(UsageError, "'gemma3'", why):
         save_strategy(strategy, folder_of("gemma3"))
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="nothing is missing")
+def test_a_processor_that_needs_another_package_is_refused_by_its_name(folders):
+    with refused(CheckpointError, "PixtralProcessor", "Torchvision"):
+        compress.load(folders("mistral3"))
 
 
 def test_the_command_says_which_can_be_pruned(capsys):

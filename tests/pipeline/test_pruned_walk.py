@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import compress
-from compress.data.prompts import ImagePrompts
+from compress.data.prompts import ImagePrompts, probe_prompt
+from compress.models.skeleton import Skeleton
 from compress.observer import Observer
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.journal import Journal
@@ -21,7 +22,9 @@ from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
 from compress.rotation.rotate import make_rotation
 from compress.storage.output_folder import WORK_FOLDER
-from support.tiny_models import LAYERS, tiny_inputs
+from support.reopened import opened
+from support.seeing_families import PROCESSORS, write_seeing
+from support.tiny_models import LAYERS, OWN_TOWERS, tiny_inputs
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl")
 PROMPTS = ([[3, (20, 40), 5]], [[2, (44, 24), 1, (24, 24), 4]])  # the second has two images
@@ -85,7 +88,7 @@ def walked(recipe, data, output):
 def live_states(model, inputs):
     """What leaves the last decoder layer, before the final norm."""
     seen = []
-    layer = model.model.language_model.layers[-1]
+    layer = model.model.get_decoder().layers[-1]
     handle = layer.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
         model(**inputs)
@@ -108,6 +111,25 @@ def test_last_hidden_states_equal_those_of_the_live_pruned_model(folder_of, tmp_
             kept = pruning.last.kept(LAYERS - 1)
             assert torch.equal(job.stream.batches[i][0], inputs["input_ids"][kept][None])
         assert job.stream.pruning_stats(4) == PruningStats(pruning.stats.prompts).as_dict()
+
+
+@pytest.mark.parametrize("family", OWN_TOWERS)
+def test_types_with_towers_of_their_own_do_so_too(tmp_path, monkeypatch, family):
+    family = family.replace("llava_pixtral", "llava-pixtral")
+    folder = write_seeing(tmp_path / "model", family)
+    if family in PROCESSORS:
+        monkeypatch.setattr(Skeleton, "processor", lambda skeleton: PROCESSORS[family]())
+    strategy = PruneStrategy(
+        stages=(0, 1), ratios=(0.6, 0.5), voter_threshold=1.1, entropy_weight=0.3
+    )
+    data = ImagePrompts((probe_prompt(Skeleton(folder)),))
+    job = walked(recipe_of(folder, strategy), data, tmp_path / "out")
+    model, processor = opened(folder), Skeleton(folder).processor()
+    with torch.no_grad(), prune_visual_tokens(model, strategy, processor) as pruning:
+        expected = live_states(model, data.inputs[0])
+    assert expected.shape[1] < data.inputs[0]["input_ids"].shape[1]
+    torch.testing.assert_close(job.stream.x[0], expected, atol=1e-5, rtol=1e-5)
+    assert job.stream.pruning_stats(4) == PruningStats(pruning.stats.prompts).as_dict()
 
 
 def test_the_probe_passes_unpruned_behind_pruned_prompts(folder_of, tmp_path):

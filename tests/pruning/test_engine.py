@@ -9,8 +9,10 @@ from compress.recipe.strategy import PruneStrategy
 from support.refusals import refused
 from support.tiny_models import (
     BATCH,
+    IMAGE,
     LAYERS,
     ON_GRIDS,
+    OWN_TOWERS,
     SINGLE,
     generate,
     masked_run,
@@ -19,7 +21,9 @@ from support.tiny_models import (
 )
 
 LLAVA = ("llava", "llava_siglip", "llava_next", "llava_onevision")
-FAMILIES = (*LLAVA, *(family for family in ON_GRIDS if family != "glm46v"))
+TOWERS = ("idefics3", "internvl", "mistral3")  # one of each kind; the others differ in names
+ALIKE = [family for family in OWN_TOWERS if family not in TOWERS]
+FAMILIES = (*LLAVA, *TOWERS, *(family for family in ON_GRIDS if family != "glm46v"))
 STAGES = {
     "before": PruneStrategy(ratios=(0.4,), voter_threshold=1.1),
     "inside": PruneStrategy(stages=(2,), ratios=(0.3,), voter_threshold=1.1),
@@ -91,7 +95,7 @@ def check(family, strategy, rows, attention):
     read, gave = [], []
     with prune_visual_tokens(model, strategy) as pruning:
         handles = []
-        for layer in model.model.language_model.layers:
+        for layer in model.model.get_decoder().layers:
             before = layer.register_forward_pre_hook(lambda module, args: read.append(args[0]))
             after = layer.register_forward_hook(lambda module, args, y: gave.append(y))
             handles += [before, after]
@@ -122,14 +126,56 @@ def test_pruned_run_equals_the_full_run_with_masked_keys(family, name, rows, att
     check(family, STAGES[name], rows, attention)
 
 
+@pytest.mark.parametrize("family", ALIKE)
+@pytest.mark.parametrize("name", ["three", "recycled"])
+def test_towers_alike_under_other_names_do_so_too(family, name):
+    check(family, STAGES[name], BATCH, "sdpa")
+
+
+@pytest.mark.parametrize("family", OWN_TOWERS)
+def test_several_answers_to_one_prompt_find_its_images(family):
+    """`generate` repeats the features: of some types as copies."""
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, SINGLE)
+    with prune_visual_tokens(model, STAGES["three"]) as pruning:
+        alone, _ = generate(model, inputs, steps=2)
+        kept = pruning.last.kept(LAYERS - 1)
+        both = model.generate(
+            **inputs, max_new_tokens=3, do_sample=True, top_k=1, num_return_sequences=2
+        )
+    length = inputs["input_ids"].shape[1]
+    assert torch.equal(both[:, length:], alone.expand(2, -1))
+    assert torch.equal(pruning.last.kept(LAYERS - 1), kept.expand(2, -1))
+
+
+@pytest.mark.parametrize("family", OWN_TOWERS)
+def test_where_nothing_is_pruned_logits_are_the_same_to_the_bit(family):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, BATCH)
+    whole = PruneStrategy(stages=(0, 2), ratios=(1.0, 1.0), voter_threshold=1.1)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with prune_visual_tokens(model, whole) as pruning:
+            assert torch.equal(model(**inputs).logits, plain)
+    images = pruning.last.images
+    assert sum(map(len, (image.tokens for image in images))) == int(
+        (inputs["input_ids"] == IMAGE).sum()
+    )
+
+
 def test_glm_4_6_is_glm_4_1_under_another_name():
     check("glm46v", STAGES["three"], BATCH, "sdpa")
 
 
 @pytest.mark.parametrize("name", BASELINES)
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "mistral3"])
 def test_baselines_do_so_too(family, name):
     check(family, BASELINES[name], BATCH, "sdpa")
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "divprune"])
+def test_baselines_do_so_on_tiles_too(name):
+    check("idefics3", BASELINES[name], BATCH, "sdpa")
 
 
 @pytest.mark.parametrize("name", MERGING)
@@ -142,6 +188,6 @@ def test_what_is_added_between_layers_is_mixed_like_the_tokens(name):
 def test_queries_that_are_turned_otherwise_rank_nothing(family, name):
     """By a norm, or channel by channel."""
     model = tiny_model(family)
-    attention = type(model.model.language_model.layers[0].self_attn).__name__
+    attention = type(model.model.get_decoder().layers[0].self_attn).__name__
     with refused(UsageError, attention, name):
         prune_visual_tokens(model, BASELINES[name])

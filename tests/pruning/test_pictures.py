@@ -20,7 +20,7 @@ from compress.pruning.pictures import (
 )
 from compress.recipe.strategy import PruneStrategy
 from support.refusals import refused
-from support.tiny_models import BATCH, SINGLE, tiny_inputs, tiny_model
+from support.tiny_models import BATCH, OWN_TOWERS, SINGLE, tiny_inputs, tiny_model
 
 STRATEGY = PruneStrategy(stages=(0, 2), ratios=(0.5, 0.5), voter_threshold=1.1, cell=3)
 GREY = 200
@@ -122,6 +122,24 @@ def test_merged_patches_are_one(family):
     found = patches(draw_pruning(plain(), prompt), (height, width))
     wanted = expected(prompt, image, 2).reshape(height, width, 3)
     assert np.allclose(found[1], wanted, atol=0.51)
+
+
+@pytest.mark.parametrize("family", OWN_TOWERS)
+def test_what_is_pruned_apart_is_drawn_apart(family):
+    """As many pictures as images, each of the size of its own grid."""
+    prompt, watched, inputs = pruned(family, BATCH)
+    pictures = pictures_seen(watched.inputs, Processor())
+    assert len(pictures) == len(prompt.images) >= 3
+    real = [x for x in inputs["pixel_values"].flatten(0, -4) if x.any()]
+    for number, (picture, values) in enumerate(zip(pictures, real, strict=True)):
+        height, width = (
+            inputs["image_sizes"][number].tolist() if "image_sizes" in inputs else (24, 24)
+        )
+        assert picture.size == (width, height)
+        mean, std = (np.array(x) for x in (Processor.image_mean, Processor.image_std))
+        corner = values[:, 0, 0].numpy() * std + mean
+        assert np.allclose(np.asarray(picture)[0, 0], corner.clip(0, 1) * 255, atol=0.51)
+        assert draw_pruning(picture, prompt, number).width > PANEL
 
 
 def test_an_image_that_is_not_there_or_has_no_grid():

@@ -1,14 +1,28 @@
 """The taps: attention as the eager kernel computes it, and maps that stay 1:1 with the tokens."""
 
+from itertools import groupby
+
 import pytest
 import torch
 
-from compress.pruning.families import FAMILIES
+from compress.errors import UsageError
+from compress.pruning.families import FAMILIES, images_of_runs, tokens_of_a_crop
 from compress.pruning.tower import TapSettings
-from support.tiny_models import ON_GRIDS, PATCHES, tiny_inputs, tiny_model
+from support.refusals import refused
+from support.tiny_models import (
+    IMAGE,
+    ON_GRIDS,
+    OWN_TOWERS,
+    PATCHES,
+    PIXTRAL,
+    SHUFFLED,
+    tiny_inputs,
+    tiny_model,
+)
 
 LLAVA = ("llava", "llava_siglip", "llava_next", "llava_onevision")
 QWEN = tuple(family for family in ON_GRIDS if family != "glm46v")
+MERGING = [family for family in (*SHUFFLED, *PIXTRAL) if family != "llava_pixtral"]
 ROWS = [[2, (20, 40), 3], [1, (44, 24), 1, (24, 24), 2]]
 ALL = frozenset({"importance", "attention", "keys"})
 
@@ -39,12 +53,16 @@ def votes(A, threshold=1.1):
     return A[voters].mean(0) if voters.any() else received
 
 
-@pytest.mark.parametrize("family", [*LLAVA, *QWEN])
+@pytest.mark.parametrize("family", [*LLAVA, *QWEN, *OWN_TOWERS])
 @pytest.mark.parametrize("signals", [frozenset(), ALL], ids=["none", "all"])
 def test_one_entry_per_visual_token(family, signals):
     model = tiny_model(family)
     images, features = look(model, tiny_inputs(model, ROWS), tap_of(model, signals))
-    assert [len(tokens) for tokens in images] == [len(feature) for feature in features]
+    sizes, expected = [len(tokens) for tokens in images], [len(feature) for feature in features]
+    if family in ("idefics3", "smolvlm"):  # features of a prompt lie in one tensor
+        assert sum(sizes) == sum(expected) and set(sizes) == {9}
+    else:
+        assert sizes == expected
     for tokens in images:
         places = torch.stack([tokens.segment, tokens.row, tokens.column], dim=1)[~tokens.newline]
         assert len(places.unique(dim=0)) == len(places)
@@ -105,6 +123,109 @@ def test_merging_towers_agree_with_the_eager_kernel(family, monkeypatch):
         else:
             torch.testing.assert_close(tokens.attention, received)
         torch.testing.assert_close(tokens.importance, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", OWN_TOWERS)
+@pytest.mark.parametrize("layer", [None, 0])
+def test_towers_of_their_own_agree_with_the_eager_kernel(family, layer):
+    """Maps of the tower's own kernel, of each crop or image; a token has the mean of its patches,
+    which lie where the features say."""
+    model = tiny_model(family, "eager")
+    inputs = tiny_inputs(model, ROWS)
+    tap, seen = tap_of(model, layer=layer), []
+    tapped = tap.layers[tap.layer].get_submodule(
+        "self_attn" if hasattr(tap.layers[0], "self_attn") else "attention"
+    )
+    handle = tapped.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+    images, _ = look(model, inputs, tap)
+    handle.remove()
+    (maps,) = (A.mean(1) for A in seen)  # heads averaged
+    if family in PIXTRAL:
+        grids = [(h // 4, w // 4) for h, w in inputs["image_sizes"].tolist()]
+        ends = torch.tensor([h * w for h, w in grids]).cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        maps = [maps[0, a:b, a:b] for a, b in zip(starts, ends, strict=True)]
+        for A in maps:
+            torch.testing.assert_close(A.sum(-1), torch.ones(len(A)))  # to nothing else
+    else:
+        grids = [(6, 6)] * len(maps)
+    first = int(family in ("internvl", "vipllava"))
+    merge = getattr(tap, "merge", 1)
+    assert merge == (2 if family in MERGING else 1)
+    assert len(images) == len(maps)
+    assert tap.layer == (
+        layer if layer is not None else 1 if family == "vipllava" else len(tap.layers) - 1
+    )
+    for tokens, A, (height, width) in zip(images, maps, grids, strict=True):
+        attention = A[0, 1:] if first else A.mean(0)
+        for found, of_patches in (
+            (tokens.importance, votes(A[first:, first:])),
+            (tokens.attention, attention),
+        ):
+            rows, columns = height // merge, width // merge
+            field = of_patches.view(height, width)
+            expected = torch.stack(
+                [
+                    field[r * merge : (r + 1) * merge, c * merge : (c + 1) * merge].mean()
+                    for r in range(rows)
+                    for c in range(columns)
+                ]
+            )
+            torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", MERGING)
+def test_a_token_has_the_place_of_the_pixels_that_it_is_of(family):
+    """Its features change with pixels of its square, through a tower that looks nowhere else."""
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, [[1, (24, 24), 2]])
+    tap = tap_of(model, frozenset())
+    for layer in tap.layers:
+        attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+        attention.get_submodule("v_proj").weight.zero_()
+    changed = inputs["pixel_values"].clone()
+    changed[..., 8:16, 16:24] += 1.0  # row 1, column 2 of 3 x 3
+    (tokens,), before = look(model, inputs, tap)
+    _, after = look(model, inputs | {"pixel_values": changed}, tap)
+    moved = (after[0] - before[0]).abs().amax(-1) > 1e-6
+    assert moved.nonzero().tolist() == [[5]]
+    assert (int(tokens.row[5]), int(tokens.column[5])) == (1, 2)
+
+
+@pytest.mark.parametrize("family", MERGING)
+def test_entropy_favours_the_square_that_is_not_flat(family):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, [[1, (24, 16) if family in PIXTRAL else (24, 24), 2]])
+    pixels = torch.full_like(inputs["pixel_values"], 0.1)  # all 0 would be no picture (Idefics3)
+    noise = torch.Generator().manual_seed(0)
+    pixels[..., 8:16, 8:16] = torch.randn(3, 8, 8, generator=noise)
+    tap = tap_of(model, frozenset({"importance"}), weight=100.0)
+    (tokens,), _ = look(model, inputs | {"pixel_values": pixels}, tap)
+    best = int(tokens.importance.argmax())
+    assert (int(tokens.row[best]), int(tokens.column[best])) == (1, 1)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_siglip", *OWN_TOWERS])
+def test_a_plan_counts_the_images_that_are_pruned(family):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, [[2, (20, 40), 3]])
+    images, _ = look(model, inputs, tap_of(model, frozenset()))
+    parts = groupby((inputs["input_ids"][0] == IMAGE).tolist())
+    runs = [len(list(run)) for visual, run in parts if visual]
+    assert images_of_runs(model.config, runs) == [len(tokens) for tokens in images]
+    crop = tokens_of_a_crop(model.config)
+    assert crop == (None if family in PIXTRAL else (len(images[0]), 24))
+
+
+def test_padded_crops_are_refused():
+    model = tiny_model("idefics3")
+    inputs = tiny_inputs(model)
+    mask = torch.ones((*inputs["pixel_values"].shape[:2], 24, 24), dtype=torch.bool)
+    mask[:, :, :, 12:] = False
+    with refused(UsageError, "pixel_attention_mask"):
+        look(model, inputs | {"pixel_attention_mask": mask}, tap_of(model))
 
 
 def test_the_order_does_not_depend_on_windows_when_all_blocks_attend_everywhere():

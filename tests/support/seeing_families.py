@@ -320,6 +320,7 @@ class StandIn:
 
     image_token = "<image>"
     chat_template = None
+    image_mean, image_std = [0.5, 0.4, 0.3], [0.25, 0.2, 0.3]
 
     def __init__(self, pixels: Callable[[], dict[str, Tensor]], tokens: int):
         self.tokenizer = _tokenizer({IMAGE: self.image_token})

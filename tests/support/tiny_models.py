@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IMAGE, VIDEO, PAD = 90, 91, 0
+IMAGE, VIDEO, PAD, BREAK = 90, 91, 0, 89
 LAYERS, HEADS, KV_HEADS, HIDDEN, VOCABULARY = 4, 4, 2, 32, 96
 TEXT = {
     "hidden_size": HIDDEN,
@@ -42,6 +42,10 @@ ON_GRIDS = (
     "glm4v",
     "glm46v",
 )  # images of any size
+# Towers of their own, and patches that become one token 2x2: of crops, or of whole images.
+SHUFFLED = ("idefics3", "smolvlm", "internvl", "ovis2")
+PIXTRAL = ("mistral3", "lighton_ocr", "llava_pixtral")  # the last does not merge
+OWN_TOWERS = (*SHUFFLED, *PIXTRAL, "vipllava", "deepseek_vl")
 
 
 def tiny_model(family: str, attention: str = "sdpa", **text: Any) -> Any:
@@ -79,6 +83,8 @@ def tiny_model(family: str, attention: str = "sdpa", **text: Any) -> Any:
             vision_aspect_ratio="anyres_max_4",
         )
         kind = hf.LlavaOnevisionForConditionalGeneration
+    elif family in OWN_TOWERS:
+        config, kind = _own_tower(family, text)
     else:
         config, kind = _on_grids(family, text)
     config._attn_implementation = attention
@@ -87,6 +93,69 @@ def tiny_model(family: str, attention: str = "sdpa", **text: Any) -> Any:
         if parameter.ndim == 2:  # the default 0.02 makes all attention uniform
             torch.nn.init.normal_(parameter, std=0.25)
     return model
+
+
+def _own_tower(family: str, text: dict[str, Any]) -> tuple[Any, Any]:
+    import transformers as hf
+
+    inside = hf.LlamaConfig(**text)
+    if family in ("idefics3", "smolvlm"):
+        smol = family == "smolvlm"
+        vision = (hf.SmolVLMVisionConfig if smol else hf.Idefics3VisionConfig)(**VISION)
+        config = (hf.SmolVLMConfig if smol else hf.Idefics3Config)(
+            vision_config=vision.to_dict(),
+            text_config=inside,
+            image_token_id=IMAGE,
+            scale_factor=2,
+            pad_token_id=PAD,
+        )
+        kind = hf.SmolVLMForConditionalGeneration if smol else hf.Idefics3ForConditionalGeneration
+        return config, kind
+    if family == "internvl":
+        sizes = {"image_size": [24, 24], "patch_size": [4, 4]}
+        vision = hf.InternVLVisionConfig(**(VISION | sizes), use_qk_norm=True)
+        config = hf.InternVLConfig(vision_config=vision, text_config=inside, image_token_id=IMAGE)
+        return config, hf.InternVLForConditionalGeneration
+    if family == "ovis2":
+        vision = hf.Ovis2VisionConfig(**VISION, vocab_size=40, hidden_stride=2)
+        config = hf.Ovis2Config(
+            vision_config=vision,
+            text_config=inside,
+            image_token_id=IMAGE,
+            visual_indicator_token_ids=[91, 92, 93, 94, 95],
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+        )
+        return config, hf.Ovis2ForConditionalGeneration
+    if family in PIXTRAL:
+        vision = hf.PixtralVisionConfig(**VISION, head_dim=HIDDEN // HEADS)
+        if family == "llava_pixtral":
+            config = hf.LlavaConfig(
+                vision_config=vision,
+                text_config=inside,
+                image_token_index=IMAGE,
+                vision_feature_layer=-1,
+                vision_feature_select_strategy="full",
+            )
+            return config, hf.LlavaForConditionalGeneration
+        if family == "mistral3":
+            return (
+                hf.Mistral3Config(vision_config=vision, text_config=inside, image_token_id=IMAGE),
+                hf.Mistral3ForConditionalGeneration,
+            )
+        config = hf.LightOnOcrConfig(vision_config=vision, text_config=inside, image_token_id=IMAGE)
+        return config, hf.LightOnOcrForConditionalGeneration
+    if family == "vipllava":
+        config = hf.VipLlavaConfig(
+            vision_config=hf.CLIPVisionConfig(**VISION),
+            text_config=inside,
+            image_token_id=IMAGE,
+            vision_feature_layer=[-2, 1],
+        )
+        return config, hf.VipLlavaForConditionalGeneration
+    vision = hf.SiglipVisionConfig(**VISION, vision_use_head=False)
+    config = hf.DeepseekVLConfig(vision_config=vision, text_config=inside, image_token_id=IMAGE)
+    return config, hf.DeepseekVLForConditionalGeneration
 
 
 def _on_grids(family: str, text: dict[str, Any]) -> tuple[Any, Any]:
@@ -168,7 +237,8 @@ def tiny_inputs(model: Any, rows: list[list[Any]] = SINGLE, side: str = "left") 
         tokens: list[int] = []
         for part in row:
             if isinstance(part, tuple):
-                tokens += [IMAGE] * next(remaining)
+                found = next(remaining)
+                tokens += [IMAGE] * found if isinstance(found, int) else found
             else:
                 tokens += torch.randint(2, 80, (part,), generator=generator).tolist()
         ids.append(tokens)
@@ -188,12 +258,23 @@ def tiny_inputs(model: Any, rows: list[list[Any]] = SINGLE, side: str = "left") 
 
 def _pixels(
     model: Any, sizes: list[tuple[int, int]], per_row: list[int], generator: torch.Generator
-) -> tuple[dict[str, Any], list[int]]:
-    """Random pixels of the images and the number of tokens of each."""
+) -> tuple[dict[str, Any], list[int] | list[list[int]]]:
+    """Random pixels of the images and the number of tokens of each, or the tokens themselves."""
     kind = model.config.model_type
     if not sizes:
         return {}, []
-    if kind == "llava":
+    if kind in SHUFFLED:
+        return _shuffled_pixels(kind, sizes, per_row, generator)
+    if model.config.vision_config.model_type == "pixtral":
+        side = 4 * getattr(model.config, "spatial_merge_size", 1)
+        largest = [max(n) for n in zip(*sizes, strict=True)]
+        pixels = torch.randn(len(sizes), 3, *largest, generator=generator)
+        for image, (height, width) in zip(pixels, sizes, strict=True):
+            image[:, height:], image[..., width:] = 0, 0
+        # A token that is text ends each row of those of the image.
+        rows = [([IMAGE] * (w // side) + [BREAK]) * (h // side) for h, w in sizes]
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}, rows
+    if kind in ("llava", "vipllava", "deepseek_vl"):
         pixels = torch.randn(len(sizes), 3, 24, 24, generator=generator)
         return {"pixel_values": pixels}, [PATCHES] * len(sizes)
     if kind in ON_GRIDS:
@@ -213,6 +294,22 @@ def _pixels(
     return inputs, [len(feature) for feature in features]
 
 
+def _shuffled_pixels(
+    kind: str, sizes: list[tuple[int, int]], per_row: list[int], generator: torch.Generator
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """Tiles of 24 pixels, and of a picture of several the whole behind them; 9 tokens each."""
+    tiles = [-(-h // 24) * -(-w // 24) for h, w in sizes]
+    crops = [n + (n > 1) for n in tiles]
+    between = [] if kind == "internvl" else [BREAK]
+    tokens = [([IMAGE] * 9 + between) * n for n in crops]
+    pixels = torch.randn(sum(crops), 3, 24, 24, generator=generator)
+    if kind in ("internvl", "ovis2"):
+        return {"pixel_values": pixels}, tokens
+    counts = iter(crops)
+    rows = pixels.split([sum(next(counts) for _ in range(n)) for n in per_row])
+    return {"pixel_values": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)}, tokens
+
+
 @contextmanager
 def masked_run(
     model: Any,
@@ -225,7 +322,7 @@ def masked_run(
     `values` {(row, position): [D]} replaces embeddings before the language model, `added` what is
     added to visual tokens behind each layer.
     """
-    text = model.model.language_model
+    text = model.model.get_decoder()
     seen = 0
 
     def before_text(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
