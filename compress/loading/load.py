@@ -13,7 +13,7 @@ strategy was saved with it.
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -59,7 +59,7 @@ from compress.storage.safetensors import CheckpointReader
 def load(
     path: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     *,
     prune: bool = True,
     packed: bool | None = None,
@@ -69,9 +69,9 @@ def load(
     """A model in evaluation mode on `device`, and its tokenizer, if it is multimodal its processor.
 
     path: a folder, or a model id on the hub. device: `auto` is a GPU where there is one. dtype:
-    None keeps the checkpoint's, but for one of 16 bits on a CPU whose products in bf16 are slow,
-    which runs in fp32. prune: whether a strategy saved with the checkpoint is applied;
-    `model.visual_token_pruning` is then its context.
+    `auto` keeps the checkpoint's; None does so too, but for one of 16 bits on a CPU whose products
+    in bf16 are slow, which runs (and would be saved) in fp32. prune: whether a strategy saved with
+    the checkpoint is applied; `model.visual_token_pruning` is then its context.
     packed: whether quantised linears stay packed (QuantLinear); False makes all of them dense; None
     keeps compressed-tensors `pack-quantized`, or of integers with integer activations, and GPTQ
     packed, and leaves other formats (AWQ, FP8) to transformers; models with experts too, which are
@@ -116,7 +116,9 @@ def load(
         opens: Callable[..., Any] = kind.from_pretrained
         if section and not packed and has_parted_experts(config, path):
             opens = partial(read_whole, config=config)
-            options = {"dtype": dtype} | {k: v for k, v in options.items() if k == "device_map"}
+            options = {"dtype": None if dtype == "auto" else dtype} | {
+                k: v for k, v in options.items() if k == "device_map"
+            }
         loaded: Any = guarded(place, opens, output_loading_info=True, **options)
     model, report = loaded
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))

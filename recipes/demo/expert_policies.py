@@ -26,7 +26,7 @@ POLICIES = ("all_tokens", "rtn", "shared_hessian")
 
 def tokens_of(split: str, limit: int) -> torch.Tensor:
     """Token ids of one split of the standard library, the first so many."""
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER, trust_remote_code=False)
     found: list[int] = []
     texts = python_stdlib(split)
     for text in texts[:: max(1, len(texts) * 3500 // max(1, limit))]:
@@ -96,7 +96,8 @@ def main() -> None:
             if not folder.exists():
                 model = train(seed, stream, args.steps)
                 model.save_pretrained(folder)
-                AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+                tokenizer = AutoTokenizer.from_pretrained(TOKENIZER, trust_remote_code=False)
+                tokenizer.save_pretrained(folder)
             plain, _ = compress.load(folder)
             facts = {"seed": seed, "seconds": time.perf_counter() - started}
             facts |= {"bits": 16, "perplexity": perplexity(plain, held_out)}

@@ -45,6 +45,12 @@ def test_a_config_of_another_model_is_refused(copy, tmp_path, key, value, named)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_whose_values_are_of_another_kind_is_refused(copy, tmp_path):
+    (copy / "tokenizer_config.json").write_text('{"model_max_length": ""}')
+    refused_export("gguf", copy, tmp_path / "out", "model_max_length", '""')
+    assert not (tmp_path / "out").exists()
+
+
 def test_groups_that_no_type_has_are_stored_wider_only_if_allowed(packed, tmp_path):
     source = packed(bits=3)
     module = ("model.layers.0.mlp.down_proj", "3 bits", 32)

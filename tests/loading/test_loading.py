@@ -68,6 +68,7 @@ def test_dtype_can_be_chosen(folder):
         (True, None, torch.bfloat16),
         (False, None, torch.float32),
         (False, torch.bfloat16, torch.bfloat16),
+        (False, "auto", torch.bfloat16),
     ],
 )
 def test_fp32_where_products_in_16_bits_are_slow(

@@ -246,7 +246,7 @@ def test_saving_writes_the_same_tensors(demo, tmp_path, name, fuse):
         export(source, "gptq", folder, round_scales=True)
     else:
         folder = demo(name)
-    model, tokenizer = compress.load(folder, fuse=fuse)
+    model, tokenizer = compress.load(folder, dtype="auto", fuse=fuse)
     model.save_pretrained(tmp_path / "again")
     tokenizer.save_pretrained(tmp_path / "again")
     before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))

@@ -39,7 +39,12 @@ from compress.checkpoint.packed_formats import with_fp16_scales
 from compress.errors import CheckpointError, UsageError, import_package
 from compress.kernels.codes import Codes
 from compress.kernels.reference import dequantize
-from compress.models.config_values import check_config, check_extent, reason_of
+from compress.models.config_values import (
+    check_config,
+    check_extent,
+    check_tokenizer,
+    reason_of,
+)
 from compress.models.families import head_dim_of
 from compress.models.pretrained import guarded
 from compress.models.skeleton import empty_model
@@ -74,6 +79,7 @@ class GgufFormat:
 
         folder, file = self.source.folder, self.source.folder / "config.json"
         check_config(self.source.config, file)
+        check_tokenizer(folder)
         check_extent(self.source.config, self.source.reader, file)
         self.config: PretrainedConfig = guarded(folder, AutoConfig.from_pretrained)
         self.family = checked_family(self.config)
