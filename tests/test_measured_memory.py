@@ -107,4 +107,5 @@ def test_a_fork_takes_what_a_process_takes(measure, tmp_path):
     forked = measure(tmp_path, DENSE | WIDE, sections)
     (tmp_path / "out").rename(tmp_path / "before")
     alone = measured_alone(tmp_path, sections)
-    assert forked["peak"] == pytest.approx(alone["peak"], rel=0.04)
+    assert alone["promised"] == pytest.approx(alone["peak"], rel=0.1)
+    assert forked["peak"] == pytest.approx(alone["peak"], rel=0.1)

@@ -45,7 +45,8 @@ Shapes = dict[str, tuple[int, int]]  # of linears, by full name
 Linears = list[tuple[int, int]]
 
 # Python, torch, transformers and what a run imports on its way: 500 to 520 MB on Linux with CPU
-# torch 2.13, of which 190 MB are shared libraries.
+# torch 2.13, of which 200 MB are pages of library files. The kernel maps more of them where it has
+# room (310 MB were seen right after an installation), and takes them back where it has none.
 FIXED_MEMORY = 515 * 10**6
 EXPERT_MEMORY = 10_000  # the modules, headers, plan and facts of one
 SOLVER_COPIES = 3  # of a Hessian while it is factored
