@@ -56,7 +56,8 @@ def points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of one recipe as one: means, and the seeds' standard deviation of each mean."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(row.get("recipe", row["name"]), []).append(row)
+        recipe = row.get("recipe", row["name"]).removesuffix(f"-{row.get('seed')}")
+        groups.setdefault(recipe, []).append(row)
     found = []
     for group in groups.values():
         point = dict(group[0]) | {"curve": curve_of(group[0]), "seeds": len(group), "spread": {}}
