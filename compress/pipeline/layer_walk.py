@@ -10,8 +10,9 @@ One layer is in memory at a time.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,31 @@ POLICIES: dict[Policy, str] = {
 RELEASE_BYTES = 1 << 23
 SOLVING = 3  # passes over a Hessian beside the sweeps: the column loop, and two sums of errors
 HEAD_WEIGHTS = "head-weights.safetensors"  # in the folder of the activations
+
+
+@dataclass
+class WeightsSeen:
+    """What is told of the token weights of a layer, batch by batch.
+
+    Attributes:
+        sizes: effective sample sizes of a window. tokens: of a window. counted: those that count.
+        shown: weights of the first tokens of all.
+    """
+
+    sizes: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+    counted: list[float] = field(default_factory=list)
+    shown: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of_all(cls, each: Sequence[Mapping[str, list[float]]]) -> "WeightsSeen":
+        """What all ranks have seen; the first one has the first tokens."""
+        found = {name: [x for rank in each for x in rank[name]] for name in each[0]}
+        return cls(**found | {"shown": each[0]["shown"]})
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(sum(values) / len(values), 1)
 
 
 class LayerWalk:
@@ -155,10 +181,7 @@ class LayerWalk:
         scarce: list[ScarceExpert] = []
         alike: set[str] = set()  # linears that the token weights are not for
         solved = 0  # bytes of weights since memory was given back
-        sizes: list[float] = []
-        tokens: list[float] = []
-        counted: list[float] = []
-        shown: list[float] = []
+        seen = WeightsSeen()
         with ExitStack() as opened:
             layer = opened.enter_context(
                 skeleton.layer(
@@ -197,9 +220,7 @@ class LayerWalk:
                 stream.scratch(),
                 quantise=quantise,
                 needs_hessian=lambda group: self._needs_hessian(_chosen(group, schemes)),
-                weigh=lambda i, x, normed: self._weigh(
-                    layer, source, i, x, normed, sizes, tokens, counted, shown
-                ),
+                weigh=lambda i, x, normed: self._weigh(layer, source, i, x, normed, seen),
                 uniform=self.weigher.uniform,
                 split=split,
                 counted=len(stream.batches),
@@ -213,17 +234,9 @@ class LayerWalk:
                 ),
                 shares=self.shares,
             )
-        names = (name.removeprefix(prefix) for name in written)
-        wholes = skeleton.wholes.get(source, []) if self.ranks.first else []
-        for name, whole in joined(names, wholes).items():
-            inside = {n: written.pop(prefix + n) for part in whole.parts for n in part}
-            written[prefix + name] = whole.join(inside)
+        if self.ranks.first:
+            self._join(written, prefix, source)
         stream.advance(y, index + 1, y0)
-        told = self.ranks.collect((sizes, tokens, counted, shown))
-        sizes, tokens, counted = ([x for each in told for x in each[kind]] for kind in range(3))
-        shown = told[0][3]
-        for sums in self.ranks.collect(self.weigher.taken()):
-            self.weigher.put(sums)
         facts: LayerFacts = {"layer": index, "modules": modules}
         if self.ranks.size > 1:
             facts["ranks"] = self.ranks.size
@@ -233,17 +246,32 @@ class LayerWalk:
         if scarce:
             facts["scarce_experts"] = scarce
             self._warn_of_experts(facts)
-        if sizes:
-            facts["effective_sample_size"] = round(sum(sizes) / len(sizes), 1)
-            facts["tokens_per_window"] = round(sum(tokens) / len(tokens), 1)
-            facts.update(self.weigher.facts())
-            self._warn_of_weights(facts)
-        if shown and index in layers_shown(len(self.plan.layers)):
-            facts["token_weights"] = shown
-        for module in modules:
-            if module["name"] in alike and counted:
-                module["effective_sample_size"] = round(sum(counted) / len(counted), 1)
+        self._note_weights(facts, seen, alike)
         return written, facts
+
+    def _join(self, written: dict[str, Tensor], prefix: str, source: int) -> None:
+        """Puts experts back together that the files of the model hold as one tensor."""
+        names = (name.removeprefix(prefix) for name in written)
+        for name, whole in joined(names, self.skeleton.wholes.get(source, [])).items():
+            inside = {n: written.pop(prefix + n) for part in whole.parts for n in part}
+            written[prefix + name] = whole.join(inside)
+
+    def _note_weights(self, facts: LayerFacts, own: WeightsSeen, alike: set[str]) -> None:
+        """What all ranks have seen of token weights; `alike`: linears that these are not for."""
+        seen = WeightsSeen.of_all(self.ranks.collect(asdict(own)))
+        for sums in self.ranks.collect(self.weigher.taken()):
+            self.weigher.put(sums)
+        if not seen.sizes:
+            return
+        facts["effective_sample_size"] = _mean(seen.sizes)
+        facts["tokens_per_window"] = _mean(seen.tokens)
+        facts.update(self.weigher.facts())
+        self._warn_of_weights(facts)
+        if seen.shown and facts["layer"] in layers_shown(len(self.plan.layers)):
+            facts["token_weights"] = seen.shown
+        for module in facts["modules"]:
+            if module["name"] in alike:
+                module["effective_sample_size"] = _mean(seen.counted)
 
     def _weigh(
         self,
@@ -252,16 +280,9 @@ class LayerWalk:
         i: int,
         x: Tensor,
         normed: Tensor,
-        sizes: list[float],
-        tokens: list[float],
-        counts: list[float],
-        shown: list[float],
+        seen: WeightsSeen,
     ) -> Tensor | None:
-        """Token weights of a batch, None for uniform; their sample size goes to `sizes`.
-
-        Its tokens a window go to `tokens`, and how many of these count to `counts`; weights of the
-        first tokens of all to `shown`.
-        """
+        """Token weights of a batch, None for uniform; what is told of them goes to `seen`."""
         if self.solver is None or not self.solver.needs_hessian:
             return None
         inputs = self.stream.layer_inputs(source, i, x)
@@ -271,12 +292,12 @@ class LayerWalk:
         if w is not None and source == self.plan.layers[-1] and self._weighs_head():
             self.last_weights[i] = w.cpu()
         if i == 0 and w is not None and self.section.token_importance.name != "uniform":
-            shown.extend(weights_shown(w))
+            seen.shown.extend(weights_shown(w))
         ids, mask = self.stream.batches[i]
         counted = mask.sum(-1).double().mean().item()
-        sizes.append(counted if w is None else effective_sample_size(w))
-        tokens.append(float(ids.shape[1]))
-        counts.append(counted)
+        seen.sizes.append(counted if w is None else effective_sample_size(w))
+        seen.tokens.append(float(ids.shape[1]))
+        seen.counted.append(counted)
         return w
 
     def _ranking(

@@ -16,10 +16,9 @@ after its last finished layer, or what came behind, and ends with the same bytes
     result = run("demo-lm", output="out")
 """
 
-import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from compress.checkpoint.packed_formats import FORMATS, codes_of_signed
 from compress.data.activations import activations_on_disk
 from compress.data.prompts import (
     CalibrationData,
-    ImagePrompts,
     calibration_data,
     probe_prompt,
 )
@@ -55,6 +53,7 @@ from compress.pipeline.inputs import RunInputs
 from compress.pipeline.journal import Entry, Journal
 from compress.pipeline.layer_walk import LayerWalk
 from compress.pipeline.notebook import observer_here
+from compress.pipeline.one_run import check_ranks, held
 from compress.pipeline.output import assemble
 from compress.pipeline.plan import Plan, allocated_plan, make_plan
 from compress.pipeline.provenance import fingerprint
@@ -72,11 +71,10 @@ from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
 from compress.scheme import PlannedModule
 from compress.storage.files import read_json, write_json
-from compress.storage.lease import HOLDER, WORK_FOLDER, lease
-from compress.storage.output_folder import FINAL, check_output, refuse, withdraw
+from compress.storage.lease import WORK_FOLDER
+from compress.storage.output_folder import FINAL, refuse, withdraw
 from compress.storage.safetensors import read_tensors, save_tensors
 
-SEEN = 10.0  # seconds for a file of one machine to be seen on the others
 SOURCE_FILE = "source-check.json"  # in the work folder: that the source was checked
 
 
@@ -122,7 +120,7 @@ def run(
     device = chosen_device(device)
     with (
         together(device, deterministic=deterministic) as ranks,
-        _held(output, overwrite, ranks) as abandoned,
+        held(output, overwrite, ranks) as abandoned,
     ):
         if recipe.evaluate is not None and ranks.first:
             check_evaluation(recipe.evaluate, recipe.resolve_path)
@@ -141,7 +139,7 @@ def run(
             release_memory()  # of the whole text
         check_token_ids(data.parts, inputs.skeleton.config.vocab_size)
         mark = fingerprint(inputs, data)
-        _check_ranks(inputs, data, mark, ranks)
+        check_ranks(inputs, data, mark, ranks)
         try:
             left = ranks.tell(lambda: abandoned and resume and left_by(output, mark))
             if left and ranks.first:
@@ -162,50 +160,6 @@ def run(
         if ranks.first:
             measure(result, inputs, data, mark, log)
     return result
-
-
-@contextmanager
-def _held(output: Path, overwrite: bool, ranks: Ranks) -> Iterator[bool]:
-    """Holds the folder, for all ranks; yields whether an earlier process was stopped in it."""
-    if not ranks.first:
-        _check_shared(output / WORK_FOLDER / HOLDER, ranks.tell(str), ranks.rank)
-        yield False
-        return
-    check_output(output, overwrite, unfinished=True)  # before anything is made there
-    with lease(output) as held:
-        check_output(output, overwrite, held.abandoned)
-        ranks.tell((output / WORK_FOLDER / HOLDER).read_text)
-        yield held.abandoned
-
-
-def _check_shared(holder: Path, said: str, rank: int) -> None:
-    """UsageError where a rank does not see the folder that the first one holds."""
-    until = time.monotonic() + SEEN
-    while time.monotonic() < until:
-        with suppress(OSError):
-            if holder.read_text() == said:
-                return
-        time.sleep(0.1)
-    raise UsageError(
-        f"rank {rank} on {socket.gethostname()} does not see the output folder "
-        f"{holder.parents[1]} of rank 0: choose an --output that all machines share"
-    )
-
-
-def _check_ranks(inputs: RunInputs, data: CalibrationData, mark: str, ranks: Ranks) -> None:
-    """UsageError for ranks that read different things, and for what they cannot share."""
-    marks = ranks.collect(mark)
-    if other := next((rank for rank, own in enumerate(marks) if own != marks[0]), None):
-        raise UsageError(
-            f"rank {other} has another recipe, model, text or version of a package than rank 0: "
-            "all need the same"
-        )
-    pruned = inputs.recipe.prune_visual_tokens is not None
-    if ranks.size > 1 and pruned and isinstance(data, ImagePrompts):
-        raise UsageError(
-            "prune_visual_tokens: calibration prompts are pruned by one process: start it without "
-            "torchrun, or calibrate on text"
-        )
 
 
 def _compressed(

@@ -14,17 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from compress.errors import UsageError
 from compress.models.families import MULTIMODAL
 from compress.models.vision import Inputs
-from compress.pruning.tower import (
-    Crops,
-    MergingTower,
-    Pack,
-    PatchTower,
-    PixtralTower,
-    ShuffledTower,
-    TapSettings,
-    VisionTap,
-    one_side,
-)
+from compress.pruning.crop_towers import Crops, Pack, PatchTower, ShuffledTower
+from compress.pruning.sized_towers import MergingTower, PixtralTower
+from compress.pruning.tower import TapSettings, VisionTap, one_side
 
 # Makes the tap for a vision tower.
 Tower = Callable[[PreTrainedModel, TapSettings], VisionTap]

@@ -30,8 +30,17 @@ struct Integers : Weight {
 
 // ---- the product of four bytes ------------------------------------------------------------------
 
-// `Fours` adds, for MR rows, the products of four x and four codes to PANEL vectors of sums: `set` what
-// they start from, `add` one quad of x after another, `get` the sums.
+// PANEL vectors of sums for each of MR rows.
+template <int MR>
+struct Sums {
+    ints sums[MR][PANEL];
+
+    void set(int r, int f, ints start) { sums[r][f] = start; }
+    ints get(int r, int f) const { return sums[r][f]; }
+};
+
+// `Fours` adds the products of four x and four codes to sums: `add`, between `start` and `stop`, one
+// quad of x after another, STEPS at most.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr bool QUADS = true;
 // Codes of 8 bits are c - 128 where both sides of a product have a sign.
@@ -54,34 +63,29 @@ inline ints dot(ints to, ints c, uint32_t x) {
 }
 
 template <int BITS, int MR>
-struct Fours {
+struct Fours : Sums<MR> {
     static constexpr int less = BITS == 8 ? LESS : 0;
-    ints sums[MR][PANEL];
 
-    void set(int r, int f, ints start) { sums[r][f] = start; }
-    ints get(int r, int f) const { return sums[r][f]; }
     void start() {}
     void stop() {}
     void add(const uint32_t* x, const ints* c) {
         for (int r = 0; r < MR; r++)
             for (int f = 0; f < PANEL; f++)
-                sums[r][f] = dot(sums[r][f], less ? c[f] ^ int32_t(0x80808080) : c[f], x[r]);
+                this->sums[r][f] =
+                    dot(this->sums[r][f], less ? c[f] ^ int32_t(0x80808080) : c[f], x[r]);
     }
 };
 
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(__AVX512F__)  // whose vectors are half as wide
 constexpr bool QUADS = true;
 
 // Of up to 4 bits, pairs of products are summed in 16 bits, STEPS quads long: 8 * 2 * 15 * 128 fits.
 template <int BITS, int MR>
-struct Fours {
+struct Fours : Sums<MR> {
     static constexpr int less = 0;
     typedef int16_t shorts __attribute__((vector_size(BYTES)));
-    ints sums[MR][PANEL];
     shorts pairs[MR][PANEL];
 
-    void set(int r, int f, ints start) { sums[r][f] = start; }
-    ints get(int r, int f) const { return sums[r][f]; }
     void start() {
         for (int r = 0; r < MR; r++)
             for (int f = 0; f < PANEL; f++) pairs[r][f] = shorts{};
@@ -90,7 +94,7 @@ struct Fours {
         const __m256i ones = _mm256_set1_epi16(1);
         for (int r = 0; r < MR; r++)
             for (int f = 0; f < PANEL; f++)
-                sums[r][f] += (ints)_mm256_madd_epi16((__m256i)pairs[r][f], ones);
+                this->sums[r][f] += (ints)_mm256_madd_epi16((__m256i)pairs[r][f], ones);
     }
     void add(const uint32_t* x, const ints* c) {
         for (int r = 0; r < MR; r++) {
@@ -103,12 +107,9 @@ struct Fours {
 
 // Of 8 bits they do not fit: even and odd bytes are multiplied as 16 bits.
 template <int MR>
-struct Fours<8, MR> {
+struct Fours<8, MR> : Sums<MR> {
     static constexpr int less = 0;
-    ints sums[MR][PANEL];
 
-    void set(int r, int f, ints start) { sums[r][f] = start; }
-    ints get(int r, int f) const { return sums[r][f]; }
     void start() {}
     void stop() {}
     void add(const uint32_t* x, const ints* c) {
@@ -121,8 +122,8 @@ struct Fours<8, MR> {
             const __m256i xs = _mm256_set1_epi32(int(x[r])), odds = _mm256_srai_epi16(xs, 8);
             const __m256i evens = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8);
             for (int f = 0; f < PANEL; f++)
-                sums[r][f] += (ints)_mm256_madd_epi16(even[f], evens) +
-                              (ints)_mm256_madd_epi16(odd[f], odds);
+                this->sums[r][f] += (ints)_mm256_madd_epi16(even[f], evens) +
+                                    (ints)_mm256_madd_epi16(odd[f], odds);
         }
     }
 };
@@ -131,10 +132,8 @@ struct Fours<8, MR> {
 constexpr bool QUADS = false;  // and this is never called
 
 template <int BITS, int MR>
-struct Fours {
+struct Fours : Sums<MR> {
     static constexpr int less = 0;
-    void set(int, int, ints) {}
-    ints get(int, int) const { return ints{}; }
     void start() {}
     void stop() {}
     void add(const uint32_t*, const ints*) {}

@@ -7,9 +7,10 @@ from torch.nn.functional import avg_pool2d, normalize
 from compress.errors import UsageError
 from compress.pruning import baselines
 from compress.pruning.baselines import block_grid, share_out
+from compress.pruning.crop_towers import anyres_places
 from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.methods import PRUNING_METHODS, Candidates, keep_highest
-from compress.pruning.tower import VisualTokens, anyres_places
+from compress.pruning.tower import VisualTokens
 from compress.recipe.strategy import METHODS, PruneStrategy
 from support.refusals import refused
 from support.tiny_models import tiny_inputs, tiny_model

@@ -8,8 +8,8 @@ export rounds the embedding to 8 bits as well, that table is read from the file 
 """
 
 import asking
-import numpy as np
 import torch
+import torch_model
 
 import compress
 
@@ -23,24 +23,7 @@ def ask(asked: asking.Asked) -> asking.Answer:
         ).eval()
     else:
         model, _ = compress.load(asked.checkpoint, dtype=torch.float32, packed=False)
-
-    @torch.no_grad()
-    def logits(ids: list[int]) -> np.ndarray:
-        return model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
-
-    @torch.no_grad()
-    def generate(ids: list[int]) -> list[int]:
-        tokens = model.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=asking.NEW_TOKENS,
-            min_new_tokens=asking.NEW_TOKENS,
-            pad_token_id=0,
-        )
-        return tokens[0, len(ids) :].tolist()
-
-    return asking.by_logits(asked, logits, generate)
+    return torch_model.answer(asked, model)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ check_gptqmodel.py, which has `optimum` and `gptqmodel`. An asymmetric checkpoin
 import json
 
 import asking
-import numpy as np
 import torch
+import torch_model
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
 
 
@@ -34,24 +34,7 @@ def ask(asked: asking.Asked) -> asking.Answer:
     if wrong := {kind: names for kind, names in loading.items() if names}:
         raise RuntimeError(f"loaded with {wrong}"[:400])
     model.eval()
-
-    @torch.no_grad()
-    def logits(ids: list[int]) -> np.ndarray:
-        return model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
-
-    @torch.no_grad()
-    def generate(ids: list[int]) -> list[int]:
-        tokens = model.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=asking.NEW_TOKENS,
-            min_new_tokens=asking.NEW_TOKENS,
-            pad_token_id=0,
-        )
-        return tokens[0, len(ids) :].tolist()
-
-    return asking.by_logits(asked, logits, generate)
+    return torch_model.answer(asked, model)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from compress.kernels.reference import dequantize, reference_matmul
 from support.other_processor import FOUND, arm_kernels
 from support.weights import random_weight, relative_error
 
+# AVX-512 of its first years has neither products of bf16 nor of bytes.
+LEVELS = native.LEVELS | {"early": ("-march=native", "-mno-avx512vnni", "-mno-avx512bf16")}
 ARM = ("armv8-a", "armv8.2-a+dotprod", "armv8.2-a+dotprod+i8mm")
 x86 = pytest.mark.skipif(
     platform.machine() != "x86_64" or native.find_compiler() is None, reason="no x86 compiler"
@@ -23,7 +25,7 @@ emulator = pytest.mark.skipif(not FOUND, reason="no ARM compiler, or no emulator
 @pytest.fixture(
     scope="module",
     params=[
-        *(pytest.param(level, marks=x86) for level in native.LEVELS),
+        *(pytest.param(level, marks=x86) for level in LEVELS),
         *(pytest.param(architecture, marks=emulator) for architecture in ARM),
     ],
 )
@@ -36,7 +38,7 @@ def kernels(request, tmp_path_factory):
         built.library.process.kill()
         return
     library = folder / "kernels.so"
-    flags = [*native.LEVELS[request.param], *native.FLAGS, "-O1", *native.OPENMP]
+    flags = [*LEVELS[request.param], *native.FLAGS, "-O1", *native.OPENMP]
     command = [native.find_compiler(), *flags, "-o", str(library), *map(str, native.SOURCES)]
     subprocess.run(command, check=True)
     yield native.Kernels(native.load(library))
@@ -84,6 +86,18 @@ def test_products_of_integers(kernels, bits, group_size, symmetric):
         )
         expected = reference_matmul(values.double() * scale.double()[:, None], weight)
         assert relative_error(y, expected) < 5e-7
+
+
+# From before AVX2; AVX2 with bytes in fours (AVX-VNNI), which no emulator has; AVX-512 without them.
+OTHERS = ("sandybridge", "haswell", "alderlake", "skylake-avx512", "cascadelake", "sapphirerapids")
+
+
+@x86
+@pytest.mark.parametrize("processor", OTHERS)
+def test_the_kernels_compile_for_processors_that_are_not_here(tmp_path, processor):
+    flags = [*native.FLAGS, "-O0", f"-march={processor}"]
+    command = [native.find_compiler(), *flags, "-o", str(tmp_path / "kernels.so")]
+    subprocess.run([*command, *map(str, native.SOURCES)], check=True)
 
 
 @pytest.mark.parametrize("exact", [True, False])
