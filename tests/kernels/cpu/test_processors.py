@@ -88,7 +88,7 @@ def test_products_of_integers(kernels, bits, group_size, symmetric):
         assert relative_error(y, expected) < 5e-7
 
 
-# From before AVX2; AVX2 with bytes in fours (AVX-VNNI), which no emulator has; AVX-512 without them.
+# From before AVX2; with bytes in fours on AVX2, which no emulator has; AVX-512 without them.
 OTHERS = ("sandybridge", "haswell", "alderlake", "skylake-avx512", "cascadelake", "sapphirerapids")
 
 
