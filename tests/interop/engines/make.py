@@ -31,13 +31,9 @@ DOWN8 = {"overrides": [{"match": r"re:.*down_proj$", "bits": 8}]}
 CHECKPOINTS = {
     "w4": {"quantize": W4},
     "w4-asymmetric": {"quantize": W4 | {"symmetric": False}},
-    "w4-channel": {"quantize": W4 | {"group_size": "channel"}},
-    "w4-groups-32": {"quantize": W4 | {"group_size": 32}},
-    "w4-groups-16": {"quantize": W4 | {"group_size": 16}},
     "w4-groups-192": {"quantize": W4 | {"group_size": 192}},
     "w8": {"quantize": W4 | {"bits": 8}},
     "w8-channel": {"quantize": W4 | {"bits": 8, "group_size": "channel"}},
-    "w8-asymmetric": {"quantize": W4 | {"bits": 8, "symmetric": False}},
     "w3": {"quantize": W4 | {"bits": 3}},
     "w4-w8": {"quantize": W4 | DOWN8},
     "w4-torn": {"quantize": W4 | {"overrides": [{"match": "re:.*q_proj$", "bits": 8}]}},
@@ -45,7 +41,6 @@ CHECKPOINTS = {
     "w4-tables-words": {"quantize": W4 | TABLES} | WORDS,
     "w4-head": {"quantize": W4 | {"head": {"bits": 8}}} | ROTATED,
     "w4-head-words": {"quantize": W4 | {"head": {"bits": 8}}} | ROTATED | WORDS,
-    "rotated-16": {"quantize": {"method": "none"}} | ROTATED,
 }
 # Name: the checkpoint it is made from, the format, and what `export` is told.
 EXPORTS = {
