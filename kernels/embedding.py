@@ -56,9 +56,10 @@ class QuantEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] -> rows [..., embedding_dim], each value rounded once to the module's dtype."""
         flat = ids.flatten()
-        # On a GPU asking would wait for it, at every token.
+        # On a GPU asking would wait for it, at every token; traced code asks where it reads rows.
         if (
-            flat.numel()
+            not torch.compiler.is_compiling()
+            and flat.numel()
             and not flat.is_cuda
             and not (int(flat.min()) >= 0 and int(flat.max()) < self.num_embeddings)
         ):

@@ -71,11 +71,10 @@ class QuadsWeight(IntegerWeight):
         self, values: Tensor, token_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         """Multiplies int8 values [M, K]: [M, N] in `dtype`. Raises ValueError on another CPU."""
-        size = self.group_size or 0
-        multiply = multiply_quads if native.may_call(values) else quads_matmul
-        return multiply(
-            values, token_scale, self.packed, self.scale, self.zero, bias, self.bits, size, dtype
-        )
+        weight = (self.packed, self.scale, self.zero, bias, self.bits, STORED_BITS[self.bits])
+        operators, size = native.operators(values), self.group_size or 0
+        multiply = quads_matmul if operators is None else operators.quads_matmul
+        return multiply(values, token_scale, *weight, size, dtype)
 
 
 class GroupsWeight(IntegerWeight):
@@ -115,7 +114,9 @@ class GroupsWeight(IntegerWeight):
 # ---- quads --------------------------------------------------------------------------------------
 
 
-def multiply_quads(
+# By address: one operator to torch.compile, which cannot trace that.
+@torch.library.custom_op("modelpress::cpu_quads_matmul", mutates_args=())
+def quads_matmul(
     values: Tensor,
     token_scale: Tensor,
     packed: Tensor,
@@ -123,17 +124,20 @@ def multiply_quads(
     zero: Tensor | None,
     bias: Tensor | None,
     bits: int,
+    stored: int,
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """values int8 [M, K], scales [M] -> [M, N] in `dtype`; group_size 0: one scale per output.
+
+    stored: bits that a code of `bits` lies in.
 
     Raises ValueError in a process that has no compiled kernels, or none for this processor.
     """
     library = native.kernels()
     if library is None or not library.takes_quads():
         raise ValueError(f"this weight was packed for products of bytes, found {native.reason()}")
-    stored, middle = STORED_BITS[bits], 2 ** (bits - 1)
+    middle = 2 ** (bits - 1)
     y = library.quads_matmul(
         values, token_scale, packed, scale, zero, stored, group_size or None, middle
     )
@@ -142,20 +146,7 @@ def multiply_quads(
     return y.to(dtype)
 
 
-# One operator to torch.compile, which cannot trace a call by address.
-quads_matmul = torch.library.custom_op(
-    "modelpress::cpu_quads_matmul", multiply_quads, mutates_args=()
-)
-
-
-@quads_matmul.register_fake
-def _product(
-    values: Tensor, token_scale: Tensor, packed: Tensor, scale: Tensor, *others: object
-) -> Tensor:
-    """An empty product [M, N]; the dtype is the last of what both operators take."""
-    dtype = others[-1]
-    assert isinstance(dtype, torch.dtype)
-    return values.new_empty(values.shape[0], scale.shape[1], dtype=dtype)
+quads_matmul.register_fake(native.integer_products)
 
 
 # ---- groups -------------------------------------------------------------------------------------
@@ -180,7 +171,7 @@ def groups_matmul(
     return y.to(dtype)
 
 
-groups_matmul.register_fake(_product)
+groups_matmul.register_fake(native.integer_products)
 
 
 def _group_products(

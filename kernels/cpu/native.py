@@ -1,4 +1,4 @@
-"""Compiles tiles.cpp and quads.cpp for this machine and calls them: products at memory speed.
+"""Compiles tiles.cpp and quads.cpp for this machine: products at memory speed.
 
 The first product on a CPU looks for a C++ compiler ($CXX, g++, clang++, c++), compiles once (some
 seconds) with -march=native, and keeps the library in the user's cache; later processes load it.
@@ -10,7 +10,11 @@ than this x86-64 processor has (no AVX-512, or its first instructions alone), ne
     library = kernels()                # None: `reason()` says why
     y = library.tiles_matmul(x, packed, scale, zero, bits=4, group_size=128)
 
-Threads are OpenMP's, the same ones as torch's: its library of that name is in the process already.
+    y = operators().tiles_matmul(x, packed, scale, zero, bias, 4, 128)
+
+Products are operators of torch (operators.cpp), where its headers lie beside it, and are called by
+address elsewhere. Threads are OpenMP's, the same ones as torch's: its library of that name is in
+the process already.
 """
 
 import ctypes
@@ -22,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +39,15 @@ from compress.kernels.user_cache import cache_directory, check_file
 HERE = Path(__file__).parent
 SOURCES = (HERE / "tiles.cpp", HERE / "quads.cpp")
 HEADERS = (HERE / "vectors.h",)
+OPERATORS = HERE / "operators.cpp"
+TORCH = Path(torch.__file__).parent
+TORCH_FLAGS = (
+    f"-I{TORCH / 'include'}",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # of the stable interface: 2.11's
+    f"-L{TORCH / 'lib'}",
+    "-ltorch_cpu",
+    f"-Wl,-rpath,{TORCH / 'lib'}",
+)
 FLAGS = (
     "-O3",
     "-std=c++17",
@@ -211,14 +225,36 @@ def kernels() -> Kernels | None:
     return _outcome()[0]
 
 
-def may_call(x: Tensor) -> bool:
-    """Whether a product may go past torch's dispatcher, which takes as long as a small product.
+@dataclass(frozen=True)
+class Operators:
+    """The compiled products as torch's operators: operators.cpp. They have no gradients."""
 
-    Not where it is traced, or would have to be differentiated.
-    """
-    if type(x) is not Tensor or torch.compiler.is_compiling():
-        return False
-    return not (x.requires_grad and torch.is_grad_enabled())
+    tiles_matmul: Callable[..., Tensor]
+    quads_matmul: Callable[..., Tensor]
+
+
+# Set when the library is loaded: what reads it is traced by torch.compile, which cannot trace that.
+_operators: Operators | None = None
+
+
+def operators(x: Tensor) -> Operators | None:
+    """The products as operators; None where there are none, or x asks for a gradient."""
+    return None if x.requires_grad and torch.is_grad_enabled() else _operators
+
+
+def products(*arguments: object) -> Tensor:
+    """An empty product [M, N], for torch.compile: of x [M, K], codes, scale [G, N] and others."""
+    x, scale = arguments[0], arguments[2]
+    assert isinstance(x, Tensor) and isinstance(scale, Tensor)
+    return x.new_empty(x.shape[0], scale.shape[1])
+
+
+def integer_products(*arguments: object) -> Tensor:
+    """The same of values [M, K], scales of tokens, codes, scale [G, N]; the last is the dtype."""
+    values, scale, dtype = arguments[0], arguments[3], arguments[-1]
+    assert isinstance(values, Tensor) and isinstance(scale, Tensor)
+    assert isinstance(dtype, torch.dtype)
+    return values.new_empty(values.shape[0], scale.shape[1], dtype=dtype)
 
 
 def reason() -> str:
@@ -241,6 +277,8 @@ def packed_is_faster(device: str | torch.device) -> bool:
 
 @cache
 def _outcome() -> tuple[Kernels | None, str]:
+    global _operators
+    _operators = None
     if os.environ.get("MODELPRESS_NATIVE") == "0":
         return None, "torch's operators: MODELPRESS_NATIVE=0"
     level = cpu_level()
@@ -250,10 +288,16 @@ def _outcome() -> tuple[Kernels | None, str]:
     else:
         try:
             version = _version(compiler)
-            library = load(compile_library(compiler, version))
-            asked = "" if level == "native" else f", MODELPRESS_CPU={level}"
+            path = compile_library(compiler, version)
+            library = load(path)
             kernels = Kernels(library)
-            return kernels, f"compiled kernels for {kernels.instructions()}, {version}{asked}"
+            said = f"compiled kernels for {kernels.instructions()}, {version}"
+            said += "" if level == "native" else f", MODELPRESS_CPU={level}"
+            if hasattr(library, "modelpress_register"):
+                _operators = _register(library, f"modelpress_{path.stem.split('-')[1]}")
+            else:
+                said += ", called by address: torch's headers or its library do not fit them"
+            return kernels, said
         except PermissionError as error:
             why = str(error)
         except (OSError, subprocess.SubprocessError) as error:
@@ -294,8 +338,8 @@ def compile_library(compiler: str, version: str) -> Path:
     for a library that this user has not compiled.
     """
     flags = (*LEVELS[cpu_level()], *FLAGS, *OPENMP)
-    sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
-    facts = [*sources, compiler, version, *flags, _processor()]
+    sources = [path.read_text() for path in (*SOURCES, *HEADERS, OPERATORS)]
+    facts = [*sources, compiler, version, *flags, _processor(), torch.__version__, *TORCH_FLAGS]
     key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
     folder = cache_directory("native")
     for path in sorted(folder.glob(f"kernels-{key}-*.so")):
@@ -304,18 +348,25 @@ def compile_library(compiler: str, version: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary) / "kernels.so"
         command = [compiler, *flags, "-o", str(built), *map(str, SOURCES)]
-        subprocess.run(
-            command,
-            check=True,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=COMPILE_SECONDS,
-        )
+        try:
+            _compile([*command, str(OPERATORS), *TORCH_FLAGS])
+        except subprocess.CalledProcessError:
+            _compile(command)  # which says what is wrong, if it is not torch's headers
         built.chmod(0o700)
         path = folder / f"kernels-{key}-{hashlib.sha256(built.read_bytes()).hexdigest()}.so"
         built.replace(path)  # whole or not at all, also if two processes compile at once
     return path
+
+
+def _compile(command: list[str]) -> None:
+    subprocess.run(
+        command,
+        check=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=COMPILE_SECONDS,
+    )
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -326,6 +377,23 @@ def load(path: Path) -> ctypes.CDLL:
         function.argtypes = [TYPES[letter] for letter in signature.replace(" ", "")]
         function.restype = None
     return library
+
+
+@cache
+def _names() -> set[str]:
+    """Namespaces of operators that this process has registered."""
+    return set()
+
+
+def _register(library: ctypes.CDLL, name: str) -> Operators:
+    """The operators under this name; another copy of the library may have registered them."""
+    if name not in _names():
+        library.modelpress_register(name.encode())
+        torch.library.register_fake(f"{name}::tiles_matmul", products)
+        torch.library.register_fake(f"{name}::quads_matmul", integer_products)
+        _names().add(name)
+    found = getattr(torch.ops, name)
+    return Operators(found.tiles_matmul.default, found.quads_matmul.default)
 
 
 def _version(compiler: str) -> str:

@@ -1,11 +1,11 @@
 // y = x W^T for weights in the "tiles" layout of tiles.py; native.py compiles it where it runs.
 //
-//     packed [tiles, ceil(K / 2), 16 * BITS bytes]: inputs k, k + 1 of 64 outputs, low bits first
-//         8 bits   64 bytes of k, then 64 of k + 1
-//         4 bits   32 bytes of k: byte 16 h + i holds outputs 32 h + i, 32 h + 16 + i; then k + 1
-//         2 bits   16 bytes of k: byte i holds outputs i, 16 + i, 32 + i, 48 + i; then k + 1
-//         3 bits   the low two bits as above; then 16 bytes: bit f of byte i is the third bit of
-//                  output 16 f + i of input k, bit 4 + f that of k + 1
+//     packed [tiles, ceil(K / 2), 16 * BITS bytes]: inputs k, k + 1 of 64 outputs. Number i of 16 holds
+//     those of outputs i, 16 + i, 32 + i, 48 + i, low bits first, least byte first:
+//         8 bits   16 numbers of 4 bytes, of k; then those of k + 1
+//         4 bits   16 numbers of 4 bytes: k in the lower half, k + 1 in the upper one
+//         3 bits   of 3 bytes, the same: first the lower two of all, then the third of all
+//         2 bits   of 2 bytes, the same
 //     scale [G, N] fp32, bf16 or fp16; zero [G, N] bytes, or null and z = MIDDLE everywhere
 //     y [M, N] = sum over g of scale_g * sum over k in group g of x[m, k] * (c[k, n] - z_g[n])
 //
@@ -55,21 +55,27 @@ inline ints look_up(ints table, ints) { return table; }
 inline ints look_up_pairs(ints table, ints) { return table; }
 #endif
 
-// Which bits of its byte hold a code of field f, 16 outputs side by side; of 3 bits, the low two.
+// Where in the part of its input the code of field f begins, 16 outputs side by side. Of 8 bits, two
+// fields are moved to where the first two are.
 template <int BITS>
 constexpr int lowest(int f) {
-    return BITS == 8 ? 0 : BITS == 4 ? f % 2 * 4 : f * 2;
+    return BITS == 8 ? f % 2 * 8 : f * BITS;
+}
+
+// The numbers of LANES outputs, whole; of 8 bits those of one input.
+template <int BITS>
+inline ints load(const uint8_t* from, int part) {
+    if constexpr (BITS == 2) return widen_pairs(from + 2 * LANES * part);
+    if constexpr (BITS == 3)
+        return widen_pairs(from + 2 * LANES * part) | widen(from + 2 * FIELD + LANES * part) << 16;
+    ints v;
+    std::memcpy(&v, from + 4 * LANES * part, sizeof v);
+    return v;
 }
 
 template <int BITS>
 constexpr int32_t mask(int f) {
     return ((1 << BITS) - 1) << lowest<BITS>(f);
-}
-
-// The third bits of a field, moved to where they continue its codes.
-inline ints third_bits(ints b, int input, int f) {
-    const int left = f + 2 - 4 * input;  // from 4 input + f to 2 f + 2
-    return (left > 0 ? b << left : b >> -left) & (4 << 2 * f);
 }
 
 constexpr int32_t ABOVE = 0x4b000000;  // 2^23 in fp32: the lowest bit of its mantissa is 1
@@ -79,65 +85,37 @@ constexpr int32_t ABOVE = 0x4b000000;  // 2^23 in fp32: the lowest bit of its ma
 // not fit the registers.
 template <int BITS, class Use>
 inline void each_integer(const uint8_t* from, const ints* z, Use use) {
-    constexpr int EACH = BITS == 8 ? 1 : BITS == 4 ? 2 : 4;  // fields in a byte
+    ints whole[SPAN];
+    for (int part = 0; part < SPAN; part++) whole[part] = load<BITS>(from, part);
     for (int k = 0; k < 2; k++)
-        for (int part = 0; part < SPAN; part++)
-            for (int f = 0; f < WIDE / FIELD; f += EACH) {
-                const int line = k * (WIDE / FIELD / EACH) + f / EACH;
-                ints b = widen(from + FIELD * line + LANES * part) | ABOVE;
+        for (int part = 0; part < SPAN; part++) {
+            if (BITS == 8 && k == 1) whole[part] = load<BITS>(from + 4 * FIELD, part);
+            for (int first = 0; first < 4; first += BITS == 8 ? 2 : 4) {
+                const int down = BITS == 8 ? 8 * first : 4 * BITS * k;
+                ints b = (down ? whole[part] >> down : whole[part]) | ABOVE;
                 in_register(b);  // or the compiler would do this again for each field
-                for (int e = f; e < f + EACH; e++) {
-                    ints c = BITS == 8 ? b : b & (mask<BITS == 3 ? 2 : BITS>(e) | ABOVE);
-                    if constexpr (BITS == 3)
-                        c |= third_bits(widen(from + 2 * FIELD + LANES * part), k, e);
-                    const int to = e * SPAN + part;
-                    use(k, to, as_floats(c) - as_floats(z[to]));
+                for (int f = first; f < first + (BITS == 8 ? 2 : 4); f++) {
+                    const int to = f * SPAN + part;
+                    use(k, to, as_floats(b & (mask<BITS>(f) | ABOVE)) - as_floats(z[to]));
                 }
             }
+        }
 }
 
 // Codes of up to 4 bits as an index of a lookup: at the lowest bits, anything above them.
 template <int BITS>
 inline void indices(const uint8_t* from, ints (*c)[PARTS]) {
-    for (int k = 0; k < 2; k++) {
-        if constexpr (BITS == 4) {
-            for (int h = 0; h < 2; h++) {
-                const ints b = widen(from + 32 * k + LANES * h);
-                c[k][2 * h] = b, c[k][2 * h + 1] = b >> 4;
-            }
-        } else {
-            const ints b = widen(from + LANES * k);
-            for (int f = 0; f < PARTS; f++) c[k][f] = b >> (2 * f);
-        }
-    }
-    if constexpr (BITS == 3) {
-        const ints b = widen(from + 2 * LANES);
-        for (int k = 0; k < 2; k++)
-            for (int f = 0; f < PARTS; f++) {
-                const int at = 4 * k + f;
-                c[k][f] = (c[k][f] & ~4) | ((at < 2 ? b << (2 - at) : b >> (at - 2)) & 4);
-            }
-    }
+    const ints b = load<BITS>(from, 0);
+    for (int k = 0; k < 2; k++)
+        for (int f = 0; f < PARTS; f++) c[k][f] = b >> (4 * BITS * k + lowest<BITS>(f));
 }
 
 // The same of two inputs, the earlier one's in the low half of a lane.
 template <int BITS>
 inline void index_pairs(const uint8_t* from, ints* c) {
-    if constexpr (BITS == 4) {
-        for (int h = 0; h < 2; h++) {
-            const ints b = widen(from + LANES * h) | widen(from + 32 + LANES * h) << 16;
-            c[2 * h] = b, c[2 * h + 1] = b >> 4;
-        }
-    } else {
-        const ints b = widen(from) | widen(from + LANES) << 16;
-        for (int f = 0; f < PARTS; f++) c[f] = b >> (2 * f);
-    }
-    if constexpr (BITS == 3) {
-        ints b = widen(from + 2 * LANES);
-        b |= b << 12;  // bit 4 + f to bit 16 + f
-        for (int f = 0; f < PARTS; f++)
-            c[f] = (c[f] & 0x30003) | ((f < 2 ? b << (2 - f) : b >> (f - 2)) & 0x40004);
-    }
+    ints b = load<BITS>(from, 0);
+    if constexpr (BITS < 4) b = (b & 0xffff) | (b << (16 - 4 * BITS) & ~0xffff);
+    for (int f = 0; f < PARTS; f++) c[f] = b >> lowest<BITS>(f);
 }
 
 // What turns the codes of 64 outputs in a group into integers: a table of fp32 and one of bf16 if
@@ -251,11 +229,11 @@ void one_row(const Problem& p, long tile) {
     const uint32_t* x = p.x;
     const uint8_t* from = p.packed + tile * ((p.K + 1) / 2) * FIELD * BITS;
     floats total[PARTS] = {};
+    ints z[PARTS];
     for (long start = 0; start < p.K; start += p.group) {
         const long stop = start + p.group < p.K ? start + p.group : p.K;
         floats part[CHAINS][PARTS] = {}, s[PARTS];
-        ints z[PARTS];
-        group_zero<BITS, TABLE>(p, start / p.group, tile * WIDE, z);
+        if (start == 0 || p.zero) group_zero<BITS, TABLE>(p, start / p.group, tile * WIDE, z);
         for (long k = start; k < stop; k += 2, from += FIELD * BITS) {
             if constexpr (PAIRS) {
                 ints w[PARTS];
@@ -363,12 +341,12 @@ void many_rows(const Problem& p, long tile) {
     for (long m0 = 0; m0 < p.M; m0 += ROWS) {
         const Blocks blocks(p.M - m0 < ROWS ? p.M - m0 : ROWS);
         std::memset(sums, 0, blocks.rows * PARTS * sizeof(floats));
+        ints z[PARTS];
         for (long start = 0; start < p.K; start += p.group) {
             const long stop = start + p.group < p.K ? start + p.group : p.K;
             floats s[PARTS];
-            ints z[PARTS];
             group_scales<BITS, TABLE>(p, start / p.group, n, s);
-            group_zero<BITS, TABLE>(p, start / p.group, n, z);
+            if (start == 0 || p.zero) group_zero<BITS, TABLE>(p, start / p.group, n, z);
             for (long k = start; k < stop; k += CHUNK) {
                 const int steps = int((stop - k < CHUNK ? stop - k + 1 : CHUNK) / 2);
                 const Weights from{packed + k / 2 * FIELD * BITS, z, block};

@@ -17,6 +17,8 @@ from compress.kernels.cpu import native
 from compress.kernels.cpu.native import LANES, TILE
 from compress.kernels.cpu.weight import FloatWeight
 
+FIELDS = TILE // LANES
+
 
 class TilesWeight(FloatWeight):
     """A weight in tiles of 64 outputs. packed: uint8 [ceil(N / 64), ceil(K / 2), 16 * bits]."""
@@ -35,40 +37,49 @@ class TilesWeight(FloatWeight):
     def pack_codes(codes: Tensor, bits: int, group_size: int | None) -> Tensor:
         """Lays out codes uint8 [N, K]; padding is 0."""
         N, K = codes.shape
-        # outputs are joined where they lie, so that bytes move and not codes
-        lanes = pad(codes, (0, K % 2, 0, -N % TILE)).view(-1, TILE // LANES, LANES, K + K % 2)
-        if bits != 3:
-            return _of_pairs(_join(lanes, bits))
-        high = _join(lanes >> 2, 1).unflatten(-1, (-1, 2))
-        high = high[..., 0] | high[..., 1] << 4
-        return torch.cat([_of_pairs(_join(lanes & 3, 2)), high[:, 0].transpose(1, 2)], dim=-1)
+        padded = pad(codes, (0, K % 2, 0, -N % TILE))
+        fields = padded.view(-1, FIELDS, LANES, padded.shape[1] // 2, 2)
+        if bits == 8:
+            return fields.permute(0, 3, 4, 2, 1).flatten(2).contiguous()
+        numbers = torch.zeros_like(fields[:, 0, :, :, 0], dtype=torch.int32)
+        for k, f, shift in _places(bits):
+            numbers |= fields[:, f, :, :, k].int() << shift
+        return _bytes(numbers.transpose(1, 2).contiguous(), bits)
 
     def unpack_codes(self) -> Tensor:
         """Gives codes uint8 [tiles * 64, pairs * 2] back, the padding included."""
-        packed, bits = self.packed, self.bits
-        low = 2 if bits == 3 else bits
-        codes = _part(packed[..., : LANES * low], low)
-        if bits == 3:
-            codes |= _part(packed[..., LANES * low :], 1) << 2
-        return codes.permute(0, 3, 1, 2).reshape(len(packed) * TILE, -1)
+        tiles, pairs, _ = self.packed.shape
+        if self.bits == 8:
+            fields = self.packed.view(tiles, pairs, 2, LANES, FIELDS).permute(0, 4, 3, 1, 2)
+            return fields.reshape(tiles * TILE, pairs * 2)
+        fields = self.packed.new_empty(tiles, FIELDS, LANES, pairs, 2)
+        numbers = _numbers(self.packed, self.bits).transpose(1, 2).contiguous()
+        for k, f, shift in _places(self.bits):
+            fields[:, f, :, :, k] = (numbers >> shift) & (2**self.bits - 1)
+        return fields.view(tiles * TILE, pairs * 2)
 
     def row_codes(self, ids: Tensor) -> Tensor:
         """Gives rows [n] of the codes, uint8 [n, pairs * 2]."""
-        low = 2 if self.bits == 3 else self.bits
-        tiles, output = self.packed[ids // TILE], ids % TILE
-        codes = _row(tiles[..., : LANES * low], low, output)
-        if self.bits == 3:
-            codes |= _row(tiles[..., LANES * low :], 1, output) << 2
-        return codes
+        tiles, output, n = self.packed[ids // TILE], ids % TILE, torch.arange(len(ids))
+        if self.bits == 8:
+            fields = tiles.view(len(ids), -1, 2, LANES, FIELDS)
+            return fields[n, :, :, output % LANES, output // LANES].flatten(1)
+        numbers = _numbers(tiles, self.bits)[n, :, output % LANES] >> self.bits * (
+            output // LANES
+        ).int().unsqueeze(1)
+        pairs = torch.stack([numbers, numbers >> 4 * self.bits], dim=-1) & (2**self.bits - 1)
+        return pairs.to(torch.uint8).flatten(1)
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Multiplies x [M, K]: [M, N] in x's dtype. Raises ValueError without compiled kernels."""
-        size = self.group_size or 0
-        multiply = multiply_tiles if native.may_call(x) else tiles_matmul
+        size, operators = self.group_size or 0, native.operators(x)
+        multiply = tiles_matmul if operators is None else operators.tiles_matmul
         return multiply(x, self.packed, self.scale, self.zero, bias, self.bits, size)
 
 
-def multiply_tiles(
+# By address: one operator to torch.compile, which cannot trace that.
+@torch.library.custom_op("modelpress::cpu_tiles_matmul", mutates_args=())
+def tiles_matmul(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
@@ -87,46 +98,29 @@ def multiply_tiles(
     return y.to(x.dtype)
 
 
-# One operator to torch.compile, which cannot trace a call by address.
-tiles_matmul = torch.library.custom_op(
-    "modelpress::cpu_tiles_matmul", multiply_tiles, mutates_args=()
-)
+tiles_matmul.register_fake(native.products)
 
 
-@tiles_matmul.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape[0], scale.shape[1])
+def _places(bits: int) -> list[tuple[int, int, int]]:
+    """Of a pair's input k and field f of outputs: where in a number of up to 32 bits they begin."""
+    return [(k, f, bits * (FIELDS * k + f)) for k in range(2) for f in range(FIELDS)]
 
 
-def _join(lanes: Tensor, bits: int) -> Tensor:
-    """[tiles, 4, 16, K] -> [tiles, 4 * bits / 8, 16, K]: bytes of codes 16 outputs apart.
-
-    One at least: four codes of 1 bit leave its upper half free.
-    """
-    each = min(8 // bits, lanes.shape[1])
-    parts = lanes.unflatten(1, (-1, each))
-    packed = parts[:, :, 0].clone()
-    for i in range(1, each):
-        packed |= parts[:, :, i] << (i * bits)
-    return packed
+def _bytes(numbers: Tensor, bits: int) -> Tensor:
+    """Numbers int32 [..., 16] as bytes [..., 16 * bits]."""
+    parts = numbers.unsqueeze(-1).view(torch.uint8)
+    return (
+        torch.cat([parts[..., :2].flatten(-2), parts[..., 2]], -1)
+        if bits == 3
+        else (parts[..., :bits].flatten(-2))
+    )
 
 
-def _of_pairs(packed: Tensor) -> Tensor:
-    """[tiles, vectors, 16, K] -> [tiles, K / 2, 32 * vectors]: one input after another."""
-    tiles, vectors, _, K = packed.shape
-    inputs = packed.view(tiles, vectors * LANES, K).transpose(1, 2).contiguous()
-    return inputs.view(tiles, K // 2, 2 * vectors * LANES)
-
-
-def _row(packed: Tensor, bits: int, output: Tensor) -> Tensor:
-    """The codes of one output of each tile: [n, pairs, 16 * bits], [n] -> [n, pairs * 2]."""
-    codes = _part(packed, bits)
-    return codes[torch.arange(len(output)), :, :, output].flatten(1)
-
-
-def _part(packed: Tensor, bits: int) -> Tensor:
-    """Bytes of codes 16 outputs apart: [..., 16 * bits] -> [..., 2, 64]."""
-    lanes = packed.unflatten(-1, (-1, 1, LANES))
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)[:, None]
-    codes = (lanes >> shifts) & (2**bits - 1)
-    return codes.flatten(-3).unflatten(-1, (2, TILE))
+def _numbers(packed: Tensor, bits: int) -> Tensor:
+    """Bytes [..., 16 * bits] as numbers int32 [..., 16]: the inverse."""
+    low = 2 if bits == 3 else bits
+    parts = packed.new_zeros(*packed.shape[:-1], LANES, 4)
+    parts[..., :low] = packed[..., : LANES * low].unflatten(-1, (LANES, low))
+    if bits == 3:
+        parts[..., 2] = packed[..., LANES * low :]
+    return parts.view(torch.int32).squeeze(-1)

@@ -83,16 +83,38 @@ inline ints widen(const uint8_t* from) {
 #endif
 }
 
+// Pairs of bytes as lanes, the first one below.
+inline ints widen_pairs(const uint8_t* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (ints)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
+    alignas(BYTES) int32_t wide[LANES];
+    uint16_t pairs[LANES];
+    std::memcpy(pairs, from, sizeof pairs);
+    for (int i = 0; i < LANES; i++) wide[i] = pairs[i];
+    ints v;
+    std::memcpy(&v, wide, sizeof v);
+    return v;
+#endif
+}
+
+// `count` numbers of an array; a count known to the compiler becomes vectors.
+template <int KIND>
+inline void convert(const void* from, long at, long count, float* to) {
+    if (count == WIDE) {
+        for (long i = 0; i < WIDE; i++) to[i] = number<KIND>(from, at + i);
+    } else {
+        for (long i = 0; i < count; i++) to[i] = number<KIND>(from, at + i);
+    }
+}
+
 // Numbers [at, at + count) of an array, then zeros: 64 in all.
 inline void numbers(const void* from, int kind, long at, long count, floats* v) {
-    alignas(64) float values[WIDE] = {};
-    if (kind == BF16) {
-        for (long i = 0; i < count; i++) values[i] = number<BF16>(from, at + i);
-    } else if (kind == FP16) {
-        for (long i = 0; i < count; i++) values[i] = number<FP16>(from, at + i);
-    } else {
-        for (long i = 0; i < count; i++) values[i] = number<FP32>(from, at + i);
-    }
+    alignas(64) float values[WIDE];
+    if (kind == BF16) convert<BF16>(from, at, count, values);
+    if (kind == FP16) convert<FP16>(from, at, count, values);
+    if (kind == FP32) convert<FP32>(from, at, count, values);
+    for (long i = count; i < WIDE; i++) values[i] = 0;
     std::memcpy(v, values, sizeof values);
 }
 

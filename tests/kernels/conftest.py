@@ -18,6 +18,7 @@ def fresh():
     native._outcome.cache_clear()
     yield
     native._outcome.cache_clear()
+    native._operators = None
 
 
 @pytest.fixture

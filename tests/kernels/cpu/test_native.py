@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from compress.kernels.cpu import native
+from compress.kernels.cpu.integers import QuadsWeight
 from compress.kernels.cpu.products import cpu_matmul, pack_cpu
 from compress.kernels.cpu.rows import RowsWeight
 from compress.kernels.cpu.tiles import TilesWeight
@@ -104,12 +105,19 @@ def compiled_library(home) -> Path:
     return library
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Puts another file in its place: this process has the first one in its memory."""
+    path.unlink()
+    path.write_bytes(content)
+    path.chmod(0o700)
+
+
 PLANTED = {
     "that others may write to": lambda path: path.chmod(0o777),
     "that its group may write to": lambda path: path.chmod(0o770),
-    "of one other byte": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"),
-    "that was cut short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "that is empty": lambda path: path.write_bytes(b""),
+    "of one other byte": lambda path: replace(path, path.read_bytes()[:-1] + b"!"),
+    "that was cut short": lambda path: replace(path, path.read_bytes()[:-1]),
+    "that is empty": lambda path: replace(path, b""),
 }
 
 
@@ -195,11 +203,91 @@ def test_what_lies_behind_a_pointer_is_checked():
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, False), (4, True), (8, False)])
+def test_operators_give_what_a_call_by_address_does(monkeypatch, dtype, bits, symmetric):
+    weight = random_weight(70, 66, bits, 32, symmetric, torch.bfloat16)
+    packed, bias = TilesWeight.pack(weight), torch.randn(70, dtype=dtype)
+    for M in (0, 1, 7):
+        x = torch.randn(66, M, dtype=dtype).T
+        assert native.operators(x) is not None
+        y = cpu_matmul(x, packed, bias)
+        with monkeypatch.context() as by_address:
+            by_address.setattr(native, "_operators", None)
+            assert torch.equal(cpu_matmul(x, packed, bias), y)
+        assert y.dtype == dtype
+
+
+@compiled
+def test_operators_check_what_they_are_given():
+    weight, integers = random_weight(64, 128, 4, 32, False), random_weight(64, 128, 4, 32)
+    tiles, quads, x = TilesWeight.pack(weight), QuadsWeight.pack(integers), torch.randn(2, 128)
+    found = native.operators(x)
+    good = [x, tiles.packed, tiles.scale, tiles.zero, None, 4, 32]
+    found.tiles_matmul(*good)
+    for at, wrong, said in (
+        (0, x[0], "rows of activations"),
+        (0, x.double(), "fp16, bf16 or fp32"),
+        (0, x[:, :-2], "packed codes"),
+        (1, tiles.packed[:, :-1], "packed codes"),
+        (1, tiles.packed.to(torch.int16), "packed codes"),
+        (1, tiles.packed.transpose(1, 2).contiguous().transpose(1, 2), "packed codes"),
+        (2, tiles.scale[:-1], "a scale for each group"),
+        (2, tiles.scale.T.contiguous().T, "a scale for each group"),
+        (2, tiles.scale.double(), "fp16, bf16 or fp32"),
+        (3, tiles.zero[:-1], "zero points like scales"),
+        (3, tiles.zero.int(), "zero points like scales"),
+        (4, torch.randn(63), "a bias"),
+        (5, 5, "codes of 2, 3, 4 or 8 bits"),
+        (6, 33, "groups of whole steps"),
+    ):
+        with pytest.raises(RuntimeError, match=f"compiled kernels expected {said}"):
+            found.tiles_matmul(*good[:at], wrong, *good[at + 1 :])
+    if not native.kernels().takes_quads():
+        return
+    values = torch.ones(2, 128, dtype=torch.int8)
+    good = [values, torch.ones(2), quads.packed, quads.scale, None, None, 4, 4, 32, torch.float32]
+    found.quads_matmul(*good)
+    for at, wrong, said in (
+        (0, values.int(), "rows of int8"),
+        (0, values.T.contiguous().T, "rows of int8"),
+        (1, torch.ones(3), "a scale for each token"),
+        (2, quads.packed[:-1], "packed codes"),
+        (7, 3, "codes in 2, 4 or 8 bits"),
+        (8, 34, "groups of whole steps"),
+    ):
+        with pytest.raises(RuntimeError, match=f"compiled kernels expected {said}"):
+            found.quads_matmul(*good[:at], wrong, *good[at + 1 :])
+
+
+@compiled
+def test_where_operators_do_not_compile_products_are_called_by_address(home, monkeypatch):
+    monkeypatch.setattr(native, "TORCH_FLAGS", ())  # no headers
+    assert native.kernels() is not None
+    assert "called by address" in native.reason()
+    x = torch.randn(2, 64)
+    assert native.operators(x) is None
+    weight = random_weight(48, 64, 4, 32)
+    y = cpu_matmul(x, pack_cpu(weight, torch.float32))
+    assert relative_error(y, reference_matmul(x, weight)) < 1e-6
+
+
+@compiled
+def test_no_gradient_is_made_up():
+    """Of activations that ask for one; there is none yet."""
+    x = torch.randn(2, 64, requires_grad=True)
+    y = cpu_matmul(x, pack_cpu(random_weight(48, 64, 4, 32), torch.float32))
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        y.sum().backward()
+
+
+@compiled
 def test_bf16_that_the_processor_cannot_multiply_is_widened(monkeypatch):
     weight = random_weight(70, 66, 8, 32, False, torch.bfloat16)
     x = torch.randn(5, 66).bfloat16()
     packed = TilesWeight.pack(weight)
     expected = reference_matmul(x, weight)
+    monkeypatch.setattr(native, "_operators", None)
     for takes in {False, native.kernels().takes_bf16()}:
         monkeypatch.setattr(native.Kernels, "takes_bf16", lambda self, takes=takes: takes)
         assert relative_error(cpu_matmul(x, packed), expected) < 2**-8
@@ -260,6 +348,7 @@ from dataclasses import replace
 from support.weights import random_weight, relative_error
 from compress.kernels.activations import integer_matmul, quantize_tokens
 from compress.kernels.cpu.products import cpu_matmul, pack_integers
+from compress.kernels.cpu.integers import QuadsWeight
 from compress.kernels.cpu.tiles import TilesWeight
 from compress.kernels.reference import reference_matmul
 
