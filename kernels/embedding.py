@@ -56,7 +56,8 @@ class QuantEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] -> rows [..., embedding_dim], each value rounded once to the module's dtype."""
         flat = ids.flatten()
-        # On a GPU asking would wait for it, at every token; traced code asks where it reads rows.
+        # On a GPU asking would wait for it, at every token. Traced code has torch's own check of an
+        # index, to which a negative one counts from the end.
         if (
             not torch.compiler.is_compiling()
             and flat.numel()

@@ -82,3 +82,13 @@ def test_ids_beyond_the_table_are_refused():
     for bad in (70, -1):
         with pytest.raises(IndexError, match=r"\[0, 69\]"):
             table(torch.tensor([0, bad]))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("shared", [False, True])
+def test_torch_compile_takes_the_table_whole(bits, shared):
+    weight = random_weight(70, 96, bits, 32, True, torch.float32)
+    head = QuantLinear(weight, dtype=torch.float32)
+    table = QuantEmbedding.of(head) if shared else QuantEmbedding(weight, torch.float32)
+    whole = torch.compile(table, backend="eager", fullgraph=True)
+    assert torch.equal(whole(IDS), table(IDS))
