@@ -162,11 +162,14 @@ def check_repo_id(repo_id: str) -> None:
     """UsageError for what is no repository id."""
     try:
         validate_repo_id(repo_id)
+        whole = "/" in repo_id
     except HFValidationError:
+        whole = False
+    if not whole:
         raise UsageError(
             f"{repo_id!r} is not a repository id: expected owner/name, of letters, digits, "
             f"'-', '_' and '.'"
-        ) from None
+        )
 
 
 def check_finished(folder: Path) -> None:

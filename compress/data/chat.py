@@ -108,6 +108,11 @@ def read_conversation(path: Path) -> list[Message]:
             return conversation(rows[0], f"{path}:{lines[0][0]}")
         if not rows:
             raise UsageError(f"{path}: expected a message a line, found an empty file")
+        if isinstance(rows[0], Mapping) and not rows[0].keys().isdisjoint(KEYS):
+            raise UsageError(
+                f"{path}: expected one conversation, a message a line, found {len(rows)}: keep one "
+                f"of its lines"
+            )
         return [_message(row, f"{path}:{n}") for row, (n, _) in zip(rows, lines, strict=True)]
     value = _parsed(text, str(path))
     return conversation(value if isinstance(value, Mapping) else {KEYS[0]: value}, str(path))

@@ -19,7 +19,7 @@ A file is the same text in both splits: name two files where leakage matters.
 """
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,9 +67,15 @@ def locate(dataset: str, resolve: Callable[[str], str]) -> str:
     """A dataset of a recipe as somewhere to read it from: its name, a file's path, or a hub id.
 
     `resolve` looks for files: the recipe's `resolve_path`, which raises RecipeError for a path that
-    does not exist and cannot be a hub id.
+    does not exist and cannot be a hub id. Raises UsageError for a FILE.txt or .jsonl that is not
+    there: no hub id ends like that.
     """
-    return dataset if dataset in DATASETS else resolve(dataset)
+    if dataset in DATASETS:
+        return dataset
+    found = resolve(dataset)
+    if Path(found).suffix in (".txt", ".jsonl") and not Path(found).is_file():
+        raise UsageError(f"dataset {dataset!r}: no such file")
+    return found
 
 
 def load_documents(dataset: str, split: Split, text_field: str = "text") -> Corpus:
@@ -103,6 +109,11 @@ def load_rows(
         lines = _lines(Path(dataset).expanduser())
         first = _row(*lines[0]) if lines else {}
         if not _are_rows(first, text_field, keys):
+            if first and text_field not in first:
+                raise UsageError(
+                    f"{lines[0][0]}: neither text in field {text_field!r} nor {' or '.join(keys)}: "
+                    f"found {', '.join(first)}{_meant((text_field, *keys), first)}"
+                )
             return None
         return [(place, _row(place, line)) for place, line in lines]
     if Path(dataset).is_file():
@@ -125,6 +136,11 @@ class HubRows(Sequence[tuple[str, object]]):
 
     def __getitem__(self, i: Any) -> Any:
         return f"{self.dataset}[{i}]", self.table[i]
+
+
+def _meant(wanted: Sequence[str], found: Iterable[str]) -> str:
+    """The first of `wanted` that one of `found` is a misspelling of, in words."""
+    return next((hint for name in found if (hint := did_you_mean(name, wanted))), "")
 
 
 def _are_rows(names: Collection[str], text_field: str, keys: Sequence[str]) -> bool:
@@ -219,7 +235,9 @@ def _read_file(path: Path, text_field: str) -> Corpus:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UsageError(f"dataset {path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
         raise UsageError(f"dataset {path} cannot be read as UTF-8 text: {error}") from error
 
 

@@ -41,12 +41,14 @@ MOST_REPEATED = 0.5  # share of phrases that may be there more than once before 
 @dataclass(frozen=True)
 class Conversations:
     """What became of the conversations that were drawn: how many `tokens` they have that are no
-    padding, how many were `cut` to the length of a window, and how many were `left_out` because
-    nothing of the assistant's stands in the first so many tokens."""
+    padding, how many were `cut` to the length of a window, how many were `left_out` because
+    nothing of the assistant's stands in the first so many tokens, and how many fewer there are than
+    the recipe asks for."""
 
     tokens: int
     cut: int
     left_out: int
+    fewer: int = 0
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,8 @@ def conversation_windows(
     for j, chat in enumerate(found):
         ids[j, : len(chat.ids)] = torch.tensor(chat.ids)
         mask[j, : len(chat.ids)] = torch.tensor(chat.mask)
-    facts = Conversations(sum(len(chat.ids) for chat in found), cut, left_out)
+    tokens, fewer = sum(len(chat.ids) for chat in found), settings.samples - len(found)
+    facts = Conversations(tokens, cut, left_out, fewer)
     return CalibrationWindows(ids, mask, conversations=facts)
 
 
@@ -392,6 +395,11 @@ def doubts(windows: CalibrationWindows, expansion: int, inputs: int, vocabulary:
             found.append(
                 f"calibration: {chats.left_out} conversations were left out: nothing of the "
                 "assistant's stands in their first tokens, as many as calibration.length"
+            )
+        if chats.fewer:
+            found.append(
+                f"calibration: {len(windows)} conversations are all there are, {chats.fewer} fewer "
+                "than calibration.samples"
             )
     return found
 

@@ -141,7 +141,7 @@ def measure(
         documents.mkdir()
         facts = provenance(result, inputs, data, mark)
         before: dict[str, Any] = read_json(output / PROVENANCE) or {}
-        facts["files"] = before.get("files", [])
+        facts |= {"files": before.get("files", []), "card_digest": before.get("card_digest")}
         document(documents, output, result, recipe, facts)
         replace_documents(documents, output)
     tidy(output)

@@ -30,6 +30,7 @@ from compress.eval.report import format_bytes, format_memory
 from compress.eval.shown import Shown, shortened
 from compress.memory import chosen_device, uncollected
 from compress.models.fused import joined
+from compress.models.pretrained import TOKENIZER_FILES
 from compress.models.skeleton import Skeleton
 from compress.observer import Observer
 from compress.pipeline.inputs import RunInputs
@@ -37,6 +38,7 @@ from compress.pipeline.memory_forecast import host_memory
 from compress.pipeline.plan_notes import (
     WHOLE_BYTE,
     absence_notes,
+    evaluation_notes,
     find_problems,
     group_size_notes,
     ignored_notes,
@@ -215,13 +217,14 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     other = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in kept.items())
     weights = sum(module.weights for module in modules if module.twin is None)
     pruning, problems, notes = forecast(inputs, len(layers))
+    host = host_memory(inputs, shapes)
     plan = Plan(
         modules=modules,
         average_bits=sum(m.bits * m.weights for m in modules if not m.twin) / max(weights, 1),
         bytes={"quantized": quantized, "other": other, "total": quantized + other},
         source_bytes=skeleton.reader.nbytes(),
         file_bytes=quantized + other + header_bytes(_written(inputs, modules, kept)),
-        peak_memory={"host": host_memory(inputs, shapes), "device": 0},
+        peak_memory={"host": host, "device": 0},
         problems=find_problems(inputs, names, shapes, found, pruning is not None) + problems,
         notes=[
             *absence_notes(inputs),
@@ -230,6 +233,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
             *token_notes(inputs, shapes, found),
             *untying_notes(skeleton, packed, kept, itemsize, rotated) * untied,
             *model_notes(inputs, schemes, formats),
+            *evaluation_notes(inputs, quantized + other, host),
             *notes,
         ],
         ignored=recipe.quantize.left_out(names),
@@ -260,9 +264,13 @@ def calibration_forecast(inputs: RunInputs) -> dict[str, Any] | None:
     if not source.used or source.images:
         return None
     here = Path(source.location).is_file()
-    if (here or source.location in DATASETS) and conversations_of(source) is not None:
-        facts = text_windows(source, inputs.skeleton).facts()
-        return {name: value for name, value in facts.items() if name != "sha256"}
+    if (here or source.location in DATASETS) and (rows := conversations_of(source)) is not None:
+        folder = inputs.skeleton.folder
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            facts = text_windows(source, inputs.skeleton).facts()
+            return {name: value for name, value in facts.items() if name != "sha256"}
+        most = min(c.samples, len(rows))  # config.json alone: nothing can be cut into tokens
+        return {"windows": [most, c.length], "tokens": most * c.length, "counted_tokens": None}
     windows = c.samples * c.expansion
     tokens = windows * c.length
     counted = tokens if here or c.loss_mask == "all" else None

@@ -14,7 +14,7 @@ from compress.eval.settings import WINDOW
 from compress.models.skeleton import Skeleton
 from compress.models.stored import said_packed
 from compress.pipeline.inputs import RunInputs
-from compress.pipeline.memory_forecast import second_hessians
+from compress.pipeline.memory_forecast import FIXED_MEMORY, second_hessians
 from compress.recipe.quantize import AUTO_SIZES, Experts
 from compress.recipe.sections import matches
 from compress.rotation.model import unrotatable
@@ -302,6 +302,34 @@ def untying_notes(
     return [
         f"embedding and head share one tensor in this model; they will be untied, which adds "
         f"{format_bytes(added)} ({once} would keep one)"
+    ]
+
+
+def evaluation_notes(inputs: RunInputs, weights: int, peak: int) -> list[str]:
+    """What the evaluation behind a run takes, if that is more than the run's peak [bytes].
+
+    On a CPU both models are in fp32, the compressed one about as large as its file, and the logits
+    of a batch of the text are held of either, and once more while they are made; `weights`: bytes
+    of the file.
+    """
+    section, skeleton = inputs.recipe.evaluate, inputs.skeleton
+    if section is None or section.perplexity is None or inputs.device != "cpu":
+        return []
+    settings = section.settings(section.perplexity.dataset)
+    length = settings.window(getattr(skeleton.config, "max_position_embeddings", None))
+    windows = settings.text_batch_size
+    if settings.tokens is not None:
+        windows = min(windows, -(-settings.tokens // length))
+    logits = 4 * length * skeleton.config.vocab_size  # of a window
+    source = 4 * skeleton.reader.nbytes() // skeleton.dtype.itemsize if section.baseline else 0
+    models = 2 if section.baseline else 1
+    fixed = FIXED_MEMORY + source + weights
+    taken, least = (fixed + (models + 1) * logits * each for each in (windows, 1))
+    if taken <= peak:
+        return []
+    return [
+        f"the evaluation behind the run takes more than it, about {format_bytes(taken)}: "
+        f"{format_bytes(least)} with --set evaluate.batch_size=1"
     ]
 
 

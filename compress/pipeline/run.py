@@ -37,6 +37,7 @@ from compress.data.prompts import (
     probe_prompt,
 )
 from compress.data.samples import read_samples
+from compress.data.text import locate
 from compress.data.windows import CalibrationWindows, check_token_ids, doubts
 from compress.errors import CompressError, UsageError
 from compress.eval.windows import scored_at_once
@@ -45,6 +46,7 @@ from compress.kernels.embedding import QuantEmbedding
 from compress.kernels.reference import dense
 from compress.loading.load import load
 from compress.memory import chosen_device, peak_memory, release_memory
+from compress.models.pretrained import local_folder
 from compress.models.vision import Lookup, rows_of, vision_at_work
 from compress.observer import Observer
 from compress.pipeline.evaluation import check_evaluation
@@ -122,6 +124,10 @@ def run(
         together(device, deterministic=deterministic) as ranks,
         held(output, overwrite, ranks) as abandoned,
     ):
+        if ranks.first:  # a wrong name of a model is told before anything else
+            local_folder(recipe.model_location(), recipe.model.revision, weights=False)
+            if recipe.calibrates and windows is None:
+                locate(recipe.calibration.dataset, recipe.resolve_path)
         if recipe.evaluate is not None and ranks.first:
             check_evaluation(recipe.evaluate, recipe.resolve_path)
         log.observer.stage("plan")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.errors import CheckpointError, UsageError
+from compress.errors import CompressError, UsageError
 from compress.storage.companions import INDICES, WEIGHTS
 from compress.storage.safetensors import DTYPE_NAMES, CheckpointReader, weight_files
 from compress.storage.safetensors_header import TensorEntry
@@ -31,7 +31,7 @@ def holds_all_weights(folder: Path) -> bool:
     """Whether the files of weights are those that names and index promise."""
     try:
         return bool(weight_files(folder))
-    except CheckpointError:
+    except CompressError:
         return False
 
 

@@ -30,7 +30,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, UsageError
 from compress.storage.files import atomic_write, file_digest, read_json, write_json
 from compress.storage.safetensors_header import (
     DTYPES,
@@ -228,7 +228,7 @@ def _torch_dtype(name: str, entry: TensorEntry) -> torch.dtype:
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights; one file wins over an index, as in transformers."""
     if not folder.is_dir():
-        raise CheckpointError(f"no such model folder: {folder}")
+        raise UsageError(f"no such model folder: {folder}")
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
@@ -241,13 +241,13 @@ def weight_files(folder: Path) -> list[Path]:
                 )
         return shards
     if any(folder.glob("pytorch_model*.bin")):
-        raise CheckpointError(
+        raise UsageError(
             f"{folder} holds pytorch_model.bin only, and only safetensors are read: load it with "
             f"transformers and save it again with save_pretrained"
         )
     if shards := sorted(folder.glob("model-*-of-*.safetensors")):
         return _whole_set(folder, shards)
-    raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise UsageError(f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
 def _whole_set(folder: Path, shards: list[Path]) -> list[Path]:

@@ -109,6 +109,9 @@ def test_a_file_of_one_conversation(tmp_path):
         lines.write_text(text, encoding="utf-8")
         with refused(UsageError, lines, named):
             read_conversation(lines)
+    lines.write_text(f"{json.dumps({'messages': TURNS})}\n" * 2, encoding="utf-8")
+    with refused(UsageError, lines, "one conversation", 2):
+        read_conversation(lines)
     with refused(UsageError, tmp_path / "absent.json"):
         read_conversation(tmp_path / "absent.json")
 
@@ -209,6 +212,7 @@ def test_what_is_cut_and_what_is_left_out_is_counted_and_said():
     assert windows.facts() | {"cut": 1, "left_out": 1} == windows.facts()
     said = "\n".join(doubts(windows, 1, 4, 257))
     assert "1 of 2 conversations" in said and "1 conversations were left out" in said
+    assert f"2 conversations are all there are, {windows.facts()['fewer']} fewer" in said
     with refused(UsageError, "calibration.length", 8, "loss_mask"):
         windows_of(rows, length=8)
 
@@ -277,7 +281,7 @@ def test_text_wins_unless_the_conversations_are_named(tmp_path, row, settings, c
             conversations_of(source(loss_mask="assistant"))
 
 
-def test_hub_datasets_of_conversations(monkeypatch):
+def test_hub_datasets_of_conversations(monkeypatch, tmp_path):
     import sys
     from types import SimpleNamespace
 
@@ -293,7 +297,9 @@ def test_hub_datasets_of_conversations(monkeypatch):
     place, row = rows[1]
     assert place == "me/chats[1]"
     assert conversation(row, place) == TURNS
-    for name in ("python-stdlib", "notes.txt"):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("a text")
+    for name in ("python-stdlib", str(notes)):
         section = Calibration(dataset=name, loss_mask="assistant")
         with refused(UsageError, "calibration.loss_mask", name):
             conversations_of(CalibrationSource(section, str, used=True, sees=False))

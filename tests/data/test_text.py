@@ -85,7 +85,7 @@ def test_bad_json_lines_name_file_and_line(tmp_path, second, words):
 @pytest.mark.parametrize(
     ("name", "content", "word"),
     [
-        ("nothing.txt", None, "UTF-8"),
+        ("nothing.txt", None, "No such file"),
         ("a.txt", b" \n", "documents"),
         ("a.jsonl", b"\n", "documents"),
         ("b.txt", b"\xff\xfe\x00", "UTF-8"),

@@ -1,6 +1,7 @@
 """Calibration on conversations: what is read, what counts, and what the files say of it."""
 
 import json
+import shutil
 
 import pytest
 from transformers import AutoTokenizer
@@ -8,9 +9,10 @@ from transformers import AutoTokenizer
 import compress
 from compress.data.prompts import calibration_data
 from compress.data.windows import CalibrationWindows
+from compress.errors import UsageError
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.run import run
-from support.refusals import check_line
+from support.refusals import check_line, refused
 from support.tiny_checkpoints import recipe_for, weight_files, write_checkpoint
 from support.tiny_folders import tiny_folder, write_samples
 
@@ -69,7 +71,7 @@ def test_the_assistants_tokens_alone_decide_the_rounding(model, rows, tmp_path):
     assert facts["windows"] == list(data.input_ids.shape)
 
 
-def test_plan_says_how_many_tokens_count(model, rows):
+def test_plan_says_how_many_tokens_count(model, rows, tmp_path):
     planned = compress.plan(recipe_of(model, rows, samples=8, length=64))
     assert planned.calibration is not None
     assert planned.calibration["counted_tokens"] == sum(2 + i for i in range(1, 9))
@@ -86,6 +88,12 @@ def test_plan_says_how_many_tokens_count(model, rows):
         ).calibration
         is None
     )
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(model / "config.json", alone)
+    assert compress.plan(recipe_of(alone, rows, samples=99, length=64)).calibration == {
+        "windows": [8, 64], "tokens": 512, "counted_tokens": None,
+    }  # fmt: skip
     hub = recipe_of(model, "me/chats")  # nothing of it is read for a plan
     assert compress.plan(hub).calibration["counted_tokens"] is None
 
@@ -99,6 +107,10 @@ def test_what_would_stop_the_run_stands_in_the_plan(model, rows, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps({"messages": [{"role": "usr", "content": "x"}]}), encoding="utf-8")
     check_line(problems(recipe_of(model, bad)), f"{bad}:1", "messages[0].role", "'usr'")
+    bad.write_text(json.dumps({"mesages": []}), encoding="utf-8")
+    check_line(problems(recipe_of(model, bad)), f"{bad}:1", "'text'", "mesages", "'messages'")
+    with refused(UsageError, "'absent.jsonl'", "no such file"):
+        problems(recipe_of(model, "absent.jsonl"))
     bare = write_checkpoint(tmp_path / "bare")
     check_line(problems(recipe_of(bare, rows)), "chat template", rows)
     vlm = tiny_folder(tmp_path / "vlm")

@@ -238,16 +238,19 @@ def test_a_budget_that_cannot_be_met_is_told(tmp_path, capsys):
     check_line(capsys.readouterr().err.strip(), "budget", "1,000,000")
 
 
-@pytest.mark.parametrize("beside", ["model-00001-of-00002.safetensors", "pytorch_model.bin"])
-def test_a_folder_with_a_part_of_its_weights_is_no_config_alone(beside, tmp_path):
+@pytest.mark.parametrize(
+    ("beside", "kind"),
+    [("model-00001-of-00002.safetensors", CheckpointError), ("pytorch_model.bin", UsageError)],
+)
+def test_a_folder_with_a_part_of_its_weights_is_no_config_alone(beside, kind, tmp_path):
     folder = config_only(tmp_path)
     (folder / beside).write_bytes(b"")
-    with refused(CheckpointError, folder):
+    with refused(kind, folder):
         compress.plan(rsq(folder))
 
 
 def test_a_run_still_needs_weights(tmp_path):
-    with refused(CheckpointError, tmp_path, "model.safetensors"):
+    with refused(UsageError, tmp_path, "model.safetensors"):
         compress.run(recipe_for(config_only(tmp_path)), tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
 

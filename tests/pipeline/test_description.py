@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from compress.cli.main import main
-from compress.pipeline.description import merged, record_evaluation
+from compress.pipeline.description import edited, merged, record_evaluation
+from compress.pipeline.run import run
+from support.tiny_checkpoints import recipe_for, write_checkpoint
 
 
 def scores(value: float, tasks=("arc_easy",), text=True, **conditions) -> dict:
@@ -28,6 +30,11 @@ def scores(value: float, tasks=("arc_easy",), text=True, **conditions) -> dict:
         found["kl"] = {"mean": 0.05, "stderr": 0.01, "line": "kl"}
         found["conditions"]["perplexity_dataset"] = "/home/alice/text.txt (held out)"
     return found
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_checkpoint(tmp_path / "model")
 
 
 @pytest.fixture
@@ -119,3 +126,18 @@ def test_figures_are_shown_though_they_cannot_be_recorded(folder, monkeypatch, c
     seen = capsys.readouterr()
     assert json.loads(seen.out)["results"]
     assert "not recorded" in seen.err and "modelpress.json" in seen.err
+
+
+def test_a_run_that_measures_writes_the_figures_into_its_card(model, tmp_path, monkeypatch):
+    """And an evaluation that follows does: nobody has edited the card in between."""
+    text = tmp_path / "text.txt"
+    text.write_text("some words to be read, and others. " * 40)
+    measured = {"perplexity": {"dataset": str(text), "length": 16, "tokens": 64}}
+    recipe = recipe_for(model, text, evaluate=measured)
+    made = run(recipe, tmp_path / "out", self_check=False, check_source=False)
+    card = (made.path / "README.md").read_text()
+    assert "Not evaluated" not in card and "perplexity" in card
+    assert not edited(made.path, facts(made.path))
+    monkeypatch.setattr("compress.pipeline.evaluation.evaluate", lambda *a, **k: scores(0.5))
+    assert "README.md" in record_evaluation(made.path, scores(0.5))
+    assert "0.500 ± 0.020" in (made.path / "README.md").read_text()

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.data.windows import CalibrationWindows
+from compress.errors import RecipeError, UsageError
 from compress.observer import Observer
 from compress.pipeline.run import run
 from support.failing_runs import Case, failure, visible
+from support.refusals import refused
 from support.tiny_checkpoints import (
     VOCABULARY,
     WINDOWS,
@@ -310,3 +312,16 @@ def test_a_failed_self_check_publishes_nothing(checkpoint, tmp_path):
     failure(recipe_for(checkpoint()), output, Case((str(output), "relative error")), **options)
     assert spoiled
     assert visible(output) == {}
+
+
+def test_a_wrong_model_is_told_before_a_wrong_text(tmp_path):
+    """And a wrong text of calibration before one to be measured."""
+    for model, kind, named in (
+        ("absent/model/there", RecipeError, "absent/model/there"),
+        (write_checkpoint(tmp_path / "model"), UsageError, "'absent.txt'"),
+    ):
+        sections = {"evaluate": {"perplexity": "also-absent.txt"}}
+        recipe = recipe_for(model, calibration={"dataset": "absent.txt"}, **sections)
+        with refused(kind, named):
+            run(recipe, tmp_path / "out")
+        assert not (tmp_path / "out").exists()

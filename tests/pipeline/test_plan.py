@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import compress
 from compress.checkpoint.inspect import inspect
 from compress.errors import CheckpointError, UsageError
 from compress.models.skeleton import Skeleton
@@ -349,3 +350,18 @@ def test_a_pattern_that_matches_more_layers_than_meant_shows_it(checkpoint):
 def test_options_of_experts_need_experts(checkpoint, key, value):
     (problem,) = plan_of(checkpoint(), quantize={"experts": {key: value}}).problems
     check_line(problem, "quantize.experts: ", "'llama'")
+
+
+def test_an_evaluation_that_takes_more_memory_than_the_run_is_noted(checkpoint):
+    """With what a smaller batch of windows would take; no note where it does not."""
+    measured = {"perplexity": {"dataset": "python-stdlib", "length": 512}, "batch_size": 10_000}
+
+    def notes(**changes):
+        recipe = recipe_for(checkpoint(), evaluate=measured | changes)
+        return [note for note in compress.plan(recipe).notes if "the evaluation" in note]
+
+    (note,) = notes()
+    assert "GB: " in note and note.endswith("MB with --set evaluate.batch_size=1")
+    assert notes(batch_size=1) == []
+    few = measured["perplexity"] | {"tokens": 600}
+    assert notes(perplexity=few) == []

@@ -79,7 +79,9 @@ def test_hidden_and_temporary_files_stay_at_home(finished):
     assert push(finished, "me/model", dry_run=True)["files"] == before
 
 
-@pytest.mark.parametrize("repo_id", ["a/b/c", "me/..", "", "me/na me", "-x/y", "me/model.git"])
+@pytest.mark.parametrize(
+    "repo_id", ["a/b/c", "me/..", "", "model", "me/na me", "-x/y", "me/model.git"]
+)
 def test_ids_that_are_none_are_refused(finished, repo_id):
     with refused(UsageError, repr(repo_id)):
         push(finished, repo_id, api=NoApi())

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, UsageError
 from compress.storage.safetensors import (
     DTYPES,
     CheckpointReader,
@@ -108,15 +108,15 @@ def test_a_value_that_is_not_finite_names_tensor_and_file(tmp_path, dtype, value
 
 
 def test_missing_folder_and_empty_folder(tmp_path):
-    with refused(CheckpointError, tmp_path / "absent"):
+    with refused(UsageError, tmp_path / "absent"):
         CheckpointReader(tmp_path / "absent")
-    with refused(CheckpointError, tmp_path, "model.safetensors.index.json"):
+    with refused(UsageError, tmp_path, "model.safetensors.index.json"):
         CheckpointReader(tmp_path)
 
 
 def test_a_folder_of_pickles_says_safetensors_only(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
-    with refused(CheckpointError, tmp_path, "pytorch_model.bin"):
+    with refused(UsageError, tmp_path, "pytorch_model.bin"):
         CheckpointReader(tmp_path)
 
 
