@@ -33,7 +33,7 @@ ELSEWHERE = {
     "torchrun": "starts ranks: tests/pipeline/test_distributed.py",
     "accelerate": "the same",
 }
-HERE = ("tests/interop/board/blimp.py",)  # scripts that need none
+HERE = ("tests/interop/board/blimp.py", "recipes/demo/make_chats.py")  # scripts that need none
 STAND_INS = {
     **dict.fromkeys(["meta-llama/Llama-3.2-1B", "HuggingFaceTB/SmolLM2-135M-Instruct"], "tiny"),
     **dict.fromkeys(["recipes/demo/lm", "stories260k", "PATH", "MODEL", "outputs/random"], "tiny"),
