@@ -19,7 +19,14 @@ from compress.checkpoint.export import ExportResult
 from compress.checkpoint.inspect import inspect
 from compress.errors import UsageError
 from compress.pipeline.card import model_card
-from compress.pipeline.description import describe, edited, facts_of, rewrite, said_by
+from compress.pipeline.description import (
+    COMPRESSED_TENSORS,
+    describe,
+    edited,
+    facts_of,
+    rewrite,
+    said_by,
+)
 from compress.pipeline.token_sample import may_be_quoted
 from compress.storage.files import read_json, write_json
 from compress.storage.output_folder import PROVENANCE, files_below
@@ -57,8 +64,8 @@ def export(
 def _describe_export(final: Path, source: Path, output: Path, requantise: bool) -> None:
     history = read_json(final / PROVENANCE) or {}
     changed = requantise or history["export"]["scales"]["changed"]
-    if changed:
-        history |= {"evaluations": []}
+    taken = [] if changed else history.get("evaluations") or []
+    history |= {"evaluations": [of | {"before_export": COMPRESSED_TENSORS} for of in taken]}
     history.pop("card_digest", None)  # of the card of the checkpoint that was exported
     with said_by(source / PROVENANCE):
         history = describe(final, final, history, output.resolve().name)
