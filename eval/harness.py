@@ -101,8 +101,8 @@ class TaskScores:
     """What the harness measured, by task.
 
     `items` holds each metric whose figure is the mean of its items, and `groups` the weights of
-    tasks in the figures of groups; `warnings` what the harness warned of, with numbers replaced by
-    #, and how often.
+    tasks in the figures of groups; `warnings` what the harness warned of, and how often: of those
+    that differ in numbers alone the first.
     """
 
     results: dict[str, Metrics]
@@ -374,16 +374,21 @@ def _is_number(value: object) -> bool:
 
 
 class _WarningCounter(logging.Handler):
-    """Counts the harness's warnings, numbers replaced by #, instead of printing each."""
+    """Counts the harness's warnings instead of printing each.
+
+    Those that differ in numbers alone count as the first of them, which stays as it was said: a
+    number may be part of a path.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}  # by the message without its numbers
 
     def emit(self, record: logging.LogRecord) -> None:
         message = " ".join(record.getMessage().split())
         if not any(part in message for part in EXPECTED_WARNINGS):
-            self.counts[re.sub(r"\d+", "#", message)] += 1
+            self.counts[self._first.setdefault(re.sub(r"\d+", "#", message), message)] += 1
 
 
 class _NoProgressBars:

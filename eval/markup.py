@@ -5,6 +5,7 @@ in_markdown("a_*b*")      # a_\\*b\\*
 
 import json
 import re
+import shlex
 
 
 def in_markdown(value: object) -> str:
@@ -31,6 +32,11 @@ def in_code(value: object) -> str:
 def quoted(value: object) -> str:
     """A text as a Python literal in double quotes, on one line."""
     return json.dumps(_printable(value))
+
+
+def in_shell(value: object) -> str:
+    """A text in one line as one word of a POSIX shell."""
+    return shlex.quote(_printable(value))
 
 
 def fence_for(text: str) -> str:

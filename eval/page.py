@@ -13,7 +13,9 @@ That of a run takes one dict, of which every key but `name` may be missing:
     bits         {"average", "engines": [(engine, how it loads)]}
     token_sample {"tokens": [text of each], "weights": {layer: [weight of each]}} of a text
     evaluation   of the model, as `evaluate_model` returns it; `pruning` of a model that prunes
-                 visual tokens, with the files of its pictures; `earlier`: others, newest first
+                 visual tokens, with the files of its pictures; `earlier`: others, newest first;
+                 `before_export`, the format of the checkpoint that was measured in its place
+    export       of an export: {"differs": [what it does not hold as that checkpoint did]}
     baseline     {"results", "perplexity"}; absent, `evaluation["baseline"]` is taken
     bytes        {"original", "total", ...}: numbers of bytes
 
@@ -38,12 +40,17 @@ from compress.eval.report import (
     Facts,
     Row,
     columns_of,
+    conditions_of,
     error_plot,
     flatten,
     format_bytes,
+    format_difference,
     format_number,
     judged,
+    measured_before,
     paired_differences,
+    told_apart,
+    warnings_of,
 )
 
 LAYER_COLUMNS = ("name", "bits", "group_size", "error", "effective_sample_size", "seconds")
@@ -73,15 +80,18 @@ def write_report(path: str | Path, result: Mapping[str, Any]) -> Path:
         title=f"{name}: compression report",
         name=name,
         base_model=result.get("base_model"),
-        verdict=_verdict(result, evaluation),
-        cards=_cards(result, evaluation, baseline),
+        verdict=_verdict(result, [of for of, _ in evaluations]),
+        cards=_cards(result, evaluations),
         engines=(result.get("bits") or {}).get("engines") or [],
         # What engines load it is a table of its own.
         warnings=[w for w in provenance.get("warnings") or [] if not w.startswith(LOADING)],
         sizes=_sizes(result.get("bytes") or {}),
         bytes=_layer_bytes(result.get("modules") or []),
+        before_export=measured_before(result),
         measured=[
             {
+                "how": told_apart(scores),
+                "of": "before export" if scores.get("before_export") else "this model",
                 "rows": (lines := _quality(scores, before)),
                 "flipped": any(line["flips"] for line in lines),
                 "conditions": _conditions(scores),
@@ -165,28 +175,35 @@ def _as_yaml(recipe: Facts) -> str:
 # ---- the first screen ---------------------------------------------------------------------------
 
 
-def _verdict(result: Facts, evaluation: Facts) -> str:
-    """What came of it, in a sentence or two: the size, and what it cost with its interval."""
+def _verdict(result: Facts, evaluations: Sequence[Facts]) -> str:
+    """What came of it, in a sentence or two: the size, and what it cost with its interval.
+
+    evaluations: the newest first; the cost is of the first that knows it.
+    """
     sizes, average = result.get("bytes") or {}, (result.get("bits") or {}).get("average")
     parts = []
     if sizes.get("original") and sizes.get("total"):
         text = f"{sizes['original'] / sizes['total']:.2f} times smaller"
         parts.append(f"{text}, at {format_number(average)} bits a weight" if average else text)
-    if nll := paired_differences(evaluation).get(NLL):
+    differences = (paired_differences(evaluation).get(NLL) for evaluation in evaluations)
+    if nll := next(filter(None, differences), None):
         low, middle, high = (
             100 * math.expm1(nll["value"] + side * NORMAL_95 * (nll.get("stderr") or 0))
             for side in (-1, 0, 1)
         )
         interval = f" (95 % interval {low:+.1f} to {high:+.1f} %)" if nll.get("stderr") else ""
         parts.append(f"perplexity {middle:+.1f} % against 16 bits{interval}")
-    elif not evaluation and parts:
+    elif not evaluations and parts:
         parts.append("what that cost was not measured")
     sentence = "; ".join(parts)
     return f"{sentence[:1].upper()}{sentence[1:]}." if parts else ""
 
 
-def _cards(result: Facts, evaluation: Facts, baseline: Facts) -> list[dict[str, str]]:
-    """The few numbers that people look for first."""
+def _cards(result: Facts, evaluations: Sequence[tuple[Facts, Facts]]) -> list[dict[str, str]]:
+    """The few numbers that people look for first: of each kind the newest.
+
+    evaluations: each with its baseline's figures, the newest first.
+    """
     sizes = result.get("bytes") or {}
     cards = []
 
@@ -196,26 +213,30 @@ def _cards(result: Facts, evaluation: Facts, baseline: Facts) -> list[dict[str, 
     if sizes.get("total"):
         note = f"{format_bytes(sizes['original'])} before" if sizes.get("original") else ""
         card("weights", format_bytes(sizes["total"]), note)
-    if text := evaluation.get("perplexity"):
-        before = (baseline.get("perplexity") or {}).get("value")
-        note = f"{format_number(before)} in 16 bits" if before else ""
-        card("perplexity", format_number(text["value"]), note)
-    if kl := evaluation.get("kl"):
+    for evaluation, baseline in evaluations:
+        if text := evaluation.get("perplexity"):
+            before = (baseline.get("perplexity") or {}).get("value")
+            note = f"{format_number(before)} in 16 bits" if before else ""
+            card("perplexity", format_number(text["value"]), note)
+            break
+    if kl := next((of["kl"] for of, _ in evaluations if of.get("kl")), None):
         card("KL to 16 bits", format_number(kl["mean"], kl.get("stderr")), "nats a token")
         if kl.get("top1_agreement") is not None:
             card("same first token", f"{100 * kl['top1_agreement']:.1f} %", "as in 16 bits")
-    paired = paired_differences(evaluation)
-    for task, metrics in (evaluation.get("results") or {}).items():
-        metric = next((m for m in metrics if m in SHARES), None)
-        if metric is None:
-            continue
-        estimate = paired.get(f"{task} {metric}", {})
-        note = ""
-        if estimate:
-            difference = format_number(estimate["value"], estimate.get("stderr"))
-            words = f": {said}" if (said := judged(estimate)) else ""
-            note = f"{difference} against 16 bits{words}"
-        card(f"{task} {metric}", format_number(metrics[metric]), note)
+    shown: set[str] = set()
+    for evaluation, _ in evaluations:
+        paired = paired_differences(evaluation)
+        for task, metrics in (evaluation.get("results") or {}).items():
+            metric = next((m for m in metrics if m in SHARES), None)
+            if metric is None or task in shown:
+                continue
+            shown.add(task)
+            note = ""
+            if estimate := paired.get(f"{task} {metric}", {}):
+                difference = format_difference(estimate["value"], estimate.get("stderr"))
+                words = f": {said}" if (said := judged(estimate)) else ""
+                note = f"{difference} against 16 bits{words}"
+            card(f"{task} {metric}", format_number(metrics[metric]), note)
     return cards
 
 
@@ -246,7 +267,7 @@ def _quality(evaluation: Facts, baseline: Facts) -> list[dict[str, Any]]:
                 "metric": column,
                 "model": ours.cell(column),
                 "baseline": theirs.cell(column),
-                "difference": format_number(value, error),
+                "difference": format_difference(value, error),
                 "flips": _flips(difference),
                 "range": None if value is None else _range(value, error),
             }
@@ -283,7 +304,7 @@ def _scaled(differences: Sequence[Facts]) -> list[dict[str, Any]]:
         {
             "name": found["name"],
             "of": {"nll": "NLL", "kl": "KL"}.get(found["of"], found["of"]),
-            "text": format_number(found["value"], found.get("stderr")),
+            "text": format_difference(found["value"], found.get("stderr")),
             "flips": _flips(found),
             "range": _range(found["value"], found.get("stderr"), reach[found["of"]]),
         }
@@ -308,8 +329,9 @@ def _conditions(evaluation: Facts) -> list[tuple[str, str]]:
     pruning = {k: v for k, v in (evaluation.get("pruning") or {}).items() if k != "pictures"}
     return [
         *lines,
-        *flatten(evaluation.get("conditions") or {}),
+        *conditions_of(evaluation),
         *flatten({"pruning": pruning} if pruning else {}),
+        *(("warning of lm-eval", warning) for warning in warnings_of(evaluation)),
     ]
 
 

@@ -8,6 +8,7 @@ A `Row` is a model in a table, made of what `evaluate_model` returns.
 
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,6 +77,12 @@ def format_number(value: Any, error: float | None = None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
+def format_difference(value: float | None, error: float | None = None) -> str:
+    """A difference with its sign, as `format_number` has it: `+0.040 ± 0.028`."""
+    text = format_number(value, error)
+    return f"+{text}" if value is not None and value > 0 else text
+
+
 # ---------------------------------------------------------------------------- tables
 
 
@@ -130,6 +137,8 @@ class Row:
         value = self.values.get(column)
         if column in ("bytes", "kv_bytes") and value is not None:
             return format_bytes(value)
+        if column == "difference":
+            return format_difference(value, self.errors.get(column))
         return format_number(value, self.errors.get(column))
 
     @property
@@ -204,9 +213,18 @@ def judged(estimate: Facts) -> str:
     return f"{kind or 'no significant loss'}, 95 % interval {low:+.3f} to {high:+.3f}"
 
 
+def not_seen(estimate: Facts) -> str:
+    """That a difference's interval reaches zero, and at how many items; "" where it does not."""
+    ends = interval(estimate)
+    if ends is None or not ends[0] <= 0 <= ends[1]:
+        return ""
+    count = estimate.get("count")
+    return "no difference seen" + (f" at {count:,} items" if count else "")
+
+
 def told(estimate: Facts) -> str:
     """A paired difference in words: its figure, what that says, and how items changed."""
-    parts = [format_number(estimate["value"], estimate.get("stderr"))]
+    parts = [format_difference(estimate["value"], estimate.get("stderr"))]
     if words := judged(estimate):
         parts.append(words)
     if "mcnemar_p" in estimate:
@@ -249,15 +267,90 @@ def markdown_table(rows: Sequence[Row], conditions: str) -> str:
 
 
 def flatten(nested: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """`{"a": {"b": 1}}` -> `("a.b", "1")`: the spelling that --set takes."""
-    if isinstance(nested, Mapping) and nested:
+    """`{"a": {"b": 1}}` -> `("a.b", "1")`: the spelling that --set takes.
+
+    What is empty is left out, and texts of a list stand behind each other.
+    """
+    if isinstance(nested, Mapping):
         for key, value in nested.items():
             yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(nested, list | tuple) and any(isinstance(v, Mapping) for v in nested):
         for i, value in enumerate(nested):
             yield from flatten(value, f"{prefix}[{i}]")
+    elif isinstance(nested, list | tuple) and all(isinstance(v, str) for v in nested):
+        if nested:
+            yield prefix, "; ".join(nested)
     elif prefix:
         yield prefix, MISSING if nested is None else str(nested)
+
+
+# ---------------------------------------------------------------------------- how it was measured
+
+
+def conditions_of(evaluation: Facts) -> list[tuple[str, str]]:
+    """What the figures depend on, by name: what was set, and what was found out."""
+    facts = evaluation.get("conditions") or {}
+    told = {k: v for k, v in facts.items() if k != "warnings" and v is not None}
+    return list(flatten(told))
+
+
+def warnings_of(evaluation: Facts) -> list[str]:
+    """What lm-eval warned of, a sentence each, and how often if more than once."""
+    counts = (evaluation.get("conditions") or {}).get("warnings") or {}
+    return [
+        f"{message} ({times} times)" if times > 1 else message for message, times in counts.items()
+    ]
+
+
+def told_apart(evaluation: Facts) -> str:
+    """How an evaluation was taken, in the few words that tell it from others of the same model."""
+    facts, parts = evaluation.get("conditions") or {}, []
+    if evaluation.get("results"):
+        if (template := facts.get("chat_template")) is not None:
+            name = facts.get("chat_template_name")
+            parts.append(f"{'with' if template else 'without'} chat template" + _behind(name))
+        if system := facts.get("system_instruction"):
+            parts.append(f"system prompt “{textwrap.shorten(str(system), 50)}”")
+        if shots := sorted({*(facts.get("shots") or {}).values()}):
+            parts.append(f"{' and '.join(map(str, shots))} shots")
+        asked = ("limit", "gen_kwargs", "max_length", "add_bos_token", "metadata")
+        set_ = {key: facts[key] for key in asked if facts.get(key) is not None}
+        parts += [f"{key} {value}" for key, value in flatten(set_)]
+    if text := evaluation.get("perplexity"):
+        size = [f"{text['tokens']:,} tokens"] if text.get("tokens") else []
+        if said := facts.get("perplexity_dataset"):
+            size.append(Path(str(said)).name.removesuffix(" (held out)"))
+        parts += [" of ".join(size)] * bool(size)
+        if text.get("length"):
+            parts.append(f"{text.get('unit', 'window')}s of {text['length']:,}")
+    if (bits := facts.get("activation_bits")) is not None:
+        parts.append(f"{bits}-bit activations")
+    return ", ".join(parts)
+
+
+def measured_before(result: Facts) -> str:
+    """Of an export: that figures are those of the checkpoint it was made from, and what differs.
+
+    result: as the card and the page of a run take it; "" where no figure is of before an export.
+    """
+    evaluations = [result.get("evaluation") or {}, *(result.get("earlier") or [])]
+    format = next((e["before_export"] for e in evaluations if e.get("before_export")), None)
+    if format is None:
+        return ""
+    differs = (result.get("export") or {}).get("differs")
+    text = (
+        f"Figures under “before export” were measured on the {format} checkpoint that these files "
+        "were exported from, run by modelpress, and not on these files. "
+    )
+    if differs is None:
+        return text + "Whether these hold the same values was not written down."
+    if differs:
+        return text + f"These do not hold the same values: {'; '.join(differs)}."
+    return text + "These hold the same values."
+
+
+def _behind(name: object) -> str:
+    return f" {name}" if name else ""
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -268,8 +361,8 @@ def error_plot(
 ) -> dict[str, Any] | None:
     """Coordinates for the page's SVG: error (logarithmic) by place in the model, coloured by bits.
 
-    Errors that are missing, not finite or not positive cannot be drawn and are counted in
-    `omitted`. None where nothing can be drawn.
+    Errors that are missing, not finite or not positive cannot be drawn; `omitted` names their
+    modules. None where nothing can be drawn.
     """
     drawn = [(i, layer) for i, layer in enumerate(layers) if _drawable(layer.get("error"))]
     if not drawn:
@@ -306,7 +399,11 @@ def error_plot(
         "rows": [{"y": y_of(k), "label": f"1e{k}"} for k in range(low, high + 1)],
         "columns": [{"x": x_of(i), "label": k} for k, i in list(starts.items())[::every]],
         "legend": [{"label": f"{bits} bits", "colour": colours[bits]} for bits in widths],
-        "omitted": len(layers) - len(drawn),
+        "omitted": [
+            str(layer.get("name", i))
+            for i, layer in enumerate(layers)
+            if not _drawable(layer.get("error"))
+        ],
     }
 
 

@@ -59,12 +59,14 @@ class CheckpointFormat(Protocol):
 
     `companions`: with the tokenizer files. `options`: what it takes beside the checkpoint, by name:
     `requantise`, whether what it cannot hold as it is may be stored otherwise; `keep_embeddings`,
-    whether an embedding and a head in 16 bits stay so.
+    whether an embedding and a head in 16 bits stay so. `differs`, once checked: whose values are
+    others than the checkpoint's, a clause each.
     """
 
     name: str
     companions: bool
     options: frozenset[str]
+    differs: list[str]
 
     def __init__(self, source: PackedLinears): ...
 
@@ -169,7 +171,8 @@ def export(
             if (folder / "recipe.yaml").is_file():
                 shutil.copyfile(folder / "recipe.yaml", final / "recipe.yaml")
             files = [*files_below(final), PROVENANCE]
-            write_json(final / PROVENANCE, _provenance(source, result) | {"files": sorted(files)})
+            history = _provenance(source, result, exporter.differs)
+            write_json(final / PROVENANCE, history | {"files": sorted(files)})
             if document is not None:
                 document(final)
         with writing(output):
@@ -208,8 +211,8 @@ def _part(facts: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _provenance(source: PackedLinears, result: ExportResult) -> dict[str, Any]:
-    """The checkpoint's own history, and what it was exported from."""
+def _provenance(source: PackedLinears, result: ExportResult, differs: list[str]) -> dict[str, Any]:
+    """The checkpoint's own history, what it was exported from, and what is not as it was there."""
     history = read_json(source.folder / PROVENANCE) or {}
     history.pop("fingerprint", None)  # of the run, whose bytes these are not
     return history | {
@@ -223,6 +226,7 @@ def _provenance(source: PackedLinears, result: ExportResult) -> dict[str, Any]:
             "format": result.format,
             "scales": asdict(result.rounding),
             "notes": result.notes,
+            "differs": differs,
         },
     }
 

@@ -197,9 +197,11 @@ class GptqFormat:
                     f"compressed-tensors, or leave that module unquantised"
                 )
         notes = gptq_notes(self.schemes, self.plain)
+        self.differs: list[str] = []
         for name in sorted(self.tables):
             dtype = str(self._dtype(name)).removeprefix("torch.")
             notes.append(f"{name} is stored in {dtype}: GPTQ has no place for a packed embedding")
+            self.differs.append(f"{name} was rounded to {dtype}")
         return notes
 
     def write(self, folder: Path, shard_bytes: int) -> dict[str, int]:

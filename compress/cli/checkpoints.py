@@ -235,6 +235,11 @@ def push(
             print_lines(out, "README.md was edited by hand and stays as it is")
         if report["unquoted"]:
             print_lines(out, "left out: the excerpt of your calibration text in report.html")
+        if paths := report["rewritten"]["paths"]:
+            files = report["rewritten"]["files"]
+            own = ": a recipe that finds no file of yours" if "recipe.yaml" in files else ""
+            told = f"{paths} local paths are sent as names alone, in {', '.join(files)}{own}"
+            print_lines(out, f"{told}; the folder here keeps them")
         if dry_run:
             print_lines(out, "", *report["card"], "", f"dry run: nothing was sent to {repo_id}")
         else:

@@ -22,7 +22,7 @@ from compress.eval.report import (
     MISSING,
     Row,
     columns_of,
-    flatten,
+    conditions_of,
     format_bytes,
     format_memory,
     format_number,
@@ -30,6 +30,7 @@ from compress.eval.report import (
     quality_table,
     told,
     turned_table,
+    warnings_of,
 )
 from compress.ranks import launched
 from compress.storage.files import write_text
@@ -236,11 +237,7 @@ def print_scores(
     for column, estimate in paired_differences(scores).items():
         print_lines(console, f"difference from the baseline, paired: {column} {told(estimate)}")
     lines = [scores[part]["line"] for part in ("perplexity", "kl") if scores.get(part)]
-    facts = dict(scores.get("conditions") or {})
-    warnings = facts.pop("warnings", None) or {}
-    conditions = ", ".join(f"{k} {v}" for k, v in flatten(facts))
+    conditions = ", ".join(f"{k} {v}" for k, v in conditions_of(scores))
     print_lines(console, *lines, *([f"conditions: {conditions}"] if conditions else []))
-    for warning, times in warnings.items():
-        often = f" ({times} times)" if times > 1 else ""
-        print_lines(console, f"warning of lm-eval: {warning}{often}")
+    print_lines(console, *(f"warning of lm-eval: {said}" for said in warnings_of(scores)))
     print_lines(console, *(f"written: {file}" for file in scores.get("files") or ()))

@@ -9,10 +9,14 @@ what is not known. Facts come from one dict, of which every key but `name` may b
     format       compressed-tensors, gptq or gguf
     files        of a GGUF model
     notes        of an export: what is known of engines that will not load it
+    export       of an export: {"differs": [what it does not hold as the checkpoint that was
+                 exported did]}; None in its place: nobody has written that down
+    chat         whether it has a chat template
     recipe       the resolved recipe, nested
     bits         `bits_summary(inspect(folder)["modules"])`
     bytes        {"original", "quantized", "other", "total"}
-    evaluation   as `evaluate_model` returns it; `earlier`: others, under other conditions
+    evaluation   as `evaluate_model` returns it; `earlier`: others, under other conditions;
+                 `before_export`, the format of the checkpoint that was measured in its place
     baseline     {"results", "perplexity"}; absent, `evaluation["baseline"]` is taken
     provenance   versions, seeds, hashes, times, nested
     multimodal   whether it sees images
@@ -21,6 +25,7 @@ what is not known. Facts come from one dict, of which every key but `name` may b
     (folder / "README.md").write_text(model_card(result))
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +35,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compress.checkpoint.engines import (
+    HEAD,
     evidence,
     gguf_table,
     gptq_table,
@@ -38,21 +44,30 @@ from compress.checkpoint.engines import (
 )
 from compress.checkpoint.packed import EMBEDDING
 from compress.data.text import HUB_IDS
-from compress.eval.markup import fence_for, in_code, in_markdown, quoted
+from compress.eval.markup import fence_for, in_code, in_markdown, in_shell, quoted
 from compress.eval.report import (
     ERROR,
     NLL,
     Facts,
     Row,
     columns_of,
+    conditions_of,
     flatten,
     format_bytes,
+    format_difference,
     format_number,
+    measured_before,
+    not_seen,
     paired_differences,
+    told_apart,
+    warnings_of,
 )
+from compress.recipe.sections import matches
 from compress.recipe.token_importance import TokenImportance
 from compress.scheme import Scheme
 
+# Conditions of tasks that an entry of the model index names.
+HOW_TASKS = ("chat_template", "limit", "max_length")
 ACCURACIES = ("acc", "acc_norm", "exact_match")  # of which a share is left
 ROTATIONS = {"hadamard": "a randomised Hadamard matrix", "random": "a random orthogonal matrix"}
 PRUNING = {
@@ -65,6 +80,8 @@ PRUNING = {
     "random": "chance",
     "pooling": "average pooling",
 }
+QUESTION = "What is the capital of France?"
+GGUF_TABLES = {"token_embd": "model.embed_tokens", "output": HEAD}  # llama.cpp's names
 METHODS = {"gptq": "GPTQ (arXiv 2210.17323)", "rtn": "round to nearest"}
 
 
@@ -76,17 +93,22 @@ def bits_summary(
     `kind`: the `model_type` of config.json.
 
     Returns {"average", "symmetric", "engines": [(engine, how it loads them)], "widths": [{"bits",
-    "group_size", "modules", "parameters"}]} over the quantised modules; average is in bits per
-    weight, scales not counted.
+    "group_size", "modules", "parameters"}], "names", "tables": {name: bits}} over the quantised
+    modules; average is in bits per weight, scales not counted. A head that is the embedding counts
+    once. `names` are transformers', and so are those of `tables`, the embedding and the head.
     """
     modules = list(modules)
     quantised = [module for module in modules if module["symmetric"] is not None]
+    named = _in_transformers(quantised, modules) if format == "gguf" else quantised
+    shared = {module["codes_of"] for module in named if "codes_of" in module}
     schemes: dict[str, Scheme | None] = {module["name"]: None for module in modules}
     for module in quantised:
         schemes[module["name"]] = Scheme(module["bits"], module["group_size"], module["symmetric"])
     tables = {m["name"]: m.get("format", "pack-quantized") for m in quantised if _is_table(m)}
     widths: dict[tuple, dict[str, Any]] = {}
     for module in quantised:
+        if "codes_of" in module:  # the codes of another module, which the file holds once
+            continue
         row = {"bits": module["bits"], "group_size": module["group_size"] or "channel"}
         row = widths.setdefault((*row.values(),), row | {"modules": 0, "parameters": 0})
         row["modules"] += 1
@@ -99,7 +121,25 @@ def bits_summary(
         "symmetric": all(module["symmetric"] for module in quantised),
         "engines": _engines(format, schemes, tables, kind) if quantised else [],
         "widths": rows,
+        "names": [module["name"] for module in named],
+        "tables": {
+            module["name"] + " (the head too)" * (module["name"] in shared): module["bits"]
+            for module in named
+            if module["name"].rpartition(".")[2] in (EMBEDDING, HEAD) and "codes_of" not in module
+        },
     }
+
+
+def _in_transformers(quantised: Sequence[Facts], modules: Sequence[Facts]) -> list[Facts]:
+    """The quantised modules of a GGUF file, its tables by transformers' names; the head as well
+    where llama.cpp takes the embedding for it."""
+    found: list[Facts] = [
+        {**module, "name": GGUF_TABLES.get(module["name"], module["name"])} for module in quantised
+    ]
+    if not any(GGUF_TABLES.get(module["name"]) == HEAD for module in modules):
+        tables = [m for m in found if m["name"].endswith(EMBEDDING)]
+        found += [{**m, "name": HEAD, "codes_of": m["name"]} for m in tables]
+    return found
 
 
 def _engines(
@@ -130,14 +170,23 @@ def model_card(result: Facts) -> str:
     recipe, bits = result.get("recipe") or {}, result.get("bits") or {}
     evaluation = result.get("evaluation") or {}
     baseline = result.get("baseline") or evaluation.get("baseline") or {}
-    prompts = ((result.get("provenance") or {}).get("calibration") or {}).get("prompts")
+    provenance = result.get("provenance") or {}
     recipe_text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip()
     text = page.get_template("card.md.jinja").render(
         front_matter=_front_matter(result, bits),
         name=in_markdown(result["name"]),
         quoted=quoted(result["name"]),
         base_model=in_code(_public(result["base_model"])) if result.get("base_model") else None,
-        steps=_steps(recipe, prompts) + _pruning_steps(result.get("pruning")),
+        steps=[
+            *_steps(recipe, provenance.get("calibration") or {}, bits),
+            *_pruning_steps(result.get("pruning")),
+        ],
+        chat=bool(result.get("chat")),
+        messages=_messages(bool(result.get("multimodal"))),
+        question=QUESTION,
+        in_shell=in_shell(result["name"]),
+        request=_request(str(result["name"])),
+        before_export=in_markdown(measured_before(result)),
         multimodal=bool(result.get("multimodal")),
         pruned=bool(result.get("pruning")),
         notes=[in_markdown(note) for note in result.get("notes") or []],
@@ -145,7 +194,7 @@ def model_card(result: Facts) -> str:
         average=format_number(bits.get("average")) if bits.get("average") else None,
         sizes=_sizes(result.get("bytes") or {}),
         measured=[
-            (_quality_table(scores, of), _conditions(scores))
+            (in_markdown(told_apart(scores)), _quality_table(scores, of), _conditions(scores))
             for scores, of in (
                 (evaluation, baseline),
                 *((each, each.get("baseline") or {}) for each in result.get("earlier") or []),
@@ -167,7 +216,10 @@ def model_card(result: Facts) -> str:
         fence=fence_for(recipe_text),
         provenance=[
             (in_markdown(key), in_markdown(_public(value)))
-            for key, value in flatten(result.get("provenance") or {})
+            for key, value in (
+                *flatten({k: v for k, v in provenance.items() if k != "warnings"}),
+                *(("warning", warning) for warning in provenance.get("warnings") or []),
+            )
         ],
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -211,11 +263,30 @@ def _front_matter(result: Facts, bits: Facts) -> str:
 
 
 def _model_index(result: Facts) -> list[dict[str, Any]] | None:
-    """The measured figures as the hub reads them; None where nothing was measured."""
+    """The measured figures as the hub reads them; None where nothing was measured.
+
+    Figures of before an export are this model's only where it is known to hold the same values.
+    """
     kind = "image-text-to-text" if result.get("multimodal") else "text-generation"
-    task = {"type": kind}
     found = []
+
+    def add(name: str, how: Mapping[str, object], metrics: list[dict[str, Any]]) -> None:
+        args = {key: value for key, value in how.items() if value is not None}
+        listed = ", ".join(_argument(key, value) for key, value in args.items())
+        data = {"type": _plain(name), "name": _plain(name) + (f" ({listed})" if listed else "")}
+        found.append(
+            {
+                "task": {"type": kind},
+                "dataset": data | ({"args": args} if args else {}),
+                "metrics": metrics,
+            }
+        )
+
+    same = (result.get("export") or {}).get("differs") == []
     for scores in (result.get("evaluation") or {}, *(result.get("earlier") or [])):
+        if scores.get("before_export") and not same:
+            continue
+        facts = scores.get("conditions") or {}
         for name, metrics in (scores.get("results") or {}).items():
             values = [
                 {"type": metric, "value": value}
@@ -223,18 +294,42 @@ def _model_index(result: Facts) -> list[dict[str, Any]] | None:
                 if not metric.endswith(ERROR) and isinstance(value, int | float)
             ]
             if values:
-                data = {"type": _plain(name), "name": _plain(name)}
-                found.append({"task": task, "dataset": data, "metrics": values})
+                how = {key: facts.get(key) for key in HOW_TASKS}
+                how["shots"] = (facts.get("shots") or {}).get(name)
+                how["system_instruction"] = facts.get("system_instruction") and True
+                add(name, how, values)
         text = scores.get("perplexity") or {}
         if isinstance(text.get("value"), int | float):
-            said = (scores.get("conditions") or {}).get("perplexity_dataset", "text")
+            said = facts.get("perplexity_dataset", "text")
             name = Path(str(said).removesuffix(" (held out)")).name
             values = [{"type": "perplexity", "value": text["value"]}]
             if kl := scores.get("kl"):
                 values.append({"type": "kl_divergence", "value": kl["mean"]})
-            data = {"type": _plain(name), "name": _plain(name)}
-            found.append({"task": task, "dataset": data, "metrics": values})
+            add(name, {key: text.get(key) for key in ("tokens", "length", "stride")}, values)
     return [{"name": _plain(result["name"]), "results": found}] if found else None
+
+
+def _argument(key: str, value: object) -> str:
+    """What an entry of the model index was measured with, in words."""
+    name = key.replace("_", " ")
+    if isinstance(value, bool):
+        return f"{'with' if value else 'without'} {name}"
+    return f"{_plain(value)} {name}" if key in ("shots", "tokens") else f"{name} {_plain(value)}"
+
+
+def _messages(multimodal: bool) -> str:
+    """A question to a chat model, as a Python literal."""
+    if not multimodal:
+        return json.dumps([{"role": "user", "content": QUESTION}])
+    picture = {"type": "image", "path": "picture.png"}
+    text = {"type": "text", "text": "What is in this picture?"}
+    return json.dumps([{"role": "user", "content": [picture, text]}])
+
+
+def _request(name: str) -> str:
+    """The same as a request to a server, as one word of a shell."""
+    messages = [{"role": "user", "content": QUESTION}]
+    return in_shell(json.dumps({"model": name, "messages": messages}))
 
 
 def _plain(name: object) -> str:
@@ -246,8 +341,11 @@ def _is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).exists()
 
 
-def _steps(recipe: Facts, prompts: int | None) -> list[str]:
-    """What was done, in order, as the recipe says it. `prompts`: how many with images, if any."""
+def _steps(recipe: Facts, calibrated: Facts, bits: Facts) -> list[str]:
+    """What was done, in order, as the recipe says it.
+
+    calibrated: what is known of the calibration data. bits: as `bits_summary` returns it.
+    """
     quantize = recipe.get("quantize") or {}
     rotate = (recipe.get("rotate") or {}).get("kind", "none")
     method = quantize.get("method", "none")
@@ -258,15 +356,7 @@ def _steps(recipe: Facts, prompts: int | None) -> list[str]:
             f"offline: nothing is rotated at inference."
         )
     if method == "gptq":
-        calibration = recipe.get("calibration") or {}
-        windows, length = (calibration.get(key, "?") for key in ("samples", "length"))
-        size = f"{windows} windows of {length} tokens"
-        if prompts:
-            size = f"{prompts} prompts with images"
-        steps.append(
-            f"Calibration on {size} of {in_markdown(calibration.get('dataset', '?'))}, seed "
-            f"{calibration.get('seed', 0)}."
-        )
+        steps.append(_calibration_step(recipe.get("calibration") or {}, calibrated))
         importance = quantize.get("token_importance") or {}
         if importance.get("name", "uniform") != "uniform":
             options = TokenImportance(**importance).options
@@ -275,14 +365,64 @@ def _steps(recipe: Facts, prompts: int | None) -> list[str]:
                 f"Tokens were weighted by {importance['name'].replace('_', ' ')}{listed} "
                 f"(RSQ, arXiv 2503.01820)."
             )
+        target = quantize.get("target") or {}
+        if target.get("name") == "full_precision":
+            steps.append(
+                f"Each layer's weights were fitted to what the 16-bit model has at that place "
+                f"(target full_precision, strength {target.get('strength')}), not only to what "
+                f"the layers quantised before it pass on."
+            )
+    if allocate := recipe.get("allocate"):
+        importance = allocate.get("importance") or {}
+        name = importance.get("name", "?") if isinstance(importance, Mapping) else importance
+        by = f"{in_markdown(name).replace('_', ' ')} ({allocate.get('method')})"
+        how = "Layers were left out" if allocate.get("method") == "remove" else "Widths were chosen"
+        steps.append(f"{how} by the importance of each {allocate.get('unit', 'layer')}: {by}.")
     if method != "none":
         grid = "symmetric" if quantize.get("symmetric", True) else "asymmetric"
-        left = in_markdown(", ".join(quantize.get("ignore") or []) or "nothing")
-        steps.append(
-            f"The linear layers were quantised with {METHODS.get(method, method)} on a {grid} "
-            f"grid; {left} was left out."
-        )
+        done = METHODS.get(method, method)
+        text = f"The linear layers were quantised with {done} on a {grid} grid"
+        left = _left_out(quantize, bits.get("names") or [])
+        if left:
+            were = "was" if len(left) == 1 else "were"
+            text += f"; {in_markdown(', '.join(left))} {were} left out"
+        steps.append(text + ".")
+    if tables := bits.get("tables"):
+        listed = ", ".join(f"{in_markdown(name)} to {bits:g} bits" for name, bits in tables.items())
+        steps.append(f"Tables of the vocabulary were quantised as well: {listed}.")
     return steps
+
+
+def _calibration_step(calibration: Facts, found: Facts) -> str:
+    """What was read to calibrate: windows, conversations, or prompts with images."""
+    dataset = in_markdown(_public(str(calibration.get("dataset", "?"))))
+    seed = f"seed {calibration.get('seed', 0)}"
+    if prompts := found.get("prompts"):
+        return f"Calibration on {prompts} prompts with images of {dataset}, {seed}."
+    if "cut" not in found:
+        windows, length = (calibration.get(key, "?") for key in ("samples", "length"))
+        return f"Calibration on {windows} windows of {length} tokens of {dataset}, {seed}."
+    (count, length), cut = found["windows"], found["cut"]
+    tokens, counted = found["tokens"], found["counted_tokens"]
+    text = f"Calibration on {count} conversations of {dataset}, {seed}: {tokens:,} tokens"
+    if counted == tokens:
+        text += ", all of which count"
+    elif calibration.get("loss_mask") == "assistant":
+        text += f", of which the {counted:,} of the assistant count (loss_mask assistant)"
+    else:
+        text += f", of which {counted:,} count"
+    return text + (f"; {cut} were cut to {length} tokens." if cut else ".")
+
+
+def _left_out(quantize: Facts, names: Sequence[str]) -> list[str]:
+    """The patterns of what stayed in 16 bits: none that a quantised module has matched."""
+    patterns = [*(quantize.get("ignore") or [])]
+    patterns += [
+        override["match"]
+        for override in quantize.get("overrides") or []
+        if override.get("ignore") or override.get("bits") == 16
+    ]
+    return [p for p in patterns if not any(matches(p, name) for name in names)]
 
 
 def _pruning_steps(pruning: Facts | None) -> list[str]:
@@ -329,7 +469,7 @@ def _cell(value: object) -> str:
 def _width_table(bits: Facts) -> str:
     columns = ("bits", "group_size", "modules", "parameters")
     rows = (tuple(row[column] for column in columns) for row in bits.get("widths", []))
-    return _table(("bits", "group size", "linear layers", "weights"), *rows)
+    return _table(("bits", "group size", "matrices", "weights"), *rows)
 
 
 def _sizes(sizes: Facts) -> str:
@@ -343,7 +483,8 @@ def _sizes(sizes: Facts) -> str:
 
 
 def _quality_table(evaluation: Facts, baseline: Facts) -> str:
-    """A row a metric: this model, 16 bits, and the paired difference where there is one."""
+    """A row a metric: this model, or what it was exported from, 16 bits, and the paired difference
+    where there is one."""
     if not evaluation:
         return ""
     ours, theirs = Row.of("", evaluation), Row.of("", baseline)
@@ -351,10 +492,11 @@ def _quality_table(evaluation: Facts, baseline: Facts) -> str:
         if (text := part.get("perplexity") or {}).get("mean_nll") is not None:
             row.put(NLL, text["mean_nll"], text.get("stderr"))
     paired = paired_differences(evaluation)
-    rows = [("metric", "this model", "16 bits", "difference", "recovery", "items that changed")]
+    ours_is = "before export" if evaluation.get("before_export") else "this model"
+    rows = [("metric", ours_is, "16 bits", "difference", "recovery", "items that changed")]
     for column in columns_of([ours, theirs]):
         estimate = paired.get(column, {})
-        gap = format_number(estimate.get("value"), estimate.get("stderr"))
+        gap = format_difference(estimate.get("value"), estimate.get("stderr"))
         kept, flips = _kept(column, theirs, estimate), _flips(estimate)
         rows.append((column, ours.cell(column), theirs.cell(column), gap, kept, flips))
     # The last two columns only where there is something in them.
@@ -378,7 +520,8 @@ def _kept(column: str, theirs: Row, estimate: Facts) -> str:
         return ""
     error = estimate.get("stderr")
     share = format_number(100 * (1 + change / before), 100 * error / before if error else None)
-    return f"{share} %"
+    unseen = not_seen(estimate)
+    return f"{share} %" + (f", {unseen}" if unseen else "")
 
 
 def _public(value: str) -> str:
@@ -388,11 +531,12 @@ def _public(value: str) -> str:
 
 def _conditions(evaluation: Facts) -> list[str]:
     lines = [(evaluation.get(part) or {}).get("line") for part in ("perplexity", "kl")]
-    conditions = evaluation.get("conditions") or {}
     lines += [
         f"{in_markdown(key)}: {in_markdown(_public(value))}"
-        for key, value in flatten({k: v for k, v in conditions.items() if k != "model"})
+        for key, value in conditions_of(evaluation)
+        if key != "model"
     ]
+    lines += [f"lm-eval warned: {in_markdown(said)}" for said in warnings_of(evaluation)]
     return [line for line in lines if line]
 
 
@@ -410,7 +554,7 @@ def _limitations(bits: Facts, evaluation: Facts, pruning: Facts | None) -> list[
             "same weights and show their language model every visual token."
         )
     if evaluation:
-        lines.append("Only what the table above lists was measured.")
+        lines.append("Only what the tables above list was measured.")
     else:
         lines.append("Nothing was measured after quantising.")
     return lines

@@ -16,11 +16,12 @@ and of the weights' headers, so the documents can be made as often as is needed.
 import copy
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compress.checkpoint.gguf.inspect import gguf_chat_template
 from compress.checkpoint.inspect import inspect
 from compress.errors import CheckpointError, CompressError
 from compress.eval.page import write_report
@@ -33,6 +34,7 @@ from compress.storage.output_folder import PROVENANCE, replace_documents, tidy, 
 
 CARD, REPORT = "README.md", "report.html"
 RESULTS = "eval/results.json"
+COMPRESSED_TENSORS = "compressed-tensors"
 # What modelpress.json has beside provenance.
 APART = (
     "layers",
@@ -43,8 +45,23 @@ APART = (
     "card_digest",
     "multimodal",
 )
-# Conditions that say which folder was measured, and not how.
-PLACES = ("model", "baseline")
+# Conditions that say which folder was measured, how fast, and what came of it, and not how.
+ASIDE = ("model", "baseline", "batch_size", "cache_requests", "ranks", "warnings")
+# Conditions of the model, whatever it was asked; those of the tasks are all others.
+OF_THE_MODEL = ("device", "dtype", "linears", "baseline_linears", "activation_bits")
+BY_TASK = ("samples", "shots", "task_versions")
+# Conditions that are told only where they were asked for: elsewhere they were not.
+ASKED_FOR = (
+    "activation_bits",
+    "add_bos_token",
+    "chat_template_name",
+    "gen_kwargs",
+    "max_length",
+    "metadata",
+    "system_instruction",
+)
+# What a text's figures depend on, beside the text.
+OF_THE_TEXT = ("tokens", "windows", "length", "stride", "bos", "unit", "basis")
 
 
 def facts_of(
@@ -62,7 +79,10 @@ def facts_of(
     found = inspect(folder)
     recipe = recipe or found["recipe"] or {}
     said = history.get("card") or {}
-    evaluations = history.get("evaluations") or []
+    evaluations = list(history.get("evaluations") or [])
+    export = history.get("export") or {}
+    if export and "differs" not in export:  # before it was noted which figures an export has taken
+        evaluations = [of | {"before_export": COMPRESSED_TENSORS} for of in evaluations]
     kind = str((read_json(folder / "config.json") or {}).get("model_type", ""))
     return {
         "name": name or folder.resolve().name,
@@ -88,8 +108,20 @@ def facts_of(
                 if layer.get("token_weights")
             },
         },
-        "notes": (history.get("export") or {}).get("notes") or [],
+        "notes": export.get("notes") or [],
+        "export": {"differs": export.get("differs")} if export else None,
+        "chat": has_chat_template(folder),
     }
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer or the processor of a folder, or of its GGUF file, has one."""
+    if any(folder.glob("chat_template*")):
+        return True
+    files = sorted(folder.glob("*.gguf"))
+    if files and not any(folder.glob("*.safetensors")):
+        return gguf_chat_template(files[0])
+    return bool((read_json(folder / "tokenizer_config.json") or {}).get("chat_template"))
 
 
 @contextmanager
@@ -186,41 +218,61 @@ def write_results(folder: Path, scores: Mapping[str, Any]) -> None:
 def merged(scores: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The evaluations with a new one in front, and without what it measures anew.
 
-    Of an earlier one under equal conditions it takes the place of tasks that both have, and of the
-    text; what is left without any figure goes.
+    Of an earlier one it takes the place of tasks that both have under equal conditions, and of the
+    same text cut alike, unless the earlier one has a baseline's figures beside it and this one has
+    not. What is left without any figure goes.
     """
     kept = []
     for earlier in known:
-        rest = _without(earlier, scores) if _alike(earlier, scores) else dict(earlier)
+        rest = _without(earlier, scores)
         if rest.get("results") or rest.get("perplexity"):
             kept.append(rest)
     return [dict(scores), *kept]
 
 
-def _alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two evaluations were taken alike, as far as both say how."""
-    ours, theirs = a.get("conditions") or {}, b.get("conditions") or {}
-    of_tasks = ("samples", "shots", "task_versions", "warnings")
-    return all(
-        ours[key] == theirs[key]
-        for key in ours.keys() & theirs.keys()
-        if key not in (*PLACES, *of_tasks)
-    )
-
-
 def _without(earlier: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
-    """An evaluation less what a newer one has as well."""
+    """An evaluation less what a newer one measures alike."""
     rest: dict[str, Any] = copy.deepcopy(dict(earlier))
+    if rest.get("baseline") and not newer.get("baseline"):
+        return rest
     baseline, difference = rest.get("baseline", {}), rest.get("difference", {})
-    if "perplexity" in newer:
+    if _same_text(earlier, newer):
         for key in ("perplexity", "kl", "windows"):
             rest.pop(key, None)
         baseline.pop("perplexity", None)
         difference.pop("mean_nll", None)
     for task in newer.get("results") or {}:
-        for part in (rest, baseline, difference):
-            part.get("results", {}).pop(task, None)
+        if _same_task(task, earlier, newer):
+            for part in (rest, baseline, difference):
+                part.get("results", {}).pop(task, None)
     return rest
+
+
+def _same_text(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two evaluations have the perplexity of one text, cut alike."""
+    ours, theirs = a.get("perplexity"), b.get("perplexity")
+    if not ours or not theirs:
+        return False
+    return _agree(ours, theirs, OF_THE_TEXT) and _agree(
+        a.get("conditions") or {}, b.get("conditions") or {}, (*OF_THE_MODEL, "perplexity_dataset")
+    )
+
+
+def _same_task(task: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two evaluations put a task alike, as far as both say how."""
+    ours, theirs = a.get("conditions") or {}, b.get("conditions") or {}
+    others = (ours.keys() | theirs.keys()) - {*ASIDE, *BY_TASK, "perplexity_dataset"}
+    if not _agree(ours, theirs, others):
+        return False
+    parts = ((ours.get(key) or {}, theirs.get(key) or {}) for key in BY_TASK)
+    return all(_agree(mine, yours, (task,)) for mine, yours in parts)
+
+
+def _agree(a: Mapping[str, Any], b: Mapping[str, Any], keys: Iterable[str]) -> bool:
+    """Whether two say the same of what both say, and of what is said only where it was asked."""
+    return all(
+        a.get(key) == b.get(key) for key in keys if key in ASKED_FOR or (key in a and key in b)
+    )
 
 
 def module_rows(layers: Sequence[LayerFacts]) -> list[dict[str, Any]]:

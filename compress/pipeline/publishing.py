@@ -3,11 +3,13 @@
     export("out", "gguf", "out-gguf")
     push("out-gguf", "me/model-GGUF", license="apache-2.0", base_model="maker/model")
 
-What a push says about the model goes into the folder's documents first, so that the card speaks of
-the repository it is pushed to. A card that was edited by hand is pushed as it is. The excerpt of
-the calibration text in report and modelpress.json is taken out if that text is somebody's own.
+A push sends card and report under the repository's name, without local paths (`outgoing`) and
+without the excerpt of a calibration text that is somebody's own. What it says about the model goes
+into the folder's own documents once all has arrived: a push that fails leaves the folder as it was.
+A card that was edited by hand is sent as it is, but for local paths.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,8 @@ from compress.checkpoint import hub
 from compress.checkpoint.export import ExportResult
 from compress.checkpoint.inspect import inspect
 from compress.errors import UsageError
-from compress.pipeline.card import model_card
-from compress.pipeline.description import describe, edited, facts_of, rewrite, said_by
-from compress.pipeline.token_sample import may_be_quoted
+from compress.pipeline.description import COMPRESSED_TENSORS, describe, edited, rewrite, said_by
+from compress.pipeline.outgoing import Outgoing
 from compress.storage.files import read_json, write_json
 from compress.storage.output_folder import PROVENANCE, files_below
 
@@ -57,8 +58,8 @@ def export(
 def _describe_export(final: Path, source: Path, output: Path, requantise: bool) -> None:
     history = read_json(final / PROVENANCE) or {}
     changed = requantise or history["export"]["scales"]["changed"]
-    if changed:
-        history |= {"evaluations": []}
+    taken = [] if changed else history.get("evaluations") or []
+    history |= {"evaluations": [of | {"before_export": COMPRESSED_TENSORS} for of in taken]}
     history.pop("card_digest", None)  # of the card of the checkpoint that was exported
     with said_by(source / PROVENANCE):
         history = describe(final, final, history, output.resolve().name)
@@ -90,7 +91,8 @@ def push(
         token, api: as for `compress.checkpoint.hub.push`.
 
     Returns what that gives, and "card_edited": whether README.md was left as somebody edited it;
-    "unquoted": whether an excerpt of the calibration text is left out, here as well.
+    "unquoted": whether an excerpt of the calibration text is left out; "rewritten": {"paths",
+    "files"}, how many local paths have other names in what is sent, and in which files.
 
     Raises:
         UsageError: a folder or an id that cannot be pushed.
@@ -114,28 +116,27 @@ def push(
         said = said | {key: value for key, value in given.items() if value is not None}
         history["card"] = said
         by_hand = edited(folder, history)
-        own_text = "token_sample" in history and not may_be_quoted(found["recipe"] or {})
-        if own_text:
-            del history["token_sample"]
-        card = None
-        if not by_hand:
-            with said_by(folder / PROVENANCE):
-                card = model_card(facts_of(folder, history, repo_id))
-        if (not by_hand or own_text) and not dry_run and (folder / PROVENANCE).is_file():
+        outgoing = Outgoing(folder, history, found["recipe"] or {}, repo_id)
+        with outgoing.folder() as place:
+            report = hub.upload(
+                place,
+                repo_id,
+                private=private,
+                dry_run=dry_run,
+                token=token,
+                api=api,
+                revision=revision,
+                create_pr=create_pr,
+                names=_gguf_names(folder, repo_id, found),
+            )
+        told = not by_hand or said != (known or {})
+        if told and not dry_run and (folder / PROVENANCE).is_file() and os.access(folder, os.W_OK):
             rewrite(folder, history, name=repo_id)
-        report = hub.upload(
-            folder,
-            repo_id,
-            private=private,
-            dry_run=dry_run,
-            token=token,
-            api=api,
-            revision=revision,
-            create_pr=create_pr,
-            names=_gguf_names(folder, repo_id, found),
-            card=card,
-        )
-    return report | {"card_edited": by_hand, "unquoted": own_text}
+    return report | {
+        "card_edited": by_hand,
+        "unquoted": outgoing.unquoted,
+        "rewritten": {"paths": outgoing.names.count, "files": sorted(outgoing.files)},
+    }
 
 
 def _compressed(found: dict[str, Any], folder: Path) -> bool:

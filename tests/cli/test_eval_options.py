@@ -64,13 +64,14 @@ def test_what_is_refused_before_a_model_is_looked_for(options, named, capsys):
 
 def test_warnings_stand_on_lines_of_their_own(monkeypatch, capsys):
     scores = {"results": {"t": {"acc": 0.5}}, "files": ["o/results_1.json"],
-              "conditions": {"limit": 2, "warnings": {"cut to # tokens": 3}}}  # fmt: skip
+              "conditions": {"limit": 2, "num_fewshot": None,
+                             "shots": {}, "warnings": {"cut to 64 tokens": 3}}}  # fmt: skip
     pretend(monkeypatch, "compress.pipeline.evaluation", "evaluate", scores)
     assert call(*ARGUMENTS) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "warning of lm-eval: cut to # tokens (3 times)" in lines
+    assert "warning of lm-eval: cut to 64 tokens (3 times)" in lines
     assert "written: o/results_1.json" in lines
-    assert not any("warnings" in line for line in lines if line.startswith("conditions"))
+    assert [line for line in lines if line.startswith("conditions")] == ["conditions: limit 2"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import re
 import socket
 import sys
 
@@ -110,7 +111,7 @@ def test_what_the_harness_warns_of_is_kept(parts):
     finally:
         model.config.max_position_embeddings = 1024
     (message, count), *others = warnings.items()
-    assert "Truncating # tokens" in message
+    assert re.search(r"Truncating \d+ tokens", message)  # the first, as it was said
     assert count == 2 * 4
     assert not others
 

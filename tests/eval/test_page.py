@@ -70,7 +70,7 @@ def test_linears_that_were_rounded_to_nearest_are_counted(tmp_path):
     for layer in layers[:2]:
         layer["rounded_to_nearest"] = True
     path = write_report(tmp_path / "page.html", {"layers": layers})
-    assert "2 of 5 linears were rounded to nearest" in path.read_text()
+    assert "2 of 5 matrices were rounded to nearest" in path.read_text()
 
 
 # ---- the verdict ---------------------------------------------------------------------------------
@@ -136,7 +136,57 @@ def test_bytes_of_layers_are_stacked_by_width(tmp_path):
 def test_earlier_evaluations_have_tables_of_their_own(tmp_path):
     earlier = [{"results": {"piqa": {"acc": 0.125}}, "conditions": {"limit": 3}}]
     page = page_of(tmp_path, evaluation=EVALUATION, earlier=earlier)
-    assert page.index("demo_code acc") < page.index("Measured earlier") < page.index("0.125")
+    assert page.rindex("demo_code acc") < page.index("Measured earlier") < page.rindex("0.125")
+
+
+def tiles(page: str) -> str:
+    return page[page.index('<div class="cards">') : page.index("</header>")]
+
+
+def test_tiles_have_the_newest_of_each_kind(tmp_path):
+    newer = {"results": {"piqa": {"acc": 0.75}, "demo_code": {"acc": 0.5}}}
+    shown = tiles(page_of(tmp_path, evaluation=newer, earlier=[EVALUATION]))
+    for figure in ("9.317", "8.75 in 16 bits", "0.0831", "piqa acc", "0.75", "0.5<"):
+        assert figure in shown
+    assert shown.count("demo_code acc") == 1 and "0.525" not in shown
+    assert "perplexity +6.5 %" in page_of(
+        tmp_path, evaluation=newer, earlier=[EVALUATION], bytes={"original": 4, "total": 2}
+    )
+
+
+def test_headings_say_how_evaluations_of_one_task_differ(tmp_path):
+    results = {"results": {"demo_code": {"acc": 0.5}}}
+    asked = {"system_instruction": "Be brief.", "shots": {"demo_code": 5}, "limit": 50}
+    chat = results | {"conditions": {"chat_template": True} | asked}
+    plain = results | {"conditions": {"chat_template": False, "warnings": {}, "limit": None}}
+    page = page_of(tmp_path, evaluation=chat, earlier=[plain])
+    assert "<h3>with chat template, system prompt “Be brief.”, 5 shots, limit 50</h3>" in page
+    assert "<h3>without chat template</h3>" in page
+    assert "{}" not in page
+
+
+def test_warnings_of_lm_eval_are_sentences(tmp_path):
+    said = {"conditions": {"limit": 3, "warnings": {"cut to 64 tokens": 2, "odd": 1}}}
+    page = page_of(tmp_path, evaluation={"results": {"a": {"acc": 1.0}}} | said)
+    assert "cut to 64 tokens (2 times)" in page and "warnings." not in page
+
+
+def test_figures_of_before_an_export_are_told_as_such(tmp_path):
+    inherited = EVALUATION | {"before_export": "compressed-tensors"}
+    differs = {"differs": ["model.embed_tokens was rounded to Q8_0"]}
+    page = page_of(tmp_path, evaluation=inherited, export=differs)
+    assert '<th class="n">before export</th>' in page and "this model</th>" not in page
+    assert "compressed-tensors checkpoint" in page and differs["differs"][0] in page
+    assert "before export" not in page_of(tmp_path, evaluation=EVALUATION, export=differs)
+
+
+def test_what_is_not_drawn_is_named(tmp_path):
+    table = {"name": "model.embed_tokens", "bits": 8, "error": None}
+    page = page_of(tmp_path, layers=[*LAYERS, table])
+    assert "is known of it: model.embed_tokens." in page
+    page = page_of(tmp_path, layers=[*LAYERS, *({"name": f"m.{i}.x"} for i in range(7))])
+    assert "is known of them: m.0.x, m.1.x, m.2.x, m.3.x, m.4.x and 2 more." in page
+    assert "is known of" not in page_of(tmp_path, layers=LAYERS)
 
 
 SAMPLE = {"tokens": ["if", "\n\n", "<b>", " end"], "weights": {0: [0.5, 9.0, 2.0, 1.0]}}
@@ -205,7 +255,7 @@ def test_a_comparison_has_its_rows_and_marks_the_front(tmp_path):
     page = write_comparison(tmp_path / "c.html", COMPARED).read_text()
     assert page.count("◆</span>") == 2
     assert "dominated &lt;em&gt;" in page and "<em>" not in page
-    assert "0.300 ± 0.050" in page
+    assert '<td class="n">+0.300 ± 0.050</td>' in page
     assert "from 0.202 to 0.398" in page
     assert "Nearest to 16 bits: large" in page
     row = page[page.index("<td>demo_code acc</td>") :]

@@ -66,17 +66,17 @@ def test_error_plot_is_logarithmic_and_counts_what_it_leaves_out():
     low, middle, high = (point["y"] for point in plot["points"])
     assert low - middle == pytest.approx(middle - high)
     assert low > high  # downwards on the screen
-    assert plot["omitted"] == 3
+    assert plot["omitted"] == ["m.3.x", "m.4.x", "m.5.x"]
     assert error_plot([{"name": "a", "error": None}]) is None
 
 
 def test_flatten_spells_keys_as_set_takes_them():
-    nested = {"a": {"b": 1, "c": [1, 2]}, "d": [{"e": None}], "f": {}}
+    nested = {"a": {"b": 1, "c": [1, 2]}, "d": [{"e": None}], "f": {}, "g": [], "h": ["x y", "z"]}
     assert list(flatten(nested)) == [
         ("a.b", "1"),
         ("a.c", "[1, 2]"),
         ("d[0].e", "–"),
-        ("f", "{}"),
+        ("h", "x y; z"),
     ]
 
 

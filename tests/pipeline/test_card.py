@@ -1,7 +1,9 @@
 """The card says what the run found, leaves out what is missing, and its front matter is YAML."""
 
 import ast
+import json
 import re
+import shlex
 from itertools import pairwise
 
 import pytest
@@ -102,7 +104,7 @@ def test_names_cannot_break_the_front_matter():
         "2.00 MB of weights, 1.50 MB of them quantised; 8.00 MB before",
         "| demo acc | 0.500 ± 0.020 | 0.530 ± 0.020 | -0.030 ± 0.010 |",
         "| perplexity | 9.31 ± 0.20 | 8.50 ± 0.20 | – |",
-        "| mean NLL (nats per token) | 2.231 ± 0.020 | – | 0.0900 ± 0.0040 |",
+        "| mean NLL (nats per token) | 2.231 ± 0.020 | – | +0.0900 ± 0.0040 |",
         "perplexity 9.31, no BOS",
         "limit: 100",
         'from_pretrained("me/tiny-w3"',
@@ -153,6 +155,202 @@ def test_the_summary_counts_every_quantised_weight(mixed):
     assert summary["engines"] == expected
     assert summary["symmetric"]
     assert bits_summary([])["average"] is None
+
+
+# ---- what was done ------------------------------------------------------------------------------
+
+
+def steps(card: str) -> str:
+    return card[card.index("## What was done") : card.index("## Evaluation")]
+
+
+def test_a_table_that_is_also_the_head_counts_once():
+    table = {"shape": [100, 8], "bits": 8, "group_size": None, "symmetric": True}
+    table |= {"name": "model.embed_tokens", "format": "int-quantized"}
+    head = table | {"name": "lm_head", "codes_of": "model.embed_tokens"}
+    linear = {"name": "model.layers.0.mlp.up_proj", "shape": [100, 8], "bits": 4}
+    linear |= {"group_size": 8, "symmetric": True}
+    bits = bits_summary([table, head, linear])
+    assert bits["average"] == 6
+    assert [(row["modules"], row["parameters"]) for row in bits["widths"]] == [(1, 800), (1, 800)]
+    done = steps(model_card(RESULT | {"bits": bits}))
+    assert "model.embed_tokens (the head too) to 8 bits" in done
+    assert "| bits | group size | matrices | weights |" in done
+    assert "left out" not in done
+
+
+def test_the_average_is_that_of_the_plan(packed):
+    """Of a head that is the embedding, in int8 and in words."""
+    for bits in (8, 4):
+        folder = packed(model={"tied": True}, bits=4, embedding={"bits": bits}).folder
+        summary = bits_summary(inspect(folder)["modules"])
+        facts = json.loads((folder / "modelpress.json").read_text())
+        assert summary["average"] == pytest.approx(facts["average_bits"])
+
+
+@pytest.mark.parametrize(
+    ("head", "override", "left"),
+    [
+        (16, None, "; lm_head was left out."),
+        (8, None, "grid.\n"),
+        (8, {"match": "re:.*up_proj", "bits": 16}, "; re:.\\*up_proj was left out."),
+        (16, {"match": "model.x", "ignore": True}, "; lm_head, model.x were left out."),
+        (8, {"match": "re:.*down_proj", "bits": 8}, "grid.\n"),
+    ],
+)
+def test_what_was_left_out_is_not_among_what_was_quantised(head, override, left):
+    module = {"shape": [8, 32], "bits": 4, "group_size": 32, "symmetric": True}
+    modules = [module | {"name": "model.layers.0.mlp.down_proj"}]
+    plain = {"group_size": None, "symmetric": None, "bits": 16}
+    modules.append(module | {"name": "lm_head"} | (plain if head == 16 else {"bits": head}))
+    quantize = RESULT["recipe"]["quantize"] | {"overrides": [override] if override else []}
+    recipe = RESULT["recipe"] | {"quantize": quantize}
+    done = steps(model_card(RESULT | {"bits": bits_summary(modules), "recipe": recipe}))
+    assert left in done
+
+
+def test_the_tables_of_a_gguf_file_have_their_usual_names():
+    module = {"shape": [8, 32], "bits": 4, "group_size": 32, "symmetric": True, "type": "Q4_0"}
+    plain = {"bits": 16, "group_size": None, "symmetric": None}
+    table = module | {"name": "token_embd", "bits": 8}
+    inside = module | {"name": "blk.0.ffn_up"}
+    tied = bits_summary([table, inside], "gguf")
+    assert tied["names"] == ["model.embed_tokens", "blk.0.ffn_up", "lm_head"]
+    assert tied["average"] == 6
+    untied = bits_summary([table, inside, module | {"name": "output"} | plain], "gguf")
+    assert "lm_head" not in untied["names"]
+
+
+CHATS = {"windows": [48, 256], "tokens": 7243, "counted_tokens": 5064, "cut": 4, "left_out": 0}
+
+
+def calibrated(facts: dict, **section) -> str:
+    recipe = RESULT["recipe"] | {"calibration": {"dataset": "/home/me/chats.jsonl"} | section}
+    return steps(model_card(RESULT | {"recipe": recipe, "provenance": {"calibration": facts}}))
+
+
+def test_conversations_are_counted_as_such():
+    done = calibrated(CHATS, loss_mask="assistant", samples=64, length=256)
+    assert "Calibration on 48 conversations of chats.jsonl" in done
+    assert "7,243 tokens, of which the 5,064 of the assistant count (loss_mask assistant)" in done
+    assert "4 were cut to 256 tokens" in done
+    done = calibrated(CHATS | {"counted_tokens": 7243, "cut": 0}, loss_mask="all")
+    assert "7,243 tokens, all of which count." in done
+    assert "3 prompts with images" in calibrated({"prompts": 3, "tokens": 9})
+
+
+def test_the_card_says_what_the_recipe_is_about():
+    assert "full_precision" not in steps(model_card(RESULT))
+    target = {"name": "full_precision", "strength": 0.5}
+    allocate = {"importance": {"name": "logit_divergence"}, "method": "knapsack", "unit": "layer"}
+    quantize = RESULT["recipe"]["quantize"] | {"target": target}
+    recipe = RESULT["recipe"] | {"quantize": quantize, "allocate": allocate}
+    done = steps(model_card(RESULT | {"recipe": recipe}))
+    for fact in ("target full_precision, strength 0.5", "logit divergence (knapsack)"):
+        assert done.count(fact) == 1
+    assert "Hadamard" in done and "attention concentration" in done
+
+
+# ---- figures ------------------------------------------------------------------------------------
+
+FLIPS = {"right_to_wrong": 1, "wrong_to_right": 3, "mcnemar_p": 0.5, "count": 50}
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "unseen"),
+    [(0.04, 0.028, True), (-0.04, 0.028, True), (-0.1, 0.028, False), (0.1, 0.028, False),
+     (0.0, 0.0, True), (0.04, None, False)],
+)  # fmt: skip
+def test_a_recovery_whose_interval_reaches_all_of_it_is_no_gain(value, stderr, unseen):
+    results = {"demo": {"acc": {"value": value, "stderr": stderr} | FLIPS}}
+    card = model_card(
+        RESULT | {"evaluation": RESULT["evaluation"] | {"difference": {"results": results}}}
+    )
+    assert ("%, no difference seen at 50 items |" in card) == unseen
+    assert ("| +0.0" in card or "| +0.1" in card) == (value > 0)
+
+
+def test_the_index_says_how_entries_of_one_task_differ():
+    asked = {"chat_template": True, "limit": 50, "shots": {"demo": 5}, "system_instruction": "Be"}
+    chat = RESULT["evaluation"] | {"conditions": asked}
+    plain = RESULT["evaluation"] | {"conditions": {"chat_template": False, "shots": {"demo": 0}}}
+    card = model_card(RESULT | {"evaluation": chat, "earlier": [plain]})
+    entries = [e["dataset"] for e in front_matter(card)["model-index"][0]["results"]]
+    first, second = (entry for entry in entries if entry["type"] == "demo")
+    told = "demo (with chat template, limit 50, 5 shots, with system instruction)"
+    assert first["name"] == told
+    assert first["args"] == asked | {"shots": 5, "system_instruction": True}
+    assert second["name"] == "demo (without chat template, 0 shots)"
+    assert "&id" not in card
+    # And so do the tables, before anything is unfolded.
+    assert "With chat template, system prompt “Be”, 5 shots, limit 50:" in card
+
+
+def test_conditions_are_no_dump():
+    said = {"limit": None, "warnings": {}, "samples": {"demo": 9}}
+    card = model_card(RESULT | {"evaluation": RESULT["evaluation"] | {"conditions": said}})
+    assert "- samples.demo: 9\n" in card
+    assert "limit" not in card and "warnings" not in card and "{" not in card
+    said = {"warnings": {"model w4 is odd": 3}}
+    provenance = {"warnings": ["4 were cut", "mind"]}
+    card = model_card(
+        RESULT
+        | {"evaluation": RESULT["evaluation"] | {"conditions": said}, "provenance": provenance}
+    )
+    assert "- lm-eval warned: model w4 is odd (3 times)\n" in card
+    assert "- warning: 4 were cut\n- warning: mind\n" in card
+
+
+@pytest.mark.parametrize("differs", [[], ["model.embed_tokens was rounded to bfloat16"], None])
+def test_an_export_says_what_was_measured(differs):
+    inherited = RESULT["evaluation"] | {"before_export": "compressed-tensors"}
+    card = model_card(RESULT | {"evaluation": inherited, "export": {"differs": differs}})
+    assert "| metric | before export | 16 bits |" in card and "this model |" not in card
+    assert "measured on the compressed-tensors checkpoint" in card
+    assert ("model-index" in front_matter(card)) == (differs == [])
+    if differs:
+        assert f"do not hold the same values: {differs[0]}" in card
+    own = RESULT["evaluation"] | {"conditions": {"limit": 7}}  # measured on the export itself
+    both = RESULT | {"evaluation": own, "earlier": [inherited], "export": {"differs": differs}}
+    card = model_card(both)
+    assert "| this model | 16 bits |" in card and "| before export | 16 bits |" in card
+    entries = front_matter(card)["model-index"][0]["results"]
+    assert len(entries) == (4 if differs == [] else 2)
+
+
+# ---- how it is used -----------------------------------------------------------------------------
+
+QUESTION = "What is the capital of France?"
+
+
+def test_a_chat_model_is_asked_a_question():
+    card = model_card(RESULT | {"chat": True, "bits": {}})
+    assert "Once upon a time" not in card
+    for block in python_blocks(card):
+        ast.parse(block)
+        assert "apply_chat_template(" in block and QUESTION in block
+    assert len(python_blocks(card)) == 2
+    commands = card[card.index("vllm serve") :].split("```")[0].replace("\\\n", " ")
+    serve, curl = map(shlex.split, commands.strip().splitlines())
+    assert serve == ["vllm", "serve", "me/tiny-w3"]
+    asked = json.loads(curl[curl.index("-d") + 1])
+    assert asked["model"] == "me/tiny-w3" and asked["messages"][0]["content"] == QUESTION
+    gguf = RESULT | {"chat": True, "format": "gguf", "bits": {}}
+    card = model_card(gguf)
+    assert f'llama-cli -hf me/tiny-w3 -st -p "{QUESTION}"' in card
+    assert f'ollama run hf.co/me/tiny-w3 "{QUESTION}"' in card
+    assert f'llama-cli -m "model.gguf" -st -p "{QUESTION}"' in model_card(gguf | {"name": "tiny"})
+    assert "picture.png" in model_card(RESULT | {"chat": True, "multimodal": True})
+    assert QUESTION not in model_card(RESULT)
+
+
+@pytest.mark.parametrize("name", ["a'; rm -rf x; '", "$(x)", "a b", "`x`", "a\nb"])
+def test_a_name_is_one_word_of_a_shell(name):
+    card = model_card(RESULT | {"chat": True, "bits": {}, "name": name})
+    commands = card[card.index("vllm serve") :].split("\n```")[0].replace("\\\n", " ")
+    serve, curl = map(shlex.split, commands.splitlines())
+    assert serve[2:] == [" ".join(name.split())]
+    assert json.loads(curl[-1])["model"] == name
 
 
 def test_a_blank_line_ends_every_table():

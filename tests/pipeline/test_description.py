@@ -6,8 +6,11 @@ import shutil
 import pytest
 import yaml
 
+from compress.checkpoint.export import ScaleRounding
 from compress.cli.main import main
-from compress.pipeline.description import edited, merged, record_evaluation
+from compress.pipeline.card import model_card
+from compress.pipeline.description import edited, facts_of, merged, record_evaluation
+from compress.pipeline.publishing import export
 from compress.pipeline.run import run
 from support.tiny_checkpoints import recipe_for, write_checkpoint
 
@@ -66,7 +69,7 @@ def test_figures_go_into_card_report_and_facts(folder):
     assert (folder / "model.safetensors").read_bytes() == weights
     index = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
     assert {(r["dataset"]["name"], m["type"], m["value"]) for r in index for m in r["metrics"]} == {
-        ("arc_easy", "acc", 0.5),
+        ("arc_easy (limit 100)", "acc", 0.5),
         ("text.txt", "perplexity", 5.0),
         ("text.txt", "kl_divergence", 0.05),
     }
@@ -89,9 +92,63 @@ def test_the_same_measured_again_takes_the_earlier_ones_place():
     assert "perplexity" in again[1]
     assert set(again[1]["difference"]["results"]) == set(again[1]["baseline"]["results"]) == {"b"}
     assert merged(scores(0.6, tasks=("a", "b")), [first]) == [scores(0.6, tasks=("a", "b"))]
-    another = merged(scores(0.6, tasks=("a", "b"), limit=7), [first])
-    assert another == [scores(0.6, tasks=("a", "b"), limit=7), first]
+    limited = scores(0.6, tasks=("a", "b"), text=False, limit=7)
+    assert merged(limited, [first]) == [limited, first]
     assert first == scores(0.5, tasks=("a", "b"))  # which nobody has changed
+
+
+def with_text(value: float, **changed) -> dict:
+    """An evaluation whose text was cut as it says."""
+    found = scores(value, tasks=())
+    found["perplexity"] |= {"tokens": 4088, "windows": 8, "length": 512, "stride": 512} | changed
+    return found
+
+
+@pytest.mark.parametrize(
+    ("other", "replaces"),
+    [
+        ({}, True),
+        ({"tokens": 8176, "windows": 16}, False),
+        ({"length": 256}, False),
+        ({"stride": 128}, False),
+        ({"bos": True}, True),  # the earlier one does not say
+    ],
+)
+def test_a_text_is_the_same_if_it_was_cut_alike(other, replaces):
+    kept = merged(with_text(0.6, **other), [with_text(0.5)])
+    assert len(kept) == (1 if replaces else 2)
+    assert kept[0]["perplexity"]["value"] == 6
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"limit": 50},
+        {"chat_template": True},
+        {"system_instruction": "Be brief."},
+        {"gen_kwargs": {"temperature": 1}},
+        {"max_length": 64},
+        {"activation_bits": 8},
+        {"shots": {"a": 5}},
+        {"samples": {"a": 50}},
+    ],
+)
+def test_a_task_put_otherwise_stands_beside_the_earlier_one(other):
+    how = {"chat_template": False, "shots": {"a": 0}, "samples": {"a": 100}}
+    first = scores(0.5, tasks=("a",), text=False, **how)
+    for new, old in ((how | other, how), (how, how | other)):
+        one, two = (scores(0.5, tasks=("a",), text=False, **facts) for facts in (new, old))
+        assert merged(one, [two]) == [one, two]
+    same = how | {"warnings": {"x": 1}, "batch_size": "auto", "perplexity_dataset": "y"}
+    assert len(merged(scores(0.6, tasks=("a",), text=False, **same), [first])) == 1
+
+
+def test_figures_beside_a_baseline_stay_when_it_is_measured_without_one():
+    alone = scores(0.6)
+    for part in ("baseline", "difference", "kl"):
+        del alone[part]
+    assert merged(alone, [scores(0.5)]) == [alone, scores(0.5)]
+    assert merged(scores(0.5), [alone]) == [scores(0.5)]
 
 
 def test_a_card_that_was_edited_by_hand_stays(folder):
@@ -99,6 +156,64 @@ def test_a_card_that_was_edited_by_hand_stays(folder):
     assert "README.md" not in record_evaluation(folder, scores(0.5))
     assert (folder / "README.md").read_text() == "# Mine\n"
     assert facts(folder)["evaluations"]
+
+
+# ---- exports ------------------------------------------------------------------------------------
+
+
+def exported(packed, tmp_path, format: str, embedding=None, **options):
+    """An export of a measured result: its folder, its card and what modelpress.json says of it."""
+    if format == "gguf":
+        pytest.importorskip("gguf")
+    source = packed(model={"tied": True}, bits=8, embedding=embedding).folder
+    measured = shutil.copytree(source, tmp_path / "measured")
+    record_evaluation(measured, scores(0.5))
+    export(measured, format, tmp_path / "export", round_scales=True, **options)
+    return tmp_path / "export", (tmp_path / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("format", "embedding", "differs"),
+    [
+        ("gptq", None, []),
+        ("gptq", {"bits": 8}, ["model.embed_tokens was rounded to bfloat16"]),
+        ("gguf", {"bits": 8}, []),
+        ("gguf", None, ["model.embed_tokens was rounded to Q8_0"]),
+    ],
+)
+def test_an_export_says_on_what_its_figures_were_measured(
+    packed, tmp_path, format, embedding, differs
+):
+    folder, card = exported(packed, tmp_path, format, embedding)
+    assert facts(folder)["export"]["differs"] == differs
+    assert "| metric | before export | 16 bits |" in card and "0.500 ± 0.020" in card
+    assert all(line in card for line in differs)
+    assert ("model-index" in card) == (not differs)
+    assert "before export" in (folder / "report.html").read_text()
+    if format == "gptq":  # measured on the export itself, the same takes the place of the earlier
+        record_evaluation(folder, scores(0.25))
+        card = (folder / "README.md").read_text()
+        assert "| metric | this model |" in card and "before export" not in card
+
+
+def test_an_export_that_changed_values_by_itself_has_no_figures(packed, tmp_path):
+    folder, card = exported(packed, tmp_path, "gguf", requantise=True)
+    assert facts(folder)["evaluations"] == [] and "Not evaluated" in card
+
+
+def test_scales_that_were_rounded_leave_no_figures(packed, tmp_path, monkeypatch):
+    rounded = ScaleRounding(scales=9, changed=1, largest=1e-4)
+    monkeypatch.setattr("compress.checkpoint.export._check_scales", lambda *_: rounded)
+    folder, card = exported(packed, tmp_path, "gptq")
+    assert facts(folder)["evaluations"] == [] and "Not evaluated" in card
+
+
+def test_an_earlier_export_does_not_say_what_differs(packed, tmp_path):
+    folder, _ = exported(packed, tmp_path, "gptq")
+    history = facts(folder)
+    del history["export"]["differs"], history["evaluations"][0]["before_export"]
+    card = model_card(facts_of(folder, history))
+    assert "was not written down" in card and "model-index" not in card
 
 
 def test_other_folders_are_left_alone(folder, tmp_path):

@@ -36,6 +36,9 @@ def test_an_early_a_middle_and_a_late_layer_are_shown(count, shown):
     assert layers_shown(count) == shown
 
 
+DOCUMENTS = ("README.md", "report.html", "modelpress.json")
+
+
 @pytest.fixture
 def weighted(checkpoint, tmp_path, press):
     text = write_text(tmp_path / "own.jsonl")
@@ -66,17 +69,23 @@ def test_a_run_that_weighs_all_alike_has_none(checkpoint, text, press):
 
 
 def test_what_is_pushed_does_not_quote_a_text_of_ones_own(weighted, monkeypatch):
-    monkeypatch.setattr("compress.checkpoint.hub.upload", lambda *a, **k: {})
+    sent = {}
+
+    def upload(folder, *_, **options):
+        sent.update({name: (folder / name).read_text() for name in DOCUMENTS})
+        return {}
+
+    monkeypatch.setattr("compress.checkpoint.hub.upload", upload)
     quoted = "<span style="
-    assert push(weighted, "me/model", dry_run=True)["unquoted"]
-    assert quoted in (weighted / "report.html").read_text()  # nothing was sent
-    (weighted / "README.md").write_text("edited by hand")
-    report = push(weighted, "me/model")
-    assert report["unquoted"] and report["card_edited"]
-    assert quoted not in (weighted / "report.html").read_text()
-    assert "token_sample" not in json.loads((weighted / "modelpress.json").read_text())
-    assert (weighted / "README.md").read_text() == "edited by hand"
-    assert not push(weighted, "me/model")["unquoted"]
+    for by_hand in (False, True):
+        if by_hand:
+            (weighted / "README.md").write_text("edited by hand")
+        report = push(weighted, "me/model")
+        assert (report["unquoted"], report["card_edited"]) == (True, by_hand)
+        assert quoted not in sent["report.html"]
+        assert "token_sample" not in json.loads(sent["modelpress.json"])
+        assert quoted in (weighted / "report.html").read_text()  # it is nobody else's here
+    assert sent["README.md"] == "edited by hand" == (weighted / "README.md").read_text()
 
 
 def test_texts_that_anybody_has_may_be_quoted():

@@ -96,6 +96,8 @@ class GgufFormat:
             if name not in self.source.twins:
                 self.types[name] = self._type_of(name)
         self.layout = {name: self._layout(source) for name, source in self.names.items()}
+        self.differs = [f"{name} was rounded to {self.types[name]}" for name in self.changed]
+        self.differs += [f"{name} was rounded to Q8_0" for name in self.rounded]
         return self._notes()
 
     def _check_shapes(self) -> None:

@@ -49,10 +49,19 @@ def inspect_gguf(files: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def gguf_chat_template(file: Path) -> bool:
+    """Whether a file's metadata hold a chat template. Raises as `inspect_gguf` does."""
+    return "tokenizer.chat_template" in _opened(file).fields
+
+
 def _tensors(file: Path) -> Any:
+    return _opened(file).tensors
+
+
+def _opened(file: Path) -> Any:
     gguf = import_package("gguf", "reading GGUF files")
     try:
-        return gguf.GGUFReader(file).tensors
+        return gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
         raise CheckpointError(f"{file} is no GGUF file, or damaged: {error}") from error
 
