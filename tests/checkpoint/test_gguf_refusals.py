@@ -59,6 +59,7 @@ def test_groups_that_no_type_has_are_stored_wider_only_if_allowed(packed, tmp_pa
     read = Read(tmp_path / "out" / FILE)
     assert_same(as_checkpoint(read, AutoConfig.from_pretrained(source.folder)), source.weights)
     check_line(result.notes[0], "14 of 14")
+    check_line(result.notes[1], "4.5 bits a weight", "3.5")  # groups of 32
     assert "modelpress.requantised" not in read.fields
 
 
@@ -79,6 +80,7 @@ def test_what_no_type_holds_is_rounded_anew_only_if_allowed(packed, tmp_path, qu
     found = as_checkpoint(read, AutoConfig.from_pretrained(source.folder))
     changed = read.fields["modelpress.requantised"]
     check_line(result.notes[0], f"{len(changed)} of 14")
+    check_line(result.notes[1], "bits a weight")
     errors = []
     for name, weight in source.weights.items():
         error = float((found[name] - weight).norm() / weight.norm())

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FILE = "model.gguf"
+SCALE_BITS = 16
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 EMBEDDING, HEAD, ROPE_FACTORS = "model.embed_tokens.weight", "lm_head", "rope_freqs.weight"
 
@@ -201,6 +202,11 @@ class GgufFormat:
                 f"{len(self.wider)} of {len(self.types)} modules are stored in a wider type, the "
                 f"first {first} as {self.types[first]}: the values are the same, the file is larger"
             )
+        if self.changed or self.wider:
+            before, after = self._bits_per_weight()
+            notes.append(
+                f"{after:.3g} bits a weight, scales included, where the checkpoint has {before:.3g}"
+            )
         if self.rounded:
             notes.append(
                 f"{' and '.join(self.rounded)} rounded to Q8_0, as llama.cpp does: "
@@ -213,6 +219,18 @@ class GgufFormat:
                 f"differs from that of other engines"
             )
         return notes
+
+    def _bits_per_weight(self) -> tuple[float, float]:
+        """Of what was quantised, with its scales: in the checkpoint, and in the file."""
+        weights, before, after = 0, 0.0, 0.0
+        for name, kind in self.types.items():
+            scheme, (N, K) = self.source.schemes[name], self.source.shapes[name]
+            stored = BLOCK_TYPES[kind].bits_per_weight if kind in BLOCK_TYPES else 16
+            fields = SCALE_BITS + (0 if scheme.symmetric else scheme.bits)
+            weights += N * K
+            before += N * K * (scheme.bits + fields / (scheme.group_size or K))
+            after += N * K * stored
+        return before / weights, after / weights
 
     # ---- writing --------------------------------------------------------------------------------
 
