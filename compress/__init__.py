@@ -66,6 +66,7 @@ def plan(
     device: str = "cpu",
     observer: "Observer | None" = None,
     check_source: bool = False,
+    time: bool = False,
 ) -> "Plan":
     """What `run` would do: bits of each module, bytes, peak memory and problems.
 
@@ -74,6 +75,7 @@ def plan(
     of an `allocate` section need. A folder of config.json alone will do; of a hub model no weights
     are fetched.
     `check_source` reads the weights as well: our forward must give the logits of transformers.
+    `time` does pieces of the run's work on this machine, a few seconds long, for `Plan.time`.
     Raises UsageError for a model that cannot be opened; what would stop the run itself is in
     `problems`.
     """
@@ -100,6 +102,10 @@ def plan(
     except UsageError as error:
         problems.append(str(error))
     planned.problems += problems
+    if time and not planned.problems:
+        from compress.bench.run_time import time_forecast  # the same
+
+        planned.time = time_forecast(inputs).as_dict()
     return planned
 
 

@@ -212,6 +212,29 @@ def run_table(result: "RunResult") -> Table:
     return pairs_table([*rows, ("output", str(result.path))])
 
 
+def time_rows(forecast: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """How long layers and head will take, by kind of work, and what that leaves out."""
+    if not forecast:
+        return []
+    parts = sorted(forecast["parts"].items(), key=lambda part: -part[1])
+    shares = ", ".join(f"{name} {_lasting(seconds)}" for name, seconds in parts)
+    return [
+        (
+            "time",
+            f"about {_lasting(forecast['seconds'])} for the layers on this machine ({shares}); "
+            "loading, checks, scores and evaluation come on top",
+        )
+    ]
+
+
+def _lasting(seconds: float) -> str:
+    """Two digits of it: 4.2 s, 95 s, 12 min, 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 99.5 else f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.3g} h"
+
+
 def source_rows(check: "SourceCheck | None") -> list[tuple[str, str]]:
     """How far our forward of the source is from that of transformers, or why nobody looked."""
     if not check:

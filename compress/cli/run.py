@@ -22,6 +22,7 @@ from compress.cli.console import (
     run_table,
     size_rows,
     source_rows,
+    time_rows,
 )
 from compress.cli.options import (
     AverageBitsOption,
@@ -111,8 +112,12 @@ def plan(
         bool,
         typer.Option("--check-source", help="Compare our forward of the model with transformers."),
     ] = False,
+    time: Annotated[
+        bool,
+        typer.Option("--time", help="Do pieces of the work, and tell how long all of it takes."),
+    ] = False,
 ) -> Answer:
-    """Show what a run would do: bits, bytes and memory.
+    """Show what a run would do: bits, bytes and memory; --time: how long it takes here.
 
     Reads no weights, but for the scores of a recipe that gives layers different widths, and for
     --check-source. A folder of config.json alone will do, and of a hub model no more is needed.
@@ -122,10 +127,12 @@ def plan(
 
     device = chosen_device(device)
     if loaded.allocate is None:
-        planned = plan_of(loaded, device=device, check_source=check_source)
+        planned = plan_of(loaded, device=device, check_source=check_source, time=time)
     else:
         with RunProgress(console(stderr=True)) as progress:
-            planned = plan_of(loaded, device=device, observer=progress, check_source=check_source)
+            planned = plan_of(
+                loaded, device=device, observer=progress, check_source=check_source, time=time
+            )
 
     def draw(out: Console) -> None:
         out.print(module_table([module.as_dict() for module in planned.modules]))
@@ -142,7 +149,9 @@ def plan(
             sizes.append(("source", f"{format_bytes(before)}, {before / after:.2f} x the total"))
         checked = source_rows(planned.source_check)
         read = calibration_rows(planned.calibration)
-        out.print(pairs_table([average, *chosen, *sizes, memory, *read, *checked, *notes]))
+        taken = time_rows(planned.time)
+        rows = [average, *chosen, *sizes, memory, *taken, *read, *checked, *notes]
+        out.print(pairs_table(rows))
 
     return Answer(planned.as_dict(), draw, problems=planned.problems)
 

@@ -74,6 +74,8 @@ class Plan(Shown):
         source_check: how far our forward is from that of transformers, where it was asked for.
         calibration: windows, tokens, and how many of them count, as `calibration_forecast` tells.
         source_bytes: of the source's tensors.
+        time: seconds of layers and head on this machine, where they were asked for: {"seconds",
+            "parts", "measuring"}, the last what it took to find out.
     """
 
     modules: list[PlannedModule]
@@ -95,6 +97,7 @@ class Plan(Shown):
     source_check: SourceCheck | None = None
     calibration: dict[str, Any] | None = None
     source_bytes: int = 0
+    time: dict[str, Any] | None = None
 
     def summary(self) -> dict[str, str]:
         """What a person wants to know first, as `repr` has it; lists are cut."""
@@ -138,6 +141,7 @@ class Plan(Shown):
             "pruning": self.pruning,
             "calibration": self.calibration,
             "source_check": self.source_check,
+            "time": self.time,
         }
 
 
