@@ -32,6 +32,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from jinja2 import TemplateError
+
 from compress.errors import UsageError, import_package, unknown
 from compress.eval.harness_files import HarnessFiles, request_cache
 from compress.eval.items import TOLERANCE, Items, group_weights
@@ -300,14 +302,26 @@ def _refusals(names: Sequence[str]) -> Iterator[None]:
                 f"task {found[1]!r} executes what the model writes: give "
                 "--confirm-run-unsafe-code (confirm_run_unsafe_code=True) if this machine may"
             ) from error
-        raise
+        raise UsageError(_stopped(names, error)) from error
     except AssertionError as error:
         if "max tokens to generate" not in str(error):
-            raise
+            raise UsageError(_stopped(names, error)) from error
         raise UsageError(
             f"{str(error).partition(': ')[2] or error} Set --gen-kwargs max_gen_toks=N, or a "
             "larger --max-length"
         ) from error
+    except (LookupError, TypeError, AttributeError, OSError, TemplateError) as error:
+        raise UsageError(_stopped(names, error)) from error
+
+
+def _stopped(names: Sequence[str], error: Exception) -> str:
+    """What a task's own definition, or a setting that the model does not take, sets off."""
+    said = " ".join(str(error).split())[:300]
+    reason = f"{type(error).__name__}: {said}" if said else f"a failed {type(error).__name__}"
+    return (
+        f"lm-eval cannot evaluate {', '.join(names)} like this: {reason} (a task's files, "
+        "--gen-kwargs or --max-length; --debug shows where)"
+    )
 
 
 def _metadata(model: Any, settings: EvaluationSettings) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from compress.errors import UsageError, did_you_mean, import_package
 from compress.eval.settings import EvaluationSettings
 
@@ -83,6 +85,7 @@ def check_names(settings: EvaluationSettings) -> bool:
             raise UsageError(
                 f"unknown task {task!r}{near}: local tasks are "
                 f"{', '.join(sorted(local.defined))}; `lm_eval ls tasks` lists the harness's own"
+                + _unreadable(task_folders(settings))
             )
     return not outside and not _reach_out(settings, local, shipped)
 
@@ -142,6 +145,18 @@ def _scan(folders: Sequence[Path]) -> KnownNames:
             if GROUP.search(text):
                 members.update(MEMBER.findall(text))
     return KnownNames(frozenset(defined), frozenset(members))
+
+
+def _unreadable(folders: Sequence[Path]) -> str:
+    """The first task file that is no YAML, for the end of a message; empty if all are."""
+    for file in (file for folder in folders for file in _files(folder)):
+        try:
+            yaml.compose(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = "" if mark is None else f" (line {mark.line + 1})"
+            return f"; {file} cannot be read as YAML{line}"
+    return ""
 
 
 @functools.lru_cache(maxsize=1)

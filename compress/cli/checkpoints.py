@@ -127,7 +127,7 @@ def generate(
 
     from compress.data.samples import open_image
     from compress.loading.load import fastest_packing, load
-    from compress.pipeline.asking import Question, question_inputs
+    from compress.pipeline.asking import Question, question_inputs, room_for
 
     device = chosen_device(device)
     pictures = [open_image(path, f"image {path}") for path in image or ()]
@@ -144,6 +144,10 @@ def generate(
     if templated and chat is None:
         said = "asked in the model's chat template (--raw continues the text as it is)"
         print_lines(console(stderr=True), said)
+    room = room_for(loaded.config, inputs, max_tokens)
+    if room < max_tokens:
+        said = f"at most {room} new tokens: no more fit into the model's context"
+        print_lines(console(stderr=True), said)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     sampled = {"do_sample": True, "temperature": temperature}
     torch.manual_seed(seed)
@@ -151,7 +155,7 @@ def generate(
     write(
         **{name: value.to(device) for name, value in inputs.items()},
         **(sampled if temperature > 0 else greedy),
-        max_new_tokens=max_tokens,
+        max_new_tokens=room,
         pad_token_id=tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from compress.comparison.results import drawn_by_seed
 from compress.comparison.study import Run
+from compress.data.text import measured_text
 from compress.eval.report import ERROR, FLIPS, NLL, Row, paired_differences
 from compress.recipe.sections import Evaluate
 
@@ -126,8 +127,8 @@ def conditions_line(section: Evaluate, runs: Sequence[Run], device: str) -> str:
     if section.perplexity is not None:
         p, text = section.perplexity, scores["perplexity"]
         parts.append(
-            f"perplexity per token on {p.dataset} (held out): {text['tokens']} tokens, windows of "
-            f"{text['length']}, stride {text['stride']}, {'BOS' if p.bos else 'no BOS'}"
+            f"perplexity per token on {measured_text(p.dataset)}: {text['tokens']} tokens, "
+            f"windows of {text['length']}, stride {text['stride']}, {'BOS' if p.bos else 'no BOS'}"
         )
         if "kl" in scores:
             parts.append("kl: nats per token from the 16-bit model")

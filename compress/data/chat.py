@@ -26,7 +26,7 @@ from jinja2 import TemplateError
 
 from compress.data.text import check_characters
 from compress.errors import UsageError, unknown
-from compress.models.config_values import reason_of
+from compress.models.config_values import STUMBLES, reason_of
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def conversation(row: Mapping[str, Any], place: str) -> list[Message]:
 
     Raises UsageError, which names place, field and value.
     """
-    key = next((key for key in KEYS if key in row), KEYS[0])
+    key = next((key for key in KEYS if row.get(key) is not None), KEYS[0])
     turns = row.get(key)
     if not isinstance(turns, list) or not turns:
         raise UsageError(f"{place}: {key}: expected a list of messages, found {_shown(turns)}")
@@ -158,7 +158,7 @@ def _applied(
         messages = [m | {"content": in_parts(m["content"])} for m in messages]
     try:
         return tokenizer.apply_chat_template(list(messages), **options)
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+    except (TemplateError, ValueError, OverflowError, *STUMBLES) as error:
         raise UsageError(
             f"{place}: the model's chat template refuses this conversation: {reason_of(error)}"
         ) from error
@@ -233,6 +233,9 @@ def _spans(
         if message["role"] != "assistant":
             continue
         turn = f"{place}: message {i}"
+        if i == 0:
+            spans.append(_opening(tokenizer, message, text, turn, parts))
+            continue
         before = render(tokenizer, messages[:i], turn, parts=parts)
         asked = render(tokenizer, messages[:i], turn, answer=True, parts=parts)
         after = render(tokenizer, messages[: i + 1], turn, parts=parts)
@@ -244,12 +247,32 @@ def _spans(
                 "others follow, and has no generation markers: use conversations of one answer, or "
                 "loss_mask: all"
             )
-        last = len(after)
-        eos = tokenizer.eos_token
-        if eos and (ends := text.rfind(eos, first, last)) >= 0:
-            last = ends + len(eos)  # what the template writes behind it is not the assistant's
-        spans.append((first, last))
+        spans.append((first, _end(tokenizer, text, first, len(after))))
     return spans
+
+
+def _opening(
+    tokenizer: Any, message: Message, text: str, place: str, parts: bool
+) -> tuple[int, int]:
+    """The same of an answer that nobody asked for: what it says, and the end of its turn."""
+    said = message["content"].strip()
+    after = render(tokenizer, [message], place, parts=parts)
+    first = text.find(said) if said else -1
+    if first < 0 or not text.startswith(after):
+        raise UsageError(
+            f"{place}: calibration.loss_mask: the conversation begins with the assistant, and "
+            "where the chat template puts that cannot be told: begin it with a user's turn, or "
+            "use loss_mask: all"
+        )
+    return first, _end(tokenizer, text, first, len(after))
+
+
+def _end(tokenizer: Any, text: str, first: int, last: int) -> int:
+    """Where an answer ends that begins at `first`, in a turn that ends at `last`."""
+    eos = tokenizer.eos_token
+    if eos and (ends := text.rfind(eos, first, last)) >= 0:
+        return ends + len(eos)  # what the template writes behind it is not the assistant's
+    return last
 
 
 def _common(a: str, b: str) -> int:

@@ -78,6 +78,14 @@ def locate(dataset: str, resolve: Callable[[str], str]) -> str:
     return found
 
 
+def measured_text(dataset: str) -> str:
+    """A dataset's name as evaluations give it: with the split, where it has one to hold out.
+
+    A file is the same text whatever is asked of it, calibrated on or measured.
+    """
+    return dataset if Path(dataset).expanduser().is_file() else f"{dataset} (held out)"
+
+
 def load_documents(dataset: str, split: Split, text_field: str = "text") -> Corpus:
     """The documents of one split of a name of DATASETS, a FILE.txt, a FILE.jsonl or a hub id.
 

@@ -20,6 +20,7 @@ from compress.models.vision import Inputs
 
 if TYPE_CHECKING:  # slow to import
     from PIL.Image import Image
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -114,3 +115,19 @@ def question_inputs(processor: Any, question: Question, name: str) -> tuple[Inpu
     if inputs["input_ids"].shape[1] == 0:
         raise UsageError("--prompt has no tokens: give some text to continue")
     return dict(inputs), templated
+
+
+def room_for(config: "PretrainedConfig", inputs: Inputs, asked: int) -> int:
+    """How many of `asked` new tokens the model's context has room for behind the prompt.
+
+    Raises UsageError where the prompt fills it already.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return asked
+    prompt = inputs["input_ids"].shape[1]
+    if prompt >= context:
+        raise UsageError(
+            f"the prompt has {prompt:,} tokens, and the model's context is {context:,}: shorten it"
+        )
+    return min(asked, context - prompt)

@@ -18,12 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.data.text import BLANK_LINE, Corpus, content_digests, load_documents, locate
+from compress.data.text import (
+    BLANK_LINE,
+    Corpus,
+    content_digests,
+    load_documents,
+    locate,
+    measured_text,
+)
 from compress.data.windows import encode, token_stream
 from compress.errors import UsageError
 from compress.eval.evaluate import Baseline, evaluate_model
 from compress.eval.harness import shared_requests
-from compress.eval.settings import CacheRequests, EvaluationSettings
+from compress.eval.settings import CacheRequests, EvaluationSettings, batch_problem, limit_problem
 from compress.eval.task_names import find_tasks
 from compress.eval.windows import Text
 from compress.kernels.linear import QuantLinear
@@ -104,6 +111,10 @@ def evaluate(
         CheckpointError: a damaged checkpoint.
     """
     settings = EvaluationSettings.among(locals())
+    problems = {"limit": limit_problem(limit), "batch_size": batch_problem(batch_size)}
+    for name, problem in problems.items():
+        if problem:
+            raise UsageError(f"{name}: {problem}")
     device = chosen_device(device)
     drawn = None if pictures is None else Path(pictures)
     with measured_here(), together(device) as ranks, shared_requests(ranks.size):
@@ -220,7 +231,7 @@ class Evaluator:
         if self._baseline_linears is not None:
             conditions["baseline_linears"] = self._baseline_linears
         if self._text is not None:
-            conditions["perplexity_dataset"] = f"{self.settings.perplexity} (held out)"
+            conditions["perplexity_dataset"] = measured_text(self.settings.perplexity)
         scores["conditions"] = conditions | scores.get("conditions", {})
         return scores
 

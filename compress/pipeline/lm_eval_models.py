@@ -12,6 +12,7 @@ same weights run here: packed linears packed where that is faster, fp32 on a CPU
 pruned as the checkpoint says.
 """
 
+import inspect
 import logging
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError, UsageError, unknown
 from compress.eval.harness import share
 from compress.eval.multimodal import is_multimodal, loaded_multimodal
 from compress.memory import chosen_device
@@ -30,6 +31,8 @@ from compress.pipeline.evaluation import load_measured
 from compress.ranks import launched
 
 NAMES = ("modelpress", "modelpress-multimodal")
+OWN = ("pretrained", "dtype", "packed", "activation_bits")  # of --model_args, beside lm-eval's
+HIDDEN = {"self", "args", "kwargs"}
 Multimodal: Any = loaded_multimodal()
 
 
@@ -37,7 +40,7 @@ def _loaded(
     pretrained: object, device: str | None, dtype: str | None, packed: bool | None, bits: int | None
 ) -> tuple[Any, Any]:
     """A checkpoint and its tokenizer or processor, as `modelpress eval` loads it."""
-    if not isinstance(pretrained, str):
+    if not isinstance(pretrained, str) or not pretrained:
         raise UsageError("--model_args: expected pretrained=FOLDER or a hub id")
     place = device or "cuda"
     if place.startswith("cuda") and not torch.cuda.is_available():
@@ -55,13 +58,23 @@ def _loaded(
     return (model if kind is None else model.to(kind)), processor
 
 
+def _check_options(options: dict[str, Any], *kinds: Any) -> None:
+    """UsageError for what none of lm-eval's models takes, and nobody would read."""
+    known = set(OWN)
+    for kind in kinds:
+        known |= inspect.signature(kind.__init__).parameters.keys()
+    for name in options:
+        if name not in known:
+            raise UsageError(f"--model_args: {unknown('argument', name, sorted(known - HIDDEN))}")
+
+
 @register_model(NAMES[0])
 class ModelpressLM(HFLM):
     """A checkpoint that reads text."""
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str = "",
         device: str | None = None,
         dtype: str | None = None,
         packed: bool | None = None,
@@ -69,6 +82,7 @@ class ModelpressLM(HFLM):
         **options: Any,
     ):
         """`options`: of lm-eval's `hf`, such as max_length or add_bos_token."""
+        _check_options(options, HFLM)
         model, tokenizer = _loaded(pretrained, device, dtype, packed, activation_bits)
         if is_multimodal(tokenizer):
             tokenizer = tokenizer.tokenizer
@@ -83,7 +97,7 @@ class ModelpressMultimodalLM(Multimodal):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str = "",
         device: str | None = None,
         dtype: str | None = None,
         packed: bool | None = None,
@@ -91,6 +105,7 @@ class ModelpressMultimodalLM(Multimodal):
         **options: Any,
     ):
         """`options`: of lm-eval's `hf-multimodal`."""
+        _check_options(options, Multimodal, HFLM)
         model, processor = _loaded(pretrained, device, dtype, packed, activation_bits)
         if not is_multimodal(processor):
             raise UsageError(f"{pretrained} reads text alone: give --model {NAMES[0]}")

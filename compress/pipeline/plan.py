@@ -43,6 +43,7 @@ from compress.pipeline.plan_notes import (
     group_size_notes,
     ignored_notes,
     model_notes,
+    same_text_notes,
     token_notes,
     untying_notes,
 )
@@ -237,6 +238,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
             *token_notes(inputs, shapes, found),
             *untying_notes(skeleton, packed, kept, itemsize, rotated) * untied,
             *model_notes(inputs, schemes, formats),
+            *same_text_notes(inputs),
             *evaluation_notes(inputs, quantized + other, host),
             *notes,
         ],

@@ -5,9 +5,11 @@ notes = ignored_notes(inputs, names) + token_notes(inputs, shapes, schemes)
 """
 
 import math
+from pathlib import Path
 
 from compress.checkpoint.engines import Schemes, plan_notes
 from compress.data.prompts import IMAGES_ALL_COUNT
+from compress.data.text import locate
 from compress.errors import CompressError, did_you_mean
 from compress.eval.report import format_bytes
 from compress.eval.settings import WINDOW
@@ -302,6 +304,26 @@ def untying_notes(
     return [
         f"embedding and head share one tensor in this model; they will be untied, which adds "
         f"{format_bytes(added)} ({once} would keep one)"
+    ]
+
+
+def same_text_notes(inputs: RunInputs) -> list[str]:
+    """Where the perplexity would be of the very text that is calibrated on."""
+    section, source = inputs.recipe.evaluate, inputs.source
+    if section is None or section.perplexity is None or not source.used:
+        return []
+    dataset = section.perplexity.dataset
+    try:
+        measured = Path(locate(dataset, inputs.recipe.resolve_path))
+        calibrated = Path(source.location)
+        same = measured.is_file() and measured.samefile(calibrated)
+    except (CompressError, OSError):  # told where it is read
+        return []
+    if not same:
+        return []
+    return [
+        f"perplexity is measured on {dataset}, which is calibrated on as well: it will look better "
+        "than on other text (evaluate.perplexity.dataset)"
     ]
 
 

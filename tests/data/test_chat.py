@@ -151,8 +151,28 @@ def test_a_template_that_refuses(tmp_path):
         render(tokenizer_with(template), TURNS, "here")
     with refused(UsageError, "here", "chat template"):
         render(byte_tokenizer(), TURNS, "here")
-    with refused(UsageError, "here"):
-        counted("{{ messages[0]['content'] }}", [{"role": "assistant", "content": "Hi."}])
+    for broken in ("{{ 1 / 0 }}", "{{ 10**400 * 1.0 }}", "{{ messages[9]['role'] + 1 }}"):
+        with refused(UsageError, "here", "template refuses"):
+            render(tokenizer_with(broken), TURNS, "here")
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, THINKING])
+def test_a_conversation_that_begins_with_the_assistant(template):
+    assert counted(template, TURNS[2:]) == ANSWERS
+    assert counted(template, TURNS[2:3]) == "Yes.<end>"
+
+
+def test_an_opening_that_cannot_be_found_in_the_text():
+    upper = CHATML.replace("{{ m['content'] }}", "{{ m['content'] | upper }}")
+    with refused(UsageError, "here", "message 0", "loss_mask"):
+        counted(upper, TURNS[2:])
+    with refused(UsageError, "here", "message 0", "loss_mask"):
+        counted(CHATML, [{"role": "assistant", "content": ""}, *TURNS[3:]])
+
+
+def test_the_column_that_is_filled_is_read():
+    assert conversation({"messages": None, "conversations": SHAREGPT}, "here") == TURNS
+    assert conversation({"messages": TURNS, "conversations": None}, "here") == TURNS
 
 
 def test_content_in_parts_for_templates_that_want_them():

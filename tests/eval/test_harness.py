@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from compress.errors import UsageError
 from compress.eval.harness import clean_metrics, score_tasks
@@ -131,6 +132,47 @@ def test_included_folder(parts, tmp_path):
 def test_unknown_task_names_the_near_and_the_local_ones(parts, only_local_tasks):
     with refused(UsageError, "'demo_cod'", "'demo_code'"):
         results_of(*parts, tasks=["demo_cod"])
+
+
+def test_a_task_file_that_is_no_yaml_is_named(parts, tmp_path, only_local_tasks):
+    (tmp_path / "mine.yaml").write_text("task: [broken\n", encoding="utf-8")
+    with refused(UsageError, "'mine'", tmp_path / "mine.yaml", "line 2"):
+        results_of(*parts, tasks=["mine"], include_path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"doc_to_target": 9}, "IndexError"),
+        ({"doc_to_text": "{{ nope.value }}"}, "nope"),
+        ({"dataset_kwargs": {"data_files": {"test": "absent.jsonl"}}}, "absent.jsonl"),
+    ],
+    ids=["target", "text", "data"],
+)
+def test_a_task_that_fails_is_named_with_its_reason(parts, tmp_path, changes, named):
+    data = tmp_path / "items.jsonl"
+    item = {"context": "a", "choices": ["b", "c"], "answer": 1}
+    data.write_text(f"{json.dumps(item)}\n", encoding="utf-8")
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    task |= changes
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    with refused(UsageError, "mine", named):
+        results_of(*parts, tasks=["mine"], include_path=tmp_path, limit=2)
+
+
+def test_windows_that_hold_no_item(parts):
+    with refused(UsageError, "demo_code", "--max-length"):
+        results_of(*parts, tasks=["demo_code"], limit=2, max_length=8)
 
 
 def test_no_task_and_no_folder(parts, tmp_path):

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from compress.cli.main import main
 from compress.errors import UsageError
 from compress.models.pretrained import processor_reader
-from compress.pipeline.asking import Question, question_inputs
+from compress.pipeline.asking import Question, question_inputs, room_for
 from support.local_tasks import TEMPLATE
 from support.refusals import refused
 from support.tiny_lm import byte_tokenizer, tiny_llama
@@ -121,6 +121,20 @@ def test_generate_asks_as_the_model_is_meant_to_be_asked(folder, capsys):
     made = tiny_llama().generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=256)
     text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
     assert chat.out.rstrip("\n") == text.rstrip("\n")
+
+
+def test_what_the_context_has_no_room_for(folder, capsys):
+    model, context = tiny_llama(), tiny_llama().config.max_position_embeddings
+    inputs = {"input_ids": torch.zeros(1, context - 4, dtype=torch.int64)}
+    assert room_for(model.config, inputs, 3) == 3
+    assert room_for(model.config, inputs, 9) == 4
+    with refused(UsageError, f"{context:,}", "context"):
+        room_for(model.config, {"input_ids": torch.zeros(1, context, dtype=torch.int64)}, 1)
+    assert room_for(PreTrainedConfig(), inputs, 9) == 9  # says nothing of a context
+    assert main(["generate", str(folder), "x" * context, "--raw"]) == 2
+    assert "context" in capsys.readouterr().err
+    assert main(["generate", str(folder), "x" * (context - 2), "--raw"]) == 0
+    assert "at most 2 new tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,16 @@ def test_what_a_checkpoint_cannot_be_loaded_as(folder):
         models.ModelpressMultimodalLM(str(folder), device="cpu")
 
 
+@pytest.mark.parametrize("kind", ["ModelpressLM", "ModelpressMultimodalLM"])
+def test_arguments_that_nobody_reads_are_refused(folder, kind):
+    import compress.pipeline.lm_eval_models as models
+
+    with refused(UsageError, "--model_args", "'activation_bit'", "'activation_bits'"):
+        getattr(models, kind)(str(folder), device="cpu", activation_bit=8)
+    with refused(UsageError, "--model_args", "pretrained=FOLDER"):
+        getattr(models, kind)(device="cpu")
+
+
 def test_named_groups_have_their_tasks(tmp_path):
     """Of the papers' groups: which tasks, and how many examples in front of their items."""
     members = {

@@ -352,6 +352,22 @@ def test_options_of_experts_need_experts(checkpoint, key, value):
     check_line(problem, "quantize.experts: ", "'llama'")
 
 
+def test_text_that_is_calibrated_on_and_measured_is_noted(checkpoint, tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some text " * 99, encoding="utf-8")
+    calibration = {"dataset": str(tmp_path / "a.txt"), "samples": 2, "length": 16}
+
+    def notes(measured, **sections):
+        evaluate = {"perplexity": {"dataset": str(tmp_path / measured)}}
+        planned = plan_of(checkpoint(), calibration=calibration, evaluate=evaluate, **sections)
+        return [note for note in planned.notes if "calibrated on as well" in note]
+
+    (note,) = notes("a.txt")
+    check_line(note, tmp_path / "a.txt", "evaluate.perplexity.dataset")
+    assert not notes("b.txt")
+    assert not notes("a.txt", quantize={"method": "rtn"})
+
+
 def test_an_evaluation_that_takes_more_memory_than_the_run_is_noted(checkpoint):
     """With what a smaller batch of windows would take; no note where it does not."""
     measured = {"perplexity": {"dataset": "python-stdlib", "length": 512}, "batch_size": 10_000}
