@@ -19,7 +19,7 @@ Not in it: reading, rotating and writing weights, checks of the source and the r
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -59,7 +59,7 @@ def time_forecast(inputs: RunInputs) -> TimeForecast:
     """Does each kind of work once, a few seconds in all, on the device of the run."""
     with Stopwatch(inputs.device) as watch, torch.inference_mode():
         parts = _Pieces(inputs).parts()
-    return TimeForecast(sum(parts.values()), dict(parts), watch.seconds)
+    return TimeForecast(sum(parts.values()), parts, watch.seconds)
 
 
 class _Pieces:
@@ -76,9 +76,9 @@ class _Pieces:
         self.batches = self.tokens / TOKENS_PER_BATCH
         self.drifts = self.recipe.quantize.target.name == "full_precision"
 
-    def parts(self) -> Counter[str]:
+    def parts(self) -> dict[str, float]:
         """Seconds by kind of work, over all layers and the head."""
-        skeleton, total = self.inputs.skeleton, Counter[str]()
+        skeleton, total = self.inputs.skeleton, defaultdict[str, float](float)
         parameters = dict(skeleton.model.named_parameters(remove_duplicate=False))
         for index in range(skeleton.num_layers):
             kind, prefix = skeleton.spec.layer(index), f"{skeleton.spec.layers}.{index}."
@@ -87,13 +87,16 @@ class _Pieces:
                 name: self.recipe.quantize.scheme_for(prefix + name, shape[1])
                 for name, shape in shapes.items()
             }
-            total.update(self._layer(kind, shapes, schemes))
+            for name, seconds in self._layer(kind, shapes, schemes).items():
+                total[name] += seconds
         if self.recipe.quantize.head is not None and not self._shares_table():
             rows, columns = parameters[f"{skeleton.spec.head}.weight"].shape
             scheme = self.recipe.quantize.head.scheme(columns)
-            total["hessians"] += self.batches * self._hessian(columns)
+            if self.solver is not None and self.solver.needs_hessian:
+                total["hessians"] += self.batches * self._hessian(columns)
+                total["solves"] += self._factor(columns)
             total["solves"] += self._solve(rows, columns, scheme)
-        return total
+        return dict(total)
 
     def _shares_table(self) -> bool:
         """Whether the head is the embedding, which is rounded to nearest."""
@@ -104,8 +107,8 @@ class _Pieces:
         kind: LayerSpec,
         shapes: dict[str, torch.Size],
         schemes: dict[str, Scheme | None],
-    ) -> Counter[str]:
-        found: Counter[str] = Counter()
+    ) -> dict[str, float]:
+        found = defaultdict[str, float](float)
         experts = set(kind.experts.groups) if kind.experts else set()
         chosen = getattr(self.config, "num_experts_per_tok", None) or 1
         passes = 2 if self.drifts else 1

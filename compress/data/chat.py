@@ -48,6 +48,8 @@ ROLES = {
 }
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+REFUSALS: tuple[type[Exception], ...] = (TemplateError, ValueError, OverflowError, *STUMBLES)
+
 Message = dict[str, Any]  # role, content, and what else its template reads
 
 
@@ -158,7 +160,7 @@ def _applied(
         messages = [m | {"content": in_parts(m["content"])} for m in messages]
     try:
         return tokenizer.apply_chat_template(list(messages), **options)
-    except (TemplateError, ValueError, OverflowError, *STUMBLES) as error:
+    except REFUSALS as error:
         raise UsageError(
             f"{place}: the model's chat template refuses this conversation: {reason_of(error)}"
         ) from error

@@ -230,7 +230,7 @@ class Evaluator:
         }
         if self._baseline_linears is not None:
             conditions["baseline_linears"] = self._baseline_linears
-        if self._text is not None:
+        if self.settings.perplexity is not None:
             conditions["perplexity_dataset"] = measured_text(self.settings.perplexity)
         scores["conditions"] = conditions | scores.get("conditions", {})
         return scores
