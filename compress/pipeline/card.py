@@ -5,6 +5,7 @@ what is not known. Facts come from one dict, of which every key but `name` may b
 
     name         of the model; how the loading examples call it
     base_model   hub id or path of the 16-bit model
+    local_model  whether the base model is a folder of whoever made this one; None: nobody knows
     card         what only a person knows: {"license", "language"}
     format       compressed-tensors, gptq or gguf
     files        of a GGUF model
@@ -176,7 +177,7 @@ def model_card(result: Facts) -> str:
         front_matter=_front_matter(result, bits),
         name=in_markdown(result["name"]),
         quoted=quoted(result["name"]),
-        base_model=in_code(_public(result["base_model"])) if result.get("base_model") else None,
+        base_model=in_code(_base_name(result)) if result.get("base_model") else None,
         steps=[
             *_steps(recipe, provenance.get("calibration") or {}, bits),
             *_pruning_steps(result.get("pruning")),
@@ -233,7 +234,7 @@ def _loads(engines: Sequence[tuple[str, str]]) -> dict[str, bool]:
 
 def _front_matter(result: Facts, bits: Facts) -> str:
     """The YAML that the hub reads. base_model only if it can be a hub id: the hub refuses paths."""
-    base = str(result.get("base_model") or "")
+    base = _hub_base(result)
     widths = sorted({row["bits"] for row in bits.get("widths", [])})
     format, said = result.get("format") or "compressed-tensors", result.get("card") or {}
     tags = ["modelpress", *([format] if widths else [])]
@@ -244,8 +245,8 @@ def _front_matter(result: Facts, bits: Facts) -> str:
     fields: dict[str, Any] = {
         "license": said.get("license"),
         "language": said.get("language"),
-        "base_model": base if _is_hub_id(base) else None,
-        "base_model_relation": "quantized" if _is_hub_id(base) else None,
+        "base_model": base,
+        "base_model_relation": "quantized" if base else None,
         "datasets": [data] if data else None,
         "library_name": "gguf" if format == "gguf" else "transformers",
         "pipeline_tag": "image-text-to-text" if result.get("multimodal") else "text-generation",
@@ -338,7 +339,22 @@ def _plain(name: object) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).exists()
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name))
+
+
+def _hub_base(result: Facts) -> str | None:
+    """The base model's id on the hub; None for one that is a folder, as far as anybody knows."""
+    base, local = str(result.get("base_model") or ""), result.get("local_model")
+    if local is None:  # an older result, which does not say
+        local = not _is_hub_id(base) or Path(base).exists()
+    whole = _is_hub_id(base) or bool(re.fullmatch(r"[\w-][\w.-]*", base))
+    return base if whole and not local else None
+
+
+def _base_name(result: Facts) -> str:
+    """How the card calls the base model: a folder by its bare name."""
+    base = str(result["base_model"])
+    return Path(base).name or base if result.get("local_model") else _public(base)
 
 
 def _steps(recipe: Facts, calibrated: Facts, bits: Facts) -> list[str]:

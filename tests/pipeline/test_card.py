@@ -88,6 +88,22 @@ def test_a_path_is_no_base_model_for_the_hub(base):
     assert "base_model" not in fields
 
 
+@pytest.mark.parametrize(
+    ("base", "local", "expected"),
+    [
+        ("models/tiny", True, None),
+        ("models/tiny", False, "models/tiny"),
+        ("models/tiny", None, "models/tiny"),  # an older result, which does not say
+        ("gpt2", False, "gpt2"),
+        ("gpt2", True, None),
+    ],
+)
+def test_a_folder_of_the_machine_of_the_run_is_no_base_model(base, local, expected):
+    card = model_card(RESULT | {"base_model": base, "local_model": local})
+    assert front_matter(card).get("base_model") == expected
+    assert ("`tiny`" in card) == (base == "models/tiny" and local is True)
+
+
 def test_names_cannot_break_the_front_matter():
     hostile = RESULT | {"provenance": {"versions": {"modelpress": "0.1\n---\nlicense: mit"}}}
     assert "license" not in front_matter(model_card(hostile))
