@@ -216,6 +216,22 @@ def test_local_paths_stay_at_home(hub, result, tmp_path, base):
     assert read_json(result / "modelpress.json")["model"]["path"] == source
 
 
+def test_relative_paths_stay_at_home(hub, result):
+    recipe = yaml.safe_load((result / "recipe.yaml").read_text())
+    recipe["calibration"]["dataset"] = "priv/acme/chats.jsonl"
+    (result / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    conditions = {"model": "priv/out", "baseline": "priv/lm"}
+    conditions["perplexity_dataset"] = "priv/acme/held.txt (held out)"
+    text = {"value": 9.0, "mean_nll": 2.0, "line": "perplexity 9"}
+    noted = ["priv/out", "priv/lm", "priv/acme/held.txt"]
+    record_evaluation(result, {"perplexity": text, "conditions": conditions, "local": noted})
+    report = pushed(hub, result, base_model="maker/tiny")
+    texts = sent_text(hub, "me/tiny-w4")
+    assert not [name for name, sent in texts.items() if "priv" in sent]
+    assert {*DOCUMENTS, "eval/results.json"} <= set(report["rewritten"]["files"])
+    assert yaml.safe_load(texts["recipe.yaml"])["calibration"]["dataset"] == "chats.jsonl"
+
+
 def test_a_card_of_ones_own_loses_the_paths_that_are_known(hub, result):
     source = yaml.safe_load((result / "recipe.yaml").read_text())["model"]["path"]
     text = f"# Mine\n\nMade of `{source}`, kept in /etc/hosts.\n"
