@@ -263,3 +263,20 @@ def test_the_command_says_how_many_paths_were_rewritten(result, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "local paths are sent as names alone, in README.md" in said
     assert "recipe.yaml" in said
+
+
+def test_the_command_names_files_that_no_result_has(result, capsys):
+    assert main(["push", str(result), "me/tiny-w4", "--dry-run"]) == 0
+    assert "warning" not in capsys.readouterr().out
+    (result / "token").write_text("x")
+    assert main(["push", str(result), "me/tiny-w4", "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: sent too, though no result has such files: token" in said
+
+
+def test_inspect_of_a_gguf_file_names_the_recipe_beside_it(packed, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    made = export(packed().folder, "gguf", tmp_path / "g", round_scales=True, requantise=True)
+    assert main(["inspect", str(made.path / "model.gguf")]) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert "recipe.yaml" in said and "model.gguf/recipe.yaml" not in said
