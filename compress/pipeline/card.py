@@ -186,6 +186,7 @@ def model_card(result: Facts) -> str:
         messages=_messages(bool(result.get("multimodal"))),
         question=QUESTION,
         in_shell=in_shell(result["name"]),
+        from_hub=in_shell(f"hf.co/{result['name']}"),
         request=_request(str(result["name"])),
         before_export=in_markdown(measured_before(result)),
         multimodal=bool(result.get("multimodal")),

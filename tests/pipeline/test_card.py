@@ -360,6 +360,14 @@ def test_a_chat_model_is_asked_a_question():
     assert QUESTION not in model_card(RESULT)
 
 
+@pytest.mark.parametrize("name", ["me/_w8_x_", "me/a_b.c", "mé/w8"])
+def test_commands_for_a_gguf_file_have_the_name_as_it_is(name):
+    card = model_card(RESULT | {"format": "gguf", "files": ["model.gguf"], "name": name})
+    block = card[card.index("llama-cli") :].split("\n```")[0]
+    llama, ollama = map(shlex.split, block.splitlines())
+    assert (llama[2], ollama[2]) == (name, f"hf.co/{name}")
+
+
 @pytest.mark.parametrize("name", ["a'; rm -rf x; '", "$(x)", "a b", "`x`", "a\nb"])
 def test_a_name_is_one_word_of_a_shell(name):
     card = model_card(RESULT | {"chat": True, "bits": {}, "name": name})
