@@ -242,7 +242,7 @@ def _front_matter(result: Facts, bits: Facts) -> str:
     tags += [f"{width}-bit" for width in widths]
     versions = (result.get("provenance") or {}).get("versions") or {}
     calibration = (result.get("recipe") or {}).get("calibration") or {}
-    data = HUB_IDS.get(str(calibration.get("dataset"))) if widths else None
+    data = HUB_IDS.get(str(calibration.get("dataset"))) if widths and _calibrated(result) else None
     fields: dict[str, Any] = {
         "license": said.get("license"),
         "language": said.get("language"),
@@ -262,6 +262,14 @@ def _front_matter(result: Facts, bits: Facts) -> str:
         if value is not None
     }
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
+
+
+def _calibrated(result: Facts) -> bool:
+    """Whether the run has read calibration data: as it noted, else as its recipe says."""
+    provenance, recipe = result.get("provenance") or {}, result.get("recipe") or {}
+    if "calibration" in provenance:
+        return bool(provenance["calibration"])
+    return (recipe.get("quantize") or {}).get("method") == "gptq" or bool(recipe.get("allocate"))
 
 
 def _model_index(result: Facts) -> list[dict[str, Any]] | None:

@@ -104,6 +104,19 @@ def test_a_folder_of_the_machine_of_the_run_is_no_base_model(base, local, expect
     assert ("`tiny`" in card) == (base == "models/tiny" and local is True)
 
 
+def test_only_data_that_was_read_is_among_the_datasets():
+    rtn = RESULT["recipe"] | {"quantize": {"method": "rtn", "bits": 8}}
+    for recipe, noted, read in (
+        (RESULT["recipe"], {}, True),
+        (rtn, {}, False),
+        (rtn, {"calibration": None}, False),
+        (rtn | {"allocate": {"importance": {"name": "logit_divergence"}}}, {}, True),
+        (rtn, {"calibration": {"tokens": 9}}, True),  # read to choose widths
+    ):
+        fields = front_matter(model_card(RESULT | {"recipe": recipe, "provenance": noted}))
+        assert fields.get("datasets") == (["Salesforce/wikitext"] if read else None)
+
+
 def test_names_cannot_break_the_front_matter():
     hostile = RESULT | {"provenance": {"versions": {"modelpress": "0.1\n---\nlicense: mit"}}}
     assert "license" not in front_matter(model_card(hostile))
