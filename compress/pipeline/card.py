@@ -433,7 +433,10 @@ def _calibration_step(calibration: Facts, found: Facts) -> str:
     if counted == tokens:
         text += ", all of which count"
     elif calibration.get("loss_mask") == "assistant":
-        text += f", of which the {counted:,} of the assistant count (loss_mask assistant)"
+        text += (
+            f", of which {counted:,} count: those of the assistant and the first of each "
+            "conversation (loss_mask assistant)"
+        )
     else:
         text += f", of which {counted:,} count"
     return text + (f"; {cut} were cut to {length} tokens." if cut else ".")

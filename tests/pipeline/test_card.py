@@ -261,7 +261,8 @@ def calibrated(facts: dict, **section) -> str:
 def test_conversations_are_counted_as_such():
     done = calibrated(CHATS, loss_mask="assistant", samples=64, length=256)
     assert "Calibration on 48 conversations of chats.jsonl" in done
-    assert "7,243 tokens, of which the 5,064 of the assistant count (loss_mask assistant)" in done
+    assert "7,243 tokens, of which 5,064 count: those of the assistant and the first of" in done
+    assert "each conversation (loss_mask assistant)" in done
     assert "4 were cut to 256 tokens" in done
     done = calibrated(CHATS | {"counted_tokens": 7243, "cut": 0}, loss_mask="all")
     assert "7,243 tokens, all of which count." in done
