@@ -29,6 +29,7 @@ what is not known. Facts come from one dict, of which every key but `name` may b
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,15 @@ from compress.recipe.token_importance import TokenImportance
 from compress.scheme import Scheme
 
 # Conditions of tasks that an entry of the model index names.
-HOW_TASKS = ("chat_template", "limit", "max_length")
+HOW_TASKS = (
+    "chat_template",
+    "chat_template_name",
+    "limit",
+    "max_length",
+    "gen_kwargs",
+    "add_bos_token",
+    "activation_bits",
+)
 ACCURACIES = ("acc", "acc_norm", "exact_match")  # of which a share is left
 ROTATIONS = {"hadamard": "a randomised Hadamard matrix", "random": "a random orthogonal matrix"}
 PRUNING = {
@@ -275,22 +284,20 @@ def _calibrated(result: Facts) -> bool:
 def _model_index(result: Facts) -> list[dict[str, Any]] | None:
     """The measured figures as the hub reads them; None where nothing was measured.
 
-    Figures of before an export are this model's only where it is known to hold the same values.
+    Figures of before an export are this model's only where it is known to hold the same values. Of
+    entries that would be told by nothing but their values the newest stands.
     """
     kind = "image-text-to-text" if result.get("multimodal") else "text-generation"
-    found = []
+    found: list[dict[str, Any]] = []
 
     def add(name: str, how: Mapping[str, object], metrics: list[dict[str, Any]]) -> None:
-        args = {key: value for key, value in how.items() if value is not None}
+        # Copies: what two entries share would be an anchor in the YAML.
+        args = {key: deepcopy(value) for key, value in how.items() if value is not None}
         listed = ", ".join(_argument(key, value) for key, value in args.items())
         data = {"type": _plain(name), "name": _plain(name) + (f" ({listed})" if listed else "")}
-        found.append(
-            {
-                "task": {"type": kind},
-                "dataset": data | ({"args": args} if args else {}),
-                "metrics": metrics,
-            }
-        )
+        data |= {"args": args} if args else {}
+        if all(entry["dataset"] != data for entry in found):
+            found.append({"task": {"type": kind}, "dataset": data, "metrics": metrics})
 
     same = (result.get("export") or {}).get("differs") == []
     for scores in (result.get("evaluation") or {}, *(result.get("earlier") or [])):
@@ -315,7 +322,9 @@ def _model_index(result: Facts) -> list[dict[str, Any]] | None:
             values = [{"type": "perplexity", "value": text["value"]}]
             if kl := scores.get("kl"):
                 values.append({"type": "kl_divergence", "value": kl["mean"]})
-            add(name, {key: text.get(key) for key in ("tokens", "length", "stride")}, values)
+            how = {key: text.get(key) for key in ("tokens", "length", "stride")}
+            how |= {"bos": text.get("bos") or None, "activation_bits": facts.get("activation_bits")}
+            add(name, how, values)
     return [{"name": _plain(result["name"]), "results": found}] if found else None
 
 
