@@ -294,7 +294,10 @@ def _model_index(result: Facts) -> list[dict[str, Any]] | None:
         # Copies: what two entries share would be an anchor in the YAML.
         args = {key: deepcopy(value) for key, value in how.items() if value is not None}
         listed = ", ".join(_argument(key, value) for key, value in args.items())
-        data = {"type": _plain(name), "name": _plain(name) + (f" ({listed})" if listed else "")}
+        data: dict[str, Any] = {
+            "type": _plain(name),
+            "name": _plain(name) + (f" ({listed})" if listed else ""),
+        }
         data |= {"args": args} if args else {}
         if all(entry["dataset"] != data for entry in found):
             found.append({"task": {"type": kind}, "dataset": data, "metrics": metrics})
