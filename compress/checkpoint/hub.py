@@ -1,19 +1,23 @@
 """Publishing a finished checkpoint on the Hugging Face hub.
 
 Policy: only what is finished is pushed (a config, whole weights, no journal of a run under way);
-hidden and temporary files stay at home; and no token is ever part of a message. A dry run lists
+hidden and temporary files stay at home; a link that leads out of the folder is refused, and what
+no result usually holds is named; and no token is ever part of a message. A dry run lists
 what would be sent and reaches for no network.
 
     check_repo_id("me/model-w4")
     with nobody_writing(folder):
         check_finished(folder)
+        check_links(folder)
+        foreign_files(folder, ["notes.txt"])     # those that nobody expects there
         upload(folder, "me/model-w4", private=True, dry_run=True)["bytes"]
 """
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,27 @@ from compress.checkpoint.quantization_config import checked_section, read_config
 from compress.errors import CompressError, UsageError
 from compress.models.config_values import without_names
 from compress.storage.lease import WORK_FOLDER, lease
-from compress.storage.output_folder import unfinished
+from compress.storage.output_folder import COMPANIONS, DESCRIPTIONS, WEIGHTS, unfinished
 from compress.storage.safetensors import CheckpointReader
 
+# What a model's folder usually holds; and what a result has of its own, at whatever place.
+USUAL = (
+    *WEIGHTS,
+    *COMPANIONS,
+    *DESCRIPTIONS,
+    "config.json",
+    "*_config.json",
+    "vocab.*",
+    "*.tiktoken",
+    "*.jinja",
+    "*.md",
+    "*.png",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "eval/*.json",
+    "eval/*.jsonl",
+)
 STAY_HOME = [".*", "*/.*", "*.tmp", "__pycache__/*", "*/__pycache__/*"]
 CARD = "README.md"
 CARD_LINES = 12
@@ -172,6 +194,17 @@ def check_repo_id(repo_id: str) -> None:
         )
 
 
+def check_model_id(model: str) -> None:
+    """UsageError for what the hub cannot call a model: it takes `owner/name`, and older `name`."""
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        raise UsageError(
+            f"base model {model!r} is no id of the hub: expected owner/name, or one name such as "
+            "gpt2, of letters, digits, '-', '_' and '.'"
+        ) from None
+
+
 def check_finished(folder: Path) -> None:
     """UsageError for a folder that is no finished checkpoint, CheckpointError for a damaged one."""
     if unfinished(folder):
@@ -185,6 +218,30 @@ def check_finished(folder: Path) -> None:
         raise UsageError(f"{folder} has no config.json: it is not a finished checkpoint")
     checked_section(read_config(folder), folder / "config.json")  # nobody could load another
     CheckpointReader(folder)  # a truncated or missing shard is noticed here, not by those who load
+
+
+def check_links(folder: Path) -> None:
+    """UsageError for a file that would be sent and lies elsewhere: a link that leads out of the
+    folder. A snapshot in the hub's cache links to the blobs beside it."""
+    inside = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        inside.append(folder.resolve().parents[1] / "blobs")
+    for path in _paths(folder):
+        target = (folder / path).resolve()
+        if not any(target.is_relative_to(place) for place in inside):
+            raise UsageError(
+                f"{folder / path} is a link to {target}, outside the folder: take it away, or put "
+                "a copy in its place"
+            )
+
+
+def foreign_files(folder: Path, known: Collection[str] = ()) -> list[str]:
+    """What would be sent and is neither known nor among what such folders usually hold."""
+    return [
+        path
+        for path in _paths(folder)
+        if path not in known and not any(fnmatch(path, usual) for usual in USUAL)
+    ]
 
 
 def _files(folder: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -77,7 +77,8 @@ def inspect(
         out.print(module_table(found["modules"]))
         rows = [("format", found["format"]), *size_rows(found["bytes"])]
         if found["recipe"]:
-            rows.append(("recipe", f"{found['recipe'].get('name')} ({model / 'recipe.yaml'})"))
+            recipe = (model.parent if model.is_file() else model) / "recipe.yaml"
+            rows.append(("recipe", f"{found['recipe'].get('name')} ({recipe})"))
         if found["provenance"]:
             versions = found["provenance"].get("versions")
             made = versions.items() if isinstance(versions, dict) else ()
@@ -237,6 +238,10 @@ def push(
         out.print(pairs_table([*files, ("total", format_bytes(report["bytes"]))]))
         if report["card_edited"]:
             print_lines(out, "README.md was edited by hand and stays as it is")
+        if foreign := report["foreign"]:
+            more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
+            told = f"warning: sent too, though no result has such files: {', '.join(foreign[:8])}"
+            print_lines(out, told + more)
         if report["unquoted"]:
             print_lines(out, "left out: the excerpt of your calibration text in report.html")
         if paths := report["rewritten"]["paths"]:

@@ -5,6 +5,7 @@ what is not known. Facts come from one dict, of which every key but `name` may b
 
     name         of the model; how the loading examples call it
     base_model   hub id or path of the 16-bit model
+    local_model  whether the base model is a folder of whoever made this one; None: nobody knows
     card         what only a person knows: {"license", "language"}
     format       compressed-tensors, gptq or gguf
     files        of a GGUF model
@@ -28,6 +29,7 @@ what is not known. Facts come from one dict, of which every key but `name` may b
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,15 @@ from compress.recipe.token_importance import TokenImportance
 from compress.scheme import Scheme
 
 # Conditions of tasks that an entry of the model index names.
-HOW_TASKS = ("chat_template", "limit", "max_length")
+HOW_TASKS = (
+    "chat_template",
+    "chat_template_name",
+    "limit",
+    "max_length",
+    "gen_kwargs",
+    "add_bos_token",
+    "activation_bits",
+)
 ACCURACIES = ("acc", "acc_norm", "exact_match")  # of which a share is left
 ROTATIONS = {"hadamard": "a randomised Hadamard matrix", "random": "a random orthogonal matrix"}
 PRUNING = {
@@ -176,7 +186,7 @@ def model_card(result: Facts) -> str:
         front_matter=_front_matter(result, bits),
         name=in_markdown(result["name"]),
         quoted=quoted(result["name"]),
-        base_model=in_code(_public(result["base_model"])) if result.get("base_model") else None,
+        base_model=in_code(_base_name(result)) if result.get("base_model") else None,
         steps=[
             *_steps(recipe, provenance.get("calibration") or {}, bits),
             *_pruning_steps(result.get("pruning")),
@@ -185,6 +195,7 @@ def model_card(result: Facts) -> str:
         messages=_messages(bool(result.get("multimodal"))),
         question=QUESTION,
         in_shell=in_shell(result["name"]),
+        from_hub=in_shell(f"hf.co/{result['name']}"),
         request=_request(str(result["name"])),
         before_export=in_markdown(measured_before(result)),
         multimodal=bool(result.get("multimodal")),
@@ -233,19 +244,19 @@ def _loads(engines: Sequence[tuple[str, str]]) -> dict[str, bool]:
 
 def _front_matter(result: Facts, bits: Facts) -> str:
     """The YAML that the hub reads. base_model only if it can be a hub id: the hub refuses paths."""
-    base = str(result.get("base_model") or "")
+    base = _hub_base(result)
     widths = sorted({row["bits"] for row in bits.get("widths", [])})
     format, said = result.get("format") or "compressed-tensors", result.get("card") or {}
     tags = ["modelpress", *([format] if widths else [])]
     tags += [f"{width}-bit" for width in widths]
     versions = (result.get("provenance") or {}).get("versions") or {}
     calibration = (result.get("recipe") or {}).get("calibration") or {}
-    data = HUB_IDS.get(str(calibration.get("dataset"))) if widths else None
+    data = HUB_IDS.get(str(calibration.get("dataset"))) if widths and _calibrated(result) else None
     fields: dict[str, Any] = {
         "license": said.get("license"),
         "language": said.get("language"),
-        "base_model": base if _is_hub_id(base) else None,
-        "base_model_relation": "quantized" if _is_hub_id(base) else None,
+        "base_model": base,
+        "base_model_relation": "quantized" if base else None,
         "datasets": [data] if data else None,
         "library_name": "gguf" if format == "gguf" else "transformers",
         "pipeline_tag": "image-text-to-text" if result.get("multimodal") else "text-generation",
@@ -262,25 +273,34 @@ def _front_matter(result: Facts, bits: Facts) -> str:
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
 
 
+def _calibrated(result: Facts) -> bool:
+    """Whether the run has read calibration data: as it noted, else as its recipe says."""
+    provenance, recipe = result.get("provenance") or {}, result.get("recipe") or {}
+    if "calibration" in provenance:
+        return bool(provenance["calibration"])
+    return (recipe.get("quantize") or {}).get("method") == "gptq" or bool(recipe.get("allocate"))
+
+
 def _model_index(result: Facts) -> list[dict[str, Any]] | None:
     """The measured figures as the hub reads them; None where nothing was measured.
 
-    Figures of before an export are this model's only where it is known to hold the same values.
+    Figures of before an export are this model's only where it is known to hold the same values. Of
+    entries that would be told by nothing but their values the newest stands.
     """
     kind = "image-text-to-text" if result.get("multimodal") else "text-generation"
-    found = []
+    found: list[dict[str, Any]] = []
 
     def add(name: str, how: Mapping[str, object], metrics: list[dict[str, Any]]) -> None:
-        args = {key: value for key, value in how.items() if value is not None}
+        # Copies: what two entries share would be an anchor in the YAML.
+        args = {key: deepcopy(value) for key, value in how.items() if value is not None}
         listed = ", ".join(_argument(key, value) for key, value in args.items())
-        data = {"type": _plain(name), "name": _plain(name) + (f" ({listed})" if listed else "")}
-        found.append(
-            {
-                "task": {"type": kind},
-                "dataset": data | ({"args": args} if args else {}),
-                "metrics": metrics,
-            }
-        )
+        data: dict[str, Any] = {
+            "type": _plain(name),
+            "name": _plain(name) + (f" ({listed})" if listed else ""),
+        }
+        data |= {"args": args} if args else {}
+        if all(entry["dataset"] != data for entry in found):
+            found.append({"task": {"type": kind}, "dataset": data, "metrics": metrics})
 
     same = (result.get("export") or {}).get("differs") == []
     for scores in (result.get("evaluation") or {}, *(result.get("earlier") or [])):
@@ -305,7 +325,9 @@ def _model_index(result: Facts) -> list[dict[str, Any]] | None:
             values = [{"type": "perplexity", "value": text["value"]}]
             if kl := scores.get("kl"):
                 values.append({"type": "kl_divergence", "value": kl["mean"]})
-            add(name, {key: text.get(key) for key in ("tokens", "length", "stride")}, values)
+            how = {key: text.get(key) for key in ("tokens", "length", "stride")}
+            how |= {"bos": text.get("bos") or None, "activation_bits": facts.get("activation_bits")}
+            add(name, how, values)
     return [{"name": _plain(result["name"]), "results": found}] if found else None
 
 
@@ -338,7 +360,22 @@ def _plain(name: object) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).exists()
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name))
+
+
+def _hub_base(result: Facts) -> str | None:
+    """The base model's id on the hub; None for one that is a folder, as far as anybody knows."""
+    base, local = str(result.get("base_model") or ""), result.get("local_model")
+    if local is None:  # an older result, which does not say
+        local = not _is_hub_id(base) or Path(base).exists()
+    whole = _is_hub_id(base) or bool(re.fullmatch(r"[\w-][\w.-]*", base))
+    return base if whole and not local else None
+
+
+def _base_name(result: Facts) -> str:
+    """How the card calls the base model: a folder by its bare name."""
+    base = str(result["base_model"])
+    return Path(base).name or base if result.get("local_model") else _public(base)
 
 
 def _steps(recipe: Facts, calibrated: Facts, bits: Facts) -> list[str]:
@@ -408,7 +445,10 @@ def _calibration_step(calibration: Facts, found: Facts) -> str:
     if counted == tokens:
         text += ", all of which count"
     elif calibration.get("loss_mask") == "assistant":
-        text += f", of which the {counted:,} of the assistant count (loss_mask assistant)"
+        text += (
+            f", of which {counted:,} count: those of the assistant and the first of each "
+            "conversation (loss_mask assistant)"
+        )
     else:
         text += f", of which {counted:,} count"
     return text + (f"; {cut} were cut to {length} tokens." if cut else ".")

@@ -6,6 +6,8 @@ and of the weights' headers, so the documents can be made as often as is needed.
 
     evaluations   in modelpress.json, the newest first; one that measures what an earlier one has
                   under equal conditions takes its place
+    local         in modelpress.json: which names of the recipe were files or folders of the machine
+                  that made it; a name as short as `models/tiny` could be one of the hub's
     card          in modelpress.json: what only a person knows, `base_model`, `license`, `language`
     card_digest   in modelpress.json: of the README.md written last. Another one was edited by hand,
                   and stays
@@ -40,6 +42,7 @@ APART = (
     "layers",
     "token_sample",
     "files",
+    "local",
     "evaluations",
     "card",
     "card_digest",
@@ -83,10 +86,12 @@ def facts_of(
     export = history.get("export") or {}
     if export and "differs" not in export:  # before it was noted which figures an export has taken
         evaluations = [of | {"before_export": COMPRESSED_TENSORS} for of in evaluations]
+    path = (recipe.get("model") or {}).get("path")
     kind = str((read_json(folder / "config.json") or {}).get("model_type", ""))
     return {
         "name": name or folder.resolve().name,
-        "base_model": said.get("base_model") or (recipe.get("model") or {}).get("path"),
+        "base_model": said.get("base_model") or path,
+        "local_model": None if path is None else _lay_here(path, said, history),
         "card": said,
         "recipe": recipe,
         "format": found["format"],
@@ -112,6 +117,13 @@ def facts_of(
         "export": {"differs": export.get("differs")} if export else None,
         "chat": has_chat_template(folder),
     }
+
+
+def _lay_here(path: str, said: Mapping[str, Any], history: Mapping[str, Any]) -> bool | None:
+    """Whether the base model is a folder of whoever made the result; None: nobody noted it."""
+    if said.get("base_model"):
+        return False
+    return path in history["local"] if "local" in history else None
 
 
 def has_chat_template(folder: Path) -> bool:

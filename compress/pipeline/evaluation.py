@@ -233,7 +233,16 @@ class Evaluator:
         if self.settings.perplexity is not None:
             conditions["perplexity_dataset"] = measured_text(self.settings.perplexity)
         scores["conditions"] = conditions | scores.get("conditions", {})
+        scores["local"] = self._local_names(name)
         return scores
+
+    def _local_names(self, model: str) -> list[str]:
+        """What was measured, on what, and from where, as far as it is a file or folder here."""
+        more = self.settings.include_path
+        folders = [more] if isinstance(more, str | Path) else list(more or [])
+        named = [model, self.baseline_path, self.settings.perplexity, *folders]
+        found = (str(name) for name in named if name is not None)
+        return [name for name in dict.fromkeys(found) if Path(name).expanduser().exists()]
 
 
 def load_measured(

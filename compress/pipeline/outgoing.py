@@ -51,7 +51,8 @@ class Outgoing:
         self.history = {k: v for k, v in history.items() if k != QUOTED or not self.unquoted}
         origins = [part.get("model") for part in (history, recipe)]
         models = [str(of["path"]) for of in origins if isinstance(of, Mapping) and of.get("path")]
-        self.names = PublicNames(models, (history.get("card") or {}).get("base_model"))
+        base_model = (history.get("card") or {}).get("base_model")
+        self.names = PublicNames(models, base_model, [repo_id])
         self.files: set[str] = set()
 
     @contextmanager
@@ -107,10 +108,13 @@ class Outgoing:
             return value
         return {
             key: self.names.within(part)
-            if ORIGIN.fullmatch(str(key)) and isinstance(part, str) and is_local(part)
+            if ORIGIN.fullmatch(str(key)) and isinstance(part, str) and self._is_local(part)
             else self._settings(part)
             for key, part in value.items()
         }
+
+    def _is_local(self, text: str) -> bool:
+        return is_local(text) or text in self.names.relative
 
     def _write_documents(self, place: Path) -> None:
         """recipe.yaml, and card, report and modelpress.json of a folder that has the last."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.data.prompts import CalibrationData, ImagePrompts
+from compress.errors import RecipeError
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.result import RunResult
 from compress.pipeline.token_sample import token_sample
@@ -55,6 +56,7 @@ def provenance(
             "revision": recipe.model.revision,
             "fingerprint": skeleton.reader.fingerprint(),
         },
+        "local": local_names(recipe),
         "calibration": data.facts() if used else None,
         "seeds": {"calibration": recipe.calibration.seed, "rotate": recipe.rotate.seed},
         "average_bits": plan.average_bits,
@@ -70,6 +72,23 @@ def provenance(
         "peak_memory": result.peak_memory,
         "warnings": result.warnings,
     }
+
+
+def local_names(recipe: Recipe) -> list[str]:
+    """The model and the texts that a recipe names and that are files or folders here: the others
+    are known to the hub, or ship with modelpress."""
+    named = [recipe.model.path, recipe.calibration.dataset]
+    if recipe.evaluate is not None and recipe.evaluate.perplexity is not None:
+        named.append(recipe.evaluate.perplexity.dataset)
+    found = (name for name in named if name is not None and _is_here(recipe, name))
+    return list(dict.fromkeys(found))
+
+
+def _is_here(recipe: Recipe, name: str) -> bool:
+    try:
+        return Path(recipe.resolve_path(name)).exists()
+    except RecipeError:  # a text that this run had no need of
+        return False
 
 
 def made_by(folder: Path, recipe: Recipe, mark: str) -> bool:

@@ -92,17 +92,22 @@ def push(
 
     Returns what that gives, and "card_edited": whether README.md was left as somebody edited it;
     "unquoted": whether an excerpt of the calibration text is left out; "rewritten": {"paths",
-    "files"}, how many local paths have other names in what is sent, and in which files.
+    "files"}, how many local paths have other names in what is sent, and in which files; "foreign":
+    the files that are sent and are no part of what modelpress writes, or models usually have.
 
     Raises:
-        UsageError: a folder or an id that cannot be pushed.
+        UsageError: a folder or an id that cannot be pushed, a base model that is no id, a link that
+            leads out of the folder.
         CheckpointError: a config.json that cannot be read.
         CompressError: what the hub answers.
     """
     folder = Path(folder)
     hub.check_repo_id(repo_id)
+    if base_model is not None:
+        hub.check_model_id(base_model)
     with hub.nobody_writing(folder):
         hub.check_finished(folder)
+        hub.check_links(folder)
         found = inspect(folder)
         if not any_folder and not _compressed(found, folder):
             raise UsageError(
@@ -116,6 +121,8 @@ def push(
         said = said | {key: value for key, value in given.items() if value is not None}
         history["card"] = said
         by_hand = edited(folder, history)
+        listed = history.get("files")
+        foreign = hub.foreign_files(folder, listed if isinstance(listed, list) else ())
         outgoing = Outgoing(folder, history, found["recipe"] or {}, repo_id)
         with outgoing.folder() as place:
             report = hub.upload(
@@ -134,6 +141,7 @@ def push(
             rewrite(folder, history, name=repo_id)
     return report | {
         "card_edited": by_hand,
+        "foreign": foreign,
         "unquoted": outgoing.unquoted,
         "rewritten": {"paths": outgoing.names.count, "files": sorted(outgoing.files)},
     }

@@ -88,6 +88,35 @@ def test_a_path_is_no_base_model_for_the_hub(base):
     assert "base_model" not in fields
 
 
+@pytest.mark.parametrize(
+    ("base", "local", "expected"),
+    [
+        ("models/tiny", True, None),
+        ("models/tiny", False, "models/tiny"),
+        ("models/tiny", None, "models/tiny"),  # an older result, which does not say
+        ("gpt2", False, "gpt2"),
+        ("gpt2", True, None),
+    ],
+)
+def test_a_folder_of_the_machine_of_the_run_is_no_base_model(base, local, expected):
+    card = model_card(RESULT | {"base_model": base, "local_model": local})
+    assert front_matter(card).get("base_model") == expected
+    assert ("`tiny`" in card) == (base == "models/tiny" and local is True)
+
+
+def test_only_data_that_was_read_is_among_the_datasets():
+    rtn = RESULT["recipe"] | {"quantize": {"method": "rtn", "bits": 8}}
+    for recipe, noted, read in (
+        (RESULT["recipe"], {}, True),
+        (rtn, {}, False),
+        (rtn, {"calibration": None}, False),
+        (rtn | {"allocate": {"importance": {"name": "logit_divergence"}}}, {}, True),
+        (rtn, {"calibration": {"tokens": 9}}, True),  # read to choose widths
+    ):
+        fields = front_matter(model_card(RESULT | {"recipe": recipe, "provenance": noted}))
+        assert fields.get("datasets") == (["Salesforce/wikitext"] if read else None)
+
+
 def test_names_cannot_break_the_front_matter():
     hostile = RESULT | {"provenance": {"versions": {"modelpress": "0.1\n---\nlicense: mit"}}}
     assert "license" not in front_matter(model_card(hostile))
@@ -232,7 +261,8 @@ def calibrated(facts: dict, **section) -> str:
 def test_conversations_are_counted_as_such():
     done = calibrated(CHATS, loss_mask="assistant", samples=64, length=256)
     assert "Calibration on 48 conversations of chats.jsonl" in done
-    assert "7,243 tokens, of which the 5,064 of the assistant count (loss_mask assistant)" in done
+    assert "7,243 tokens, of which 5,064 count: those of the assistant and the first of" in done
+    assert "each conversation (loss_mask assistant)" in done
     assert "4 were cut to 256 tokens" in done
     done = calibrated(CHATS | {"counted_tokens": 7243, "cut": 0}, loss_mask="all")
     assert "7,243 tokens, all of which count." in done
@@ -286,6 +316,25 @@ def test_the_index_says_how_entries_of_one_task_differ():
     assert "With chat template, system prompt “Be”, 5 shots, limit 50:" in card
 
 
+def test_what_was_measured_twice_alike_is_in_the_index_once():
+    asked = {"limit": 6, "shots": {"demo": 0}, "perplexity_dataset": "wikitext2"}
+    beside = RESULT["evaluation"] | {"conditions": asked, "baseline": RESULT["baseline"]}
+    newer = {"results": {"demo": {"acc": 0.75}}, "conditions": asked}
+    newer |= {"perplexity": {"value": 9.0}}
+
+    def entries(**changed):
+        earlier = beside | {"conditions": asked | changed}
+        card = model_card(RESULT | {"evaluation": newer, "earlier": [earlier]})
+        return front_matter(card)["model-index"][0]["results"]
+
+    assert [entry["metrics"][0]["value"] for entry in entries()] == [0.75, 9.0]
+    kwargs = {"temperature": 1}
+    told = [entry["dataset"]["args"].get("gen_kwargs") for entry in entries(gen_kwargs=kwargs)[::2]]
+    assert told == [None, kwargs]
+    assert len(entries(limit=7)) == 3
+    assert len(entries(activation_bits=8)) == len(entries(activation_bits=8, limit=7)) == 4
+
+
 def test_conditions_are_no_dump():
     said = {"limit": None, "warnings": {}, "samples": {"demo": 9}}
     card = model_card(RESULT | {"evaluation": RESULT["evaluation"] | {"conditions": said}})
@@ -315,7 +364,8 @@ def test_an_export_says_what_was_measured(differs):
     card = model_card(both)
     assert "| this model | 16 bits |" in card and "| before export | 16 bits |" in card
     entries = front_matter(card)["model-index"][0]["results"]
-    assert len(entries) == (4 if differs == [] else 2)
+    # The task was put otherwise; of the text, which was measured alike, the newer figure stands.
+    assert len(entries) == (3 if differs == [] else 2)
 
 
 # ---- how it is used -----------------------------------------------------------------------------
@@ -342,6 +392,14 @@ def test_a_chat_model_is_asked_a_question():
     assert f'llama-cli -m "model.gguf" -st -p "{QUESTION}"' in model_card(gguf | {"name": "tiny"})
     assert "picture.png" in model_card(RESULT | {"chat": True, "multimodal": True})
     assert QUESTION not in model_card(RESULT)
+
+
+@pytest.mark.parametrize("name", ["me/_w8_x_", "me/a_b.c", "mé/w8"])
+def test_commands_for_a_gguf_file_have_the_name_as_it_is(name):
+    card = model_card(RESULT | {"format": "gguf", "files": ["model.gguf"], "name": name})
+    block = card[card.index("llama-cli") :].split("\n```")[0]
+    llama, ollama = map(shlex.split, block.splitlines())
+    assert (llama[2], ollama[2]) == (name, f"hf.co/{name}")
 
 
 @pytest.mark.parametrize("name", ["a'; rm -rf x; '", "$(x)", "a b", "`x`", "a\nb"])

@@ -151,6 +151,20 @@ def test_figures_beside_a_baseline_stay_when_it_is_measured_without_one():
     assert merged(scores(0.5), [alone]) == [scores(0.5)]
 
 
+def test_a_model_that_was_a_folder_of_the_run_is_none_of_the_hub(folder):
+    history = facts(folder)
+    source = yaml.safe_load((folder / "recipe.yaml").read_text())["model"]["path"]
+    assert source in history["local"]
+    recipe = {"model": {"path": "models/tiny"}}
+    local = facts_of(folder, history | {"local": ["models/tiny"]}, recipe=recipe)
+    assert local["local_model"] is True
+    assert facts_of(folder, history, recipe=recipe)["local_model"] is False
+    said = history | {"local": ["models/tiny"], "card": {"base_model": "maker/tiny"}}
+    assert facts_of(folder, said, recipe=recipe)["local_model"] is False
+    del history["local"]
+    assert facts_of(folder, history, recipe=recipe)["local_model"] is None
+
+
 def test_a_card_that_was_edited_by_hand_stays(folder):
     (folder / "README.md").write_text("# Mine\n")
     assert "README.md" not in record_evaluation(folder, scores(0.5))

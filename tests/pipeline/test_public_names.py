@@ -2,7 +2,7 @@
 
 import pytest
 
-from compress.pipeline.public_names import PublicNames, is_local
+from compress.pipeline.public_names import PublicNames, is_local, is_relative
 
 MODEL = "/data/models/tiny"
 
@@ -83,6 +83,43 @@ def test_the_model_is_known_by_any_spelling(tmp_path, monkeypatch):
         assert public(str(tmp_path / "models" / "tiny"), models=[spelled]) == "maker/tiny"
     assert public(MODEL, base=None) == "tiny"
     assert public(MODEL, base="/data/models/tiny") == "tiny"  # a path is no public name
+
+
+def test_a_relative_path_is_known_by_its_key_or_by_note():
+    names = PublicNames(["models/tiny"], "maker/tiny", ["me/w4"])
+    value = {
+        "calibration": {"dataset": "priv/acme/chats.jsonl"},
+        "conditions": {"baseline": "priv/lm", "perplexity_dataset": "priv/held.txt (held out)"},
+        "warnings": ["priv/lm/a.json is odd, priv/lm-2 is not, nor /x/priv/held.txt"],
+        "local": ["models/tiny", "priv/lm", "me/w4", "bare.txt"],
+        "model": {"path": "models/tiny"},
+    }
+    names.learn(value)
+    assert names.within(value) == {
+        "calibration": {"dataset": "chats.jsonl"},
+        "conditions": {"baseline": "lm", "perplexity_dataset": "held.txt (held out)"},
+        "warnings": ["lm/a.json is odd, priv/lm-2 is not, nor held.txt"],
+        "local": ["maker/tiny", "lm", "me/w4", "bare.txt"],
+        "model": {"path": "maker/tiny"},
+    }
+    assert names.count == 8
+    assert names.known_in("Made of priv/lm, see x/priv/lm.") == "Made of lm, see x/priv/lm."
+
+
+@pytest.mark.parametrize("key", ["dataset", "baseline", "path", "perplexity"])
+@pytest.mark.parametrize(
+    "name", ["maker/tiny", "wikitext2", "held.txt", "recipes/demo/lm", "https://a.b/c/d.txt"]
+)
+def test_a_name_of_the_hub_stays_whatever_its_key(key, name):
+    names = PublicNames([], None)
+    names.learn({key: name})
+    assert names.within({key: name}) == {key: name} and not names.count
+
+
+def test_a_relative_path_that_lies_here_is_none_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "priv" / "lm").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_relative("priv/lm") and not is_relative("priv/other")
 
 
 def test_folders_of_lm_eval_are_named_anew():

@@ -1,5 +1,7 @@
 """What is pushed, what is refused, and that no token ever shows. Nothing here uses a network."""
 
+import json
+import shutil
 import traceback
 from functools import partial
 from types import SimpleNamespace
@@ -77,6 +79,52 @@ def test_hidden_and_temporary_files_stay_at_home(finished):
         (finished / name).parent.mkdir(exist_ok=True)
         (finished / name).write_text("secret")
     assert push(finished, "me/model", dry_run=True)["files"] == before
+
+
+def test_a_link_that_leads_out_of_the_folder_is_refused(finished, tmp_path):
+    (tmp_path / "secret").write_text("x")
+    (finished / "copy.json").symlink_to(finished / "config.json")
+    (finished / ".hidden").symlink_to(tmp_path / "secret")  # which stays at home
+    push(finished, "me/model", dry_run=True)
+    (finished / "eval/passwd.json").symlink_to(tmp_path / "secret")
+    for dry_run in (True, False):
+        with refused(UsageError, "eval/passwd.json", tmp_path / "secret", "link"):
+            push(finished, "me/model", dry_run=dry_run, api=NoApi())
+
+
+def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(finished, tmp_path):
+    snapshot, blobs = tmp_path / "m" / "snapshots" / "0a", tmp_path / "m" / "blobs"
+    blobs.mkdir(parents=True)
+    finished.rename(blobs / "all")
+    snapshot.mkdir(parents=True)
+    for file in ("config.json", "model.safetensors"):
+        (snapshot / file).symlink_to(f"../../blobs/all/{file}")
+    assert len(push(snapshot, "me/model", dry_run=True)["files"]) == 2
+
+
+def test_files_that_no_result_has_are_named(finished):
+    usual = ["tokenizer.json", "chat_template.jinja", "LICENSE", "eval/lm/r.json", "eval/a.png"]
+    for name in (*usual, "model-00001-of-00002.safetensors", "additional_chat_templates/a.jinja"):
+        (finished / name).parent.mkdir(exist_ok=True)
+        shutil.copy(finished / "model.safetensors", finished / name)
+    assert push(finished, "me/model", dry_run=True)["foreign"] == []
+    for name in ("token", "notes.txt", "training.json"):
+        (finished / name).write_text("x")
+    (finished / "modelpress.json").write_text(json.dumps({"files": ["training.json"]}))
+    assert push(finished, "me/model", dry_run=True)["foreign"] == ["notes.txt", "token"]
+
+
+@pytest.mark.parametrize(
+    "base_model", ["not an id", "/data/real", "a/b/c", "", "./x", "../x", "~/x", "me/", "x.git"]
+)
+def test_a_base_model_that_is_no_id_is_refused_first(tmp_path, base_model):
+    with refused(UsageError, "base model", repr(base_model)):
+        push(tmp_path / "absent", "me/model", base_model=base_model, api=NoApi())
+
+
+@pytest.mark.parametrize("base_model", ["gpt2", "maker/tiny-1.5B"])
+def test_a_base_model_has_an_owner_or_is_an_old_one(finished, base_model):
+    push(finished, "me/model", base_model=base_model, dry_run=True)
 
 
 @pytest.mark.parametrize(

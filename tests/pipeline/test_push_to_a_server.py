@@ -216,6 +216,22 @@ def test_local_paths_stay_at_home(hub, result, tmp_path, base):
     assert read_json(result / "modelpress.json")["model"]["path"] == source
 
 
+def test_relative_paths_stay_at_home(hub, result):
+    recipe = yaml.safe_load((result / "recipe.yaml").read_text())
+    recipe["calibration"]["dataset"] = "priv/acme/chats.jsonl"
+    (result / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    conditions = {"model": "priv/out", "baseline": "priv/lm"}
+    conditions["perplexity_dataset"] = "priv/acme/held.txt (held out)"
+    text = {"value": 9.0, "mean_nll": 2.0, "line": "perplexity 9"}
+    noted = ["priv/out", "priv/lm", "priv/acme/held.txt"]
+    record_evaluation(result, {"perplexity": text, "conditions": conditions, "local": noted})
+    report = pushed(hub, result, base_model="maker/tiny")
+    texts = sent_text(hub, "me/tiny-w4")
+    assert not [name for name, sent in texts.items() if "priv" in sent]
+    assert {*DOCUMENTS, "eval/results.json"} <= set(report["rewritten"]["files"])
+    assert yaml.safe_load(texts["recipe.yaml"])["calibration"]["dataset"] == "chats.jsonl"
+
+
 def test_a_card_of_ones_own_loses_the_paths_that_are_known(hub, result):
     source = yaml.safe_load((result / "recipe.yaml").read_text())["model"]["path"]
     text = f"# Mine\n\nMade of `{source}`, kept in /etc/hosts.\n"
@@ -247,3 +263,20 @@ def test_the_command_says_how_many_paths_were_rewritten(result, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "local paths are sent as names alone, in README.md" in said
     assert "recipe.yaml" in said
+
+
+def test_the_command_names_files_that_no_result_has(result, capsys):
+    assert main(["push", str(result), "me/tiny-w4", "--dry-run"]) == 0
+    assert "warning" not in capsys.readouterr().out
+    (result / "token").write_text("x")
+    assert main(["push", str(result), "me/tiny-w4", "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: sent too, though no result has such files: token" in said
+
+
+def test_inspect_of_a_gguf_file_names_the_recipe_beside_it(packed, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    made = export(packed().folder, "gguf", tmp_path / "g", round_scales=True, requantise=True)
+    assert main(["inspect", str(made.path / "model.gguf")]) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert "recipe.yaml" in said and "model.gguf/recipe.yaml" not in said
