@@ -1,5 +1,7 @@
 """The forecast of a run's time: which work is counted, and how it grows; not how long it is."""
 
+from pathlib import Path
+
 import pytest
 
 import compress
@@ -10,6 +12,7 @@ from compress.recipe.recipe import Recipe
 from support.calling import modelpress
 from support.moe_families import write_mixture
 
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 PARTS = {"products", "hessians", "solves", "attention", "between"}
 
 
@@ -90,6 +93,17 @@ def test_experts_see_the_tokens_that_are_routed_to_them(steady, tmp_path):
     }
     found = time_forecast(RunInputs.foretell(Recipe.of(recipe)))
     assert set(found.parts) == PARTS
+
+
+@pytest.mark.parametrize("name", ["DeepSeek-V3", "gpt-oss-20b", "gemma-3-4b", "Qwen3-VL-8B"])
+def test_structures_of_other_kinds(monkeypatch, tmp_path, name):
+    """Latent attention, experts with biases, post-norms, a vision tower; by config.json alone."""
+    monkeypatch.setattr(_Pieces, "_timed", lambda self, key, prepare: 1.0)
+    (tmp_path / "config.json").write_bytes((CONFIGS / f"{name}.json").read_bytes())
+    calibration = {"dataset": "python-stdlib", "samples": 4, "length": 512}
+    recipe = {"model": str(tmp_path), "calibration": calibration, "quantize": {"method": "rsq"}}
+    found = time_forecast(RunInputs.foretell(Recipe.of(recipe)))
+    assert set(found.parts) == PARTS and min(found.parts.values()) > 0
 
 
 def test_a_plan_has_it_where_it_is_asked_for():
