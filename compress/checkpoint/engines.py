@@ -186,9 +186,9 @@ def loading_table(
 
 
 def _parts_experts(kind: str) -> bool:
-    """Whether files of 16 bits hold experts of this type as one tensor."""
+    """Whether engines know experts of this type as one tensor alone, as files of 16 bits do."""
     experts = experts_of(kind)
-    return experts is not None and experts.files is not None
+    return experts is not None and experts.files is not None and not experts.parted
 
 
 def _with_tables(schemes: Schemes, tables: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -48,9 +48,8 @@ from compress.models.config_values import (
     check_generation,
     check_tokenizer,
 )
-from compress.models.families import experts_of, refuse_partly_seen
+from compress.models.families import MULTIMODAL, experts_of, refuse_partly_seen
 from compress.models.pretrained import TOKENIZER_FILES, guarded, local_folder, processor_reader
-from compress.pruning.families import FAMILIES
 from compress.pruning.saved import apply_strategy, saved_strategy
 from compress.storage.indexed import indexed
 from compress.storage.safetensors import CheckpointReader
@@ -93,7 +92,7 @@ def load(
     config = guarded(path, AutoConfig.from_pretrained)
     refuse_partly_seen(config)
     strategy = saved_strategy(config, path) if prune else None
-    multimodal = config.model_type in FAMILIES
+    multimodal = config.model_type in MULTIMODAL
     kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     if dtype is None and _is_slow(config, device):
         dtype = torch.float32

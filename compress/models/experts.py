@@ -122,9 +122,18 @@ class OpenedExperts(nn.Module):
             token, weight = routing.of(number)
             if len(token):
                 with self.at_hand(number):
-                    y = self.narrowed(number, self.widened(number, hidden_states[token]))
-                out.index_add_(0, token, (y * weight[:, None]).to(out.dtype))
+                    y = self.answers(number, hidden_states[token], weight)
+                out.index_add_(0, token, y.to(out.dtype))
         return out
+
+    def read_by(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """[n, d], what an expert reads of its tokens, given the router's weights [n]."""
+        return rows * weight[:, None] if self.names.scaled_input else rows
+
+    def answers(self, number: int, rows: Tensor, weight: Tensor) -> Tensor:
+        """[n, d], what an expert adds to its tokens."""
+        y = self.narrowed(number, self.widened(number, self.read_by(rows, weight)))
+        return y if self.names.scaled_input else y * weight[:, None]
 
 
 class StandIn(nn.Module):
@@ -167,15 +176,40 @@ def open_experts(model: nn.Module, names: ExpertNames) -> None:
         and module.get_parameter(FUSED[0]).ndim == 3
     }
     for name, module in fused.items():
-        if not hasattr(module, "_apply_gate"):
-            raise UsageError(f"{name} has experts that are not known to be gated")
         block, _, place = name.rpartition(".")
+        if names.scaled_input:
+            _scale_inputs(modules[block], module)
+        elif not hasattr(module, "_apply_gate"):
+            raise UsageError(f"{name} has experts that are not known to be gated")
         modules[block].register_module(place, OpenedExperts(module, names))
         if names.router is not None:
             _nest(modules[block].get_submodule("router"), names.router)
         parent, _, inner = block.rpartition(".")
         if names.block is not None and inner != names.block:
             _rename(modules[parent], inner, names.block)
+
+
+def _scale_inputs(block: nn.Module, fused: nn.Module) -> None:
+    """A block that gives all experts all tokens, most of them times zero, gives each its own.
+
+    Its experts are called as those of other families are then. Its router gives the scores [N, E]
+    of all experts, zero for those that a token does not go to, and its logits [N, E].
+    """
+
+    def forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        rows = hidden_states.flatten(0, -2)
+        scores, logits = self.router(rows)
+        index = logits.topk(cast(int, self.top_k), dim=1).indices
+        routed = self.experts(rows, index, scores.gather(1, index))
+        return (self.shared_expert(rows) + routed).view_as(hidden_states), logits
+
+    def gated(both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return up * cast(nn.Module, fused.act_fn)(gate)
+
+    fused.__dict__["_apply_gate"] = gated
+    kind = type(block)
+    block.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
 
 def _rename(parent: nn.Module, name: str, new: str) -> None:

@@ -52,6 +52,10 @@ class ExpertNames:
         transposed: whether those are [E, K, N]; None where their shape says.
         interleaved: whether they have gate and up in turns.
         mxfp4: whether there are files with codes of 4 bits in their place, which are read too.
+        scaled_input: whether the router's weight multiplies what an expert reads, and not what it
+            gives.
+        parted: whether transformers looks for each expert by itself, in 16 bits too, where a folder
+            has anything that is quantised.
     """
 
     gate: str = "gate_proj"
@@ -63,6 +67,8 @@ class ExpertNames:
     transposed: bool | None = False
     interleaved: bool = False
     mxfp4: bool = False
+    scaled_input: bool = False
+    parted: bool = False
 
     @property
     def linears(self) -> tuple[str, str, str]:
@@ -205,7 +211,7 @@ class ArchitectureSpec:
     """Names of the parts of one model, as its checkpoint and its modules spell them.
 
     Attributes:
-        base: all but the head.
+        base: all but the head; "" where no module is that, and the whole model takes embeddings.
         kinds: how each decoder layer is built; one for all where it is one.
         embedding_scale: what rows of the embedding are multiplied by, and `scaled_by_module`
             whether the embedding's own module does so.
@@ -298,6 +304,13 @@ ARCHITECTURES: dict[str, Family] = {
     "hyperclovax": Family("HyperCLOVA X", AFTER),
 }
 
+_LLAMA4 = ExpertNames(
+    files=("experts.gate_up_proj", "experts.down_proj"),
+    transposed=True,
+    scaled_input=True,
+    parted=True,
+)
+
 # Decoders with experts, which `models/experts.py` opens.
 MIXTURES: dict[str, Family] = {
     "mixtral": Family(
@@ -339,6 +352,7 @@ MIXTURES: dict[str, Family] = {
             mxfp4=True,
         ),
     ),
+    "llama4_text": Family("Llama 4, text alone", since="5.23", experts=_LLAMA4),
 }
 
 
@@ -364,6 +378,7 @@ class SeeingFamily:
 
 
 # Why an image's tokens all stay.
+CHUNKS = "its decoder attends in chunks, which a shorter prompt would cut elsewhere"
 WINDOWS = "its decoder has sliding windows, which a shorter prompt would widen"
 LINEAR = "its decoder has linear attention, where what was read leaves its mark"
 TOGETHER = "tokens of an image attend to those behind them, which is not followed here"
@@ -424,6 +439,22 @@ _IDEFICS = _multimodal(
         spellings=(),
     ),
     "text_model",
+)
+
+# The decoder is a causal model with a head of its own, and nothing has that and the tower alone.
+_LLAMA4_SEEING = ArchitectureSpec(
+    base="",
+    layers="language_model.model.layers",
+    embedding="language_model.model.embed_tokens",
+    rotary="language_model.model.rotary_emb",
+    final_norm="language_model.model.norm",
+    head="language_model.lm_head",
+    vision=VisionSpec(
+        projectors=("multi_modal_projector.linear_1",),
+        vectors=(),
+        ignored=("re:.*vision_model.*", "re:.*multi_modal_projector.*"),
+        spellings=(),
+    ),
 )
 
 # LLaVA and its kin hold many decoders. The unpadded tiles of NeXT and OneVision end each row with
@@ -492,6 +523,9 @@ MULTIMODAL: dict[str, SeeingFamily] = {
             )
         ),
     ),
+    "llama4": SeeingFamily(
+        "Llama 4 Scout, Maverick", _LLAMA4_SEEING, None, CHUNKS, since="5.23", experts=_LLAMA4
+    ),
 }
 # What families call the decoder that is theirs alone.
 OWN_DECODERS = (
@@ -500,6 +534,7 @@ OWN_DECODERS = (
     "qwen3_vl_text",
     "qwen3_vl_moe_text",
     "glm4v_text",
+    "llama4_text",
 )
 INSIDE = (*ARCHITECTURES, *OWN_DECODERS)
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from compress.models.families import (
     AFTER,
     ARCHITECTURES,
+    CHUNKS,
     LINEAR,
     MEAN,
     MIXTURES,
@@ -51,6 +52,7 @@ METHODS = "rtn, gptq"
 ROTATES = {None: "yes", MEAN: "no: LayerNorm", AFTER: "no: post-norms"}
 PRUNES = {
     None: "yes",
+    CHUNKS: "no: chunks",
     WINDOWS: "no: windows",
     LINEAR: "no: linear attention",
     TOGETHER: "no: image seen whole",

@@ -173,11 +173,11 @@ def finished(model: nn.Module, spec: ArchitectureSpec, products: Tensor) -> Tens
     if place != spec.base:  # what a multimodal one makes of embeddings, and hands on
         width = decoder.get_submodule(spec.embedding.rpartition(".")[2]).embedding_dim
         given = {"inputs_embeds": products.new_zeros(1, 1, cast(int, width))}
-    setattr(model, spec.head, nn.Identity())
+    model.set_submodule(spec.head, nn.Identity())
     setattr(parent, name, _Products(products.reshape(1, -1, products.shape[-1])))
     try:
         logits: Tensor = model(**given, use_cache=False).logits
         return logits.view(products.shape)
     finally:
-        setattr(model, spec.head, head)
+        model.set_submodule(spec.head, head)
         setattr(parent, name, decoder)

@@ -196,6 +196,13 @@ class Skeleton:
             return {}
         return {index: wholes_of(layer) for index, layer in enumerate(layers.children())}
 
+    def written_wholes(self, index: int, packed: bool) -> list[Whole]:
+        """The tensors of all experts of a layer in a result, by their names inside the layer.
+
+        `packed`: whether anything in it is. They are written where none of their parts is packed.
+        """
+        return [w for w in self.wholes.get(index, ()) if not (packed and w.names.parted)]
+
     def _described(self) -> tuple[CheckpointReader, LeftOver]:
         """The tensors that files of this config would hold, in the dtype that it names."""
         dtype = self.said_dtype or ASSUMED_DTYPE
@@ -237,7 +244,7 @@ class Skeleton:
     @property
     def base(self) -> "PreTrainedModel":
         """The model without its head: of a multimodal one, vision and language model."""
-        return cast("PreTrainedModel", self.model.get_submodule("model"))
+        return cast("PreTrainedModel", self.model.get_submodule(self.spec.base))
 
     @property
     def dtype(self) -> torch.dtype:

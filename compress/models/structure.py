@@ -114,6 +114,11 @@ def close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= EXACT * b.abs().max())
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is a linear that gives products: some routers inherit from it and give more."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 # ---- one forward --------------------------------------------------------------------------------
 
 
@@ -126,7 +131,7 @@ def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
     # What stands in for opened experts is in the copy, and they, hundreds maybe, are not copied.
     layer = copy.deepcopy(layer, {id(opened[name]): experts[name] for name in opened})
     for name, module in [*layer.named_modules()]:
-        if isinstance(module, nn.Linear):
+        if is_plain(module):
             layer.set_submodule(name, Linear(module, draw))
     linears = {name: m for name, m in layer.named_modules() if isinstance(m, Linear)}
     for name, linear in linears.items():
@@ -208,7 +213,7 @@ def layer_spec(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Lay
     if len(parts) != 2 or any("." not in name for name in inside):
         raise UsageError(f"its layers have linears in {', '.join(parts)}, not in attention and MLP")
     attention, mlp = parts
-    lost = [n for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
+    lost = [n for n, m in layer.named_modules() if is_plain(m)]
     routed = tuple(f"{name}." for name in seen.experts)
     lost = [name for name in lost if not name.startswith(routed)]
     if lost := [name for name in lost if name not in seen.linears]:

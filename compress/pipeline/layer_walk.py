@@ -252,7 +252,8 @@ class LayerWalk:
     def _join(self, written: dict[str, Tensor], prefix: str, source: int) -> None:
         """Puts experts back together that the files of the model hold as one tensor."""
         names = (name.removeprefix(prefix) for name in written)
-        for name, whole in joined(names, self.skeleton.wholes.get(source, [])).items():
+        wholes = self.skeleton.written_wholes(source, bool(self.plan.modules))
+        for name, whole in joined(names, wholes).items():
             inside = {n: written.pop(prefix + n) for part in whole.parts for n in part}
             written[prefix + name] = whole.join(inside)
 

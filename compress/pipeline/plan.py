@@ -405,7 +405,7 @@ def _unquantised(
     kept = {name: shape for name, shape in shapes.items() if name and name not in chosen}
     for place, source in enumerate(layers):
         prefix = f"{skeleton.spec.layers}.{place}."
-        wholes = [whole.inside(prefix) for whole in skeleton.wholes.get(source, [])]
+        wholes = [w.inside(prefix) for w in skeleton.written_wholes(source, bool(modules))]
         for name, whole in joined(kept, wholes).items():
             for part in (part for parts in whole.parts for part in parts):
                 del kept[part]

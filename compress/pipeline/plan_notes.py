@@ -129,6 +129,12 @@ def _family_problems(inputs: RunInputs) -> list[str]:
         )
     if recipe.quantize.experts != Experts() and not any(k.experts for k in spec.kinds):
         problems.append(f"quantize.experts: this {kind!r} has no experts: leave it out")
+    scaled = any(k.experts and k.experts.names.scaled_input for k in spec.kinds)
+    if recipe.quantize.experts.routing_weight and scaled:
+        problems.append(
+            f"quantize.experts.routing_weight: the router of a {kind!r} multiplies what experts "
+            f"read, so their Hessians have its weights already: leave it out"
+        )
     allocates = recipe.allocate is not None and recipe.allocate.method != "remove"
     if allocates and any(k.experts for k in spec.kinds):
         problems.append(

@@ -10,10 +10,12 @@ and at the end the family's own block, given that sum as what its experts make, 
 memory is one expert, if the layer reads them when their turn comes, and its Hessian.
 
 A token weighs in an expert's Hessian what it weighs in the layer's others; with `routing_weight`,
-times what the router multiplies the expert's output by. An expert that fewer than `least_rows`
-counted tokens reach follows `policy`, since one that none reaches would have no Hessian at all:
+times what the router multiplies the expert's output by. (Llama 4's multiplies what the expert
+reads, and is in its Hessian so.) An expert that fewer than `least_rows` counted tokens reach
+follows `policy`, since one that none reaches would have no Hessian at all:
 
-    all_tokens        its Hessians are those of all tokens, each weighing as in the layer
+    all_tokens        its Hessians are those of all tokens, each weighing as in the layer, times no
+                      weight of the router
     rtn               its weights are rounded to nearest
     shared_hessian    its Hessians are the sum of its own and those of all experts that enough
                       tokens reach, which come before it; where there are none, all_tokens
@@ -192,6 +194,8 @@ class ExpertPass:
                 token, weight = self.chosen(routings[i], number, len(rows), policy)
                 if len(token):
                     rows = norm(rows[token.to(rows.device)])
+                    if policy != "all_tokens":
+                        rows = opened.read_by(rows, routings[i].of(number)[1])
                     rows = opened.widened(number, rows) if outer else rows
                     self.add_rows(parts, i, rows, token, weight, z)
             stages.complete(parts)
@@ -202,8 +206,7 @@ class ExpertPass:
         for i, z in stages.batches(stages.y):
             token, given = routings[i].of(number)
             if len(token):
-                rows = norm(z.flatten(0, -2)[token])
-                y = opened.narrowed(number, opened.widened(number, rows)) * given[:, None]
+                y = opened.answers(number, norm(z.flatten(0, -2)[token]), given)
                 stages.work[i] = stages.work[i].to(stages.device).index_add(0, token, y)
 
     def chosen(

@@ -78,7 +78,7 @@ class TokenWeigher:
             sliding_window=sliding_window,
             token_counts=self.token_counts,
             softcap=spec.softcap,
-            seen=seen_ahead(inputs),
+            seen=otherwise_seen(inputs, sliding_window),
             sinks=None if spec.sinks is None else layer.get_parameter(spec.sinks),
         )
         try:
@@ -149,13 +149,19 @@ class TokenWeigher:
         return facts
 
 
-def seen_ahead(inputs: LayerInputs) -> Tensor | None:
-    """Which keys each query sees [1, T, T], where some see keys behind them; else None."""
+def otherwise_seen(inputs: LayerInputs, sliding_window: int | None) -> Tensor | None:
+    """Which keys each query sees [1, T, T], where that is not all, or a window's, before it.
+
+    As within an image, or where attention is in chunks.
+    """
     mask = inputs["attention_mask"]
     if mask is None:
         return None
     seen = (mask if mask.dtype is torch.bool else mask == 0)[:, 0]  # or a large negative number
-    return seen if bool(seen.triu(1).any()) else None
+    before = torch.ones(seen.shape[1:], dtype=torch.bool, device=seen.device).tril()
+    if sliding_window is not None:
+        before = before.triu(1 - sliding_window)
+    return None if bool((seen == before).all()) else seen
 
 
 def queries_keys(

@@ -24,6 +24,8 @@ from compress.recipe.expressions import check_pattern, check_patterns, compiled
 from compress.recipe.source import FieldError
 from compress.registry import LAYER_IMPORTANCE, Registry
 
+HEAD = "lm_head"  # what its last name is in every family
+
 # Layer scores that are an error for each width.
 MEASURED_SCORES = ("weight_error", "output_error", "logit_divergence")
 
@@ -31,11 +33,12 @@ MEASURED_SCORES = ("weight_error", "output_error", "logit_divergence")
 def matches(pattern: str, name: str) -> bool:
     """Whether a full module name is `pattern`, or matches its regular expression `re:...`.
 
-    The expression must match from the start of the name, as in compressed-tensors.
+    The expression must match from the start of the name, as in compressed-tensors. `lm_head` is the
+    head of any model, also where it is inside another module.
     """
     if pattern.startswith("re:"):
         return compiled(pattern[3:]).match(name) is not None
-    return pattern == name
+    return pattern in (name, name.rpartition(".")[2] if pattern == HEAD else name)
 
 
 def _check_pattern(pattern: str) -> str:

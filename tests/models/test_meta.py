@@ -13,6 +13,8 @@ class Experts(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(256, 2**20, 2**20))
         self.inner = nn.Linear(2**20, 2**20)
+        self.zeros = nn.Parameter(torch.zeros(256, 2**20, 2**20))
+        self.same = nn.Parameter(torch.zeros((256, 2**20, 2**20)))
         self.register_buffer("angles", 1 / 10 ** torch.arange(4.0))
         nn.init.normal_(self.weight, std=0.02)
         nn.init.trunc_normal_(tensor=self.weight)

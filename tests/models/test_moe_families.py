@@ -78,7 +78,7 @@ def reloaded(monkeypatch):
 
 def test_every_row_is_tested_and_nothing_else():
     assert list(dict.fromkeys(map(type_of, MIXED))) == list(MIXTURES)
-    assert {*PARTED} | {"qwen3_vl_moe"} == {*TOGETHER}
+    assert {*TOGETHER_ALONE} | {"qwen3_vl_moe"} == {*TOGETHER}
 
 
 @every_family
@@ -437,16 +437,19 @@ def test_ties_between_experts_go_as_in_transformers(tmp_path, family, rotate, re
 # ---- token importance ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "qwen3_next", "minimax_m2"])
+@pytest.mark.parametrize(
+    "family", ["gpt_oss", "granitemoe", "qwen3_next", "minimax_m2", "llama4_text"]
+)
 def test_token_weights_are_the_column_sums_of_eager_maps(folder_of, family):
-    """Of gpt-oss those with attention sinks, which take their share of every query."""
+    """Of gpt-oss those with attention sinks, which take their share of every query; of Llama 4
+    those of chunks."""
     compare_with_eager_maps(folder_of(family), IDS)
 
 
 # ---- experts that files hold together -----------------------------------------------------------
 
 PARTED = {kind: row.experts.files for kind, row in MIXTURES.items() if row.experts.files}
-ALL_EXPERTS = "re:.*experts.*"
+TOGETHER_ALONE = [kind for kind in PARTED if not MIXTURES[kind].experts.parted]
 every_parted = pytest.mark.parametrize("family", PARTED)
 
 
@@ -460,15 +463,23 @@ def test_experts_in_16_bits_are_written_as_they_were_read(folder_of, family, sec
         recipe(folder_of(family), "hadamard", **sections), tmp_path / "out", windows=WINDOWS
     )
     assert result.self_check["relative_error"] < 1e-5
+    spec = Skeleton(folder_of(family)).spec
     source, found = CheckpointReader(folder_of(family)), CheckpointReader(tmp_path / "out")
     whole = [n for n in source.names if any(file in n for file in PARTED[family])]
-    assert len(whole) == LAYERS * (4 if family == "gpt_oss" else 2)
-    assert all(found.shape(name) == source.shape(name) for name in whole)
+    count = sum(spec.layer(index).experts is not None for index in range(LAYERS))
+    assert len(whole) == count * (4 if family == "gpt_oss" else 2)
+    if MIXTURES[family].experts.parted and "method" not in sections:
+        inner = [name for kind in spec.kinds if kind.experts for name in kind.experts.inner(0)]
+        assert all(any(f"{name}.weight" in n for n in found.names) for name in inner)
+        assert not {*whole} & {*found.names}
+    else:
+        assert all(found.shape(name) == source.shape(name) for name in whole)
+    assert result.plan.bytes["total"] == found.nbytes()
     error = relative_error(logits_of(tmp_path / "out", IDS), logits_of(folder_of(family), IDS))
     assert error < (1e-5 if "method" in sections else 0.5)
 
 
-@every_parted
+@pytest.mark.parametrize("family", TOGETHER_ALONE)
 def test_packed_experts_are_read_by_load_and_by_no_other(folder_of, family, tmp_path):
     result = run(recipe(folder_of(family), method="rtn"), tmp_path / "out", windows=WINDOWS)
     assert result.self_check["relative_error"] < 1e-5
@@ -570,6 +581,13 @@ REFUSED = [
     ({"quantize": {"overrides": [{"match": r"re:.*down_proj", "bits": 8}]}}, "experts"),
     ({"allocate": {"average_bits": 3.5, "widths": [3, 4], "importance": "position"}}, "allocate"),
 ]
+
+
+def test_a_weight_that_is_in_what_experts_read_is_given_once(folder_of):
+    folder = folder_of("llama4_text")
+    made = recipe(folder, method="gptq", experts={"routing_weight": True})
+    (problem,) = make_plan(RunInputs.of(made, Skeleton(folder))).problems
+    check_line(problem, "routing_weight", "'llama4_text'", "leave it out")
 
 
 @pytest.mark.parametrize("sections, place", REFUSED)

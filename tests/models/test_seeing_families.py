@@ -18,8 +18,10 @@ from compress.cli.main import main
 from compress.data.prompts import ImagePrompts, probe_prompt
 from compress.errors import CheckpointError, UsageError
 from compress.importance.weighting import mean_one, normalise
+from compress.loading import load as load_module
 from compress.models.families import MULTIMODAL
 from compress.models.skeleton import Skeleton
+from compress.models.structure import is_plain
 from compress.models.vision import Added, encode, rows_of, vision_at_work
 from compress.pipeline import run as run_module
 from compress.pipeline.inputs import RunInputs
@@ -122,7 +124,7 @@ def test_the_row_says_what_is_found(folder_of, family):
     assert skeleton.spec.unrotatable == MULTIMODAL[type_of(family)].unrotatable
     for index in range(skeleton.num_layers):
         layer = skeleton.model.get_submodule(f"{skeleton.spec.layers}.{index}")
-        linears = {n for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+        linears = {n for n, m in layer.named_modules() if is_plain(m)}
         assert sorted(skeleton.spec.layer(index).linears) == sorted(linears)  # no router is one
     mapped = [skeleton.spec.layer(index).attends for index in range(skeleton.num_layers)]
     assert all(mapped) == (MULTIMODAL[type_of(family)].weighs == "all layers")
@@ -138,13 +140,18 @@ def reloaded(monkeypatch):
 
 
 @every_family
-def test_rounded_to_8_bits_it_hardly_differs(folder_of, family, tmp_path, reloaded):
+def test_rounded_to_8_bits_it_hardly_differs(folder_of, family, tmp_path, reloaded, monkeypatch):
+    """And is loaded whole, packed or not."""
     folder = folder_of(family)
     run(recipe(folder, method="rtn", bits=8), tmp_path / "out", check_source=False)
     assert max(reloaded) < 1e-5
     probe = probe_prompt(Skeleton(folder))
-    error = relative_error(logits_of(tmp_path / "out", probe), logits_of(folder, probe))
-    assert 0 < error < 0.1
+    found = logits_of(tmp_path / "out", probe)
+    assert 0 < relative_error(found, logits_of(folder, probe)) < 0.1
+    monkeypatch.setattr(load_module, "_read_processor", lambda *_, **options: None)
+    loaded, _ = compress.load(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        assert relative_error(loaded(**probe).logits, found) < 1e-5
 
 
 @every_family

@@ -53,6 +53,13 @@ MIXED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"num_local_experts": EXPERTS, "rotary_dim": 8},
     "granitemoe": SCALED | {"num_local_experts": EXPERTS},
     "gpt_oss": SLIDING | {"num_local_experts": EXPERTS, "swiglu_limit": 1.1},
+    "llama4_text": {"num_local_experts": EXPERTS, "num_experts_per_tok": 1, "moe_layers": [1],
+                    "intermediate_size_mlp": 48, "no_rope_layers": [1, 0],
+                    "attention_chunk_size": WINDOW, "attn_temperature_tuning": True,
+                    "floor_scale": 4, "attn_scale": 0.7, "use_qk_norm": True},
+    "llama4_text-two": {"num_local_experts": EXPERTS, "moe_layers": [0, 1],
+                        "no_rope_layers": [0, 1], "attention_chunk_size": 64,
+                        "use_qk_norm": False},
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ COUNTS = {
     "InternVL3-8B": 7.94, "LLaVA-OneVision-7B": 8.03,
     "Llama-3.1-405B": 406, "Llama-3.1-70B": 70.6, "Llama-3.1-8B": 8.03,
     "Llama-3.2-1B": 1.23, "Llama-3.2-3B": 3.21, "Llama-3.3-70B": 70.6,
+    "Llama-4-Maverick": 402, "Llama-4-Scout": 109,
     "Ministral-8B": 8.02, "Mistral-7B-v0.3": 7.25, "Mistral-Nemo": 12.2,
     "Mistral-Small-24B": 23.6, "Mistral-Small-3.2": 24.0,
     "Mixtral-8x22B": 141, "Mixtral-8x7B": 46.7,
@@ -61,6 +62,8 @@ SOURCES = {
     "transformers' default tower",
     "LLaVA-OneVision-7B": "a converter to this format, and transformers' default tower",
     "Llama-3.2-1B": MLC,
+    "Llama-4-Maverick": "as Llama-4-Scout; without norms of queries and keys or stretched RoPE",
+    "Llama-4-Scout": "a loader's copy of the text config; transformers' tower, with its image size",
     "Llama-3.2-3B": MLC,
     "Ministral-8B": "the table of its card",
     "Mistral-7B-v0.3": MLC,
@@ -137,11 +140,13 @@ def decoder_linears(config: dict[str, Any]) -> Iterator[Linears]:
         (c[k] for k in ("num_experts", "n_routed_experts", "num_local_experts") if k in c), 0
     )
     dense = c.get("first_k_dense_replace", 0) if experts else L
-    yield from _gated(dense, d, c["intermediate_size"])
+    if step := c.get("interleave_moe_layer_step"):  # Llama 4: the last of so many layers has them
+        dense = L - L // step
+    yield from _gated(dense, d, c.get("intermediate_size_mlp", c["intermediate_size"]))
     if experts:
         inner = c.get("moe_intermediate_size", c["intermediate_size"])
         yield from _gated((L - dense) * experts, d, inner)
-        if shared := c.get("n_shared_experts"):
+        if shared := c.get("n_shared_experts", 1 if step else 0):
             yield from _gated(L - dense, d, shared * inner)
 
 

@@ -266,6 +266,30 @@ def _deepseek_vl() -> Any:
     )
 
 
+def _llama4() -> Any:
+    vision = VISION | {"intermediate_size": 96, "vision_output_dim": 28, "pixel_shuffle_ratio": 0.5,
+                       "projector_input_dim": 28, "projector_output_dim": 28,
+                       "num_attention_heads": 3}  # fmt: skip
+    inside = text(
+        "llama4_text",
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        moe_layers=[1, 2],
+        intermediate_size_mlp=64,
+        no_rope_layers=[1, 0, 1],
+        attention_chunk_size=WINDOW,
+        floor_scale=4,
+        attn_scale=0.7,
+    )
+    return hf.Llama4Config(
+        vision_config=hf.Llama4VisionConfig(**vision),
+        text_config=inside.to_dict(),
+        image_token_index=IMAGE,
+        boi_token_index=START,
+        eoi_token_index=END,
+    )
+
+
 # By name: the model type, or the type and what differs.
 SEEING: dict[str, Callable[[], Any]] = {
     "llava-pixtral": lambda: llava(
@@ -295,6 +319,7 @@ SEEING: dict[str, Callable[[], Any]] = {
     "ovis2": _ovis2,
     "cohere2_vision": _cohere2_vision,
     "deepseek_vl": _deepseek_vl,
+    "llama4": _llama4,
 }
 
 
@@ -366,6 +391,7 @@ PROCESSORS: dict[str, Callable[[], StandIn]] = {
     "ovis2": lambda: StandIn(_crop, 9),
     "cohere2_vision": lambda: StandIn(_crop, 9),
     "deepseek_vl": lambda: StandIn(_crop, 36),
+    "llama4": lambda: StandIn(_crop, 9),
 }
 
 
