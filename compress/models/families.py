@@ -296,6 +296,7 @@ ARCHITECTURES: dict[str, Family] = {
     "internlm3": Family("InternLM 3", since="5.23"),
     "jais2": Family("Jais 2", MEAN),
     "hyperclovax": Family("HyperCLOVA X", AFTER),
+    "persimmon": Family("Persimmon 8B", MEAN),
 }
 
 # Decoders with experts, which `models/experts.py` opens.

@@ -79,6 +79,8 @@ DENSE: dict[str, dict[str, Any]] = {
     "internlm3": {"attention_bias": True, "mlp_bias": True, "pad_token_id": 0},
     "jais2": {"attention_bias": True, "mlp_bias": True},
     "hyperclovax": SCALED | {"use_post_norm": True},
+    "persimmon": PARTIAL,
+    "persimmon-plain": PARTIAL | {"qk_layernorm": False},
 }  # fmt: skip
 
 
