@@ -297,6 +297,7 @@ ARCHITECTURES: dict[str, Family] = {
     "jais2": Family("Jais 2", MEAN),
     "hyperclovax": Family("HyperCLOVA X", AFTER),
     "persimmon": Family("Persimmon 8B", MEAN),
+    "iquestcoder": Family("IQuest-Coder V1", since="5.23"),
 }
 
 # Decoders with experts, which `models/experts.py` opens.

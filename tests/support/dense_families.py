@@ -81,6 +81,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "hyperclovax": SCALED | {"use_post_norm": True},
     "persimmon": PARTIAL,
     "persimmon-plain": PARTIAL | {"qk_layernorm": False},
+    "iquestcoder": {"attention_bias": True, "mlp_bias": True},
 }  # fmt: skip
 
 
