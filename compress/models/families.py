@@ -126,7 +126,7 @@ class LayerSpec:
         parallel: attention and MLP are both of the layer's input.
         gain: a norm multiplies by `gain + weight`: 0 or 1.
         norms: "rms", "layer" (which subtracts the mean), or "other".
-        attends: whether there is an attention map; not in linear attention.
+        attends: whether there is an attention map; not in linear attention, nor a convolution.
         softcap: of attention's logits, or None.
         sinks: the parameter whose numbers are in each head's softmax beside the logits, or None.
     """
@@ -298,6 +298,7 @@ ARCHITECTURES: dict[str, Family] = {
     "hyperclovax": Family("HyperCLOVA X", AFTER),
     "persimmon": Family("Persimmon 8B", MEAN),
     "iquestcoder": Family("IQuest-Coder V1", since="5.23"),
+    "lfm2": Family("LFM2", weighs="those with attention"),
 }
 
 # Decoders with experts, which `models/experts.py` opens.

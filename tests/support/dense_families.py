@@ -82,6 +82,8 @@ DENSE: dict[str, dict[str, Any]] = {
     "persimmon": PARTIAL,
     "persimmon-plain": PARTIAL | {"qk_layernorm": False},
     "iquestcoder": {"attention_bias": True, "mlp_bias": True},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_bias": True,
+             "block_auto_adjust_ff_dim": False, "pad_token_id": 0},
 }  # fmt: skip
 
 
