@@ -342,6 +342,7 @@ MIXTURES: dict[str, Family] = {
             mxfp4=True,
         ),
     ),
+    "cohere2_moe": Family("Command A+", MEAN, experts=ExpertNames()),
 }
 
 

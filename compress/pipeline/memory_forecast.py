@@ -181,7 +181,8 @@ class _LayerNeed:
         inner, outer = experts.inner(0), experts.outer(0)
         names = (*inner, outer)
         written = experts.count * self.written(names)
-        waiting = kept * 8 * _hidden(inputs)  # the stream, and the sums of their outputs
+        # The stream, with attention's output or beside it, and the sums of their outputs.
+        waiting = kept * (12 if self.kind.parallel else 8) * _hidden(inputs)
         if self.solves:
             chosen = getattr(inputs.skeleton.config, "num_experts_per_tok", None) or 1
             waiting += calibration_tokens(inputs.source, inputs.skeleton) * chosen * (8 + 4)

@@ -53,6 +53,11 @@ MIXED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"num_local_experts": EXPERTS, "rotary_dim": 8},
     "granitemoe": SCALED | {"num_local_experts": EXPERTS},
     "gpt_oss": SLIDING | {"num_local_experts": EXPERTS, "swiglu_limit": 1.1},
+    "cohere2_moe": SLIDING | {"num_shared_experts": 2, "expert_selection_fn": "sigmoid",
+                              "logit_scale": 0.3, "pad_token_id": 0},
+    "cohere2_moe-dense-first": SLIDING | {"mlp_layer_types": ["dense", "sparse"],
+                                          "prefix_dense_intermediate_size": 48,
+                                          "logit_scale": 0.3, "pad_token_id": 0},
 }  # fmt: skip
 
 
