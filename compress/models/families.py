@@ -343,6 +343,7 @@ MIXTURES: dict[str, Family] = {
         ),
     ),
     "cohere2_moe": Family("Command A+", MEAN, experts=ExpertNames()),
+    "hunyuan_v1_moe": Family("Hunyuan A13B", experts=ExpertNames()),
 }
 
 
@@ -562,3 +563,9 @@ def _unsupported(model_type: str) -> UsageError:
 def head_dim_of(config: "PretrainedConfig") -> int:
     """Width of one attention head: explicit in the config, or hidden size over heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def experts_per_token(config: "PretrainedConfig") -> int:
+    """How many experts a token goes to: the most of any layer, where a config has a list."""
+    chosen: int | list[int] | None = getattr(config, "num_experts_per_tok", None)
+    return (max(chosen) if isinstance(chosen, list) else chosen) or 1

@@ -47,6 +47,7 @@ class Linear(nn.Module):
             int(getattr(real, side)) for side in ("in_features", "out_features")
         )
         self.draw = draw
+        self.weight = torch.empty(0, dtype=torch.float64)  # some ask for its dtype
         self.read: list[Tensor] = []
         self.gave: list[Tensor] = []
 
@@ -144,7 +145,8 @@ def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
     for name in experts:
         block = name.rpartition(".")[0]
         for inner, module in layer.get_submodule(block).named_modules():
-            if getattr(module, "weight", None) is not None and inner:
+            weighted = inner and getattr(module, "weight", None) is not None
+            if weighted and not isinstance(module, Linear):
                 module.register_forward_hook(reading(seen, f"{block}.{owner(module, inner)}"))
     for name, child in layer.named_children():
         child.register_forward_hook(noting(seen, name), with_kwargs=True)
@@ -274,7 +276,10 @@ def _experts(seen: Seen, mlp: str) -> ExpertsSpec | None:
     if len(experts.read) != 1 or not same(experts.read[0], flat):
         raise UsageError(f"{module} does not read what its block is given")
     read = dict(seen.routers)
-    gates = [n for n, m in seen.linears.items() if n.startswith(f"{mlp}.") and m.out_features == 1]
+    inside = [(n, m) for n, m in seen.linears.items() if n.startswith(f"{mlp}.")]
+    # A linear that gives a number for each expert is a router, one that gives a single one the gate
+    # of a shared expert.
+    gates = [name for name, linear in inside if linear.out_features in (1, experts.count)]
     read |= {name: seen.linears[name].read[0] for name in gates}
     if odd := [name for name, x in read.items() if not same(x.flatten(0, -2), flat)]:
         raise UsageError(f"{odd[0]} does not read what {module} reads")

@@ -58,6 +58,7 @@ MIXED: dict[str, dict[str, Any]] = {
     "cohere2_moe-dense-first": SLIDING | {"mlp_layer_types": ["dense", "sparse"],
                                           "prefix_dense_intermediate_size": 48,
                                           "logit_scale": 0.3, "pad_token_id": 0},
+    "hunyuan_v1_moe": {"attention_bias": True, "num_experts_per_tok": [CHOSEN] * LAYERS},
 }  # fmt: skip
 
 
