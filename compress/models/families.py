@@ -344,6 +344,9 @@ MIXTURES: dict[str, Family] = {
     ),
     "cohere2_moe": Family("Command A+", MEAN, experts=ExpertNames()),
     "hunyuan_v1_moe": Family("Hunyuan A13B", experts=ExpertNames()),
+    "lfm2_moe": Family(
+        "LFM2 8B-A1B", weighs="those with attention", experts=ExpertNames("w1", "w3", "w2")
+    ),
 }
 
 

@@ -433,6 +433,17 @@ def _final_norm(base: nn.Module, spec: ArchitectureSpec) -> str:
     return others[0]
 
 
+def with_rotary(model: nn.Module, spec: ArchitectureSpec) -> ArchitectureSpec:
+    """The parts of a model with the name that its own class gives what makes RoPE tables."""
+    place = spec.layers.rpartition(".")[0]
+    found = [
+        f"{place}.{name}"
+        for name, child in model.get_submodule(place).named_children()
+        if any(buffer.endswith("inv_freq") for buffer in child._buffers)
+    ]
+    return replace(spec, rotary=found[0]) if len(found) == 1 else spec
+
+
 def embedding_scale(embedding: nn.Module, ids: Tensor) -> float:
     """What an embedding's own module multiplies its rows by."""
     filled = copy.deepcopy(embedding)

@@ -59,6 +59,10 @@ MIXED: dict[str, dict[str, Any]] = {
                                           "prefix_dense_intermediate_size": 48,
                                           "logit_scale": 0.3, "pad_token_id": 0},
     "hunyuan_v1_moe": {"attention_bias": True, "num_experts_per_tok": [CHOSEN] * LAYERS},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0,
+                 "conv_bias": True, "routed_scaling_factor": 1.7, "pad_token_id": 0},
+    "lfm2_moe-dense-first": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1,
+                             "pad_token_id": 0},
 }  # fmt: skip
 
 
@@ -89,7 +93,7 @@ def write_mixture(folder: Path, family: str, **changes: Any) -> Path:
     fill(model)
     draw = torch.Generator().manual_seed(1)
     for name, buffer in model.named_buffers():  # of routers: what is added to scores
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
             buffer.copy_(0.2 * torch.randn(buffer.shape, generator=draw))
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
