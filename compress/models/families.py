@@ -47,6 +47,7 @@ class ExpertNames:
     Attributes:
         block: None where it is the name that transformers' module has.
         router: the child of the router in which files have its weights, or None.
+        beside: the child of the router that files have beside it, in the block, or None.
         files: the two tensors, in the block, that hold all experts of a layer where files have no
             matrices of each; those of biases end in `_bias`.
         transposed: whether those are [E, K, N]; None where their shape says.
@@ -59,6 +60,7 @@ class ExpertNames:
     down: str = "down_proj"
     block: str | None = None
     router: str | None = None
+    beside: str | None = None
     files: tuple[str, str] | None = None
     transposed: bool | None = False
     interleaved: bool = False
@@ -347,6 +349,7 @@ MIXTURES: dict[str, Family] = {
     "lfm2_moe": Family(
         "LFM2 8B-A1B", weighs="those with attention", experts=ExpertNames("w1", "w3", "w2")
     ),
+    "ernie4_5_moe": Family("ERNIE 4.5 with experts", experts=ExpertNames(beside="moe_statics")),
 }
 
 

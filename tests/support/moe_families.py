@@ -63,6 +63,7 @@ MIXED: dict[str, dict[str, Any]] = {
                  "conv_bias": True, "routed_scaling_factor": 1.7, "pad_token_id": 0},
     "lfm2_moe-dense-first": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1,
                              "pad_token_id": 0},
+    "ernie4_5_moe": {"use_bias": True, "pad_token_id": 0},
 }  # fmt: skip
 
 
@@ -91,6 +92,9 @@ def write_mixture(folder: Path, family: str, **changes: Any) -> Path:
     config = AutoConfig.for_model(type_of(family), **(settings | changes))
     model = AutoModelForCausalLM.from_config(config).float().eval()
     fill(model)
+    for name, parameter in model.named_parameters():  # of softmax scores, which are small
+        if name.endswith("e_score_correction_bias"):
+            parameter.data *= 0.1
     draw = torch.Generator().manual_seed(1)
     for name, buffer in model.named_buffers():  # of routers: what is added to scores
         if name.endswith(("e_score_correction_bias", "expert_bias")):
