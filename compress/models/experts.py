@@ -173,6 +173,8 @@ def open_experts(model: nn.Module, names: ExpertNames) -> None:
         modules[block].register_module(place, OpenedExperts(module, names))
         if names.router is not None:
             _nest(modules[block].get_submodule("router"), names.router)
+        if names.renamed is not None:
+            _rename(modules[block], *names.renamed)
         if names.beside is not None:
             _lift(modules[block], names.beside)
         parent, _, inner = block.rpartition(".")

@@ -47,6 +47,7 @@ class ExpertNames:
     Attributes:
         block: None where it is the name that transformers' module has.
         router: the child of the router in which files have its weights, or None.
+        renamed: what transformers' block and what files call the router, where these differ.
         beside: the child of the router that files have beside it, in the block, or None.
         files: the two tensors, in the block, that hold all experts of a layer where files have no
             matrices of each; those of biases end in `_bias`.
@@ -61,6 +62,7 @@ class ExpertNames:
     block: str | None = None
     router: str | None = None
     beside: str | None = None
+    renamed: tuple[str, str] | None = None
     files: tuple[str, str] | None = None
     transposed: bool | None = False
     interleaved: bool = False
@@ -350,6 +352,11 @@ MIXTURES: dict[str, Family] = {
         "LFM2 8B-A1B", weighs="those with attention", experts=ExpertNames("w1", "w3", "w2")
     ),
     "ernie4_5_moe": Family("ERNIE 4.5 with experts", experts=ExpertNames(beside="moe_statics")),
+    "phimoe": Family(
+        "Phi 3.5 MoE",
+        MEAN,
+        experts=ExpertNames("w1", "w3", "w2", "block_sparse_moe", renamed=("router", "gate")),
+    ),
 }
 
 

@@ -107,6 +107,11 @@ class Seen:
         return next((c.name for c in found if not same(c.gave, c.read)), None)
 
 
+def plain(module: nn.Module) -> bool:
+    """Whether a module is a linear and no more; a router may choose experts as well."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
@@ -127,7 +132,7 @@ def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
     # What stands in for opened experts is in the copy, and they, hundreds maybe, are not copied.
     layer = copy.deepcopy(layer, {id(opened[name]): experts[name] for name in opened})
     for name, module in [*layer.named_modules()]:
-        if isinstance(module, nn.Linear):
+        if plain(module):
             layer.set_submodule(name, Linear(module, draw))
     linears = {name: m for name, m in layer.named_modules() if isinstance(m, Linear)}
     for name, linear in linears.items():
@@ -210,7 +215,7 @@ def layer_spec(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Lay
     if len(parts) != 2 or any("." not in name for name in inside):
         raise UsageError(f"its layers have linears in {', '.join(parts)}, not in attention and MLP")
     attention, mlp = parts
-    lost = [n for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
+    lost = [n for n, m in layer.named_modules() if plain(m)]
     routed = tuple(f"{name}." for name in seen.experts)
     lost = [name for name in lost if not name.startswith(routed)]
     if lost := [name for name in lost if name not in seen.linears]:

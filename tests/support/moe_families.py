@@ -64,6 +64,7 @@ MIXED: dict[str, dict[str, Any]] = {
     "lfm2_moe-dense-first": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1,
                              "pad_token_id": 0},
     "ernie4_5_moe": {"use_bias": True, "pad_token_id": 0},
+    "phimoe": {"num_local_experts": EXPERTS, "attention_bias": True, "lm_head_bias": True},
 }  # fmt: skip
 
 
