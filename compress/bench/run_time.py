@@ -29,7 +29,7 @@ from torch.nn import functional
 from compress.bench.clock import Stopwatch
 from compress.data.activations import TOKENS_PER_BATCH
 from compress.importance.tokens import attention_concentration
-from compress.models.families import LayerSpec, head_dim_of
+from compress.models.families import LayerSpec, experts_per_token, head_dim_of
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.pruning_forecast import calibration_tokens
 from compress.quantization.grid import UniformGrid
@@ -110,7 +110,7 @@ class _Pieces:
     ) -> dict[str, float]:
         found = defaultdict[str, float](float)
         experts = set(kind.experts.groups) if kind.experts else set()
-        chosen = getattr(self.config, "num_experts_per_tok", None) or 1
+        chosen = experts_per_token(self.config)
         passes = 2 if self.drifts else 1
         for group in kind.groups:
             share = chosen / kind.experts.count if kind.experts and group in experts else 1.0

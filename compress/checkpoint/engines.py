@@ -48,6 +48,7 @@ HEAD = "lm_head"
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
+    "w13": ("w1", "w3"),
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),  # of linear attention, as the next
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }

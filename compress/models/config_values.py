@@ -68,7 +68,7 @@ CONFIG: dict[str, Check] = {
     "vocab_size": _whole(1, 2**26),
     "max_position_embeddings": _whole(1, 2**32),
     "num_channels": _whole(1, 2**10),
-    "rms_norm_eps": SHARE,
+    "rms_norm_eps": _or(SHARE, NULL),  # null: its norms are LayerNorm
     "layer_norm_eps": SHARE,
     "initializer_range": SHARE,
     "attention_dropout": _or(SHARE, NULL),

@@ -184,6 +184,10 @@ def open_experts(model: nn.Module, names: ExpertNames) -> None:
         modules[block].register_module(place, OpenedExperts(module, names))
         if names.router is not None:
             _nest(modules[block].get_submodule("router"), names.router)
+        if names.renamed is not None:
+            _rename(modules[block], *names.renamed)
+        if names.beside is not None:
+            _lift(modules[block], names.beside)
         parent, _, inner = block.rpartition(".")
         if names.block is not None and inner != names.block:
             _rename(modules[parent], inner, names.block)
@@ -216,6 +220,15 @@ def _rename(parent: nn.Module, name: str, new: str) -> None:
     children = [(new if key == name else key, child) for key, child in parent._modules.items()]
     parent.__dict__[name] = parent._modules[name]
     parent._modules = OrderedDict(children)
+
+
+def _lift(block: nn.Module, name: str) -> None:
+    """Moves the router's child of this name into the block, where the router finds it still."""
+    for router in [*block.children()]:
+        if name in router._modules:
+            child = cast(nn.Module, router._modules.pop(name))
+            router.__dict__[name] = child
+            block.add_module(name, child)
 
 
 def _nest(module: nn.Module, child: str) -> None:

@@ -47,6 +47,8 @@ class ExpertNames:
     Attributes:
         block: None where it is the name that transformers' module has.
         router: the child of the router in which files have its weights, or None.
+        renamed: what transformers' block and what files call the router, where these differ.
+        beside: the child of the router that files have beside it, in the block, or None.
         files: the two tensors, in the block, that hold all experts of a layer where files have no
             matrices of each; those of biases end in `_bias`.
         transposed: whether those are [E, K, N]; None where their shape says.
@@ -63,6 +65,8 @@ class ExpertNames:
     down: str = "down_proj"
     block: str | None = None
     router: str | None = None
+    beside: str | None = None
+    renamed: tuple[str, str] | None = None
     files: tuple[str, str] | None = None
     transposed: bool | None = False
     interleaved: bool = False
@@ -132,7 +136,7 @@ class LayerSpec:
         parallel: attention and MLP are both of the layer's input.
         gain: a norm multiplies by `gain + weight`: 0 or 1.
         norms: "rms", "layer" (which subtracts the mean), or "other".
-        attends: whether there is an attention map; not in linear attention.
+        attends: whether there is an attention map; not in linear attention, nor a convolution.
         softcap: of attention's logits, or None.
         sinks: the parameter whose numbers are in each head's softmax beside the logits, or None.
     """
@@ -302,6 +306,9 @@ ARCHITECTURES: dict[str, Family] = {
     "internlm3": Family("InternLM 3", since="5.23"),
     "jais2": Family("Jais 2", MEAN),
     "hyperclovax": Family("HyperCLOVA X", AFTER),
+    "persimmon": Family("Persimmon 8B", MEAN),
+    "iquestcoder": Family("IQuest-Coder V1", since="5.23"),
+    "lfm2": Family("LFM2", weighs="those with attention"),
 }
 
 _LLAMA4 = ExpertNames(
@@ -351,6 +358,17 @@ MIXTURES: dict[str, Family] = {
             interleaved=True,
             mxfp4=True,
         ),
+    ),
+    "cohere2_moe": Family("Command A+", MEAN, experts=ExpertNames()),
+    "hunyuan_v1_moe": Family("Hunyuan A13B", experts=ExpertNames()),
+    "lfm2_moe": Family(
+        "LFM2 8B-A1B", weighs="those with attention", experts=ExpertNames("w1", "w3", "w2")
+    ),
+    "ernie4_5_moe": Family("ERNIE 4.5 with experts", experts=ExpertNames(beside="moe_statics")),
+    "phimoe": Family(
+        "Phi 3.5 MoE",
+        MEAN,
+        experts=ExpertNames("w1", "w3", "w2", "block_sparse_moe", renamed=("router", "gate")),
     ),
     "llama4_text": Family("Llama 4, text alone", since="5.23", experts=_LLAMA4),
 }
@@ -593,3 +611,9 @@ def _unsupported(model_type: str) -> UsageError:
 def head_dim_of(config: "PretrainedConfig") -> int:
     """Width of one attention head: explicit in the config, or hidden size over heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def experts_per_token(config: "PretrainedConfig") -> int:
+    """How many experts a token goes to: the most of any layer, where a config has a list."""
+    chosen: int | list[int] | None = getattr(config, "num_experts_per_tok", None)
+    return (max(chosen) if isinstance(chosen, list) else chosen) or 1

@@ -35,7 +35,7 @@ from compress.models.stored import (
     refuse_adapter,
     refuse_packed,
 )
-from compress.models.structure import embedding_scale, look, uniform_scale
+from compress.models.structure import embedding_scale, look, uniform_scale, with_rotary
 from compress.storage.absent import AbsentWeights, holds_all_weights, holds_weights
 from compress.storage.files import read_json
 from compress.storage.safetensors import CheckpointReader
@@ -117,6 +117,7 @@ class Skeleton:
             self.model = empty_model(self.model_config, self.spec.vision is not None)
         except Exception as error:  # what a wrong value sets off is of any kind
             raise UsageError(f"{file} describes no model: {reason_of(error)}") from error
+        self.spec = with_rotary(self.model, self.spec)
         self.num_layers: int = self.config.num_hidden_layers
         self.parameters = {name for name, _ in self.model.named_parameters()}
         self.wholes = self._wholes()

@@ -47,6 +47,7 @@ class Linear(nn.Module):
             int(getattr(real, side)) for side in ("in_features", "out_features")
         )
         self.draw = draw
+        self.weight = torch.empty(0, dtype=torch.float64)  # some ask for its dtype
         self.read: list[Tensor] = []
         self.gave: list[Tensor] = []
 
@@ -106,17 +107,17 @@ class Seen:
         return next((c.name for c in found if not same(c.gave, c.read)), None)
 
 
+def plain(module: nn.Module) -> bool:
+    """Whether a module is a linear and no more; a router may choose experts as well."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
 def close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= EXACT * b.abs().max())
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether it is a linear that gives products: some routers inherit from it and give more."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 # ---- one forward --------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
     # What stands in for opened experts is in the copy, and they, hundreds maybe, are not copied.
     layer = copy.deepcopy(layer, {id(opened[name]): experts[name] for name in opened})
     for name, module in [*layer.named_modules()]:
-        if is_plain(module):
+        if plain(module):
             layer.set_submodule(name, Linear(module, draw))
     linears = {name: m for name, m in layer.named_modules() if isinstance(m, Linear)}
     for name, linear in linears.items():
@@ -149,7 +150,8 @@ def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
     for name in experts:
         block = name.rpartition(".")[0]
         for inner, module in layer.get_submodule(block).named_modules():
-            if getattr(module, "weight", None) is not None and inner:
+            weighted = inner and getattr(module, "weight", None) is not None
+            if weighted and not isinstance(module, Linear):
                 module.register_forward_hook(reading(seen, f"{block}.{owner(module, inner)}"))
     for name, child in layer.named_children():
         child.register_forward_hook(noting(seen, name), with_kwargs=True)
@@ -213,7 +215,7 @@ def layer_spec(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Lay
     if len(parts) != 2 or any("." not in name for name in inside):
         raise UsageError(f"its layers have linears in {', '.join(parts)}, not in attention and MLP")
     attention, mlp = parts
-    lost = [n for n, m in layer.named_modules() if is_plain(m)]
+    lost = [n for n, m in layer.named_modules() if plain(m)]
     routed = tuple(f"{name}." for name in seen.experts)
     lost = [name for name in lost if not name.startswith(routed)]
     if lost := [name for name in lost if name not in seen.linears]:
@@ -279,7 +281,10 @@ def _experts(seen: Seen, mlp: str) -> ExpertsSpec | None:
     if len(experts.read) != 1 or not same(experts.read[0], flat):
         raise UsageError(f"{module} does not read what its block is given")
     read = dict(seen.routers)
-    gates = [n for n, m in seen.linears.items() if n.startswith(f"{mlp}.") and m.out_features == 1]
+    inside = [(n, m) for n, m in seen.linears.items() if n.startswith(f"{mlp}.")]
+    # A linear that gives a number for each expert is a router, one that gives a single one the gate
+    # of a shared expert.
+    gates = [name for name, linear in inside if linear.out_features in (1, experts.count)]
     read |= {name: seen.linears[name].read[0] for name in gates}
     if odd := [name for name, x in read.items() if not same(x.flatten(0, -2), flat)]:
         raise UsageError(f"{odd[0]} does not read what {module} reads")
@@ -431,6 +436,17 @@ def _final_norm(base: nn.Module, spec: ArchitectureSpec) -> str:
     if len(others) != 1:
         raise UsageError(f"there is no telling which is its last norm: {', '.join(others)}")
     return others[0]
+
+
+def with_rotary(model: nn.Module, spec: ArchitectureSpec) -> ArchitectureSpec:
+    """The parts of a model with the name that its own class gives what makes RoPE tables."""
+    place = spec.layers.rpartition(".")[0]
+    found = [
+        f"{place}.{name}"
+        for name, child in model.get_submodule(place).named_children()
+        if any(buffer.endswith("inv_freq") for buffer in child._buffers)
+    ]
+    return replace(spec, rotary=found[0]) if len(found) == 1 else spec
 
 
 def embedding_scale(embedding: nn.Module, ids: Tensor) -> float:

@@ -32,6 +32,7 @@ from compress.data.activations import TOKENS_PER_BATCH, activations_on_disk
 from compress.data.windows import PROBE_TOKENS
 from compress.eval.windows import CHUNK_ELEMENTS, scored_at_once
 from compress.importance.tokens import QUERIES
+from compress.models.families import experts_per_token
 from compress.models.skeleton import Skeleton
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.pruning_forecast import calibration_tokens
@@ -181,9 +182,10 @@ class _LayerNeed:
         inner, outer = experts.inner(0), experts.outer(0)
         names = (*inner, outer)
         written = experts.count * self.written(names)
-        waiting = kept * 8 * _hidden(inputs)  # the stream, and the sums of their outputs
+        # The stream, with attention's output or beside it, and the sums of their outputs.
+        waiting = kept * (12 if self.kind.parallel else 8) * _hidden(inputs)
         if self.solves:
-            chosen = getattr(inputs.skeleton.config, "num_experts_per_tok", None) or 1
+            chosen = experts_per_token(inputs.skeleton.config)
             waiting += calibration_tokens(inputs.source, inputs.skeleton) * chosen * (8 + 4)
             if inputs.recipe.quantize.experts.policy == "shared_hessian":
                 waiting += sum(4 * K**2 for K in {self.shape(n)[1] for n in names})

@@ -115,11 +115,11 @@ def checkpoint_config(skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> dic
 def _routers(skeleton: Skeleton, plan: Plan) -> list[str]:
     """What sends tokens to experts, by the names in the result; to engines those are linears."""
     spec, kinds = skeleton.spec, [skeleton.spec.layer(source) for source in plan.layers]
-    return [
-        f"{spec.layers}.{index}.{name}"
-        for index, kind in enumerate(kinds)
-        for name in (kind.experts.routers if kind.experts else ())
-    ]
+    experts = [(index, kind.experts) for index, kind in enumerate(kinds) if kind.experts]
+    named = [f"{spec.layers}.{index}.{name}" for index, e in experts for name in e.routers]
+    # Where transformers calls it otherwise than files do, it looks for its own name.
+    own = {e.names.renamed[0] for _, e in experts if e.names.renamed}
+    return named + [rf"re:.*\.{name}$" for name in sorted(own)]
 
 
 def _check_counts(folder: Path, plan: Plan) -> None:

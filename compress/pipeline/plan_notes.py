@@ -394,6 +394,6 @@ def model_notes(inputs: RunInputs, schemes: Schemes, formats: dict[str, str]) ->
     if mapless and looks and section.method == "gptq":
         notes.append(
             f"token_importance: {mapless} of {len(kinds)} layers have no attention map (linear "
-            f"attention): all their tokens weigh the same"
+            f"attention, or a convolution): all their tokens weigh the same"
         )
     return notes + plan_notes(schemes, formats, skeleton.model_config.model_type)

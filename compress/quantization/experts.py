@@ -91,6 +91,17 @@ class ExpertPass:
     scarce: Scarce
     # Of the experts that enough tokens reach, by whether it is that of down, and weighted.
     pooled: dict[tuple[bool, bool], Hessian] = field(default_factory=dict)
+    # The stream with attention's output, and the one that the MLP reads: the layer's input where
+    # both read that, which `y` may not overwrite then.
+    attended: ActivationStore = field(init=False)
+    read: ActivationStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        stages, work = self.stages, self.stages.work
+        self.attended = self.read = stages.y
+        if stages.spec.parallel:
+            self.attended = ActivationStore(work.folder, "attended", work.numbers)
+            self.read = stages.x
 
     def run(self) -> None:
         """All of the layer behind attention."""
@@ -108,11 +119,14 @@ class ExpertPass:
                     del stand_in._modules[str(number)]
             norm, after = stages.norm(spec.post_norm), stages.norm(spec.mlp_after)
             block, scale = stages.layer.get_submodule(spec.mlp), spec.scales[1]
-            for i, z in stages.batches(stages.y):
+            for i, z in stages.batches(self.read):
                 stand_in.gives = stages.work[i].to(stages.device)
                 y = block(norm(z))
                 y = after(y[0] if isinstance(y, tuple) else y)  # some give the router's scores too
-                stages.y[i] = z + y if scale == 1.0 else z + scale * y
+                z = self.attended[i].to(stages.device)
+                stages.y.put(i, z + y if scale == 1.0 else z + scale * y)
+        if stages.spec.parallel:
+            self.attended.clear()
         stages.work.clear()
 
     def turns(self, routings: list[Routing]) -> Iterator[tuple[int, Policy | None]]:
@@ -136,7 +150,7 @@ class ExpertPass:
             yield number, policy
 
     def routed(self, stand_in: StandIn) -> list[Routing]:
-        """x += o(.), which goes to `y`, and where the router sends each batch's tokens.
+        """x += o(.), which goes to `attended`, and where the router sends each batch's tokens.
 
         `work` has the sums of the experts' outputs from here on, which are zero.
         """
@@ -145,9 +159,8 @@ class ExpertPass:
         block = stages.layer.get_submodule(spec.mlp)
         routings = []
         for i, z in stages.batches(stages.x):
-            z = behind(z, stages.work[i].to(stages.device))
-            stages.y.put(i, z)
-            block(norm(z))
+            self.attended.put(i, behind(z, stages.work[i].to(stages.device)))
+            block(norm(self.read[i].to(stages.device)))
             assert stand_in.routing is not None, "it was called"
             routings.append(stand_in.routing)
             stages.work[i] = torch.zeros_like(z).flatten(0, -2)
@@ -158,7 +171,7 @@ class ExpertPass:
         """norm(x), for the expert that gets every token."""
         stages = self.stages
         norm = stages.norm(stages.spec.post_norm)
-        for i, z in stages.batches(stages.y) if needed(parts) else ():
+        for i, z in stages.batches(self.read) if needed(parts) else ():
             stages.add(parts, i, norm(z), None)
 
     def before_shared_down(self, parts: list[Part]) -> None:
@@ -169,7 +182,7 @@ class ExpertPass:
         last = linear_in(stages.layer, spec.mlp_out)
         handle = last.register_forward_pre_hook(lambda module, given: read.append(given[0]))
         try:
-            for i, z in stages.batches(stages.y) if needed(parts) else ():
+            for i, z in stages.batches(self.read) if needed(parts) else ():
                 block(norm(z))
                 stages.add(parts, i, read.pop().view(*z.shape[:-1], -1), None)
         finally:
@@ -187,7 +200,7 @@ class ExpertPass:
                 stages.quantise(group, None)
                 continue
             parts = stages.parts_of(group)
-            for i, z in stages.batches(stages.y) if needed(parts) else ():
+            for i, z in stages.batches(self.read) if needed(parts) else ():
                 if i >= stages.counted:
                     break
                 rows = z.flatten(0, -2)
@@ -203,7 +216,7 @@ class ExpertPass:
             while parts:
                 part = parts.pop(0)
                 stages.quantise(part.names, part.H)
-        for i, z in stages.batches(stages.y):
+        for i, z in stages.batches(self.read):
             token, given = routings[i].of(number)
             if len(token):
                 y = opened.answers(number, norm(z.flatten(0, -2)[token]), given)

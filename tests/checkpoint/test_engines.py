@@ -38,6 +38,8 @@ def test_fusions_whose_parts_differ():
     assert split_fusions(TORN) == {"model.layers.1.self_attn.qkv_proj": QKV}
     left = UNIFORM | {"model.layers.0.mlp.up_proj": None}
     assert [*split_fusions(left)] == ["model.layers.0.mlp.gate_up_proj"]
+    numbered = {"model.layers.0.feed_forward.w1": A, "model.layers.0.feed_forward.w3": C}
+    assert [*split_fusions(numbered)] == ["model.layers.0.feed_forward.w13"]
 
 
 def test_readers_that_will_not_load_it_are_named():

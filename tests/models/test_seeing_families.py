@@ -21,7 +21,7 @@ from compress.importance.weighting import mean_one, normalise
 from compress.loading import load as load_module
 from compress.models.families import MULTIMODAL
 from compress.models.skeleton import Skeleton
-from compress.models.structure import is_plain
+from compress.models.structure import plain
 from compress.models.vision import Added, encode, rows_of, vision_at_work
 from compress.pipeline import run as run_module
 from compress.pipeline.inputs import RunInputs
@@ -124,7 +124,7 @@ def test_the_row_says_what_is_found(folder_of, family):
     assert skeleton.spec.unrotatable == MULTIMODAL[type_of(family)].unrotatable
     for index in range(skeleton.num_layers):
         layer = skeleton.model.get_submodule(f"{skeleton.spec.layers}.{index}")
-        linears = {n for n, m in layer.named_modules() if is_plain(m)}
+        linears = {n for n, m in layer.named_modules() if plain(m)}
         assert sorted(skeleton.spec.layer(index).linears) == sorted(linears)  # no router is one
     mapped = [skeleton.spec.layer(index).attends for index in range(skeleton.num_layers)]
     assert all(mapped) == (MULTIMODAL[type_of(family)].weighs == "all layers")

@@ -79,6 +79,11 @@ DENSE: dict[str, dict[str, Any]] = {
     "internlm3": {"attention_bias": True, "mlp_bias": True, "pad_token_id": 0},
     "jais2": {"attention_bias": True, "mlp_bias": True},
     "hyperclovax": SCALED | {"use_post_norm": True},
+    "persimmon": PARTIAL,
+    "persimmon-plain": PARTIAL | {"qk_layernorm": False},
+    "iquestcoder": {"attention_bias": True, "mlp_bias": True},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_bias": True,
+             "block_auto_adjust_ff_dim": False, "pad_token_id": 0},
 }  # fmt: skip
 
 

@@ -53,6 +53,18 @@ MIXED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"num_local_experts": EXPERTS, "rotary_dim": 8},
     "granitemoe": SCALED | {"num_local_experts": EXPERTS},
     "gpt_oss": SLIDING | {"num_local_experts": EXPERTS, "swiglu_limit": 1.1},
+    "cohere2_moe": SLIDING | {"num_shared_experts": 2, "expert_selection_fn": "sigmoid",
+                              "logit_scale": 0.3, "pad_token_id": 0},
+    "cohere2_moe-dense-first": SLIDING | {"mlp_layer_types": ["dense", "sparse"],
+                                          "prefix_dense_intermediate_size": 48,
+                                          "logit_scale": 0.3, "pad_token_id": 0},
+    "hunyuan_v1_moe": {"attention_bias": True, "num_experts_per_tok": [CHOSEN] * LAYERS},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0,
+                 "conv_bias": True, "routed_scaling_factor": 1.7, "pad_token_id": 0},
+    "lfm2_moe-dense-first": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1,
+                             "pad_token_id": 0},
+    "ernie4_5_moe": {"use_bias": True, "pad_token_id": 0},
+    "phimoe": {"num_local_experts": EXPERTS, "attention_bias": True, "lm_head_bias": True},
     "llama4_text": {"num_local_experts": EXPERTS, "num_experts_per_tok": 1, "moe_layers": [1],
                     "intermediate_size_mlp": 48, "no_rope_layers": [1, 0],
                     "attention_chunk_size": WINDOW, "attn_temperature_tuning": True,
@@ -88,9 +100,12 @@ def write_mixture(folder: Path, family: str, **changes: Any) -> Path:
     config = AutoConfig.for_model(type_of(family), **(settings | changes))
     model = AutoModelForCausalLM.from_config(config).float().eval()
     fill(model)
+    for name, parameter in model.named_parameters():  # of softmax scores, which are small
+        if name.endswith("e_score_correction_bias"):
+            parameter.data *= 0.1
     draw = torch.Generator().manual_seed(1)
     for name, buffer in model.named_buffers():  # of routers: what is added to scores
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
             buffer.copy_(0.2 * torch.randn(buffer.shape, generator=draw))
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
