@@ -113,7 +113,10 @@ def load(
         options["device_map"] = {"": device}  # or all of it would lie in the host's memory first
     with indexed(path) as place:
         opens: Callable[..., Any] = kind.from_pretrained
-        if section and not packed and has_parted_experts(config, path):
+        parted = has_parted_experts(config, path) or (
+            experts_of(config.model_type) is not None and needs_own_reader(section)
+        )
+        if section and not packed and parted:
             opens = partial(read_whole, config=config)
             options = {"dtype": None if dtype == "auto" else dtype} | {
                 k: v for k, v in options.items() if k == "device_map"

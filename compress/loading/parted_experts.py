@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from compress.checkpoint.packed import PackedLinears
 from compress.errors import CheckpointError
 from compress.kernels.reference import dense
 from compress.models.families import MULTIMODAL, experts_of
-from compress.models.fused import joined, wholes_of
+from compress.models.fused import Whole, joined, wholes_of
 from compress.models.skeleton import ASSUMED_DTYPE, declared_dtype, empty_model
 from compress.storage.safetensors import CheckpointReader
 
@@ -52,17 +52,17 @@ def read_whole(
             tensors[f"{name}.weight"] = dense(linears.codes(name), dtype)
     config = without_section(config)
     model = empty_model(config, config.model_type in MULTIMODAL)
-    _put_together(tensors, model, folder)
+    if wholes := wholes_of(model):  # of other types transformers merges them
+        _put_together(tensors, wholes, folder)
     options |= {"config": config, "dtype": dtype, "state_dict": tensors}
     options.pop("trust_remote_code", None)
     return type(model).from_pretrained(None, **options, trust_remote_code=False)
 
 
-def _put_together(tensors: dict[str, Tensor], model: nn.Module, folder: Path) -> None:
+def _put_together(tensors: dict[str, Tensor], wholes: list[Whole], folder: Path) -> None:
     """Makes wholes of all experts' tensors, in place."""
     parted = {name for name in tensors if EXPERTS in name}
-    wholes = joined(parted, wholes_of(model))
-    for name, whole in wholes.items():
+    for name, whole in joined(parted, wholes).items():
         parts = {part: tensors.pop(part) for names in whole.parts for part in names}
         parted -= {*parts}
         if odd := [part for part, tensor in parts.items() if tensor.shape != whole.shape]:

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,8 @@ class OpenedExperts(nn.Module):
         super().__init__()
         gate_up, down = (fused.get_parameter(key) for key in FUSED)
         E, *size = gate_up.shape
+        if not E:
+            raise UsageError("it has a router, and no experts")
         # [2 m, d] and [d, m], or as gpt-oss has them [d, 2 m] and [m, d]
         twice, d = size if size[1] == down.shape[1] else reversed(size)
         bias = FUSED_BIASES[0] in fused._parameters
@@ -200,16 +202,16 @@ def _scale_inputs(block: nn.Module, fused: nn.Module) -> None:
     of all experts, zero for those that a token does not go to, and its logits [N, E].
     """
 
-    def forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         rows = hidden_states.flatten(0, -2)
         scores, logits = self.router(rows)
-        index = logits.topk(cast(int, self.top_k), dim=1).indices
+        index = logits.topk(self.top_k, dim=1).indices
         routed = self.experts(rows, index, scores.gather(1, index))
         return (self.shared_expert(rows) + routed).view_as(hidden_states), logits
 
     def gated(both: Tensor) -> Tensor:
         gate, up = both.chunk(2, dim=-1)
-        return up * cast(nn.Module, fused.act_fn)(gate)
+        return up * cast(Callable[[Tensor], Tensor], fused.act_fn)(gate)
 
     fused.__dict__["_apply_gate"] = gated
     kind = type(block)

@@ -133,6 +133,8 @@ def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
     layer = copy.deepcopy(layer, {id(opened[name]): experts[name] for name in opened})
     for name, module in [*layer.named_modules()]:
         if plain(module):
+            if not module.weight.numel():
+                raise UsageError(f"{name} has no weights")
             layer.set_submodule(name, Linear(module, draw))
     linears = {name: m for name, m in layer.named_modules() if isinstance(m, Linear)}
     for name, linear in linears.items():
@@ -150,8 +152,8 @@ def run_copy(layer: nn.Module, x: Tensor, inputs: Mapping[str, object]) -> Seen:
     for name in experts:
         block = name.rpartition(".")[0]
         for inner, module in layer.get_submodule(block).named_modules():
-            weighted = inner and getattr(module, "weight", None) is not None
-            if weighted and not isinstance(module, Linear):
+            weight = getattr(module, "weight", None)
+            if inner and isinstance(weight, Tensor) and weight.numel():  # no stand-in has any
                 module.register_forward_hook(reading(seen, f"{block}.{owner(module, inner)}"))
     for name, child in layer.named_children():
         child.register_forward_hook(noting(seen, name), with_kwargs=True)

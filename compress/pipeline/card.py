@@ -37,6 +37,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compress.checkpoint.engines import (
+    EXPERTS,
     HEAD,
     evidence,
     gguf_table,
@@ -200,6 +201,7 @@ def model_card(result: Facts) -> str:
         before_export=in_markdown(measured_before(result)),
         multimodal=bool(result.get("multimodal")),
         pruned=bool(result.get("pruning")),
+        mixed=any(EXPERTS in name for name in bits.get("names") or []),
         notes=[in_markdown(note) for note in result.get("notes") or []],
         widths=_width_table(bits),
         average=format_number(bits.get("average")) if bits.get("average") else None,

@@ -13,6 +13,7 @@ from compress.data.text import locate
 from compress.errors import CompressError, did_you_mean
 from compress.eval.report import format_bytes
 from compress.eval.settings import WINDOW
+from compress.models.families import experts_of
 from compress.models.skeleton import Skeleton
 from compress.models.stored import said_packed
 from compress.pipeline.inputs import RunInputs
@@ -168,7 +169,14 @@ def _expert_problems(inputs: RunInputs, schemes: dict[str, Scheme | None]) -> li
     if len(kinds) > 1:
         return [
             "quantize: transformers reads one scheme for all experts: give them all the same bits "
-            "and group size in overrides, or ignore all of them"
+            "and group size in overrides"
+        ]
+    packed = any(schemes.values()) or inputs.recipe.quantize.embedding is not None
+    names = experts_of(inputs.skeleton.model_config.model_type)
+    if kinds == {None} and packed and names is not None and names.files is None:
+        return [
+            "quantize: transformers reads experts in 16 bits only where nothing else is packed: "
+            "quantise them too, or nothing (method: none)"
         ]
     if any(scheme and not scheme.symmetric for scheme in kinds):
         return ["quantize.symmetric: transformers reads symmetric experts only: use true"]

@@ -13,6 +13,7 @@ It is the source itself where the recipe does not rotate. One layer is in memory
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,15 @@ from compress.rotation.rotate import (
 
 
 def storage_dtype(section: Model, skeleton: Skeleton) -> torch.dtype:
-    """The dtype of unquantised tensors and scales in the output."""
-    return skeleton.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+    """The dtype of unquantised tensors and scales in the output: by itself, the checkpoint's own.
+
+    That of experts in fp64 is fp32: they get the dtype of their scales, in which torch has no
+    product for them.
+    """
+    if section.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, section.dtype))
+    mixed = any(kind.experts for kind in skeleton.spec.kinds)
+    return torch.float32 if mixed and skeleton.dtype is torch.float64 else skeleton.dtype
 
 
 def unrotatable(skeleton: Skeleton) -> str | None:

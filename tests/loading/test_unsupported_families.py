@@ -14,7 +14,7 @@ from compress.models.skeleton import Skeleton
 from support.tiny_checkpoints import byte_tokenizer
 
 # Types that transformers loads as a language model too, without the tower, and types it does not.
-OTHERS = ["gemma3n", "llama4", "mllama", "llava_next_video", "idefics2",
+OTHERS = ["gemma3n", "gemma4", "mllama", "llava_next_video", "idefics2",
           "got_ocr2", "pixtral", "qwen2_audio", "voxtral"]  # fmt: skip
 TEXT = ["gpt2", "gemma3_text", "llama4_text", "phi3", "mixtral", "qwen3_moe", "olmo2"]
 
@@ -85,7 +85,7 @@ def test_text_models_and_our_own_families_load(model_type):
     refuse_partly_seen(transformers.AutoConfig.for_model(model_type))
 
 
-@pytest.mark.parametrize("model_type", ["llama4", "gemma3n", "mllama", "phimoe"])
+@pytest.mark.parametrize("model_type", ["gemma4", "gemma3n", "mllama", "exaone_moe"])
 def test_a_type_that_transformers_knows_is_no_typo(model_type):
     message = line_of(architecture_of, transformers.AutoConfig.for_model(model_type))
     assert "did you mean" not in message

@@ -579,6 +579,11 @@ REFUSED = [
     ({"quantize": {"symmetric": False}}, "quantize.symmetric"),
     ({"quantize": {"ignore": ["lm_head", r"re:.*experts\.0\..*"]}}, "experts"),
     ({"quantize": {"overrides": [{"match": r"re:.*down_proj", "bits": 8}]}}, "experts"),
+    ({"quantize": {"ignore": ["lm_head", "re:.*experts.*"]}}, "experts in 16 bits"),
+    (
+        {"quantize": {"ignore": ["re:.*"], "embedding": {"bits": 8}}},
+        "experts in 16 bits",
+    ),
     ({"allocate": {"average_bits": 3.5, "widths": [3, 4], "importance": "position"}}, "allocate"),
 ]
 
@@ -588,6 +593,54 @@ def test_a_weight_that_is_in_what_experts_read_is_given_once(folder_of):
     made = recipe(folder, method="gptq", experts={"routing_weight": True})
     (problem,) = make_plan(RunInputs.of(made, Skeleton(folder))).problems
     check_line(problem, "routing_weight", "'llama4_text'", "leave it out")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "llama4_text"])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"embedding": {"bits": 4}},
+        {"overrides": [{"match": "re:.*self_attn.*", "symmetric": False, "bits": 6}]},
+    ],
+)
+def test_load_reads_what_transformers_alone_does_not(folder_of, family, sections, tmp_path):
+    """A table in words, and zero points, beside packed experts."""
+    made = recipe(folder_of(family), method="rtn", bits=8, **sections)
+    result = run(made, tmp_path / "out", windows=WINDOWS)
+    loaded, _ = compress.load(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        logits = loaded(IDS).logits
+    error = (logits - logits_of(folder_of(family), IDS)).abs().amax(-1) / logits.abs().max()
+    assert float(error.median()) < 0.2
+    if result.self_check:
+        assert result.self_check["relative_error"] < 1e-5
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "makes all weights dense" in card and "keeps the weights packed" not in card
+
+
+def test_experts_in_64_bits_are_written_in_32(folder_of, tmp_path):
+    """In their scales' dtype transformers multiplies by them, which torch does not in fp64."""
+    shutil.copytree(folder_of("qwen3_moe"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({n: t.double() for n, t in load_file(file).items()}, file, {"format": "pt"})
+    change_config(tmp_path / "model", dtype="float64")
+    result = run(recipe(tmp_path / "model", method="rtn"), tmp_path / "out", windows=WINDOWS)
+    assert result.self_check["relative_error"] < 1e-5
+    loaded, _ = compress.load(tmp_path / "out")
+    assert loaded(IDS).logits.dtype == torch.float32
+
+
+def test_a_shared_expert_that_is_there_zero_times_is_refused(tmp_path):
+    write_mixture(tmp_path / "model", "deepseek_v3", n_shared_experts=0)
+    with refused(UsageError, "'deepseek_v3'", "shared_experts", "no weights"):
+        Skeleton(tmp_path / "model")
+
+
+def test_a_router_without_experts_is_refused(folder_of, tmp_path):
+    shutil.copytree(folder_of("gpt_oss"), tmp_path / "model")
+    change_config(tmp_path / "model", num_local_experts=0)
+    with refused(UsageError, "config.json", "no experts"):
+        Skeleton(tmp_path / "model")
 
 
 @pytest.mark.parametrize("sections, place", REFUSED)
