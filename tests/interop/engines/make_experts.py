@@ -29,7 +29,12 @@ SIZES = {
     "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "head_dim": 32,
     "max_position_embeddings": 1024, "vocab_size": 320,
 }  # fmt: skip
-FAMILIES = ("qwen3_moe", "mixtral", "granitemoe", "granitemoe-16")
+FAMILIES = ("qwen3_moe", "mixtral", "granitemoe", "granitemoe-16", "hunyuan_v1_moe",
+            "ernie4_5_moe", "lfm2_moe", "llama4_text", "llama4_text-16")  # fmt: skip
+CHANGED = {
+    "mixtral": {"sliding_window": None},
+    "llama4_text": {"attention_chunk_size": 128},  # blocks of vLLM's cache
+}
 
 
 def main() -> None:
@@ -43,7 +48,7 @@ def main() -> None:
     (given.out / "asked.json").write_text(json.dumps(asked))
     for name in given.families:
         family, plain = name.removesuffix("-16"), name.endswith("-16")
-        changes = SIZES | ({"sliding_window": None} if family == "mixtral" else {})
+        changes = SIZES | CHANGED.get(family, {})
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
             model = write_mixture(Path(folder) / "model", family, **changes)
