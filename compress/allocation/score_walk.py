@@ -241,11 +241,10 @@ class ScoreWalk:
         }
         spec = self.spec.layer(index)
         norm = layer.get_submodule(spec.input_norm) if spec.input_norm else nn.Identity()
-        window = self.skeleton.sliding_window(index)
         for i in range(len(x)):
             z = x[i].to(self.device)
             inputs = self.skeleton.layer_inputs(index, z)
-            w = self.weigher.weights(i, z, norm(z), layer, spec, inputs, window)
+            w = self.weigher.weights(i, z, norm(z), layer, spec, inputs)
             alike = self.weigher.uniform(i, z)
             weights = {group: w if on else alike for group, on in weighted.items()}
             with gathering(layer, hessians, weights):

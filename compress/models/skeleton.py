@@ -412,11 +412,3 @@ class Skeleton:
     def finished(self, logits: Tensor) -> Tensor:
         """The head's products [..., V] as the model gives them: scaled, or bent under a cap."""
         return finished(self.model, self.spec, logits)
-
-    def sliding_window(self, index: int) -> int | None:
-        """Keys that a query of this layer sees, itself included; None for all before it."""
-        window = getattr(self.config, "sliding_window", None)
-        kinds = getattr(self.config, "layer_types", None)
-        if window is None or getattr(self.config, "use_sliding_window", True) is False:
-            return None
-        return window if not kinds or kinds[index] == "sliding_attention" else None

@@ -287,9 +287,8 @@ class LayerWalk:
         if self.solver is None or not self.solver.needs_hessian:
             return None
         inputs = self.stream.layer_inputs(source, i, x)
-        window = self.skeleton.sliding_window(source)
         spec = self.spec.layer(source)
-        w = self.weigher.weights(i, x, normed, layer, spec, inputs, window)
+        w = self.weigher.weights(i, x, normed, layer, spec, inputs)
         if w is not None and source == self.plan.layers[-1] and self._weighs_head():
             self.last_weights[i] = w.cpu()
         if i == 0 and w is not None and self.section.token_importance.name != "uniform":

@@ -29,6 +29,7 @@ from compress.errors import CompressError
 from compress.models.skeleton import Skeleton
 from compress.pipeline.description import describe, merged, write_results
 from compress.pipeline.inputs import RunInputs
+from compress.pipeline.kept_layers import shorten
 from compress.pipeline.plan import Plan
 from compress.pipeline.result import RunResult
 from compress.pruning.saved import save_strategy
@@ -38,8 +39,6 @@ from compress.storage.companions import copy_companions
 from compress.storage.files import parse_size, write_json
 from compress.storage.output_folder import files_below
 from compress.storage.safetensors import CheckpointReader, merge_shards
-
-PER_LAYER = ("layer_types", "no_rope_layers")  # keys of config.json with a value for each layer
 
 
 def assemble(
@@ -86,11 +85,7 @@ def checkpoint_config(skeleton: Skeleton, plan: Plan, dtype: torch.dtype) -> dic
     if not one_table and (skeleton.said_tied or any(said)):  # engines look in either place
         config["tie_word_embeddings"] = decoder["tie_word_embeddings"] = False
     if len(plan.layers) < skeleton.num_layers:
-        decoder["num_hidden_layers"] = len(plan.layers)
-        # From the config as transformers reads it: an older file derives them from the depth.
-        for key in PER_LAYER:
-            if kinds := getattr(skeleton.config, key, None):
-                decoder[key] = [kinds[index] for index in plan.layers]
+        shorten(decoder, skeleton, plan.layers)
     if any(module.twin for module in plan.modules):
         # Which some files leave to their family's default.
         config["tie_word_embeddings"] = decoder["tie_word_embeddings"] = True

@@ -34,6 +34,7 @@ from compress.models.pretrained import TOKENIZER_FILES
 from compress.models.skeleton import Skeleton
 from compress.observer import Observer
 from compress.pipeline.inputs import RunInputs
+from compress.pipeline.kept_layers import kept_problems
 from compress.pipeline.memory_forecast import host_memory
 from compress.pipeline.plan_notes import (
     WHOLE_BYTE,
@@ -222,6 +223,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
     other = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in kept.items())
     weights = sum(module.weights for module in modules if module.twin is None)
     pruning, problems, notes = forecast(inputs, len(layers))
+    problems += kept_problems(skeleton, layers)
     host = host_memory(inputs, shapes)
     plan = Plan(
         modules=modules,

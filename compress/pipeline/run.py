@@ -135,9 +135,7 @@ def run(
         if inputs.skeleton.folder.resolve() == output.resolve():
             raise UsageError(f"output {output} is the model itself: choose another --output")
         plan = make_plan(inputs)
-        if plan.problems:
-            more = len(plan.problems) - 1
-            raise UsageError(plan.problems[0] + (f" (and {more} more: see `plan`)" if more else ""))
+        _refuse_problems(plan)
         data = windows
         if data is None:
             log.observer.stage("calibration data")
@@ -235,20 +233,27 @@ def _result(output: Path, plan: Plan, inputs: RunInputs, log: RunLog) -> RunResu
     )
 
 
+def _refuse_problems(plan: Plan) -> None:
+    if plan.problems:
+        more = len(plan.problems) - 1
+        raise UsageError(plan.problems[0] + (f" (and {more} more: see `plan`)" if more else ""))
+
+
 def _allocation(
     inputs: RunInputs, data: CalibrationData, journal: Journal, resume: bool, log: RunLog
 ) -> dict[str, Any]:
     """The widths that the layers are given, as JSON holds them."""
-    found = allocated_plan(
+    plan = allocated_plan(
         inputs,
         data,
         journal.folder,
         identity=journal.fingerprint,
         resume=resume,
         observer=log.observer,
-    ).allocation
-    assert found is not None, "a plan with problems has been refused"
-    return asdict(found)
+    )
+    _refuse_problems(plan)  # of the layers that are left
+    assert plan.allocation is not None, "a plan with problems has been refused"
+    return asdict(plan.allocation)
 
 
 def settle_source(

@@ -1,7 +1,7 @@
 """Token weights of calibration batches, by a strategy of `importance/tokens.py`.
 
 weigher = TokenWeigher(recipe.quantize.token_importance, batches, counts)
-w = weigher.weights(i, x, norm(x), layer, spec, inputs, None)      # [B, T], None: all alike
+w = weigher.weights(i, x, norm(x), layer, spec, inputs)            # [B, T], None: all alike
 weigher.facts()                                            # of the weights since the last call
 """
 
@@ -63,12 +63,12 @@ class TokenWeigher:
         layer: nn.Module,
         spec: LayerSpec,
         inputs: LayerInputs,
-        sliding_window: int | None,
     ) -> Tensor | None:
         """w_hat [B, T] of batch i, or None where every token weighs the same."""
         if self.settings.name == "uniform":
             return self.uniform(i, x)
         input_ids, mask = (t.to(x.device) for t in self.batches[i])
+        sliding_window, seen = keys_seen(inputs)
         context = LayerContext(
             hidden_states=x,
             input_ids=input_ids,
@@ -78,7 +78,7 @@ class TokenWeigher:
             sliding_window=sliding_window,
             token_counts=self.token_counts,
             softcap=spec.softcap,
-            seen=otherwise_seen(inputs, sliding_window),
+            seen=seen,
             sinks=None if spec.sinks is None else layer.get_parameter(spec.sinks),
         )
         try:
@@ -149,19 +149,22 @@ class TokenWeigher:
         return facts
 
 
-def otherwise_seen(inputs: LayerInputs, sliding_window: int | None) -> Tensor | None:
-    """Which keys each query sees [1, T, T], where that is not all, or a window's, before it.
+def keys_seen(inputs: LayerInputs) -> tuple[int | None, Tensor | None]:
+    """What the queries of a layer see, by its mask: of the keys before them, or otherwise.
 
-    As within an image, or where attention is in chunks.
+    The number of keys that a window holds, the query's own included, or None; and which keys each
+    query sees [1, T, T], where that is neither all nor a window's before it: as within an image, or
+    where attention is in chunks.
     """
     mask = inputs["attention_mask"]
     if mask is None:
-        return None
+        return None, None
     seen = (mask if mask.dtype is torch.bool else mask == 0)[:, 0]  # or a large negative number
+    width = int(seen[0, -1].sum())
     before = torch.ones(seen.shape[1:], dtype=torch.bool, device=seen.device).tril()
-    if sliding_window is not None:
-        before = before.triu(1 - sliding_window)
-    return None if bool((seen == before).all()) else seen
+    if not bool((seen == before.triu(1 - width)).all()):
+        return None, seen
+    return (width if width < seen.shape[-1] else None), None
 
 
 def queries_keys(

@@ -17,6 +17,7 @@ from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
 from compress.pipeline.source_check import check_source
+from compress.quantization.token_weights import keys_seen
 from support.dense_families import DENSE, HIDDEN, WINDOW, type_of, write_dense
 from support.eager_maps import compare_with_eager_maps
 from support.refusals import check_line, refused
@@ -86,16 +87,17 @@ def test_the_row_says_what_is_found(folder_of, family):
 
 
 @every_family
-def test_windows_are_as_wide_as_the_masks(folder_of, family):
-    """Token importance goes by a number, attention by a mask."""
+def test_a_mask_is_all_before_a_query_or_a_window(folder_of, family):
+    """No family of these pays for a map of what each query sees."""
     skeleton = Skeleton(folder_of(family))
-    for index in range(skeleton.num_layers):
-        window = skeleton.sliding_window(index) or IDS.shape[1]
-        mask = skeleton.layer_inputs(index, torch.zeros(1, IDS.shape[1], HIDDEN))["attention_mask"]
-        if mask is None:
-            assert window == IDS.shape[1]
-        else:  # what is hidden is False, or a large negative number
-            assert int((mask if mask.dtype is torch.bool else mask == 0)[0, 0, -1].sum()) == window
+    x = torch.zeros(1, IDS.shape[1], HIDDEN)
+    found = [keys_seen(skeleton.layer_inputs(i, x)) for i in range(skeleton.num_layers)]
+    assert {seen for _, seen in found} == {None}
+    config = skeleton.config
+    slides = "sliding_window" in DENSE[family]
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * skeleton.num_layers
+    windows = [WINDOW if slides and kind == "sliding_attention" else None for kind in kinds]
+    assert [window for window, _ in found] == windows
 
 
 # ---- what is written ----------------------------------------------------------------------------

@@ -281,8 +281,7 @@ def test_token_weights_are_the_column_sums_of_eager_maps(folder_of, family):
         inputs = skeleton.layer_inputs(index, x, encoded.told)
         with torch.no_grad(), source.layer(index) as layer:
             normed = layer.get_submodule(spec.input_norm)(x) if spec.input_norm else x
-            window = skeleton.sliding_window(index)
-            found = weigher.weights(0, x, normed, layer, spec, inputs, window)
+            found = weigher.weights(0, x, normed, layer, spec, inputs)
             x = source.forward(layer, index, x, encoded.told)
         x = encoded.added[index].to(x) if index in encoded.added else x
         if not spec.attends:

@@ -1,6 +1,7 @@
 """Options of token importance in a run: which Hessians, and what plan, facts and card say."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from support.tiny_checkpoints import (
     LAYERS,
     WINDOWS,
     all_count,
+    change_config,
     random_ids,
     read_tensors,
     recipe_for,
@@ -38,6 +40,18 @@ def pressed(press, folder, windows=WINDOWS, **importance):
 
 def facts_of(folder) -> list[dict]:
     return json.loads((folder / "modelpress.json").read_text())["layers"]
+
+
+# ---- what queries see ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["attention_concentration", "position"])
+def test_a_window_that_a_type_does_not_read_changes_nothing(checkpoint, press, tmp_path, name):
+    made = [pressed(press, checkpoint(), name=name)]
+    shutil.copytree(checkpoint(), tmp_path / "model")
+    change_config(tmp_path / "model", sliding_window=4)
+    made.append(pressed(press, tmp_path / "model", name=name))
+    assert weight_files(made[0]) == weight_files(made[1])
 
 
 # ---- the linears that the weights are for -------------------------------------------------------

@@ -13,7 +13,7 @@ from compress.importance.weighting import mean_one, normalise
 from compress.models.skeleton import Skeleton
 from compress.quantization.inside import without
 from compress.quantization.layer import run_layer
-from compress.quantization.token_weights import TokenWeigher
+from compress.quantization.token_weights import TokenWeigher, keys_seen
 from compress.recipe.token_importance import TokenImportance
 from support.small_linears import second_moment
 from support.tiny_checkpoints import FAMILIES, load_whole, random_ids
@@ -422,9 +422,9 @@ def weighed(skeleton, layer, x, name, mask, minimum=0.01, power=1):
     weigher = TokenWeigher(
         TokenImportance(name=name, minimum=minimum, power=power), [(IDS, mask)], counts
     )
-    inputs, window = skeleton.layer_inputs(LAST, x), skeleton.sliding_window(LAST)
+    inputs = skeleton.layer_inputs(LAST, x)
     normed = layer.input_layernorm(x)
-    return weigher.weights(0, x, normed, layer, skeleton.spec.layer(LAST), inputs, window)
+    return weigher.weights(0, x, normed, layer, skeleton.spec.layer(LAST), inputs)
 
 
 def test_uniform_tokens_have_no_weights_unless_some_are_masked(checkpoint):
@@ -432,6 +432,27 @@ def test_uniform_tokens_have_no_weights_unless_some_are_masked(checkpoint):
     with opened(checkpoint) as (skeleton, layer):
         assert weighed(skeleton, layer, x, "uniform", ALL) is None
         assert torch.equal(weighed(skeleton, layer, x, "uniform", SOME), SOME.float())
+
+
+def test_what_a_query_sees_is_read_from_its_mask():
+    causal = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    for width in (1, 4, 8):
+        band = causal.triu(1 - width)
+        assert keys_seen({"attention_mask": band}) == (width, None)
+        low = torch.finfo(torch.float32).min
+        assert keys_seen({"attention_mask": torch.where(band, 0.0, low)}) == (width, None)
+    assert keys_seen({"attention_mask": None}) == keys_seen({"attention_mask": causal})
+    assert keys_seen({"attention_mask": causal}) == (None, None)
+    chunks = causal.clone()
+    chunks[..., 5:, :5] = False
+    ahead = causal.clone()
+    ahead[..., 2, 3] = True
+    padded = causal.clone()
+    padded[..., -1, :] = False
+    for mask in (chunks, ahead, padded):
+        window, seen = keys_seen({"attention_mask": mask})
+        assert window is None
+        assert torch.equal(seen, mask[0])
 
 
 def weigher_of(mask, **section):

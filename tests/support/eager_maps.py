@@ -30,15 +30,8 @@ def compare_with_eager_maps(folder: Path, ids: Tensor) -> None:
         weigher = TokenWeigher(section, [(ids, everything)], counts)
         with torch.no_grad(), skeleton.layer(index, skeleton.read_layer(index)) as layer:
             normed = layer.get_submodule(spec.input_norm)(x) if spec.input_norm else x
-            found = weigher.weights(
-                0,
-                x,
-                normed,
-                layer,
-                spec,
-                skeleton.layer_inputs(index, x),
-                skeleton.sliding_window(index),
-            )
+            inputs = skeleton.layer_inputs(index, x)
+            found = weigher.weights(0, x, normed, layer, spec, inputs)
         if not spec.attends:
             assert found is None
             assert weigher.facts() == {"windows_without_map": len(ids)}
