@@ -58,6 +58,10 @@ EXPERTS = ".experts."
 # one without complaint, and computes something else with them. It reads the 16-bit files right.
 MISREADS_PACKED_EXPERTS = {"vLLM": ("granitemoe",)}
 
+# Of which tiny 16-bit models, asked on a CPU in fp32, were not answered as transformers does: nothing
+# is known then of what is packed.
+UNLIKE_IN_16_BITS = {"vLLM": ("ernie4_5_moe", "lfm2_moe", "llama4", "llama4_text")}
+
 Schemes = Mapping[str, Scheme | None]  # of linears by name; None: stays unquantised
 
 
@@ -150,6 +154,13 @@ def loading_table(
             if kind in MISREADS_PACKED_EXPERTS.get(engine, ()):
                 table[engine] = f"no: it computes wrongly with packed experts of {kind!r}, unsaid"
         return list(table.items())
+    for engine, kinds in UNLIKE_IN_16_BITS.items():
+        if kind in kinds:
+            said = f"no: a 16-bit {kind!r} is another model to it on a CPU, and GPUs were not tried"
+            return [
+                (name, said if name == engine and how[:2] != "no" else how)
+                for name, how in loading_table(schemes, tables)
+            ]
     found = {scheme for scheme in schemes.values() if scheme is not None}
     if all(scheme.symmetric for scheme in found):
         transformers = "yes, on CPU too; weights become dense at the first forward"

@@ -30,7 +30,8 @@ SIZES = {
     "max_position_embeddings": 1024, "vocab_size": 320,
 }  # fmt: skip
 FAMILIES = ("qwen3_moe", "mixtral", "granitemoe", "granitemoe-16", "hunyuan_v1_moe",
-            "ernie4_5_moe", "lfm2_moe", "llama4_text", "llama4_text-16")  # fmt: skip
+            "ernie4_5_moe", "ernie4_5_moe-16", "lfm2_moe", "lfm2_moe-16", "llama4_text",
+            "llama4_text-16")  # fmt: skip
 CHANGED = {
     "mixtral": {"sliding_window": None},
     "llama4_text": {"attention_chunk_size": 128},  # blocks of vLLM's cache

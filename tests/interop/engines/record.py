@@ -20,6 +20,7 @@ import math
 import re
 import sys
 from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,11 @@ def main() -> None:
         for engine in ENGINES
         for answer in sorted((out / ANSWERS / engine).glob("*.json"))
     ]
+    key = itemgetter("engine", "checkpoint")
+    made = {key(row): row for row in rows}
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = [made.pop(key(row), row) for row in known]
+    rows += made.values()
     RESULTS.write_text(json.dumps(rows, separators=(",", ":")).replace('{"engine"', '\n{"engine"'))
     print(*map(line, rows), sep="\n")
 
