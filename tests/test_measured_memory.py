@@ -30,6 +30,9 @@ ROUTED = DENSE | {"head_dim": 32, "num_experts_per_tok": 2}
 MIXTRAL = ROUTED | {"model_type": "mixtral", "num_local_experts": 4}
 QWEN = ROUTED | {"model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 128}
 GPT_OSS = ROUTED | {"model_type": "gpt_oss", "num_local_experts": 4, "intermediate_size": 256}
+LLAMA4 = ROUTED | {"model_type": "llama4_text", "num_local_experts": 8, "num_experts_per_tok": 1,
+                   "intermediate_size": 512, "intermediate_size_mlp": 512}  # fmt: skip
+COHERE2 = ROUTED | {"model_type": "cohere2_moe", "num_experts": 8, "intermediate_size": 128}
 GEMMA = DENSE | {"model_type": "gemma2", "head_dim": 32}
 WIDE = {"hidden_size": 768, "intermediate_size": 2048}
 EXPERTS_IN_16_BITS = {"quantize": {"ignore": ["lm_head", "re:.*experts.*"]}}
@@ -65,6 +68,10 @@ ROWS = {
     "gpt_oss, long windows": (GPT_OSS, {"calibration": {"length": 1500, "samples": 2}}, 20),
     "gpt_oss in 16 bits": (GPT_OSS | {"num_local_experts": 32}, EXPERTS_IN_16_BITS, 20),
     "granitemoe": (MIXTRAL | {"model_type": "granitemoe"}, {}, 20),
+    "llama4": (LLAMA4, {}, 20),
+    "llama4 in 16 bits": (LLAMA4 | {"num_local_experts": 32}, EXPERTS_IN_16_BITS, 20),
+    "cohere2_moe": (COHERE2, PLAIN, 20),
+    "cohere2_moe, much text": (COHERE2, PLAIN, 900),
 }
 
 
