@@ -58,9 +58,9 @@ EXPERTS = ".experts."
 # one without complaint, and computes something else with them. It reads the 16-bit files right.
 MISREADS_PACKED_EXPERTS = {"vLLM": ("granitemoe",)}
 
-# Of which tiny 16-bit models, asked on a CPU in fp32, were not answered as transformers does:
+# Of which a tiny 16-bit model, asked on a CPU in fp32, was not answered as transformers does:
 # nothing is known then of what is packed.
-UNLIKE_IN_16_BITS = {"vLLM": ("ernie4_5_moe", "lfm2_moe", "llama4", "llama4_text")}
+UNLIKE_IN_16_BITS = {"vLLM": ("lfm2_moe",)}
 
 Schemes = Mapping[str, Scheme | None]  # of linears by name; None: stays unquantised
 

@@ -16,6 +16,7 @@ from sys import path
 
 import asking
 import torch
+from safetensors.torch import load_file, save_file
 
 path.insert(0, str(Path(__file__).parents[2]))
 
@@ -30,12 +31,28 @@ SIZES = {
     "max_position_embeddings": 1024, "vocab_size": 320,
 }  # fmt: skip
 FAMILIES = ("qwen3_moe", "mixtral", "granitemoe", "granitemoe-16", "hunyuan_v1_moe",
-            "ernie4_5_moe", "ernie4_5_moe-16", "lfm2_moe", "lfm2_moe-16", "llama4_text",
-            "llama4_text-16")  # fmt: skip
+            "ernie4_5_moe", "lfm2_moe", "lfm2_moe-16", "llama4_text")  # fmt: skip
+# As those that are published have it; README.md says what vLLM makes of others.
 CHANGED = {
     "mixtral": {"sliding_window": None},
-    "llama4_text": {"attention_chunk_size": 128},  # blocks of vLLM's cache
+    "ernie4_5_moe": {"use_bias": False},
+    "lfm2_moe": {"conv_bias": False, "tie_word_embeddings": True},
+    "llama4_text": {"attention_chunk_size": 128, "floor_scale": 8192, "attn_scale": 0.1},
 }
+# Tensors by parts of their names, and numbers.
+TIMES = {"moe_statics": 0.0, "expert_bias": 0.0, "lfm2_moe embed_tokens": 0.05}
+
+
+def multiplied(folder: Path, family: str) -> Path:
+    """The folder with some of its tensors multiplied by a number."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for parts, factor in TIMES.items():
+        for name in tensors:
+            if all(part in f"{family} {name}" for part in parts.split(" ")):
+                tensors[name] = tensors[name] * factor
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
 
 
 def main() -> None:
@@ -52,7 +69,7 @@ def main() -> None:
         changes = SIZES | CHANGED.get(family, {})
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
-            model = write_mixture(Path(folder) / "model", family, **changes)
+            model = multiplied(write_mixture(Path(folder) / "model", family, **changes), family)
             if plain:
                 shutil.copytree(model, given.out / "checkpoints" / f"{family}-16")
                 continue
