@@ -349,7 +349,7 @@ class LayerWalk:
         for name, linear in solved.items() if self.ranks.first else ():  # who writes them
             scale = self.model.stored(f"{prefix}{name}.weight_scale", linear.scale)
             codes = codes_of_signed(linear.codes, scale, linear.zero, schemes[name])
-            format = FORMATS[self.plan.table_formats.get(name, "pack-quantized")]
+            format = FORMATS[self.plan.table_formats.get(prefix + name, "pack-quantized")]
             packed = format.write(codes, schemes[name])
             tensors |= {f"{prefix}{name}.{key}": tensor for key, tensor in packed.items()}
         seconds = time.perf_counter() - started
@@ -396,8 +396,9 @@ class LayerWalk:
         outputs, inputs = weight.shape
         head = nn.Linear(inputs, outputs, bias=False, device="meta")
         head.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
+        place, dot, leaf = name.rpartition(".")  # it may be inside the decoder
         holder = nn.Module()
-        holder.add_module(name, head)
+        holder.add_module(leaf, head)
         H = None
         if self._needs_hessian({name: scheme}):
             x0 = self.stream.x0
@@ -410,7 +411,7 @@ class LayerWalk:
                 H.add_batch(x, w.to(self.device), twin)
             self.shares.complete(H)
         modules: list[ModuleFacts] = []
-        packed = self._solve("", holder, {name: scheme}, H, modules)
+        packed = self._solve(place + dot, holder, {leaf: scheme}, H, modules)
         self.facts.append({"layer": None, "modules": modules, "seconds": modules[0]["seconds"]})
         return head.weight, packed
 

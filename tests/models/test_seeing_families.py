@@ -174,6 +174,25 @@ def test_quantised_to_4_bits_it_is_the_model_of_the_run(
     assert config["quantization_config"]["ignore"][-1].startswith("re:")
 
 
+@pytest.mark.parametrize(
+    "tables", [{"embedding": {"bits": 8}, "head": {"bits": 8}}, {"head": {"bits": 4}}]
+)
+def test_a_head_inside_the_decoder_is_quantised(folder_of, tables, tmp_path, monkeypatch):
+    """Of Llama 4: by its full name, whatever its format."""
+    folder, out = folder_of("llama4"), tmp_path / "out"
+    prompts = prompts_of(folder)
+    monkeypatch.setattr(run_module, "calibration_data", lambda source, skeleton: prompts)
+    result = run(recipe(folder, "hadamard", method="gptq", **tables), out)
+    assert result.self_check["relative_error"] < 1e-5
+    planned = {module.name: module.bits for module in result.plan.modules}
+    assert planned["language_model.lm_head"] == tables["head"]["bits"]
+    probe = probe_prompt(Skeleton(folder))
+    monkeypatch.setattr(load_module, "_read_processor", lambda *_, **options: None)
+    loaded, _ = compress.load(out, dtype=torch.float32)
+    with torch.no_grad():
+        assert relative_error(loaded(**probe).logits, logits_of(out, probe)) < 1e-5
+
+
 def test_experts_lie_as_their_file_has_them(folder_of, tmp_path):
     """[E, d, 2 m] as published, or [E, 2 m, d] as transformers writes them: both are read, and what
     stays in 16 bits is written the same way."""
