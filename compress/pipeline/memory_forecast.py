@@ -53,7 +53,7 @@ EXPERT_MEMORY = 10_000  # the modules, headers, plan and facts of one
 SOLVER_COPIES = 3  # of a Hessian while it is factored
 ROW_COPIES = 6  # of the rows that are solved at a time
 LOGIT_COPIES = 8  # of a chunk of logits while a divergence is taken of two of them
-MAP_COPIES = 3  # of attention's maps, where they are held
+SINK_MAPS, CAPPED_MAPS = 3, 2  # copies of attention's maps, where transformers makes them whole
 HOLES = 32 * 10**6  # larger blocks are given back at once; smaller ones leave holes in the heap
 TURNED = 8 * 3  # bytes of a number in a linear that is being rotated, beside the result's
 TURNED_PIECE = 8 * 6  # the same in a piece of the embedding or head, with the result
@@ -256,9 +256,10 @@ class _LayerNeed:
             return 0
         length = recipe.calibration.length
         tokens = max(TOKENS_PER_BATCH, length)
-        whole = self.kind.softcap is not None or self.kind.sinks is not None
+        copies = CAPPED_MAPS if self.kind.softcap is not None else 0
+        copies = SINK_MAPS if self.kind.sinks is not None else copies
         weighed = recipe.quantize.token_importance.name == "attention_concentration"
-        return 4 * heads * tokens * max(MAP_COPIES * length * whole, 2 * QUERIES * weighed)
+        return 4 * heads * tokens * max(copies * length, 2 * QUERIES * weighed)
 
     def second(self) -> int:
         """The Hessian that a group has more than others whose token weights split it."""
