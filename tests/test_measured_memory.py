@@ -42,6 +42,7 @@ WIDE = {"hidden_size": 768, "intermediate_size": 2048}
 EXPERTS_IN_16_BITS = {"quantize": {"ignore": ["lm_head", "re:.*experts.*"]}}
 RTN = {"quantize": {"method": "rtn"}}
 PLAIN = {"rotate": "none"}
+TABLES = {"quantize": {"embedding": {"bits": 8}, "head": {"bits": 8}}}
 TRIES = 3
 
 # The model, the recipe's sections, and kilobytes of calibration text.
@@ -55,6 +56,13 @@ ROWS = {
     "act order": (DENSE | WIDE, {"quantize": {"act_order": True}}, 20),
     "large vocabulary": (DENSE | {"vocab_size": 64_000}, RTN, 20),
     "tied": (DENSE | {"vocab_size": 64_000, "tie_word_embeddings": True}, PLAIN | RTN, 20),
+    "tables of 16 bits": (DENSE | {"vocab_size": 128_000}, RTN, 20),
+    "tables of 8 bits": (DENSE | {"vocab_size": 128_000}, TABLES, 20),
+    "a table of 8 bits": (
+        DENSE | {"vocab_size": 128_000, "tie_word_embeddings": True},
+        PLAIN | TABLES,
+        20,
+    ),
     "much text": (DENSE, {}, 1500),
     "lines of text": (DENSE, {}, -1500),
     "long windows": (DENSE, {"calibration": {"length": 3000, "samples": 2}}, 20),

@@ -326,14 +326,16 @@ def by_input(grouped: Tensor, weight: Codes) -> Tensor:
 
 def _unsigned(integers: Tensor, bits: int, what: str) -> Tensor:
     """Signed integers as codes: c = q + 2^(b-1), and zero points likewise."""
-    codes = integers.to(torch.int16) + 2 ** (bits - 1)
-    if codes.numel() and not (codes.min() >= 0 and codes.max() < 2**bits):
-        raise ValueError(f"{what} holds integers of more than {bits} bits")
-    return codes.to(torch.uint8)
+    half = 2 ** (bits - 1)
+    if integers.numel():
+        low, high = map(int, integers.aminmax())
+        if not (low >= -half and high < half):
+            raise ValueError(f"{what} holds integers of more than {bits} bits")
+    return integers.to(torch.int8).view(torch.uint8) + half  # modulo 256, as bytes are
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:
-    return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    return (codes - 2 ** (bits - 1)).view(torch.int8)
 
 
 def _sorted_inputs(weight: Codes, g_idx: Tensor, what: str) -> Codes:

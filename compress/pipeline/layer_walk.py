@@ -22,6 +22,7 @@ from compress.checkpoint.packed_formats import FORMATS, codes_of_signed
 from compress.errors import naming
 from compress.importance.tokens import count_tokens
 from compress.importance.weighting import effective_sample_size
+from compress.kernels.codes import Codes
 from compress.memory import release_memory
 from compress.models.fused import joined
 from compress.models.skeleton import linear_in
@@ -35,7 +36,13 @@ from compress.pruning.last_token import LastTokenAttention
 from compress.quantization.hessian import Hessian
 from compress.quantization.layer import run_layer, solve_group
 from compress.quantization.shares import WHOLE
-from compress.quantization.solvers import SOLVERS, SolverSettings, make_solver
+from compress.quantization.solvers import (
+    SOLVERS,
+    QuantizedLinear,
+    SolverSettings,
+    make_solver,
+)
+from compress.quantization.tables import Rows, solve_table
 from compress.quantization.token_weights import TokenWeigher
 from compress.recipe.quantize import Policy, Quantize
 from compress.rotation.model import RotatedModel
@@ -347,29 +354,46 @@ class LayerWalk:
             solved = solve_group(layer, schemes, solver, H, self.dtype, self.shares)
         tensors: dict[str, Tensor] = {}
         for name, linear in solved.items() if self.ranks.first else ():  # who writes them
-            scale = self.model.stored(f"{prefix}{name}.weight_scale", linear.scale)
-            codes = codes_of_signed(linear.codes, scale, linear.zero, schemes[name])
-            format = FORMATS[self.plan.table_formats.get(prefix + name, "pack-quantized")]
-            packed = format.write(codes, schemes[name])
-            tensors |= {f"{prefix}{name}.{key}": tensor for key, tensor in packed.items()}
-        seconds = time.perf_counter() - started
+            tensors |= self._packed(prefix + name, linear, schemes[name])[1]
+        seconds = (time.perf_counter() - started) / max(1, len(solved))
         for name, linear in solved.items():
-            facts: ModuleFacts = {
-                "name": prefix + name,
-                "bits": schemes[name].bits,
-                "group_size": schemes[name].group_size,
-                "error": linear.relative_error(),
-                "damping": linear.damping,
-                "dead_columns": linear.dead_columns,
-                "changed": [round(share, 6) for share in linear.changed],
-                "seconds": round(seconds / len(solved), 3),
-            }
-            if linear.rounded:
-                facts["rounded_to_nearest"] = True
-            modules.append(facts)
-            self.observer.module(facts["name"], facts)
-            self._warn_of(facts)
+            self._note(prefix + name, linear, schemes[name], seconds, modules)
         return tensors
+
+    def _packed(
+        self, name: str, linear: QuantizedLinear, scheme: Scheme
+    ) -> tuple[Codes, dict[str, Tensor]]:
+        """A linear's codes, and its tensors in the file."""
+        scale = self.model.stored(f"{name}.weight_scale", linear.scale)
+        codes = codes_of_signed(linear.codes, scale, linear.zero, scheme)
+        format = FORMATS[self.plan.table_formats.get(name, "pack-quantized")]
+        packed = format.write(codes, scheme)
+        return codes, {f"{name}.{key}": tensor for key, tensor in packed.items()}
+
+    def _note(
+        self,
+        name: str,
+        linear: QuantizedLinear,
+        scheme: Scheme,
+        seconds: float,
+        modules: list[ModuleFacts],
+    ) -> None:
+        """Puts what is said about a linear among the modules, and says it."""
+        facts: ModuleFacts = {
+            "name": name,
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "error": linear.relative_error(),
+            "damping": linear.damping,
+            "dead_columns": linear.dead_columns,
+            "changed": [round(share, 6) for share in linear.changed],
+            "seconds": round(seconds, 3),
+        }
+        if linear.rounded:
+            facts["rounded_to_nearest"] = True
+        modules.append(facts)
+        self.observer.module(name, facts)
+        self._warn_of(facts)
 
     def note_table(self, planned: PlannedModule, seconds: float) -> None:
         """Puts the embedding, rounded to nearest before the walk, among the facts."""
@@ -386,23 +410,16 @@ class LayerWalk:
         self.tables = [{"layer": None, "modules": [facts], "seconds": facts["seconds"]}]
 
     def solve_head(
-        self, weight: Tensor, norm: nn.Module, scheme: Scheme
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, table: Rows, norm: nn.Module, scheme: Scheme
+    ) -> tuple[Codes | None, dict[str, Tensor]]:
         """Quantises the head like any other linear; its input is the final norm's output.
 
-        Returns its weight as the checkpoint has it, and the packed tensors.
+        Returns its codes, and the packed tensors; of several ranks the first has them.
         """
-        name = self.spec.head
-        outputs, inputs = weight.shape
-        head = nn.Linear(inputs, outputs, bias=False, device="meta")
-        head.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
-        place, dot, leaf = name.rpartition(".")  # it may be inside the decoder
-        holder = nn.Module()
-        holder.add_module(leaf, head)
-        H = None
+        name, H = self.spec.head, None
         if self._needs_hessian({name: scheme}):
             x0 = self.stream.x0
-            H = self.shares.hessian(inputs, self.device, x0 is not None)
+            H = self.shares.hessian(table.shape[1], self.device, x0 is not None)
             for i, (_, mask) in enumerate(self.stream.batches):
                 x = norm(self.stream.x[i].to(self.device))
                 twin = None if x0 is None else norm(x0[i].to(self.device))
@@ -410,10 +427,20 @@ class LayerWalk:
                 w = mask.float() if w is None else w
                 H.add_batch(x, w.to(self.device), twin)
             self.shares.complete(H)
+        assert self.solver is not None, "a head that is quantised is so by a solver"
+        started = time.perf_counter()
+        with naming(name):
+            linear = solve_table(
+                table, scheme, self.solver, H, self.dtype, self.device, self.shares
+            )
         modules: list[ModuleFacts] = []
-        packed = self._solve(place + dot, holder, {leaf: scheme}, H, modules)
+        codes: Codes | None = None
+        packed: dict[str, Tensor] = {}
+        if self.ranks.first:
+            codes, packed = self._packed(name, linear, scheme)
+        self._note(name, linear, scheme, time.perf_counter() - started, modules)
         self.facts.append({"layer": None, "modules": modules, "seconds": modules[0]["seconds"]})
-        return head.weight, packed
+        return codes, packed
 
     def _warn_of_weights(self, facts: LayerFacts) -> None:
         """Says where the scores of tokens told nothing."""

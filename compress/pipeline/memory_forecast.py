@@ -56,6 +56,9 @@ LOGIT_COPIES = 8  # of a chunk of logits while a divergence is taken of two of t
 SINK_MAPS, CAPPED_MAPS = 3, 2  # copies of attention's maps, where transformers makes them whole
 HOLES = 32 * 10**6  # larger blocks are given back at once; smaller ones leave holes in the heap
 TURNED = 8 * 3  # bytes of a number in a linear that is being rotated, beside the result's
+# Bytes of a number in a table that is rounded (its codes, in parts and joined, and as they are
+# packed), and in one that is solved, which has an alternative as well.
+ROUNDED_CODES, SOLVED_CODES = 4, 5
 TURNED_PIECE = 8 * 6  # the same in a piece of the embedding or head, with the result
 
 
@@ -302,7 +305,7 @@ def _scores(inputs: RunInputs, shapes: Shapes) -> int:
         hessians += sum(second_hessians(inputs, shapes))
         walk += _working(c.length, skeleton, inside) + hessians + layer * len(section.widths)
     chunk = min(c.length * skeleton.config.vocab_size, CHUNK_ELEMENTS) * 4
-    head = _vocabulary(inputs) + chunk * LOGIT_COPIES
+    head = 4 * skeleton.config.vocab_size * hidden + _piece(inputs) + chunk * LOGIT_COPIES
     if section.method == "evolve":  # the windows before, after the 16-bit model, and after another
         return max(walk, head + max(3 * states, stored if diverging else 0))
     return max(walk, head + stored if diverging else 0)
@@ -328,24 +331,29 @@ def _columns(skeleton: Skeleton, shapes: Shapes, index: int) -> list[int]:
 
 
 def _vocabulary(inputs: RunInputs) -> int:
-    """Bytes of the embedding or the head as it is stored and in fp32, and of a probe's logits."""
-    skeleton, stored, written = (
-        inputs.skeleton,
-        inputs.skeleton.dtype.itemsize,
-        inputs.dtype.itemsize,
-    )
-    rotated, quantize = inputs.recipe.rotate.kind != "none", inputs.recipe.quantize
-    vocabulary = skeleton.config.vocab_size
-    table = vocabulary * skeleton.config.hidden_size
+    """Bytes of the embedding or the head as they are made and written, and of a probe's logits."""
+    skeleton, written, quantize = inputs.skeleton, inputs.dtype.itemsize, inputs.recipe.quantize
+    rotated = inputs.recipe.rotate.kind != "none"
+    vocabulary, hidden = skeleton.config.vocab_size, _hidden(inputs)
+    table = vocabulary * hidden
     length = inputs.recipe.calibration.length if inputs.source.used else PROBE_TOKENS
     logits = min(length, scored_at_once(vocabulary)) * vocabulary * 4
-    exact = quantize.has_tables or quantize.head is not None  # in fp32, before it is rounded
-    turned = TURNED_PIECE if rotated else 0
-    reading = table * (stored + (4 if exact else written)) + turned * min(table, VALUES_AT_ONCE)
-    # Its codes, on their way to words or bytes; and of a head that is solved, what it became.
-    rounded = 4 * quantize.has_tables + 4 * (quantize.head is not None)
-    finishing = table * (4 + (written if written < 4 else 0) + rounded) + logits
-    return max(reading if rotated else stored * table, finishing)
+    if quantize.head is not None:
+        solved = quantize.method != "rtn" and (rotated or not skeleton.tied)
+        copies = SOLVED_CODES if solved else ROUNDED_CODES
+        head = table * copies + 4 * hidden**2 * SOLVER_COPIES * inputs.source.used
+    else:
+        head = table * written if rotated or not skeleton.tied else 0
+    embedding = table * (written if quantize.embedding is None else ROUNDED_CODES)
+    return max(embedding, head + logits) + _piece(inputs)
+
+
+def _piece(inputs: RunInputs) -> int:
+    """Bytes of the rows of a table that are read and turned, or multiplied, at a time."""
+    table = inputs.skeleton.config.vocab_size * _hidden(inputs)
+    rotated, stored = inputs.recipe.rotate.kind != "none", inputs.skeleton.dtype.itemsize
+    most = WEIGHTS_AT_A_TIME["cpu"] if inputs.recipe.quantize.has_tables else VALUES_AT_ONCE
+    return min(table, most) * (TURNED_PIECE if rotated else stored + 4)
 
 
 def _working(length: int, skeleton: Skeleton, inside: Linears) -> int:

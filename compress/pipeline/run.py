@@ -43,7 +43,6 @@ from compress.errors import CompressError, UsageError
 from compress.eval.windows import scored_at_once
 from compress.kernels.codes import Codes
 from compress.kernels.embedding import QuantEmbedding
-from compress.kernels.reference import dense
 from compress.loading.load import load
 from compress.memory import chosen_device, peak_memory, release_memory
 from compress.models.pretrained import local_folder
@@ -51,6 +50,7 @@ from compress.models.vision import Lookup, rows_of, vision_at_work
 from compress.observer import Observer
 from compress.pipeline.evaluation import check_evaluation
 from compress.pipeline.finish import RunLog, left_by, measure, publish_result, restored
+from compress.pipeline.head_products import products
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.journal import Entry, Journal
 from compress.pipeline.layer_walk import LayerWalk
@@ -63,7 +63,7 @@ from compress.pipeline.pruning_forecast import strategy_of
 from compress.pipeline.result import RunResult
 from compress.pipeline.source_check import SourceCheck, check_source
 from compress.pipeline.stream import CalibrationStream
-from compress.pipeline.verify import reload_and_compare, write_probe
+from compress.pipeline.verify import reload_and_compare, reload_memory, write_probe
 from compress.pruning.costs import without_voters
 from compress.pruning.search import search_as_told
 from compress.pruning.stages import Stages
@@ -71,6 +71,7 @@ from compress.quantization.tables import round_table
 from compress.ranks import Ranks, together
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
+from compress.rotation.table import Table
 from compress.scheme import PlannedModule
 from compress.storage.files import read_json, write_json
 from compress.storage.lease import WORK_FOLDER
@@ -378,7 +379,7 @@ class Job:
         else:
             state = self.journal.state()
             self.stream.restore(done, self._vision_at_work, self._table, state)
-        release_memory()  # of the embedding as it was read and rotated
+        release_memory()  # of the embedding
         self.log.lap("calibration")
 
     def _table(self) -> Lookup:
@@ -389,7 +390,7 @@ class Job:
 
     def _dense_table(self) -> Tensor:
         name = f"{self.spec.embedding}.weight"
-        return self.model.stored(name, self.model.embedding(self.model.dtype))
+        return self.model.stored(name, self.model.embedding().dense(self.model.dtype))
 
     def _embedding_codes(self) -> Codes:
         """The codes of a quantised embedding, from the file that it was written to."""
@@ -401,8 +402,8 @@ class Job:
     def _packed_table(self, planned: PlannedModule) -> dict[str, Tensor]:
         """The embedding, rounded: the tensors of the file."""
         started = time.perf_counter()
-        table, name = self.model.embedding(torch.float32), planned.name
-        linear = round_table(table, planned.scheme, self.model.dtype)
+        name = planned.name
+        linear = round_table(self.model.embedding(), planned.scheme, self.model.dtype)
         scale = self.model.stored(f"{name}.weight_scale", linear.scale)
         codes = codes_of_signed(linear.codes, scale, linear.zero, planned.scheme)
         packed = FORMATS[planned.format].write(codes, planned.scheme)
@@ -442,42 +443,39 @@ class Job:
         self.log.observer.stage("head")
         spec, model, device = self.spec, self.model, self.model.device
         planned, name = self.plan.module(spec.head), f"{spec.head}.weight"
-        if planned is not None and self.plan.shared:  # then nothing is rotated
-            gammas = self.skeleton.read_all(spec.final_norm)
-            head, packed = self._shared_head(planned)
-        else:
-            head, gammas = model.head(torch.float32 if planned else model.dtype)
-            release_memory()  # of what it was rotated in
-            packed = {}
+        head: Table | Codes | Tensor | None
+        head, gammas = model.head()
         for key, gamma in gammas.items():
             gammas[key] = model.stored(f"{spec.final_norm}.{key}", gamma)
-        tensors = {f"{spec.final_norm}.{key}": gamma for key, gamma in gammas.items()} | packed
+        tensors = {f"{spec.final_norm}.{key}": gamma for key, gamma in gammas.items()}
         if (bias := model.head_bias()) is not None:
             bias = tensors[f"{spec.head}.bias"] = model.stored(f"{spec.head}.bias", bias)
         with model.final_norm(gammas) as norm:
-            if planned is not None and not self.plan.shared:
-                head, packed = self.layers.solve_head(head.float(), norm, planned.scheme)
+            if planned is not None and self.plan.shared:  # then nothing is rotated
+                head, packed = self._shared_head(planned)
                 tensors |= packed
-            elif planned is None and (self.plan.untied or not self.skeleton.tied):
-                head = tensors[name] = model.stored(name, head)
-            elif planned is None:
-                head = head.to(model.dtype)
+            elif planned is not None:
+                head, packed = self.layers.solve_head(head, norm, planned.scheme)
+                tensors |= packed
+            elif self.plan.untied or not self.skeleton.tied:
+                head = tensors[name] = model.stored(name, head.dense(model.dtype))
             if not self.ranks.first:
                 return
+            assert head is not None, "the first rank has what it writes"
             save_tensors(self.work / "head.safetensors", tensors)
             inputs, x = self._probe()
-            logits = model.finished(norm(x.to(device)) @ head.float().to(device).T, bias)
+            logits = model.finished(products(head, norm(x.to(device)), model.dtype), bias)
         write_probe(self.work / "probe.safetensors", inputs, logits.cpu())
         self.log.lap("head")
 
-    def _shared_head(self, planned: PlannedModule) -> tuple[Tensor, dict[str, Tensor]]:
-        """A head with the embedding's codes: dense in fp32, and its own tensors of the file."""
+    def _shared_head(self, planned: PlannedModule) -> tuple[Codes, dict[str, Tensor]]:
+        """A head with the embedding's codes: these, and its own tensors of the file."""
         codes, format = self._embedding_codes(), FORMATS[planned.format]
         packed = format.write(codes, planned.scheme)
         if planned.twin:
             del packed[format.main]
         tensors = {f"{planned.name}.{key}": tensor for key, tensor in packed.items()}
-        return dense(codes, torch.float32), tensors
+        return codes, tensors
 
     def _probe(self) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs of a forward and the last layer's output for them, [1, T, d]."""
@@ -506,7 +504,7 @@ class Job:
         return checked
 
     def _fits_self_check(self) -> bool:
-        """Whether transformers can reload the result here: it holds the whole model in fp32."""
+        """Whether transformers can reload the result here."""
         schemes = {scheme for scheme in self.plan.schemes.values() if scheme is not None}
         if mixes_asymmetric(schemes):
             self.log.warn(
@@ -514,7 +512,7 @@ class Job:
                 "group sizes (compress.load does)"
             )
             return False
-        needed = 4 * sum(p.numel() for p in self.skeleton.model.parameters())
+        needed = reload_memory(self.skeleton, self.plan.schemes)
         free = psutil.virtual_memory().available
         if needed > free:
             self.log.warn(

@@ -168,7 +168,7 @@ def _through(
 
 
 def _embedded(model: RotatedModel, probe: dict[str, Tensor]) -> Encoded:
-    table = model.embedding(torch.float32)
+    table = model.embedding().dense(torch.float32)
     if len(probe) == 1:
         return Encoded(model.skeleton.scaled(table[probe["input_ids"]].float()), None)
     with vision_at_work(model.skeleton, model.vision_tensors(rounded=False), model.device):

@@ -2,9 +2,10 @@
 
 The model in memory writes a probe: a prompt, with an image if the model is multimodal, and its
 logits for it. A fresh Python process that knows only torch, transformers and safetensors loads the
-folder in fp32 on the CPU and runs the same prompt, no visual tokens pruned. A key that is missing
-or left over, or a relative error max|a-b| / max|b| above the tolerance, is a CheckpointError: a
-checkpoint that differs from the model that was measured is not a result.
+folder in fp32 on the CPU and runs the same prompt, no visual tokens pruned; packed decoder layers
+are dense one at a time. A key that is missing or left over, or a relative error max|a-b| / max|b|
+above the tolerance, is a CheckpointError: a checkpoint that differs from the model that was
+measured is not a result.
 
     write_probe(path, inputs, model(**inputs).logits)
     reload_and_compare(folder, path)["relative_error"]
@@ -12,17 +13,20 @@ checkpoint that differs from the model that was measured is not a result.
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 from torch import Tensor
 
-from compress.checkpoint.engines import must_dequantize_on_load
+from compress.checkpoint.engines import Schemes, must_dequantize_on_load
 from compress.checkpoint.packed import EMBEDDING
 from compress.checkpoint.quantization_config import read_config
 from compress.errors import CheckpointError
 from compress.models.config_values import without_names
+from compress.models.skeleton import Skeleton
 from compress.storage.safetensors import CheckpointReader, save_tensors
 
 SCRIPT = Path(__file__).with_name("reload_script.py")
@@ -68,6 +72,27 @@ def reload_and_compare(
             f"relative error {error:.3g}, tolerance {tolerance:.3g}"
         )
     return {"relative_error": error, "tolerance": tolerance, "tokens": report["tokens"]}
+
+
+def reload_memory(skeleton: Skeleton, schemes: Schemes) -> int:
+    """Bytes of the weights that `reload_and_compare` holds at a time.
+
+    In fp32: what is not packed, tables, and the largest of packed decoder layers. All of it where
+    transformers makes a model dense as it loads it, which it does with experts and zero points.
+    `schemes`: of every linear of the result.
+    """
+    whole = any(kind.experts for kind in skeleton.spec.kinds)
+    whole = whole or any(scheme and not scheme.symmetric for scheme in schemes.values())
+    inside = re.compile(rf"{re.escape(skeleton.spec.layers)}\.(\d+)\.")
+    dense, layers = 0.0, Counter[str]()
+    for name, parameter in skeleton.model.named_parameters():
+        scheme, place = schemes.get(name.removesuffix(".weight")), inside.match(name)
+        if whole or scheme is None or place is None:
+            dense += 4 * parameter.numel()
+        else:
+            dense += parameter.numel() * scheme.bits / 8
+            layers[place[1]] += 4 * parameter.numel()
+    return round(dense) + max(layers.values(), default=0)
 
 
 def packed_table(reader: CheckpointReader) -> str | None:

@@ -25,14 +25,13 @@ from compress.recipe.sections import Model, Rotate
 from compress.rotation.rotate import (
     effective,
     fuse_and_rotate_expert,
-    fuse_and_rotate_head,
     fuse_and_rotate_layer,
     fused_gamma,
     head_rotation,
     make_rotation,
-    rotate_embedding,
     rotate_vision,
 )
+from compress.rotation.table import Table
 
 
 def storage_dtype(section: Model, skeleton: Skeleton) -> torch.dtype:
@@ -85,12 +84,10 @@ class RotatedModel:
 
     # ---- tensors --------------------------------------------------------------------------------
 
-    def embedding(self, dtype: torch.dtype) -> Tensor:
-        """The table [V, d]: in `dtype` where it is rotated, else as the source has it."""
-        table = self.skeleton.read(self.skeleton.table)
-        if self.residual is None:
-            return table
-        return rotate_embedding(table, self.residual, dtype=dtype)
+    def embedding(self) -> Table:
+        """The embedding [V, d], rotated where the stream is."""
+        name = f"{self.skeleton.table}.weight"
+        return Table(self.skeleton.reader, name, residual=self.residual)
 
     def layer_tensors(self, index: int) -> dict[str, Tensor]:
         """A decoder layer's tensors by their names inside it, but for those of its experts.
@@ -114,17 +111,16 @@ class RotatedModel:
         factor = effective(gamma, spec.gain)
         return fuse_and_rotate_expert(tensors, spec.experts, number, factor, self.residual)
 
-    def head(self, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-        """The head's weight [V, d], in `dtype` where it is rotated, and the last norm's tensors."""
+    def head(self) -> tuple[Table, dict[str, Tensor]]:
+        """The head's weight [V, d], and the tensors of the last norm, which it may take in."""
         spec, skeleton = self.spec, self.skeleton
         norm = skeleton.read_all(spec.final_norm)
-        weight = skeleton.read(skeleton.table if skeleton.tied else spec.head)
+        name = f"{skeleton.table if skeleton.tied else spec.head}.weight"
         if self.residual is None:
-            return weight, norm
+            return Table(skeleton.reader, name), norm
         gamma = norm["weight"]
-        factor = effective(gamma, spec.final_gain)
-        weight = fuse_and_rotate_head(weight, factor, self.residual, dtype=dtype)
-        return weight, {"weight": fused_gamma(gamma, spec.final_gain)}
+        table = Table(skeleton.reader, name, effective(gamma, spec.final_gain), self.residual)
+        return table, {"weight": fused_gamma(gamma, spec.final_gain)}
 
     def head_bias(self) -> Tensor | None:
         """What the head adds to its products [V], as the source has it."""
@@ -152,7 +148,7 @@ class RotatedModel:
 
     def embed(self, ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, d] in fp32, as the first layer gets them."""
-        return self.skeleton.scaled(self.embedding(torch.float32)[ids].float())
+        return self.skeleton.scaled(self.embedding().dense(torch.float32)[ids])
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -183,8 +179,8 @@ class RotatedModel:
     @contextmanager
     def logits(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """What turns the last layer's output [..., d] into logits [..., V]."""
-        weight, tensors = self.head(torch.float32)
-        weight = weight.to(self.device, torch.float32)
+        table, tensors = self.head()
+        weight = table.dense(torch.float32).to(self.device)
         bias = self.head_bias()
         with self.final_norm(tensors) as norm:
             yield lambda x: self.finished(norm(x) @ weight.T, bias)

@@ -131,6 +131,15 @@ class CheckpointReader:
             check_finite(tensor, name, entry.file)
         return tensor
 
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a tensor [n, ...], as `tensor` reads all of them."""
+        entry = self.entry(name)
+        start, stop, _ = rows.indices(entry.shape[0])
+        part = _read_tensor(name, _rows_of(entry, start, stop))
+        if part.is_floating_point() and part.numel():
+            check_finite(part, name, entry.file)
+        return part
+
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors hold the same numbers; reads a few MiB of both at a time."""
         entries = self.entry(first), self.entry(second)
@@ -189,10 +198,17 @@ def _read_tensor(name: str, entry: TensorEntry) -> Tensor:
 
 def read_item(name: str, entry: TensorEntry, index: int) -> Tensor:
     """One item along a tensor's first axis, in memory of its own; its numbers are not looked at."""
+    return _read_tensor(name, _rows_of(entry, index, index + 1))[0]
+
+
+def _rows_of(entry: TensorEntry, start: int, stop: int) -> TensorEntry:
+    """Items along a tensor's first axis, as a tensor of their own."""
     count, *shape = entry.shape
     size = entry.nbytes // count
-    part = replace(entry, shape=tuple(shape), start=entry.start + index * size, nbytes=size)
-    return _read_tensor(name, part)
+    rows = stop - start
+    return replace(
+        entry, shape=(rows, *shape), start=entry.start + start * size, nbytes=rows * size
+    )
 
 
 def _check_unchanged(entry: TensorEntry, found: os.stat_result) -> None:

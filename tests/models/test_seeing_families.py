@@ -291,7 +291,7 @@ def test_token_weights_are_the_column_sums_of_eager_maps(folder_of, family):
         result = model(**prompt, output_attentions=True)
     source = RotatedModel(skeleton, recipe(folder).rotate, torch.float32, "cpu")
     with vision_at_work(skeleton, source.vision_tensors(), "cpu"):
-        encoded = encode(skeleton, prompt, rows_of(source.embedding(torch.float32)))
+        encoded = encode(skeleton, prompt, rows_of(source.embedding().dense(torch.float32)))
     x, counts = encoded.embeds, torch.bincount(ids.flatten(), minlength=VOCABULARY)
     section = TokenImportance(name="attention_concentration", minimum=0.01)
     maps = iter([seen for seen in result.attentions if seen is not None])

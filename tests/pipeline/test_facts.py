@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from compress.models.skeleton import Skeleton
 from compress.observer import Observer
+from compress.pipeline.inputs import RunInputs
+from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
+from compress.pipeline.verify import reload_memory
 from compress.quantization import solvers
 from support.calling import pretend
 from support.tiny_checkpoints import (
@@ -113,8 +116,10 @@ def test_inputs_that_are_always_zero_are_reported_and_get_zero_weights(tmp_path)
 def test_a_self_check_that_does_not_fit_in_memory_is_left_out_and_said(
     checkpoint, tmp_path, monkeypatch, short
 ):
-    """It holds the whole model in fp32: with one byte less than that it is not tried."""
-    needed = 4 * sum(p.numel() for p in load_whole(checkpoint()).parameters())
+    """A layer of it is in fp32 at a time: with one byte less than that it is not tried."""
+    plan = make_plan(RunInputs.open(recipe_for(checkpoint())))
+    needed = reload_memory(Skeleton.open(checkpoint()), plan.schemes)
+    assert needed < 4 * sum(p.numel() for p in load_whole(checkpoint()).parameters())
     memory = SimpleNamespace(available=needed - short)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     verdict = {"relative_error": 0.0}
