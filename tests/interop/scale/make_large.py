@@ -3,8 +3,8 @@
     python tests/interop/scale/make_large.py OUT --type llama --set num_hidden_layers=28 ...
     python tests/interop/scale/make_large.py OUT --type mixtral --set num_local_experts=8 ...
 
-Weights are bf16, normal, of the size that transformers initialises with, and repeat themselves every
-100 million numbers; norms are ones. The tokenizer is one of bytes. One shard holds one decoder layer.
+Weights are bf16, normal, of the size that transformers initialises with, and repeat themselves
+every 100 million numbers; norms are ones. The tokenizer is one of bytes. A shard holds a layer.
 """
 
 import argparse
