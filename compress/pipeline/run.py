@@ -45,7 +45,7 @@ from compress.kernels.codes import Codes
 from compress.kernels.embedding import QuantEmbedding
 from compress.kernels.reference import dense
 from compress.loading.load import load
-from compress.memory import chosen_device, peak_memory, release_memory
+from compress.memory import chosen_device, fp32_products, peak_memory, release_memory
 from compress.models.pretrained import local_folder
 from compress.models.vision import Lookup, rows_of, vision_at_work
 from compress.observer import Observer
@@ -166,6 +166,7 @@ def run(
     return result
 
 
+@fp32_products()
 def _compressed(
     inputs: RunInputs,
     plan: Plan,
