@@ -52,26 +52,31 @@ def round_rows_(
         raise ValueError("rounding in place takes a contiguous base: call .contiguous()")
     bounds = low, high
     if isinstance(low, Tensor) or isinstance(high, Tensor):
-        bounds = _as_rows(low, base), _as_rows(high, base)
+        bounds = _as_tensor(low, base), _as_tensor(high, base)
     check_launch(base, coupling, scale, *(each for each in bounds if isinstance(each, Tensor)))
     if base.numel():
         _launch(base, _whole_runs(coupling), *bounds, None if scale is None else scale.contiguous())
     return base
 
 
-def _as_rows(bound: float | Tensor, base: Tensor) -> Tensor:
-    """A bound as a view of base's shape [B, N], in its dtype."""
-    if not isinstance(bound, Tensor):
-        bound = base.new_full((), bound)
-    return bound.to(base.dtype).expand(base.shape)
+def _as_tensor(bound: float | Tensor, base: Tensor) -> Tensor:
+    """A bound as a contiguous tensor [N] or [B, N] in base's dtype."""
+    if isinstance(bound, Tensor):
+        return bound.to(base.dtype).contiguous()
+    return base.new_full(base.shape[1:], bound)
+
+
+def _row_stride(bound: float | Tensor) -> int:
+    """From one row of a bound to the next: 0 for one that all share."""
+    return bound.stride(0) if isinstance(bound, Tensor) and bound.dim() == 2 else 0
 
 
 def _whole_runs(coupling: Tensor) -> Tensor:
-    """The coupling with zeros up to whole runs, contiguous."""
+    """The coupling transposed, contiguous, with zeros up to whole runs."""
     missing = -len(coupling) % RUN
     if missing:
         coupling = torch.nn.functional.pad(coupling, (0, missing, 0, missing))
-    return coupling.contiguous()
+    return coupling.T.contiguous()
 
 
 @on_its_device
@@ -92,8 +97,8 @@ def _launch(
         B,
         N,
         len(links),
-        *(low.stride() if isinstance(low, Tensor) else (0, 0)),
-        *(high.stride() if isinstance(high, Tensor) else (0, 0)),
+        _row_stride(low),
+        _row_stride(high),
         TENSORS=isinstance(low, Tensor),
         SCALED=scale is not None,
         **OPTIONS,

@@ -15,6 +15,7 @@ import triton.language as tl
 # to even, as torch.round does. From 2^22 on a number is beyond any level and goes to its bound.
 ROUND: tl.constexpr = tl.constexpr(12582912.0)
 ROUNDED_BELOW: tl.constexpr = tl.constexpr(4194304.0)
+UNROLLED: tl.constexpr = tl.constexpr(4)  # earlier rows whose loads are under way together
 
 
 @triton.jit
@@ -26,34 +27,40 @@ def _to_level(v, low, high):
 
 
 @triton.jit
-def _take_off(tile, u, x):
-    """tile [RUN, BLOCK_N] - u [RUN, BLOCK_N] x [BLOCK_N]."""
-    return tl.fma(u, tl.broadcast_to(-x[None, :], tile.shape), tile)
-
-
-@triton.jit
 def _row(tile, i, j):
     """Row j of tile [RUN, BLOCK_N], exact: adding -0.0 changes nothing, as the compiler knows."""
     return tl.sum(tl.where((i == j)[:, None], tile, -0.0), 0)
 
 
+@triton.jit
+def _take_off(tile, link, x, i, FIRST: tl.constexpr, RUN: tl.constexpr):
+    """Less the products of x [BLOCK_N] with the RUN links that lie at `link`, from FIRST on.
+
+    Numbers one by one: as a vector each would be loaded by one thread, to be handed to the others.
+    """
+    u = tl.zeros((RUN,), tl.float32)
+    for k in tl.static_range(FIRST, RUN):
+        u = tl.where(i == k, tl.load(link + k), u)
+    u = tl.broadcast_to(u[:, None], tile.shape)
+    return tl.fma(u, tl.broadcast_to(-x[None, :], tile.shape), tile)
+
+
 # Were N or a stride known to be a multiple of 16, four outputs next to each other would be one
 # thread's, and the rows of a run spread over others.
-@triton.jit(do_not_specialize=["B", "N", "least_row", "least_column", "most_row", "most_column"])
+@triton.jit(do_not_specialize=["B", "N", "least_row", "most_row"])
 def round_kernel(
-    base, links, least, most, scale, B, N, width, least_row, least_column, most_row, most_column,
+    base, links, least, most, scale, B, N, width, least_row, most_row,
     TENSORS: tl.constexpr, SCALED: tl.constexpr, RUN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """base [B, N] in place, BLOCK_N outputs a program of one warp.
 
-    links [width, width]: U_ji at [j, i]; width: B rounded up to whole runs, zeros beyond B. least,
-    most: two numbers, or where TENSORS two pointers and the strides of their rows and columns.
+    links [width, width]: U_ji at [i, j]; width: B rounded up to whole runs, zeros beyond B. least,
+    most: two numbers, or where TENSORS two pointers, and the strides of their rows; columns touch.
     scale [B, N] if SCALED.
     """
     i = tl.arange(0, RUN)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
-    shape: tl.constexpr = (RUN, BLOCK_N)
     for start in range(0, B, RUN):
         rows = (start + i).to(tl.int64)[:, None]
         held = (start + i < B)[:, None] & inside[None, :]
@@ -62,23 +69,15 @@ def round_kernel(
         if SCALED:
             scales = tl.load(scale + at, mask=held, other=1)
         if TENSORS:
-            at_least, at_most = rows * least_row, rows * most_row
-            lows = tl.load(least + at_least + n[None, :] * least_column, mask=held, other=0)
-            highs = tl.load(most + at_most + n[None, :] * most_column, mask=held, other=0)
-        link = tl.broadcast_to(links + (start + i)[:, None] * width, shape)
-        row = base + n
-        for _ in range(0, start, 4):  # of U, four neighbours in a row are one load
-            four = tl.load(link[:, :, None] + tl.arange(0, 4)[None, None, :])
-            even, odd = tl.split(four.reshape(RUN, BLOCK_N, 2, 2))
-            u0, u2 = tl.split(even)
-            u1, u3 = tl.split(odd)
-            tile = _take_off(tile, u0, tl.load(row, mask=inside, other=0))
-            tile = _take_off(tile, u1, tl.load(row + N, mask=inside, other=0))
-            tile = _take_off(tile, u2, tl.load(row + 2 * N, mask=inside, other=0))
-            tile = _take_off(tile, u3, tl.load(row + 3 * N, mask=inside, other=0))
-            row, link = row + 4 * N, link + 4
+            lows = tl.load(least + rows * least_row + n[None, :], mask=held, other=0)
+            highs = tl.load(most + rows * most_row + n[None, :], mask=held, other=0)
+        row, link = base + n, links + start
+        for _ in range(0, start, UNROLLED):
+            for _k in tl.static_range(UNROLLED):
+                x = tl.load(row, mask=inside, other=0)
+                tile = _take_off(tile, link, x, i, 0, RUN)
+                row, link = row + N, link + width
         for j in tl.static_range(RUN):
-            u = tl.load(link + j, mask=(i > j)[:, None], other=0)
             x = _row(tile, i, j)
             if SCALED:
                 x = tl.div_rn(x, _row(scales, i, j))
@@ -88,7 +87,8 @@ def round_kernel(
                 x = _to_level(x, least, most)
             if SCALED:
                 x *= _row(scales, i, j)
-            after = tl.where((i == j)[:, None], tl.broadcast_to(x[None, :], shape), tile)
-            tile = tl.where((i > j)[:, None], _take_off(tile, u, x), after)
+            after = tl.where((i == j)[:, None], tl.broadcast_to(x[None, :], tile.shape), tile)
+            tile = tl.where((i > j)[:, None], _take_off(tile, link, x, i, j + 1, RUN), after)
+            link += width
         tl.store(base + at, tile, mask=held)
         tl.debug_barrier()  # what one thread has written here another may read in the next run
