@@ -31,8 +31,8 @@ MAGNITUDE_BITS = 8  # from which on it is not searched: it gains nothing there (
 COARSE_SHARES = tuple(1.05 - 0.075 * i for i in range(11))
 FINE_OFFSETS = (-0.025, 0.025)
 # Elements worked on at a time in the search: on a CPU of one share, so that the temporaries stay in
-# the cache; on a GPU of all shares together, each temporary 128 MB.
-CHUNK = {"cpu": 1 << 16, "cuda": 1 << 25}
+# the cache; on a GPU of all shares together, each temporary 32 MB.
+CHUNK = {"cpu": 1 << 16, "cuda": 1 << 23}
 
 
 @dataclass(frozen=True)
