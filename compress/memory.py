@@ -1,4 +1,4 @@
-"""The machine under a run: which device, how fast in 16 bits, its memory, and giving that back.
+"""The machine under a run: its device and what that computes in, its memory, and giving that back.
 
 release_memory(); peak_memory("cpu")["host"]
 """
@@ -12,9 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError
 from compress.ranks import launched, local_rank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A tensor up to that goes to a GPU from pinned memory, which torch keeps for the next one.
+PINNED_BYTES = 1 << 28
 
 
 def peak_memory(device: str) -> dict[str, int]:
@@ -80,6 +87,40 @@ def chosen_device(device: str) -> str:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def fp32_products() -> Iterator[None]:
+    """Products and convolutions of fp32 in fp32 on a GPU, whatever the process has set: no TF32.
+
+    Its ten bits of mantissa would be noise in a Hessian that damping of a hundredth does not cover.
+    """
+    import torch  # as above
+
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # missing in its types
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, convolutions)
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
+def moved(tensor: "Tensor", device: str) -> "Tensor":
+    """The tensor in fp32 on the device.
+
+    To a GPU it goes in 16 bits if it has no more, and from pinned memory while the host goes on.
+    """
+    import torch  # as above
+
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.float() if tensor.itemsize > 4 else tensor
+        tensor = tensor.pin_memory() if tensor.nbytes <= PINNED_BYTES else tensor
+        tensor = tensor.to(device, non_blocking=True)
+    return tensor.to(device, torch.float32)
 
 
 def idle_gpus(device: str) -> str | None:

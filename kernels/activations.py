@@ -63,7 +63,7 @@ def _quantize_tokens(
     """x [M, K] -> int8 [M, K], fp32 [M]; power: the part of K that butterflies take."""
     half = 2 ** (bits - 1)
     steps = half - 0.5 if full_range else half - 1.0
-    if not _has_kernels(x):
+    if not has_kernels(x):
         h = _transform(x, factors, power) if factors or power > 1 else x
         library = native.kernels() if h.device.type == "cpu" and h.dtype in native.KINDS else None
         return (library.round_tokens if library else _round_tokens)(h, steps, half)
@@ -79,7 +79,7 @@ def _(
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def _has_kernels(x: Tensor) -> bool:
+def has_kernels(x: Tensor) -> bool:
     """On a GPU, or in Triton's interpreter: asked without importing triton."""
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -124,3 +124,44 @@ def test_garbage_is_collected_afterwards_as_before(before):
         assert gc.isenabled() is before
     finally:
         (gc.enable if was else gc.disable)()
+
+
+def test_products_are_in_fp32_within_whatever_was_set():
+    """And as they were set afterwards, even where something fails."""
+    import torch
+
+    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "tf32"
+        with pytest.raises(KeyError), memory.fp32_products():
+            assert [place.fp32_precision for place in places] == ["ieee"] * 2
+            raise KeyError
+        assert [place.fp32_precision for place in places] == ["tf32"] * 2
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+    with memory.fp32_products():  # where nobody has set anything, the older name agrees
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_what_is_moved_is_in_fp32_and_not_copied_where_it_is_already():
+    import torch
+
+    x = torch.randn(3, 4)
+    assert memory.moved(x, "cpu") is x
+    for dtype in (torch.bfloat16, torch.float64):
+        assert torch.equal(memory.moved(x.to(dtype), "cpu"), x.to(dtype).float())
+
+
+@pytest.mark.gpu
+def test_what_is_moved_to_a_gpu_is_what_it_was():
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = torch.randn(1000, 1000).to(dtype)
+        found = [memory.moved(x + i, "cuda") for i in range(5)]  # more than one under way
+        assert all(torch.equal(y.cpu(), (x + i).float()) for i, y in enumerate(found))

@@ -11,6 +11,9 @@ and the bytes of one layer for memory. Refinement sweeps, rotation and token imp
 work that the floor does not count. The run is a process of its own, so that its peak memory is its
 own; importing libraries and the reload in the self-check are not timed.
 
+On a GPU, beside the run: what rounding in order takes by the kernel and by torch's operators
+(`rounding_seconds`).
+
     bench_quantize(QuantizeBench(bits=4, group_size=128))
 """
 
@@ -33,7 +36,10 @@ from compress.data.windows import CalibrationWindows
 from compress.errors import naming
 from compress.eval.report import format_bytes, format_memory, format_number
 from compress.pipeline.run import run
+from compress.quantization.rounding import round_eagerly, round_in_order
 from compress.recipe.recipe import Recipe
+
+ROUNDED = 4096, 128  # inputs and outputs of the linear that is rounded in order, its groups
 
 
 def linears(bench: QuantizeBench) -> list[tuple[int, int]]:
@@ -140,7 +146,31 @@ def _one_run(bench: QuantizeBench) -> dict[str, Any]:
         "ratio": measured["seconds"] / floor,
         "peak_memory": measured["peak_memory"],
         "mean_error": measured["mean_error"],
+        "rounding": rounding_seconds(bench.device) if bench.device.startswith("cuda") else None,
     }
+
+
+def rounding_seconds(
+    device: str, size: int = ROUNDED[0], group: int = ROUNDED[1]
+) -> dict[str, Any]:
+    """Seconds in which a linear of size x size is rounded in order, one group after the other.
+
+    {"size", "group_size", "eager", "kernel"}: by torch's operators, and as a run does it on this
+    device. As a run meets them, with the launches; compiled and warm.
+    """
+    generator = torch.Generator().manual_seed(0)
+    base = 3 * torch.randn(size // group, group, size, generator=generator)
+    coupling = torch.randn(group, group, generator=generator).to(device) / group
+    ways = {"eager": round_eagerly, "kernel": round_in_order}
+    seconds = {}
+    for name, rounded in ways.items():
+        levels = base.to(device)
+        rounded(levels[0].clone(), coupling, -4, 3)
+        with Stopwatch(device) as watch:
+            for block in levels:
+                rounded(block, coupling, -4, 3)
+        seconds[name] = watch.seconds
+    return {"size": size, "group_size": group, **seconds}
 
 
 def measure(folder: Path, bench: QuantizeBench) -> dict[str, Any]:
@@ -181,6 +211,9 @@ def quantize_bench_table(result: Mapping[str, Any]) -> Table:
     line("ratio to the floor", lambda run: f"{run['ratio']:.2f}")
     line("peak memory", lambda run: format_memory(run["peak_memory"]))
     line("one layer in fp32", lambda run: format_bytes(run["floor"]["layer_bytes"]))
+    if runs[0]["rounding"]:
+        line("rounding a linear in order", lambda run: f"{run['rounding']['kernel']:.4f}")
+        line("the same by torch's operators", lambda run: f"{run['rounding']['eager']:.4f}")
     line("mean relative error", lambda run: format_number(run["mean_error"]))
     line("fp32 matmul rate", lambda run: f"{run['conditions']['matmul_rate'] / 1e9:.1f} GFLOP/s")
     return table

@@ -35,7 +35,7 @@ class ActivationStore:
         self.folder, self.name, self.numbers = folder, name, numbers
         self._tensors: list[Tensor | None] = []
         self._shapes: list[torch.Size] = []
-        self._sums: list[int] = []
+        self._sums: list[int | Tensor] = []  # on a GPU not waited for until somebody asks
         self._unread: set[int] = set()  # batches of an earlier process that nobody has read yet
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class ActivationStore:
         values = np.fromfile(self._file(index), dtype=np.float32, count=shape.numel())
         x = torch.from_numpy(values)
         if index in self._unread:
-            if len(x) < shape.numel() or checksum(x) != self._sums[index]:
+            if len(x) < shape.numel() or int(checksum(x)) != self._sums[index]:
                 raise CheckpointError(
                     f"{self._file(index)} is not what was written: start again with --no-resume"
                 )
@@ -66,7 +66,7 @@ class ActivationStore:
     @property
     def sums(self) -> list[int]:
         """The checksum of each batch."""
-        return list(self._sums)
+        return [int(found) for found in self._sums]
 
     def __setitem__(self, index: int, x: Tensor) -> None:
         self._shapes[index], self._sums[index] = x.shape, checksum(x)
@@ -142,12 +142,15 @@ class ActivationStore:
         self._tensors, self._shapes, self._sums, self._unread = [], [], [], set()
 
 
-def checksum(x: Tensor) -> int:
+def checksum(x: Tensor) -> int | Tensor:
     """The sum of a fp32 tensor's bits as 32-bit numbers: any one that changes, changes it.
+
+    A number, or where x is on a GPU one that is still there.
 
     Taken at the speed of memory, where a digest would take longer than the layer does.
     """
-    return int(x.detach().contiguous().view(torch.int32).sum(dtype=torch.int64))
+    found = x.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)
+    return found if found.is_cuda else int(found)
 
 
 def activations_on_disk(offload: str, nbytes: int) -> bool:

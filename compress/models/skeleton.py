@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CheckpointError, UsageError
-from compress.memory import uncollected
+from compress.memory import moved, uncollected
 from compress.models.config_values import check_extent, check_tokenizer, reason_of
 from compress.models.experts import OpenedExperts, ReadExpert, open_experts
 from compress.models.families import ArchitectureSpec, architecture_of, experts_of, head_dim_of
@@ -360,7 +360,7 @@ class Skeleton:
         are then read when they are at work, and none of theirs is in `tensors`.
         """
         layer = self.model.get_submodule(f"{self.spec.layers}.{index}")
-        on_device = {n: t.to(device, torch.float32) for n, t in tensors.items()}
+        on_device = {n: moved(t, device) for n, t in tensors.items()}
         lost = {name for name, _ in layer.named_parameters()} - {*tensors}
         opened = None
         if expert is not None and (found := self.spec.layer(index).experts):
@@ -370,7 +370,7 @@ class Skeleton:
             def read(number: int) -> dict[str, Tensor]:
                 inside = expert(number).items()
                 place = f"{found.module}.{number}."
-                return {n.removeprefix(place): t.to(device, torch.float32) for n, t in inside}
+                return {n.removeprefix(place): moved(t, device) for n, t in inside}
 
             opened.read = read
         if lost or not {*tensors} <= {*layer.state_dict()}:

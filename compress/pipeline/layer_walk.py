@@ -23,7 +23,7 @@ from compress.errors import naming
 from compress.importance.tokens import count_tokens
 from compress.importance.weighting import effective_sample_size
 from compress.kernels.codes import Codes
-from compress.memory import release_memory
+from compress.memory import moved, release_memory
 from compress.models.fused import joined
 from compress.models.skeleton import linear_in
 from compress.observer import Observer
@@ -173,14 +173,14 @@ class LayerWalk:
         written: dict[str, Tensor] = {}
 
         def ready(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            """Tensors in fp32; what stays unquantised, as it will be stored, goes to `written`."""
+            """In fp32 on the device; what stays unquantised goes to `written` as it is stored."""
             for name in list(tensors):
                 tensor = tensors.pop(name)
                 if schemes.get(name.removesuffix(".weight")) is None:
                     tensor = self.model.stored(f"{self.spec.layers}.{source}.{name}", tensor)
                     stored = skeleton.stored_dtype(prefix + name, self.dtype)
                     written[prefix + name] = tensor.to(stored)
-                tensors[name] = tensor.float()
+                tensors[name] = moved(tensor, self.device)
             return tensors
 
         weights = ready(self.model.layer_tensors(source))

@@ -44,7 +44,7 @@ from compress.eval.windows import scored_at_once
 from compress.kernels.codes import Codes
 from compress.kernels.embedding import QuantEmbedding
 from compress.loading.load import load
-from compress.memory import chosen_device, peak_memory, release_memory
+from compress.memory import chosen_device, fp32_products, peak_memory, release_memory
 from compress.models.pretrained import local_folder
 from compress.models.vision import Lookup, rows_of, vision_at_work
 from compress.observer import Observer
@@ -167,6 +167,7 @@ def run(
     return result
 
 
+@fp32_products()
 def _compressed(
     inputs: RunInputs,
     plan: Plan,

@@ -15,7 +15,9 @@ each of the N outputs.
     levels = (Wt / scale).round().clamp(*grid.range(zero))      # weights are levels * scale
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,8 +30,9 @@ MAGNITUDE_POWER = 2.4
 MAGNITUDE_BITS = 8  # from which on it is not searched: it gains nothing there (docs/rsq.md)
 COARSE_SHARES = tuple(1.05 - 0.075 * i for i in range(11))
 FINE_OFFSETS = (-0.025, 0.025)
-# Elements worked on at a time in the search, so that the temporaries stay in the cache.
-CHUNK = 1 << 16
+# Elements worked on at a time in the search: on a CPU of one share, so that the temporaries stay in
+# the cache; on a GPU of all shares together, each temporary 32 MB.
+CHUNK = {"cpu": 1 << 16, "cuda": 1 << 23}
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def search_scale(
     scale, zero = grid.extent(Wt)
     if clip == "none" or (clip == "magnitude" and grid.bits >= MAGNITUDE_BITS):
         return grid.stored(scale), zero
-    step = max(1, CHUNK // Wt.shape[0])
+    step = max(1, CHUNK[Wt.device.type] // (Wt.shape[0] * _shares_at_once(Wt, clip)))
     for start in range(0, Wt.shape[1], step):
         part = slice(start, start + step)
         search = _ClipSearch(grid, Wt[:, part].contiguous(), scale[part], clip, importance)
@@ -113,8 +116,21 @@ def search_scale(
     return scale, zero
 
 
+def _shares_at_once(Wt: Tensor, clip: str) -> int:
+    """How many shares are tried together: on a GPU, where launches would take the time, all."""
+    if not Wt.is_cuda:
+        return 1
+    return 1 + len(MAGNITUDE_SHARES if clip == "magnitude" else COARSE_SHARES)
+
+
+@cache
+def _row(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Numbers as [S, 1], copied to a device once: a copy waits for all else it has to do."""
+    return torch.tensor(values, device=device, dtype=dtype)[:, None]
+
+
 class _ClipSearch:
-    """Tries shares of the full scale on one cache-sized set of outputs."""
+    """Tries shares of the full scale on one set of outputs that its temporaries have room for."""
 
     def __init__(
         self,
@@ -127,24 +143,28 @@ class _ClipSearch:
         self.grid, self.W, self.full, self.clip = grid, W, full, clip
         self.importance = importance
         self.low = None if grid.symmetric else W.amin(0).clamp(max=0)
-        self.wanted, self.levels = torch.empty_like(W), torch.empty_like(W)
+        self.at_once = _shares_at_once(W, clip) > 1
+        self.wanted, self.levels = (None if self.at_once else torch.empty_like(W) for _ in range(2))
 
     def candidate(self, share: Tensor | float) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point for a share: [N], or [S, N] for shares [S, 1] or [S, N]."""
         scale = self.grid.stored(self.full * share)
         zero = None if self.low is None else self.grid.zero_for(self.low * share, self.full * share)
         return scale, zero
 
     def error(self, share: Tensor | float) -> Tensor:
-        """The weighted error of each output: [N]."""
+        """The weighted error of each output, in the shape of its candidate."""
         scale, zero = self.candidate(share)
-        wanted = torch.mul(self.W, 1 / scale, out=self.wanted)
-        e = self.grid.clamp_(torch.round(wanted, out=self.levels), zero).sub_(wanted)
+        wanted = torch.mul(self.W, (1 / scale).unsqueeze(-2), out=self.wanted)  # [K, N], [S, K, N]
+        levels = torch.round(wanted, out=self.levels)
+        e = self.grid.clamp_(levels, None if zero is None else zero.unsqueeze(-2)).sub_(wanted)
         if self.clip == "magnitude":
-            return e.abs_().pow_(MAGNITUDE_POWER).sum(0) * scale.abs() ** MAGNITUDE_POWER
+            return e.abs_().pow_(MAGNITUDE_POWER).sum(-2) * scale.abs() ** MAGNITUDE_POWER
         assert self.importance is not None, "clip search `hessian` weighs the inputs"
         return (self.importance @ e.mul_(e)) * scale.square()
 
     def scan(self, shares: list[Tensor | float], best: Tensor, least: Tensor) -> Tensor:
+        """The best of some shares and of the one before, whose error is `least`, one by one."""
         for share in shares:
             error = self.error(share)
             better = error < least
@@ -152,11 +172,24 @@ class _ClipSearch:
             best = torch.where(better, torch.as_tensor(share, dtype=best.dtype), best)
         return best
 
+    def first_best(self, shares: Tensor) -> Tensor:
+        """The first best of shares [S, 1] or [S, N] for each output, tried together: [N]."""
+        error = self.error(shares)
+        best = error.where(error.isfinite(), torch.inf).argmin(0, keepdim=True)
+        return shares.expand(error.shape).gather(0, best).squeeze(0)
+
     def best(self) -> tuple[Tensor, Tensor | None]:
+        shares = MAGNITUDE_SHARES if self.clip == "magnitude" else COARSE_SHARES
+        offsets = () if self.clip == "magnitude" else FINE_OFFSETS
+        search = self._together if self.at_once else self._in_turn
+        return self.candidate(search(shares, offsets))
+
+    def _in_turn(self, shares: Sequence[float], offsets: Sequence[float]) -> Tensor:
         share, least = torch.ones_like(self.full), self.error(1.0)
-        if self.clip == "magnitude":
-            share = self.scan(list(MAGNITUDE_SHARES), share, least)
-        else:
-            share = self.scan(list(COARSE_SHARES), share, least)
-            share = self.scan([share + offset for offset in FINE_OFFSETS], share, least)
-        return self.candidate(share)
+        share = self.scan(list(shares), share, least)
+        return self.scan([share + offset for offset in offsets], share, least)
+
+    def _together(self, shares: Sequence[float], offsets: Sequence[float]) -> Tensor:
+        place = self.full.device, self.full.dtype
+        share = self.first_best(_row((1.0, *shares), *place))
+        return self.first_best(share + _row((0.0, *offsets), *place)) if offsets else share

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError, UsageError
+from compress.memory import moved
 from compress.models.own_forward import Told
 from compress.models.skeleton import Skeleton
 from compress.recipe.sections import Model, Rotate
@@ -155,7 +156,7 @@ class RotatedModel:
         """The decoder layer in fp32; empty again on leaving. Experts are read one at a time."""
         tensors = self.layer_tensors(index)
         for name in list(tensors):
-            tensors[name] = tensors[name].float()
+            tensors[name] = moved(tensors[name], self.device)
         expert = partial(self.expert_tensors, index)
         with self.skeleton.layer(index, tensors, self.device, expert) as layer:
             yield layer
@@ -169,7 +170,7 @@ class RotatedModel:
     def final_norm(self, tensors: dict[str, Tensor]) -> Iterator[nn.Module]:
         """The norm before the head with these tensors, in fp32; empty again on leaving."""
         norm = self.skeleton.model.get_submodule(self.spec.final_norm)
-        here = {name: tensor.to(self.device, torch.float32) for name, tensor in tensors.items()}
+        here = {name: moved(tensor, self.device) for name, tensor in tensors.items()}
         norm.load_state_dict(here, assign=True)
         try:
             yield norm
@@ -180,7 +181,7 @@ class RotatedModel:
     def logits(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """What turns the last layer's output [..., d] into logits [..., V]."""
         table, tensors = self.head()
-        weight = table.dense(torch.float32).to(self.device)
+        weight = moved(table.dense(torch.float32), self.device)
         bias = self.head_bias()
         with self.final_norm(tensors) as norm:
             yield lambda x: self.finished(norm(x) @ weight.T, bias)

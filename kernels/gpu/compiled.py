@@ -51,8 +51,11 @@ POINTERS = {
     "workspace": "*fp32",
     "values": "*i8",
     "token_scale": "*fp32",
+    "base": "*fp32",
+    "links": "*fp32",
 }
 FLOATS = {"x", "scale", "bias", "out", "factor"}
+NUMBERS = {"norm", "least", "most"}  # fp32
 Constant = int | float | bool | None  # that a kernel is compiled for; None: a tensor that is absent
 
 
@@ -150,13 +153,15 @@ def compile_kernel(
 ) -> CompiledKernel:
     """Any kernel with `constants` fixed; other names are pointers, or int32 that 16 divides."""
     signature = {}
-    workspace = {"out": "*fp32"} if kernel is kernels.matmul_kernel else {}
+    pointers = POINTERS | ({"out": "*fp32"} if kernel is kernels.matmul_kernel else {})
+    if constants.get("TENSORS"):
+        pointers |= {"least": "*fp32", "most": "*fp32"}
     for name in kernel.arg_names:
-        kind = (POINTERS | workspace).get(name, "*" + dtype if name in FLOATS else "i32")
-        kind = "fp32" if name == "norm" else kind
-        signature[name] = "constexpr" if name in constants else kind
+        other = "*" + dtype if name in FLOATS else "fp32" if name in NUMBERS else "i32"
+        signature[name] = "constexpr" if name in constants else pointers.get(name, other)
     places = {name: i for i, name in enumerate(kernel.arg_names)}
-    plain = {*constants, "M", "split"}
+    plain = {*constants, *NUMBERS - pointers.keys()}
+    plain |= {param.name for param in kernel.params if param.do_not_specialize}
     source = ASTSource(
         kernel,
         signature=signature,

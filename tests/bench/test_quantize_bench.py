@@ -6,12 +6,14 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from compress.bench import clock
+from compress.bench import clock, quantize
 from compress.bench.quantize import (
     bench_quantize,
     floor_operations,
     layer_bytes,
     linears,
+    quantize_bench_table,
+    rounding_seconds,
     write_synthetic_model,
 )
 from compress.bench.settings import QuantizeBench
@@ -93,6 +95,32 @@ def test_a_very_small_bench_runs(brief):
     assert 1e8 < found["peak_memory"]["host"] < 2e9  # of the child alone
     assert found["peak_memory"]["device"] == 0
     assert 0 < found["mean_error"] < 0.1  # 4 bits
+    assert found["rounding"] is None  # a CPU has one way
+    names = quantize_bench_table({"runs": [found]}).columns[0]._cells
+    assert not any("rounding" in name for name in names)
+    with_a_gpu = found | {"rounding": rounding_seconds("cpu", size=64, group=32)}
+    cells = quantize_bench_table({"runs": [with_a_gpu]}).columns[0]._cells
+    assert [name for name in cells if name not in names] == [
+        "rounding a linear in order",
+        "the same by torch's operators",
+    ]
+
+
+def test_rounding_in_order_is_timed_both_ways(monkeypatch):
+    """Each way gets every block of the same linear, and one more to warm up."""
+    seen = {}
+    for name in ("round_eagerly", "round_in_order"):
+
+        def noted(base, *rest, name=name):
+            seen.setdefault(name, []).append(base.clone())
+
+        monkeypatch.setattr(quantize, name, noted)
+    found = rounding_seconds("cpu", size=96, group=32)
+    assert (found["size"], found["group_size"]) == (96, 32)
+    assert min(found["eager"], found["kernel"]) > 0
+    eager, kernel = seen["round_eagerly"], seen["round_in_order"]
+    assert [block.shape for block in eager] == [(32, 96)] * 4
+    assert all(map(torch.equal, eager, kernel))
 
 
 def test_a_bench_that_fails_says_why_in_one_line(brief):

@@ -229,6 +229,7 @@ def test_bench_prints_a_column_a_run(monkeypatch, tmp_path, capsys):
         "conditions": {"threads": 2, "torch": "9.9", "device": "cpu", "matmul_rate": 5e9},
         "floor": {"seconds": 0.5, "parts": {"forward": 0.38, "solves": 0.12}, "layer_bytes": 4000},
         "seconds": 1.5, "layers_seconds": 1.25, "ratio": 3.0, "mean_error": 0.0125,
+        "rounding": None,
         "peak_memory": {"host": 7_000_000, "device": 0},
     }  # fmt: skip
     report = Report({"runs": [result, result]}, quantize_bench_table)

@@ -36,6 +36,25 @@ def test_errors_are_those_of_the_cpu(recipe, tmp_path):
     assert sum(same) > len(same) / 2
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{}, {"symmetric": False}, {"act_order": True}, {"group_size": "channel"}, {"group_size": 8}],
+    ids=str,
+)
+def test_rounding_by_the_kernel_is_as_good_as_step_by_step(
+    other, checkpoint, tmp_path, monkeypatch
+):
+    from compress.pipeline.run import run
+
+    quantize = {"bits": 4, "group_size": 32} | other
+    recipe = recipe_for(checkpoint("llama"), rotate="hadamard", quantize=quantize)
+    options = {"windows": WINDOWS, "self_check": False, "device": "cuda"}
+    by_kernel = run(recipe, tmp_path / "kernel", **options)
+    monkeypatch.setattr("compress.quantization.rounding.has_kernels", lambda _: False)
+    step_by_step = run(recipe, tmp_path / "steps", **options)
+    assert torch.allclose(errors(by_kernel), errors(step_by_step), rtol=0.05)
+
+
 def test_the_same_run_gives_the_same_bytes(recipe, press):
     first, second = (press(recipe, device="cuda") for _ in range(2))
     assert weight_files(first) == weight_files(second)

@@ -236,7 +236,21 @@ def test_chunks_do_not_change_the_result(symmetric, clip, chunk, monkeypatch):
     grid = UniformGrid(3, symmetric)
     arguments = grid, weights(dtype=torch.float64), clip, importances(dtype=torch.float64)
     expected = search_scale(*arguments)
-    monkeypatch.setattr(grids, "CHUNK", chunk)
+    monkeypatch.setitem(grids.CHUNK, "cpu", chunk)
+    torch.testing.assert_close(search_scale(*arguments), expected, rtol=0, atol=0)
+
+
+@either_symmetry
+@pytest.mark.parametrize("clip", CLIPS[1:])
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_shares_tried_together_find_what_they_find_in_turn(symmetric, clip, chunk, monkeypatch):
+    """As on a GPU; in fp64, as above."""
+    W = weights(dtype=torch.float64)
+    W[:, 3] = 0
+    arguments = UniformGrid(3, symmetric), W, clip, importances(dtype=torch.float64)
+    expected = search_scale(*arguments)
+    monkeypatch.setattr(grids, "_shares_at_once", lambda *_: 12)
+    monkeypatch.setitem(grids.CHUNK, "cpu", chunk)
     torch.testing.assert_close(search_scale(*arguments), expected, rtol=0, atol=0)
 
 

@@ -9,6 +9,7 @@ triton = pytest.importorskip("triton")
 
 from compress.kernels.gpu import triton_activations as activations  # noqa: E402
 from compress.kernels.gpu import triton_kernels as kernels  # noqa: E402
+from compress.kernels.gpu import triton_rounding as rounding  # noqa: E402
 from compress.kernels.gpu.compiled import (  # noqa: E402
     SHARED_MEMORY,
     compile_kernel,
@@ -16,6 +17,7 @@ from compress.kernels.gpu.compiled import (  # noqa: E402
     compiled_products,
     longest_loop,
     product_constants,
+    resources,
 )
 from compress.kernels.gpu.integer_launch import TILES  # noqa: E402
 from compress.kernels.gpu.layout import block_columns  # noqa: E402
@@ -29,6 +31,7 @@ from compress.kernels.gpu.matmul import (  # noqa: E402
     tile_constants,
 )
 from compress.kernels.gpu.occupancy import stages  # noqa: E402
+from compress.kernels.gpu.rounding import OPTIONS, RUN  # noqa: E402
 from compress.kernels.gpu.tuning import CANDIDATES  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter compiles nothing")
@@ -108,6 +111,36 @@ def test_the_largest_token_fits_shared_memory():
         activations.quantize_kernel, (8, 0), "fp32", 16, STEPS=7.0, HALF=8, SIZE=16384, LOG=9
     )
     assert compiled.metadata.shared <= SHARED_MEMORY[8, 9].program  # the smallest there is
+
+
+@pytest.mark.parametrize("capability", [(8, 0), HOPPER], ids=str)
+@pytest.mark.parametrize(("tensors", "scaled"), [(False, False), (True, False), (True, True)])
+def test_rounding_in_order_is_one_output_a_thread(tensors, scaled, capability):
+    """Registers hold all of a run; no thread waits for another but between runs, and each product
+    of a run, and each of four earlier rows, is made once. Division takes some of its own."""
+    compiled = compile_kernel(
+        rounding.round_kernel,
+        capability,
+        "fp32",
+        OPTIONS["num_warps"],
+        OPTIONS["num_stages"],
+        RUN=RUN,
+        BLOCK_N=OPTIONS["BLOCK_N"],
+        TENSORS=tensors,
+        SCALED=scaled,
+        **({} if scaled else {"scale": None}),
+    )
+    registers, spilled = resources(compiled)
+    assert registers < 255
+    assert spilled == 0
+    assert compiled.metadata.shared == 0
+    loop = longest_loop(compiled)
+    names = Counter(re.sub(r"@!?U?P\d+ ", "", line).split()[0].split(".")[0] for line in loop)
+    assert names["SHFL"] == 0
+    assert names["BAR"] == 1
+    if not scaled:
+        assert names["FFMA"] == RUN * (RUN - 1) // 2 + 4 * RUN
+    assert len(loop) < (1800 if scaled else 1400)
 
 
 @pytest.mark.parametrize(

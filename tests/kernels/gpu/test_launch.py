@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from compress.kernels.gpu import matmul, occupancy  # noqa: E402
+from compress.kernels.gpu import matmul, occupancy, rounding  # noqa: E402
 from compress.kernels.gpu.layout import pack_kernel  # noqa: E402
 from compress.kernels.gpu.matmul import Tiles, programs_held, tiled_matmul, tiles_for  # noqa: E402
 
@@ -37,7 +37,7 @@ H100 = SimpleNamespace(
 @pytest.fixture
 def hopper(monkeypatch):
     """The launches, as (grid, kernel, warps); `registers` is what a kernel will be said to take."""
-    device = SimpleNamespace(launches=[], registers=100, made_current=[], compiled=0)
+    device = SimpleNamespace(launches=[], registers=100, made_current=[], compiled=0, shared=[])
 
     class Launcher:
         def __init__(self, source, metadata):
@@ -45,6 +45,7 @@ def hopper(monkeypatch):
 
         def __call__(self, x, y, z, *rest):
             device.launches.append(((x, y), self.metadata.name, self.metadata.num_warps))
+            device.shared.append(self.metadata.shared)
 
     def load(*_):
         device.compiled += 1
@@ -84,7 +85,11 @@ def hopper(monkeypatch):
     yield device
     for cached in caches:
         cached.cache_clear()
-    for kernel in (matmul.kernels.matmul_kernel, matmul.kernels.reduce_kernel):
+    for kernel in (
+        matmul.kernels.matmul_kernel,
+        matmul.kernels.reduce_kernel,
+        rounding.kernels.round_kernel,
+    ):
         kernel.device_caches.clear()
 
 
@@ -195,3 +200,18 @@ def test_the_table_of_a_device(capability, table, hopper, monkeypatch):
     )
     assert matmul.table_of(torch.bfloat16, device, 48) == matmul.ODD_TABLE
     assert matmul.table_of(torch.float32, device, 128) == matmul.FP32_TABLE
+
+
+@pytest.mark.parametrize("bounds", ["numbers", "outputs", "columns"])
+@pytest.mark.parametrize("N", [33, 4096])
+def test_a_block_of_columns_is_one_launch(bounds, N, hopper, monkeypatch):
+    """Whatever N and the strides divide by, each output stays with its thread: no shared memory."""
+    monkeypatch.setattr(rounding, "check_launch", lambda *_: None)
+    low = {"numbers": -4.0, "outputs": torch.zeros(N), "columns": torch.zeros(128, N)}[bounds]
+    for rows in (128, 120):
+        part = low[:rows] if bounds == "columns" else low
+        rounding.round_rows_(torch.zeros(rows, N), torch.zeros(rows, rows), part, part)
+    assert hopper.launches == [((-(-N // 32), 1), "round_kernel", 1)] * 2
+    assert hopper.compiled == 1
+    assert hopper.shared == [0, 0]
+    assert hopper.made_current == [torch.device("cpu")] * 2

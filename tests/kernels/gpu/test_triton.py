@@ -1,4 +1,4 @@
-"""Runs the cases of `triton_cases.py`, interpreted on the CPU and compiled on a GPU."""
+"""Runs `triton_cases.py` and `rounding_cases.py`, interpreted on the CPU, compiled on a GPU."""
 
 import os
 import re
@@ -11,13 +11,22 @@ import torch
 
 pytest.importorskip("triton")
 
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = [Path(__file__).with_name(f"{name}_cases.py") for name in ("triton", "rounding")]
 
 
 def run_cases(*options: str, **environment: str) -> None:
     """The cases in a fresh process; its whole report is the failure's message."""
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *options, str(CASES)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            *options,
+            *map(str, CASES),
+        ],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
