@@ -99,6 +99,12 @@ class Ranks:
         """Waits until all are here."""
         self.collect(None)
 
+    def check_alike(self, mark: str, what: str) -> None:
+        """UsageError for ranks that read different things: their marks differ; `what`: of what."""
+        marks = self.collect(mark)
+        if other := next((rank for rank, own in enumerate(marks) if own != marks[0]), None):
+            raise UsageError(f"rank {other} has another {what} than rank 0: all need the same")
+
 
 class Group(Ranks):
     """One of several processes. Started by `together`."""

@@ -50,12 +50,7 @@ def _check_shared(holder: Path, said: str, rank: int) -> None:
 
 def check_ranks(inputs: RunInputs, data: CalibrationData, mark: str, ranks: Ranks) -> None:
     """UsageError for ranks that read different things, and for what they cannot share."""
-    marks = ranks.collect(mark)
-    if other := next((rank for rank, own in enumerate(marks) if own != marks[0]), None):
-        raise UsageError(
-            f"rank {other} has another recipe, model, text or version of a package than rank 0: "
-            "all need the same"
-        )
+    ranks.check_alike(mark, "recipe, model, text or version of a package")
     pruned = inputs.recipe.prune_visual_tokens is not None
     if ranks.size > 1 and pruned and isinstance(data, ImagePrompts):
         raise UsageError(

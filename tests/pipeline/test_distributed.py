@@ -4,11 +4,8 @@ Ranks import torch anew, so the recipes of all tests go through few launches.
 """
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from compress.quantization.sharing import dealt
 from compress.ranks import Ranks, launched
 from support import documents, ranks_at_work
 from support.moe_families import write_mixture
+from support.ranks_at_work import at_work
 from support.refusals import check_line, refused
 from support.tiny_checkpoints import (
     dequantised,
@@ -35,7 +33,6 @@ from support.tiny_checkpoints import (
     write_checkpoint,
 )
 
-SCRIPT = Path(ranks_at_work.__file__)
 RSQ = {"rotate": "hadamard", "quantize": {"bits": 3, "token_importance": "attention_concentration"}}
 DRIFTED = {"quantize": {"bits": 3, "target": "full_precision"}}
 
@@ -105,26 +102,6 @@ MEASURED = {
     "model": str(documents.ROOT / "recipes/demo/lm"),
     "evaluate": {"tasks": ["demo_code"], "limit": 5, "batch_size": 1},
 }
-
-
-def torchrun(ranks: int, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [sys.executable, *launcher, *command],
-        env=environment,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def at_work(folder: Path, ranks: int, jobs: list[dict[str, Any]]) -> subprocess.CompletedProcess:
-    file = folder / "jobs.json"
-    file.write_text(json.dumps(jobs))
-    return torchrun(ranks, str(SCRIPT), str(file))
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +258,7 @@ def test_fewer_ranks_go_on_where_one_died_and_tell_each_other_of_an_error(
     assert [path.name for path in (tmp_path / "failed").iterdir()] == [".modelpress"]
 
 
-@pytest.mark.parametrize("command", ["plan", "compare", "search-pruning", "export", "bench"])
+@pytest.mark.parametrize("command", ["plan", "compare", "export", "push", "bench"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_ranks_would_do_twice_is_refused(command, rank, monkeypatch, capsys, handlers):
     """By the first one; the others say nothing, and leave it the time to."""
