@@ -52,6 +52,7 @@ from compress.recipe.sections import Allocate
 from compress.rotation.model import RotatedModel
 from compress.scheme import Scheme
 
+MANY = 4  # candidates a rank, of which one more or less matters little
 # Full name of a linear -> its dequantised weight, put in its place for a while.
 Replaced = Mapping[str, Tensor]
 
@@ -237,11 +238,17 @@ class ScoreWalk:
         assert solver is not None, "`check_allocation` refuses to measure what is not quantised"
         weights = {name: linear_in(layer, name).weight for name in schemes}
         columns, device = next(iter(weights.values())).shape[1], H.lower.device
+        count, ranks = len(schemes) * len(self.widths), self.ranks.size
+        divides = count % ranks > 0 and count < MANY * ranks  # or whole ones keep all busy
+
+        def pieces(rows: slice) -> list[slice]:
+            return self.shares.parts(rows, columns, device) if divides else [rows]
+
         cut = [
             ((name, bits), Piece(replace(scheme, bits=bits), rows, alternative=False))
             for name, scheme in schemes.items()
             for bits in self.widths
-            for rows in self.shares.parts(slice(0, len(weights[name])), columns, device)
+            for rows in pieces(slice(0, len(weights[name])))
         ]
 
         def solve(numbers: Iterable[int]) -> dict[int, QuantizedLinear]:

@@ -45,7 +45,7 @@ QUIET = {
 ParserError: Any = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
 
 # Commands whose work the ranks of a launcher share.
-SHARED = ("run", "eval", "lm-eval", "search-pruning")
+SHARED = ("run", "eval", "lm-eval", "compare", "search-pruning")
 
 app = typer.Typer(
     name="modelpress",

@@ -258,7 +258,7 @@ def test_fewer_ranks_go_on_where_one_died_and_tell_each_other_of_an_error(
     assert [path.name for path in (tmp_path / "failed").iterdir()] == [".modelpress"]
 
 
-@pytest.mark.parametrize("command", ["plan", "compare", "export", "push", "bench"])
+@pytest.mark.parametrize("command", ["plan", "export", "push", "bench"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_ranks_would_do_twice_is_refused(command, rank, monkeypatch, capsys, handlers):
     """By the first one; the others say nothing, and leave it the time to."""

@@ -6,6 +6,7 @@ JOBS.json: [{"model", "sections", "output", "samples", "options"}]; with `killed
 [rank, layer], that rank kills itself there, or has an error. `evaluate`: a measurement instead,
 whose figures go to `output`, and how many requests each rank has answered beside it. `search`: the
 settings of a search for a pruning strategy on the prompts in `data`, whose trials go to `output`.
+`compare`: files of recipes that are compared with the `seeds`; what is found goes beside `output`.
 
     at_work(tmp_path, 2, [{"model": ..., "output": ...}])       # from a test
 """
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from compress.comparison.compare import compare
 from compress.data.samples import read_samples
 from compress.errors import CompressError
 from compress.eval.progress import telling
@@ -93,6 +95,11 @@ def work(job: dict[str, Any]) -> None:
     stop = Stop(*(place if rank == own else None for rank, place in stops))
     if "search" in job:
         search(job, stop)
+        return
+    if "compare" in job:
+        options = {"seeds": job["seeds"], "observer": stop} | job.get("options", {})
+        found = compare(job["compare"], job["output"], **options)
+        Path(f"{job['output']}.{own}").write_text(json.dumps(found.as_dict()))
         return
     run(
         recipe_for(Path(job["model"]), **job["sections"]),
