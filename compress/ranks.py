@@ -40,8 +40,8 @@ STARTING = timedelta(minutes=5)  # for all to have loaded torch
 POLL = 0.05  # seconds
 FIRST_WORDS, LAST_WORDS = 1.0, 5.0  # seconds that ranks leave the one that prints
 GONE = (
-    "another rank has ended without a word (killed, or out of memory): run the same command again "
-    "to continue after the last whole layer"
+    "another rank has ended without a word (killed, or out of memory): the same command goes on "
+    "behind what is finished"
 )
 
 
@@ -99,6 +99,15 @@ class Ranks:
         """Waits until all are here."""
         self.collect(None)
 
+    def wait(self) -> None:
+        """Waits until all are here, however long that takes."""
+
+    def check_alike(self, mark: str, what: str) -> None:
+        """UsageError for ranks that read different things: their marks differ; `what`: of what."""
+        marks = self.collect(mark)
+        if other := next((rank for rank, own in enumerate(marks) if own != marks[0]), None):
+            raise UsageError(f"rank {other} has another {what} than rank 0: all need the same")
+
 
 class Group(Ranks):
     """One of several processes. Started by `together`."""
@@ -109,7 +118,7 @@ class Group(Ranks):
         self.rank, self.size, self.deterministic = rank, size, deterministic
         # Of this group alone: a script may run several recipes, one after the other.
         self._store = dist.PrefixStore(f"group-{next(_groups)}", _rendezvous())
-        self._told = 0
+        self._told = self._waited = 0
         self._own = not dist.is_initialized()
         try:
             if self._own:
@@ -167,12 +176,16 @@ class Group(Ranks):
         with self._exchange():
             if self.first:
                 self._store.set(key, json.dumps(value))
-            while not self._store.check([key]):
-                if self._store.check(["failure"]):
-                    raise RuntimeError(key)
-                time.sleep(POLL)
+            self._until([key])
             told: T = json.loads(self._store.get(key))
             return told
+
+    def wait(self) -> None:
+        keys = [f"waits-{self._waited}-{rank}" for rank in range(self.size)]
+        self._waited += 1
+        with self._exchange():
+            self._store.set(keys[self.rank], "")
+            self._until(keys)
 
     def fail(self, error: BaseException) -> None:
         """Leaves for the others what has ended this rank."""
@@ -187,6 +200,13 @@ class Group(Ranks):
         with suppress(RuntimeError):
             if self._own:
                 dist.destroy_process_group()
+
+    def _until(self, keys: list[str]) -> None:
+        """Waits until the store has all of them; RuntimeError where a rank has failed."""
+        while not self._store.check(keys):
+            if self._store.check(["failure"]):
+                raise RuntimeError(f"no {keys[0]}")
+            time.sleep(POLL)
 
     def _group_of(self, tensor: "Tensor") -> "ProcessGroup | None":
         return None if tensor.is_cuda else self._cpu

@@ -21,6 +21,7 @@ import contextlib
 import copy
 import logging
 import math
+import os
 import re
 import sys
 from collections import Counter, defaultdict
@@ -98,6 +99,23 @@ def shared_requests(among: int) -> Iterator[None]:
         _shared.reset(token)
 
 
+@contextlib.contextmanager
+def _answered() -> Iterator[None]:
+    """Within it, lm-eval tells a process that shares no requests what it has measured.
+
+    It tells none whose LOCAL_RANK is not 0.
+    """
+    before = os.environ.get("LOCAL_RANK")
+    if _shared.get() or before is None:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
+
+
 @dataclass(frozen=True)
 class TaskScores:
     """What the harness measured, by task.
@@ -157,7 +175,7 @@ def score_tasks(
         names, manager = find_tasks(settings, metadata)
         lm = harness_model(model, tokenizer, settings)
         tracker = None if files is None or lm.rank else HarnessFiles(files)
-        with _refusals(names), request_cache(settings, metadata), requests_told():
+        with _refusals(names), request_cache(settings, metadata), requests_told(), _answered():
             output = lm_eval.simple_evaluate(
                 model=lm,
                 model_args={"pretrained": str(getattr(model, "name_or_path", "") or "model")},

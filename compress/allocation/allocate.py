@@ -30,12 +30,13 @@ from compress.allocation.allocators import (
     predict_errors,
     weighed,
 )
-from compress.allocation.scores import Scorer
+from compress.allocation.scores import ACTIVATIONS, Scorer
 from compress.allocation.search import EvolutionState
 from compress.checkpoint.packed_formats import planned_bytes
 from compress.data.windows import CalibrationWindows
 from compress.models.skeleton import Skeleton, linear_in
 from compress.observer import Observer
+from compress.ranks import Ranks
 from compress.recipe.quantize import Quantize
 from compress.recipe.sections import MEASURED_SCORES, Allocate
 from compress.registry import LAYER_IMPORTANCE
@@ -189,6 +190,7 @@ def allocate(
     identity: str = "",
     resume: bool = True,
     observer: Observer | None = None,
+    ranks: Ranks | None = None,
 ) -> Allocation:
     """Scores the units and chooses their widths.
 
@@ -200,26 +202,34 @@ def allocate(
         work: a folder, in which scores, the candidates and the state of `evolve`, and the finished
             allocation are kept, and found again under the same `identity`.
         resume: use what is kept; otherwise it is measured again.
+        ranks: share the windows, the candidates' solutions and the fitness of `evolve`; the first
+            one writes, and all get the same. None: there is one.
 
     Raises:
         UsageError: the budget cannot be met.
         CompressError: a score that is not finite, a Hessian that cannot be factored, a full disk.
     """
     mark = hashlib.sha256(f"{identity} {section!r}".encode()).hexdigest()
-    folder = work / f"allocation-{mark[:16]}"
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    with writing(folder):
+    folder, ranks = work / f"allocation-{mark[:16]}", ranks or Ranks()
+
+    def opened() -> None:
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        for left in folder.glob(f"{ACTIVATIONS}-*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        scorer = Scorer(section, quantize, model, units, windows, folder, offload, observer)
+
+    with writing(folder):
+        ranks.tell(opened)
+        scorer = Scorer(section, quantize, model, units, windows, folder, offload, observer, ranks)
         return _allocated(section, units, fixed_bytes, scorer, mark)
 
 
 def _allocated(
     section: Allocate, units: list[Unit], fixed_bytes: int, scorer: Scorer, mark: str
 ) -> Allocation:
-    kept = scorer.work / "allocation.json"
-    if (found := read_sealed(kept)) is not None:
+    kept, ranks = scorer.work / "allocation.json", scorer.ranks
+    if (found := ranks.tell(lambda: read_sealed(kept))) is not None:
         return Allocation.of_json(found)
     scored = _kept_scores(scorer, units)
     chosen = _choose(section, weighed(scored), fixed_bytes, scorer, mark)
@@ -231,8 +241,10 @@ def _allocated(
         fitness=chosen.fitness,
         average_bits=chosen.average_bits,
     )
-    write_sealed(kept, asdict(allocation))
-    scorer.drop_candidates()
+    ranks.meet()  # nobody reads the candidates any more
+    if ranks.first:
+        write_sealed(kept, asdict(allocation))
+        scorer.drop_candidates()
     return allocation
 
 
@@ -246,16 +258,26 @@ def _error(units: list[Unit], widths: dict[str, int]) -> float | None:
 def _kept_scores(scorer: Scorer, units: list[Unit]) -> list[Unit]:
     """The units with their scores; those of an earlier process, where it has written them."""
     file = scorer.work / "scores.json"
-    if (known := read_sealed(file)) is None:
-        scored = scorer.scored()
+
+    def left() -> dict[str, Any] | None:
+        if (known := read_sealed(file)) is None:
+            return None
+        found = scorer.candidates()
+        for name in sorted({*found, *known["candidates"]}):
+            if found.get(name) != known["candidates"].get(name):
+                raise changed(scorer.work / "candidates" / name)
+        return known["units"]
+
+    def written(scored: list[Unit]) -> dict[str, Any]:
         scores = {u.name: [u.score, u.errors and list(u.errors.items()), u.factor] for u in scored}
         write_sealed(file, {"units": scores, "candidates": scorer.candidates()})
-        return scored
-    found = scorer.candidates()
-    for name in sorted({*found, *known["candidates"]}):
-        if found.get(name) != known["candidates"].get(name):
-            raise changed(scorer.work / "candidates" / name)
-    pairs = [(unit, *known["units"][unit.name]) for unit in units]
+        return scores
+
+    known = scorer.ranks.tell(left)
+    if known is None:
+        scored = scorer.scored()
+        known = scorer.ranks.tell(lambda: written(scored))
+    pairs = [(unit, *known[unit.name]) for unit in units]
     return [
         replace(u, score=score, errors=errors and dict(errors), factor=factor)
         for u, score, errors, factor in pairs
@@ -279,7 +301,8 @@ def _choose(
     scorer.observer.stage("evolve")
 
     def save(values: EvolutionState) -> None:
-        write_sealed(state, values)
+        if scorer.ranks.first:
+            write_sealed(state, values)
         history = values["history"]
         scorer.observer.generation(len(history) - 1, section.generations, history[-1])
 
@@ -292,6 +315,6 @@ def _choose(
             offspring=section.offspring,
             seed=section.seed,
             identity=mark,
-            state=read_sealed(state),
+            state=scorer.ranks.tell(lambda: read_sealed(state)),
             save=save,
         )

@@ -12,13 +12,17 @@ For the divergence, each (unit, width) has activations of its own from its layer
 along, so that a layer is still read once: units * widths * tokens * d * 4 bytes, on disk where
 `calibration.offload` says so.
 
+Of several ranks each has its own batches and solves some of the candidates. Hessians are summed up
+over the ranks, and every rank ends with the same scores.
+
     found = ScoreWalk(recipe.allocate, recipe.quantize, model, windows, units, folder).run(True)
     found.changes[layer], found.errors["weight_error"]["model.layers.0"][3]
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -38,13 +42,17 @@ from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
 from compress.quantization.inside import replaced
 from compress.quantization.rounding import quadratic
-from compress.quantization.solvers import QuantizedLinear, make_solver
+from compress.quantization.shares import Piece
+from compress.quantization.sharing import shares_of
+from compress.quantization.solvers import QuantizedLinear, make_solver, some_rows
 from compress.quantization.token_weights import TokenWeigher
+from compress.ranks import Ranks
 from compress.recipe.quantize import Quantize
 from compress.recipe.sections import Allocate
 from compress.rotation.model import RotatedModel
 from compress.scheme import Scheme
 
+MANY = 4  # candidates a rank, of which one more or less matters little
 # Full name of a linear -> its dequantised weight, put in its place for a while.
 Replaced = Mapping[str, Tensor]
 
@@ -91,18 +99,25 @@ class ScoreWalk:
         units: Sequence[Unit],
         folder: Path | None,
         observer: Observer | None = None,
+        ranks: Ranks | None = None,
     ):
-        """`folder`: where activations go, None for memory."""
+        """`folder`: where this rank's activations go, None for memory."""
         self.section, self.quantize, self.model, self.units = section, quantize, model, units
         self.skeleton, self.spec, self.device = model.skeleton, model.spec, model.device
         self.widths: list[int] = sorted(section.widths)
         self.folder = folder
         self.observer = observer or Observer()
-        self.batches = windows.batches(TOKENS_PER_BATCH)
+        self.ranks = ranks or Ranks()
+        self.shares = shares_of(self.ranks, folder, quantize.refine_sweeps)
+        batches = windows.batches(TOKENS_PER_BATCH)
+        share = self.ranks.share(len(batches))
+        self.batches = batches[share.start : share.stop]
+        self.counted = int(windows.mask.sum())  # tokens of all ranks
         # None where layers of a 16-bit model are removed: only their changes are measured.
         self.solver = make_solver(quantize)
         counts = count_tokens(windows.input_ids, windows.mask, self.skeleton.config.vocab_size)
-        self.weigher = TokenWeigher(quantize.token_importance, self.batches, counts)
+        masked = self.counted < windows.mask.numel()
+        self.weigher = TokenWeigher(quantize.token_importance, self.batches, counts, masked)
 
     def run(
         self,
@@ -143,7 +158,7 @@ class ScoreWalk:
         return scores
 
     def _store(self, name: str) -> ActivationStore:
-        return ActivationStore(*((self.folder, name) if self.folder else ()))
+        return ActivationStore(self.folder, name)
 
     def _advance(self, layer: nn.Module, index: int, store: ActivationStore) -> None:
         for i in range(len(store)):
@@ -159,6 +174,8 @@ class ScoreWalk:
             after = self.model.forward(layer, index, before)
             change.add_batch(before, after, mask)
             x[i] = after
+        for totals, count in self.ranks.collect(change.taken()):
+            change.put(totals, count)
         with naming(f"layer {index}"):
             return change.score()
 
@@ -185,32 +202,23 @@ class ScoreWalk:
             for unit in self._units_of(index)
             for name, scheme in self._schemes(unit).items()
         }
-        solver = self.solver
-        assert solver is not None, "`check_allocation` refuses to measure what is not quantised"
         solved: dict[str, dict[int, QuantizedLinear]] = {name: {} for name in schemes}
         lost: dict[tuple[str, int], float] = {}  # ||W - Q||^2
         output: dict[tuple[str, int], float] = {}  # the relative error
         power: dict[str, float] = {}  # ||W||^2
         hessians = self._hessians(layer, index, x, schemes)
         for group, H in hessians.items():
-            matrix = H.matrix()
+            inside = {name: schemes[name] for name in group if name in schemes}
             with naming(f"{prefix}{group[0]}"):
-                statistics = solver.prepare(matrix) if solver.needs_hessian else None
-            for name in (name for name in group if name in schemes):
+                found = self._at_every_width(layer, inside, H)
+            for (name, bits), linear in found.items():
                 W = linear_in(layer, name).weight
                 power[name] = float(W.double().square().sum())
-                for bits in self.widths:
-                    grid = UniformGrid(bits, schemes[name].symmetric, self.model.dtype)
-                    linear = solver.solve(W, statistics, grid, schemes[name].group_size)
-                    E = (W - linear.weight()).T.contiguous()
-                    if statistics is None:
-                        linear.error = quadratic(matrix, E)
-                        linear.power = quadratic(matrix, W.T.contiguous())
-                    relative = linear.relative_error()
-                    assert relative is not None, "error and power are there"
-                    lost[name, bits] = float(E.double().square().sum())
-                    output[name, bits] = relative
-                    solved[name][bits] = linear
+                lost[name, bits] = float((W - linear.weight()).double().square().sum())
+                relative = linear.relative_error()
+                assert relative is not None, "error and power are there"
+                output[name, bits] = relative
+                solved[name][bits] = linear
         for unit in self._units_of(index):
             names = [name.removeprefix(prefix) for name in self._schemes(unit)]
             total = sum(power[name] for name in names) or 1.0
@@ -221,6 +229,50 @@ class ScoreWalk:
                 bits: sum(output[name, bits] for name in names) for bits in self.widths
             }
         return solved
+
+    def _at_every_width(
+        self, layer: nn.Module, schemes: Mapping[str, Scheme], H: Hessian
+    ) -> dict[tuple[str, int], QuantizedLinear]:
+        """Linears that share an input, by name and width, each with its error. Ends H."""
+        solver = self.solver
+        assert solver is not None, "`check_allocation` refuses to measure what is not quantised"
+        weights = {name: linear_in(layer, name).weight for name in schemes}
+        columns, device = next(iter(weights.values())).shape[1], H.lower.device
+        count, ranks = len(schemes) * len(self.widths), self.ranks.size
+        divides = count % ranks > 0 and count < MANY * ranks  # or whole ones keep all busy
+
+        def pieces(rows: slice) -> list[slice]:
+            return self.shares.parts(rows, columns, device) if divides else [rows]
+
+        cut = [
+            ((name, bits), Piece(replace(scheme, bits=bits), rows, alternative=False))
+            for name, scheme in schemes.items()
+            for bits in self.widths
+            for rows in pieces(slice(0, len(weights[name])))
+        ]
+
+        def solve(numbers: Iterable[int]) -> dict[int, QuantizedLinear]:
+            mine = list(numbers)
+            if not mine:
+                return {}
+            matrix = H.matrix()
+            statistics = solver.prepare(matrix) if solver.needs_hessian else None
+            found = {}
+            for number in mine:
+                (name, bits), piece = cut[number]
+                grid = UniformGrid(bits, piece.scheme.symmetric, self.model.dtype)
+                W = weights[name][piece.rows]
+                found[number] = solver.solve(W, statistics, grid, piece.scheme.group_size)
+                if statistics is None:
+                    _add_errors(found[number], W, matrix)
+            return found
+
+        parts: dict[tuple[str, int], list[QuantizedLinear]] = {}
+        results = self.shares.solved([piece for _, piece in cut], columns, solve, device)
+        for (key, _), part in zip(cut, results, strict=True):
+            assert part is not None, "a solver finds something for all rows"
+            parts.setdefault(key, []).append(part)
+        return {key: QuantizedLinear.join(each) for key, each in parts.items()}
 
     def _hessians(
         self, layer: nn.Module, index: int, x: ActivationStore, schemes: Mapping[str, Scheme]
@@ -236,7 +288,7 @@ class ScoreWalk:
             if any(name in schemes for name in part)
         }
         hessians = {
-            group: Hessian(linear_in(layer, group[0]).in_features, self.device)
+            group: self.shares.hessian(linear_in(layer, group[0]).in_features, self.device)
             for group in weighted
         }
         spec = self.spec.layer(index)
@@ -249,6 +301,8 @@ class ScoreWalk:
             weights = {group: w if on else alike for group, on in weighted.items()}
             with gathering(layer, hessians, weights):
                 self.model.forward(layer, index, z)
+        for H in hessians.values():
+            self.shares.complete(H)
         return hessians
 
     # ---- divergence -----------------------------------------------------------------------------
@@ -281,12 +335,25 @@ class ScoreWalk:
         V = self.skeleton.config.vocab_size
         with self.model.logits() as head:
             for (name, bits), store in variants.items():
-                total = sum(
+                own = [
                     divergence(head, x[i].to(self.device), store[i].to(self.device), mask, V)
                     for i, mask in enumerate(masks)
-                )
-                errors[name][bits] = total / max(1, sum(int(mask.sum()) for mask in masks))
+                ]
+                errors[name][bits] = whole_sum(self.ranks, own) / max(1, self.counted)
         return errors
+
+
+def whole_sum(ranks: Ranks, own: Sequence[float]) -> float:
+    """The sum of what all ranks have, exact, so that it does not matter who has what."""
+    return math.fsum(value for values in ranks.collect(list(own)) for value in values)
+
+
+def _add_errors(linear: QuantizedLinear, W: Tensor, H: Tensor) -> None:
+    """Notes the errors of a linear that was found without H; in parts, as solvers do it."""
+    lost = (W - linear.weight(), W)
+    linear.error, linear.power = (
+        torch.cat([quadratic(H, part.T.contiguous()) for part in some_rows(rows)]) for rows in lost
+    )
 
 
 def divergence(

@@ -11,23 +11,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from compress.allocation.allocators import Unit, mapped
-from compress.allocation.score_walk import Scores, ScoreWalk, divergence, replaced
+from compress.allocation.score_walk import (
+    Scores,
+    ScoreWalk,
+    divergence,
+    replaced,
+    whole_sum,
+)
 from compress.data.activations import activations_on_disk
 from compress.data.windows import CalibrationWindows
 from compress.importance.layers import LayerImportance, UnitFacts
 from compress.observer import Observer
 from compress.quantization.solvers import QuantizedLinear
+from compress.ranks import Ranks
 from compress.recipe.quantize import Quantize
 from compress.recipe.sections import MEASURED_SCORES, Allocate
 from compress.registry import LAYER_IMPORTANCE
 from compress.rotation.model import RotatedModel
 from compress.storage.files import file_digest
 from compress.storage.safetensors import save_tensors
+
+ACTIVATIONS = "scores"  # folders of the activations, one a rank
+WINDOWS = 4  # that go through a layer at once in the fitness of `evolve`
 
 
 class Scorer:
@@ -43,11 +52,15 @@ class Scorer:
         work: Path,
         offload: Literal["auto", "ram", "disk"],
         observer: Observer | None = None,
+        ranks: Ranks | None = None,
     ):
-        """`work`: a folder for candidates, and for activations where `offload` sends them there."""
+        """`work`: a folder for candidates, and for activations where `offload` sends them there.
+
+        `ranks`: call all methods together, and all have the same answers.
+        """
         self.section, self.quantize, self.model, self.units = section, quantize, model, units
         self.skeleton, self.work, self.offload = model.skeleton, work, offload
-        self.observer = observer or Observer()
+        self.observer, self.ranks = observer or Observer(), ranks or Ranks()
         self.windows = windows and windows.first(section.samples)
 
     def scored(self) -> list[Unit]:
@@ -71,8 +84,9 @@ class Scorer:
         ]
 
     def _scores(self, strategy: LayerImportance, found: Scores) -> dict[str, float]:
-        """Unit name -> score, in the order of the units."""
-        return strategy.scores(self._facts(unit, found) for unit in self.units)
+        """Unit name -> score, in the order of the units; the first rank reads weights for them."""
+        facts = (self._facts(unit, found) for unit in self.units)
+        return self.ranks.tell(lambda: strategy.scores(facts))
 
     def _importance(self, name: str, reverse: bool = False) -> LayerImportance:
         """The strategy of this name, with the section's options."""
@@ -96,7 +110,8 @@ class Scorer:
         d = self.skeleton.config.hidden_size
         variants = len(self.units) * len(self.section.widths) if divergence else 0
         nbytes = self.windows.input_ids.numel() * d * 4 * (1 + variants)
-        folder = self.work / "scores" if activations_on_disk(self.offload, nbytes) else None
+        on_disk = activations_on_disk(self.offload, nbytes)
+        folder = self.work / f"{ACTIVATIONS}-{self.ranks.rank}" if on_disk else None
         if folder:
             folder.mkdir(exist_ok=True)
         walk = ScoreWalk(
@@ -107,9 +122,10 @@ class Scorer:
             self.units,
             folder,
             self.observer,
+            self.ranks,
         )
         try:
-            return walk.run(errors, divergence, self._keep if keep else None)
+            return walk.run(errors, divergence, self._keep if keep and self.ranks.first else None)
         finally:
             if folder:  # far more than the run itself needs
                 shutil.rmtree(folder, ignore_errors=True)
@@ -142,28 +158,32 @@ class Scorer:
         """KL(16-bit || model at these widths) on the windows, nats per token; a layer at a time."""
         assert self.windows is not None
         model = self.model
-        embedded = model.embed(self.windows.input_ids).to(model.device)
-        mask = self.windows.mask.to(model.device)
+        ids, mask = (t.split(WINDOWS) for t in (self.windows.input_ids, self.windows.mask))
+        share = self.ranks.share(len(ids))
+        embedded = [model.embed(ids[i]).to(model.device) for i in share]
+        masks = [mask[i].to(model.device) for i in share]
+        counted = max(1, int(self.windows.mask.sum()))
         V = self.skeleton.config.vocab_size
         by_layer: dict[int, list[Unit]] = {}
         for unit in self.units:
             by_layer.setdefault(unit.layer, []).append(unit)
 
-        def forward(widths: dict[str, int] | None) -> Tensor:
+        def forward(widths: dict[str, int] | None) -> list[Tensor]:
             x = embedded
             for index in range(self.skeleton.num_layers):
                 with model.layer(index) as layer:
                     weights = {} if widths is None else self._weights(by_layer, index, widths)
                     with replaced(layer, weights):
-                        x = torch.cat([model.forward(layer, index, part) for part in x.split(4)])
+                        x = [model.forward(layer, index, part) for part in x]
             return x
 
         reference = forward(None)
 
         def measure(widths: dict[str, int]) -> float:
+            pairs = zip(reference, forward(widths), masks, strict=True)
             with model.logits() as head:
-                total = divergence(head, reference, forward(widths), mask, V)
-            return total / max(1, int(mask.sum()))
+                own = [divergence(head, x, y, mask, V) for x, y, mask in pairs]
+            return whole_sum(self.ranks, own) / counted
 
         return measure
 

@@ -44,7 +44,8 @@ QUIET = {
 }
 ParserError: Any = typer.BadParameter.__base__  # click's UsageError, wherever this typer keeps it
 
-SHARED = ("run", "eval", "lm-eval")  # commands whose work the ranks of a launcher share
+# Commands whose work the ranks of a launcher share.
+SHARED = ("run", "eval", "lm-eval", "compare", "search-pruning")
 
 app = typer.Typer(
     name="modelpress",

@@ -257,8 +257,15 @@ def compare(
     check_source: Annotated[
         bool, typer.Option(help="First compare our forward of the model with transformers.")
     ] = True,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Several ranks: the bytes of one process.")
+    ] = False,
 ) -> Answer:
-    """Run recipes on the same model, data and seeds: one table, one plot."""
+    """Run recipes on the same model, data and seeds: one table, one plot.
+
+    Started by torchrun (torchrun --nproc-per-node 2 -m compress compare RECIPE...), the ranks share
+    the runs and what is measured.
+    """
     varied = _variations(vary or [])
     if len(recipes) * len(varied) < 2:
         raise UsageError("compare needs two recipes or more; for one there is `run`")
@@ -282,6 +289,7 @@ def compare(
             overwrite=overwrite,
             self_check=self_check,
             check_source=check_source,
+            deterministic=deterministic,
             observer=progress,
         )
 

@@ -15,6 +15,7 @@ from compress.cli.options import DenseOption, DeviceOption, ModelArgument, SeedO
 from compress.cli.progress import RunProgress
 from compress.errors import UsageError
 from compress.memory import chosen_device
+from compress.ranks import together
 from compress.storage.lease import file_lease, lease
 
 if TYPE_CHECKING:  # needs torch
@@ -58,7 +59,11 @@ def search_pruning(
     device: DeviceOption = "auto",
     resume: Annotated[bool, typer.Option(help="Go on with the trials that are there.")] = True,
 ) -> Answer:
-    """Find which visual tokens to prune: the strategy that changes the last state least."""
+    """Find which visual tokens to prune: the strategy that changes the last state least.
+
+    Started by torchrun (torchrun --nproc-per-node 2 -m compress search-pruning MODEL), the ranks
+    share the prompts.
+    """
     if save and not Path(model).is_dir():
         raise UsageError(f"--save needs a model folder, {model} is none")
     if stages is not None and start is not None:
@@ -75,33 +80,36 @@ def search_pruning(
     check_search(keep, trials, sampler)
     if str(data) != DEMO_SCENES and not data.is_file():
         raise UsageError(f"--data: no such file: {data}")
-    loaded, processor, prompts = _subject(model, device, dense, data, samples, seed)
-    if layers is not None:
-        depth = loaded.config.get_text_config().num_hidden_layers
-        given = PruneStrategy.for_budget("vflowopt", keep, depth, stages=layers)
     tried = output.with_suffix(".trials.jsonl")
-    if not resume:
-        with file_lease(tried):
-            tried.unlink(missing_ok=True)
-    err = console(stderr=True)
-    if len(prompts) < samples:
-        print_lines(err, f"{data} has {len(prompts)} prompts, fewer than {samples}")
     kept = "run the same command again; finished trials are kept"
-    with RunProgress(err) as progress, interruptible(lambda: kept):
-        found = search_strategy(
-            loaded,
-            prompts,
-            keep,
-            start=given,
-            variables=searched,
-            trials=trials,
-            sampler=sampler,
-            seed=seed,
-            path=tried,
-            processor=processor,
-            observer=progress,
-        )
-    _save(found, output, model if save else None)
+    err = console(stderr=True)
+    with interruptible(lambda: kept), together(device) as ranks:
+        loaded, processor, prompts = _subject(model, device, dense, data, samples, seed)
+        if layers is not None:
+            depth = loaded.config.get_text_config().num_hidden_layers
+            given = PruneStrategy.for_budget("vflowopt", keep, depth, stages=layers)
+        if not resume and ranks.first:
+            with file_lease(tried):
+                tried.unlink(missing_ok=True)
+        if len(prompts) < samples:
+            print_lines(err, f"{data} has {len(prompts)} prompts, fewer than {samples}")
+        with RunProgress(err) as progress:
+            found = search_strategy(
+                loaded,
+                prompts,
+                keep,
+                start=given,
+                variables=searched,
+                trials=trials,
+                sampler=sampler,
+                seed=seed,
+                path=tried,
+                processor=processor,
+                observer=progress,
+                ranks=ranks,
+            )
+        if ranks.first:
+            _save(found, output, model if save else None)
     rows = [*_rows(found), ("strategy", str(output)), ("trials", str(tried))]
     if save:
         rows.append(("saved with", model))

@@ -41,9 +41,12 @@ from compress.eval.page import write_comparison
 from compress.eval.progress import telling
 from compress.eval.report import FRONT_LINE, Row, markdown_table, marked, plot_quality
 from compress.memory import chosen_device
+from compress.models.pretrained import local_folder
 from compress.observer import Observer
 from compress.pipeline.evaluation import check_evaluation
 from compress.pipeline.notebook import observer_here
+from compress.pipeline.one_run import check_shared
+from compress.ranks import together
 from compress.recipe.recipe import Recipe
 from compress.recipe.sections import Evaluate
 from compress.storage.files import atomic_write
@@ -136,13 +139,18 @@ def compare(
     overwrite: bool = False,
     self_check: bool = True,
     check_source: bool = True,
+    deterministic: bool = False,
     observer: Observer | None = None,
 ) -> Comparison:
     """Runs and measures the recipes; results go to OUTPUT/NAME-SEED, the table to OUTPUT.
 
     What an earlier, interrupted comparison has finished with the same recipes is kept, results and
     their figures. `against` names the recipe that the others are paired with, the first one if
-    it is absent. `self_check`, `check_source`: as for `compress.run`, for each result.
+    it is absent. `self_check`, `check_source`, `deterministic`: as for `compress.run`, for each
+    result.
+
+    Started by torchrun, the ranks share each run, and measure some of the results each; of what
+    only prunes each rank settles and measures some. All return the same; the first one writes.
 
     Raises:
         UsageError: no recipe is named `against`, or they differ in model or `evaluate`, share a
@@ -156,21 +164,26 @@ def compare(
     output = Path(output)
     section = _check_recipes(chosen, seeds)
     against = _reference(chosen, against)
-    check_evaluation(section, chosen[0].resolve_path)
     entries = [
         Entry(recipe, seed, output / folder_name(f"{recipe.name}-{seed}"))
         for recipe in chosen
         for seed in seeds
     ]
     with ExitStack() as held:  # the results as well: what is measured is what was made
-        for folder in (output, *(entry.folder for entry in entries)):
-            held.enter_context(lease(folder))
+        ranks = held.enter_context(together(device, deterministic=deterministic))
+        if ranks.first:
+            check_evaluation(section, chosen[0].resolve_path)
+            local_folder(chosen[0].model_location(), chosen[0].model.revision)
+            for folder in (output, *(entry.folder for entry in entries)):
+                held.enter_context(lease(folder))
+        check_shared(output, ranks)
+        ranks.check_alike(_mark(entries), "list of recipes and seeds")
         study: Study
         if all(only_prunes(recipe) for recipe in chosen):
-            study = PruningComparison(chosen[0], device, observer, overwrite)
+            study = PruningComparison(chosen[0], device, observer, overwrite, ranks)
         else:
             study = ResultComparison(
-                chosen[0], device, observer, overwrite, self_check, check_source
+                chosen[0], device, observer, overwrite, self_check, check_source, ranks
             )
         runs: list[Run] = []
         held.enter_context(telling(observer.progress))
@@ -187,9 +200,15 @@ def compare(
         for warning in [*unequal(chosen, runs), *_unmet(runs)]:
             comparison.warnings.append(warning)
             observer.warning(warning)
-        _plot(comparison, output / "comparison.png", observer)
-        comparison.write(output)
+        if ranks.first:
+            _plot(comparison, output / "comparison.png", observer)
+            comparison.write(output)
     return comparison
+
+
+def _mark(entries: Sequence[Entry]) -> str:
+    """Tells one comparison from another."""
+    return json.dumps([[e.recipe.model_dump_json(), e.seed, str(e.folder)] for e in entries])
 
 
 def _check_recipes(recipes: Sequence[Recipe], seeds: Sequence[int]) -> Evaluate:

@@ -4,15 +4,24 @@
     runs = list(study.runs([Entry(recipe, 0, Path("out/name-0"))]))
 
 Calibration data are read once for all recipes that calibrate alike. Figures of a result are kept
-beside its folder.
+beside its folder. Ranks share each run, and measure a block of the results each.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from compress.comparison.study import Entry, Run, conditions_of, keep, kept, seeded
+from compress.comparison.study import (
+    Entry,
+    Run,
+    conditions_of,
+    keep,
+    kept,
+    seeded,
+    shared_runs,
+)
 from compress.data.prompts import CalibrationData, calibration_data
 from compress.errors import UsageError
 from compress.eval.harness import DRAWN_TASKS
@@ -21,9 +30,11 @@ from compress.models.skeleton import Skeleton
 from compress.observer import Observer
 from compress.pipeline.evaluation import Evaluator, evaluated_texts
 from compress.pipeline.inputs import RunInputs
+from compress.pipeline.one_run import check_pruned
 from compress.pipeline.plan import make_plan
 from compress.pipeline.provenance import another, fingerprint, made_by
 from compress.pipeline.run import run
+from compress.ranks import Ranks
 from compress.recipe.recipe import Recipe
 from compress.recipe.sections import Evaluate
 from compress.storage.lease import lease
@@ -49,9 +60,11 @@ class ResultComparison:
         overwrite: bool = False,
         self_check: bool = True,
         check_source: bool = True,
+        ranks: Ranks | None = None,
     ):
         """`recipe`: any of those that are compared; model and evaluation are the same in all."""
         self.recipe, self.device, self.observer = recipe, device, observer
+        self.ranks = ranks or Ranks()
         self.overwrite, self.self_check, self.check_source = overwrite, self_check, check_source
         self.model = local_folder(recipe.model_location(), recipe.model.revision)
         self.skeleton = Skeleton.open(self.model)
@@ -65,25 +78,31 @@ class ResultComparison:
             self.observer.stage(entry.title)
             self._make(entry)
         self.observer.stage("evaluation")
-        for entry in entries:
-            facts = json.loads((entry.folder / "modelpress.json").read_text())
-            yield {
-                "name": entry.recipe.name,
-                "seed": entry.seed,
-                "folder": str(entry.folder),
-                "bits": facts["average_bits"],
-                "bytes": facts["bytes"]["total"],
-                "original": facts["bytes"]["original"],
-                "calibration_tokens": (facts["calibration"] or {}).get("tokens", 0),
-                "seconds": sum(v for k, v in facts["seconds"].items() if k not in CHECKS),
-                "evaluation": self._measured(entry),
-            }
+        self.ranks.wait()  # until the last result is in its place
+        yield from shared_runs(entries, self._run, self.ranks)
+
+    def _run(self, entry: Entry) -> Run:
+        """What is said of the entry's result, with its figures."""
+        facts = json.loads((entry.folder / "modelpress.json").read_text())
+        return {
+            "name": entry.recipe.name,
+            "seed": entry.seed,
+            "folder": str(entry.folder),
+            "bits": facts["average_bits"],
+            "bytes": facts["bytes"]["total"],
+            "original": facts["bytes"]["original"],
+            "calibration_tokens": (facts["calibration"] or {}).get("tokens", 0),
+            "seconds": sum(v for k, v in facts["seconds"].items() if k not in CHECKS),
+            "evaluation": self._measured(entry),
+        }
 
     def _check(self, recipes: Iterable[Recipe]) -> None:
         """UsageError for a recipe that does not fit the model; reads headers, not weights."""
         for recipe in recipes:
-            for problem in make_plan(RunInputs.of(recipe, self.skeleton)).problems:
+            inputs = RunInputs.of(recipe, self.skeleton)
+            for problem in make_plan(inputs).problems:
                 raise UsageError(f"{recipe.name}: {problem}")
+            check_pruned(recipe, inputs.source.images, self.ranks)
 
     def _make(self, entry: Entry) -> None:
         """The entry's result, if it is not there."""
@@ -92,17 +111,9 @@ class ResultComparison:
         windows = self._calibration(recipe)
         inputs = RunInputs.of(recipe, self.skeleton, self.device)
         data = calibration_data(inputs.source, self.skeleton) if windows is None else windows
-        with lease(folder) as held:
-            if not self.overwrite and not held.abandoned:
-                if made_by(folder, recipe, fingerprint(inputs, data)):
-                    return
-                if (folder / "modelpress.json").exists():
-                    raise UsageError(
-                        f"{folder} holds a result that was made with another "
-                        f"{another(folder, inputs, data)}: choose another --output, or replace it "
-                        "with --overwrite"
-                    )
-            _figures_file(folder).unlink(missing_ok=True)
+        with lease(folder) if self.ranks.first else nullcontext():
+            if self.ranks.tell(lambda: self._is_made(folder, recipe, inputs, data)):
+                return
             run(
                 recipe,
                 folder,
@@ -113,6 +124,23 @@ class ResultComparison:
                 check_source=self.check_source,
                 observer=self.observer,
             )
+
+    def _is_made(
+        self, folder: Path, recipe: Recipe, inputs: RunInputs, data: CalibrationData
+    ) -> bool:
+        """Whether the folder holds the recipe's result; if not, its figures go."""
+        with lease(folder) as held:
+            if not self.overwrite and not held.abandoned:
+                if made_by(folder, recipe, fingerprint(inputs, data)):
+                    return True
+                if (folder / "modelpress.json").exists():
+                    raise UsageError(
+                        f"{folder} holds a result that was made with another "
+                        f"{another(folder, inputs, data)}: choose another --output, or replace it "
+                        "with --overwrite"
+                    )
+        _figures_file(folder).unlink(missing_ok=True)
+        return False
 
     def _measured(self, entry: Entry) -> dict[str, Any]:
         """The figures of the entry's result."""

@@ -22,7 +22,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from compress.comparison.study import Entry, Run, conditions_of, keep, kept, seeded
+from compress.comparison.study import (
+    Entry,
+    Run,
+    conditions_of,
+    keep,
+    kept,
+    seeded,
+    shared_runs,
+)
 from compress.data.samples import in_batches, read_samples, sample_digests
 from compress.data.source import CalibrationSource
 from compress.errors import UsageError
@@ -36,6 +44,7 @@ from compress.pruning.families import tower_of
 from compress.pruning.saved import apply_strategy, stop_pruning
 from compress.pruning.search import search_as_told
 from compress.pruning.tower_cache import OutputCache, tower_cached
+from compress.ranks import Ranks
 from compress.recipe.pruning import PruneVisualTokens
 from compress.recipe.recipe import Recipe
 from compress.recipe.strategy import PruneStrategy
@@ -58,9 +67,17 @@ def only_prunes(recipe: Recipe) -> bool:
 class PruningComparison:
     """One loaded model, under one strategy after the other."""
 
-    def __init__(self, recipe: Recipe, device: str, observer: Observer, overwrite: bool = False):
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: str,
+        observer: Observer,
+        overwrite: bool = False,
+        ranks: Ranks | None = None,
+    ):
         """`recipe`: any of those that are compared; model and evaluation are the same in all."""
         self.device, self.observer, self.overwrite = device, observer, overwrite
+        self.ranks = ranks or Ranks()
         folder = local_folder(recipe.model_location(), recipe.model.revision)
         self.model, self.processor = load_measured(folder, device, prune=False)
         tower_of(self.model)  # refuses a text model
@@ -74,15 +91,14 @@ class PruningComparison:
 
     def runs(self, entries: Sequence[Entry]) -> Iterator[Run]:
         """See `Study`: each entry's strategy is settled and measured before the next one's."""
-        for entry in entries:
-            self.observer.stage(entry.title)
-            yield self.run(entry)
+        yield from shared_runs(entries, self.run, self.ranks)
 
     def run(self, entry: Entry) -> Run:
         """Settles and measures one recipe under one seed, or reads what is there.
 
         Raises UsageError if the folder holds the result of another recipe.
         """
+        self.observer.stage(entry.title)
         recipe, seed, folder = seeded(entry.recipe, entry.seed), entry.seed, entry.folder
         section = recipe.prune_visual_tokens
         assert section is not None and recipe.evaluate is not None

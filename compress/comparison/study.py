@@ -3,17 +3,19 @@
     study: Study = ResultComparison(recipe, "cpu", observer)      # or PruningComparison
     for run in study.runs([Entry(recipe, seed=0, folder=Path("out/name-0"))]): ...
 
-Figures are kept on disk with what they depend on, and taken again only where that has changed.
+Figures are kept on disk with what they depend on, and taken again only where that has changed. Of
+several ranks each takes those of a block of entries, as one process takes them.
 """
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
 from compress.pipeline.provenance import versions
+from compress.ranks import Ranks
 from compress.recipe.recipe import Recipe
 from compress.recipe.sections import Evaluate
 from compress.storage.files import write_json
@@ -56,9 +58,23 @@ class Study(Protocol):
     def runs(self, entries: Sequence[Entry]) -> Iterator[Run]:
         """Each entry, in order: made and measured now, or found as an earlier call left it.
 
-        Raises UsageError, before anything is made, for an entry that does not fit the model.
+        All ranks are given all of them. Raises UsageError, before anything is made, for an entry
+        that does not fit the model.
         """
         ...
+
+
+def shared_runs(
+    entries: Sequence[Entry], run: Callable[[Entry], Run], ranks: Ranks
+) -> Iterator[Run]:
+    """`run` of each entry, in order; each rank does a block of them, and all are told of all."""
+    if ranks.size == 1:
+        yield from map(run, entries)
+        return
+    own = [run(entries[number]) for number in ranks.share(len(entries))]
+    ranks.wait()  # a search may take one of them long
+    for found in ranks.collect(own):
+        yield from found
 
 
 def folder_name(name: str) -> str:
@@ -99,7 +115,7 @@ def conditions_of(
     """What figures depend on: plain JSON values. `fingerprints`: of models, and of data."""
     return fingerprints | {
         "evaluate": section.model_dump(mode="json"),
-        "device": device,
+        "device": device.partition(":")[0],  # which of several GPUs does not matter
         "versions": versions(),
         "layout": LAYOUT,
     }

@@ -21,7 +21,7 @@ they pass) and hands it over as `UnitFacts`.
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -89,7 +89,8 @@ class EmbeddingChange:
 
     average `token`: the mean over all tokens. `flattened`: each sample is one vector of all its
     tokens, and the mean is over samples; tokens of large norm then decide, above all the attention
-    sink. With `sink` False the first token of each sample is left out. All sums are in fp64.
+    sink. With `sink` False the first token of each sample is left out. Batches are summed up in
+    fp64, and their sums exactly: it does not matter in which order, or by whom (`taken`, `put`).
 
         change = EmbeddingChange()
         change.add_batch(x, layer(x), mask)
@@ -99,7 +100,8 @@ class EmbeddingChange:
     def __init__(self, average: Literal["token", "flattened"] = "token", sink: bool = True):
         assert average in ("token", "flattened"), average
         self.flattened, self.sink = average == "flattened", sink
-        self.total, self.count = 0.0, 0
+        self.totals: list[float] = []  # of each batch
+        self.count = 0
 
     def add_batch(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
         """Input and output [B, T, d] of the layer; mask [B, T] bool, False does not count."""
@@ -113,8 +115,18 @@ class EmbeddingChange:
         )  # [B, T]
         if self.flattened:
             xy, xx, yy, counted = xy.sum(-1), xx.sum(-1), yy.sum(-1), counted.any(-1)
-        self.total += float(_cosine(xy, xx, yy)[counted].sum())
+        self.totals.append(float(_cosine(xy, xx, yy)[counted].sum()))
         self.count += int(counted.sum())
+
+    def taken(self) -> tuple[list[float], int]:
+        """What was found since the last call, for `put` elsewhere."""
+        found, self.totals, self.count = (self.totals, self.count), [], 0
+        return found
+
+    def put(self, totals: Sequence[float], count: int) -> None:
+        """Adds what another has found to what this one has."""
+        self.totals += totals
+        self.count += count
 
     def score(self) -> float:
         """LIM. Raises CompressError if no token counted or an activation is not finite."""
@@ -123,11 +135,12 @@ class EmbeddingChange:
                 "layer_embedding_change: no token to look at: all were masked"
                 + ("" if self.sink else " or the first of their sample")
             )
-        if not math.isfinite(self.total):
+        total = math.fsum(self.totals)
+        if not math.isfinite(total):
             raise CompressError(
                 "layer_embedding_change: expected finite activations, found NaN or infinity"
             )
-        return -self.total / self.count
+        return -total / self.count
 
 
 def _cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:

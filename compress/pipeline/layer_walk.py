@@ -29,13 +29,12 @@ from compress.models.skeleton import linear_in
 from compress.observer import Observer
 from compress.pipeline.journal import Journal, LayerFacts, ModuleFacts, ScarceExpert
 from compress.pipeline.plan import Plan
-from compress.pipeline.sharing import Shared
 from compress.pipeline.stream import CalibrationStream
 from compress.pipeline.token_sample import layers_shown, weights_shown
 from compress.pruning.last_token import LastTokenAttention
 from compress.quantization.hessian import Hessian
 from compress.quantization.layer import run_layer, solve_group
-from compress.quantization.shares import WHOLE
+from compress.quantization.sharing import shares_of
 from compress.quantization.solvers import (
     SOLVERS,
     QuantizedLinear,
@@ -55,7 +54,6 @@ POLICIES: dict[Policy, str] = {
     "shared_hessian": "quantised for the tokens of all experts",
 }
 RELEASE_BYTES = 1 << 23
-SOLVING = 3  # passes over a Hessian beside the sweeps: the column loop, and two sums of errors
 HEAD_WEIGHTS = "head-weights.safetensors"  # in the folder of the activations
 
 
@@ -111,11 +109,7 @@ class LayerWalk:
         masked = not all(bool(mask.all()) for _, mask in stream.data.parts)
         self.weigher = TokenWeigher(section.token_importance, stream.batches, counts, masked)
         self.ranks = stream.ranks
-        self.shares = (
-            WHOLE
-            if self.ranks.size == 1
-            else Shared(self.ranks, stream.spool(), section.refine_sweeps + SOLVING)
-        )
+        self.shares = shares_of(self.ranks, stream.spool(), section.refine_sweeps)
         # Of the last layer's tokens, for a head that is quantised: by batch.
         self.last_weights: dict[int, Tensor] = {}
         self.tables: list[LayerFacts] = []  # of the embedding, where it is quantised

@@ -14,6 +14,7 @@ from compress.data.prompts import CalibrationData, ImagePrompts
 from compress.errors import UsageError
 from compress.pipeline.inputs import RunInputs
 from compress.ranks import Ranks
+from compress.recipe.recipe import Recipe
 from compress.storage.lease import HOLDER, WORK_FOLDER, lease
 from compress.storage.output_folder import check_output
 
@@ -24,40 +25,43 @@ SEEN = 10.0  # seconds for a file of one machine to be seen on the others
 def held(output: Path, overwrite: bool, ranks: Ranks) -> Iterator[bool]:
     """Holds the folder, for all ranks; yields whether an earlier process was stopped in it."""
     if not ranks.first:
-        _check_shared(output / WORK_FOLDER / HOLDER, ranks.tell(str), ranks.rank)
+        check_shared(output, ranks)
         yield False
         return
     check_output(output, overwrite, unfinished=True)  # before anything is made there
     with lease(output) as held:
         check_output(output, overwrite, held.abandoned)
-        ranks.tell((output / WORK_FOLDER / HOLDER).read_text)
+        check_shared(output, ranks)
         yield held.abandoned
 
 
-def _check_shared(holder: Path, said: str, rank: int) -> None:
-    """UsageError where a rank does not see the folder that the first one holds."""
-    until = time.monotonic() + SEEN
+def check_shared(output: Path, ranks: Ranks) -> None:
+    """UsageError where a rank does not see the folder, which the first one holds."""
+    holder = output / WORK_FOLDER / HOLDER
+    said, until = ranks.tell(holder.read_text), time.monotonic() + SEEN
     while time.monotonic() < until:
         with suppress(OSError):
             if holder.read_text() == said:
                 return
         time.sleep(0.1)
     raise UsageError(
-        f"rank {rank} on {socket.gethostname()} does not see the output folder "
-        f"{holder.parents[1]} of rank 0: choose an --output that all machines share"
+        f"rank {ranks.rank} on {socket.gethostname()} does not see the output folder "
+        f"{output} of rank 0: choose an --output that all machines share"
     )
 
 
 def check_ranks(inputs: RunInputs, data: CalibrationData, mark: str, ranks: Ranks) -> None:
     """UsageError for ranks that read different things, and for what they cannot share."""
-    marks = ranks.collect(mark)
-    if other := next((rank for rank, own in enumerate(marks) if own != marks[0]), None):
-        raise UsageError(
-            f"rank {other} has another recipe, model, text or version of a package than rank 0: "
-            "all need the same"
-        )
-    pruned = inputs.recipe.prune_visual_tokens is not None
-    if ranks.size > 1 and pruned and isinstance(data, ImagePrompts):
+    ranks.check_alike(mark, "recipe, model, text or version of a package")
+    check_pruned(inputs.recipe, isinstance(data, ImagePrompts), ranks)
+
+
+def check_pruned(recipe: Recipe, images: bool, ranks: Ranks) -> None:
+    """UsageError for a run that prunes what it calibrates on, which ranks cannot share.
+
+    `images`: whether it calibrates on prompts with images.
+    """
+    if ranks.size > 1 and images and recipe.prune_visual_tokens is not None:
         raise UsageError(
             "prune_visual_tokens: calibration prompts are pruned by one process: start it without "
             "torchrun, or calibrate on text"

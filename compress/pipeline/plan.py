@@ -50,6 +50,7 @@ from compress.pipeline.plan_notes import (
 )
 from compress.pipeline.pruning_forecast import PruningForecast, forecast
 from compress.pipeline.source_check import SourceCheck
+from compress.ranks import Ranks
 from compress.recipe.recipe import Recipe
 from compress.registry import LAYER_IMPORTANCE
 from compress.scheme import PlannedModule, Scheme
@@ -293,11 +294,13 @@ def allocated_plan(
     identity: str = "",
     resume: bool = True,
     observer: Observer | None = None,
+    ranks: Ranks | None = None,
 ) -> Plan:
     """The plan with widths chosen as the `allocate` section says: reads weights, and text if asked.
 
     The same as `make_plan` where there is no such section, or where problems are in the way.
-    `work` keeps what a killed run would otherwise measure again; see `allocate`.
+    `work` keeps what a killed run would otherwise measure again, and `ranks` share the scores, with
+    one such folder for all; see `allocate`.
     """
     plan, section = make_plan(inputs), inputs.recipe.allocate
     if section is None or plan.problems:
@@ -322,6 +325,7 @@ def allocated_plan(
             identity=identity,
             resume=resume,
             observer=observer,
+            ranks=ranks,
         )
     return make_plan(inputs, allocation)
 

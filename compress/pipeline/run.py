@@ -6,8 +6,8 @@
     -> head -> shards, config, tokenizer, recipe, strategy, provenance -> reload in a fresh process
     and compare logits -> report and model card -> publish -> evaluate -> report and card again
 
-Started by torchrun, the ranks share the walk and a quantised head (`sharing`). All else the first
-one does alone: it holds the lease, writes, checks, measures and tells.
+Started by torchrun, the ranks share the scores of `allocate`, the walk and a quantised head. All
+else the first one does alone: it holds the lease, writes, checks, measures and tells.
 
 Everything is written below OUT/.modelpress and moved to OUT at the end, config.json last, so OUT
 holds a whole checkpoint or none; one process at a time may do that. A run that was killed continues
@@ -19,7 +19,7 @@ after its last finished layer, or what came behind, and ends with the same bytes
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ import psutil
 import torch
 from torch import Tensor
 
-from compress.allocation.allocate import Allocation
 from compress.checkpoint.engines import mixes_asymmetric
 from compress.checkpoint.packed_formats import FORMATS, codes_of_signed
 from compress.data.activations import activations_on_disk
@@ -196,8 +195,7 @@ def _compressed(
     done = len(journal.entries())
     agreed = ranks.tell(lambda: settle_source(inputs, plan, journal, source_checked, log))
     if inputs.recipe.allocate is not None:
-        chosen = ranks.tell(lambda: _allocation(inputs, data, journal, resume, log))
-        plan = make_plan(inputs, Allocation.of_json(chosen))
+        plan = _allocated(inputs, data, journal, resume, log, ranks)
     with torch.no_grad():
         # Only pictures are pruned in calibration, and those by one process.
         pruning = settle_pruning(inputs, plan, journal, resume, log) if ranks.first else Pruning()
@@ -241,10 +239,15 @@ def _refuse_problems(plan: Plan) -> None:
         raise UsageError(plan.problems[0] + (f" (and {more} more: see `plan`)" if more else ""))
 
 
-def _allocation(
-    inputs: RunInputs, data: CalibrationData, journal: Journal, resume: bool, log: RunLog
-) -> dict[str, Any]:
-    """The widths that the layers are given, as JSON holds them."""
+def _allocated(
+    inputs: RunInputs,
+    data: CalibrationData,
+    journal: Journal,
+    resume: bool,
+    log: RunLog,
+    ranks: Ranks,
+) -> Plan:
+    """The plan with the widths that the layers are given."""
     plan = allocated_plan(
         inputs,
         data,
@@ -252,10 +255,10 @@ def _allocation(
         identity=journal.fingerprint,
         resume=resume,
         observer=log.observer,
+        ranks=ranks,
     )
     _refuse_problems(plan)  # of the layers that are left
-    assert plan.allocation is not None, "a plan with problems has been refused"
-    return asdict(plan.allocation)
+    return plan
 
 
 def settle_source(

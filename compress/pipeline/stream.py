@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +31,7 @@ from compress.pruning.costs import CostTotals, DecoderShape, PruningStats, promp
 from compress.pruning.encoding import EncodedImages
 from compress.pruning.families import tower_for
 from compress.pruning.prompt import PromptImage, PrunedPrompt, take
-from compress.pruning.stages import Stages
+from compress.pruning.stages import Stages, seed_of
 from compress.ranks import Ranks
 from compress.storage.files import file_digest
 from compress.storage.safetensors import read_tensors, save_tensors
@@ -344,8 +343,7 @@ class CalibrationStream:
     def _seed(self, i: int, layer: int) -> int:
         """The seed of one prompt at one stage, so that a resumed run draws the same numbers."""
         assert self.stages is not None
-        sequence = np.random.SeedSequence([self.stages.strategy.seed, self.numbers[i], layer])
-        return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+        return seed_of(self.stages.strategy.seed, self.numbers[i], layer)
 
     # ---- the end --------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ from compress.pruning.last_token import LastTokenAttention, check_decoder
 from compress.pruning.per_thread import PerThread
 from compress.pruning.prompt import PrunedPrompt, take, take_positions
 from compress.pruning.refusals import check_inputs, checked_generate
-from compress.pruning.stages import Stages
+from compress.pruning.stages import Stages, seed_of
 from compress.pruning.tower import Processor
 from compress.recipe.strategy import PruneStrategy
 
@@ -146,6 +146,10 @@ class VisualTokenPruning:
         generate = checked_generate(self.model, self._unpruned_length)
         self.model.generate = generate  # type: ignore[assignment]  # torch allows modules only
         return self
+
+    def draw_for(self, number: int) -> None:
+        """What is drawn for the next prompt depends on the strategy's seed and this number."""
+        self._generator.manual_seed(seed_of(self.strategy.seed, number))
 
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:

@@ -12,17 +12,22 @@ trials.
 Each trial is proposed by a sampler of its own, seeded by the trial's number, from the trials before
 it: a search that was interrupted goes on as if it had not been.
 
+Of several ranks each has some of the prompts, and the first one the file. A cosine is that of its
+prompt alone, and their sum exact: trials are those of one process, to the bit.
+
     found = search_strategy(model, samples, keep=0.25, path="trials.jsonl")
     found.strategy.save("strategy.json")
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -36,6 +41,7 @@ from compress.pruning.engine import prune_visual_tokens
 from compress.pruning.feasible import FeasibleSet, ratios_of
 from compress.pruning.tower import Processor, VisualTokens
 from compress.pruning.trials import Trial, TrialFile
+from compress.ranks import Ranks
 from compress.recipe.pruning import PruneVisualTokens
 from compress.recipe.strategy import NEW_NAMES, PruneStrategy
 from compress.storage.lease import file_lease
@@ -104,6 +110,7 @@ def search_strategy(
     path: str | Path | None = None,
     processor: Processor | None = None,
     observer: Observer | None = None,
+    ranks: Ranks | None = None,
 ) -> SearchResult:
     """Searches the strategy that keeps the share `keep` and changes the last state least.
 
@@ -120,16 +127,20 @@ def search_strategy(
         seed: of the sampler.
         path: a file of JSON lines for the trials, which the search goes on from; None: none.
         processor: as for `prune_visual_tokens`.
-        observer: is told of each sample and trial.
+        observer: is told of each sample of this rank, and each trial.
+        ranks: share the samples of every trial; each is given all of them, and all end with the
+            same result. None: there is one.
 
     Raises:
         UsageError: nothing to search, a budget that cannot be met, a file of another search, or one
-            that another process adds to.
+            that another process adds to; ranks that were given different things.
         CompressError: a state is not finite.
     """
     check_search(keep, trials, sampler)
-    observer = observer or Observer()
-    objective = Objective(model, samples, processor, observer)
+    observer, ranks = observer or Observer(), ranks or Ranks()
+    given = [keep, start and start.model_dump(mode="json"), variables, trials, sampler, seed]
+    ranks.check_alike(_mark(model, samples, given), "model, samples or settings of the search")
+    objective = Objective(model, samples, processor, observer, ranks)
     space = SearchSpace(objective, keep, start, variables)
     settings = {
         "keep": keep,
@@ -138,13 +149,16 @@ def search_strategy(
         "sampler": sampler,
         "seed": seed,
     }
-    with nullcontext() if path is None else file_lease(Path(path)):
-        file = TrialFile.open(path, settings, objective.fingerprint())
-        done = file.trials[:trials]
+    fingerprint = objective.fingerprint()
+    own = path if ranks.first else None
+    with nullcontext() if own is None else file_lease(Path(own)):
+        file = TrialFile.open(own, settings, fingerprint)
+        left = ranks.tell(lambda: [asdict(trial) for trial in file.trials[:trials]])
+        done = [Trial(**trial) for trial in left]
         if done:
             observer.resumed(len(done))
         while len(done) < trials:
-            parameters = _propose(space, done, sampler, seed)
+            parameters = ranks.tell(lambda: _propose(space, done, sampler, seed))
             strategy = space.strategy(parameters)
             score = objective(strategy)
             trial = Trial(len(done), parameters, strategy.model_dump(mode="json"), score)
@@ -160,7 +174,7 @@ def search_strategy(
         conditions={
             "model": type(model).__name__,
             "layers": objective.layers,
-            "prompts": len(objective.states),
+            "prompts": objective.prompts,
             "images": len(objective.images),
             "visual_tokens": sum(map(len, objective.images)),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -180,6 +194,7 @@ def search_as_told(
     path: Path,
     processor: Processor,
     observer: Observer | None = None,
+    ranks: Ranks | None = None,
 ) -> SearchResult:
     """`search_strategy` with the settings of a recipe's `search`; `start`: what is not searched."""
     assert section.search is not None and section.keep is not None
@@ -195,6 +210,7 @@ def search_as_told(
         path=path,
         processor=processor,
         observer=observer,
+        ranks=ranks,
     )
 
 
@@ -213,8 +229,9 @@ class Objective:
     """Mean cosine between pruned and unpruned last states; the unpruned run happens here, once.
 
     Attributes:
-        states: [prompts, D] fp64, unpruned.
-        images: where the visual tokens of all images lie.
+        states: [B, D] fp64 of each sample that is this rank's, unpruned; by its number.
+        prompts: of all ranks; a sample may be a batch of them.
+        images: where the visual tokens of all images of all ranks lie.
     """
 
     def __init__(
@@ -223,41 +240,52 @@ class Objective:
         samples: Sequence[Inputs],
         processor: Processor | None = None,
         observer: Observer | None = None,
+        ranks: Ranks | None = None,
     ):
         if not samples:
             raise UsageError("expected samples to search with, found none")
-        self.model, self.processor = model, processor
-        self.samples = [on_device(sample, model.device) for sample in samples]
-        self.images: list[VisualTokens] = []
-        states = []
+        self.model, self.processor, self.ranks = model, processor, ranks or Ranks()
+        share = self.ranks.share(len(samples))
+        self.samples = {number: on_device(samples[number], model.device) for number in share}
+        self.states: dict[int, Tensor] = {}
+        images: dict[int, list[VisualTokens]] = {}
         # A strategy that keeps all and reads nothing: the run is the plain one, to the bit.
         everything = PruneStrategy(method="uniform", ratios=(1.0,))
         with prune_visual_tokens(model, everything) as context:
             self.layers = len(context.layers)
-            for number, sample in enumerate(self.samples):
-                states.append(self._last_state(sample, number))
+            for number, sample in self.samples.items():
+                states = self.states[number] = self._last_state(sample, number)
                 assert context.last is not None  # the prompt of that forward
-                images = context.last.images
-                rows = {image.row for image in images}
-                if len(rows) < len(states[-1]):
+                seen = context.last.images
+                if len({image.row for image in seen}) < len(states):
                     raise UsageError(f"sample {number} has a prompt without an image: leave it out")
-                self.images += [image.tokens for image in images]
+                images[number] = [image.tokens for image in seen]
                 if observer:
-                    observer.sample(number + 1, len(self.samples))
-        self.states = torch.cat(states)
+                    observer.sample(len(self.states), len(self.samples))
+        self.prompts = sum(self.ranks.collect(sum(map(len, self.states.values()))))
+        self.images = _of_all(images, self.ranks)
 
     def __call__(self, strategy: PruneStrategy) -> float:
+        cosines: list[float] = []
         with prune_visual_tokens(self.model, strategy, self.processor) as pruning:
             pruning.warns = False  # a trial may well go too far
-            states = [self._last_state(s, number) for number, s in enumerate(self.samples)]
-        return float(torch.cosine_similarity(torch.cat(states), self.states, dim=-1).mean())
+            for number, sample in self.samples.items():
+                pruning.draw_for(number)
+                states = self._last_state(sample, number)
+                cosine = torch.cosine_similarity(states, self.states[number], dim=-1)
+                cosines += cosine.tolist()
+        found = [value for own in self.ranks.collect(cosines) for value in own]
+        return math.fsum(found) / len(found)
 
     def fingerprint(self) -> list[float]:
         """One number a prompt, about 1 in size, that another model or prompt does not share."""
-        width = self.states.shape[1]
-        direction = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(self.states)
-        cosine = torch.cosine_similarity(self.states, direction[None], dim=-1)
-        return (cosine * math.sqrt(width)).tolist()
+        found: list[float] = []
+        for states in self.states.values():
+            width, draw = states.shape[1], torch.Generator().manual_seed(0)
+            direction = torch.randn(width, generator=draw).to(states)
+            cosine = torch.cosine_similarity(states, direction[None], dim=-1)
+            found += (cosine * math.sqrt(width)).tolist()
+        return [value for own in self.ranks.collect(found) for value in own]
 
     @torch.no_grad()
     def _last_state(self, sample: Inputs, number: int) -> Tensor:
@@ -272,6 +300,38 @@ class Objective:
                 "model in a wider type"
             )
         return state
+
+
+def _mark(model: PreTrainedModel, samples: Sequence[Inputs], given: Sequence[object]) -> str:
+    """Tells one search from another: a value of each tensor, all of the samples, and settings."""
+    digest = hashlib.sha256(json.dumps(given).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:1].tolist()}".encode())
+    for sample in samples:
+        for name, value in sample.items():
+            digest.update(name.encode())
+            if isinstance(value, Tensor):
+                digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _of_all(own: Mapping[int, Sequence[VisualTokens]], ranks: Ranks) -> list[VisualTokens]:
+    """The images of all ranks, in the order of the samples; `own`: those of this one's, by number.
+
+    Only what tensors say of their tokens.
+    """
+    named = {
+        f"{number}.{image}.{name}": value
+        for number, images in own.items()
+        for image, tokens in enumerate(images)
+        for name, value in vars(tokens).items()
+        if isinstance(value, Tensor)
+    }
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for place, value in ranks.gather(named).items():
+        number, image, name = place.split(".")
+        found.setdefault((int(number), int(image)), {})[name] = value
+    return [VisualTokens(**found[place]) for place in sorted(found)]
 
 
 class SearchSpace:

@@ -7,6 +7,7 @@ memory at a time, prune with the same stages.
     hidden, order = stages.narrow(prompt, layer, hidden, generator)
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,6 +18,11 @@ from compress.pruning.methods import PRUNING_METHODS, Candidates, PruningMethod,
 from compress.pruning.prompt import PrunedPrompt, take, take_positions
 from compress.pruning.tower import Processor, TapSettings, VisionTap
 from compress.recipe.strategy import PruneStrategy
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed of torch's, of numbers that say what is drawn for: each tells another sequence."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Stages:

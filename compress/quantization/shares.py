@@ -1,7 +1,7 @@
 """One process's share of a layer's work: whose tokens its Hessians have, and which rows it solves.
 
 `Whole` is all of it, where there is one process. A class with its methods shares it among several
-(`pipeline/sharing.py`), in three places: a Hessian is complete once `complete` has been called, a
+(`sharing.py`), in three places: a Hessian is complete once `complete` has been called, a
 count is everybody's once `total` has, and `solved` is called with the pieces of a group that this
 process is to solve and gives back those of all.
 """

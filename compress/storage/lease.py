@@ -105,7 +105,7 @@ def file_lease(path: Path) -> Iterator[None]:
 def refuse_ranks() -> None:
     """UsageError for one of several processes that a launcher has started on the same work.
 
-    Those that have joined each other share it, and only the first asks for a lease.
+    Those that have joined each other share it, and two never ask for the same lease.
     """
     if joined():
         return

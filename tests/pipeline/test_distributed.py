@@ -4,11 +4,8 @@ Ranks import torch anew, so the recipes of all tests go through few launches.
 """
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +19,11 @@ from safetensors.torch import load_file
 from compress.cli.main import main
 from compress.errors import UsageError
 from compress.memory import chosen_device, idle_gpus
-from compress.pipeline.sharing import dealt
+from compress.quantization.sharing import dealt
 from compress.ranks import Ranks, launched
 from support import documents, ranks_at_work
 from support.moe_families import write_mixture
+from support.ranks_at_work import at_work
 from support.refusals import check_line, refused
 from support.tiny_checkpoints import (
     dequantised,
@@ -35,9 +33,17 @@ from support.tiny_checkpoints import (
     write_checkpoint,
 )
 
-SCRIPT = Path(ranks_at_work.__file__)
 RSQ = {"rotate": "hadamard", "quantize": {"bits": 3, "token_importance": "attention_concentration"}}
 DRIFTED = {"quantize": {"bits": 3, "target": "full_precision"}}
+
+
+def scored(importance: str, method: str, quantize: dict[str, Any] | None = None, **more: Any):
+    """A recipe whose layers' widths are scored on 40 windows, in three batches."""
+    allocate = {"importance": importance, "method": method, "samples": 40, "average_bits": 3}
+    quick = {"refine_sweeps": 1, "token_importance": RSQ["quantize"]["token_importance"]}
+    return {"allocate": allocate | more, "quantize": quantize or quick}
+
+
 # name -> model, sections of the recipe, windows: 16 of them are a batch
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "rtn": ("dense", {"quantize": {"method": "rtn"}}, 40),
@@ -71,32 +77,31 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         40,
     ),
-}
+    "scores of what tokens change": (
+        "dense", scored("layer_embedding_change", "knapsack", widths=[2, 3, 4]), 40,
+    ),
+    "scores of outputs": (
+        "dense", scored("output_error", "greedy", widths=[2, 3, 4], unit="fused_group"), 40,
+    ),
+    "scores of outputs, rounded to nearest": (
+        "dense", scored("output_error", "greedy", {"method": "rtn"}, widths=[2, 3]), 3,
+    ),
+    "scores of logits, on disk": (
+        "dense",
+        scored("logit_divergence", "knapsack", widths=[2, 4])
+        | {"calibration": {"offload": "disk"}},
+        40,
+    ),
+    "an evolving allocation": (
+        "dense", scored("output_error", "evolve", widths=[2, 3, 4], generations=3, offspring=3), 40,
+    ),
+}  # fmt: skip
+SCORED = [name for name, (_, sections, _) in CASES.items() if "allocate" in sections]
 
 MEASURED = {
     "model": str(documents.ROOT / "recipes/demo/lm"),
     "evaluate": {"tasks": ["demo_code"], "limit": 5, "batch_size": 1},
 }
-
-
-def torchrun(ranks: int, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [sys.executable, *launcher, *command],
-        env=environment,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def at_work(folder: Path, ranks: int, jobs: list[dict[str, Any]]) -> subprocess.CompletedProcess:
-    file = folder / "jobs.json"
-    file.write_text(json.dumps(jobs))
-    return torchrun(ranks, str(SCRIPT), str(file))
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +138,7 @@ def two(models, tmp_path_factory) -> Path:
     det = {"options": {"deterministic": True}}
     jobs = [job_of(models, name, folder / name, **det) for name in CASES]
     jobs.append(job_of(models, "rsq", folder / "plain"))
+    jobs += [job_of(models, name, folder / f"plain {name}") for name in SCORED]
     jobs.append(MEASURED | {"output": str(folder / "scores.json")})
     done = at_work(folder, 2, jobs)
     assert done.returncode == 0, done.stderr
@@ -151,6 +157,7 @@ def test_two_ranks_give_the_bytes_of_one_process(alone, two, name):
             module.pop("seconds", None)
     assert facts[0]["layers"] == facts[1]["layers"]
     assert facts[0]["warnings"] == facts[1]["warnings"]
+    assert facts[0]["allocation"] == facts[1]["allocation"]
 
 
 def test_without_an_order_sums_differ_by_their_rounding(alone, two, models):
@@ -176,6 +183,20 @@ def test_without_an_order_sums_differ_by_their_rounding(alone, two, models):
         if ".layers.0.self_attn." in name:  # before anything has come through another layer
             off = (ours[name] - theirs[name]).norm() / theirs[name].norm()
             assert off < 0.02, name
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_without_an_order_scores_differ_by_their_rounding(alone, two, name):
+    """A Hessian's last bits may turn a code, and the error of its linear with it."""
+    ours, theirs = (
+        json.loads((folder / "modelpress.json").read_text())["allocation"]["scores"]
+        for folder in (two / f"plain {name}", alone / name)
+    )
+    assert list(ours) == list(theirs)
+    if name == "scores of what tokens change":  # no Hessian is in them
+        assert ours == theirs
+    for unit, score in theirs.items():
+        assert ours[unit] == pytest.approx(score, rel=0.02), unit
 
 
 def test_ranks_share_the_requests_of_tasks(two, tmp_path):
@@ -212,6 +233,17 @@ def test_one_process_goes_on_where_a_rank_died(alone, died, models, tmp_path, on
     assert [layer.get("ranks") for layer in layers] == [3, 3, None]
 
 
+def test_one_process_goes_on_where_a_rank_died_among_the_scores(
+    alone, models, tmp_path, one_thread
+):
+    job = job_of(models, "scores of logits, on disk", tmp_path / "out")
+    done = at_work(tmp_path, 3, [job | {"options": {"deterministic": True}, "killed_at": [1, 1]}])
+    assert done.returncode != 0
+    assert "another rank has ended" in done.stderr or "SIGTERM" in done.stderr
+    ranks_at_work.work(job)
+    assert weight_files(tmp_path / "out") == weight_files(alone / "scores of logits, on disk")
+
+
 def test_fewer_ranks_go_on_where_one_died_and_tell_each_other_of_an_error(
     alone, died, models, tmp_path
 ):
@@ -226,7 +258,7 @@ def test_fewer_ranks_go_on_where_one_died_and_tell_each_other_of_an_error(
     assert [path.name for path in (tmp_path / "failed").iterdir()] == [".modelpress"]
 
 
-@pytest.mark.parametrize("command", ["plan", "compare", "search-pruning", "export", "bench"])
+@pytest.mark.parametrize("command", ["plan", "export", "push", "bench"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_ranks_would_do_twice_is_refused(command, rank, monkeypatch, capsys, handlers):
     """By the first one; the others say nothing, and leave it the time to."""

@@ -10,7 +10,7 @@ for each pass over the Hessian, and the first one on a rank columns^3 / 3 for it
 found goes to all ranks, since each runs its batches through the quantised layer. `deterministic`
 cuts where one process does: products of other shapes may round otherwise.
 
-    LayerWalk(..., shares=Shared(ranks, folder=None, passes=4))
+    shares = shares_of(ranks, folder=None, sweeps=5)
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,9 +22,19 @@ from torch import Tensor
 
 from compress.data.activations import ActivationStore
 from compress.quantization.hessian import Hessian
-from compress.quantization.shares import Piece, Whole
+from compress.quantization.shares import WHOLE, Piece, Whole
 from compress.quantization.solvers import QuantizedLinear, rows_at_a_time
 from compress.ranks import Ranks
+
+SOLVING = 3  # passes over a Hessian beside the sweeps: the column loop, and two sums of errors
+
+
+def shares_of(ranks: Ranks, folder: Path | None, sweeps: int) -> Whole:
+    """What this process has of the work on linears that are refined in so many sweeps.
+
+    `folder`: for rows that wait; None: they wait in memory.
+    """
+    return WHOLE if ranks.size == 1 else Shared(ranks, folder, sweeps + SOLVING)
 
 
 class Shared(Whole):
@@ -37,13 +47,13 @@ class Shared(Whole):
 
     def __init__(self, ranks: Ranks, folder: Path | None, passes: int):
         self.ranks, self.folder, self.passes = ranks, folder, passes
-        self._names = count()
+        self._names = (f"rows-{ranks.rank}-{number}" for number in count())
+        self._free: list[str] = []  # names of files that nobody's rows wait in any more
 
     def hessian(self, columns: int, device: torch.device | str, drift: bool = False) -> Hessian:
         if self.ranks.first or not self.ranks.deterministic:
             return Hessian(columns, device, drift)
-        # At most two have rows that wait: the two parts of a group.
-        name = f"rows-{self.ranks.rank}-{next(self._names) % 2}"
+        name = self._free.pop() if self._free else next(self._names)
         return Waiting(columns, device, drift, self.folder, name)
 
     def complete(self, H: Hessian) -> None:
@@ -52,6 +62,8 @@ class Shared(Whole):
         else:
             self.ranks.sum(*H.sums())
         H.of_windows(sum(self.ranks.collect(H.windows)))
+        if isinstance(H, Waiting):
+            self._free.append(H.rows.name)
 
     def total(self, counts: list[int]) -> list[int]:
         return [sum(each) for each in zip(*self.ranks.collect(counts), strict=True)]
