@@ -1,6 +1,6 @@
 """What a run will need of the host's memory, at its peak, from the recipe and the headers alone.
 
-host_memory(inputs, shapes)
+host_memory(inputs, shapes); device_memory(inputs, shapes)
 
 The peak of resident memory of the process that runs, shared libraries included, as
 `modelpress.json` and `bench quantize` give it (VmHWM on Linux), to 10 %: the fixed cost of Python,
@@ -10,7 +10,7 @@ torch and transformers, what is known of each expert, and the most of
     a layer as it is read, fused and rotated in fp64; of its experts one at a time
     a layer in fp32, what is written of it, and a group of its linears being solved or a batch in
         flight
-    the embedding or the head as it is stored and in fp32, and the logits of a probe
+    the embedding or the head as it is written, or its codes, and the logits of a probe
     what the scores of `allocate` need
 
 each but the first with the activations of all calibration windows that wait beside it, unless they
@@ -20,9 +20,9 @@ With `quantize.target: full_precision` the 16-bit model's activations between la
 two more statistics of the widest linear's input, and the 16-bit weights of a group while its
 outputs are taken.
 
-Two processes of their own are not in it. That of the source check holds a module at a time; that
-of the self-check has the whole model in fp32, as whoever loads it in transformers has. Evaluation
-comes after the peak and loads the result.
+Two processes of their own are not in it. That of the source check holds a module at a time; that of
+the self-check has tables, what is not packed and one layer in fp32 (`verify.reload_memory`).
+Evaluation comes after the peak and loads the result.
 """
 
 import math
@@ -54,6 +54,7 @@ SOLVER_COPIES = 3  # of a Hessian while it is factored
 ROW_COPIES = 6  # of the rows that are solved at a time
 LOGIT_COPIES = 8  # of a chunk of logits while a divergence is taken of two of them
 SINK_MAPS, CAPPED_MAPS = 3, 2  # copies of attention's maps, where transformers makes them whole
+CONTEXT = 600 * 10**6  # of a GPU's libraries
 HOLES = 32 * 10**6  # larger blocks are given back at once; smaller ones leave holes in the heap
 TURNED = 8 * 3  # bytes of a number in a linear that is being rotated, beside the result's
 # Bytes of a number in a table that is rounded (its codes, in parts and joined, and as they are
@@ -97,6 +98,19 @@ def host_memory(inputs: RunInputs, shapes: Shapes) -> int:
         fixed += library_memory(inputs)
         work = max(work, text_memory(inputs))
     return fixed + work
+
+
+def device_memory(inputs: RunInputs, shapes: Shapes) -> int:
+    """Bytes on the GPU that computes, 0 where none does: arithmetic that no GPU has been asked for.
+
+    What the host promises is then more than it needs, since it counts what is computed here.
+    """
+    if not inputs.device.startswith("cuda"):
+        return 0
+    layers = (_LayerNeed(inputs, shapes, i) for i in range(inputs.skeleton.num_layers))
+    solved = inputs.skeleton.config.vocab_size * _hidden(inputs) * SOLVED_CODES
+    head = solved if inputs.recipe.quantize.head is not None else 0
+    return CONTEXT + max(head, *(layer.at_work() for layer in layers))
 
 
 def _run(inputs: RunInputs, shapes: Shapes) -> int:
@@ -174,6 +188,17 @@ class _LayerNeed:
         most = max(phases) + self.second()
         return most + min(most // 4, HOLES)
 
+    def at_work(self) -> int:
+        """Bytes of what is computed with at a time, of one batch and group."""
+        kind = self.kind
+        batch = max(self.batch(self.widest), self.batch(self.shape(kind.output)[1]) + self.maps())
+        works = [max(batch, *(self.solving(group) for group in kind.resting.groups))]
+        if kind.experts is not None:
+            inner, outer = kind.experts.inner(0), kind.experts.outer(0)
+            work = max(self.batch(self.shape(outer)[1]), self.solving(inner))
+            works.append(4 * self.numbers((*inner, outer)) + max(work, self.solving((outer,))))
+        return 4 * self.numbers(kind.resting.linears) + max(works) + self.second()
+
     def of_experts(self, there: int, kept: int) -> list[int]:
         """The same of experts, beside what is `there` of the layer: one of them is at work.
 
@@ -231,7 +256,8 @@ class _LayerNeed:
         if quantize.method == "none" or all(self.scheme(name) is None for name in group):
             return 0
         K, numbers = self.shape(group[0])[1], self.numbers(group)
-        rows = min(numbers, max(LEAST_ROWS * K, WEIGHTS_AT_A_TIME["cpu"]))
+        most = WEIGHTS_AT_A_TIME[self.inputs.device.partition(":")[0]]
+        rows = min(numbers, max(LEAST_ROWS * K, most))
         stack = 4 * numbers if len(group) > 1 else 0
         solved = stack + 2 * numbers + 4 * ROW_COPIES * rows  # codes, in parts and joined
         if not self.solves:

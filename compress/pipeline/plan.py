@@ -35,7 +35,7 @@ from compress.models.skeleton import Skeleton
 from compress.observer import Observer
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.kept_layers import kept_problems
-from compress.pipeline.memory_forecast import host_memory
+from compress.pipeline.memory_forecast import device_memory, host_memory
 from compress.pipeline.plan_notes import (
     WHOLE_BYTE,
     absence_notes,
@@ -232,7 +232,7 @@ def make_plan(inputs: RunInputs, allocation: Allocation | None = None) -> Plan:
         bytes={"quantized": quantized, "other": other, "total": quantized + other},
         source_bytes=skeleton.reader.nbytes(),
         file_bytes=quantized + other + header_bytes(_written(inputs, modules, kept)),
-        peak_memory={"host": host, "device": 0},
+        peak_memory={"host": host, "device": device_memory(inputs, shapes)},
         problems=find_problems(inputs, names, shapes, found, pruning is not None) + problems,
         notes=[
             *absence_notes(inputs),

@@ -94,7 +94,8 @@ def one_at_a_time(model: Any) -> None:
     if not hasattr(model, "ct_decompress_hook"):
         return
     model.ct_decompress_hook.remove()
-    parts = [model.get_input_embeddings(), *model.get_decoder().layers]
+    lists = (m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+    parts = [model.get_input_embeddings(), *next(lists)]
     inside = {module for part in parts for module in part.modules()}
     alone = [module for module in model.modules() if module not in inside]
     for part in parts:

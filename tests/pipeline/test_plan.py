@@ -11,7 +11,7 @@ from compress.checkpoint.inspect import inspect
 from compress.errors import CheckpointError, UsageError
 from compress.models.skeleton import Skeleton
 from compress.pipeline.inputs import RunInputs
-from compress.pipeline.memory_forecast import EXPERT_MEMORY, FIXED_MEMORY, ROW_COPIES
+from compress.pipeline.memory_forecast import CONTEXT, EXPERT_MEMORY, FIXED_MEMORY, ROW_COPIES
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run
 from support.moe_families import write_mixture
@@ -234,14 +234,14 @@ def test_peak_memory_of_a_tiny_model_is_little_more_than_the_libraries(checkpoin
     assert FIXED_MEMORY < host_memory(checkpoint()) < FIXED_MEMORY + 15e6
 
 
-def test_a_vocabulary_counts_as_stored_and_in_fp32_with_the_logits_of_a_probe(
+def test_a_vocabulary_counts_as_written_with_some_rows_and_the_logits_of_a_probe(
     tmp_path, host_memory
 ):
-    """150,000 x 64 in bf16: 2 + 4 bytes each; 64 tokens of logits; no text is read."""
+    """150,000 x 64 in bf16, 2^22 of them in fp32 as well; 64 tokens of logits; no text is read."""
     folder = write_checkpoint(tmp_path / "large", dtype=torch.bfloat16, vocab_size=150_000)
     plan = plan_of(folder, quantize={"method": "rtn"})
     taken = plan.peak_memory["host"] - FIXED_MEMORY
-    assert taken == 150_000 * 64 * (2 + 4) + 64 * 150_000 * 4
+    assert taken == 150_000 * 64 * 2 + 2**22 * (2 + 4) + 64 * 150_000 * 4
     # as many tokens as 2^24 logits hold, however long a window is
     assert host_memory(folder, offload="disk", length=64, samples=9) == FIXED_MEMORY + taken
 
@@ -258,6 +258,20 @@ def test_a_layer_counts_in_fp32_and_as_written_with_the_largest_group(tmp_path):
     written = layer // 2 + layer // 32 * 2
     most = layer * 4 + written + group * (4 + 2 + 4 * ROW_COPIES)
     assert plan.peak_memory["host"] == FIXED_MEMORY + most + most // 4
+
+
+def test_a_gpu_is_promised_what_is_computed_there(tmp_path):
+    """A layer in fp32, and a group being solved; none is needed on a CPU."""
+    folder = write_checkpoint(tmp_path / "model", dtype=torch.bfloat16, hidden_size=256)
+    plans = {
+        device: make_plan(RunInputs.foretell(recipe_for(folder), device))
+        for device in ("cpu", "cuda", "cuda:1")
+    }
+    needed = {device: plan.peak_memory["device"] for device, plan in plans.items()}
+    assert needed["cpu"] == 0
+    assert needed["cuda"] == needed["cuda:1"]
+    layer = sum(m.weights for m in plans["cpu"].modules) // len(plans["cpu"].layers)
+    assert CONTEXT + 4 * layer < needed["cuda"] < CONTEXT + 16 * layer + 30e6
 
 
 def test_activations_count_where_they_are_kept(checkpoint, host_memory):
