@@ -50,7 +50,8 @@ Linears = list[tuple[int, int]]
 # room (310 MB were seen right after an installation), and takes them back where it has none.
 FIXED_MEMORY = 515 * 10**6
 EXPERT_MEMORY = 10_000  # the modules, headers, plan and facts of one
-SOLVER_COPIES = 3  # of a Hessian while it is factored
+SOLVER_COPIES = 2  # of a Hessian while it is factored: itself, and its factor
+LINEAR_COPIES = 3  # of a linear that is solved at several widths
 ROW_COPIES = 6  # of the rows that are solved at a time
 LOGIT_COPIES = 8  # of a chunk of logits while a divergence is taken of two of them
 SINK_MAPS, CAPPED_MAPS = 3, 2  # copies of attention's maps, where transformers makes them whole
@@ -388,4 +389,4 @@ def _working(length: int, skeleton: Skeleton, inside: Linears) -> int:
     tokens = max(TOKENS_PER_BATCH, length)
     batch = tokens * (skeleton.config.hidden_size + 3 * widest) * 4
     weights = max(N * K for N, K in inside)
-    return max(batch, SOLVER_COPIES * 4 * (widest**2 + weights))
+    return max(batch, 4 * (SOLVER_COPIES * widest**2 + LINEAR_COPIES * weights))

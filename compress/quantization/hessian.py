@@ -175,7 +175,8 @@ def factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
         failed = torch.empty((), dtype=torch.int32, device=H.device)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed and _well_conditioned(lower, damping):
-            return lower.flip(0, 1), damping
+            _turn(lower.mT)
+            return lower, damping
         del lower
         if damping == 0 or damping >= DAMPING_LIMIT:
             raise CompressError(
@@ -183,6 +184,18 @@ def factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
                 f"{damping:g}: use more calibration tokens or a larger quantize.damping"
             )
         damping = min(damping * DAMPING_GROWTH, DAMPING_LIMIT)
+
+
+def _turn(square: Tensor, at_once: int = 1 << 20) -> None:
+    """Reverses rows and columns of a contiguous matrix in place: all of its numbers, in a row."""
+    numbers = square.view(-1)
+    count = len(numbers)
+    for start in range(0, count // 2, at_once):
+        stop = min(start + at_once, count // 2)
+        front, back = numbers[start:stop], numbers[count - stop : count - start]
+        held = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(held)
 
 
 def _well_conditioned(lower: Tensor, damping: float) -> bool:
