@@ -42,10 +42,9 @@ from compress.models.families import LayerSpec
 from compress.models.own_forward import LayerInputs
 from compress.models.skeleton import linear_in
 from compress.quantization.experts import ExpertPass, Scarce
-from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian, Part, needed
 from compress.quantization.inside import catching, replaced, without
-from compress.quantization.shares import WHOLE, Piece, Whole
+from compress.quantization.shares import WHOLE, Piece, Whole, solve_piece
 from compress.quantization.solvers import QuantizedLinear, Solver, Target, settled
 from compress.recipe.quantize import Experts
 from compress.scheme import Scheme
@@ -424,13 +423,11 @@ def solve_group(
             if not own:
                 continue
             W = _stacked(layer, names)
-            grid = UniformGrid(scheme.bits, scheme.symmetric, scale_dtype)
             target = targets.pop(scheme, None)
             for number in own:
-                rows, other = pieces[number].rows, pieces[number].alternative
-                work = solver.alternative if other else solver.solve
+                rows = pieces[number].rows
                 aim = None if target is None else target.rows(rows)
-                result = work(W[rows], statistics, grid, scheme.group_size, aim)
+                result = solve_piece(pieces[number], W[rows], solver, statistics, scale_dtype, aim)
                 if result is not None:
                     found[number] = result
         return found

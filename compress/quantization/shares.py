@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
-from compress.quantization.solvers import QuantizedLinear
+from compress.quantization.solvers import HessianFactor, QuantizedLinear, Solver, Target
 from compress.scheme import Scheme
 
 
@@ -30,6 +32,20 @@ class Piece:
     @property
     def count(self) -> int:
         return self.rows.stop - self.rows.start
+
+
+def solve_piece(
+    piece: Piece,
+    W: Tensor,
+    solver: Solver,
+    statistics: HessianFactor | None,
+    scale_dtype: torch.dtype,
+    target: Target | None,
+) -> QuantizedLinear | None:
+    """What the solver finds for a piece's rows W [n, K]; None: it has no alternative."""
+    grid = UniformGrid(piece.scheme.bits, piece.scheme.symmetric, scale_dtype)
+    work = solver.alternative if piece.alternative else solver.solve
+    return work(W, statistics, grid, piece.scheme.group_size, target)
 
 
 class Whole:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.quantization.grid import UniformGrid
 from compress.quantization.hessian import Hessian
-from compress.quantization.shares import WHOLE, Piece, Whole
+from compress.quantization.shares import WHOLE, Piece, Whole, solve_piece
 from compress.quantization.solvers import (
     QuantizedLinear,
     RoundToNearest,
@@ -78,7 +78,6 @@ def solve_table(
         for rows in _in_parts(share, table, there.type)
     ]
     pieces = [Piece(scheme, rows, other) for other in (False, True) for rows in parts]
-    grid = UniformGrid(scheme.bits, scheme.symmetric, scale_dtype)
 
     def solve(numbers: Iterable[int]) -> dict[int, QuantizedLinear]:
         mine = list(numbers)
@@ -90,8 +89,8 @@ def solve_table(
         for number in mine:
             W = table[pieces[number].rows].to(there, torch.float32)
             aim = None if drift is None else Target.of(W, *drift)
-            work = solver.alternative if pieces[number].alternative else solver.solve
-            if (result := work(W, statistics, grid, scheme.group_size, aim)) is not None:
+            result = solve_piece(pieces[number], W, solver, statistics, scale_dtype, aim)
+            if result is not None:
                 found[number] = result
         return found
 
