@@ -9,7 +9,7 @@ machine shows in the same call:
 
 and the bytes of one layer for memory. Refinement sweeps, rotation and token importance are extra
 work that the floor does not count. The run is a process of its own, so that its peak memory is its
-own; importing libraries and the reload in the self-check are not timed.
+own; importing libraries, the check against transformers and the self-check are not timed.
 
 On a GPU, beside the run: what rounding in order takes by the kernel and by torch's operators
 (`rounding_seconds`).
@@ -174,13 +174,20 @@ def rounding_seconds(
 
 
 def measure(folder: Path, bench: QuantizeBench) -> dict[str, Any]:
-    """One run in this process: random tokens, nothing evaluated, no self-check."""
+    """One run in this process: random tokens, nothing evaluated or checked."""
     recipe = recipe_of(bench, folder / "model")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(bench.vocabulary, (bench.samples, bench.length), generator=generator)
     windows = CalibrationWindows(ids, torch.ones_like(ids, dtype=torch.bool))
     with Stopwatch() as watch:
-        result = run(recipe, folder / "out", windows=windows, self_check=False, device=bench.device)
+        result = run(
+            recipe,
+            folder / "out",
+            windows=windows,
+            self_check=False,
+            check_source=False,
+            device=bench.device,
+        )
     modules = [module for layer in result.layers for module in layer["modules"]]
     errors = [module["error"] for module in modules if module["error"] is not None]
     return {

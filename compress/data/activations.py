@@ -26,13 +26,19 @@ MEMORY_SHARE = 0.25
 class ActivationStore:
     """A list of fp32 tensors, kept in memory or as files in `folder`.
 
-    `numbers`: by which each batch is called in its file, where others write there too.
+    `numbers`: by which each batch is called in its file, where others write there too. `summed`:
+    whether its checksums are taken, which only a store that another process will find has use for.
     """
 
     def __init__(
-        self, folder: Path | None = None, name: str = "x", numbers: Sequence[int] | None = None
+        self,
+        folder: Path | None = None,
+        name: str = "x",
+        numbers: Sequence[int] | None = None,
+        summed: bool = True,
     ):
         self.folder, self.name, self.numbers = folder, name, numbers
+        self.summed = summed
         self._tensors: list[Tensor | None] = []
         self._shapes: list[torch.Size] = []
         self._sums: list[int | Tensor] = []  # on a GPU not waited for until somebody asks
@@ -69,7 +75,7 @@ class ActivationStore:
         return [int(found) for found in self._sums]
 
     def __setitem__(self, index: int, x: Tensor) -> None:
-        self._shapes[index], self._sums[index] = x.shape, checksum(x)
+        self._shapes[index], self._sums[index] = x.shape, checksum(x) if self.summed else 0
         self._unread.discard(index)
         if self.folder is None:
             self._tensors[index] = x

@@ -14,6 +14,7 @@ from typing import Any
 
 from compress.data.prompts import CalibrationData, ImagePrompts
 from compress.errors import RecipeError
+from compress.kernels.cpu import native
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.result import RunResult
 from compress.pipeline.token_sample import token_sample
@@ -51,6 +52,7 @@ def provenance(
         "fingerprint": mark,
         "versions": versions(),
         "device": inputs.device,
+        **_cpu_kernels(inputs),
         "model": {
             "path": recipe.model.path,
             "revision": recipe.model.revision,
@@ -72,6 +74,13 @@ def provenance(
         "peak_memory": result.peak_memory,
         "warnings": result.warnings,
     }
+
+
+def _cpu_kernels(inputs: RunInputs) -> dict[str, str]:
+    """What searched scales and rounded weights on a CPU: compiled kernels, or torch's operators."""
+    if inputs.device != "cpu" or inputs.recipe.quantize.method == "none":
+        return {}
+    return {"cpu_kernels": native.reason()}
 
 
 def local_names(recipe: Recipe) -> list[str]:

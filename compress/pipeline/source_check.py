@@ -15,6 +15,7 @@ own, its decoder's weights on disk but for the module at work (accelerate's offl
     facts = check_source(inputs, budget=plan.peak_memory["host"])
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -81,6 +82,7 @@ def check_source(inputs: RunInputs, budget: int, tolerance: float = TOLERANCE) -
     release_memory()
     offloaded = _whole(skeleton) > max(budget - FIXED_MEMORY, SMALL)
     theirs = _elsewhere(skeleton, probes) if offloaded else _here(skeleton, probes)
+    gc.collect()  # the whole model, whose modules know of one another
     facts: dict[str, ProbeFacts] = {}
     for (name, probe), found, expected in zip(probes.items(), ours, theirs, strict=True):
         error = float((found - expected).abs().max() / expected.abs().max())

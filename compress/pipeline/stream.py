@@ -213,7 +213,9 @@ class CalibrationStream:
 
     def scratch(self) -> ActivationStore:
         """An empty store for what waits inside a layer."""
-        return self._store((self.folder, "work"))
+        return ActivationStore(
+            self.folder if self.on_disk else None, "work", self.numbers, summed=False
+        )
 
     def spool(self) -> Path | None:
         """Where activations go that wait; None: they stay in memory."""

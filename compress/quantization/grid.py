@@ -22,6 +22,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from compress.kernels.cpu.rounding import best_scale, compiled
+
 # Clip search, as shares of the scale that clips nothing. `magnitude`: 80 steps of 1/100 from 1.00
 # and the error |e|^2.4 (the released RSQ code, after GPTQ-style code bases). `hessian`: coarse
 # steps, then finer ones around the best of them.
@@ -30,8 +32,8 @@ MAGNITUDE_POWER = 2.4
 MAGNITUDE_BITS = 8  # from which on it is not searched: it gains nothing there (docs/rsq.md)
 COARSE_SHARES = tuple(1.05 - 0.075 * i for i in range(11))
 FINE_OFFSETS = (-0.025, 0.025)
-# Elements worked on at a time in the search: on a CPU of one share, so that the temporaries stay in
-# the cache; on a GPU of all shares together, each temporary 32 MB.
+# Elements worked on at a time where torch's operators search: on a CPU of one share, so that the
+# temporaries stay in the cache; on a GPU of all shares together, each temporary 32 MB.
 CHUNK = {"cpu": 1 << 16, "cuda": 1 << 23}
 
 
@@ -106,7 +108,7 @@ def search_scale(
     scale, zero = grid.extent(Wt)
     if clip == "none" or (clip == "magnitude" and grid.bits >= MAGNITUDE_BITS):
         return grid.stored(scale), zero
-    step = max(1, CHUNK[Wt.device.type] // (Wt.shape[0] * _shares_at_once(Wt, clip)))
+    step = _outputs_at_once(Wt, clip)
     for start in range(0, Wt.shape[1], step):
         part = slice(start, start + step)
         search = _ClipSearch(grid, Wt[:, part].contiguous(), scale[part], clip, importance)
@@ -116,11 +118,18 @@ def search_scale(
     return scale, zero
 
 
-def _shares_at_once(Wt: Tensor, clip: str) -> int:
-    """How many shares are tried together: on a GPU, where launches would take the time, all."""
-    if not Wt.is_cuda:
-        return 1
-    return 1 + len(MAGNITUDE_SHARES if clip == "magnitude" else COARSE_SHARES)
+def tried_together(Wt: Tensor) -> bool:
+    """Whether all shares are: where launches would take the time, or where none is a temporary."""
+    return Wt.is_cuda or compiled(Wt) is not None
+
+
+def _outputs_at_once(Wt: Tensor, clip: str) -> int:
+    """How many outputs of Wt [K, N] are searched at a time."""
+    if compiled(Wt) is not None:
+        return max(1, Wt.shape[1])
+    shares = MAGNITUDE_SHARES if clip == "magnitude" else COARSE_SHARES
+    each = Wt.shape[0] * (1 + len(shares) if tried_together(Wt) else 1)
+    return max(1, CHUNK[Wt.device.type] // each)
 
 
 @cache
@@ -143,7 +152,7 @@ class _ClipSearch:
         self.grid, self.W, self.full, self.clip = grid, W, full, clip
         self.importance = importance
         self.low = None if grid.symmetric else W.amin(0).clamp(max=0)
-        self.at_once = _shares_at_once(W, clip) > 1
+        self.kernels, self.at_once = compiled(W), tried_together(W)
         self.wanted, self.levels = (None if self.at_once else torch.empty_like(W) for _ in range(2))
 
     def candidate(self, share: Tensor | float) -> tuple[Tensor, Tensor | None]:
@@ -174,9 +183,15 @@ class _ClipSearch:
 
     def first_best(self, shares: Tensor) -> Tensor:
         """The first best of shares [S, 1] or [S, N] for each output, tried together: [N]."""
-        error = self.error(shares)
-        best = error.where(error.isfinite(), torch.inf).argmin(0, keepdim=True)
-        return shares.expand(error.shape).gather(0, best).squeeze(0)
+        if self.kernels is not None:
+            assert self.clip == "magnitude" or self.importance is not None
+            weights = None if self.clip == "magnitude" else self.importance
+            tried, codes = self.candidate(shares), (self.grid.low, self.grid.high)
+            best = best_scale(self.kernels, self.W, *tried, *codes, weights)
+        else:
+            error = self.error(shares)
+            best = error.where(error.isfinite(), torch.inf).argmin(0)
+        return shares.expand(len(shares), len(best)).gather(0, best[None]).squeeze(0)
 
     def best(self) -> tuple[Tensor, Tensor | None]:
         shares = MAGNITUDE_SHARES if self.clip == "magnitude" else COARSE_SHARES

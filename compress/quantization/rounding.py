@@ -6,7 +6,7 @@ Both the column loop of GPTQ and the coordinate descent that refines its result 
 
 with x in levels (codes minus zero point) and a triangular coupling U. Neighbours are followed one
 by one in small runs, the rest by matrix products. On a GPU, where a column is not worth the
-launches it takes, a run is one launch of a Triton kernel.
+launches it takes, a run is one launch of a Triton kernel; on a CPU all is one compiled loop.
 
     round_in_order(base, coupling, low, high)     # base [B, N] becomes x
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.activations import has_kernels
+from compress.kernels.cpu import rounding as on_cpu
 
 # Columns followed one by one before a matrix product takes over: few enough that a run of them
 # stays in the cache nearest to the core.
@@ -34,7 +35,7 @@ def round_in_order(
 ) -> Tensor:
     """Rounds the rows of `base` in turn, in place.
 
-    On a GPU by a kernel, where base is fp32 and contiguous and triton is there.
+    By a kernel, where base is fp32 and contiguous: on a GPU if triton is there, on a CPU compiled.
 
     Args:
         base: [B, N] what each column would be if those before it were zero.
@@ -50,6 +51,9 @@ def round_in_order(
         found = _kernel()
         if found is not None:
             return _in_runs(*found, base, coupling, low, high, scale)
+    library = on_cpu.compiled(base)
+    if library is not None:
+        return on_cpu.round_in_order(library, base, coupling, low, high, scale)
     return round_eagerly(base, coupling, low, high, scale)
 
 

@@ -1,6 +1,6 @@
-"""Compiles tiles.cpp and quads.cpp for this machine: products at memory speed.
+"""Compiles tiles.cpp, quads.cpp and rounding.cpp for this machine: products at memory speed.
 
-The first product on a CPU looks for a C++ compiler ($CXX, g++, clang++, c++), compiles once (some
+The first call on a CPU looks for a C++ compiler ($CXX, g++, clang++, c++), compiles once (some
 seconds) with -march=native, and keeps the library in the user's cache; later processes load it.
 Where there is none, torch's operators run, which are slower, and a warning says so once
 (products.py).
@@ -37,7 +37,7 @@ from torch import Tensor
 from compress.kernels.user_cache import cache_directory, check_file
 
 HERE = Path(__file__).parent
-SOURCES = (HERE / "tiles.cpp", HERE / "quads.cpp")
+SOURCES = (HERE / "tiles.cpp", HERE / "quads.cpp", HERE / "rounding.cpp")
 HEADERS = (HERE / "vectors.h",)
 OPERATORS = HERE / "operators.cpp"
 TORCH = Path(torch.__file__).parent
@@ -72,6 +72,8 @@ SIGNATURES = {
     "tiles_matmul": "pip ppip p llll iii",
     "quads_matmul": "ppp ppip p llll iii",
     "round_tokens": "pi ll ff pp i",
+    "best_scale": "ppp pp lll ff ii",
+    "round_in_order": "ppp pp lll i",
 }
 BASELINE = "x86-64's first instructions"  # of tiles.cpp
 TILE = 64  # outputs
@@ -105,8 +107,8 @@ class Kernels:
     ) -> Tensor:
         """x [M, K] times the weight's transpose: fp32 [M, N]. Layout: head of tiles.cpp."""
         (M, K), N = x.shape, scale.shape[1]
-        _require(packed.shape == (-(-N // TILE), -(-K // 2), LANES * bits), "codes in tiles")
-        _require((group_size or 2) % 2 == 0, "pairs of inputs in a group")
+        require(packed.shape == (-(-N // TILE), -(-K // 2), LANES * bits), "codes in tiles")
+        require((group_size or 2) % 2 == 0, "pairs of inputs in a group")
         _check_weight(packed, scale, zero, -(-K // (group_size or K)))
         if x.dtype != torch.bfloat16 or not self.takes_bf16():
             x = x.float()
@@ -151,12 +153,12 @@ class Kernels:
         """
         (M, K), (G, N) = values.shape, scale.shape
         steps = -(-K // QUAD)
-        _require(packed.shape == (-(-N // TILE), steps, 2 * LANES * bits), "codes in quads")
-        _require((group_size or QUAD) % QUAD == 0, "fours of inputs in a group")
+        require(packed.shape == (-(-N // TILE), steps, 2 * LANES * bits), "codes in quads")
+        require((group_size or QUAD) % QUAD == 0, "fours of inputs in a group")
         _check_weight(packed, scale, zero, -(-K // (group_size or K)))
-        _require(values.dtype == torch.int8 and values.is_contiguous(), "int8 rows")
-        _require(token_scale.dtype == torch.float32 and token_scale.shape == (M,), "token scales")
-        _require(token_scale.is_contiguous(), "token scales side by side")
+        require(values.dtype == torch.int8 and values.is_contiguous(), "int8 rows")
+        require(token_scale.dtype == torch.float32 and token_scale.shape == (M,), "token scales")
+        require(token_scale.is_contiguous(), "token scales side by side")
         work = torch.empty(M * (steps + G), dtype=torch.int32, device="cpu")
         y = torch.empty(M, N, dtype=torch.float32, device="cpu")
         self.library.modelpress_quads_matmul(
@@ -204,14 +206,14 @@ def _addresses(packed: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[int 
 
 
 def _check_weight(packed: Tensor, scale: Tensor, zero: Tensor | None, groups: int) -> None:
-    _require(packed.dtype == torch.uint8 and packed.is_contiguous(), "packed bytes")
-    _require(len(scale) == groups and scale.is_contiguous(), "a scale for each group")
+    require(packed.dtype == torch.uint8 and packed.is_contiguous(), "packed bytes")
+    require(len(scale) == groups and scale.is_contiguous(), "a scale for each group")
     if zero is not None:
-        _require(zero.dtype == torch.uint8 and zero.shape == scale.shape, "zero points like scales")
-        _require(zero.is_contiguous(), "zero points side by side")
+        require(zero.dtype == torch.uint8 and zero.shape == scale.shape, "zero points like scales")
+        require(zero.is_contiguous(), "zero points side by side")
 
 
-def _require(holds: bool, what: str) -> None:
+def require(holds: bool, what: str) -> None:
     """The library cannot check what lies behind a pointer."""
     if not holds:
         raise ValueError(f"compiled kernels expected {what}, found another tensor")
@@ -303,7 +305,7 @@ def _outcome() -> tuple[Kernels | None, str]:
         except (OSError, subprocess.SubprocessError) as error:
             why = f"{compiler} failed: {_first_line(error)}"
     warnings.warn(
-        f"packed weights run on torch's operators, which are slower than compiled kernels: {why}; "
+        f"this CPU works by torch's operators, which are slower than compiled kernels: {why}; "
         f"MODELPRESS_NATIVE=0 makes this a choice",
         RuntimeWarning,
         stacklevel=2,

@@ -249,7 +249,7 @@ def test_shares_tried_together_find_what_they_find_in_turn(symmetric, clip, chun
     W[:, 3] = 0
     arguments = UniformGrid(3, symmetric), W, clip, importances(dtype=torch.float64)
     expected = search_scale(*arguments)
-    monkeypatch.setattr(grids, "_shares_at_once", lambda *_: 12)
+    monkeypatch.setattr(grids, "tried_together", lambda _: True)
     monkeypatch.setitem(grids.CHUNK, "cpu", chunk)
     torch.testing.assert_close(search_scale(*arguments), expected, rtol=0, atol=0)
 

@@ -75,9 +75,31 @@ class Emulated:
         ]
         self._call((1, 0, scale_kind, M, N, K, group, bits, middle), arrays, y, M * N * 4)
 
+    def modelpress_best_scale(
+        self, W, scale, zero, importance, best, K, N, S, low, high, magnitude, threads
+    ):
+        arrays = [
+            (W, K * N * 4),
+            (scale, S * N * 4),
+            (zero, S * N * 4 if zero else 0),
+            (importance, K * 4 if importance else 0),
+        ]
+        self._call((2, K, N, S, int(low), int(high), magnitude), arrays, best, N * 8)
+
+    def modelpress_round_in_order(self, base, coupling, low, high, scale, B, N, step, threads):
+        bounds = (B if step else 1) * N * 4
+        arrays = [
+            (base, B * N * 4),
+            (coupling, B * B * 4),
+            (low, bounds),
+            (high, bounds),
+            (scale, B * N * 4 if scale else 0),
+        ]
+        self._call((3, B, N, step), arrays, base, B * N * 4)
+
     def _call(self, numbers, arrays, result, size):
         pipe = self.process.stdin
-        pipe.write(struct.pack("<9q", *numbers))
+        pipe.write(struct.pack("<9q", *numbers, *[0] * (9 - len(numbers))))
         for address, length in arrays:
             pipe.write(struct.pack("<q", length))
             pipe.write(ctypes.string_at(address, length) if length else b"")

@@ -45,7 +45,7 @@ def test_a_second_process_finds_what_the_first_one_compiled(home, monkeypatch):
 
 
 @compiled
-@pytest.mark.parametrize("name", ["tiles.cpp", "quads.cpp", "vectors.h"])
+@pytest.mark.parametrize("name", ["tiles.cpp", "rounding.cpp", "vectors.h"])
 def test_another_source_is_compiled_anew(home, monkeypatch, tmp_path, name):
     native.kernels()
     for path in (*native.SOURCES, *native.HEADERS):

@@ -8,8 +8,10 @@ import torch
 
 from compress.kernels.cpu import native
 from compress.kernels.cpu.integers import QuadsWeight, int_products
+from compress.kernels.cpu.rounding import best_scale, round_in_order
 from compress.kernels.cpu.tiles import TilesWeight
 from compress.kernels.reference import dequantize, reference_matmul
+from compress.quantization.rounding import round_eagerly
 from support.other_processor import FOUND, arm_kernels
 from support.weights import random_weight, relative_error
 
@@ -86,6 +88,47 @@ def test_products_of_integers(kernels, bits, group_size, symmetric):
         )
         expected = reference_matmul(values.double() * scale.double()[:, None], weight)
         assert relative_error(y, expected) < 5e-7
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (4, False)])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("outputs", [1, 70])
+def test_the_best_of_scales(kernels, bits, symmetric, weighted, outputs):
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    W, shares = torch.randn(96, outputs), torch.linspace(1.1, 0.3, 17)
+    scale = shares[:, None] * (W.abs().amax(0) / high)
+    zero = None if symmetric else torch.randint(low, high + 1, scale.shape).float()
+    importance = torch.rand(96) + 0.1 if weighted else None
+    found = best_scale(kernels, W, scale, zero, low, high, importance)
+    s, z = scale.double()[:, None], 0 if zero is None else zero.double()[:, None]
+    e = (torch.clamp((W / s).round(), low - z, high - z) * s - W).abs()  # [S, K, N]
+    error = e.pow(2.4).sum(1) if importance is None else (importance[:, None] * e.square()).sum(1)
+    assert (error.gather(0, found[None])[0] <= error.amin(0) * (1 + 2e-5)).all()
+
+
+def test_the_first_of_scales_that_are_alike_is_the_best_and_one_that_is_no_number_never(kernels):
+    W, scale = torch.ones(5, 20), torch.full((15, 20), 2.0)
+    scale[3:5], scale[9] = 1.0, 1.0
+    scale[0] = torch.nan
+    assert best_scale(kernels, W, scale, None, -4, 3, torch.ones(5)).tolist() == [3] * 20
+    assert best_scale(kernels, W * torch.nan, scale, None, -4, 3, None).tolist() == [0] * 20
+
+
+@pytest.mark.parametrize(("B", "N"), [(1, 1), (3, 70), (64, 33), (70, 130)])
+@pytest.mark.parametrize("kind", ["numbers", "outputs", "columns"])
+def test_rounding_in_order(kernels, B, N, kind):
+    """Of integers, whose sums are exact in any order."""
+    base = torch.randint(-40, 40, (B, N)) / 4
+    coupling = torch.randint(-4, 5, (B, B)) / 8
+    coupling[torch.ones(B, B, dtype=torch.bool).triu()] = torch.nan  # not read
+    low = torch.randint(-6, -2, (B, N)).float()
+    low = {"numbers": -4.0, "outputs": low[0], "columns": low}[kind]
+    high = 3.0 if kind == "numbers" else low + 7
+    scale = 2.0 ** torch.randint(-1, 2, (B, N)) if kind == "columns" else None
+    expected = round_eagerly(base.double(), coupling.double(), low, high, scale)
+    found = round_in_order(kernels, base, coupling, low, high, scale)
+    assert torch.equal(found.double(), expected)
+    assert found is base
 
 
 # From before AVX2; with bytes in fours on AVX2, which no emulator has; AVX-512 without them.
