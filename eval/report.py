@@ -65,6 +65,14 @@ def format_memory(peak: Mapping[str, int]) -> str:
     return f"{host} host, {format_bytes(device)} device" if device else f"{host} host"
 
 
+def format_seconds(seconds: float) -> str:
+    """A stretch of time to come: `42 s`, `3 min`, `2 h 05 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
 def format_number(value: Any, error: float | None = None) -> str:
     """A value, to the second digit of its error if there is one: `0.525 ± 0.025`."""
     if value is None:

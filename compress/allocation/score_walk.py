@@ -135,8 +135,8 @@ class ScoreWalk:
         scores = Scores()
         with torch.no_grad():
             x = self._store("x")
-            for ids, _ in self.batches:
-                x.append(self.model.embed(ids))
+            for embedded in self.model.embed(ids for ids, _ in self.batches):
+                x.append(embedded)
             variants: dict[tuple[str, int], ActivationStore] = {}
             for index in range(self.skeleton.num_layers):
                 self.observer.layers(index, self.skeleton.num_layers)

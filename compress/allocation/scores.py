@@ -160,7 +160,7 @@ class Scorer:
         model = self.model
         ids, mask = (t.split(WINDOWS) for t in (self.windows.input_ids, self.windows.mask))
         share = self.ranks.share(len(ids))
-        embedded = [model.embed(ids[i]).to(model.device) for i in share]
+        embedded = [x.to(model.device) for x in model.embed(ids[i] for i in share)]
         masks = [mask[i].to(model.device) for i in share]
         counted = max(1, int(self.windows.mask.sum()))
         V = self.skeleton.config.vocab_size

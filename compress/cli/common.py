@@ -23,7 +23,7 @@ import yaml
 from rich.console import Console
 
 from compress.cli.console import console, stdout_for, write_json
-from compress.cli.options import DebugOption, JsonOption
+from compress.cli.options import DebugOption, JsonOption, ThreadsOption
 from compress.errors import CompressError, UsageError
 from compress.ranks import launched
 
@@ -51,15 +51,20 @@ class Answer:
 
 
 def add_command(app: typer.Typer, function: Callable[..., Any], name: str | None = None) -> None:
-    """Makes a function a command, with --debug, and with --json if it returns an Answer."""
+    """Makes a function a command, with --debug; with --json if it returns an Answer, and with
+    --threads if it computes on a device."""
     signature = inspect.signature(function)
-    options = {"debug": DebugOption}
+    options: dict[str, Any] = {"debug": DebugOption}
     if signature.return_annotation is Answer:
-        options = {"json": JsonOption, "debug": DebugOption}
+        options = {"json": JsonOption} | options
+    if "device" in signature.parameters:
+        options = {"threads": ThreadsOption} | options
 
     @functools.wraps(function)
-    def command(*, json: bool = False, debug: bool = False, **arguments: Any) -> None:
-        # --debug has done its work: its callback tells `main`.
+    def command(
+        *, json: bool = False, debug: bool = False, threads: int | None = None, **arguments: Any
+    ) -> None:
+        # --debug and --threads have done their work: their callbacks tell.
         with stdout_for(json) as emit:
             answer = function(**arguments)
             if answer is None or launched()[0] > 0:  # the first of several ranks tells
@@ -76,7 +81,12 @@ def add_command(app: typer.Typer, function: Callable[..., Any], name: str | None
             raise typer.Exit(2)
 
     added = [
-        Parameter(option, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        Parameter(
+            option,
+            Parameter.KEYWORD_ONLY,
+            default=None if annotation is ThreadsOption else False,
+            annotation=annotation,
+        )
         for option, annotation in options.items()
     ]
     parameters = [*signature.parameters.values(), *added]

@@ -32,6 +32,7 @@ from compress.cli.measure import BARE, MEASURED, compare, evaluate, lm_eval
 from compress.cli.options import DebugOption, Settings, VersionOption
 from compress.cli.run import plan, run
 from compress.cli.search_pruning import search_pruning
+from compress.cli.threads import settle
 from compress.errors import CompressError, UsageError
 from compress.ranks import RankError, has_spoken, launched, speaks
 
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (None: that of the process) and returns its exit code."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    settle()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import compress
+from compress.cli.threads import set_threads
 
 
 @dataclass
@@ -26,6 +27,12 @@ def _print_version(value: bool) -> None:
     if value:
         print(f"modelpress {compress.__version__}")
         raise typer.Exit()
+
+
+def _set_threads(value: int | None) -> int | None:
+    if value is not None:
+        set_threads(value)
+    return value
 
 
 DebugOption = Annotated[
@@ -58,6 +65,16 @@ WidthsOption = Annotated[
 ]
 DeviceOption = Annotated[
     str, typer.Option(help="Where to compute: cpu, cuda, cuda:1; auto: a GPU where there is one.")
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        callback=_set_threads,
+        is_eager=True,
+        help="Of a CPU; as many as it may use if absent.",
+    ),
 ]
 DenseOption = Annotated[
     bool, typer.Option("--dense", help="Expand quantised linears: no packed kernels, more memory.")

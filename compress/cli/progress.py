@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from compress.eval.report import format_number
+from compress.eval.report import format_number, format_seconds
 from compress.observer import Observer
 
 BETWEEN_LINES = 20.0  # seconds, of a measurement, where nothing moves
@@ -40,6 +40,7 @@ class RunProgress(Observer):
         self.current = ""  # stage
         self.errors: list[float] = []  # of this layer's modules
         self.started: float | None = None  # this layer
+        self.walked: list[float] = []  # seconds of each layer of this walk
         self.counted, self.done = ("", 0), 0  # what is measured, and how far it is
         self.began = self.told = 0.0  # when that began, when a line was last printed
 
@@ -52,7 +53,7 @@ class RunProgress(Observer):
         self.live.stop()
 
     def stage(self, name: str) -> None:
-        self.current, self.started = name, None
+        self.current, self.started, self.walked = name, None, []
         self.last_module.plain = ""
         self.bar.remove_task(self.task)
         self.task = self.bar.add_task(name, total=None, count="")
@@ -60,8 +61,14 @@ class RunProgress(Observer):
             self._line(name)
 
     def layers(self, done: int, total: int) -> None:
-        self._count(done, total)
         now = time.perf_counter()
+        if self.started is not None:
+            self.walked.append(now - self.started)
+        left = ""
+        if self.walked and done < total:
+            seconds = sum(self.walked) / len(self.walked) * (total - done)
+            left = f"  {format_seconds(seconds)} left"
+        self._count(done, total, left)
         if self.started is None and done:
             self._line(f"continuing after layer {done}/{total}")
         elif self.started is not None and not self.console.is_terminal:
@@ -69,7 +76,7 @@ class RunProgress(Observer):
             if self.errors:
                 error = sum(self.errors) / len(self.errors)
                 line += f"  mean relative error {format_number(error)}"
-            self._line(line)
+            self._line(line + left)
         self.errors, self.started = [], now
 
     def module(self, name: str, facts: Mapping[str, Any]) -> None:
@@ -101,7 +108,7 @@ class RunProgress(Observer):
         left = (now - self.began) / done * (total - done)
         self._count(done, total)
         self.bar.update(self.task, description=f"{self.current} {what}".strip())
-        line = f"{what} {done}/{total}  {left:.0f} s left"
+        line = f"{what} {done}/{total}  {format_seconds(left)} left"
         if self.console.is_terminal:
             self.last_module.plain = line
         elif now - self.told >= BETWEEN_LINES:
@@ -114,8 +121,8 @@ class RunProgress(Observer):
     def trial(self, done: int, total: int, score: float, best: float) -> None:
         self._searched(done, total, "trial", f"cosine {score:.6f}  best {best:.6f}")
 
-    def _count(self, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=total, count=f"{done}/{total}")
+    def _count(self, done: int, total: int, left: str = "") -> None:
+        self.bar.update(self.task, completed=done, total=total, count=f"{done}/{total}{left}")
 
     def _searched(self, done: int, total: int, what: str, found: str) -> None:
         self._count(done, total)

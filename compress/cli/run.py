@@ -36,6 +36,7 @@ from compress.cli.options import (
 from compress.cli.progress import RunProgress
 from compress.eval.report import format_bytes, format_memory
 from compress.memory import chosen_device, idle_gpus
+from compress.storage.files import folder_name
 
 
 def run(
@@ -66,12 +67,11 @@ def run(
     Started by torchrun (torchrun --nproc-per-node 2 -m compress run RECIPE), the ranks share it.
     """
     loaded = load_recipe(recipe, model, set_, _allocation(budget, average_bits, widths))
-    from compress.comparison.study import folder_name  # slow: a typo in the recipe is told before
-    from compress.pipeline.run import run as run_recipe
-
     output = output or Path("outputs") / folder_name(loaded.name)  # which may be any text
     err = console(stderr=True)
     print_lines(err, f"{loaded.name}: the result goes to {output}")
+    from compress.pipeline.run import run as run_recipe  # some seconds: something is said before
+
     device = chosen_device(device)
     if idle := idle_gpus(device):
         print_lines(err, f"{idle} run {recipe}")

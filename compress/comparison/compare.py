@@ -31,7 +31,7 @@ from compress.comparison.pairs import (
 )
 from compress.comparison.results import ResultComparison, drawn_by_seed
 from compress.comparison.strategies import PruningComparison, only_prunes
-from compress.comparison.study import Entry, Run, Study, folder_name, seeded
+from compress.comparison.study import Entry, Run, Study, seeded
 from compress.comparison.table import conditions_line, csv_of, rows_of
 from compress.errors import UsageError, unknown
 from compress.eval.curves import plot_lines
@@ -49,7 +49,7 @@ from compress.pipeline.one_run import check_shared
 from compress.ranks import together
 from compress.recipe.recipe import Recipe
 from compress.recipe.sections import Evaluate
-from compress.storage.files import atomic_write
+from compress.storage.files import atomic_write, folder_name
 from compress.storage.lease import lease
 
 

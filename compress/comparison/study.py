@@ -8,7 +8,6 @@ several ranks each takes those of a block of entries, as one process takes them.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +74,6 @@ def shared_runs(
     ranks.wait()  # a search may take one of them long
     for found in ranks.collect(own):
         yield from found
-
-
-def folder_name(name: str) -> str:
-    """A recipe's name, which may be any text, as the name of a folder."""
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "recipe"
 
 
 def seeded(recipe: Recipe, seed: int) -> Recipe:

@@ -37,7 +37,7 @@ from compress.models.skeleton import Skeleton
 from compress.models.vision import Encoded, encode, rows_of, vision_at_work
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import FIXED_MEMORY
-from compress.pipeline.verify import OFFLINE
+from compress.pipeline.verify import AT_ONCE, OFFLINE
 from compress.rotation.model import RotatedModel
 from compress.storage.indexed import indexed
 from compress.storage.safetensors import read_tensors, save_tensors
@@ -46,8 +46,6 @@ SCRIPT = Path(__file__).with_name("source_script.py")
 TOLERANCE = 1e-4
 TOKENS = 32  # of the text
 SMALL = 32 * 2**20  # bytes of a model that may always be whole in memory: lost in the fixed part
-# glibc then gives every larger block back when it is freed; its heap would keep hundreds of MB.
-AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 class ProbeFacts(TypedDict):

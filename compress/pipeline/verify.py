@@ -30,6 +30,8 @@ from compress.models.skeleton import Skeleton
 from compress.storage.safetensors import CheckpointReader, save_tensors
 
 SCRIPT = Path(__file__).with_name("reload_script.py")
+# glibc then gives every larger block back when it is freed; its heap would keep hundreds of MB.
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -110,7 +112,7 @@ def _run(folder: Path, probe: Path, dequantize: bool, table: str | None) -> dict
     command += [] if table is None else ["--table", table]
     child = subprocess.run(
         command,
-        env=os.environ | OFFLINE,
+        env=os.environ | OFFLINE | AT_ONCE,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

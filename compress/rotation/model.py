@@ -3,14 +3,14 @@
 It is the source itself where the recipe does not rotate. One layer is in memory at a time.
 
     model = RotatedModel(skeleton, recipe.rotate, torch.bfloat16, "cpu")
-    x = model.embed(ids)                                 # [B, T, d]
+    (x,) = model.embed([ids])                            # [B, T, d]
     with model.layer(0) as layer:
         x = model.forward(layer, 0, x)
     with model.logits() as head:
         head(x)                                          # [B, T, V]
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import cast
@@ -147,9 +147,11 @@ class RotatedModel:
 
     # ---- at work --------------------------------------------------------------------------------
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """[B, T] -> [B, T, d] in fp32, as the first layer gets them."""
-        return self.skeleton.scaled(self.embedding().dense(torch.float32)[ids])
+    def embed(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Each [B, T] -> [B, T, d] in fp32, as the first layer gets it; the table is read once."""
+        table = self.embedding().dense(torch.float32)
+        for ids in batches:
+            yield self.skeleton.scaled(table[ids])
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:

@@ -194,3 +194,8 @@ def parse_size(text: str | int) -> int:
     if size < 1:
         raise UsageError(f"{text!r} is not a size: expected a number and KB, MB, GB, or GiB")
     return size
+
+
+def folder_name(name: str) -> str:
+    """A recipe's name, which may be any text, as the name of a folder."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "recipe"

@@ -290,7 +290,7 @@ def test_varied_keys_give_every_combination(recipe, allocating, compared):
 
 
 def test_results_of_varied_keys_go_to_folders_of_their_own(recipe, compared):
-    from compress.comparison.compare import folder_name
+    from compress.storage.files import folder_name
 
     values = "position,random,outlier_weight_count,{name: random, seed: 1},{name: random, seed: 2}"
     argv = ["compare", recipe, "--set", "allocate.narrow=2"]

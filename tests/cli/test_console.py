@@ -39,6 +39,22 @@ def test_progress_in_a_log_is_lines():
     assert "warning: damping was raised [in red]" in lines
 
 
+def test_progress_tells_how_long_the_other_layers_will_take(monkeypatch):
+    times = iter([0.0, 90.0, 240.0, 250.0])
+    monkeypatch.setattr("compress.cli.progress.time.perf_counter", lambda: next(times))
+    file = io.StringIO()
+    with RunProgress(Console(file=file, width=120)) as progress:
+        progress.stage("layers")
+        for done in range(4):
+            progress.layers(done, 60 if done < 3 else 3)
+    assert file.getvalue().splitlines() == [
+        "layers",
+        "layer 1/60  90.0 s  88 min left",
+        "layer 2/60  150.0 s  1 h 56 min left",
+        "layer 3/3  10.0 s",
+    ]
+
+
 def test_progress_of_a_comparison_shows_each_figure():
     file = io.StringIO()
     with RunProgress(Console(file=file, width=120)) as progress:
