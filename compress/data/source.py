@@ -26,6 +26,7 @@ class CalibrationSource:
         sees: whether the model takes images.
         answers: whether a prompt's answer is read behind it: not where the prompt's last token
             ranks the visual ones.
+        given: whether a program has the windows already, so that no text is read.
         location: a name of DATASETS, a file's path or a hub id; RecipeError for a path that does
             not exist.
         images: whether it holds prompts with images, for a model that takes them.
@@ -36,6 +37,7 @@ class CalibrationSource:
     used: bool
     sees: bool
     answers: bool = True
+    given: bool = False
 
     @cached_property
     def location(self) -> str:

@@ -32,10 +32,13 @@ class RunInputs:
     device: str = "cpu"
 
     @classmethod
-    def open(cls, recipe: Recipe, device: str = "cpu") -> "RunInputs":
-        """Opens the recipe's model. Raises UsageError for one that cannot be opened."""
+    def open(cls, recipe: Recipe, device: str = "cpu", *, given: bool = False) -> "RunInputs":
+        """Opens the recipe's model. Raises UsageError for one that cannot be opened.
+
+        `given`: whether the calibration data are there, and not to be read.
+        """
         skeleton = Skeleton.open(recipe.model_location(), recipe.model.revision)
-        return cls.of(recipe, skeleton, device)
+        return cls.of(recipe, skeleton, device, given=given)
 
     @classmethod
     def foretell(cls, recipe: Recipe, device: str = "cpu") -> "RunInputs":
@@ -44,7 +47,9 @@ class RunInputs:
         return cls.of(recipe, skeleton, device)
 
     @classmethod
-    def of(cls, recipe: Recipe, skeleton: Skeleton, device: str = "cpu") -> "RunInputs":
+    def of(
+        cls, recipe: Recipe, skeleton: Skeleton, device: str = "cpu", *, given: bool = False
+    ) -> "RunInputs":
         """The same for a model that is open already."""
         pruning = recipe.prune_visual_tokens
         source = CalibrationSource(
@@ -53,6 +58,7 @@ class RunInputs:
             used=recipe.calibrates,
             sees=skeleton.spec.vision is not None,
             answers=pruning is None or not pruning.ranks_by_language_attention,
+            given=given,
         )
         return cls(recipe, skeleton, source, storage_dtype(recipe.model, skeleton), device)
 

@@ -95,7 +95,7 @@ def host_memory(inputs: RunInputs, shapes: Shapes) -> int:
     experts = sum(kind.experts.count for kind in kinds if kind.experts)
     fixed = FIXED_MEMORY + experts * EXPERT_MEMORY
     work = max(_run(inputs, shapes), _scores(inputs, shapes))
-    if inputs.source.used and not inputs.source.images:
+    if inputs.source.used and not inputs.source.images and not inputs.source.given:
         fixed += library_memory(inputs)
         work = max(work, text_memory(inputs))
     return fixed + work

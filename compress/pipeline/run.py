@@ -131,7 +131,7 @@ def run(
         if recipe.evaluate is not None and ranks.first:
             check_evaluation(recipe.evaluate, recipe.resolve_path)
         log.observer.stage("plan")
-        inputs = RunInputs.open(recipe, device)
+        inputs = RunInputs.open(recipe, device, given=windows is not None)
         if inputs.skeleton.folder.resolve() == output.resolve():
             raise UsageError(f"output {output} is the model itself: choose another --output")
         plan = make_plan(inputs)

@@ -274,6 +274,18 @@ def test_a_gpu_is_promised_what_is_computed_there(tmp_path):
     assert CONTEXT + 4 * layer < needed["cuda"] < CONTEXT + 16 * layer + 30e6
 
 
+def test_windows_that_a_program_has_are_no_text_to_be_read(checkpoint, monkeypatch, tmp_path):
+    """Nor is that text's memory what the check of the source may take."""
+    recipe, budgets = recipe_for(checkpoint()), []
+    monkeypatch.setattr(
+        "compress.pipeline.run.check_source",
+        lambda inputs, budget: budgets.append(budget) or {"skipped": "by a test"},
+    )
+    run(recipe, tmp_path / "out", windows=WINDOWS, self_check=False)
+    assert budgets[0] < FIXED_MEMORY + 15e6
+    assert compress.plan(recipe).peak_memory["host"] > 2 * budgets[0]  # python-stdlib
+
+
 def test_activations_count_where_they_are_kept(checkpoint, host_memory):
     """Twice the samples cost their hidden states and their widest inputs, unless on disk."""
     folder, tokens = checkpoint(), 4000 * 64

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.data.prompts import calibration_data
+from compress.kernels.cpu import native
 from compress.models.skeleton import Skeleton
 from compress.pipeline import provenance
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.provenance import fingerprint, made_by
+from compress.recipe.recipe import Recipe
 from support.tiny_checkpoints import (
     WINDOWS,
     all_count,
@@ -155,6 +157,15 @@ def test_modelpress_json_says_what_was_done_and_from_what(folder, recipe, checkp
     assert facts["average_bits"] == 4
     assert all(seconds >= 0 for seconds in facts["seconds"].values())
     assert facts["peak_memory"]["host"] > 10**7
+
+
+def test_modelpress_json_says_what_rounded_the_weights(press, recipe):
+    def told(made):
+        return json.loads((press(made) / "modelpress.json").read_text()).get("cpu_kernels")
+
+    assert told(recipe) == native.reason()
+    untouched = {"method": "none", "token_importance": "uniform"}
+    assert told(Recipe.from_dict(recipe.model_dump() | {"quantize": untouched})) is None
 
 
 def test_the_tokens_are_known_by_their_hash_where_there_were_any(press, recipe):

@@ -13,6 +13,7 @@ the project's other packages:
 TEXT is the folder that cut.py wrote. The schemes are its own W2A16, W3A16 and W4A16 (symmetric
 integers), their groups of 128 made 64: 576 is no multiple of 128. The head is left out, as in its
 examples. All else is its default: the order of the columns by activation, damping 0.01.
+`--group` and `--dtype` are for other models than the board's (scale/beside_llmcompressor.py).
 """
 
 import argparse
@@ -24,24 +25,30 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-GROUP = 64
 CASES = {f"w{bits}": bits for bits in (2, 3, 4)}
+OPTIONS = {
+    "--group": {"type": int, "default": 64},
+    "--dtype": {"default": "auto", "help": "to compute in: float32, bfloat16; the model's own"},
+}
 PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch")
 
 
-def scheme(bits: int) -> QuantizationScheme:
+def scheme(bits: int, group: int) -> QuantizationScheme:
     """Its preset with other groups."""
     found = preset_name_to_scheme(f"W{bits}A16", ["Linear"])
-    found.weights.group_size = GROUP
+    found.weights.group_size = group
     return found
 
 
 def make(asked: argparse.Namespace) -> None:
     bits, rows = CASES[asked.case], peer.windows(asked)
-    settings = {"method": "GPTQ", "scheme": f"W{bits}A16", "group_size": GROUP}
-    modifier = GPTQModifier(config_groups={"group_0": scheme(bits)}, ignore=["lm_head"])
+    settings = {"method": "GPTQ", "scheme": f"W{bits}A16", "group_size": asked.group}
+    if asked.dtype != "auto":
+        settings["dtype"] = asked.dtype
+    groups = {"group_0": scheme(bits, asked.group)}
+    modifier = GPTQModifier(config_groups=groups, ignore=["lm_head"])
     with peer.making(asked, f"llmcompressor-gptq-w{bits}", bits, settings, PACKAGES) as folder:
-        model = AutoModelForCausalLM.from_pretrained(asked.model, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=asked.dtype)
         tokenizer = AutoTokenizer.from_pretrained(asked.model)
         mask = [1] * len(rows[0])
         oneshot(
@@ -57,4 +64,4 @@ def make(asked: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    make(peer.arguments(__doc__, list(CASES)))
+    make(peer.arguments(__doc__, list(CASES), options=OPTIONS))

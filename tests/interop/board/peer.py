@@ -23,7 +23,7 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,14 @@ TENSOR_FILES = ("*.safetensors", "*.gguf")
 
 
 def arguments(
-    description: str, cases: Sequence[str], folders: Sequence[str] = ()
+    description: str,
+    cases: Sequence[str],
+    folders: Sequence[str] = (),
+    options: Mapping[str, dict[str, Any]] | None = None,
 ) -> argparse.Namespace:
     """model, text, out, case: one case a process, or its peak of memory would be another's.
 
-    `folders` are further ones that the program needs, in front of these.
+    `folders` are further ones that the program needs, in front of these; `options` more arguments.
     """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     for folder in folders:
@@ -45,12 +48,14 @@ def arguments(
     parser.add_argument("text", type=Path, help="folder that cut.py wrote")
     parser.add_argument("out", type=Path)
     parser.add_argument("case", choices=cases)
+    for option, settings in (options or {}).items():
+        parser.add_argument(option, **settings)
     parser.add_argument("--beside", default="", help="what else the machine did, for the record")
     return parser.parse_args()
 
 
 def windows(asked: argparse.Namespace) -> list[list[int]]:
-    """The calibration windows: 64 lists of 512 token ids."""
+    """The calibration windows, lists of token ids: 64 of 512 on the board."""
     return json.loads((asked.text / "windows.json").read_text())
 
 
