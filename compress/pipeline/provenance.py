@@ -6,7 +6,9 @@ made_by(folder, recipe, mark)   # whether that run has made this folder
 
 import hashlib
 import json
+import os
 import sys
+import warnings
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -78,9 +80,21 @@ def provenance(
 
 def _cpu_kernels(inputs: RunInputs) -> dict[str, str]:
     """What searched scales and rounded weights on a CPU: compiled kernels, or torch's operators."""
-    if inputs.device != "cpu" or inputs.recipe.quantize.method == "none":
-        return {}
-    return {"cpu_kernels": native.reason()}
+    return {"cpu_kernels": native.reason()} if _works_here(inputs) else {}
+
+
+def slow_without_kernels(inputs: RunInputs) -> list[str]:
+    """That this CPU has no compiled kernels, where a run wants them: to be said before it works."""
+    if not _works_here(inputs) or os.environ.get("MODELPRESS_NATIVE") == "0":
+        return []
+    with warnings.catch_warnings():  # said below, and in each run
+        warnings.simplefilter("ignore")
+        missing = native.kernels() is None
+    return [f"slower than with compiled kernels: {native.reason()}"] if missing else []
+
+
+def _works_here(inputs: RunInputs) -> bool:
+    return inputs.device == "cpu" and inputs.recipe.quantize.method != "none"
 
 
 def local_names(recipe: Recipe) -> list[str]:

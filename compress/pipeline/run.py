@@ -57,7 +57,7 @@ from compress.pipeline.notebook import observer_here
 from compress.pipeline.one_run import check_ranks, held
 from compress.pipeline.output import assemble
 from compress.pipeline.plan import Plan, allocated_plan, make_plan
-from compress.pipeline.provenance import fingerprint
+from compress.pipeline.provenance import fingerprint, slow_without_kernels
 from compress.pipeline.pruning_forecast import strategy_of
 from compress.pipeline.result import RunResult
 from compress.pipeline.source_check import SourceCheck, check_source
@@ -194,6 +194,8 @@ def _compressed(
     journal.follow(ranks.tell(opened))
     done = len(journal.entries())
     agreed = ranks.tell(lambda: settle_source(inputs, plan, journal, source_checked, log))
+    for doubt in slow_without_kernels(inputs):
+        log.warn(doubt)
     if inputs.recipe.allocate is not None:
         plan = _allocated(inputs, data, journal, resume, log, ranks)
     with torch.no_grad():

@@ -15,6 +15,7 @@ from compress.models.skeleton import Skeleton
 from compress.pipeline import provenance
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.provenance import fingerprint, made_by
+from compress.pipeline.run import run
 from compress.recipe.recipe import Recipe
 from support.tiny_checkpoints import (
     WINDOWS,
@@ -166,6 +167,21 @@ def test_modelpress_json_says_what_rounded_the_weights(press, recipe):
     assert told(recipe) == native.reason()
     untouched = {"method": "none", "token_importance": "uniform"}
     assert told(Recipe.from_dict(recipe.model_dump() | {"quantize": untouched})) is None
+
+
+def test_a_run_without_a_compiler_is_warned_of(recipe, tmp_path, monkeypatch):
+    why = "torch's operators: no C++ compiler was found"
+    monkeypatch.delenv("MODELPRESS_NATIVE", raising=False)
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    monkeypatch.setattr(native, "reason", lambda: why)
+    slow = f"slower than with compiled kernels: {why}"
+    for place, expected in (("a", True), ("b", True), ("c", False)):
+        if not expected:
+            monkeypatch.setenv("MODELPRESS_NATIVE", "0")
+        result = run(recipe, tmp_path / place, windows=WINDOWS, self_check=False)
+        assert (slow in result.warnings) is expected
+        facts = json.loads((tmp_path / place / "modelpress.json").read_text())
+        assert facts["cpu_kernels"] == why
 
 
 def test_the_tokens_are_known_by_their_hash_where_there_were_any(press, recipe):
