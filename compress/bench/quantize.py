@@ -11,7 +11,7 @@ and the bytes of one layer for memory. Refinement sweeps, rotation and token imp
 work that the floor does not count. The run is a process of its own, so that its peak memory is its
 own; importing libraries, the check against transformers and the self-check are not timed.
 
-On a GPU, beside the run: what rounding in order takes by the kernel and by torch's operators
+Beside the run: what rounding in order takes by the kernel and by torch's operators
 (`rounding_seconds`).
 
     bench_quantize(QuantizeBench(bits=4, group_size=128))
@@ -146,7 +146,7 @@ def _one_run(bench: QuantizeBench) -> dict[str, Any]:
         "ratio": measured["seconds"] / floor,
         "peak_memory": measured["peak_memory"],
         "mean_error": measured["mean_error"],
-        "rounding": rounding_seconds(bench.device) if bench.device.startswith("cuda") else None,
+        "rounding": rounding_seconds(bench.device),
     }
 
 
@@ -164,7 +164,7 @@ def rounding_seconds(
     ways = {"eager": round_eagerly, "kernel": round_in_order}
     seconds = {}
     for name, rounded in ways.items():
-        levels = base.to(device)
+        levels = base.to(device, copy=True)
         rounded(levels[0].clone(), coupling, -4, 3)
         with Stopwatch(device) as watch:
             for block in levels:
@@ -218,9 +218,8 @@ def quantize_bench_table(result: Mapping[str, Any]) -> Table:
     line("ratio to the floor", lambda run: f"{run['ratio']:.2f}")
     line("peak memory", lambda run: format_memory(run["peak_memory"]))
     line("one layer in fp32", lambda run: format_bytes(run["floor"]["layer_bytes"]))
-    if runs[0]["rounding"]:
-        line("rounding a linear in order", lambda run: f"{run['rounding']['kernel']:.4f}")
-        line("the same by torch's operators", lambda run: f"{run['rounding']['eager']:.4f}")
+    line("rounding a linear in order", lambda run: f"{run['rounding']['kernel']:.4f}")
+    line("the same by torch's operators", lambda run: f"{run['rounding']['eager']:.4f}")
     line("mean relative error", lambda run: format_number(run["mean_error"]))
     line("fp32 matmul rate", lambda run: f"{run['conditions']['matmul_rate'] / 1e9:.1f} GFLOP/s")
     return table

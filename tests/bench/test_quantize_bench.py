@@ -95,15 +95,9 @@ def test_a_very_small_bench_runs(brief):
     assert 1e8 < found["peak_memory"]["host"] < 2e9  # of the child alone
     assert found["peak_memory"]["device"] == 0
     assert 0 < found["mean_error"] < 0.1  # 4 bits
-    assert found["rounding"] is None  # a CPU has one way
+    assert min(found["rounding"][way] for way in ("kernel", "eager")) > 0
     names = quantize_bench_table({"runs": [found]}).columns[0]._cells
-    assert not any("rounding" in name for name in names)
-    with_a_gpu = found | {"rounding": rounding_seconds("cpu", size=64, group=32)}
-    cells = quantize_bench_table({"runs": [with_a_gpu]}).columns[0]._cells
-    assert [name for name in cells if name not in names] == [
-        "rounding a linear in order",
-        "the same by torch's operators",
-    ]
+    assert {"rounding a linear in order", "the same by torch's operators"} <= {*names}
 
 
 def test_rounding_in_order_is_timed_both_ways(monkeypatch):
