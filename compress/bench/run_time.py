@@ -29,6 +29,7 @@ from torch.nn import functional
 from compress.bench.clock import Stopwatch
 from compress.data.activations import TOKENS_PER_BATCH
 from compress.importance.tokens import attention_concentration
+from compress.kernels.cpu import native
 from compress.models.families import LayerSpec, experts_per_token, head_dim_of
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.pruning_forecast import calibration_tokens
@@ -75,6 +76,8 @@ class _Pieces:
         self.tokens = calibration_tokens(inputs.source, inputs.skeleton) if used else 0
         self.batches = self.tokens / TOKENS_PER_BATCH
         self.drifts = self.recipe.quantize.target.name == "full_precision"
+        if self.solver is not None and self.device == "cpu":
+            native.kernels()  # which takes seconds where they are not compiled yet
 
     def parts(self) -> dict[str, float]:
         """Seconds by kind of work, over all layers and the head."""

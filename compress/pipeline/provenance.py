@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from compress.data.prompts import CalibrationData, ImagePrompts
-from compress.errors import RecipeError
+from compress.errors import RecipeError, UsageError
 from compress.kernels.cpu import native
 from compress.pipeline.inputs import RunInputs
+from compress.pipeline.plan import Plan
 from compress.pipeline.result import RunResult
 from compress.pipeline.token_sample import token_sample
+from compress.quantization.grid import MAGNITUDE_BITS
 from compress.recipe.recipe import Recipe
 from compress.storage.files import read_json
 
@@ -54,7 +56,7 @@ def provenance(
         "fingerprint": mark,
         "versions": versions(),
         "device": inputs.device,
-        **_cpu_kernels(inputs),
+        **_cpu_kernels(inputs, plan),
         "model": {
             "path": recipe.model.path,
             "revision": recipe.model.revision,
@@ -78,23 +80,39 @@ def provenance(
     }
 
 
-def _cpu_kernels(inputs: RunInputs) -> dict[str, str]:
-    """What searched scales and rounded weights on a CPU: compiled kernels, or torch's operators."""
-    return {"cpu_kernels": native.reason()} if _works_here(inputs) else {}
+def _cpu_kernels(inputs: RunInputs, plan: Plan) -> dict[str, str]:
+    """What searched scales and rounded weights on a CPU, in the process that ends the run."""
+    return {"cpu_kernels": native.reason()} if _has_loops(inputs, plan) else {}
 
 
-def slow_without_kernels(inputs: RunInputs) -> list[str]:
-    """That this CPU has no compiled kernels, where a run wants them: to be said before it works."""
-    if not _works_here(inputs) or os.environ.get("MODELPRESS_NATIVE") == "0":
+def slow_without_kernels(inputs: RunInputs, plan: Plan) -> list[str]:
+    """That this CPU has no compiled kernels, where a run wants them: to be said before it works.
+
+    Raises UsageError for a MODELPRESS_CPU that names no level of this processor.
+    """
+    if not _has_loops(inputs, plan) or os.environ.get("MODELPRESS_NATIVE") == "0":
         return []
-    with warnings.catch_warnings():  # said below, and in each run
-        warnings.simplefilter("ignore")
-        missing = native.kernels() is None
-    return [f"slower than with compiled kernels: {native.reason()}"] if missing else []
+    try:
+        with warnings.catch_warnings():  # said below, and in each run
+            warnings.simplefilter("ignore")
+            missing = native.kernels() is None
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if not missing:
+        return []
+    why = native.reason().partition(": ")[2]
+    return [f"slower than with compiled kernels: {why}; MODELPRESS_NATIVE=0 hides this"]
 
 
-def _works_here(inputs: RunInputs) -> bool:
-    return inputs.device == "cpu" and inputs.recipe.quantize.method != "none"
+def _has_loops(inputs: RunInputs, plan: Plan) -> bool:
+    """Whether scales are searched or weights rounded in order, on a CPU."""
+    quantize = inputs.recipe.quantize
+    if inputs.device != "cpu" or quantize.method != "rtn":
+        return inputs.device == "cpu" and quantize.method != "none"
+    widths = [scheme.bits for scheme in plan.schemes.values() if scheme is not None]
+    least = 0 if inputs.recipe.allocate is not None else min(widths, default=MAGNITUDE_BITS)
+    searched = quantize.clip_search == "hessian" or least < MAGNITUDE_BITS
+    return quantize.clip_search != "none" and searched
 
 
 def local_names(recipe: Recipe) -> list[str]:

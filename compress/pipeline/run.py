@@ -136,6 +136,8 @@ def run(
             raise UsageError(f"output {output} is the model itself: choose another --output")
         plan = make_plan(inputs)
         _refuse_problems(plan)
+        for doubt in slow_without_kernels(inputs, plan):
+            log.warn(doubt)
         data = windows
         if data is None:
             log.observer.stage("calibration data")
@@ -194,8 +196,6 @@ def _compressed(
     journal.follow(ranks.tell(opened))
     done = len(journal.entries())
     agreed = ranks.tell(lambda: settle_source(inputs, plan, journal, source_checked, log))
-    for doubt in slow_without_kernels(inputs):
-        log.warn(doubt)
     if inputs.recipe.allocate is not None:
         plan = _allocated(inputs, data, journal, resume, log, ranks)
     with torch.no_grad():

@@ -234,7 +234,7 @@ def _elsewhere(skeleton: Skeleton, probes: Mapping[str, dict[str, Tensor]]) -> l
         command += ["--offload", str(Path(temporary, "offload"))]
         child = subprocess.run(
             command,
-            env=os.environ | OFFLINE | AT_ONCE,
+            env=AT_ONCE | os.environ | OFFLINE,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -112,7 +112,7 @@ def _run(folder: Path, probe: Path, dequantize: bool, table: str | None) -> dict
     command += [] if table is None else ["--table", table]
     child = subprocess.run(
         command,
-        env=os.environ | OFFLINE | AT_ONCE,
+        env=AT_ONCE | os.environ | OFFLINE,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

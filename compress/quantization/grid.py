@@ -105,6 +105,7 @@ def search_scale(
     Returns:
         scale [N], already rounded to what the checkpoint stores, and zero [N] or None.
     """
+    Wt = Wt.contiguous()  # what a triangular solve gives is not
     scale, zero = grid.extent(Wt)
     if clip == "none" or (clip == "magnitude" and grid.bits >= MAGNITUDE_BITS):
         return grid.stored(scale), zero

@@ -97,8 +97,9 @@ void tried(const Trial& p, long first, long n, Best& best) {
         }
     }
     for (int s = 0; s < COUNT; s++) {
-        const long at = (first + s) * p.N + n;
-        const floats scale = some(p.scale + at, count), square = scale * scale;
+        // Over the first scale, so that no power of it is too small or too large for a float.
+        const floats scale = some(p.scale + (first + s) * p.N + n, count) / some(p.scale + n, count);
+        const floats square = scale * scale;
         const floats error = sum[s] * (MAGNITUDE ? to_the_1_2(square) : square);
         const ints better = error < best.error;
         best.error = better ? error : best.error;
@@ -163,9 +164,9 @@ void follow(const Order& p, float* x, long start, long n) {
 
 }  // namespace
 
-// For each output the first scale whose error is least, 0 where none is finite. An error is scale^2
+// For each output the first scale whose error is least, 0 where none is a number. An error is scale^2
 // sum_k importance_k e^2, or with `magnitude` sum_k |scale e|^2.4, where e is what rounding leaves of a
-// weight over its scale.
+// weight over its scale, and the scale is taken over the first one.
 extern "C" void modelpress_best_scale(const float* W, const float* scale, const float* zero,
                                       const float* importance, int64_t* best, long K, long N, long S,
                                       float low, float high, int magnitude, int threads) {

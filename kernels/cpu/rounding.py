@@ -41,15 +41,11 @@ def best_scale(
         importance: [K], for sum_k importance_k e_k^2; None for sum_k |e_k|^2.4.
     """
     (K, N), S = Wt.shape, len(scale)
-    scale = scale.contiguous()
-    native.require(scale.shape == (S, N) and scale.dtype == torch.float32, "scales in fp32")
-    if zero is not None:
-        zero = zero.contiguous()
-        native.require(zero.shape == (S, N) and zero.dtype == torch.float32, "zero points in fp32")
+    scale = _numbers(scale, (S, N), "scales")
+    zero = None if zero is None else _numbers(zero, (S, N), "zero points")
     if importance is not None:
-        importance = importance.to(torch.float32).contiguous()
-        native.require(importance.shape == (K,), "a weight for each input")
-    best = torch.empty(N, dtype=torch.int64)
+        importance = _numbers(importance.to(torch.float32), (K,), "a weight for each input")
+    best = torch.empty(N, dtype=torch.int64, device="cpu")
     kernels.library.modelpress_best_scale(
         Wt.data_ptr(),
         scale.data_ptr(),
@@ -80,14 +76,10 @@ def round_in_order(
     coupling: [B, B]; low, high: numbers, [N], or both [B, N]; scale: [B, N] or None.
     """
     B, N = base.shape
-    coupling = coupling.contiguous()
-    native.require(coupling.shape == (B, B) and coupling.dtype == torch.float32, "a coupling")
-    bounds = [_bound(bound, N) for bound in (low, high)]
-    if any(bound.dim() == 2 for bound in bounds):
-        bounds = [bound.expand(B, N).contiguous() for bound in bounds]
-    if scale is not None:
-        scale = scale.contiguous()
-        native.require(scale.shape == (B, N) and scale.dtype == torch.float32, "scales in fp32")
+    coupling = _numbers(coupling, (B, B), "a coupling of columns")
+    shape = (B, N) if any(isinstance(b, Tensor) and b.dim() == 2 for b in (low, high)) else (N,)
+    bounds = [_bound(bound, shape) for bound in (low, high)]
+    scale = None if scale is None else _numbers(scale, (B, N), "scales")
     kernels.library.modelpress_round_in_order(
         base.data_ptr(),
         coupling.data_ptr(),
@@ -95,16 +87,24 @@ def round_in_order(
         _address(scale),
         B,
         N,
-        N if bounds[0].dim() == 2 else 0,
+        N if len(shape) == 2 else 0,
         torch.get_num_threads(),
     )
     return base
 
 
-def _bound(bound: Bound, N: int) -> Tensor:
-    """The least or greatest level of each output, [N], or [B, N] as it is."""
-    found = torch.as_tensor(bound, dtype=torch.float32)
-    return found.contiguous() if found.dim() == 2 else found.expand(N).contiguous()
+def _bound(bound: Bound, shape: tuple[int, ...]) -> Tensor:
+    """The least or greatest levels in this shape."""
+    if not isinstance(bound, Tensor):
+        return torch.full(shape, float(bound), device="cpu")
+    return _numbers(bound.to(torch.float32).expand(shape), shape, "bounds")
+
+
+def _numbers(tensor: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
+    """The tensor as the library reads it, which cannot check what lies behind an address."""
+    right = tensor.shape == shape and tensor.dtype == torch.float32
+    native.require(right and tensor.device.type == "cpu", f"{what} in fp32")
+    return tensor.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int | None:

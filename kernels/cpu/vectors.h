@@ -1,4 +1,4 @@
-// What tiles.cpp and quads.cpp share: vectors, numbers as files hold them, rows in blocks.
+// What tiles.cpp, quads.cpp and rounding.cpp share: vectors, numbers as files hold them, rows in blocks.
 //
 // Vectors are those of GCC and Clang, as wide as this processor has them.
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.data.prompts import calibration_data
+from compress.errors import UsageError
 from compress.kernels.cpu import native
 from compress.models.skeleton import Skeleton
 from compress.pipeline import provenance
@@ -165,8 +166,26 @@ def test_modelpress_json_says_what_rounded_the_weights(press, recipe):
         return json.loads((press(made) / "modelpress.json").read_text()).get("cpu_kernels")
 
     assert told(recipe) == native.reason()
-    untouched = {"method": "none", "token_importance": "uniform"}
-    assert told(Recipe.from_dict(recipe.model_dump() | {"quantize": untouched})) is None
+    uniform = {"token_importance": "uniform", "group_size": 32}
+    for quantize, loops in (
+        ({"method": "none"}, False),
+        ({"method": "rtn", "bits": 8}, False),  # whose scales are not searched
+        ({"method": "rtn", "bits": 4, "clip_search": "none"}, False),
+        ({"method": "rtn", "bits": 4}, True),
+    ):
+        other = Recipe.from_dict(recipe.model_dump() | {"quantize": uniform | quantize})
+        assert told(other) == (native.reason() if loops else None)
+
+
+def test_a_processor_that_is_none_is_refused(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODELPRESS_CPU", "avx1024")
+    native._outcome.cache_clear()
+    try:
+        with pytest.raises(UsageError, match="MODELPRESS_CPU: expected native, avx2, generic"):
+            run(recipe, tmp_path / "out", windows=WINDOWS)
+    finally:
+        native._outcome.cache_clear()
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_a_run_without_a_compiler_is_warned_of(recipe, tmp_path, monkeypatch):
@@ -174,12 +193,12 @@ def test_a_run_without_a_compiler_is_warned_of(recipe, tmp_path, monkeypatch):
     monkeypatch.delenv("MODELPRESS_NATIVE", raising=False)
     monkeypatch.setattr(native, "kernels", lambda: None)
     monkeypatch.setattr(native, "reason", lambda: why)
-    slow = f"slower than with compiled kernels: {why}"
+    slow = "slower than with compiled kernels: no C++ compiler was found; MODELPRESS_NATIVE=0 hides"
     for place, expected in (("a", True), ("b", True), ("c", False)):
         if not expected:
             monkeypatch.setenv("MODELPRESS_NATIVE", "0")
         result = run(recipe, tmp_path / place, windows=WINDOWS, self_check=False)
-        assert (slow in result.warnings) is expected
+        assert any(text.startswith(slow) for text in result.warnings) is expected
         facts = json.loads((tmp_path / place / "modelpress.json").read_text())
         assert facts["cpu_kernels"] == why
 

@@ -109,9 +109,31 @@ def test_the_best_of_scales(kernels, bits, symmetric, weighted, outputs):
 def test_the_first_of_scales_that_are_alike_is_the_best_and_one_that_is_no_number_never(kernels):
     W, scale = torch.ones(5, 20), torch.full((15, 20), 2.0)
     scale[3:5], scale[9] = 1.0, 1.0
-    scale[0] = torch.nan
+    scale[1] = torch.nan
     assert best_scale(kernels, W, scale, None, -4, 3, torch.ones(5)).tolist() == [3] * 20
     assert best_scale(kernels, W * torch.nan, scale, None, -4, 3, None).tolist() == [0] * 20
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-17, 1e15])
+def test_the_best_of_scales_whose_powers_are_no_floats(kernels, size):
+    W, shares = torch.randn(64, 40), torch.linspace(1.1, 0.3, 17)
+    scale = shares[:, None] * (W.abs().amax(0) / 3)
+    for importance in (None, torch.rand(64)):
+        expected = best_scale(kernels, W, scale, None, -4, 3, importance)
+        found = best_scale(kernels, W * size, scale * size, None, -4, 3, importance)
+        assert (found != expected).sum() <= 2  # whose codes fall on the other side
+
+
+def test_tensors_lie_on_the_cpu_whatever_the_default_device(kernels):
+    W, scale, ones = torch.ones(5, 20), torch.ones(2, 20), torch.ones(5)
+    coupling = torch.zeros(5, 5)
+    with torch.device("meta"):
+        assert best_scale(kernels, W, scale, None, -4, 3, ones).tolist() == [0] * 20
+        assert round_in_order(kernels, W.clone(), coupling, -4, 3).equal(W)
+    with pytest.raises(ValueError, match="a coupling of columns in fp32"):
+        round_in_order(kernels, W.clone(), coupling.to("meta"), -4, 3)
+    with pytest.raises(ValueError, match="scales in fp32"):
+        best_scale(kernels, W, scale.double(), None, -4, 3, ones)
 
 
 @pytest.mark.parametrize(("B", "N"), [(1, 1), (3, 70), (64, 33), (70, 130)])
