@@ -229,7 +229,7 @@ def test_bench_prints_a_column_a_run(monkeypatch, tmp_path, capsys):
         "conditions": {"threads": 2, "torch": "9.9", "device": "cpu", "matmul_rate": 5e9},
         "floor": {"seconds": 0.5, "parts": {"forward": 0.38, "solves": 0.12}, "layer_bytes": 4000},
         "seconds": 1.5, "layers_seconds": 1.25, "ratio": 3.0, "mean_error": 0.0125,
-        "rounding": None,
+        "rounding": {"size": 64, "group_size": 32, "kernel": 0.25, "eager": 0.75},
         "peak_memory": {"host": 7_000_000, "device": 0},
     }  # fmt: skip
     report = Report({"runs": [result, result]}, quantize_bench_table)
@@ -238,7 +238,18 @@ def test_bench_prints_a_column_a_run(monkeypatch, tmp_path, capsys):
     assert call("bench", "quantize", "--hidden", 64, "--group-size", "channel", "--repeats", 2,
                 "--output", file) == 0  # fmt: skip
     out = capsys.readouterr().out
-    for text in ("run 2", "0.38", "3.00", "7.00 MB", "0.0125", "5.0 GFLOP/s", "2 threads", "9.9"):
+    for text in (
+        "run 2",
+        "0.38",
+        "3.00",
+        "7.00 MB",
+        "0.0125",
+        "5.0 GFLOP/s",
+        "2 threads",
+        "9.9",
+        "0.2500",
+        "0.7500",
+    ):
         assert text in out
     bench = QuantizeBench(hidden=64, group_size="channel")
     assert benches == [{"bench": bench, "repeats": 2}]
