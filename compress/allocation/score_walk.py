@@ -158,7 +158,7 @@ class ScoreWalk:
         return scores
 
     def _store(self, name: str) -> ActivationStore:
-        return ActivationStore(self.folder, name)
+        return ActivationStore(self.folder, name, summed=False)
 
     def _advance(self, layer: nn.Module, index: int, store: ActivationStore) -> None:
         for i in range(len(store)):

@@ -107,8 +107,10 @@ def slow_without_kernels(inputs: RunInputs, plan: Plan) -> list[str]:
 def _has_loops(inputs: RunInputs, plan: Plan) -> bool:
     """Whether scales are searched or weights rounded in order, on a CPU."""
     quantize = inputs.recipe.quantize
-    if inputs.device != "cpu" or quantize.method != "rtn":
-        return inputs.device == "cpu" and quantize.method != "none"
+    if inputs.device != "cpu" or quantize.method == "none":
+        return False
+    if quantize.method != "rtn":
+        return True
     widths = [scheme.bits for scheme in plan.schemes.values() if scheme is not None]
     least = 0 if inputs.recipe.allocate is not None else min(widths, default=MAGNITUDE_BITS)
     searched = quantize.clip_search == "hessian" or least < MAGNITUDE_BITS

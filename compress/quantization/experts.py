@@ -100,7 +100,7 @@ class ExpertPass:
         stages, work = self.stages, self.stages.work
         self.attended = self.read = stages.y
         if stages.spec.parallel:
-            self.attended = ActivationStore(work.folder, "attended", work.numbers)
+            self.attended = ActivationStore(work.folder, "attended", work.numbers, summed=False)
             self.read = stages.x
 
     def run(self) -> None:

@@ -106,7 +106,8 @@ class Waiting(Hessian):
         name: str,
     ):
         super().__init__(columns, device, drift)
-        self.rows, self.rows0 = ActivationStore(folder, name), ActivationStore(folder, f"{name}-0")
+        self.rows = ActivationStore(folder, name, summed=False)
+        self.rows0 = ActivationStore(folder, f"{name}-0", summed=False)
         self.weights: list[Tensor | None] = []
 
     def add_batch(self, x: Tensor, weights: Tensor | None = None, x0: Tensor | None = None) -> None:
