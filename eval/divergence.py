@@ -23,6 +23,7 @@ from compress.errors import UsageError
 from compress.eval.statistics import clustered_mean
 from compress.eval.windows import (
     Batch,
+    Each,
     Text,
     check_no_nan,
     cut_line,
@@ -73,6 +74,7 @@ def kl_divergence(
     text: Text,
     batch_size: int = 8,
     seen: Callable[[Batch, Tensor, Tensor], None] | None = None,
+    each: Each | None = None,
 ) -> DivergenceResult:
     """Mean KL(baseline || model) on the tokens of the text that `perplexity` scores.
 
@@ -82,6 +84,7 @@ def kl_divergence(
             are held.
         seen: called with each batch and the logits [B, L, V] of the model and of the baseline, for
             what else is asked of the same forward passes.
+        each: told the KL [nats] of every prediction.
 
     Raises:
         UsageError: the vocabularies differ, or the text is shorter than a window.
@@ -112,6 +115,8 @@ def kl_divergence(
                 same_of[row] += (p.argmax(-1) == q.argmax(-1)).sum().item()
                 squares += kl.square().sum().item()
                 maximum = max(maximum, kl.max().item())
+                if each is not None:
+                    each(batch.first + row, at, kl)
             totals += kl_of
             agreements += same_of
             counts += batch.scored.sum(dim=1).tolist()

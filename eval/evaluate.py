@@ -10,6 +10,8 @@ gives (parts that were not asked for are absent)
                     "stride", "bos", "unit", "basis", ..., "line"},
      "kl":         {"mean", "stderr", "token_stderr", "maximum", "top1_agreement", ..., "line"},
      "windows":    {"tokens", "nll", "kl"}: totals of each window, for pairing with other models,
+     "by_position": [{"first", "last", "tokens", "perplexity", "mean_nll", "baseline", "difference",
+                    "kl"}]: by tokens in front (`compress.eval.positions`), on request,
      "baseline":   {"results", "perplexity"},
      "items":      {task: {metric: {"right": "0110..."} or {"values"}}}, "groups": weights of tasks
                    in them: on request, for pairing with other models,
@@ -25,7 +27,7 @@ one that says whether the model is worse, and it is far smaller than either figu
 (`compress.eval.items`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +44,7 @@ from compress.eval.perplexity import (
     perplexity_difference,
     perplexity_of,
 )
+from compress.eval.positions import Stretches, rows_by_position
 from compress.eval.settings import EvaluationSettings
 from compress.eval.windows import Batch, Text
 
@@ -121,10 +124,14 @@ def evaluate_model(
             report["baseline"]["results"] = reference.results
             report["difference"]["results"] = task_differences(scores, reference)
     if text is not None:
+        told = [Stretches(text.length) for _ in range(3)] if settings.by_position else None
         if baseline is None:
-            measured = perplexity(model, text, settings.text_batch_size)
+            nll = None if told is None else told[0].add
+            measured = perplexity(model, text, settings.text_batch_size, each=nll)
         else:
-            measured, before, divergence = _beside(model, baseline, text, settings.text_batch_size)
+            measured, before, divergence = _beside(
+                model, baseline, text, settings.text_batch_size, told
+            )
         report["perplexity"] = measured.to_dict() | {"line": measured.line()}
         report["windows"] = {
             "tokens": list(measured.window_tokens),
@@ -135,22 +142,32 @@ def evaluate_model(
             report["difference"]["mean_nll"] = perplexity_difference(measured, before).to_dict()
             report["kl"] = divergence.to_dict() | {"line": divergence.line()}
             report["windows"]["kl"] = list(divergence.window_kl)
+        if told is not None:
+            report["by_position"] = rows_by_position(*(told if baseline is not None else told[:1]))
     return report
 
 
 def _beside(
-    model: torch.nn.Module, baseline: Baseline, text: Text, batch_size: int
+    model: torch.nn.Module,
+    baseline: Baseline,
+    text: Text,
+    batch_size: int,
+    told: Sequence[Stretches] | None,
 ) -> tuple[PerplexityResult, PerplexityResult, DivergenceResult]:
-    """The model's perplexity, the baseline's, and the divergence, of one pass of both."""
+    """The model's perplexity, the baseline's, and the divergence, of one pass of both.
+
+    `told`: gets every prediction's NLL of the model, of the baseline, and KL.
+    """
+    nll, nll_before, kl = (None, None, None) if told is None else (of.add for of in told)
     totals: tuple[list[float], list[float]] = ([], [])
     counts: list[int] = []
 
     def seen(batch: Batch, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        totals[0].extend(nll_of(ours, batch, "the model"))
-        totals[1].extend(nll_of(theirs, batch, "the baseline"))
+        totals[0].extend(nll_of(ours, batch, "the model", nll))
+        totals[1].extend(nll_of(theirs, batch, "the baseline", nll_before))
         counts.extend(batch.scored.sum(dim=1).tolist())
 
-    divergence = kl_divergence(model, baseline.model, text, batch_size, seen)
+    divergence = kl_divergence(model, baseline.model, text, batch_size, seen, kl)
     measured, before = (perplexity_of(of, counts, text) for of in totals)
     return measured, before, divergence
 

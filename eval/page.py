@@ -52,6 +52,7 @@ from compress.eval.report import (
     told_apart,
     warnings_of,
 )
+from compress.eval.tables import position_lines
 
 LAYER_COLUMNS = ("name", "bits", "group_size", "error", "effective_sample_size", "seconds")
 FULL_SHADE = 4  # times the mean weight: the strongest colour of a token
@@ -95,6 +96,7 @@ def write_report(path: str | Path, result: Mapping[str, Any]) -> Path:
                 "rows": (lines := _quality(scores, before)),
                 "flipped": any(line["flips"] for line in lines),
                 "conditions": _conditions(scores),
+                "positions": position_lines(scores.get("by_position") or []),
             }
             for scores, before in evaluations
         ],

@@ -21,9 +21,15 @@ from typing import Any
 import torch
 
 from compress.errors import UsageError
-from compress.eval.statistics import Estimate, clustered_mean, paired_clustered_difference
+from compress.eval.statistics import (
+    Estimate,
+    clustered_mean,
+    exp_of,
+    paired_clustered_difference,
+)
 from compress.eval.windows import (
     Batch,
+    Each,
     Text,
     check_no_nan,
     cut_line,
@@ -91,6 +97,7 @@ def perplexity(
     *,
     bytes: int | None = None,
     words: int | None = None,
+    each: Each | None = None,
 ) -> PerplexityResult:
     """Perplexity of a text, cut into windows or documents (see windows.py).
 
@@ -105,13 +112,14 @@ def perplexity(
             more. Documents are padded on the right, padding masked and not scored.
         bytes, words: size of the text that a stream of ids encodes. Given, the perplexity per word
             and per byte are reported too: exp(mean NLL * tokens in the text / words).
+        each: told the NLL [nats] of every prediction.
 
     Raises:
         UsageError: the text is shorter than a window, no document has two tokens, or length and
             stride make no sense.
         CompressError: the logits hold a NaN.
     """
-    totals, counts = negative_log_likelihoods(model, text.batches(batch_size))
+    totals, counts = negative_log_likelihoods(model, text.batches(batch_size), each)
     result = perplexity_of(totals, counts, text)
     return _per_word_and_byte(result, len(text.ids), bytes, words)
 
@@ -120,7 +128,7 @@ def perplexity_of(totals: Sequence[float], counts: Sequence[int], text: Text) ->
     """The perplexity of the total NLL [nats] and the scored tokens of each row of a text."""
     mean = clustered_mean(totals, counts)
     return PerplexityResult(
-        value=_exp(mean.mean),
+        value=exp_of(mean.mean),
         mean_nll=mean.mean,
         stderr=mean.stderr,
         tokens=sum(counts),
@@ -132,22 +140,25 @@ def perplexity_of(totals: Sequence[float], counts: Sequence[int], text: Text) ->
 
 
 def negative_log_likelihoods(
-    model: torch.nn.Module, batches: Iterable[Batch]
+    model: torch.nn.Module, batches: Iterable[Batch], each: Each | None = None
 ) -> tuple[list[float], list[int]]:
-    """Total NLL [nats] and number of scored tokens of each row of each batch."""
+    """Total NLL [nats] and number of scored tokens of each row; `each` as in `perplexity`."""
     totals: list[float] = []
     counts: list[int] = []
     with measuring(model):
         for batch in batches:
             logits = logits_of(model, batch)  # [B, L, V]
-            totals += nll_of(logits, batch, "the model")
+            totals += nll_of(logits, batch, "the model", each)
             counts += batch.scored.sum(dim=1).tolist()
             del logits  # before the next forward pass makes its own
     return totals, counts
 
 
-def nll_of(logits: torch.Tensor, batch: Batch, whose: str) -> list[float]:
-    """Total NLL [nats] of each row of a batch, of logits [B, L, V]; `whose` is for a NaN's line."""
+def nll_of(logits: torch.Tensor, batch: Batch, whose: str, each: Each | None = None) -> list[float]:
+    """Total NLL [nats] of each row of a batch, of logits [B, L, V].
+
+    `whose` is for a NaN's line; `each` is told the NLL of every prediction.
+    """
     targets = batch.input_ids[:, 1:]
     rows = [0.0] * targets.shape[0]
     for row, at in scored_chunks(batch.scored, logits.shape[-1]):
@@ -157,6 +168,8 @@ def nll_of(logits: torch.Tensor, batch: Batch, whose: str) -> list[float]:
             reduction="none",
         )
         rows[row] += check_no_nan(losses, whose).double().sum().item()
+        if each is not None:
+            each(batch.first + row, at, losses)
     return rows
 
 
@@ -181,13 +194,8 @@ def _per_word_and_byte(
 ) -> PerplexityResult:
     """The same NLL spread over words or bytes, by the text's own tokens per word and per byte."""
     if words is not None:
-        result = replace(result, per_word=_exp(result.mean_nll * tokens / words))
+        result = replace(result, per_word=exp_of(result.mean_nll * tokens / words))
     if size is not None:
         nats = result.mean_nll * tokens / size
-        result = replace(result, per_byte=_exp(nats), bits_per_byte=nats / math.log(2))
+        result = replace(result, per_byte=exp_of(nats), bits_per_byte=nats / math.log(2))
     return result
-
-
-def _exp(nats: float) -> float:
-    """exp that says infinity, where math.exp overflows: a broken model has such a perplexity."""
-    return math.exp(nats) if nats < 709 else math.inf

@@ -1,9 +1,9 @@
-"""What was measured, for people: numbers as text, tables, pictures.
+"""What was measured, for people: numbers as text, rows, pictures.
 
 A `Row` is a model in a table, made of what `evaluate_model` returns.
 
     row = Row.of("RSQ", scores, bytes=1_900_000)
-    print(markdown_table([row], "512 tokens"))
+    row.cell("perplexity")  # "9.28 ± 0.33"
 """
 
 import math
@@ -14,12 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
 from compress.errors import UsageError, import_package
-from compress.eval.markup import in_markdown
 
 if TYPE_CHECKING:  # slow to import
     from matplotlib.axes import Axes
@@ -239,39 +234,6 @@ def told(estimate: Facts) -> str:
         flips = [f"{estimate[key]} {FLIPS[key]}" for key in list(FLIPS)[:2]]
         parts.append(", ".join([*flips, f"McNemar p {format_number(estimate['mcnemar_p'])}"]))
     return "; ".join(parts)
-
-
-def quality_table(rows: Sequence[Row]) -> Table:
-    """The rows for a terminal."""
-    table = Table(box=box.SIMPLE_HEAD)
-    columns = columns_of(rows)
-    table.add_column("name")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(Text(row.title), *map(row.cell, columns))
-    return table
-
-
-def turned_table(rows: Sequence[Row]) -> Table:
-    """The rows for a terminal, a line a figure: for few models with many."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("figure")
-    for row in rows:
-        table.add_column(Text(row.title), justify="right")
-    for column in columns_of(rows):
-        table.add_row(Text(column), *(row.cell(column) for row in rows))
-    return table
-
-
-def markdown_table(rows: Sequence[Row], conditions: str) -> str:
-    """The same rows as a Markdown table, with the conditions in a line below it."""
-    columns = columns_of(rows)
-    lines = [["name", *columns], ["---", *("---:" for _ in columns)]]
-    lines[0] = list(map(in_markdown, lines[0]))
-    lines += [[in_markdown(row.title), *map(row.cell, columns)] for row in rows]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{text}\n\n{conditions}\n"
 
 
 def flatten(nested: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -51,6 +51,7 @@ class EvaluationSettings:
         bos: whether the tokenizer's BOS stands in front of each window or document.
         tokens: only the first so many tokens of the text; None for all.
         per_document: each document on its own, cut to `length`, instead of one stream.
+        by_position: the text's figures also by the tokens that stand in front of a prediction.
         seed: of Python's, numpy's and torch's generators, of the choice of examples, and of the
             items of tasks that draw theirs.
     """
@@ -77,6 +78,7 @@ class EvaluationSettings:
     bos: bool = False
     tokens: int | None = None
     per_document: bool = False
+    by_position: bool = False
     seed: int = 0
 
     @property

@@ -72,6 +72,11 @@ def mcnemar_p(lost: int, gained: int) -> float:
     return float(stats.binomtest(lost, lost + gained).pvalue)
 
 
+def exp_of(nats: float) -> float:
+    """exp that says infinity, where math.exp overflows: a broken model has such a perplexity."""
+    return math.exp(nats) if nats < 709 else math.inf
+
+
 def clustered_mean(totals: Numbers, counts: Numbers) -> Estimate:
     """Mean over all members of clusters, with the standard error over clusters.
 

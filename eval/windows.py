@@ -16,7 +16,7 @@ gives every token more context, so a perplexity means nothing without length, st
     for batch in Text(documents=lists_of_ids, length=512).batches(8): ...
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,10 @@ from compress.eval.progress import tell
 CHUNK_ELEMENTS = 2**24
 
 
+# Told the values [n] of the predictions at positions [n] of a row of the text.
+Each = Callable[[int, Tensor, Tensor], None]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of one forward pass. The logits at position i predict `input_ids[:, i + 1]`."""
@@ -38,6 +42,7 @@ class Batch:
     input_ids: Tensor  # [B, L]
     attention_mask: Tensor | None  # [B, L], None where no row is padded
     scored: Tensor  # [B, L - 1] bool: which predictions count
+    first: int = 0  # row of the text that its own first one is
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +138,7 @@ def window_batches(
             scored[0] = True
         if bos is not None:
             rows = torch.cat([rows.new_full((rows.shape[0], 1), bos), rows], dim=1)
-        yield Batch(rows.contiguous(), None, scored)
+        yield Batch(rows.contiguous(), None, scored, first)
         tell("windows", first + scored.shape[0], windows.shape[0])
 
 
@@ -160,7 +165,7 @@ def document_batches(
             input_ids[i, : len(row)] = torch.tensor(row)
         mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
         padded = not bool(mask.all())
-        yield Batch(input_ids, mask.long() if padded else None, mask[:, 1:])
+        yield Batch(input_ids, mask.long() if padded else None, mask[:, 1:], first)
         tell("documents", first + len(some), len(rows))
 
 

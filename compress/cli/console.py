@@ -27,11 +27,10 @@ from compress.eval.report import (
     format_memory,
     format_number,
     paired_differences,
-    quality_table,
     told,
-    turned_table,
     warnings_of,
 )
+from compress.eval.tables import position_table, quality_table, turned_table
 from compress.ranks import launched
 from compress.storage.files import write_text
 
@@ -259,6 +258,8 @@ def print_scores(
     # Model minus baseline, item by item: the errors that say whether the model is worse.
     for column, estimate in paired_differences(scores).items():
         print_lines(console, f"difference from the baseline, paired: {column} {told(estimate)}")
+    if positions := scores.get("by_position"):
+        console.print(position_table(positions))
     lines = [scores[part]["line"] for part in ("perplexity", "kl") if scores.get(part)]
     conditions = ", ".join(f"{k} {v}" for k, v in conditions_of(scores))
     print_lines(console, *lines, *([f"conditions: {conditions}"] if conditions else []))

@@ -29,12 +29,12 @@ from compress.cli.options import (
 from compress.cli.progress import RunProgress
 from compress.errors import CompressError, UsageError, import_package, unknown
 from compress.eval.progress import telling
-from compress.eval.report import quality_table
 from compress.eval.settings import (
     EvaluationSettings,
     batch_problem,
     limit_problem,
 )
+from compress.eval.tables import quality_table
 from compress.eval.task_names import check_names
 
 
@@ -155,6 +155,9 @@ MEASURED = {
     "tokens": Annotated[int | None, typer.Option(min=2, help="Only the text's first so many.")],
     "per_document": Annotated[
         bool, typer.Option("--per-document", help="Each document on its own, not one stream.")
+    ],
+    "by_position": Annotated[
+        bool, typer.Option("--by-position", help="The text's figures by tokens in front, too.")
     ],
     "seed": SeedOption,
 }

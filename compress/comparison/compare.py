@@ -39,7 +39,8 @@ from compress.eval.harness import DRAWN_TASKS
 from compress.eval.markup import in_markdown
 from compress.eval.page import write_comparison
 from compress.eval.progress import telling
-from compress.eval.report import FRONT_LINE, Row, markdown_table, marked, plot_quality
+from compress.eval.report import FRONT_LINE, Row, marked, plot_quality
+from compress.eval.tables import markdown_table
 from compress.memory import chosen_device
 from compress.models.pretrained import local_folder
 from compress.observer import Observer
@@ -58,7 +59,7 @@ class Comparison:
     """What `compare` gives.
 
     Attributes:
-        rows: one for the 16-bit model and one a recipe, for `compress.eval.report.quality_table`.
+        rows: one for the 16-bit model and one a recipe, for `compress.eval.tables.quality_table`.
         runs: every run's recipe, seed, bytes, seconds and evaluation.
         conditions: one line on how it was measured.
         differences: of each recipe from one of them, paired (`compress.comparison.pairs`).

@@ -70,6 +70,7 @@ def evaluate(
     bos: bool = False,
     tokens: int | None = None,
     per_document: bool = False,
+    by_position: bool = False,
     seed: int = 0,
     baseline: str | Path | None = None,
     device: str = "cpu",
@@ -99,6 +100,7 @@ def evaluate(
         bos: put the tokenizer's BOS in front of each window.
         tokens: only the first so many tokens of the text.
         per_document: each document on its own, cut to `length`, instead of one stream.
+        by_position: the text's figures also by the tokens that stand in front of a prediction.
         dense: whether the model's quantised linears are expanded instead of running packed; None:
             whichever is faster on this device.
         activation_bits: to which packed linears round what they read, token by token.

@@ -257,6 +257,7 @@ class Perplexity(Section):
     bos: bool = EvaluationSettings.bos
     tokens: int | None = Field(EvaluationSettings.tokens, ge=2)  # only the text's first so many
     per_document: bool = EvaluationSettings.per_document  # cut to length, instead of one stream
+    by_position: bool = EvaluationSettings.by_position  # also by the tokens in front
 
     @model_validator(mode="after")
     def _check_stride(self) -> "Perplexity":

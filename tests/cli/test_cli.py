@@ -262,7 +262,7 @@ def test_eval_prints_figures_differences_and_conditions(monkeypatch, tmp_path, c
     argv = ["eval", "quantised", "--tasks", "demo_code, demo_vqa", "--perplexity", "wikitext2",
             "--length", 32, "--stride", 16, "--bos", "--limit", 400, "--num-fewshot", 2,
             "--include-path", tmp_path, "--batch-size", 3, "--seed", 7, "--text-field", "body",
-            "--tokens", 99, "--per-document",
+            "--tokens", 99, "--per-document", "--by-position",
             "--baseline", "full", "--output", file]  # fmt: skip
     assert call(*argv) == 0
     out = capsys.readouterr().out
@@ -274,7 +274,7 @@ def test_eval_prints_figures_differences_and_conditions(monkeypatch, tmp_path, c
     assert calls[0] | {
         "tasks": ["demo_code", "demo_vqa"], "include_path": tmp_path, "perplexity": "wikitext2",
         "length": 32, "stride": 16, "bos": True, "text_field": "body", "baseline": "full",
-        "tokens": 99, "per_document": True,
+        "tokens": 99, "per_document": True, "by_position": True,
         "limit": 400, "batch_size": 3, "num_fewshot": 2, "seed": 7, "device": "auto",
     } == calls[0]  # fmt: skip
     assert call(*argv, "--json") == 0
@@ -288,6 +288,10 @@ def test_eval_of_the_tiny_model_against_itself(checkpoint, text, capsys):
     scores = json.loads(capsys.readouterr().out)
     assert scores["perplexity"]["value"] == scores["baseline"]["perplexity"]["value"]
     assert scores["difference"]["mean_nll"]["value"] == 0
+    assert call("eval", model, *argv[:-1], "--by-position") == 0
+    shown = capsys.readouterr().out
+    assert "tokens in front" in shown
+    assert "1 – 31" in shown
 
 
 def test_compare_hands_over_recipes_and_seeds(monkeypatch, recipe, checkpoint, capsys):

@@ -6,7 +6,8 @@ from xml.etree import ElementTree
 import pytest
 
 from compress.eval.page import write_comparison, write_report
-from compress.eval.report import FRONT_LINE, Row, markdown_table, marked
+from compress.eval.report import FRONT_LINE, Row, marked
+from compress.eval.tables import markdown_table
 from support.browser import CHROMIUM, opened
 from support.evaluations import EVALUATION, LAYERS
 

@@ -9,10 +9,9 @@ from compress.eval.report import (
     flatten,
     format_bytes,
     format_number,
-    markdown_table,
     plot_quality,
-    quality_table,
 )
+from compress.eval.tables import markdown_table, quality_table
 from support.evaluations import EVALUATION
 from support.refusals import refused
 
