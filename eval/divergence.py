@@ -14,6 +14,7 @@ error over tokens, as if they were independent, and over windows, which are near
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class DivergenceResult:
 
 def kl_divergence(
     model: torch.nn.Module,
-    baseline: torch.nn.Module,
+    baseline: torch.nn.Module | Callable[[Batch], Tensor],
     text: Text,
     batch_size: int = 8,
     seen: Callable[[Batch, Tensor, Tensor], None] | None = None,
@@ -79,7 +80,8 @@ def kl_divergence(
     """Mean KL(baseline || model) on the tokens of the text that `perplexity` scores.
 
     Args:
-        model, baseline: causal language models of one vocabulary; their devices may differ.
+        model, baseline: causal language models of one vocabulary; their devices may differ. Of the
+            baseline a function will do that gives the logits [B, L, V] of a batch.
         batch_size: windows or documents a forward pass; the logits of one batch of both models
             are held.
         seen: called with each batch and the logits [B, L, V] of the model and of the baseline, for
@@ -94,9 +96,12 @@ def kl_divergence(
     agreements: list[float] = []
     counts: list[int] = []
     squares, maximum = 0.0, 0.0
-    with measuring(model, baseline):
+    models, logits_of_baseline = [model], baseline
+    if isinstance(baseline, torch.nn.Module):
+        models, logits_of_baseline = [model, baseline], partial(logits_of, baseline)
+    with measuring(*models):
         for batch in text.batches(batch_size):
-            theirs, ours = logits_of(baseline, batch), logits_of(model, batch)  # [B, L, V]
+            theirs, ours = logits_of_baseline(batch), logits_of(model, batch)  # [B, L, V]
             if theirs.shape != ours.shape:
                 raise UsageError(
                     f"the two models have vocabularies of {ours.shape[-1]} and "

@@ -37,6 +37,7 @@ from compress.errors import UsageError
 from compress.eval.divergence import DivergenceResult, kl_divergence
 from compress.eval.harness import TaskScores, score_tasks
 from compress.eval.items import paired_changes
+from compress.eval.kept_logits import KeptLogits
 from compress.eval.perplexity import (
     PerplexityResult,
     nll_of,
@@ -52,10 +53,15 @@ Result = TypeVar("Result")
 
 
 class Baseline:
-    """The 16-bit model that others are compared with; what was measured of it is kept."""
+    """The 16-bit model that others are compared with; what was measured of it is kept.
 
-    def __init__(self, model: torch.nn.Module):
+    keep: a folder for a file without a name that keeps its logits of a text too, where several
+        models follow (`compress.eval.kept_logits`).
+    """
+
+    def __init__(self, model: torch.nn.Module, keep: Path | None = None):
         self.model = model
+        self._logits = None if keep is None else KeptLogits(model, keep)
         self._kept: list[tuple[tuple[object, ...], Any]] = []
 
     def scores(
@@ -66,6 +72,12 @@ class Baseline:
             (tokenizer.__class__, settings),
             lambda: score_tasks(self.model, tokenizer, settings, per_item=True, files=files),
         )
+
+    def logits(
+        self, text: Text, batch_size: int
+    ) -> torch.nn.Module | Callable[[Batch], torch.Tensor]:
+        """What gives its logits of the text, as `kl_divergence` takes it."""
+        return self.model if self._logits is None else self._logits.of(text, batch_size)
 
     def _once(self, key: tuple[object, ...], measure: Callable[[], Result]) -> Result:
         """The kept result of an equal key, or a new one."""
@@ -167,7 +179,8 @@ def _beside(
         totals[1].extend(nll_of(theirs, batch, "the baseline", nll_before))
         counts.extend(batch.scored.sum(dim=1).tolist())
 
-    divergence = kl_divergence(model, baseline.model, text, batch_size, seen, kl)
+    theirs = baseline.logits(text, batch_size)
+    divergence = kl_divergence(model, theirs, text, batch_size, seen, kl)
     measured, before = (perplexity_of(of, counts, text) for of in totals)
     return measured, before, divergence
 

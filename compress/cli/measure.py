@@ -24,6 +24,7 @@ from compress.cli.options import (
     PackingOption,
     RecipesArgument,
     SeedOption,
+    SelfCheckOption,
     SetOption,
 )
 from compress.cli.progress import RunProgress
@@ -254,9 +255,7 @@ def compare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Run what is finished again.")
     ] = False,
-    self_check: Annotated[
-        bool, typer.Option(help="Reload each result in a fresh process and compare logits.")
-    ] = True,
+    self_check: SelfCheckOption = True,
     check_source: Annotated[
         bool, typer.Option(help="First compare our forward of the model with transformers.")
     ] = True,

@@ -76,6 +76,9 @@ ThreadsOption = Annotated[
         help="Of a CPU; as many as it may use if absent.",
     ),
 ]
+SelfCheckOption = Annotated[
+    bool, typer.Option(help="Reload a result in a fresh process and compare logits.")
+]
 DenseOption = Annotated[
     bool, typer.Option("--dense", help="Expand quantised linears: no packed kernels, more memory.")
 ]

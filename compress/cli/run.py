@@ -30,6 +30,7 @@ from compress.cli.options import (
     DeviceOption,
     ModelOption,
     RecipeArgument,
+    SelfCheckOption,
     SetOption,
     WidthsOption,
 )
@@ -58,6 +59,7 @@ def run(
     check_source: Annotated[
         bool, typer.Option(help="First compare our forward of the model with transformers.")
     ] = True,
+    self_check: SelfCheckOption = True,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Several ranks: the bytes of one process.")
     ] = False,
@@ -86,6 +88,7 @@ def run(
             resume=resume,
             overwrite=overwrite,
             check_source=check_source,
+            self_check=self_check,
             deterministic=deterministic,
             observer=progress,
         )

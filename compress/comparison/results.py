@@ -158,7 +158,11 @@ class ResultComparison:
         if scores is None:
             if self._evaluator is None:
                 self._evaluator = Evaluator.of_section(
-                    section, self.recipe.resolve_path, self.model, self.device
+                    section,
+                    self.recipe.resolve_path,
+                    self.model,
+                    self.device,
+                    keep=entry.folder.parent,
                 )
             seed = entry.seed if drawn_by_seed(section) else None
             files = entry.folder / "eval" if section.tasks else None

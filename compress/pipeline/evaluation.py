@@ -10,6 +10,7 @@ visual tokens is measured pruning, its baseline never does.
     evaluate("out", tasks=["demo_code"], perplexity="python-stdlib", baseline="recipes/demo/lm")
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -144,23 +145,33 @@ class Evaluator:
         settings: EvaluationSettings,
         baseline: str | Path | None = None,
         device: str = "cpu",
+        keep: Path | None = None,
     ):
-        """Raises UsageError for settings that measure nothing, or name an unknown task."""
+        """Raises UsageError for settings that measure nothing, or name an unknown task.
+
+        keep: as for `Baseline`, where several models are measured.
+        """
         if not settings.tasks and settings.perplexity is None:
             raise UsageError("nothing to evaluate: give tasks, a perplexity dataset, or both")
         check_tasks(settings)
         self.settings, self.baseline_path, self.device = settings, baseline, device
+        self.keep = keep
         self._baseline: Baseline | None = None
         self._baseline_linears: str | None = None
         self._text: Text | None = None
 
     @classmethod
     def of_section(
-        cls, section: Evaluate, resolve: Callable[[str], str], baseline: str | Path, device: str
+        cls,
+        section: Evaluate,
+        resolve: Callable[[str], str],
+        baseline: str | Path,
+        device: str,
+        keep: Path | None = None,
     ) -> "Evaluator":
         """As the section says; `resolve` finds the files that it names, as `locate` takes it."""
         settings = settings_of(section, resolve)
-        return cls(settings, baseline if section.baseline else None, device)
+        return cls(settings, baseline if section.baseline else None, device, keep)
 
     def measure(
         self,
@@ -213,7 +224,8 @@ class Evaluator:
             self._text = read_text(self.settings, tokenizer, context_of(model))
         if self._baseline is None and self.baseline_path is not None:
             reference, _ = load_measured(self.baseline_path, self.device, prune=False)
-            self._baseline, self._baseline_linears = Baseline(reference), linears_of(reference)
+            self._baseline = Baseline(reference, self.keep)
+            self._baseline_linears = linears_of(reference)
         settings = self.settings if seed is None else replace(self.settings, seed=seed)
         with watching(model) as watched:
             scores = evaluate_model(
@@ -234,6 +246,10 @@ class Evaluator:
             conditions["baseline_linears"] = self._baseline_linears
         if self.settings.perplexity is not None:
             conditions["perplexity_dataset"] = measured_text(self.settings.perplexity)
+        if self._text is not None and self._text.length > (context_of(model) or math.inf):
+            conditions["beyond_context"] = (
+                f"{self._text.length} tokens, and the model says that it takes {context_of(model)}"
+            )
         scores["conditions"] = conditions | scores.get("conditions", {})
         scores["local"] = self._local_names(name)
         return scores

@@ -503,7 +503,9 @@ class Job:
         assemble(final, parts, self.inputs, self.plan, self.pruning.strategy)
         self.log.lap("writing")
         checked: dict[str, Any] = {}
-        if self_check and self._fits_self_check():
+        if not self_check:
+            self.log.warn("the result was not loaded again to be checked: --no-self-check")
+        elif self._fits_self_check():
             self.log.observer.stage("self-check")
             checked = reload_and_compare(final, self.work / "probe.safetensors")
             self.log.lap("self_check")

@@ -98,7 +98,7 @@ def test_run_ends_with_a_table(monkeypatch, recipe, tmp_path, capsys):
         self_check={"relative_error": 1e-6, "tolerance": 1e-4, "tokens": 16},
     )  # fmt: skip
     (runs,) = [pretend(monkeypatch, "compress.pipeline.run", "run", result)]
-    assert call("run", recipe, "--no-resume", "--overwrite") == 0
+    assert call("run", recipe, "--no-resume", "--overwrite", "--no-self-check") == 0
     captured = capsys.readouterr()
     for text in (
         "500.00 kB before, 200.00 kB after (2.50 x)",
@@ -112,6 +112,7 @@ def test_run_ends_with_a_table(monkeypatch, recipe, tmp_path, capsys):
     assert runs[0]["output"] == Path("outputs/tiny")
     assert "outputs/tiny" in captured.err
     assert (runs[0]["resume"], runs[0]["overwrite"]) == (False, True)
+    assert (runs[0]["self_check"], runs[0]["check_source"]) == (False, True)
 
 
 def test_a_recipes_name_cannot_lead_out_of_outputs(monkeypatch, recipe):

@@ -15,10 +15,12 @@ import pytest
 from compress.comparison.compare import compare
 from compress.comparison.study import seeded
 from compress.errors import CompressError, UsageError
+from compress.eval import kept_logits
+from compress.eval.settings import BATCH
 from compress.observer import Observer
 from compress.pipeline.evaluation import Evaluator, evaluate
 from compress.recipe.recipe import Recipe
-from support.calling import pretend
+from support.calling import Counts, pretend
 from support.measured_recipes import LENGTH, TOKENS, recipe_of
 from support.refusals import refused
 from support.tiny_checkpoints import (
@@ -90,9 +92,12 @@ class Watch(Observer):
 
 
 def test_the_figures_are_those_of_evaluating_each_result_on_its_own(
-    recipes, checkpoint, text, tmp_path
+    recipes, checkpoint, text, tmp_path, monkeypatch
 ):
+    passes = Counts(monkeypatch, kept_logits, "logits_of")
     compared = compare(recipes, tmp_path / "out", seeds=(0,))
+    # Of the 16-bit model, for two results.
+    assert len(passes.first) == math.ceil(TOKENS // LENGTH / BATCH)
     assert [row["name"] for row in compared.as_dict()["rows"]] == ["16-bit", "w4", "w2"]
     settings = {"perplexity": str(text), "length": LENGTH, "tokens": TOKENS}
     for row, run in zip(compared.as_dict()["rows"][1:], compared.runs, strict=True):
@@ -368,9 +373,9 @@ def test_a_model_of_the_hub_is_fetched_and_its_results_are_kept(
     baselines = []
     of_section = Evaluator.of_section
 
-    def noted(section, resolve, path, device):
+    def noted(section, resolve, path, device, **keep):
         baselines.append(path)
-        return of_section(section, resolve, path, device)
+        return of_section(section, resolve, path, device, **keep)
 
     monkeypatch.setattr(Evaluator, "of_section", noted)
     section = {"model": {"path": "someone/some-model", "revision": "abc"}}

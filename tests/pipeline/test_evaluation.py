@@ -1,5 +1,6 @@
 """Measuring checkpoints: the figures of plain models on the text's own tokens, each read once."""
 
+import json
 from dataclasses import fields
 from inspect import signature
 
@@ -20,7 +21,7 @@ from compress.pipeline import evaluation
 from compress.pipeline.evaluation import Evaluator, check_evaluation, evaluate, evaluate_section
 from compress.recipe.recipe import Recipe
 from compress.recipe.sections import Evaluate
-from support.calling import pretend
+from support.calling import Counts, pretend
 from support.refusals import refused
 from support.tiny_checkpoints import load_whole, recipe_for, write_checkpoint
 
@@ -36,19 +37,6 @@ def held_out(text, model, tokens=TOKENS) -> torch.Tensor:
 def quantised(checkpoint, press):
     """Two results of one model: 4 bits and 2."""
     return [press(recipe_for(checkpoint(), quantize={"bits": bits})) for bits in (4, 2)]
-
-
-class Counts:
-    """How often something was called, and with what first."""
-
-    def __init__(self, monkeypatch, module, name):
-        real, self.first = getattr(module, name), []
-
-        def counted(*arguments, **options):
-            self.first.append(arguments[0])
-            return real(*arguments, **options)
-
-        monkeypatch.setattr(module, name, counted)
 
 
 # ---- figures ------------------------------------------------------------------------------------
@@ -77,6 +65,18 @@ def test_the_figures_are_those_of_the_models_on_the_tokens_of_the_text(checkpoin
         "baseline_linears": "dense",
         "perplexity_dataset": str(text),
     }
+
+
+def test_windows_beyond_the_models_context_are_told(checkpoint, text):
+    context = json.loads((checkpoint() / "config.json").read_text())["max_position_embeddings"]
+    within, beyond = (
+        evaluate(checkpoint(), perplexity=str(text), length=length)["conditions"]
+        for length in (context, context + 1)
+    )
+    assert "beyond_context" not in within
+    assert beyond["beyond_context"] == (
+        f"{context + 1} tokens, and the model says that it takes {context}"
+    )
 
 
 def test_documents_are_read_one_by_one_until_there_are_enough_tokens(checkpoint, text):

@@ -218,6 +218,13 @@ def test_the_result_passes_its_self_check_and_brings_its_companions(checkpoint, 
     assert tokenizers[0](words) == tokenizers[1](words)
     assert (result.path / "generation_config.json").is_file()
     assert Recipe.load(result.path / "recipe.yaml") == recipe
+    assert not any("not loaded again" in warning for warning in result.warnings)
+
+
+def test_a_result_that_nobody_loaded_again_says_so(checkpoint, tmp_path):
+    result = run(recipe_for(checkpoint()), tmp_path / "out", windows=WINDOWS, self_check=False)
+    assert result.self_check == {}
+    assert "the result was not loaded again to be checked: --no-self-check" in result.warnings
 
 
 @tied_or_not

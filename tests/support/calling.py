@@ -73,3 +73,16 @@ def pretend(monkeypatch, module: str, name: str, result) -> list[inspect.BoundAr
 
     monkeypatch.setattr(f"{module}.{name}", fake)
     return calls
+
+
+class Counts:
+    """How often something was called, and with what first."""
+
+    def __init__(self, monkeypatch, module, name):
+        real, self.first = getattr(module, name), []
+
+        def counted(*arguments, **options):
+            self.first.append(arguments[0])
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, counted)
