@@ -320,9 +320,17 @@ def _variations(vary: list[str]) -> list[list[str]]:
 
 
 def _label(name: str, assignments: list[str]) -> str:
-    """A recipe's name with its varied keys, as something that can name a folder."""
+    """A recipe's name with its varied keys, as something that can name a folder.
+
+    Of a key no more than tells it from the others: `bits`, or `quantize.bits embedding.bits`.
+    """
+    keys = [assignment.partition("=")[0].split(".") for assignment in assignments]
     parts = [name]
-    for assignment in assignments:
-        key, _, value = assignment.partition("=")
-        parts.append(f"{key.rpartition('.')[2]}={value}".replace("/", "_"))
+    for path, assignment in zip(keys, assignments, strict=True):
+        lengths = range(1, len(path) + 1)
+        others = [key for key in keys if key != path]
+        told = (n for n in lengths if all(key[-n:] != path[-n:] for key in others))
+        length = next(told, len(path))
+        value = assignment.partition("=")[2]
+        parts.append(f"{'.'.join(path[-length:])}={value}".replace("/", "_"))
     return " ".join(parts)

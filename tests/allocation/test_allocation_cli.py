@@ -289,6 +289,14 @@ def test_varied_keys_give_every_combination(recipe, allocating, compared):
     assert list(compared[0]["seeds"]) == [0, 1]
 
 
+def test_keys_that_end_alike_are_told_apart_by_what_they_are_of(recipe, compared):
+    argv = ["compare", recipe, "--vary", "quantize.bits=3,4", "--vary", "calibration.seed=5"]
+    assert call(*argv, "--vary", "quantize.embedding.bits=6") == 0
+    assert [r.name for r in compared[0]["recipes"]] == [
+        f"tiny quantize.bits={bits} seed=5 embedding.bits=6" for bits in (3, 4)
+    ]
+
+
 def test_results_of_varied_keys_go_to_folders_of_their_own(recipe, compared):
     from compress.storage.files import folder_name
 
