@@ -11,9 +11,11 @@ measured as
     modelpress eval OUT/NAME --baseline MODEL --dense --perplexity TEXT/measured.txt --length 512
         --tokens 16384 --include-path TASKS --limit 100
 
-does it, but the 16-bit model's figures are taken once. A GGUF file is expanded by the library gguf
-through transformers, which gives rows of q and k their places back, and measured as fp32 weights:
-what the file holds, without llama.cpp's rounding of activations to 8 bits.
+does it, but the 16-bit model's figures are taken once, and without BLIMP (`--limit 0`) those that
+`modelpress compare` has measured on the same text are taken from OUT/NAME.json. A GGUF file is
+expanded by the library gguf through transformers, which gives rows of q and k their places back,
+and measured as fp32 weights: what the file holds, without llama.cpp's rounding of activations to 8
+bits.
 
 Both have a row for each: the facts that its script told, or modelpress.json, and
 
@@ -116,6 +118,16 @@ def our_facts(folder: Path) -> dict[str, Any]:
     }
 
 
+def compared(file: Path, text: Path) -> dict[str, Any] | None:
+    """What `modelpress compare` has measured of a result, if it was on the same windows."""
+    told = json.loads(file.read_text()) if file.exists() else {}
+    scores = told.get("evaluation")
+    if scores is None or "kl" not in scores:
+        return None
+    measured = str(text.absolute()) in scores["local"] and scores["kl"]["length"] == LENGTH
+    return scores if measured and scores["kl"]["tokens"] == TOKENS - TOKENS // LENGTH else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for folder in ("model", "text", "blimp", "out"):
@@ -123,7 +135,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--limit", type=int, default=ITEMS, help="items of BLiMP; 0: none of it")
     asked = parser.parse_args()
-    made = {file.stem for file in asked.out.glob("*.json")}
+    made = {file.stem for file in asked.out.glob("*.json")} - {"comparison"}
     made |= {file.parent.name for file in asked.out.glob("*/modelpress.json")}
     known = {row["name"] for file in (PEERS, OURS) for row in recorded(file)}
     names = asked.names or sorted(made - known)
@@ -146,7 +158,10 @@ def main() -> None:
                 row = json.loads((asked.out / f"{name}.json").read_text())
             for gguf in folder.glob("*.gguf"):
                 folder = expand(gguf, asked.model, Path(scratch) / "dense")
-            scores = evaluator.measure(folder, dense=True)
+            known = compared(asked.out / f"{name}.json", asked.text / "measured.txt")
+            if known is None or asked.limit:
+                known = evaluator.measure(folder, dense=True)
+            scores = known
             told = scores["conditions"]
             conditions = {key: told[key] for key in ("dtype", "device", "lm_eval") if key in told}
             conditions |= {"torch": torch.__version__, "tokens": scores["kl"]["tokens"]}
