@@ -5,6 +5,8 @@ Ours or anybody's: compressed-tensors, GPTQ, GGUF, or 16 bits.
     inspect("out")["modules"][0]      # {"name", "shape", "bits", "group_size", "symmetric"}
 """
 
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,10 @@ RARE_FIELDS = ("per_tensor", "act_order", "activation_bits")
 def inspect(path: str | Path) -> dict[str, Any]:
     """What a checkpoint folder holds, from its headers and JSON files alone.
 
-    Returns {"format", "modules": [{"name", "shape", "bits", "group_size", "symmetric"}],
-    "bytes": {"quantized", "other", "total"}, "recipe", "provenance"}. Every matrix is a module;
-    one that is not quantised has the bits of its dtype and None for group_size and symmetric.
-    group_size None on a quantised module is one scale per output channel, or one in all;
+    Returns {"format", "average_bits", "modules": [{"name", "shape", "bits", "group_size",
+    "symmetric"}], "bytes": {"quantized", "other", "total"}, "recipe", "provenance"}. Every matrix
+    is a module; one that is not quantised has the bits of its dtype and None for group_size and
+    symmetric. group_size None on a quantised module is one scale per output channel, or one in all;
     `per_tensor`, `act_order` and `activation_bits` are there where they say something, `format`
     where codes are in int8, `codes_of` for a head that is the embedding. A GGUF file, or a folder
     without others, has llama.cpp's names. Raises UsageError if there is no such folder,
@@ -49,7 +51,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         }
         found = inspect_gguf(files) | beside
         found["modules"].sort(key=lambda module: _natural(module["name"]))
-        return found
+        return found | {"average_bits": average_bits(found["modules"])}
     if not folder.is_dir():
         raise UsageError(f"no such model folder: {path} (download a hub model first: hf download)")
     config, file = read_config(folder), folder / "config.json"
@@ -70,9 +72,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
         for name in reader.names
         if name.rpartition(".")[0] in quantised and not name.endswith(".bias")  # as in the plan
     )
+    listed = [{"name": name, **modules[name]} for name in sorted(modules, key=_natural)]
     return {
         "format": section.get("quant_method", "unquantised"),
-        "modules": [{"name": name, **modules[name]} for name in sorted(modules, key=_natural)],
+        "average_bits": average_bits(listed),
+        "modules": listed,
         "bytes": {
             "quantized": quantised_bytes,
             "other": reader.nbytes() - quantised_bytes,
@@ -81,6 +85,20 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "recipe": _read_recipe(folder),
         "provenance": read_json(folder / "modelpress.json"),
     }
+
+
+def average_bits(modules: Iterable[Mapping[str, Any]]) -> float | None:
+    """Bits a weight of `inspect`'s modules that are quantised, scales not counted; None: of none.
+
+    A head that is the embedding counts once, as in the plan.
+    """
+    counted = [
+        (math.prod(module["shape"]), module["bits"])
+        for module in modules
+        if module.get("symmetric") is not None and "codes_of" not in module
+    ]
+    weights = sum(count for count, _ in counted)
+    return sum(count * bits for count, bits in counted) / weights if weights else None
 
 
 def _quantised_modules(reader: CheckpointReader, section: dict[str, Any]) -> dict[str, Any]:

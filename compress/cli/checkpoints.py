@@ -76,6 +76,9 @@ def inspect(
     def draw(out: Console) -> None:
         out.print(module_table(found["modules"]))
         rows = [("format", found["format"]), *size_rows(found["bytes"])]
+        if found["average_bits"] is not None:
+            average = f"{found['average_bits']:.2f} over the quantised weights"
+            rows.insert(1, ("average bits", average))
         if found["recipe"]:
             recipe = (model.parent if model.is_file() else model) / "recipe.yaml"
             rows.append(("recipe", f"{found['recipe'].get('name')} ({recipe})"))

@@ -1,6 +1,7 @@
 """Inspecting counts every matrix and every byte, from headers alone."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -43,6 +44,11 @@ def test_inspect_lists_every_matrix_and_every_byte(mixed):
         if name in mixed.modules
     )
     assert packed < size["quantized"] < 1.5 * packed
+    weights = {name: math.prod(modules[name]["shape"]) for name in mixed.modules}
+    assert found["average_bits"] == pytest.approx(
+        sum(weights[name] * scheme.bits for name, scheme in mixed.modules.items())
+        / sum(weights.values())
+    )
     assert found["recipe"] is None
     assert found["provenance"] is None
 
@@ -83,6 +89,7 @@ def test_inspect_a_plain_folder(tmp_path):
     assert found["format"] == "unquantised"
     assert {module["bits"] for module in found["modules"]} == {16}
     assert found["bytes"]["quantized"] == 0
+    assert found["average_bits"] is None
     names = [module["name"] for module in found["modules"]]
     assert len(names) == 2 * 7 + 2
 

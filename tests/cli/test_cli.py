@@ -150,7 +150,8 @@ def test_plan_with_problems_prints_each_and_leaves_with_2(recipe, capsys):
 def test_inspect_tells_what_run_has_written(finished, checkpoint, capsys):
     assert call("inspect", finished.output, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"format", "modules", "bytes", "recipe", "provenance"}
+    assert set(found) == {"format", "average_bits", "modules", "bytes", "recipe", "provenance"}
+    assert found["average_bits"] == 3
     planned = json.loads(finished.stdout)["plan"]
     assert found["bytes"]["total"] == planned["bytes"]["total"]
     bits = {module["name"]: module["bits"] for module in found["modules"]}
@@ -158,9 +159,13 @@ def test_inspect_tells_what_run_has_written(finished, checkpoint, capsys):
         m["name"]: 3 for m in planned["modules"]
     }
     assert call("inspect", finished.output) == 0
-    assert "compressed-tensors" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "compressed-tensors" in shown
+    assert "3.00 over the quantised weights" in shown
     assert call("inspect", checkpoint()) == 0
-    assert "unquantised" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "unquantised" in shown
+    assert "average bits" not in shown
 
 
 def test_generate_is_greedy_and_the_seed_decides_the_rest(checkpoint, capsys):

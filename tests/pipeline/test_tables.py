@@ -81,6 +81,7 @@ def test_every_reader_gets_the_tables_that_were_planned(checkpoint, tmp_path, ca
     assert result.self_check["relative_error"] < 1e-4
     found = inspect(tmp_path / "out")
     assert found["bytes"] == plan.bytes
+    assert found["average_bits"] == pytest.approx(plan.average_bits)
     planned = {module.name: module for module in plan.modules}
     assert {m["name"]: m["bits"] for m in found["modules"] if m["symmetric"]} == {
         name: module.bits for name, module in planned.items()
