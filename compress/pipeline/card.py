@@ -29,7 +29,6 @@ what is not known. Facts come from one dict, of which every key but `name` may b
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +45,8 @@ from compress.checkpoint.engines import (
     place_in_layers,
 )
 from compress.checkpoint.packed import EMBEDDING
-from compress.data.text import HUB_IDS
 from compress.eval.markup import fence_for, in_code, in_markdown, in_shell, quoted
 from compress.eval.report import (
-    ERROR,
     NLL,
     Facts,
     Row,
@@ -65,35 +62,13 @@ from compress.eval.report import (
     told_apart,
     warnings_of,
 )
-from compress.recipe.sections import matches
-from compress.recipe.token_importance import TokenImportance
+from compress.pipeline.card_index import front_matter, is_hub_id
+from compress.pipeline.card_steps import base_name, method_steps, pruning_steps, public
 from compress.scheme import Scheme
 
-# Conditions of tasks that an entry of the model index names.
-HOW_TASKS = (
-    "chat_template",
-    "chat_template_name",
-    "limit",
-    "max_length",
-    "gen_kwargs",
-    "add_bos_token",
-    "activation_bits",
-)
 ACCURACIES = ("acc", "acc_norm", "exact_match")  # of which a share is left
-ROTATIONS = {"hadamard": "a randomised Hadamard matrix", "random": "a random orthogonal matrix"}
-PRUNING = {
-    "vflowopt": "VFlowOpt (arXiv 2508.05211)",
-    "fastv": "FastV (arXiv 2403.06764)",
-    "pyramiddrop": "PyramidDrop (arXiv 2410.17247)",
-    "visionzip": "VisionZip (arXiv 2412.04467)",
-    "divprune": "DivPrune (arXiv 2503.02175)",
-    "uniform": "even spacing",
-    "random": "chance",
-    "pooling": "average pooling",
-}
 QUESTION = "What is the capital of France?"
 GGUF_TABLES = {"token_embd": "model.embed_tokens", "output": HEAD}  # llama.cpp's names
-METHODS = {"gptq": "GPTQ (arXiv 2210.17323)", "rtn": "round to nearest"}
 
 
 def bits_summary(
@@ -184,13 +159,13 @@ def model_card(result: Facts) -> str:
     provenance = result.get("provenance") or {}
     recipe_text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip()
     text = page.get_template("card.md.jinja").render(
-        front_matter=_front_matter(result, bits),
+        front_matter=front_matter(result, bits),
         name=in_markdown(result["name"]),
         quoted=quoted(result["name"]),
-        base_model=in_code(_base_name(result)) if result.get("base_model") else None,
+        base_model=in_code(base_name(result)) if result.get("base_model") else None,
         steps=[
-            *_steps(recipe, provenance.get("calibration") or {}, bits),
-            *_pruning_steps(result.get("pruning")),
+            *method_steps(recipe, provenance.get("calibration") or {}, bits),
+            *pruning_steps(result.get("pruning")),
         ],
         chat=bool(result.get("chat")),
         messages=_messages(bool(result.get("multimodal"))),
@@ -222,13 +197,13 @@ def model_card(result: Facts) -> str:
         half="--dtype float16" in dict(bits.get("engines", [])).get("vLLM", ""),
         format=result.get("format") or "compressed-tensors",
         file=quoted((result.get("files") or ["model.gguf"])[0]),
-        repository=in_code(f"hf.co/{result['name']}") if _is_hub_id(str(result["name"])) else None,
+        repository=in_code(f"hf.co/{result['name']}") if is_hub_id(str(result["name"])) else None,
         dequantize=not bits.get("symmetric", True),
         limitations=_limitations(bits, evaluation, result.get("pruning")),
         recipe=recipe_text,
         fence=fence_for(recipe_text),
         provenance=[
-            (in_markdown(key), in_markdown(_public(value)))
+            (in_markdown(key), in_markdown(public(value)))
             for key, value in (
                 *flatten({k: v for k, v in provenance.items() if k != "warnings"}),
                 *(("warning", warning) for warning in provenance.get("warnings") or []),
@@ -244,103 +219,6 @@ def _loads(engines: Sequence[tuple[str, str]]) -> dict[str, bool]:
     return {engine: said.get(engine, True) for engine in ("transformers", "vLLM", "GPTQModel")}
 
 
-def _front_matter(result: Facts, bits: Facts) -> str:
-    """The YAML that the hub reads. base_model only if it can be a hub id: the hub refuses paths."""
-    base = _hub_base(result)
-    widths = sorted({row["bits"] for row in bits.get("widths", [])})
-    format, said = result.get("format") or "compressed-tensors", result.get("card") or {}
-    tags = ["modelpress", *([format] if widths else [])]
-    tags += [f"{width}-bit" for width in widths]
-    versions = (result.get("provenance") or {}).get("versions") or {}
-    calibration = (result.get("recipe") or {}).get("calibration") or {}
-    data = HUB_IDS.get(str(calibration.get("dataset"))) if widths and _calibrated(result) else None
-    fields: dict[str, Any] = {
-        "license": said.get("license"),
-        "language": said.get("language"),
-        "base_model": base,
-        "base_model_relation": "quantized" if base else None,
-        "datasets": [data] if data else None,
-        "library_name": "gguf" if format == "gguf" else "transformers",
-        "pipeline_tag": "image-text-to-text" if result.get("multimodal") else "text-generation",
-        "tags": tags,
-        "quantized_by": " ".join(filter(None, ["modelpress", versions.get("modelpress")])),
-        "model-index": _model_index(result),
-    }
-    # a line break in a value could end the front matter
-    fields = {
-        key: " ".join(value.split()) if isinstance(value, str) else value
-        for key, value in fields.items()
-        if value is not None
-    }
-    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
-
-
-def _calibrated(result: Facts) -> bool:
-    """Whether the run has read calibration data: as it noted, else as its recipe says."""
-    provenance, recipe = result.get("provenance") or {}, result.get("recipe") or {}
-    if "calibration" in provenance:
-        return bool(provenance["calibration"])
-    return (recipe.get("quantize") or {}).get("method") == "gptq" or bool(recipe.get("allocate"))
-
-
-def _model_index(result: Facts) -> list[dict[str, Any]] | None:
-    """The measured figures as the hub reads them; None where nothing was measured.
-
-    Figures of before an export are this model's only where it is known to hold the same values. Of
-    entries that would be told by nothing but their values the newest stands.
-    """
-    kind = "image-text-to-text" if result.get("multimodal") else "text-generation"
-    found: list[dict[str, Any]] = []
-
-    def add(name: str, how: Mapping[str, object], metrics: list[dict[str, Any]]) -> None:
-        # Copies: what two entries share would be an anchor in the YAML.
-        args = {key: deepcopy(value) for key, value in how.items() if value is not None}
-        listed = ", ".join(_argument(key, value) for key, value in args.items())
-        data: dict[str, Any] = {
-            "type": _plain(name),
-            "name": _plain(name) + (f" ({listed})" if listed else ""),
-        }
-        data |= {"args": args} if args else {}
-        if all(entry["dataset"] != data for entry in found):
-            found.append({"task": {"type": kind}, "dataset": data, "metrics": metrics})
-
-    same = (result.get("export") or {}).get("differs") == []
-    for scores in (result.get("evaluation") or {}, *(result.get("earlier") or [])):
-        if scores.get("before_export") and not same:
-            continue
-        facts = scores.get("conditions") or {}
-        for name, metrics in (scores.get("results") or {}).items():
-            values = [
-                {"type": metric, "value": value}
-                for metric, value in metrics.items()
-                if not metric.endswith(ERROR) and isinstance(value, int | float)
-            ]
-            if values:
-                how = {key: facts.get(key) for key in HOW_TASKS}
-                how["shots"] = (facts.get("shots") or {}).get(name)
-                how["system_instruction"] = facts.get("system_instruction") and True
-                add(name, how, values)
-        text = scores.get("perplexity") or {}
-        if isinstance(text.get("value"), int | float):
-            said = facts.get("perplexity_dataset", "text")
-            name = Path(str(said).removesuffix(" (held out)")).name
-            values = [{"type": "perplexity", "value": text["value"]}]
-            if kl := scores.get("kl"):
-                values.append({"type": "kl_divergence", "value": kl["mean"]})
-            how = {key: text.get(key) for key in ("tokens", "length", "stride")}
-            how |= {"bos": text.get("bos") or None, "activation_bits": facts.get("activation_bits")}
-            add(name, how, values)
-    return [{"name": _plain(result["name"]), "results": found}] if found else None
-
-
-def _argument(key: str, value: object) -> str:
-    """What an entry of the model index was measured with, in words."""
-    name = key.replace("_", " ")
-    if isinstance(value, bool):
-        return f"{'with' if value else 'without'} {name}"
-    return f"{_plain(value)} {name}" if key in ("shots", "tokens") else f"{name} {_plain(value)}"
-
-
 def _messages(multimodal: bool) -> str:
     """A question to a chat model, as a Python literal."""
     if not multimodal:
@@ -354,146 +232,6 @@ def _request(name: str) -> str:
     """The same as a request to a server, as one word of a shell."""
     messages = [{"role": "user", "content": QUESTION}]
     return in_shell(json.dumps({"model": name, "messages": messages}))
-
-
-def _plain(name: object) -> str:
-    """A name as one word of letters, digits and what stands in file names."""
-    return re.sub(r"[^\w./-]+", "-", str(name), flags=re.ASCII).strip("-") or "model"
-
-
-def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name))
-
-
-def _hub_base(result: Facts) -> str | None:
-    """The base model's id on the hub; None for one that is a folder, as far as anybody knows."""
-    base, local = str(result.get("base_model") or ""), result.get("local_model")
-    if local is None:  # an older result, which does not say
-        local = not _is_hub_id(base) or Path(base).exists()
-    whole = _is_hub_id(base) or bool(re.fullmatch(r"[\w-][\w.-]*", base))
-    return base if whole and not local else None
-
-
-def _base_name(result: Facts) -> str:
-    """How the card calls the base model: a folder by its bare name."""
-    base = str(result["base_model"])
-    return Path(base).name or base if result.get("local_model") else _public(base)
-
-
-def _steps(recipe: Facts, calibrated: Facts, bits: Facts) -> list[str]:
-    """What was done, in order, as the recipe says it.
-
-    calibrated: what is known of the calibration data. bits: as `bits_summary` returns it.
-    """
-    quantize = recipe.get("quantize") or {}
-    rotate = (recipe.get("rotate") or {}).get("kind", "none")
-    method = quantize.get("method", "none")
-    steps = []
-    if rotate != "none":
-        steps.append(
-            f"The weights were rotated by {ROTATIONS.get(rotate, rotate)}, folded into them "
-            f"offline: nothing is rotated at inference."
-        )
-    if method == "gptq":
-        steps.append(_calibration_step(recipe.get("calibration") or {}, calibrated))
-        importance = quantize.get("token_importance") or {}
-        if importance.get("name", "uniform") != "uniform":
-            options = TokenImportance(**importance).options
-            listed = "".join(f", {key} {in_markdown(value)}" for key, value in options.items())
-            steps.append(
-                f"Tokens were weighted by {importance['name'].replace('_', ' ')}{listed} "
-                f"(RSQ, arXiv 2503.01820)."
-            )
-        target = quantize.get("target") or {}
-        if target.get("name") == "full_precision":
-            steps.append(
-                f"Each layer's weights were fitted to what the 16-bit model has at that place "
-                f"(target full_precision, strength {target.get('strength')}), not only to what "
-                f"the layers quantised before it pass on."
-            )
-    if allocate := recipe.get("allocate"):
-        importance = allocate.get("importance") or {}
-        name = importance.get("name", "?") if isinstance(importance, Mapping) else importance
-        by = f"{in_markdown(name).replace('_', ' ')} ({allocate.get('method')})"
-        how = "Layers were left out" if allocate.get("method") == "remove" else "Widths were chosen"
-        steps.append(f"{how} by the importance of each {allocate.get('unit', 'layer')}: {by}.")
-    if method != "none":
-        grid = "symmetric" if quantize.get("symmetric", True) else "asymmetric"
-        done = METHODS.get(method, method)
-        text = f"The linear layers were quantised with {done} on a {grid} grid"
-        left = _left_out(quantize, bits.get("names") or [])
-        if left:
-            were = "was" if len(left) == 1 else "were"
-            text += f"; {in_markdown(', '.join(left))} {were} left out"
-        steps.append(text + ".")
-    if tables := bits.get("tables"):
-        listed = ", ".join(f"{in_markdown(name)} to {bits:g} bits" for name, bits in tables.items())
-        steps.append(f"Tables of the vocabulary were quantised as well: {listed}.")
-    return steps
-
-
-def _calibration_step(calibration: Facts, found: Facts) -> str:
-    """What was read to calibrate: windows, conversations, or prompts with images."""
-    dataset = in_markdown(_public(str(calibration.get("dataset", "?"))))
-    seed = f"seed {calibration.get('seed', 0)}"
-    if prompts := found.get("prompts"):
-        return f"Calibration on {prompts} prompts with images of {dataset}, {seed}."
-    if "cut" not in found:
-        windows, length = (calibration.get(key, "?") for key in ("samples", "length"))
-        return f"Calibration on {windows} windows of {length} tokens of {dataset}, {seed}."
-    (count, length), cut = found["windows"], found["cut"]
-    tokens, counted = found["tokens"], found["counted_tokens"]
-    text = f"Calibration on {count} conversations of {dataset}, {seed}: {tokens:,} tokens"
-    if counted == tokens:
-        text += ", all of which count"
-    elif calibration.get("loss_mask") == "assistant":
-        text += (
-            f", of which {counted:,} count: those of the assistant and the first of each "
-            "conversation (loss_mask assistant)"
-        )
-    else:
-        text += f", of which {counted:,} count"
-    return text + (f"; {cut} were cut to {length} tokens." if cut else ".")
-
-
-def _left_out(quantize: Facts, names: Sequence[str]) -> list[str]:
-    """The patterns of what stayed in 16 bits: none that a quantised module has matched."""
-    patterns = [*(quantize.get("ignore") or [])]
-    patterns += [
-        override["match"]
-        for override in quantize.get("overrides") or []
-        if override.get("ignore") or override.get("bits") == 16
-    ]
-    return [p for p in patterns if not any(matches(p, name) for name in names)]
-
-
-def _pruning_steps(pruning: Facts | None) -> list[str]:
-    """How visual tokens are pruned, and what that did to the calibration prompts."""
-    if not pruning:
-        return []
-    strategy, seen = pruning["strategy"], pruning.get("calibration")
-    name = PRUNING.get(strategy["method"], strategy["method"])
-    stages = ", ".join(map(str, strategy["stages"]))
-    ratios = ", ".join(f"{ratio:.3g}" for ratio in strategy["ratios"])
-    steps = [
-        f"Visual tokens are pruned by {name} before decoder layers {stages} (0: before all of "
-        f"them); {ratios} of those that are there stay."
-    ]
-    if search := pruning.get("search"):
-        conditions = search["conditions"]
-        steps.append(
-            f"That strategy was the best of {search['trials']} on {conditions['prompts']} "
-            f"prompts: mean cosine {search['score']:.4f} to the unpruned last state."
-        )
-    if seen:
-        flops = seen["prefill_flops"] / seen["prefill_flops_unpruned"]
-        cache = seen["kv_bytes"] / seen["kv_bytes_unpruned"]
-        steps.append(
-            f"Of the {seen['prompts']} calibration prompts {seen['average_kept']:.1%} of the "
-            f"visual tokens were kept, averaged over layers: {flops:.1%} of the prefill FLOPs, "
-            f"{cache:.1%} of the KV cache. The Hessians are those of what was kept."
-        )
-    return steps
 
 
 def _table(*rows: tuple) -> str:
@@ -566,15 +304,10 @@ def _kept(column: str, theirs: Row, estimate: Facts) -> str:
     return f"{share} %" + (f", {unseen}" if unseen else "")
 
 
-def _public(value: str) -> str:
-    """A path as the name of what lies there: where somebody keeps files is for nobody else."""
-    return Path(value).name if Path(value).is_absolute() else value
-
-
 def _conditions(evaluation: Facts) -> list[str]:
     lines = [(evaluation.get(part) or {}).get("line") for part in ("perplexity", "kl")]
     lines += [
-        f"{in_markdown(key)}: {in_markdown(_public(value))}"
+        f"{in_markdown(key)}: {in_markdown(public(value))}"
         for key, value in conditions_of(evaluation)
         if key != "model"
     ]
