@@ -30,7 +30,8 @@ from compress.bench.clock import Stopwatch
 from compress.data.activations import TOKENS_PER_BATCH
 from compress.importance.tokens import attention_concentration
 from compress.kernels.cpu import native
-from compress.models.families import LayerSpec, experts_per_token, head_dim_of
+from compress.models.families import experts_per_token, head_dim_of
+from compress.models.family_specs import LayerSpec
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.pruning_forecast import calibration_tokens
 from compress.quantization.grid import UniformGrid

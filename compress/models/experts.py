@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UsageError
-from compress.models.families import ExpertNames
+from compress.models.family_specs import ExpertNames
 
 FUSED = ("gate_up_proj", "down_proj")
 FUSED_BIASES = ("gate_up_proj_bias", "down_proj_bias")

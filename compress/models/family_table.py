@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from compress.models.families import (
-    AFTER,
     ARCHITECTURES,
     CHUNKS,
     LINEAR,
-    MEAN,
     MIXTURES,
     MULTIMODAL,
     TOGETHER,
     WINDOWS,
 )
+from compress.models.family_specs import AFTER, MEAN
 
 
 @dataclass(frozen=True)

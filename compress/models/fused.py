@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from compress.errors import CheckpointError
 from compress.models.experts import OpenedExperts
-from compress.models.families import ExpertNames
+from compress.models.family_specs import ExpertNames
 from compress.storage.safetensors import CheckpointReader, check_finite, read_item
 from compress.storage.safetensors_header import DTYPES, TensorEntry
 

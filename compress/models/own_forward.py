@@ -17,7 +17,7 @@ from typing import NotRequired, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
-from compress.models.families import ArchitectureSpec
+from compress.models.family_specs import ArchitectureSpec
 
 
 class LayerInputs(TypedDict):

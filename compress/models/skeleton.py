@@ -23,7 +23,8 @@ from compress.errors import CheckpointError, UsageError
 from compress.memory import moved, uncollected
 from compress.models.config_values import check_extent, check_tokenizer, reason_of
 from compress.models.experts import OpenedExperts, ReadExpert, open_experts
-from compress.models.families import ArchitectureSpec, architecture_of, experts_of, head_dim_of
+from compress.models.families import architecture_of, experts_of, head_dim_of
+from compress.models.family_specs import ArchitectureSpec
 from compress.models.fused import MXFP4, PartedReader, Whole, wholes_of
 from compress.models.meta import WithoutNumbers
 from compress.models.own_forward import LayerInputs, Told, finished, handed_on

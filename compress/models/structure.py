@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from compress.errors import UsageError
 from compress.models.attention import Attended, attending
 from compress.models.experts import OpenedExperts
-from compress.models.families import ArchitectureSpec, ExpertsSpec, LayerSpec
+from compress.models.family_specs import ArchitectureSpec, ExpertsSpec, LayerSpec
 
 TOKENS = 3
 SEED = 0

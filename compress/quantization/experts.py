@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from compress.data.activations import ActivationStore
 from compress.models.experts import OpenedExperts, Routing, StandIn, standing_in
-from compress.models.families import ExpertsSpec, LayerSpec
+from compress.models.family_specs import ExpertsSpec, LayerSpec
 from compress.models.skeleton import linear_in
 from compress.quantization.hessian import Hessian, Part, needed
 from compress.quantization.shares import Whole

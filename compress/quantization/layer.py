@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.activations import ActivationStore
-from compress.models.families import LayerSpec
+from compress.models.family_specs import LayerSpec
 from compress.models.own_forward import LayerInputs
 from compress.models.skeleton import linear_in
 from compress.quantization.experts import ExpertPass, Scarce

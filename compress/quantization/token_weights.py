@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compress.importance.tokens import LayerContext
 from compress.importance.weighting import TokenSettings, TokenWeights, mean_one, token_weights
 from compress.models.attention import seen_by
-from compress.models.families import LayerSpec
+from compress.models.family_specs import LayerSpec
 from compress.models.own_forward import LayerInputs
 from compress.models.skeleton import linear_in
 from compress.recipe.token_importance import TokenImportance

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError, CompressError
-from compress.models.families import ExpertsSpec, LayerSpec, VisionSpec
+from compress.models.family_specs import ExpertsSpec, LayerSpec, VisionSpec
 from compress.registry import Registry
 from compress.rotation.hadamard import HadamardTransform
 

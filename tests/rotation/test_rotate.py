@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.errors import CheckpointError, CompressError, UsageError
-from compress.models.families import LayerSpec
+from compress.models.family_specs import LayerSpec
 from compress.rotation import rotate
 from compress.rotation.rotate import (
     HadamardRotation,
