@@ -8,6 +8,7 @@ seeds their standard deviation.
 """
 
 import argparse
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ DRAWN = {  # the rest is in the table
     "GPTQ, 16-bit target": (COLOURS[0], "-o"),
     "RSQ, 16-bit target": (COLOURS[1], "-s"),
     "RTN": (COLOURS[6], "-x"),
+    "mixed widths": ("#8b4513", "-*"),
     "llm-compressor GPTQ": (COLOURS[2], "--^"),
     "GPTQModel GPTQ": (COLOURS[3], "--v"),
     "GPTQModel GPTAQ": (COLOURS[4], "--<"),
@@ -46,9 +48,14 @@ DRAWN = {  # the rest is in the table
 }
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """The recipe's name without the width that it was varied by, or the peer's."""
+    return re.split(r" (?:average_)?bits=", row.get("recipe", row["name"]))[0]
+
+
 def curve_of(row: dict[str, Any]) -> str:
     """The name of the curve that a row is of."""
-    name = row.get("recipe", row["name"]).partition(" bits=")[0].partition(" average_bits=")[0]
+    name = name_of(row)
     return CURVES[next(start for start in CURVES if name.startswith(start))]
 
 
@@ -124,12 +131,11 @@ def table(found: Sequence[dict[str, Any]], plain: dict[str, Any]) -> str:
         if blimp is not None:
             difference = blimp["difference"]
             told = f"{difference['value']:+.3f} ± {difference['stderr']:.3f}"
-        name = point.get("recipe", point["name"]).partition(" bits=")[0]
+        name = name_of(point).removesuffix(f"-{point.get('seed')}")
         seeds = f" ({point['seeds']} seeds)" if point["seeds"] > 1 else ""
-        bits = point["bits"] if point["bits"] is not None else f"{point['average_bits']:.2f}"
         size = f"{point['bytes'] / 1e6:.1f} | {point['perplexity']:.2f}"
         lines.append(
-            f"| {name}{seeds} | {bits} | {size} "
+            f"| {name}{seeds} | {point['bits']} | {size} "
             f"| {format_number(kl['value'], error)} | {top1['value']:.1%} | {told} "
             f"| {point['peak_memory'] / 1e9:.2f} |"
         )

@@ -109,7 +109,7 @@ def our_facts(folder: Path) -> dict[str, Any]:
         "name": folder.name,
         "recipe": recipe.name,
         "seed": recipe.calibration.seed,
-        "bits": recipe.quantize.bits if recipe.allocate is None else None,
+        "bits": recipe.quantize.bits if recipe.allocate is None else recipe.allocate.average_bits,
         "average_bits": told["average_bits"],
         "versions": told["versions"],
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
