@@ -26,6 +26,7 @@ CURVES = {
     "GPTQ, 16-bit target": "GPTQ, 16-bit target",
     "GPTQ": "GPTQ",
     "QuaRot": "QuaRot",
+    "RSQ, 16-bit target, 4-bit tables": "RSQ, 16-bit target, 4-bit tables",
     "RSQ, 16-bit target": "RSQ, 16-bit target",
     "RSQ": "RSQ",
     "mixed": "mixed widths",
@@ -38,6 +39,7 @@ CURVES = {
 DRAWN = {  # the rest is in the table
     "GPTQ, 16-bit target": (COLOURS[0], "-o"),
     "RSQ, 16-bit target": (COLOURS[1], "-s"),
+    "RSQ, 16-bit target, 4-bit tables": (COLOURS[1], "--s"),
     "RTN": (COLOURS[6], "-x"),
     "mixed widths": ("#8b4513", "-*"),
     "llm-compressor GPTQ": (COLOURS[2], "--^"),
