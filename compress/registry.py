@@ -77,6 +77,7 @@ LAYER_IMPORTANCE: Registry[Any] = Registry(
         "outlier_weight_count",
         "weight_error",
         "output_error",
+        "hidden_state_error",
         "logit_divergence",
         "position",
         "random",

@@ -6,6 +6,8 @@ noted; the layer is left as it was, so each unit is measured alone:
 
     weight_error       sum ||W - Q||^2 / sum ||W||^2 over the unit's linears
     output_error       sum over them of tr((W-Q) H (W-Q)^T) / tr(W H W^T), H token-weighted
+    hidden_state_error mean over tokens of ||y' - y||^2 / ||y||^2, y the layer's output, y' the same
+                       with this unit alone at that width
     logit_divergence   mean KL(16-bit || model with this unit alone at that width), nats per token
 
 For the divergence, each (unit, width) has activations of its own from its layer on, which travel
@@ -123,6 +125,7 @@ class ScoreWalk:
         self,
         errors: bool,
         divergence: bool = False,
+        hidden: bool = False,
         keep: Callable[[int, int, dict[str, QuantizedLinear]], None] | None = None,
     ) -> Scores:
         """Walks once.
@@ -130,6 +133,7 @@ class ScoreWalk:
         Args:
             errors: quantise every unit at every width and note weight and output errors.
             divergence: also the KL of the logits; implies `errors`.
+            hidden: also what each layer's output is off; implies `errors`.
             keep: given layer, width and that layer's quantised linears by relative name.
         """
         scores = Scores()
@@ -143,11 +147,14 @@ class ScoreWalk:
                 with self.model.layer(index) as layer:
                     for store in variants.values():
                         self._advance(layer, index, store)
-                    if errors or divergence:
+                    if errors or divergence or hidden:
                         solved = self._candidates(layer, index, x, scores)
                         if keep is not None:
                             for bits in self.widths:
                                 keep(index, bits, {n: found[bits] for n, found in solved.items()})
+                        if hidden:
+                            errors_of = self._hidden_errors(layer, index, x, solved)
+                            scores.errors.setdefault("hidden_state_error", {}).update(errors_of)
                         if divergence:
                             variants |= self._variants(layer, index, x, solved)
                         del solved
@@ -305,7 +312,7 @@ class ScoreWalk:
             self.shares.complete(H)
         return hessians
 
-    # ---- divergence -----------------------------------------------------------------------------
+    # ---- one unit at a time ---------------------------------------------------------------------
 
     def _variants(
         self,
@@ -315,17 +322,61 @@ class ScoreWalk:
         solved: Mapping[str, Mapping[int, QuantizedLinear]],
     ) -> dict[tuple[str, int], ActivationStore]:
         """The layer's outputs with one unit at one width, for each of them."""
+        variants: dict[tuple[str, int], ActivationStore] = {}
+        for unit, bits, weights in self._alone(index, solved):
+            store = self._store(f"variant-{index}-{len(variants)}")
+            with replaced(layer, weights):
+                self._outputs(layer, index, x, store)
+            variants[unit.name, bits] = store
+        return variants
+
+    def _alone(
+        self, index: int, solved: Mapping[str, Mapping[int, QuantizedLinear]]
+    ) -> Iterator[tuple[Unit, int, Replaced]]:
+        """Each unit of the layer at each width, and its weights there, by relative name."""
         prefix = f"{self.spec.layers}.{index}."
-        variants = {}
-        for number, unit in enumerate(self._units_of(index)):
+        for unit in self._units_of(index):
             names = [name.removeprefix(prefix) for name in self._schemes(unit)]
             for bits in self.widths:
-                store = self._store(f"variant-{index}-{number}-{bits}")
-                with replaced(layer, {name: solved[name][bits].weight() for name in names}):
-                    for i in range(len(x)):
-                        store.append(self.model.forward(layer, index, x[i].to(self.device)))
-                variants[unit.name, bits] = store
-        return variants
+                yield unit, bits, {name: solved[name][bits].weight() for name in names}
+
+    def _outputs(
+        self, layer: nn.Module, index: int, x: ActivationStore, store: ActivationStore
+    ) -> None:
+        """Appends what the layer makes of each batch."""
+        for i in range(len(x)):
+            store.append(self.model.forward(layer, index, x[i].to(self.device)))
+
+    def _hidden_errors(
+        self,
+        layer: nn.Module,
+        index: int,
+        x: ActivationStore,
+        solved: Mapping[str, Mapping[int, QuantizedLinear]],
+    ) -> dict[str, dict[int, float]]:
+        """Of each unit at each width: how far the layer's outputs are off, relative to each."""
+        outputs = self._store("y")
+        self._outputs(layer, index, x, outputs)
+        errors: dict[str, dict[int, float]] = {}
+        for unit, bits, weights in self._alone(index, solved):
+            with replaced(layer, weights):
+                own = [
+                    self._hidden_error(layer, index, x[i].to(self.device), outputs[i], mask)
+                    for i, (_, mask) in enumerate(self.batches)
+                ]
+            mean = whole_sum(self.ranks, own) / max(1, self.counted)
+            errors.setdefault(unit.name, {})[bits] = mean
+        return errors
+
+    def _hidden_error(
+        self, layer: nn.Module, index: int, x: Tensor, y: Tensor, mask: Tensor
+    ) -> float:
+        """sum over counted tokens of ||y' - y||^2 / ||y||^2; a token of zeros is not off."""
+        y = y.to(self.device)
+        lost = (self.model.forward(layer, index, x) - y).square().sum(-1, dtype=torch.float64)
+        power = y.square().sum(-1, dtype=torch.float64)
+        relative = lost / power.clamp_min(torch.finfo(torch.float32).tiny)
+        return float(relative[mask.to(self.device)].sum())
 
     def _divergences(
         self, x: ActivationStore, variants: Mapping[tuple[str, int], ActivationStore]

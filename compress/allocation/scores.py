@@ -39,6 +39,13 @@ ACTIVATIONS = "scores"  # folders of the activations, one a rank
 WINDOWS = 4  # that go through a layer at once in the fitness of `evolve`
 
 
+def copies_of_states(section: Allocate, units: int) -> int:
+    """How often the walk holds the hidden states of all its tokens, at most."""
+    if section.importance.base == "logit_divergence":
+        return 1 + units * len(section.widths)
+    return 2 if section.importance.base == "hidden_state_error" else 1
+
+
 class Scorer:
     """Answers what the strategies of `importance/layers.py` and `evolve` ask about a model."""
 
@@ -71,7 +78,7 @@ class Scorer:
         found = Scores()
         if self.section.reads_windows:
             errors = evolving or score.base in MEASURED_SCORES
-            found = self._walk(errors, score.base == "logit_divergence", evolving)
+            found = self._walk(errors, evolving)
         scores = self._scores(self._importance(score.base, score.name == "reverse"), found)
         factors = [1.0] * len(scores)
         if score.weighted_by is not None:
@@ -105,11 +112,11 @@ class Scorer:
         errors = {kind: of[unit.name] for kind, of in found.errors.items()}
         return UnitFacts(unit.name, unit.layer, weights, found.changes.get(unit.layer), errors)
 
-    def _walk(self, errors: bool, divergence: bool, keep: bool) -> Scores:
+    def _walk(self, errors: bool, keep: bool) -> Scores:
         assert self.windows is not None
         d = self.skeleton.config.hidden_size
-        variants = len(self.units) * len(self.section.widths) if divergence else 0
-        nbytes = self.windows.input_ids.numel() * d * 4 * (1 + variants)
+        copies = copies_of_states(self.section, len(self.units))
+        nbytes = self.windows.input_ids.numel() * d * 4 * copies
         on_disk = activations_on_disk(self.offload, nbytes)
         folder = self.work / f"{ACTIVATIONS}-{self.ranks.rank}" if on_disk else None
         if folder:
@@ -125,7 +132,13 @@ class Scorer:
             self.ranks,
         )
         try:
-            return walk.run(errors, divergence, self._keep if keep and self.ranks.first else None)
+            base = self.section.importance.base
+            return walk.run(
+                errors,
+                divergence=base == "logit_divergence",
+                hidden=base == "hidden_state_error",
+                keep=self._keep if keep and self.ranks.first else None,
+            )
         finally:
             if folder:  # far more than the run itself needs
                 shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ A unit is what is given one width as a whole: a decoder layer, or linears that e
     outlier_weight_count     -ZD, ZD = share of the unit's weights with z > 1, z = (w - mean) / std
     weight_error             ||W - Q||^2 / ||W||^2 of the quantiser that will be used
     output_error             the solver's error with the calibration data, by width
+    hidden_state_error       what a layer's output is off with this unit alone quantised, by width
     logit_divergence         KL of the logits with this unit alone quantised, by width
     position, random, reverse    what a score has to beat
 
@@ -240,6 +241,18 @@ class OutputError(_Measured):
     """The error tr((W-Q) H (W-Q)^T) / tr(W H W^T) that the solver reports, summed over linears."""
 
     kind = "output_error"
+
+
+@LAYER_IMPORTANCE.register("hidden_state_error")
+class HiddenStateError(_Measured):
+    """The mean over tokens of ||y' - y||^2 / ||y||^2 with this unit alone quantised.
+
+    y is the layer's output, which the next norm divides by its length: so a token counts by what
+    the next layer sees of its error. In `output_error` the few tokens with very large states decide
+    alone.
+    """
+
+    kind = "hidden_state_error"
 
 
 @LAYER_IMPORTANCE.register("logit_divergence")

@@ -28,6 +28,7 @@ Evaluation comes after the peak and loads the result.
 import math
 from collections.abc import Iterable
 
+from compress.allocation.scores import copies_of_states
 from compress.data.activations import TOKENS_PER_BATCH, activations_on_disk
 from compress.data.windows import PROBE_TOKENS
 from compress.eval.windows import CHUNK_ELEMENTS, scored_at_once
@@ -319,7 +320,7 @@ def _scores(inputs: RunInputs, shapes: Shapes) -> int:
     kinds = [skeleton.spec.layer(index) for index in range(skeleton.num_layers)]
     units = sum(1 if section.unit == "layer" else len(kind.groups) for kind in kinds)
     diverging = section.importance.base == "logit_divergence"
-    stored = states * (1 + (units * len(section.widths) if diverging else 0))
+    stored = states * copies_of_states(section, units)
     if activations_on_disk(c.offload, stored):
         stored = 0
     measured = section.method == "evolve" or section.importance.base in MEASURED_SCORES

@@ -27,7 +27,7 @@ from compress.registry import LAYER_IMPORTANCE, Registry
 HEAD = "lm_head"  # what its last name is in every family
 
 # Layer scores that are an error for each width.
-MEASURED_SCORES = ("weight_error", "output_error", "logit_divergence")
+MEASURED_SCORES = ("weight_error", "output_error", "hidden_state_error", "logit_divergence")
 
 
 def matches(pattern: str, name: str) -> bool:

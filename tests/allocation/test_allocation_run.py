@@ -70,6 +70,7 @@ def test_every_score_with_every_method_is_planned_within_the_budget(deep, import
         ("top_n", "layer_embedding_change", "average_bits"),
         ("knapsack", "output_error", "budget"),
         ("greedy", "logit_divergence", "average_bits"),
+        ("knapsack", "hidden_state_error", "average_bits"),
         ("evolve", "weight_error", "budget"),
     ],
 )

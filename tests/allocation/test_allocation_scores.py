@@ -12,11 +12,13 @@ import torch
 
 from compress.allocation.allocators import Unit
 from compress.allocation.score_walk import ScoreWalk
+from compress.allocation.scores import copies_of_states
 from compress.data.windows import CalibrationWindows
 from compress.errors import CompressError, RecipeError
 from compress.importance.layers import LAYER_IMPORTANCE
 from compress.models.skeleton import Skeleton
 from compress.pipeline.inputs import RunInputs
+from compress.recipe.sections import Allocate
 from support.mixed_widths import plan_of, widths_in_file
 from support.refusals import refused
 from support.tiny_checkpoints import (
@@ -80,7 +82,7 @@ def test_lim_flattened_and_without_the_sink(checkpoint):
     assert list(scores.values()) == pytest.approx(expected, abs=1e-6)
 
 
-def walked(recipe, windows, widths, unit="layer", folder=None, divergence=False):
+def walked(recipe, windows, widths, unit="layer", folder=None, **asked):
     """The scores of every unit, and which linears it has."""
     skeleton = Skeleton(Path(recipe.model.path))
     spec, kind = skeleton.spec, skeleton.spec.layer(0)
@@ -93,7 +95,7 @@ def walked(recipe, windows, widths, unit="layer", folder=None, divergence=False)
     section = recipe.allocate.model_copy(update={"widths": widths})
     model = RunInputs.of(recipe, skeleton).rotated_model()
     walk = ScoreWalk(section, recipe.quantize, model, windows, units, folder)
-    found = walk.run(errors=True, divergence=divergence)
+    found = walk.run(errors=True, **asked)
     return found, {unit.name: list(unit.modules) for unit in units}
 
 
@@ -182,6 +184,36 @@ def test_logit_divergence_is_the_kl_with_that_unit_alone_quantised(
         assert expected > 1e-5
         error = found.errors["logit_divergence"][name][bits]
         assert error == pytest.approx(expected, rel=2e-3, abs=1e-6), (name, bits)
+
+
+@pytest.mark.parametrize("unit, offload", [("layer", True), ("fused_group", False)])
+def test_hidden_state_error_is_what_the_layer_gives_with_that_unit_alone_quantised(
+    rounded, unit, offload, tmp_path
+):
+    recipe, model, weights = rounded
+    folder = tmp_path if offload else None
+    found, modules = walked(recipe, MASKED, [4, 2], unit, folder, hidden=True)
+    reference = [y[MASKED.mask] for _, y in seen_by_layers(model, MASKED.input_ids)]
+    for name, bits in itertools.product(modules, (4, 2)):
+        layer = int(name.split()[0])
+        before = put(model, weights[bits], modules[name])
+        moved = seen_by_layers(model, MASKED.input_ids)[layer][1][MASKED.mask]
+        put(model, before, modules[name])
+        y = reference[layer]
+        expected = float(((moved - y).square().sum(-1) / y.square().sum(-1)).mean())
+        assert expected > 1e-6
+        error = found.errors["hidden_state_error"][name][bits]
+        assert error == pytest.approx(expected, rel=1e-3), (name, bits)
+    assert "logit_divergence" not in found.errors
+
+
+@pytest.mark.parametrize(
+    "importance, copies",
+    [("output_error", 1), ("hidden_state_error", 2), ("logit_divergence", 1 + 5 * 2)],
+)
+def test_the_states_that_a_walk_holds_are_counted(importance, copies):
+    section = Allocate(importance=importance, average_bits=3, widths=[2, 4], method="knapsack")
+    assert copies_of_states(section, units=5) == copies
 
 
 @pytest.mark.parametrize("unit", ["layer", "fused_group"])

@@ -222,8 +222,10 @@ def test_zd_of_weights_without_a_spread_is_an_error_that_names_the_unit(W):
 
 # Errors by width
 
+KINDS = ("weight_error", "output_error", "hidden_state_error", "logit_divergence")
 
-@pytest.mark.parametrize("kind", ["weight_error", "output_error", "logit_divergence"])
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_measured_errors_score_what_narrowing_costs(kind):
     tables = [{2: 0.5, 4: 0.1, 8: 0.0}, {8: 0.25, 2: 0.75}, {4: 0.3}]
     made = [UnitFacts(f"u{i}", i, errors={kind: table}) for i, table in enumerate(tables)]
@@ -268,7 +270,6 @@ def test_reverse_turns_the_order_round():
     assert LAYER_IMPORTANCE["reverse"](weights).needs == "weights"
 
 
-KINDS = ("weight_error", "output_error", "logit_divergence")
 OPTIONS = {"reverse": {"of": LAYER_IMPORTANCE["position"]()}}
 
 

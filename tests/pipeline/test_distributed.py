@@ -86,6 +86,9 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "scores of outputs, rounded to nearest": (
         "dense", scored("output_error", "greedy", {"method": "rtn"}, widths=[2, 3]), 3,
     ),
+    "scores of hidden states": (
+        "dense", scored("hidden_state_error", "knapsack", widths=[2, 4]), 40,
+    ),
     "scores of logits, on disk": (
         "dense",
         scored("logit_divergence", "knapsack", widths=[2, 4])
