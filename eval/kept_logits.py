@@ -3,7 +3,7 @@
 A baseline reads the same windows anew for each model that is compared with it, and that is half of
 what measuring them takes. The file has no name, so that it is gone with the process, and holds the
 logits as they were computed: figures are the same to the bit. What finds no room in it is computed
-again. A GPU computes faster than a disk reads, so this is for CPUs.
+again; logits of a GPU are not kept.
 
     kept = KeptLogits(baseline, folder)
     for model in models:

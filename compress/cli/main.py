@@ -61,6 +61,10 @@ def _top(
     context: typer.Context, version: VersionOption = False, debug: DebugOption = False
 ) -> None:
     # The options' callbacks do their work; the help is that of `app`.
+    if os.environ.get("MODELPRESS_CPU"):
+        from compress.loading.load import check_cpu_level  # slow to import
+
+        check_cpu_level()
     rank, ranks = launched()
     if ranks > 1 and context.invoked_subcommand not in SHARED:
         if rank > 0:

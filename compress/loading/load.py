@@ -83,7 +83,7 @@ def load(
     multimodal family that is not supported, and CheckpointError
     if what is there is not a whole model that can be loaded so; it names the module.
     """
-    _check_level()
+    check_cpu_level()
     if packed is False and activation_bits is not None:
         raise UsageError(
             "activation_bits is for packed linears: leave it out, or packed=False (--dense)"
@@ -154,7 +154,6 @@ def fastest_packing(
     Where linears round what they read, packed: dense ones would not. Dense where kernels do not run
     the groups of a linear, and where a model has experts. Raises as `load` does.
     """
-    _check_level()
     path = _checked_folder(path)
     config = guarded(path, AutoConfig.from_pretrained)
     section = checked_section(config.to_dict(), path / "config.json")
@@ -170,7 +169,7 @@ def fastest_packing(
     return native.packed_is_faster(device) and PackedLinears(path).runs
 
 
-def _check_level() -> None:
+def check_cpu_level() -> None:
     """UsageError for a MODELPRESS_CPU that this processor has not."""
     try:
         native.cpu_level()

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.data.prompts import CalibrationData, ImagePrompts
-from compress.errors import RecipeError, UsageError
+from compress.errors import RecipeError
 from compress.kernels.cpu import native
+from compress.loading.load import check_cpu_level
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import Plan
 from compress.pipeline.result import RunResult
@@ -92,12 +93,10 @@ def slow_without_kernels(inputs: RunInputs, plan: Plan) -> list[str]:
     """
     if not _has_loops(inputs, plan) or os.environ.get("MODELPRESS_NATIVE") == "0":
         return []
-    try:
-        with warnings.catch_warnings():  # said below, and in each run
-            warnings.simplefilter("ignore")
-            missing = native.kernels() is None
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    check_cpu_level()
+    with warnings.catch_warnings():  # said below, and in each run
+        warnings.simplefilter("ignore")
+        missing = native.kernels() is None
     if not missing:
         return []
     why = native.reason().partition(": ")[2]

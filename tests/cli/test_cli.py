@@ -16,11 +16,12 @@ from compress.cli import checkpoints as checkpoint_commands
 from compress.cli.common import expanded
 from compress.cli.measure import MEASURED, evaluate
 from compress.cli.run import run
-from compress.errors import CompressError
+from compress.errors import CompressError, UsageError
 from compress.eval.report import Row
 from compress.eval.settings import EvaluationSettings
+from compress.loading.load import load
 from compress.recipe.recipe import Recipe
-from support.calling import call, modelpress, pretend, write_recipe
+from support.calling import call, last_line, modelpress, pretend, refuses, write_recipe
 from support.refusals import check_line
 
 SCORES = {
@@ -322,3 +323,31 @@ def test_compare_hands_over_recipes_and_seeds(monkeypatch, recipe, checkpoint, c
     assert calls[0]["output"] == Path("made")
     assert call(*argv, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"rows": 2}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "demo-rtn"],
+        ["plan", "demo-gptq", "--time"],
+        ["generate", "MODEL", "hello"],
+        ["eval", "MODEL", "--perplexity", "python-stdlib"],
+        ["compare", "demo-rtn", "demo-gptq"],
+        ["bench", "kernels", "--shapes", "64x64"],
+        ["bench", "quantize"],
+        ["bench", "model", "MODEL"],
+    ],
+    ids=" ".join,
+)
+def test_a_processor_that_is_none_is_refused_by_every_command(
+    checkpoint, monkeypatch, capsys, command
+):
+    monkeypatch.setenv("MODELPRESS_CPU", "avx1024")
+    argv = [checkpoint() if word == "MODEL" else word for word in command]
+    refuses(capsys, argv, "MODELPRESS_CPU", "native, avx2, generic", "'avx1024'", read=last_line)
+
+
+def test_load_refuses_a_processor_that_is_none(checkpoint, monkeypatch):
+    monkeypatch.setenv("MODELPRESS_CPU", "avx1024")
+    with pytest.raises(UsageError, match="MODELPRESS_CPU: expected native, avx2, generic"):
+        load(checkpoint())

@@ -197,10 +197,3 @@ def test_code_in_a_checkpoint_is_not_run(folder):
     change_config(folder, model_type="evil", auto_map={"AutoConfig": "evil.Evil"})
     check_refused(CheckpointError, folder)
     assert not canary.exists()
-
-
-def test_a_processor_that_is_none_is_refused_before_anything_is_read(packed_folder, monkeypatch):
-    monkeypatch.setenv("MODELPRESS_CPU", "avx1024")
-    for open_it in (load, fastest_packing):
-        with refused(UsageError, "MODELPRESS_CPU", "native, avx2, generic", "avx1024"):
-            open_it(packed_folder)
