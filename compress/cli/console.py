@@ -24,7 +24,6 @@ from compress.eval.report import (
     columns_of,
     conditions_of,
     format_bytes,
-    format_memory,
     format_number,
     paired_differences,
     told,
@@ -195,7 +194,7 @@ def run_table(result: "RunResult") -> Table:
         ("tensors", size),
         ("average bits", f"{result.plan.average_bits:.2f} over the quantised weights"),
         ("seconds", f"{sum(result.seconds.values()):.1f} ({seconds})"),
-        ("peak memory", format_memory(result.peak_memory)),
+        ("peak memory", result.memory_line()),
         *calibration_rows(provenance.get("calibration")),
     ]
     rows += source_rows(result.source_check)

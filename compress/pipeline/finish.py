@@ -132,8 +132,7 @@ def measure(
             raise
         finally:
             log.lap("evaluation")
-        for name, peak in peak_memory(inputs.device).items():
-            result.peak_memory[name] = max(peak, result.peak_memory.get(name, 0))
+        result.evaluation_memory = peak_memory(inputs.device)
     written = (output / "recipe.yaml").read_text(encoding="utf-8")
     if result.metrics or written != recipe.dump():  # a name and an evaluation may be others now
         documents = work / "documents"

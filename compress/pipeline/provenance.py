@@ -77,6 +77,7 @@ def provenance(
         "source_check": result.source_check,
         "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
         "peak_memory": result.peak_memory,
+        **({"evaluation_memory": measured} if (measured := result.evaluation_memory) else {}),
         "warnings": result.warnings,
     }
 

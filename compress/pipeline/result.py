@@ -21,13 +21,14 @@ class RunResult(Shown):
         metrics: the evaluation, as `compress.evaluate` gives it; empty if the recipe asks for none.
         layers: what became of each decoder layer and, if it is quantised, of the head.
         seconds: by stage.
-        peak_memory: {"host", "device"} in bytes, of this process.
+        peak_memory: {"host", "device"} in bytes, of this process, up to the written result.
         self_check: the logits' largest difference after reloading in a fresh process.
         source_check: how far our 16-bit forward of the source is from that of transformers.
         pruning: the strategy of a checkpoint that prunes visual tokens, what it kept of the
             calibration prompts, and how it was searched; None for others.
         warnings: all that was out of the ordinary, one line each.
         report: the HTML page.
+        evaluation_memory: `peak_memory` up to the end of the evaluation; empty without one.
     """
 
     path: Path
@@ -40,6 +41,8 @@ class RunResult(Shown):
     source_check: SourceCheck = field(default_factory=SourceCheck)
     pruning: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
+    report: Path | None = None
+    evaluation_memory: dict[str, int] = field(default_factory=dict)
 
     @property
     def rounded_to_nearest(self) -> int:
@@ -47,7 +50,12 @@ class RunResult(Shown):
         modules = (module for layer in self.layers for module in layer["modules"])
         return sum(module.get("rounded_to_nearest", False) for module in modules)
 
-    report: Path | None = None
+    def memory_line(self) -> str:
+        """The peak, and the one of the evaluation where that is higher."""
+        line, evaluated = format_memory(self.peak_memory), self.evaluation_memory
+        if any(evaluated[name] > peak for name, peak in self.peak_memory.items() if evaluated):
+            line += f"; with the evaluation {format_memory(evaluated)}"
+        return line
 
     def summary(self) -> dict[str, str]:
         """What a person wants to know first, as `repr` has it; lists are cut."""
@@ -59,7 +67,7 @@ class RunResult(Shown):
             "average bits": planned["average bits"],
             "measured": shortened(said),
             "seconds": f"{sum(self.seconds.values()):.1f}",
-            "peak memory": format_memory(self.peak_memory),
+            "peak memory": self.memory_line(),
             "warnings": shortened(self.warnings),
             "report": "none" if self.report is None else str(self.report),
         }
@@ -72,6 +80,7 @@ class RunResult(Shown):
             "metrics": self.metrics,
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
+            "evaluation_memory": self.evaluation_memory,
             "self_check": self.self_check,
             "source_check": self.source_check,
             "pruning": self.pruning,

@@ -96,6 +96,7 @@ def test_run_ends_with_a_table(monkeypatch, recipe, tmp_path, capsys):
     result = RunResult(
         path=tmp_path / "there", plan=plan, metrics=SCORES, layers=[], seconds={"layers": 1.5},
         peak_memory={"host": 2_000_000, "device": 0}, warnings=["mind"],
+        evaluation_memory={"host": 3_000_000, "device": 0},
         self_check={"relative_error": 1e-6, "tolerance": 1e-4, "tokens": 16},
     )  # fmt: skip
     (runs,) = [pretend(monkeypatch, "compress.pipeline.run", "run", result)]
@@ -104,7 +105,7 @@ def test_run_ends_with_a_table(monkeypatch, recipe, tmp_path, capsys):
     for text in (
         "500.00 kB before, 200.00 kB after (2.50 x)",
         "4.00",
-        "2.00 MB",
+        "2.00 MB host; with the evaluation 3.00",
         "1e-06",
         "0.525 ± 0.025",
         "there",

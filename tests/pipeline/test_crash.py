@@ -60,7 +60,13 @@ def facts_of(folder: Path) -> dict:
             module.pop("seconds")
     facts["source_check"].pop("seconds")
     # The card has the seconds, and an evaluation says which folder it measured.
-    of_the_machine = ("seconds", "peak_memory", "card_digest", "evaluations")
+    of_the_machine = (
+        "seconds",
+        "peak_memory",
+        "evaluation_memory",
+        "card_digest",
+        "evaluations",
+    )
     return {name: facts[name] for name in facts if name not in of_the_machine}
 
 

@@ -3,6 +3,7 @@
 Most tests stop it with an exception, which leaves on disk what a kill would; one really kills it.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -274,10 +275,16 @@ def test_a_result_whose_evaluation_fails_is_described_and_measured_later(
     before = weight_files(output)
     for name in ("README.md", "report.html", "modelpress.json", "recipe.yaml", "config.json"):
         assert (output / name).is_file()
+    made = json.loads((output / "modelpress.json").read_text())
+    assert made["peak_memory"]["host"] > 0 and "evaluation_memory" not in made
     assert push(output, "me/model", dry_run=True)["card"]
     watch = Watch()
     result = run(recipe, output, windows=WINDOWS, self_check=False, observer=watch)
     assert watch.started == [] and result.metrics["perplexity"]["value"] > 1
+    told = json.loads((output / "modelpress.json").read_text())
+    assert told["peak_memory"] == made["peak_memory"] == result.peak_memory  # of the other process
+    assert told["evaluation_memory"] == result.evaluation_memory
+    assert result.evaluation_memory["host"] > 0
     assert weight_files(output) == before and not (output / ".modelpress").exists()
     assert "Not evaluated" not in (output / "README.md").read_text()
     with pytest.raises(UsageError, match="--overwrite"):
