@@ -62,6 +62,7 @@ from compress.eval.report import (
     told_apart,
     warnings_of,
 )
+from compress.eval.tables import position_lines
 from compress.pipeline.card_index import front_matter, is_hub_id
 from compress.pipeline.card_steps import base_name, method_steps, pruning_steps, public
 from compress.scheme import Scheme
@@ -182,7 +183,7 @@ def model_card(result: Facts) -> str:
         average=format_number(bits.get("average")) if bits.get("average") else None,
         sizes=_sizes(result.get("bytes") or {}),
         measured=[
-            (in_markdown(told_apart(scores)), _quality_table(scores, of), _conditions(scores))
+            (in_markdown(told_apart(scores)), _quality(scores, of), _conditions(scores))
             for scores, of in (
                 (evaluation, baseline),
                 *((each, each.get("baseline") or {}) for each in result.get("earlier") or []),
@@ -260,6 +261,12 @@ def _sizes(sizes: Facts) -> str:
     if sizes.get("quantized"):
         text += f", {format_bytes(sizes['quantized'])} of them quantised"
     return f"{text}; {format_bytes(original)} before" if original else text
+
+
+def _quality(evaluation: Facts, baseline: Facts) -> str:
+    """What was measured, and below it the same by position if that was asked for."""
+    table, stretches = _quality_table(evaluation, baseline), evaluation.get("by_position")
+    return f"{table}\n\n{_table(*map(tuple, position_lines(stretches)))}" if stretches else table
 
 
 def _quality_table(evaluation: Facts, baseline: Facts) -> str:

@@ -411,9 +411,32 @@ def test_a_name_is_one_word_of_a_shell(name):
     assert json.loads(curl[-1])["model"] == name
 
 
-def test_a_blank_line_ends_every_table():
+BY_POSITION = [
+    {"first": 1, "last": 63, "tokens": 2016, "perplexity": 22.5, "baseline": 20.25}
+    | {"difference": {"value": 0.105, "stderr": 0.02}, "kl": {"value": 0.0625, "stderr": 0.003}},
+    {"first": 64, "last": 127, "tokens": 2048, "perplexity": 14.5, "baseline": 13.25}
+    | {"difference": {"value": 0.09, "stderr": 0.02}, "kl": {"value": 0.05, "stderr": 0.003}},
+]
+
+
+def test_what_was_measured_by_position_is_a_table_of_its_own():
+    assert "tokens in front" not in model_card(RESULT)
+    evaluation = RESULT["evaluation"] | {"by_position": BY_POSITION}
+    card = model_card(RESULT | {"evaluation": evaluation})
+    heads = "| tokens in front | predictions | perplexity | 16 bits | NLL above it | KL |"
+    before, lines = card.split(heads)
+    assert before.endswith("|\n\n")  # behind the table of the whole
+    assert lines.splitlines()[2:4] == [
+        "| 1 – 63 | 2,016 | 22.5 | 20.25 | +0.105 ± 0.020 | 0.0625 ± 0.0030 |",
+        "| 64 – 127 | 2,048 | 14.5 | 13.25 | +0.090 ± 0.020 | 0.0500 ± 0.0030 |",
+    ]
+
+
+@pytest.mark.parametrize("stretches", [[], BY_POSITION])
+def test_a_blank_line_ends_every_table(stretches):
     """Markdown takes the line below a table's last row for another row."""
-    lines = model_card(RESULT).splitlines()
+    evaluation = RESULT["evaluation"] | {"by_position": stretches}
+    lines = model_card(RESULT | {"evaluation": evaluation}).splitlines()
     for row, below in pairwise(lines):
         if row.startswith("|"):
             assert below.startswith("|") or not below.strip()
