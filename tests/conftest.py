@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 os.environ.pop("COLUMNS", None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forked_scripts() -> Iterator[None]:
+    """The checks' scripts need not import their libraries again for each test."""
+    from compress.pipeline.script_process import OFFLINE
+    from support.forked_scripts import ForkedScripts
+
+    scripts = ForkedScripts(OFFLINE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.pipeline.script_process.completed", scripts.completed)
+        yield
+    scripts.close()
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Callable[..., Path]:
     """`checkpoint("qwen2", tied=True)`: its folder, the same for the same arguments.

@@ -17,9 +17,6 @@ own, its decoder's weights on disk but for the module at work (accelerate's offl
 
 import gc
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -37,7 +34,7 @@ from compress.models.skeleton import Skeleton
 from compress.models.vision import Encoded, encode, rows_of, vision_at_work
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import FIXED_MEMORY
-from compress.pipeline.verify import AT_ONCE, OFFLINE
+from compress.pipeline.script_process import reported
 from compress.rotation.model import RotatedModel
 from compress.storage.indexed import indexed
 from compress.storage.safetensors import read_tensors, save_tensors
@@ -227,24 +224,10 @@ def _elsewhere(skeleton: Skeleton, probes: Mapping[str, dict[str, Tensor]]) -> l
         files = [Path(temporary, f"{name}.safetensors") for name in probes]
         for file, probe in zip(files, probes.values(), strict=True):
             save_tensors(file, probe)
-        # -P: this folder must not become the child's first import path.
-        command = [sys.executable, "-P", str(SCRIPT), str(place.resolve())]
-        command += [_kind(skeleton), "--probes", *map(str, files)]
-        command += ["--places", json.dumps(_places(skeleton))]
-        command += ["--offload", str(Path(temporary, "offload"))]
-        child = subprocess.run(
-            command,
-            env=AT_ONCE | os.environ | OFFLINE,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        try:
-            report = json.loads(child.stdout)
-        except ValueError:  # killed, for want of memory perhaps, before it could report
-            last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-            report = {"failure": f"the process left with code {child.returncode}: {last}"}
+        arguments = [str(place.resolve()), _kind(skeleton), "--probes", *map(str, files)]
+        arguments += ["--places", json.dumps(_places(skeleton))]
+        arguments += ["--offload", str(Path(temporary, "offload"))]
+        report = reported(SCRIPT, arguments)
         if "failure" in report:
             raise _fails(skeleton, without_names(report["failure"]))
         return [read_tensors(file)["logits"] for file in files]

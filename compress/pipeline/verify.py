@@ -11,11 +11,7 @@ measured is not a result.
     reload_and_compare(folder, path)["relative_error"]
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -27,12 +23,10 @@ from compress.checkpoint.quantization_config import read_config
 from compress.errors import CheckpointError
 from compress.models.config_values import without_names
 from compress.models.skeleton import Skeleton
+from compress.pipeline.script_process import reported
 from compress.storage.safetensors import CheckpointReader, save_tensors
 
 SCRIPT = Path(__file__).with_name("reload_script.py")
-# glibc then gives every larger block back when it is freed; its heap would keep hundreds of MB.
-AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def write_probe(path: str | Path, inputs: dict[str, Tensor], logits: Tensor) -> None:
@@ -105,21 +99,7 @@ def packed_table(reader: CheckpointReader) -> str | None:
 
 
 def _run(folder: Path, probe: Path, dequantize: bool, table: str | None) -> dict:
-    # -P: this folder must not become the child's first import path, or our compressed_tensors.py
-    # would stand in for the compressed_tensors package.
-    command = [sys.executable, "-P", str(SCRIPT), str(folder.resolve()), str(probe.resolve())]
-    command += ["--dequantize"] if dequantize else []
-    command += [] if table is None else ["--table", table]
-    child = subprocess.run(
-        command,
-        env=AT_ONCE | os.environ | OFFLINE,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    try:
-        return json.loads(child.stdout)
-    except ValueError:  # killed, for want of memory perhaps, before it could report
-        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"failure": f"the process left with code {child.returncode}: {last}"}
+    arguments = [str(folder.resolve()), str(probe.resolve())]
+    arguments += ["--dequantize"] if dequantize else []
+    arguments += [] if table is None else ["--table", table]
+    return reported(SCRIPT, arguments)

@@ -104,7 +104,17 @@ def replaced(words: Sequence[str], stand_ins: Mapping[str, str]) -> list[str]:
 
 
 KEPT = {"--seeds": 1, "--vary": 2}  # of a list's elements
-FEW = {"--tokens": "64", "--length": "32", "--limit": "2", "--num-fewshot": "1"}
+FEW = {
+    "--tokens": "64",
+    "--length": "32",
+    "--limit": "2",
+    "--num-fewshot": "1",
+    "--shapes": "64x128",
+    "--rounds": "1",
+    "--prompts": "4",
+    "--new-tokens": "2",
+    "--repeats": "1",
+}
 SMALLER: dict[str, tuple[str, ...]] = {
     "bench kernels": ("--shapes=64x128", "--m=1", "--rounds=1"),
     "bench compiled": ("--bits=4", "--group-size=64", "--dtype=fp16"),
