@@ -24,7 +24,7 @@ from compress.allocation.score_walk import (
 )
 from compress.data.activations import activations_on_disk
 from compress.data.windows import CalibrationWindows
-from compress.importance.layers import LayerImportance, UnitFacts
+from compress.importance.layers import LayerImportance, UnitFacts, by_unit
 from compress.observer import Observer
 from compress.quantization.solvers import QuantizedLinear
 from compress.ranks import Ranks
@@ -91,9 +91,16 @@ class Scorer:
         ]
 
     def _scores(self, strategy: LayerImportance, found: Scores) -> dict[str, float]:
-        """Unit name -> score, in the order of the units; the first rank reads weights for them."""
-        facts = (self._facts(unit, found) for unit in self.units)
-        return self.ranks.tell(lambda: strategy.scores(facts))
+        """Unit name -> score, in the order of the units.
+
+        Where a unit's score does not depend on the others, each rank reads the weights of some.
+        """
+        share = self.ranks.share(len(self.units)) if by_unit(strategy) else range(len(self.units))
+        facts = (self._facts(self.units[i], found) for i in share)
+        if not by_unit(strategy):
+            return self.ranks.tell(lambda: strategy.scores(facts))
+        parts = self.ranks.collect(strategy.scores(facts))
+        return {name: score for part in parts for name, score in part.items()}
 
     def _importance(self, name: str, reverse: bool = False) -> LayerImportance:
         """The strategy of this name, with the section's options."""

@@ -76,6 +76,11 @@ class UnitByUnit:
         return {unit.name: _finite(unit.name, self.score(unit)) for unit in units}
 
 
+def by_unit(strategy: LayerImportance) -> bool:
+    """Whether it scores some of the units as it would all of them."""
+    return isinstance(getattr(strategy, "of", strategy), UnitByUnit)
+
+
 def _finite(name: str, score: float) -> float:
     if not math.isfinite(score):
         raise CompressError(f"layer importance of {name}: expected a finite number, found {score}")

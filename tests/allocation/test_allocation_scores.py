@@ -5,19 +5,22 @@ Hooks show what a layer reads and writes; a run at one width gives the solver's 
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
 
 from compress.allocation.allocators import Unit
 from compress.allocation.score_walk import ScoreWalk
-from compress.allocation.scores import copies_of_states
+from compress.allocation.scores import Scorer, copies_of_states
 from compress.data.windows import CalibrationWindows
 from compress.errors import CompressError, RecipeError
 from compress.importance.layers import LAYER_IMPORTANCE
 from compress.models.skeleton import Skeleton
 from compress.pipeline.inputs import RunInputs
+from compress.ranks import Ranks
 from compress.recipe.sections import Allocate
 from support.mixed_widths import plan_of, widths_in_file
 from support.refusals import refused
@@ -82,16 +85,20 @@ def test_lim_flattened_and_without_the_sink(checkpoint):
     assert list(scores.values()) == pytest.approx(expected, abs=1e-6)
 
 
-def walked(recipe, windows, widths, unit="layer", folder=None, **asked):
-    """The scores of every unit, and which linears it has."""
-    skeleton = Skeleton(Path(recipe.model.path))
+def units_of(skeleton, unit) -> list[Unit]:
     spec, kind = skeleton.spec, skeleton.spec.layer(0)
     groups = [kind.linears] if unit == "layer" else kind.groups
-    units = [
+    return [
         Unit(f"{i} {group[0]}", 1, {}, modules=tuple(names), layer=i)
         for i, group in itertools.product(range(skeleton.num_layers), groups)
         if (names := [f"{spec.layers}.{i}.{name}" for name in group])
     ]
+
+
+def walked(recipe, windows, widths, unit="layer", folder=None, **asked):
+    """The scores of every unit, and which linears it has."""
+    skeleton = Skeleton(Path(recipe.model.path))
+    units = units_of(skeleton, unit)
     section = recipe.allocate.model_copy(update={"widths": widths})
     model = RunInputs.of(recipe, skeleton).rotated_model()
     walk = ScoreWalk(section, recipe.quantize, model, windows, units, folder)
@@ -329,6 +336,46 @@ def test_every_score_comes_from_the_class_that_is_registered_for_it(
     monkeypatch.setattr(LAYER_IMPORTANCE[importance], "scores", broken)
     with pytest.raises(ZeroDivisionError, match=importance):
         plan_of(recipe)
+
+
+class OneOfThree(Ranks):
+    """A thread that waits for the others when it collects."""
+
+    size = 3
+
+    def __init__(self, rank: int, all_here: Barrier, had: dict[int, dict[str, float]]):
+        self.rank, self.all_here, self.had = rank, all_here, had
+
+    def collect(self, value):
+        self.had[self.rank] = value
+        self.all_here.wait()
+        return [self.had[rank] for rank in range(self.size)]
+
+
+@pytest.mark.parametrize(
+    ("score", "read"),
+    [
+        ({"name": "outlier_weight_count"}, [2, 1, 1]),
+        ({"name": "reverse", "of": "outlier_weight_count"}, [2, 1, 1]),
+        ({"name": "position"}, []),
+    ],
+)
+def test_ranks_read_the_weights_of_their_own_layers(checkpoint, tmp_path, score, read):
+    folder = checkpoint("qwen2-sliding", layers=4)
+    recipe = recipe_for(folder, allocate={"importance": score, "average_bits": 3})
+    alone = plan_of(recipe).allocation.scores
+    inputs = RunInputs.of(recipe, Skeleton(folder))
+    model, units = inputs.rotated_model(), units_of(inputs.skeleton, "layer")
+    all_here, had = Barrier(3, timeout=60), {}
+
+    def scores(rank):
+        ranks, section = OneOfThree(rank, all_here, had), recipe.allocate
+        scorer = Scorer(section, recipe.quantize, model, units, None, tmp_path, "ram", ranks=ranks)
+        return [unit.score for unit in scorer.scored()]
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(scores, range(3))) == [list(alone.values())] * 3
+    assert [len(had[rank]) for rank in sorted(had)] == read
 
 
 @pytest.mark.parametrize("plain", ["layer_embedding_change", "outlier_weight_count", "position"])
