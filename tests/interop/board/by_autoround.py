@@ -44,6 +44,10 @@ def make(asked: argparse.Namespace) -> None:
             **settings,
         )
         rounding.quantize_and_save(str(folder), format="auto_gptq")
+        (inside,) = folder.iterdir()  # it makes a folder in the one that it is given
+        for file in inside.iterdir():
+            file.rename(folder / file.name)
+        inside.rmdir()
 
 
 if __name__ == "__main__":
