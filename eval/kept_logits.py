@@ -3,7 +3,8 @@
 A baseline reads the same windows anew for each model that is compared with it, and that is half of
 what measuring them takes. The file has no name, so that it is gone with the process, and holds the
 logits as they were computed: figures are the same to the bit. What finds no room in it is computed
-again; logits of a GPU are not kept.
+again; logits of a GPU are not kept. Several ranks have a file each, and leave the disk half of what
+it had left all the same.
 
     kept = KeptLogits(baseline, folder)
     for model in models:
@@ -13,6 +14,7 @@ again; logits of a GPU are not kept.
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from compress.eval.windows import Batch, Text, logits_of, measuring
 
-MOST = 8_000_000_000  # bytes of a file; and never more than half of what the disk has left
+MOST = 8_000_000_000  # bytes of a file
 
 
 class KeptLogits:
@@ -36,10 +38,10 @@ class KeptLogits:
         """Gives the logits [B, L, V] of any batch of `text.batches(batch_size)`."""
         if self._text is not text or self._batch_size != batch_size:
             self._text, self._batch_size = text, batch_size
-            self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
+            self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
             self._places: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
-            self._room = min(MOST, shutil.disk_usage(self.folder).free // 2)
-            self._end = 0
+            self._most, self._end = MOST, 0
+            self._left = shutil.disk_usage(self.folder).free // 2  # whoever takes the rest
         return self._logits
 
     def _logits(self, batch: Batch) -> Tensor:
@@ -47,16 +49,24 @@ class KeptLogits:
             return self._read(*self._places[batch.first])
         with measuring(self.model):
             logits = logits_of(self.model, batch)
-        if logits.device.type == "cpu" and self._end + logits.nbytes <= self._room:
+        if logits.device.type == "cpu" and self._has_room(logits.nbytes):
             self._write(batch.first, logits)
         return logits
 
+    def _has_room(self, nbytes: int) -> bool:
+        free = shutil.disk_usage(self.folder).free
+        return self._end + nbytes <= self._most and free - nbytes >= self._left
+
     def _write(self, first: int, logits: Tensor) -> None:
+        values = memoryview(logits.contiguous().view(torch.uint8).numpy()).cast("B")
         try:
             self._file.seek(self._end)
-            logits.contiguous().view(torch.uint8).numpy().tofile(self._file)
+            while values:  # which a nearly full disk takes in parts
+                values = values[self._file.write(values) :]
         except OSError:  # a disk that others have filled: what is there already stays good
-            self._room = 0
+            self._most = 0
+            with suppress(OSError):
+                self._file.truncate(self._end)
             return
         self._places[first] = self._end, logits.shape, logits.dtype
         self._end += logits.nbytes

@@ -231,8 +231,8 @@ def merged(scores: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> lis
     """The evaluations with a new one in front, and without what it measures anew.
 
     Of an earlier one it takes the place of tasks that both have under equal conditions, and of the
-    same text cut alike, unless the earlier one has a baseline's figures beside it and this one has
-    not. What is left without any figure goes.
+    same text cut alike, unless the earlier one has a baseline's figures beside it, or those by
+    position, and this one has not. What is left without any figure goes.
     """
     kept = []
     for earlier in known:
@@ -249,7 +249,7 @@ def _without(earlier: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, 
         return rest
     baseline, difference = rest.get("baseline", {}), rest.get("difference", {})
     if _same_text(earlier, newer):
-        for key in ("perplexity", "kl", "windows"):
+        for key in ("perplexity", "kl", "windows", "by_position"):
             rest.pop(key, None)
         baseline.pop("perplexity", None)
         difference.pop("mean_nll", None)
@@ -261,9 +261,9 @@ def _without(earlier: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, 
 
 
 def _same_text(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two evaluations have the perplexity of one text, cut alike."""
+    """Whether a newer evaluation `b` has all of what `a` has of one text, cut alike."""
     ours, theirs = a.get("perplexity"), b.get("perplexity")
-    if not ours or not theirs:
+    if not ours or not theirs or ("by_position" in a and "by_position" not in b):
         return False
     return _agree(ours, theirs, OF_THE_TEXT) and _agree(
         a.get("conditions") or {}, b.get("conditions") or {}, (*OF_THE_MODEL, "perplexity_dataset")

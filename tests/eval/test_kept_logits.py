@@ -1,5 +1,8 @@
 """A baseline's logits from a file: the same figures, its forward passes made once."""
 
+import io
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -56,14 +59,36 @@ def test_what_finds_no_room_is_computed_again(text, passes, tmp_path, monkeypatc
     assert len(passes) == BATCHES + 1
 
 
-def test_a_full_disk_costs_time_and_no_figure(text, passes, tmp_path, monkeypatch):
-    class Full:
-        def seek(self, place):
-            raise OSError(28, "no space left on device")
-
-    monkeypatch.setattr(kept_logits.tempfile, "TemporaryFile", lambda dir: Full())
+def test_half_of_what_the_disk_had_left_stays_free(text, passes, tmp_path, monkeypatch):
+    """Whoever takes the other half: here each batch, and as much for somebody else."""
+    of_a_batch = 2 * 16 * 257 * 4
+    left = iter([4 * of_a_batch, 4 * of_a_batch, 2 * of_a_batch])
+    monkeypatch.setattr(
+        kept_logits.shutil, "disk_usage", lambda _: SimpleNamespace(free=next(left, 0))
+    )
     baseline, model = Baseline(tiny_llama(0), tmp_path), tiny_llama(1)
     expected = evaluate_model(model, None, SETTINGS, text, Baseline(baseline.model))
     for _ in range(2):
         assert evaluate_model(model, None, SETTINGS, text, baseline) == expected
-    assert len(passes) == 2 * BATCHES
+    assert len(passes) == 2 * BATCHES - 1  # one was kept
+
+
+@pytest.mark.parametrize("taken", [0, 1000, 20_000])  # bytes of a batch of 32,896
+def test_a_full_disk_costs_time_and_no_figure(text, passes, tmp_path, monkeypatch, taken):
+    """What has been written of a batch until then is given back."""
+
+    class Full(io.FileIO):
+        def write(self, data):
+            room = 2 * 16 * 257 * 4 + taken - self.tell()
+            if room <= 0:
+                raise OSError(28, "no space left on device")
+            return super().write(bytes(data)[:room])
+
+    file = Full(tmp_path / "file", "w+")
+    monkeypatch.setattr(kept_logits.tempfile, "TemporaryFile", lambda **_: file)
+    baseline, model = Baseline(tiny_llama(0), tmp_path), tiny_llama(1)
+    expected = evaluate_model(model, None, SETTINGS, text, Baseline(baseline.model))
+    for _ in range(2):
+        assert evaluate_model(model, None, SETTINGS, text, baseline) == expected
+    assert len(passes) == 2 * BATCHES - 1
+    assert (tmp_path / "file").stat().st_size == 2 * 16 * 257 * 4

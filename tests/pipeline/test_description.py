@@ -120,6 +120,16 @@ def test_a_text_is_the_same_if_it_was_cut_alike(other, replaces):
     assert kept[0]["perplexity"]["value"] == 6
 
 
+def test_figures_by_position_stay_until_they_are_measured_anew():
+    stretch = {"first": 1, "last": 63, "tokens": 63, "perplexity": 5.0}
+    whole, parted = with_text(0.6), with_text(0.5) | {"by_position": [stretch]}
+    assert merged(whole, [parted]) == [whole, parted]
+    assert merged(parted, [whole]) == [parted]
+    with_tasks = parted | {"results": scores(0.5)["results"]}
+    (_, rest) = merged(parted | {"by_position": []}, [with_tasks])
+    assert rest["results"] and "by_position" not in rest
+
+
 @pytest.mark.parametrize(
     "other",
     [
