@@ -18,6 +18,7 @@ from compress.eval.report import (
     Row,
     blank_figure,
     columns_of,
+    in_picture,
     ring_front,
     save_figure,
 )
@@ -112,7 +113,7 @@ def _draw_line(
         places,
         [row.number(metric) for row in points],
         yerr=errors if any(errors) else None,
-        label=label,
+        label=in_picture(label),
         marker=MARKERS[number % len(MARKERS)],
         # Colours come round before markers do: the second round is dashed.
         color=COLOURS[number % len(COLOURS)],

@@ -121,10 +121,11 @@ def write_comparison(path: str | Path, facts: Mapping[str, Any]) -> Path:
         path: of the file.
         facts: {"title", "rows": [Row], "conditions", "differences": [{"name", "of", "value",
             "stderr", and of tasks "right_to_wrong", "wrong_to_right", "mcnemar_p"}], "pairing",
-            "runs", "warnings", "plots": [SVG as text]}.
+            "runs", "warnings", "plots": [SVG as text], "positions": [Row] by stretches of positions
+            and "positions_line", or neither}.
     """
     rows: Sequence[Row] = facts["rows"]
-    columns = columns_of(rows)
+    columns, positions = columns_of(rows), facts.get("positions") or []
     differences = _scaled(facts.get("differences") or [])
     return _write(
         path,
@@ -142,6 +143,12 @@ def write_comparison(path: str | Path, facts: Mapping[str, Any]) -> Path:
             for row in rows
         ],
         conditions=facts["conditions"],
+        stretches=columns_of(positions),
+        positions=[
+            {"name": row.name, "cells": [row.cell(column) for column in columns_of(positions)]}
+            for row in positions
+        ],
+        positions_line=facts.get("positions_line") or "",
         differences=differences,
         flipped=any(row["flips"] for row in differences),
         pairing=facts.get("pairing") or "",

@@ -464,6 +464,12 @@ def _draw_panel(
     axes.grid(alpha=0.25)
 
 
+def in_picture(name: str, width: int = 48) -> str:
+    """A name as there is room for it in a picture: of a long one the beginning and the end."""
+    half = width // 2
+    return name if len(name) <= width else f"{name[:half]}…{name[-half + 1 :]}"
+
+
 def ring_front(
     axes: "Axes", rows: Sequence[Row], places: Sequence[tuple[float, float]], label: bool = False
 ) -> None:
@@ -494,7 +500,7 @@ def _label_points(
         lifted = max([y - 3.0, *(top + 10.0 for top in near)])
         placed.append((x, lifted))
         axes.annotate(
-            row.name,
+            in_picture(row.name),
             place,
             xytext=(8, lifted - y),
             textcoords="offset points",

@@ -5,12 +5,12 @@ Every import that needs torch is inside a command.
 
 import contextlib
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 
 from compress.cli.common import Answer, integers, interruptible, key_values, load_recipe, names
@@ -278,7 +278,6 @@ def compare(
             changed = load_recipe(recipe, model, set_, assignments)
             loaded.append(changed.with_changes(name=_label(changed.name, assignments)))
     from compress.comparison.compare import compare as compare_recipes
-    from compress.comparison.pairs import difference_rows
 
     kept = "run the same command again; what is finished is kept"
     with RunProgress(console(stderr=True)) as progress, interruptible(lambda: kept):
@@ -299,9 +298,9 @@ def compare(
         out.print(quality_table(compared.rows))
         plot = [f"plot: {compared.plot}"] if compared.plot else []
         print_lines(out, compared.conditions)
-        if compared.differences:
-            out.print(quality_table(difference_rows(compared.differences)))
-            print_lines(out, compared.pairing)
+        for rows, line in compared.others:
+            out.print(quality_table(rows))
+            print_lines(out, line)
         print_lines(out, *plot)
 
     return Answer(compared.as_dict(), draw)
@@ -311,12 +310,21 @@ def _variations(vary: list[str]) -> list[list[str]]:
     """Every combination of the values of --vary, as assignments; commas inside brackets stay."""
     choices = []
     for text in vary:
-        key, equals, values = text.partition("=")
-        parts = re.findall(r"(?:[^,\[{]|\[[^\]]*\]|\{[^}]*\})+", values)
-        if not equals or not values or ",".join(parts) != values:
-            raise UsageError(f"--vary: expected KEY=A,B,C, found {text!r}")
-        choices.append([f"{key}={value.strip()}" for value in parts])
+        key, _, values = text.partition("=")
+        choices.append([f"{key}={value}" for value in _values(values, text)])
     return [list(combination) for combination in itertools.product(*choices)]
+
+
+def _values(text: str, option: str) -> list[str]:
+    """The elements of a YAML list without its brackets, each as it was written."""
+    listed = f"[{text}]"
+    try:
+        parts = yaml.compose(listed, Loader=yaml.SafeLoader).value
+    except yaml.YAMLError:
+        parts = []
+    if not parts or text.rstrip().endswith(","):
+        raise UsageError(f"--vary: expected KEY=A,B,C, found {option!r}")
+    return [listed[part.start_mark.index : part.end_mark.index].strip() for part in parts]
 
 
 def _label(name: str, assignments: list[str]) -> str:

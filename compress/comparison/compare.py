@@ -32,7 +32,13 @@ from compress.comparison.pairs import (
 from compress.comparison.results import ResultComparison, drawn_by_seed
 from compress.comparison.strategies import PruningComparison, only_prunes
 from compress.comparison.study import Entry, Run, Study, seeded
-from compress.comparison.table import conditions_line, csv_of, rows_of
+from compress.comparison.table import (
+    conditions_line,
+    csv_of,
+    position_rows,
+    positions_line,
+    rows_of,
+)
 from compress.errors import UsageError, unknown
 from compress.eval.curves import plot_lines
 from compress.eval.harness import DRAWN_TASKS
@@ -75,13 +81,23 @@ class Comparison:
     warnings: list[str] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """The table as Markdown, its conditions and warnings, and that of the differences."""
+        """The table as Markdown, its conditions and warnings, and the others below it."""
         table = markdown_table(self.rows, self.conditions)
         table += "".join(f"\nwarning: {in_markdown(text)}\n" for text in self.warnings)
-        if not self.differences:
-            return table
-        paired = markdown_table(difference_rows(self.differences), self.pairing)
-        return f"{table}\n{paired}"
+        return "\n".join([table, *(markdown_table(rows, line) for rows, line in self.others)])
+
+    @property
+    def others(self) -> list[tuple[list[Row], str]]:
+        """The tables below the first one, each with its line: by position, and of differences."""
+        found = [(self.positions, positions_line(self.runs))] if self.positions else []
+        if self.differences:
+            found.append((difference_rows(self.differences), self.pairing))
+        return found
+
+    @property
+    def positions(self) -> list[Row]:
+        """A row a recipe and a column a stretch of positions, where that was asked for."""
+        return position_rows(self.runs)
 
     @property
     def pairing(self) -> str:
@@ -121,6 +137,8 @@ class Comparison:
                     "title": "Comparison of " + ", ".join(row.name for row in self.rows[1:]),
                     "rows": self.rows,
                     "conditions": self.conditions,
+                    "positions": self.positions,
+                    "positions_line": positions_line(self.runs),
                     "differences": [found.as_dict() for found in self.differences],
                     "pairing": self.pairing,
                     "runs": self.runs,

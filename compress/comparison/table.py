@@ -72,6 +72,31 @@ def mean_row(rows: Sequence[Row]) -> Row:
     return Row(first.name, means, {c: statistics.stdev(columns[c]) for c in measured})
 
 
+def position_rows(runs: Sequence[Run]) -> list[Row]:
+    """One a recipe, a column a stretch of positions: its KL, or without a 16-bit model perplexity.
+
+    [] where `by_position` was not asked for.
+    """
+    by_name: dict[str, list[Row]] = {}
+    for run in runs:
+        row = Row(run["name"], {})
+        for stretch in run["evaluation"].get("by_position") or []:
+            found = stretch.get("kl") or {"value": stretch["perplexity"], "stderr": None}
+            row.put(f"{stretch['first']} – {stretch['last']}", found["value"], found["stderr"])
+        if row.values:
+            by_name.setdefault(run["name"], []).append(row)
+    return [mean_row(group) for group in by_name.values()]
+
+
+def positions_line(runs: Sequence[Run]) -> str:
+    """What `position_rows` are, in one line; "" where there are none."""
+    stretches = runs[0]["evaluation"].get("by_position")
+    if not stretches:
+        return ""
+    what = "kl, nats per token" if "kl" in stretches[0] else "perplexity"
+    return f"{what}, by the tokens in front of a prediction, BOS included"
+
+
 def kept_per_prompt(scores: dict[str, Any], unpruned: bool = False) -> dict[str, float]:
     """The averages of an evaluation's `pruning`: share kept, KV bytes and FLOPs of a prompt.
 
@@ -126,9 +151,12 @@ def conditions_line(section: Evaluate, runs: Sequence[Run], device: str) -> str:
     parts = []
     if section.perplexity is not None:
         p, text = section.perplexity, scores["perplexity"]
+        cut = f"windows of {text['length']}, stride {text['stride']}"
+        if p.per_document:
+            cut = f"{text['windows']} documents of at most {text['length']}"
         parts.append(
-            f"perplexity per token on {measured_text(p.dataset)}: {text['tokens']} tokens, "
-            f"windows of {text['length']}, stride {text['stride']}, {'BOS' if p.bos else 'no BOS'}"
+            f"perplexity per token on {measured_text(p.dataset)}: {text['tokens']} tokens, {cut}, "
+            f"{'BOS' if p.bos else 'no BOS'}"
         )
         if "kl" in scores:
             parts.append("kl: nats per token from the 16-bit model")

@@ -19,7 +19,7 @@ from compress.models.stored import said_packed
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.memory_forecast import FIXED_MEMORY, second_hessians
 from compress.recipe.quantize import AUTO_SIZES, Experts
-from compress.recipe.sections import matches
+from compress.recipe.sections import MEASURED_SCORES, matches
 from compress.rotation.model import unrotatable
 from compress.rotation.rotate import head_rotation_skipped
 from compress.scheme import PlannedModule, Scheme
@@ -136,12 +136,18 @@ def _family_problems(inputs: RunInputs) -> list[str]:
             f"quantize.experts.routing_weight: the router of a {kind!r} multiplies what experts "
             f"read, so their Hessians have its weights already: leave it out"
         )
-    allocates = recipe.allocate is not None and recipe.allocate.method != "remove"
-    if allocates and any(k.experts for k in spec.kinds):
-        problems.append(
-            f"allocate: widths of their own are not there for a {kind!r}: transformers reads one "
-            f"scheme for all experts"
-        )
+    if recipe.allocate is not None and any(k.experts for k in spec.kinds):
+        if recipe.allocate.method != "remove":
+            problems.append(
+                f"allocate: widths of their own are not there for a {kind!r}: transformers reads "
+                f"one scheme for all experts"
+            )
+        elif recipe.allocate.importance.base in MEASURED_SCORES:
+            problems.append(
+                f"allocate.importance: {recipe.allocate.importance.base} is not measured on a "
+                f"{kind!r}, whose experts read tokens of their own: use layer_embedding_change or "
+                f"outlier_weight_count"
+            )
     if recipe.quantize.target.name == "full_precision" and any(k.between for k in spec.kinds):
         problems.append(
             f"quantize.target: full_precision is not there for a {kind!r}, which has linears "

@@ -262,6 +262,8 @@ class Perplexity(Section):
     @model_validator(mode="after")
     def _check_stride(self) -> "Perplexity":
         longest = self.length or WINDOW
+        if self.stride is not None and self.per_document:
+            raise FieldError(("stride",), "documents are not cut in windows: leave it out")
         if self.stride is not None and self.stride > longest:
             # Tokens between two windows would never be predicted.
             raise FieldError(

@@ -20,6 +20,7 @@ from compress.errors import CheckpointError, DepthError, UsageError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+LONGEST = 120  # bytes of a folder that is called after a recipe: files beside it have more
 JSON_DEPTH = 32  # of objects and lists in each other
 JSON_BYTES = 32 * 2**20  # a config.json has 1 to 500 kB, our own reports some MB
 # By the end of the name: an index names each tensor of the largest models, a vocabulary each token.
@@ -197,5 +198,9 @@ def parse_size(text: str | int) -> int:
 
 
 def folder_name(name: str) -> str:
-    """A recipe's name, which may be any text, as the name of a folder."""
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "recipe"
+    """A recipe's name, which may be any text, as the name of a folder; a long one is cut."""
+    found = re.sub(r"[^\w.-]+", "-", name).strip(".-") or "recipe"
+    if len(found.encode()) <= LONGEST:
+        return found
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{found.encode()[:LONGEST].decode(errors='ignore')}-{digest}"

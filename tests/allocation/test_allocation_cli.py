@@ -263,7 +263,7 @@ def test_what_is_not_quantised_is_not_exported(checkpoint, capsys):
 
 @pytest.fixture
 def compared(monkeypatch) -> list:
-    result = SimpleNamespace(rows=[], conditions="", plot=None, differences=[], as_dict=dict)
+    result = SimpleNamespace(rows=[], conditions="", plot=None, others=[], as_dict=dict)
     return pretend(monkeypatch, "compress.comparison.compare", "compare", result)
 
 
@@ -310,6 +310,29 @@ def test_results_of_varied_keys_go_to_folders_of_their_own(recipe, compared):
     folders = {folder_name(f"{r.name}-0") for r in made}
     assert len(folders) == len(made)
     assert not any("/" in folder for folder in folders)
+
+
+def test_values_with_brackets_of_their_own_and_commas_in_quotes_are_whole(recipe, compared):
+    values = [
+        "{importance: {name: output_error, weighted_by: position}, widths: [2, 4], narrow: 1}",
+        "null",
+        "{narrow: 1, importance: {name: random, seed: 2}}",
+    ]
+    names = "'one, two',three"
+    argv = ["compare", recipe, "--vary", f"allocate={','.join(values)}"]
+    assert call(*argv, "--vary", f"calibration.text_field={names}") == 0
+    made = compared[0]["recipes"]
+    assert [recipe.calibration.text_field for recipe in made] == ["one, two", "three"] * 3
+    assert made[0].allocate.importance.weighted_by == "position"
+    assert made[2].allocate is None
+    assert made[4].allocate.importance.seed == 2
+    assert made[0].name == f"tiny allocate={values[0]} text_field='one, two'"
+
+
+@pytest.mark.parametrize("wrong", ["3,", ",3", "3,,4", "[3,4", "{a: 3,4"])
+def test_values_that_are_no_list_are_refused(recipe, compared, capsys, wrong):
+    refuses(capsys, ["compare", recipe, "--vary", f"quantize.bits={wrong}"], "--vary", wrong)
+    assert compared == []
 
 
 def test_one_recipe_varied_is_enough_but_one_run_is_not(recipe, compared, capsys):

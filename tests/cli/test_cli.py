@@ -307,7 +307,7 @@ def test_compare_hands_over_recipes_and_seeds(monkeypatch, recipe, checkpoint, c
         rows=[Row("16 bits", {"perplexity": 10.5}), Row("tiny", {"perplexity": 11.25})],
         conditions="two runs, 16 tokens",
         plot=Path("here/plot.png"),
-        differences=[],
+        others=[([Row("tiny", {"1 – 63": 0.25})], "kl by position")],
         as_dict=lambda: {"rows": 2},
     )
     calls = pretend(monkeypatch, "compress.comparison.compare", "compare", compared)
@@ -315,7 +315,14 @@ def test_compare_hands_over_recipes_and_seeds(monkeypatch, recipe, checkpoint, c
             "--set", "quantize.bits=2", "--output", "made"]  # fmt: skip
     assert call(*argv) == 0
     out = capsys.readouterr().out
-    for text in ("16 bits", "11.25", "two runs, 16 tokens", "here/plot.png"):
+    for text in (
+        "16 bits",
+        "11.25",
+        "two runs, 16 tokens",
+        "here/plot.png",
+        "kl by position",
+        "1 – 63",
+    ):
         assert text in out
     assert [r.name for r in calls[0]["recipes"]] == ["tiny", Recipe.load("demo-rtn").name]
     assert {r.quantize.bits for r in calls[0]["recipes"]} == {2}

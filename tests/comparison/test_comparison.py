@@ -164,6 +164,54 @@ def test_with_several_seeds_it_is_their_mean_and_sample_standard_deviation(
     assert measured == [tmp_path / "out" / f"w{b}-{seed}" for b in (4, 2) for seed in (0, 1, 5)]
 
 
+def test_what_was_measured_by_position_is_a_table_of_its_own(recipes, checkpoint, text, tmp_path):
+    """A column a stretch; of several seeds their mean and standard deviation."""
+    section = {"dataset": str(text), "length": 128, "tokens": 512, "by_position": True}
+    asked = [recipe.with_changes(evaluate={"perplexity": section}) for recipe in recipes]
+    compared = compare(asked, tmp_path / "out", seeds=(0, 1), self_check=False)
+    measured = [run["evaluation"]["by_position"] for run in compared.runs if run["name"] == "w2"]
+    first, second = ([stretch["kl"]["value"] for stretch in of] for of in measured)
+    row = compared.positions[1]
+    assert row.name == "w2"
+    assert list(row.values) == ["1 – 63", "64 – 127"]
+    means = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+    assert list(row.values.values()) == pytest.approx(means)
+    spread = [abs(a - b) / math.sqrt(2) for a, b in zip(first, second, strict=True)]
+    assert list(row.errors.values()) == pytest.approx(spread)
+    line = "kl, nats per token, by the tokens in front of a prediction, BOS included"
+    assert line in compared.markdown()
+    for name in ("comparison.md", "comparison.html"):
+        written = (tmp_path / "out" / name).read_text()
+        for said in ("1 – 63", row.cell("64 – 127"), line):
+            assert said in written
+
+    without = {"perplexity": section, "baseline": False}
+    alone = [recipe.with_changes(evaluate=without) for recipe in recipes]
+    compared = compare(alone, tmp_path / "alone", self_check=False)
+    (stretch, _) = compared.runs[0]["evaluation"]["by_position"]
+    assert compared.positions[0].values["1 – 63"] == stretch["perplexity"]
+    assert "perplexity, by the tokens in front" in compared.markdown()
+
+
+def test_documents_are_no_windows(recipes, text, tmp_path):
+    documents = {"dataset": str(text), "length": LENGTH, "per_document": True}
+    asked = [recipe.with_changes(evaluate={"perplexity": documents}) for recipe in recipes]
+    compared = compare(asked, tmp_path / "out", self_check=False)
+    counted = compared.runs[0]["evaluation"]["perplexity"]["windows"]
+    assert f"{counted} documents of at most {LENGTH}, no BOS" in compared.conditions
+    assert "None" not in compared.conditions
+
+
+def test_long_names_are_cut_for_folders_and_pictures(recipes, measured, tmp_path, recwarn):
+    long = [recipe.with_changes(name=f"{recipe.name} {'long ' * 60}") for recipe in recipes]
+    compared = compare(long, tmp_path / "out", seeds=(0, 1))
+    assert [row.name for row in compared.rows[1:]] == [recipe.name for recipe in long]
+    assert compared.plot is not None
+    assert not [w for w in recwarn if "layout" in str(w.message)]
+    folders = {folder.name for folder in measured}
+    assert len(folders) == 4 and all(len(name) < 140 for name in folders)
+
+
 def test_the_table_is_written_beside_the_results(recipes, measured, tmp_path):
     output = tmp_path / "out"
     compared = compare(recipes, output, seeds=(0, 1))

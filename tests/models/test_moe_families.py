@@ -585,6 +585,13 @@ REFUSED = [
         "experts in 16 bits",
     ),
     ({"allocate": {"average_bits": 3.5, "widths": [3, 4], "importance": "position"}}, "allocate"),
+    *(
+        ({"allocate": {"method": "remove", "narrow": 1, "importance": importance}}, name)
+        for importance, name in (
+            ("hidden_state_error", "hidden_state_error"),
+            ({"name": "reverse", "of": "output_error"}, "output_error"),
+        )
+    ),
 ]
 
 

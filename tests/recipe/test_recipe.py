@@ -315,6 +315,12 @@ def test_shard_size_in_bytes():
         ("quantize:\n  overrides:\n    - match: b\n", 3, "quantize.overrides[0].match", ["bits"]),
         ("quantize:\n  ignore: ['re:(']\n", 2, "quantize.ignore[0]", ["'re:('"]),
         ("evaluate:\n  perplexity:\n    stride: 4096\n", 3, "evaluate.perplexity.stride", ["4096"]),
+        (
+            "evaluate:\n  perplexity:\n    per_document: true\n    stride: 8\n",
+            4,
+            "evaluate.perplexity.stride",
+            ["documents"],
+        ),
         ("evaluate:\n  task: [a]\n", 2, "evaluate.task", ["'tasks'"]),
         ("model: a\nrotate: none\nmodel: b\n", 3, "model", ["twice"]),
         ("quantize: {target: exact}\n", 1, "quantize.target.name", ["full_precision", '"exact"']),

@@ -6,7 +6,14 @@ import json
 import pytest
 
 from compress.errors import CheckpointError, UsageError
-from compress.storage.files import LARGE_JSON, parse_size, read_json, write_json, writing
+from compress.storage.files import (
+    LARGE_JSON,
+    folder_name,
+    parse_size,
+    read_json,
+    write_json,
+    writing,
+)
 from support.refusals import refused
 
 
@@ -53,3 +60,12 @@ def test_sizes(text, size):
 def test_sizes_that_are_not(text):
     with refused(UsageError, repr(text)):
         parse_size(text)
+
+
+def test_a_name_as_a_folder():
+    assert folder_name("RSQ bits=3-0") == "RSQ-bits-3-0"
+    assert folder_name("../..") == "recipe"
+    long = ["é" * 300 + end for end in "ab"]
+    found = [folder_name(name) for name in long]
+    assert len(set(found)) == 2
+    assert all(len(f"{name}-0.json".encode()) < 160 and name[:50] == "é" * 50 for name in found)
