@@ -34,6 +34,7 @@ from compress.cli.run import plan, run
 from compress.cli.search_pruning import search_pruning
 from compress.cli.threads import settle
 from compress.errors import CompressError, UsageError
+from compress.loading.processor import check_cpu_level
 from compress.ranks import RankError, has_spoken, launched, speaks
 
 # Libraries under us report to logs and bars of their own; a setting of the user's wins.
@@ -61,10 +62,6 @@ def _top(
     context: typer.Context, version: VersionOption = False, debug: DebugOption = False
 ) -> None:
     # The options' callbacks do their work; the help is that of `app`.
-    if os.environ.get("MODELPRESS_CPU"):
-        from compress.loading.load import check_cpu_level  # slow to import
-
-        check_cpu_level()
     rank, ranks = launched()
     if ranks > 1 and context.invoked_subcommand not in SHARED:
         if rank > 0:
@@ -102,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = sys.argv[1:] if argv is None else list(argv)
         arguments = [f"{word}={BARE[word]}" if word in BARE else word for word in given]
         bars = contextlib.nullcontext() if "lm-eval" in given[:1] else _no_bars()
+        if arguments and not {"--help", "--version"} & {*arguments}:
+            check_cpu_level()
         with bars, _interrupted_by_signals():
             code = app(arguments, prog_name="modelpress", standalone_mode=False, obj=settings)
         sys.stdout.flush()  # here, where a closed pipe can still be handled

@@ -78,7 +78,8 @@ class UnitByUnit:
 
 def by_unit(strategy: LayerImportance) -> bool:
     """Whether it scores some of the units as it would all of them."""
-    return isinstance(getattr(strategy, "of", strategy), UnitByUnit)
+    inner = strategy.of if isinstance(strategy, Reverse) else strategy
+    return getattr(type(inner), "scores", None) is UnitByUnit.scores
 
 
 def _finite(name: str, score: float) -> float:

@@ -40,6 +40,7 @@ from compress.checkpoint.quantization_config import (
 from compress.errors import CheckpointError, UsageError
 from compress.kernels.cpu import native
 from compress.loading.parted_experts import has_parted_experts, read_whole, without_section
+from compress.loading.processor import check_cpu_level
 from compress.loading.transformers_plugin import ModelpressConfig
 from compress.memory import chosen_device, multiplies_16_bits
 from compress.models.config_values import (
@@ -167,14 +168,6 @@ def fastest_packing(
     if experts_of(config.model_type) is not None:  # one dense tensor in transformers
         return False
     return native.packed_is_faster(device) and PackedLinears(path).runs
-
-
-def check_cpu_level() -> None:
-    """UsageError for a MODELPRESS_CPU that this processor has not."""
-    try:
-        native.cpu_level()
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def _is_slow(config: PretrainedConfig, device: str | torch.device) -> bool:

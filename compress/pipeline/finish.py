@@ -126,13 +126,13 @@ def measure(
         log.observer.stage("evaluation")
         try:
             with telling(log.observer.progress):
-                result.metrics = _metrics(inputs, output, work / EVALUATION)
+                measured = _measured(inputs, output, work / EVALUATION)
+            result.metrics, result.evaluation_memory = measured["metrics"], measured["memory"]
         except BaseException:  # an interrupt as well
             log.warn(f"the checkpoint in {output} is complete; its evaluation failed")
             raise
         finally:
             log.lap("evaluation")
-        result.evaluation_memory = peak_memory(inputs.device)
     written = (output / "recipe.yaml").read_text(encoding="utf-8")
     if result.metrics or written != recipe.dump():  # a name and an evaluation may be others now
         documents = work / "documents"
@@ -146,15 +146,20 @@ def measure(
     tidy(output)
 
 
-def _metrics(inputs: RunInputs, output: Path, file: Path) -> dict[str, Any]:
-    """The evaluation's figures: those of an earlier process, if it was asked for the same."""
+def _measured(inputs: RunInputs, output: Path, file: Path) -> dict[str, Any]:
+    """The evaluation's `metrics`, and the peak of `memory` if there are any.
+
+    Those of an earlier process, if it was asked for the same.
+    """
     section, resolve = inputs.recipe.evaluate, inputs.recipe.resolve_path
     assert section is not None
     texts = evaluated_texts(section, resolve)
     asked = {"evaluate": section.model_dump(mode="json"), "texts": texts}
     known = read_json(file) or {}
-    if known.get("asked") == asked:
-        return known["metrics"]
+    if known.get("asked") == asked and "memory" in known:
+        return known
     metrics = evaluate_section(section, resolve, output, inputs.skeleton.folder, inputs.device)
-    write_json(file, {"asked": asked, "metrics": metrics})
-    return metrics
+    memory = peak_memory(inputs.device) if metrics else {}
+    found = {"asked": asked, "metrics": metrics, "memory": memory}
+    write_json(file, found)
+    return found

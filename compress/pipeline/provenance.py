@@ -17,7 +17,7 @@ from typing import Any
 from compress.data.prompts import CalibrationData, ImagePrompts
 from compress.errors import RecipeError
 from compress.kernels.cpu import native
-from compress.loading.load import check_cpu_level
+from compress.loading.processor import check_cpu_level
 from compress.pipeline.inputs import RunInputs
 from compress.pipeline.plan import Plan
 from compress.pipeline.result import RunResult

@@ -37,6 +37,7 @@ def completed(command: Sequence[str], environment: Mapping[str, str]) -> tuple[i
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        errors="backslashreplace",
         check=False,
     )
     return child.returncode, child.stdout, child.stderr

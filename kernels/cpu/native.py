@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compress.kernels.cpu.level import LEVELS, cpu_level
 from compress.kernels.user_cache import cache_directory, check_file
 
 HERE = Path(__file__).parent
@@ -58,11 +59,6 @@ FLAGS = (
     "-Wno-psabi",
     "-Wno-unknown-pragmas",
 )
-LEVELS = {  # values of MODELPRESS_CPU
-    "native": ("-march=native",),
-    "avx2": ("-march=native", "-mno-avx512f", "-mno-avxvnni"),  # with them goes all of AVX-512
-    "generic": ("-march=x86-64",),
-}
 OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
 COMPILE_SECONDS = 120
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in vectors.h
@@ -311,19 +307,6 @@ def _outcome() -> tuple[Kernels | None, str]:
         stacklevel=2,
     )
     return None, f"torch's operators: {why}"
-
-
-def cpu_level() -> str:
-    """MODELPRESS_CPU, `native` where it is not set. Raises ValueError for what it cannot be."""
-    level = os.environ.get("MODELPRESS_CPU") or "native"
-    if level not in LEVELS:
-        raise ValueError(f"MODELPRESS_CPU: expected {', '.join(LEVELS)}, found {level!r}")
-    if level != "native" and platform.machine().lower() not in ("x86_64", "amd64"):
-        raise ValueError(
-            f"MODELPRESS_CPU={level} is for x86-64 processors, this one is {platform.machine()}: "
-            f"leave it out"
-        )
-    return level
 
 
 def find_compiler() -> str | None:

@@ -355,6 +355,14 @@ def test_a_processor_that_is_none_is_refused_by_every_command(
     refuses(capsys, argv, "MODELPRESS_CPU", "native, avx2, generic", "'avx1024'", read=last_line)
 
 
+def test_help_is_there_for_any_processor(monkeypatch, capsys):
+    monkeypatch.setenv("MODELPRESS_CPU", "avx1024")
+    for command in (["eval", "--help"], ["--version"], []):
+        call(*command)
+        shown = capsys.readouterr()
+        assert "MODELPRESS_CPU" not in shown.err and shown.out
+
+
 def test_load_refuses_a_processor_that_is_none(checkpoint, monkeypatch):
     monkeypatch.setenv("MODELPRESS_CPU", "avx1024")
     with pytest.raises(UsageError, match="MODELPRESS_CPU: expected native, avx2, generic"):

@@ -291,6 +291,25 @@ def test_a_result_whose_evaluation_fails_is_described_and_measured_later(
         run(recipe, output, windows=WINDOWS, self_check=False)
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_the_memory_of_an_evaluation_is_that_of_who_made_it(model, text, tmp_path, monkeypatch):
+    """One that was ended between its figures and the documents is not the one that goes on."""
+    perplexity = {"dataset": str(text), "length": 16, "tokens": 64}
+    recipe = recipe_for(model, evaluate={"perplexity": perplexity, "baseline": False})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("compress.pipeline.finish.peak_memory", lambda device: {"host": 7})
+        patch.setattr("compress.pipeline.finish.replace_documents", interrupted)
+        run(recipe, tmp_path / "out", windows=WINDOWS, self_check=False)
+    result = run(recipe, tmp_path / "out", windows=WINDOWS, self_check=False)
+    assert result.evaluation_memory == {"host": 7}
+    nothing = recipe_for(model, evaluate={"tasks": []})
+    result = run(nothing, tmp_path / "nothing", windows=WINDOWS, self_check=False)
+    assert result.evaluation_memory == {} and not result.metrics
+
+
 def test_what_does_not_change_the_bytes_does_not_stop_it(model, uninterrupted, tmp_path):
     """The recipe's name, what is evaluated, and where activations live."""
     output = tmp_path / "out"

@@ -56,6 +56,8 @@ def test_it_is_offline_and_has_our_environment(told, monkeypatch, tmp_path):
         (KILL, "the process left with code -9: no message"),
         ("sys.exit(3)", "the process left with code 3: no message"),
         ("raise ValueError('wrong\\nhere')", "the process left with code 1: here"),
+        ("sys.exit('no such thing')", "the process left with code 1: no such thing"),
+        (r"os.write(1, b'\xff\n')", "the process left with code 0: no message"),
         ("print('{')", "the process left with code 0: no message"),
     ],
 )

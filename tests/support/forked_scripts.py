@@ -42,7 +42,9 @@ class ForkedScripts:
             asked = [list(command[2:]), dict(environment), str(Path.cwd()), outputs]
             print(json.dumps(asked), file=self.server.stdin, flush=True)
             code = int(self.server.stdout.readline())
-            printed, complaints = (Path(output).read_text() for output in outputs)
+            printed, complaints = (
+                Path(output).read_text(errors="backslashreplace") for output in outputs
+            )
         return code, printed, complaints
 
     def close(self) -> None:
@@ -74,6 +76,9 @@ def run(words: list[str], environment: dict[str, str], folder: str, outputs: lis
         runpy.run_path(words[0], run_name="__main__")
     except SystemExit as left:
         code = left.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1
