@@ -216,7 +216,9 @@ def compare(
         comparison = Comparison(
             rows, runs, conditions, differences=differences_of(runs, against, DRAWN_TASKS)
         )
-        for warning in [*unequal(chosen, runs), *_unmet(runs)]:
+        wanted = {"self-check": self_check, "source check": check_source}
+        left_out = _left_out(runs, [check for check, asked in wanted.items() if asked])
+        for warning in [*unequal(chosen, runs), *_unmet(runs), *left_out]:
             comparison.warnings.append(warning)
             observer.warning(warning)
         if ranks.first:
@@ -291,6 +293,18 @@ def _check_distinct(recipes: Sequence[Recipe], seed: int) -> None:
                 f"recipes {other!r} and {recipe.name!r} are the same once each seed is set: vary "
                 "something else, and give --seeds the seeds"
             )
+
+
+def _left_out(runs: Sequence[Run], checks: Sequence[str]) -> list[str]:
+    """A line for each of these checks that kept results were made without."""
+    lines = []
+    for check in checks:
+        names = [f"{r['name']}, seed {r['seed']}" for r in runs if check in r.get("unchecked", ())]
+        if names:
+            lines.append(
+                f"kept from runs without {check}: {'; '.join(names)}; --overwrite makes them anew"
+            )
+    return lines
 
 
 def _unmet(runs: Sequence[Run]) -> list[str]:

@@ -8,7 +8,7 @@ beside its folder. Ranks share each run, and measure a block of the results each
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,14 @@ def drawn_by_seed(section: Evaluate) -> bool:
 
 
 CHECKS = ("self_check", "source_check")  # stages that no method can be blamed for
+
+
+def _checks(facts: Mapping[str, Any]) -> dict[str, bool]:
+    """The checks of a result, and whether its run made them."""
+    return {
+        "self-check": bool(facts["self_check"]),
+        "source check": "skipped" not in facts["source_check"],
+    }
 
 
 class ResultComparison:
@@ -91,6 +99,7 @@ class ResultComparison:
             "bits": facts["average_bits"],
             "bytes": facts["bytes"]["total"],
             "original": facts["bytes"]["original"],
+            "unchecked": [name for name, done in _checks(facts).items() if not done],
             "calibration_tokens": (facts["calibration"] or {}).get("tokens", 0),
             "seconds": sum(v for k, v in facts["seconds"].items() if k not in CHECKS),
             "evaluation": self._measured(entry),

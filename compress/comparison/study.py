@@ -45,6 +45,7 @@ class Run(TypedDict):
     bits: NotRequired[float]  # average over the quantised weights
     bytes: NotRequired[int]
     original: NotRequired[int]  # bytes before
+    unchecked: NotRequired[list[str]]  # checks that its run has left out
     calibration_tokens: NotRequired[int]  # of all windows, expanded; 0: it calibrates nothing
     strategy: NotRequired[dict[str, Any]]
     asked: NotRequired[float | None]  # the share to keep, where no strategy keeps so little

@@ -118,6 +118,9 @@ def evaluate(
     for name, problem in problems.items():
         if problem:
             raise UsageError(f"{name}: {problem}")
+    for name in ("by_position", "per_document", "bos", "stride"):
+        if perplexity is None and getattr(settings, name):
+            raise UsageError(f"{name} is of the text: give perplexity, a dataset")
     device = chosen_device(device)
     drawn = None if pictures is None else Path(pictures)
     with measured_here(), together(device) as ranks, shared_requests(ranks.size):

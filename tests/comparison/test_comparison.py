@@ -36,7 +36,8 @@ SPREAD = {0: 1.0, 1: 4.0, 5: 5.5}  # what a seed adds to a figure
 @pytest.fixture(autouse=True)
 def no_reload(monkeypatch):
     """Results are not reloaded in another process; how that is done has tests of its own."""
-    return pretend(monkeypatch, "compress.pipeline.run", "reload_and_compare", {})
+    report = {"relative_error": 0.0, "tolerance": 1e-4, "tokens": 1}
+    return pretend(monkeypatch, "compress.pipeline.run", "reload_and_compare", report)
 
 
 @pytest.fixture
@@ -292,6 +293,22 @@ def test_what_is_finished_is_kept(recipes, measured, tmp_path):
     assert watch.started == [(f"{n}, seed 1", layer) for n in ("w4", "w2") for layer in (0, 1)]
     assert every_file(output / "w4-0") == before
     assert second.runs[0] == first.runs[0]
+
+
+def test_kept_results_that_were_not_checked_are_told(recipes, measured, tmp_path):
+    one, two = recipes
+    without = compare([one], tmp_path / "out", self_check=False, check_source=False)
+    assert without.warnings == [] and without.runs[0]["unchecked"] == ["self-check", "source check"]
+    checked = {"self_check": True, "check_source": True}
+    assert [
+        warning
+        for warning in compare([one, two], tmp_path / "out", **checked).warnings
+        if "kept" in warning
+    ] == [
+        f"kept from runs without {check}: w4, seed 0; --overwrite makes them anew"
+        for check in ("self-check", "source check")
+    ]
+    assert not compare([one], tmp_path / "out", overwrite=True, **checked).warnings
 
 
 def test_what_is_measured_is_kept_with_its_conditions(recipes, measured, tmp_path):

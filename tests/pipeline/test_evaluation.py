@@ -206,6 +206,10 @@ def test_what_cannot_be_measured_is_said_before_a_model_is_loaded(checkpoint, mo
     asked = pretend(monkeypatch, "compress.pipeline.evaluation", "find_tasks", unknown)
     with refused(UsageError, "evaluate"):
         evaluate(checkpoint())
+    of_the_text = {"by_position": True, "per_document": True, "bos": True, "stride": 8}
+    for name, value in of_the_text.items():
+        with refused(UsageError, name, "perplexity"):
+            evaluate(checkpoint(), tasks=["demo_code"], **{name: value})
     with refused(UsageError, unknown):
         evaluate(checkpoint(), tasks=["demo_cod"], include_path="mine")
     assert asked[0]["settings"] == EvaluationSettings(tasks=["demo_cod"], include_path="mine")
