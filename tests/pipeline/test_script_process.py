@@ -1,7 +1,9 @@
 """What a script's own process gives back, and what is said of one that gives nothing."""
 
+import json
 import os
 import signal
+import sys
 
 import pytest
 
@@ -73,3 +75,26 @@ def test_its_environment_is_gone_with_it(told):
     told("os.environ['LEFT'] = 'behind'\nprint(json.dumps({}))")
     assert told("print(json.dumps([os.environ.get('LEFT')]))") == [None]
     assert "LEFT" not in os.environ
+
+
+def test_an_answer_that_nobody_has_read_is_not_the_next_ones(tmp_path):
+    """An interrupted test, and one that was forked off and killed, leave the next one its own."""
+    scripts = ForkedScripts(script_process.OFFLINE)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text(f"print({name!r})")
+
+    def printed(name):
+        command = [sys.executable, "-P", str(tmp_path / f"{name}.py")]
+        return scripts.completed(command, os.environ)[1]
+
+    assert printed("one") == "one\n"
+    outputs = [str(tmp_path / name) for name in ("stdout", "stderr")]
+    left = [scripts.asked, [str(tmp_path / "one.py")], dict(os.environ), str(tmp_path), outputs]
+    print(json.dumps(left), file=scripts.server.stdin, flush=True)
+    assert printed("two") == "two\n"
+    server = scripts.server
+    scripts.owner = 1  # as if this were a fork of another process
+    assert printed("two") == "two\n"
+    assert scripts.server is not server
+    server.communicate()
+    scripts.close()

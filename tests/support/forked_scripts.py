@@ -23,12 +23,15 @@ class ForkedScripts:
         """offline: what its environment has besides ours."""
         self.offline = offline
         self.server: subprocess.Popen[str] | None = None
+        self.owner = 0  # the process that has started it: a fork of a test starts its own
+        self.asked = 0
 
     def completed(
         self, command: Sequence[str], environment: Mapping[str, str]
     ) -> tuple[int, str, str]:
         assert list(command[:2]) == [sys.executable, "-P"]
-        if self.server is None:
+        if self.server is None or self.owner != os.getpid():
+            self.owner = os.getpid()
             self.server = subprocess.Popen(
                 [sys.executable, "-P", __file__],
                 stdin=subprocess.PIPE,
@@ -39,27 +42,31 @@ class ForkedScripts:
         assert self.server.stdin is not None and self.server.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             outputs = [str(Path(folder, name)) for name in ("stdout", "stderr")]
+            self.asked += 1
             asked = [list(command[2:]), dict(environment), str(Path.cwd()), outputs]
-            print(json.dumps(asked), file=self.server.stdin, flush=True)
-            code = int(self.server.stdout.readline())
+            print(json.dumps([self.asked, *asked]), file=self.server.stdin, flush=True)
+            number, code = 0, 0
+            while number != self.asked:  # a test that was interrupted has not read its answer
+                number, code = map(int, self.server.stdout.readline().split())
             printed, complaints = (
                 Path(output).read_text(errors="backslashreplace") for output in outputs
             )
         return code, printed, complaints
 
     def close(self) -> None:
-        if self.server is not None:
+        if self.server is not None and self.owner == os.getpid():
             self.server.communicate()
 
 
 def serve() -> None:
-    """Forks for each line of stdin, and answers with the exit code."""
+    """Forks for each line of stdin, and answers with its number and the exit code."""
     for line in sys.stdin:
+        number, *asked = json.loads(line)
         child = os.fork()
         if not child:
-            os._exit(run(*json.loads(line)))
+            os._exit(run(*asked))
         _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print(number, os.waitstatus_to_exitcode(status), flush=True)
 
 
 def run(words: list[str], environment: dict[str, str], folder: str, outputs: list[str]) -> int:
