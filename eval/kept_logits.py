@@ -58,7 +58,7 @@ class KeptLogits:
         return self._end + nbytes <= self._most and free - nbytes >= self._left
 
     def _write(self, first: int, logits: Tensor) -> None:
-        values = memoryview(logits.contiguous().view(torch.uint8).numpy()).cast("B")
+        values = logits.contiguous().view(torch.uint8).numpy().data.cast("B")
         try:
             self._file.seek(self._end)
             while values:  # which a nearly full disk takes in parts

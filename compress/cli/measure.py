@@ -319,9 +319,10 @@ def _values(text: str, option: str) -> list[str]:
     """The elements of a YAML list without its brackets, each as it was written."""
     listed = f"[{text}]"
     try:
-        parts = yaml.compose(listed, Loader=yaml.SafeLoader).value
+        found = yaml.compose(listed, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
-        parts = []
+        found = None
+    parts = found.value if isinstance(found, yaml.SequenceNode) else []
     if not parts or text.rstrip().endswith(","):
         raise UsageError(f"--vary: expected KEY=A,B,C, found {option!r}")
     return [listed[part.start_mark.index : part.end_mark.index].strip() for part in parts]

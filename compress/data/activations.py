@@ -84,7 +84,7 @@ class ActivationStore:
         # which is most of the cost of writing to a file that never leaves the page cache.
         file = self._file(index)
         with writing(file), file.open("r+b" if file.exists() else "wb") as stream:
-            stream.write(x.detach().cpu().contiguous().numpy())  # `tofile` may lose its last bytes
+            stream.write(x.detach().cpu().contiguous().numpy().data)  # `tofile` may lose an end
 
     def append(self, x: Tensor) -> None:
         self._shapes.append(x.shape)
