@@ -95,11 +95,12 @@ class Scorer:
 
         Where a unit's score does not depend on the others, each rank reads the weights of some.
         """
-        share = self.ranks.share(len(self.units)) if by_unit(strategy) else range(len(self.units))
-        facts = (self._facts(self.units[i], found) for i in share)
         if not by_unit(strategy):
+            facts = (self._facts(unit, found) for unit in self.units)
             return self.ranks.tell(lambda: strategy.scores(facts))
-        parts = self.ranks.collect(strategy.scores(facts))
+        share = self.ranks.share(len(self.units))
+        mine = (self._facts(self.units[i], found) for i in share)
+        parts = self.ranks.collect(strategy.scores(mine))
         return {name: score for part in parts for name, score in part.items()}
 
     def _importance(self, name: str, reverse: bool = False) -> LayerImportance:
