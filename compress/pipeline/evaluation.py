@@ -118,7 +118,7 @@ def evaluate(
     for name, problem in problems.items():
         if problem:
             raise UsageError(f"{name}: {problem}")
-    for name in ("by_position", "per_document", "bos", "stride"):
+    for name in ("length", "stride", "bos", "tokens", "per_document", "by_position"):
         if perplexity is None and getattr(settings, name):
             raise UsageError(f"{name} is of the text: give perplexity, a dataset")
     device = chosen_device(device)

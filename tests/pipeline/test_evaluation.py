@@ -207,6 +207,7 @@ def test_what_cannot_be_measured_is_said_before_a_model_is_loaded(checkpoint, mo
     with refused(UsageError, "evaluate"):
         evaluate(checkpoint())
     of_the_text = {"by_position": True, "per_document": True, "bos": True, "stride": 8}
+    of_the_text |= {"length": 8, "tokens": 64}
     for name, value in of_the_text.items():
         with refused(UsageError, name, "perplexity"):
             evaluate(checkpoint(), tasks=["demo_code"], **{name: value})

@@ -119,7 +119,8 @@ SMALLER: dict[str, tuple[str, ...]] = {
     "bench kernels": ("--shapes=64x128", "--m=1", "--rounds=1"),
     "bench compiled": ("--bits=4", "--group-size=64", "--dtype=fp16"),
     "bench model": ("--prompts=4", "--new-tokens=2", "--repeats=1"),
-    "eval": ("--limit=2", "--tokens=64", "--length=32"),
+    "eval": ("--limit=2",),
+    "eval --perplexity": ("--limit=2", "--tokens=64", "--length=32"),
     "lm-eval": ("--limit=2", f"--include_path={ROOT / 'eval/tasks'}"),
     "compare": ("--no-self-check",),
     "generate": ("--max-tokens=2",),
@@ -137,6 +138,8 @@ def small(words: Sequence[str]) -> list[str]:
         else:
             cut[at] = FEW.get(before, word)
     command = " ".join(words[1:3]) if words[1] == "bench" else words[1]
+    if command == "eval" and "--perplexity" in words:
+        command += " --perplexity"
     more = SMALLER.get(command, ())
     return cut + [each for each in more if each.partition("=")[0] not in words]
 
